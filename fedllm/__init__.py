@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning across clients of different ranks, as batch jobs."""

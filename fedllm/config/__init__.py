@@ -1,0 +1,1 @@
+"""Configuration: pydantic models (pure) and YAML -> models, all errors together."""

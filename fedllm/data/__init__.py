@@ -1,0 +1,1 @@
+"""Readers, prompts, tokenised cache, client index."""

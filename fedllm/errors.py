@@ -1,0 +1,66 @@
+"""Every error a user can meet, drawn once.
+
+FedllmError
+├── UserError (exit 2): the user must change something
+│   ├── ConfigError: the configuration, all problems together
+│   ├── DataError: training data or a client that is not as described
+│   ├── ModelError: a base model that is missing or unsuitable
+│   ├── AdapterError: an adapter that cannot be read or combined
+│   ├── RunDirectoryError: a run directory of another run, or one that cannot be written
+│   └── LeaseError: another coordinator holds the run
+├── RunFailed (exit 1): the run cannot go on (quorum missed, a job that fails again and again)
+└── Incomplete (exit 3): `fedllm resume` will go on
+    └── StorageFull: no space or quota left
+"""
+
+
+class FedllmError(Exception):
+    """An error told to the user as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(FedllmError, ValueError):
+    """The user must change something; nothing was lost."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The configuration is not valid; the message holds one line per problem."""
+
+
+class DataError(UserError):
+    """The data are missing or not as the configuration describes them."""
+
+
+class ModelError(UserError):
+    """The base model is missing or not suitable."""
+
+
+class AdapterError(UserError):
+    """An adapter cannot be read, or adapters cannot be combined."""
+
+
+class RunDirectoryError(UserError):
+    """The run directory belongs to another configuration or cannot be used."""
+
+
+class LeaseError(UserError):
+    """Another coordinator holds this run."""
+
+
+class RunFailed(FedllmError):
+    """The run cannot go on without a change of circumstances."""
+
+    exit_code = 1
+
+
+class Incomplete(FedllmError):
+    """The run stopped before its end; resume goes on."""
+
+    exit_code = 3
+
+
+class StorageFull(Incomplete):
+    """No space or quota is left where the run writes."""

@@ -1,0 +1,1 @@
+"""Answer loss, generation, Rouge-L, exact match."""

@@ -1,0 +1,1 @@
+"""LoRA factors and their algebra, pure torch."""

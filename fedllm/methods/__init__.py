@@ -1,0 +1,1 @@
+"""One federated method, one file, one paper: pure."""

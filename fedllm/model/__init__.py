@@ -1,0 +1,1 @@
+"""Base model, tokenizer, adapter slots."""

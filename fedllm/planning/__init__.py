@@ -1,0 +1,1 @@
+"""Tiers, cohorts, bundles, cost model, seeds: pure."""

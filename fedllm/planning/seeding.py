@@ -1,0 +1,14 @@
+"""Seeds as a function of identity: the same names give the same draw on every machine."""
+
+import hashlib
+
+
+def seed_of(*identity: str | int) -> int:
+    """Return a seed for what `identity` names, for example `(seed, round, client, step)`.
+
+    Returns:
+        An integer in [0, 2**63): the leading 63 bits of the SHA-256 of the parts, each written
+        with its type, so that `1` and `"1"` differ.
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in identity)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,1 @@
+"""Advance: the whole story of a run, without torch."""

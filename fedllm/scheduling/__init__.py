@@ -1,0 +1,1 @@
+"""The scheduler seam: inline, local processes, Slurm."""

@@ -1,0 +1,1 @@
+"""Every path, atomic publication, records, tensor files."""
