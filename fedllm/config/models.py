@@ -1,0 +1,217 @@
+"""The configuration as frozen models; every default lives here and nowhere else.
+
+A section marked `EXECUTION` may change on resume; everything else decides the result and is
+frozen with the first round. Single keys are marked the same way.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+EXECUTION: dict[str, Any] = {"kind": "execution"}
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+RankSpec = PositiveInt | dict[str, PositiveInt]
+SbatchOptions = dict[str, str | int | float | bool | None]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown ones are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The base model, a directory, a hub name or `embedded`."""
+
+    path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class LoraSection(Section):
+    """What is adapted and how updates are scaled."""
+
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    alpha: PositiveFloat = 16.0
+    scaling: Literal["fixed", "proportional", "rslora"] = "fixed"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class ColumnsSection(Section):
+    """Column names of the user's data; `category` and `instruction` may be absent."""
+
+    client: str = "client_id"
+    category: str | None = "category"
+    instruction: str | None = "instruction"
+    input: str | None = "input"
+    output: str = "output"
+
+
+class DataSection(Section):
+    """Rows, how they become tokens, and which tokens carry loss."""
+
+    path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
+    revision: str | None = None
+    columns: ColumnsSection = ColumnsSection()
+    template: Literal["alpaca", "chat"] = "alpaca"
+    loss_on: Literal["answer", "all"] = "answer"
+    cutoff_tokens: PositiveInt = 512
+    test_fraction: Fraction = 0.1
+    embedded_clients: Annotated[int, Field(ge=12)] = 16
+    embedded_rows: Annotated[int, Field(ge=20)] = 96
+
+
+class TierSection(Section):
+    """A class of clients: its ranks and its share of the clients."""
+
+    ranks: RankSpec
+    share: Annotated[float, Field(ge=0)] | None = None
+
+
+class CohortSection(Section):
+    """How many clients train in a round."""
+
+    count: PositiveInt | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "CohortSection":
+        if (self.count is None) == (self.fraction is None):
+            raise ValueError("give either `count` or `fraction`")
+        return self
+
+
+class HeldOutSection(Section):
+    """The clients that may become dev or unseen: `column` modulo `modulo` equals `equals`."""
+
+    column: str
+    modulo: PositiveInt
+    equals: NonNegativeInt
+
+
+class ClientsSection(Section):
+    """Who the clients are, what they can run, and who never trains."""
+
+    tiers: Annotated[dict[str, TierSection], Field(min_length=1)] = {}
+    distribution: (
+        Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal"] | None
+    ) = None
+    assign: dict[str, str] = {}
+    tier_seed: int | None = None
+    cohort: CohortSection = CohortSection(fraction=0.05)
+    quorum: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Literal["all"] = "all"
+    ranks_above_module: Literal["error", "cap"] = "error"
+    split_seed: int = 0
+    dev: NonNegativeInt = 0
+    unseen: NonNegativeInt = 0
+    held_out_from: Literal["all"] | str | tuple[str, ...] | HeldOutSection = "all"
+
+
+class TrainingSection(Section):
+    """The local training of one client in one round."""
+
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 4
+    micro_batch_size: PositiveInt | None = None
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: PositiveFloat | None = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    threads: PositiveInt = 1
+    device: Annotated[str, Field(json_schema_extra=EXECUTION)] = "auto"
+    checkpoint_every_minutes: Annotated[PositiveFloat, Field(json_schema_extra=EXECUTION)] = 10.0
+
+
+class MethodSection(Section):
+    """`name` is the server side, `local` the client side."""
+
+    name: str = "flexlora"
+    local: str = "fedit"
+
+
+class AggregationSection(Section):
+    """Where and with how many threads the server aggregates."""
+
+    device: Annotated[str, Field(json_schema_extra=EXECUTION)] = "auto"
+    threads: PositiveInt = 1
+
+
+class EvaluationSection(Section):
+    """Which clients are scored, when, and on how many rows."""
+
+    every: PositiveInt = 1
+    clients: PositiveInt | None = None
+    rows_per_client: PositiveInt | None = None
+    complete_at_end: bool = True
+    max_new_tokens: PositiveInt = 128
+    batch_size: PositiveInt = 16
+
+
+class SbatchSection(Section):
+    """sbatch options, by job kind; `tiers` overrides `client` for the tiers it names."""
+
+    default: SbatchOptions = {}
+    prepare: SbatchOptions = {}
+    coordinator: SbatchOptions = {}
+    client: SbatchOptions = {}
+    aggregate: SbatchOptions = {}
+    evaluate: SbatchOptions = {}
+    tiers: dict[str, SbatchOptions] = {}
+
+
+class SchedulerSection(Section):
+    """Where jobs run. Execution keys: none of them changes a result."""
+
+    kind: Literal["inline", "local", "slurm"] = "local"
+    workers: PositiveInt = 2
+    max_parallel: PositiveInt = 64
+    clients_per_bundle: PositiveInt | Literal["auto"] = "auto"
+    max_attempts: PositiveInt = 3
+    poll_seconds: PositiveFloat = 10.0
+    query_seconds: PositiveFloat = 60.0
+    python: str | None = None
+    setup: tuple[str, ...] = ()
+    sbatch: SbatchSection = SbatchSection()
+
+
+class StorageSection(Section):
+    """The shared cache and what is kept."""
+
+    cache: str | None = None
+    visibility_seconds: Annotated[float, Field(ge=0)] = 90.0
+    keep_states: PositiveInt = 2
+    keep_every: PositiveInt = 10
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    seed: int = 0
+    rounds: Annotated[PositiveInt, Field(json_schema_extra={"kind": "may grow"})] = 3
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    clients: ClientsSection
+    training: TrainingSection = TrainingSection()
+    method: MethodSection = MethodSection()
+    aggregation: AggregationSection = AggregationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    scheduler: Annotated[SchedulerSection, Field(json_schema_extra=EXECUTION)] = SchedulerSection()
+    storage: Annotated[StorageSection, Field(json_schema_extra=EXECUTION)] = StorageSection()

@@ -1,0 +1,262 @@
+"""The one authority for paths: every file of a run, of the cache and of the installation."""
+
+import base64
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedllm.errors import UserError
+
+_PLAIN = re.compile(r"[A-Za-z0-9_]{1,80}")
+
+
+def encode_client(client: str) -> str:
+    """Return a file name for a client id: itself where plain, else `~` and a readable code.
+
+    Ids may hold `/`, `..`, spaces or emoji; two ids never share a name, also on file systems
+    that fold case.
+    """
+    if _PLAIN.fullmatch(client) and client == client.lower():
+        return client
+    raw = client.encode()
+    if len(raw) <= 60:
+        return "~" + base64.b32encode(raw).decode().rstrip("=").lower()
+    return "~~" + hashlib.sha256(raw).hexdigest()
+
+
+def shipped(name: str) -> Path:
+    """Return a file that comes with fedllm (`jobs/client.py`, `configs/quickstart.yaml`).
+
+    In a wheel these folders lie inside the package, in a clone beside it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for root in (package, package.parent):
+        if (root / name).exists():
+            return root / name
+    raise UserError(f"{name}: not part of this installation; install fedllm from a wheel or clone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPaths:
+    """A job that is one task: prepare, aggregate or evaluate; one folder per attempt."""
+
+    root: Path
+
+    @property
+    def submission(self) -> Path:
+        """The intent, written before anything is submitted."""
+        return self.root / "submission.json"
+
+    @property
+    def jobs(self) -> Path:
+        """The scheduler's ids, written after the submission."""
+        return self.root / "jobs.json"
+
+    @property
+    def error(self) -> Path:
+        """Why the job stopped, written by itself where it can say so."""
+        return self.root / "error.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptPaths(JobPaths):
+    """One plan for all that a round still misses."""
+
+    number: int
+
+    @property
+    def claims(self) -> Path:
+        """The folder of claims."""
+        return self.root / "claims"
+
+    @property
+    def tasks(self) -> Path:
+        """The folder of progress records."""
+        return self.root / "tasks"
+
+    def claim(self, bundle: int) -> Path:
+        """Bundle `bundle` is taken, and by which task."""
+        return self.claims / f"{bundle:03d}.json"
+
+    def task(self, name: str) -> Path:
+        """Progress of one worker."""
+        return self.tasks / f"{name}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPaths:
+    """One round."""
+
+    root: Path
+
+    @property
+    def number(self) -> int:
+        """The round's number; 0 is the state before training."""
+        return int(self.root.name)
+
+    @property
+    def cohort(self) -> Path:
+        """Clients, tiers and ranks of the round."""
+        return self.root / "cohort.json"
+
+    @property
+    def attempts(self) -> Path:
+        """The folder of training attempts."""
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> AttemptPaths:
+        """Training attempt `number`, from 1."""
+        return AttemptPaths(root=self.attempts / f"{number:02d}", number=number)
+
+    @property
+    def updates(self) -> Path:
+        """The folder of published updates."""
+        return self.root / "updates"
+
+    def update(self, *, attempt: int, bundle: int, part: int) -> Path:
+        """The finished clients of one bundle."""
+        return self.updates / f"{attempt:02d}-{bundle:03d}-{part:02d}.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of unfinished clients' states."""
+        return self.root / "checkpoints"
+
+    @property
+    def collection(self) -> Path:
+        """What the round used, frozen before aggregation."""
+        return self.root / "collection.json"
+
+    def replaced_collection(self, number: int) -> Path:
+        """A collection whose files were damaged before they were aggregated."""
+        return self.root / f"collection-replaced-{number:02d}.json"
+
+    @property
+    def aggregate(self) -> Path:
+        """The folder of the aggregation."""
+        return self.root / "aggregate"
+
+    @property
+    def global_state(self) -> Path:
+        """The server state after this round."""
+        return self.aggregate / "global.safetensors"
+
+    @property
+    def aggregate_record(self) -> Path:
+        """The aggregation is complete."""
+        return self.aggregate / "aggregate.json"
+
+    def aggregate_job(self, number: int) -> JobPaths:
+        """Attempt `number` at the aggregation."""
+        return JobPaths(root=self.aggregate / "attempts" / f"{number:02d}")
+
+    @property
+    def evaluation(self) -> Path:
+        """The folder of the evaluation."""
+        return self.root / "evaluation"
+
+    @property
+    def evaluation_record(self) -> Path:
+        """The evaluation is complete."""
+        return self.evaluation / "evaluation.json"
+
+    def evaluation_job(self, number: int) -> JobPaths:
+        """Attempt `number` at the evaluation."""
+        return JobPaths(root=self.evaluation / "attempts" / f"{number:02d}")
+
+    @property
+    def record(self) -> Path:
+        """The round is done."""
+        return self.root / "round.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPaths:
+    """One run directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def run(self) -> Path:
+        """Run id, versions, fingerprints, changes."""
+        return self.root / "run.json"
+
+    @property
+    def prepared(self) -> Path:
+        """Model and data fingerprints, client index, module shapes."""
+        return self.root / "prepared.json"
+
+    def prepare_job(self, number: int) -> JobPaths:
+        """Attempt `number` at the preparation."""
+        return JobPaths(root=self.root / "prepare" / "attempts" / f"{number:02d}")
+
+    @property
+    def leases(self) -> Path:
+        """The folder of coordinator leases."""
+        return self.root / "coordinator"
+
+    def lease(self, number: int) -> Path:
+        """Lease `number`; the highest holds."""
+        return self.leases / f"{number:04d}.json"
+
+    def released(self, number: int) -> Path:
+        """Lease `number` was given back by its holder."""
+        return self.leases / f"{number:04d}.released.json"
+
+    @property
+    def rounds(self) -> Path:
+        """The folder of rounds."""
+        return self.root / "rounds"
+
+    def round(self, number: int) -> RoundPaths:
+        """Round `number`."""
+        return RoundPaths(root=self.rounds / f"{number:04d}")
+
+    @property
+    def metrics(self) -> Path:
+        """One line per round, rebuilt from the records."""
+        return self.root / "metrics.jsonl"
+
+    def logs(self, round_number: int) -> Path:
+        """The folder of a round's logs."""
+        return self.root / "logs" / f"{round_number:04d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePaths:
+    """The cache that runs share, keyed by fingerprint."""
+
+    root: Path
+
+    def model(self, key: str) -> Path:
+        """A fetched or embedded base model."""
+        return self.root / "models" / key
+
+    def data(self, key: str) -> Path:
+        """A tokenised data set."""
+        return self.root / "data" / key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installation:
+    """Where the programs that a scheduler starts lie."""
+
+    @cached_property
+    def jobs(self) -> Path:
+        """The folder of job programs."""
+        return shipped("jobs")
+
+
+def cache_of(configured: str | None, run_root: Path) -> CachePaths:
+    """Return the cache: `storage.cache`, else `$FEDLLM_CACHE`, else beside the run directories."""
+    chosen = configured or os.environ.get("FEDLLM_CACHE")
+    root = Path(chosen).expanduser() if chosen else run_root.resolve().parent / ".fedllm-cache"
+    return CachePaths(root=root.resolve())

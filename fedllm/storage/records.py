@@ -1,0 +1,344 @@
+"""The records of a run: frozen models written as JSON, last in every step. No torch here."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedllm.errors import RunDirectoryError
+from fedllm.storage.publish import publish_bytes, publish_once
+
+
+class Record(BaseModel):
+    """A frozen record with an atomic home."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    def to_bytes(self) -> bytes:
+        """Return the record as indented JSON."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    def publish(self, path: Path) -> None:
+        """Write the record under `path`, whole or not at all."""
+        publish_bytes(path, self.to_bytes())
+
+    def publish_once(self, path: Path) -> bool:
+        """Write the record unless `path` exists; say whether this call did."""
+        return publish_once(path, self.to_bytes())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a record.
+
+        Raises:
+            FileNotFoundError: there is none.
+            RunDirectoryError: it is not a record of this kind.
+        """
+        content = path.read_bytes()
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
+            raise RunDirectoryError(
+                f"{path}: damaged record ({where}: {error.errors()[0]['msg']}); "
+                "restore it, or remove it so that the step is done again"
+            ) from error
+
+    @classmethod
+    def find(cls, path: Path) -> Self | None:
+        """Read a record, or return None where its step is not complete."""
+        try:
+            return cls.read(path)
+        except FileNotFoundError:
+            return None
+
+
+class ModuleRecord(Record):
+    """A target module of the base: W is (out, in)."""
+
+    out_features: int
+    in_features: int
+    kind: Literal["attention", "mlp", "other"]
+
+
+class ClientRecord(Record):
+    """A client of the data: usable rows per split after dropping rows without an answer."""
+
+    id: str
+    category: str = ""
+    held_out_candidate: bool = True
+    train_rows: int
+    validation_rows: int = 0
+    test_rows: int = 0
+    dropped_rows: int = 0
+    truncated_rows: int = 0
+    train_tokens: int = 0
+
+
+class PreparedRecord(Record):
+    """What prepare found: everything a coordinator needs to know of model and data."""
+
+    model_fingerprint: str
+    model_path: str
+    data_fingerprint: str
+    data_path: str
+    model_parameters: int
+    modules: dict[str, ModuleRecord]
+    clients: list[ClientRecord]
+
+
+class ChangeRecord(Record):
+    """A key that changed on resume."""
+
+    key: str
+    before: Any
+    after: Any
+    lease: int
+
+
+class RunRecord(Record):
+    """Identity of a run."""
+
+    run_id: str
+    result_fingerprint: str
+    versions: dict[str, str]
+    changes: list[ChangeRecord] = []
+
+
+class LeaseRecord(Record):
+    """Who coordinates a run."""
+
+    number: int
+    host: str
+    boot_id: str
+    pid: int
+    start_time: str
+    slurm_job: str | None = None
+
+
+class CohortClient(Record):
+    """A client of a round."""
+
+    id: str
+    tier: str
+    cost: float
+
+
+class CohortRecord(Record):
+    """The clients of a round and what each tier trains."""
+
+    round: int
+    lease: int
+    base_fingerprint: str
+    state_sha256: str
+    ranks: dict[str, dict[str, int]]
+    clients: list[CohortClient]
+
+
+class BundleRecord(Record):
+    """The few clients that a worker claims at once."""
+
+    number: int
+    worker_class: str
+    clients: list[str]
+    cost: float
+
+
+class ArrayRecord(Record):
+    """One array of identical tasks of one class, as it is submitted."""
+
+    name: str
+    worker_class: str
+    tasks: int
+    options: dict[str, str | int | float | bool | None] = {}
+
+
+class SubmissionRecord(Record):
+    """The plan, written before anything is submitted."""
+
+    token: str
+    lease: int
+    kind: Literal["prepare", "client", "aggregate", "evaluate"]
+    command: list[str]
+    arrays: list[ArrayRecord]
+    bundles: list[BundleRecord] = []
+
+
+class JobsRecord(Record):
+    """The scheduler's ids per array name, in task order."""
+
+    ids: dict[str, list[str]]
+
+
+class ErrorRecord(Record):
+    """Why a job stopped."""
+
+    kind: str
+    message: str
+    exit_code: int
+    log: str = ""
+
+
+class ClaimRecord(Record):
+    """A bundle is taken; the same task, requeued, goes on with it."""
+
+    bundle: int
+    task: str
+    node: str
+    log: str = ""
+
+
+class TaskRecord(Record):
+    """Progress of one worker."""
+
+    task: str
+    node: str
+    clients_done: int
+    client: str | None = None
+    step: int = 0
+
+
+class UpdateRecord(Record):
+    """What a client sends beside its tensors."""
+
+    run_id: str
+    round: int
+    client: str
+    attempt: int
+    bundle: int
+    status: Literal["ok", "failed"] = "ok"
+    reason: str = ""
+    kind: Literal["lora", "sparse"] = "lora"
+    base_fingerprint: str
+    rows: int
+    steps: int
+    tokens: int
+    loss_tokens: int
+    losses: list[float]
+    seconds: float
+    step_seconds: float
+    peak_memory_bytes: int
+    norms: dict[str, tuple[float, float]] = {}
+    scales: dict[str, float] = {}
+    processes_per_task: int = 1
+    environment: dict[str, str] = {}
+    node: str = ""
+    task: str = ""
+    log: str = ""
+
+
+class CollectedUpdate(Record):
+    """A client's update as the round uses it."""
+
+    client: str
+    tier: str
+    attempt: int
+    file: str
+    sha256: str
+    rows: int
+    weight: float
+
+
+class CollectionRecord(Record):
+    """What a round used, frozen."""
+
+    round: int
+    lease: int
+    updates: list[CollectedUpdate]
+    failed: dict[str, str] = {}
+    missing: list[str] = []
+    replaces: int = 0
+    environments: list[dict[str, str]] = []
+
+
+class RankQuality(Record):
+    """How well one rank holds a module's update."""
+
+    rank: int
+    energy_kept: float
+    truncation_error: float
+
+
+class ModuleDiagnostics(Record):
+    """Spectrum of one module's aggregated update."""
+
+    route: str
+    stacked_rank: int
+    total_energy: float
+    spectrum: list[float]
+    ranks: list[RankQuality]
+
+
+class AggregateRecord(Record):
+    """The aggregation is complete."""
+
+    round: int
+    method: str
+    rank: dict[str, int]
+    sha256: str
+    seconds: float
+    clients: int
+    device: str
+    modules: dict[str, ModuleDiagnostics] = {}
+
+
+class Refusal(Record):
+    """An update that the aggregation refused."""
+
+    file: str
+    client: str
+    reason: str
+
+
+class Scores(Record):
+    """Answer quality on a set of rows; Rouge-L and exact match in 0..1 of generated answers."""
+
+    rows: int
+    loss: float
+    rouge_l: float
+    exact_match: float
+
+
+class ClientScores(Record):
+    """Scores of one client at its own rank and at the largest."""
+
+    client: str
+    group: Literal["train", "dev", "unseen"]
+    tier: str
+    as_deployed: Scores
+    at_largest_rank: Scores
+
+
+class EvaluationRecord(Record):
+    """The evaluation of one round is complete."""
+
+    round: int
+    state_sha256: str
+    complete: bool
+    seconds: float
+    clients: list[ClientScores]
+
+
+class RoundRecord(Record):
+    """The round is done."""
+
+    round: int
+    lease: int
+    state_sha256: str
+    clients: int
+    failed: int = 0
+    late: int = 0
+    train_seconds: Annotated[float, Field(ge=0)] = 0.0
+
+
+def read_json(path: Path) -> Any:
+    """Read any JSON file.
+
+    Raises:
+        RunDirectoryError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(f"{path}: not JSON ({error}); restore it or remove it") from error
