@@ -1,0 +1,128 @@
+"""The coordinator's numbered lease: the highest holds, nothing is unlinked."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.errors import LeaseError
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import LeaseRecord
+
+HolderIsGone = Callable[[LeaseRecord], bool | None]
+
+
+def process_start_time(pid: int) -> str | None:
+    """Return when a process of this machine started, in clock ticks, or None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    # the name in parentheses may hold spaces; state is the 1st field after it, start the 20th
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state == "Z" else fields[18]
+
+
+def boot_id() -> str:
+    """Return what tells two boots of a machine apart."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def process_is_gone(holder: LeaseRecord) -> bool | None:
+    """Say whether a holder's process ended; None for one on another machine: unknown."""
+    if holder.host != socket.gethostname():
+        return None
+    if holder.boot_id != boot_id():
+        return True
+    return process_start_time(holder.pid) != holder.start_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """The right to coordinate a run."""
+
+    paths: RunPaths
+    record: LeaseRecord
+
+    @property
+    def number(self) -> int:
+        """The lease's number; every coordinator record carries it."""
+        return self.record.number
+
+    @classmethod
+    def acquire(
+        cls, paths: RunPaths, *, gone: HolderIsGone = process_is_gone, take_over: bool = False
+    ) -> "Lease":
+        """Take the next lease.
+
+        Args:
+            paths: the run.
+            gone: says whether the present holder ended; None is unknown, and unknown is not gone.
+            take_over: the user knows that the holder ended.
+
+        Raises:
+            LeaseError: another coordinator holds the run; the message names it.
+        """
+        while True:
+            number, holder = highest(paths)
+            if holder and not take_over and not paths.released(number).exists():
+                _refuse_unless_gone(holder, gone(holder))
+            mine = LeaseRecord(
+                number=number + 1,
+                host=socket.gethostname(),
+                boot_id=boot_id(),
+                pid=os.getpid(),
+                start_time=process_start_time(os.getpid()) or "",
+                slurm_job=os.environ.get("SLURM_JOB_ID"),
+            )
+            if mine.publish_once(paths.lease(number + 1)):
+                return cls(paths=paths, record=mine)
+
+    def check(self) -> None:
+        """Make sure that this lease still holds.
+
+        Raises:
+            LeaseError: another coordinator took over; this one must stop.
+        """
+        if self.paths.lease(self.number + 1).exists():
+            _, holder = highest(self.paths)
+            assert holder is not None
+            raise LeaseError(
+                f"{self.paths.root}: coordinator {holder.number} ({_place(holder)}) took over from "
+                f"{self.number}; this one stops"
+            )
+
+    def release(self) -> None:
+        """Say that this holder ended, for coordinators on other machines."""
+        self.record.publish_once(self.paths.released(self.number))
+
+
+def highest(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
+    """Return the present lease, or (0, None)."""
+    try:
+        names = [p.name for p in paths.leases.iterdir()]
+    except FileNotFoundError:
+        return 0, None
+    numbers = [int(n.removesuffix(".json")) for n in names if n.removesuffix(".json").isdigit()]
+    if not numbers:
+        return 0, None
+    return max(numbers), LeaseRecord.read(paths.lease(max(numbers)))
+
+
+def _refuse_unless_gone(holder: LeaseRecord, gone: bool | None) -> None:
+    if gone:
+        return
+    doubt = "" if gone is False else " (cannot be asked from here; if it ended, add --take-over)"
+    raise LeaseError(
+        f"coordinator {holder.number} holds this run: {_place(holder)}{doubt}; "
+        "wait for it or end it first"
+    )
+
+
+def _place(holder: LeaseRecord) -> str:
+    job = f"Slurm job {holder.slurm_job}, " if holder.slurm_job else ""
+    return f"{job}host {holder.host}, pid {holder.pid}"
