@@ -1,0 +1,73 @@
+"""Which clients and rows are scored after a round."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from fedllm.config.models import Config, EvaluationSection
+from fedllm.planning.roles import split_roles
+from fedllm.planning.seeding import seed_of
+from fedllm.planning.tiers import assign_tiers
+from fedllm.storage.records import ClientRecord, PreparedRecord
+
+T = TypeVar("T")
+Group = Literal["train", "dev", "unseen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A client to score on `rows`, indices into its test split."""
+
+    client: str
+    group: Group
+    tier: str
+    rows: tuple[int, ...]
+
+
+def is_evaluated(section: EvaluationSection, round_number: int, rounds: int) -> bool:
+    """Say whether a round is scored: the base, every `evaluation.every`-th and the last."""
+    return round_number % section.every == 0 or round_number == rounds
+
+
+def is_complete(section: EvaluationSection, round_number: int, rounds: int) -> bool:
+    """Say whether all clients and rows are scored: at the end, and at the start to compare."""
+    return section.complete_at_end and round_number in {0, rounds}
+
+
+def choose(config: Config, prepared: PreparedRecord, round_number: int) -> list[Target]:
+    """Return what a round's evaluation scores.
+
+    Subsets are fixed by `clients.split_seed`, the same in every round: at most
+    `evaluation.clients` of each group, at most `evaluation.rows_per_client` of each client.
+    """
+    section = config.evaluation
+    complete = is_complete(section, round_number, config.rounds)
+    by_id = {client.id: client for client in prepared.clients}
+    tiers = assign_tiers(config.clients, config.seed, list(by_id))
+    roles = split_roles(config.clients, prepared.clients)
+    groups: Mapping[Group, tuple[str, ...]] = {
+        "train": roles.train,
+        "dev": roles.dev,
+        "unseen": roles.unseen,
+    }
+    seed = config.clients.split_seed
+    targets: list[Target] = []
+    for group, ids in groups.items():
+        scored = [id_ for id_ in ids if by_id[id_].test_rows]
+        limit = None if complete else section.clients
+        for id_ in _subset(scored, limit, seed_of("evaluation", seed, group)):
+            rows = _rows(by_id[id_], None if complete else section.rows_per_client, seed)
+            targets.append(Target(client=id_, group=group, tier=tiers[id_], rows=rows))
+    return targets
+
+
+def _rows(client: ClientRecord, limit: int | None, seed: int) -> tuple[int, ...]:
+    return tuple(_subset(range(client.test_rows), limit, seed_of("rows", seed, client.id)))
+
+
+def _subset(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
+    if limit is None or limit >= len(items):
+        return list(items)
+    kept = random.Random(seed).sample(range(len(items)), limit)
+    return [items[index] for index in sorted(kept)]
