@@ -1,0 +1,123 @@
+# make venv | quickstart | check | test | coverage | bench | slurm-packages
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The newest interpreter is not always one that the pinned wheels exist for, so `python3` goes first.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+    then echo $$python; break; fi; done)
+# PyPI's torch for Linux brings several GB of CUDA packages; this index holds the CPU build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints-cpu.txt
+PYTEST_OPTIONS ?=
+SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
+NEEDS := pyproject.toml constraints-cpu.txt
+
+.PHONY: help venv quickstart check test coverage bench slurm-packages slurm-notice
+help:
+	@echo "make quickstart      install into .venv and run the embedded example"
+	@echo "make test            install what the tests need and run them"
+	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
+	@echo "make coverage        the tests again, with branch coverage"
+	@echo "make bench           the benchmarks of docs/benchmarks.md"
+	@echo "make venv            only prepare .venv"
+	@echo "make slurm-packages  install Slurm for the tests that need it (root)"
+
+# --- installation: one stamp per stage, so that an interrupted one goes on where it stopped
+
+venv: .venv/.package
+	@:
+
+.venv/.python:
+	@if .venv/bin/python -c 'import pip' 2>/dev/null; then touch $@; exit 0; fi; \
+	test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make venv: no Python 3.11 or newer found (PYTHON='$(PYTHON)'): install python3, or name one:" \
+	       "make venv PYTHON=python3.11" >&2; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make venv: $(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }; \
+	echo "venv: .venv with $$($(PYTHON) --version)"; \
+	$(PYTHON) -m venv --clear .venv; touch $@
+
+.venv/.torch: .venv/.python constraints-cpu.txt
+	@echo "venv: torch for CPUs"
+	@$(PIP) --retries 0 --extra-index-url $(TORCH_INDEX) torch
+	@touch $@
+
+.venv/.package: .venv/.torch $(NEEDS)
+	@echo "venv: fedllm and its dependencies"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/.test: .venv/.package
+	@echo "venv: what the tests need"
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+.venv/.dev: .venv/.package
+	@echo "venv: what the checks need"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+# --- the example
+
+quickstart: venv
+	@.venv/bin/fedllm run configs/quickstart.yaml
+
+# --- checks: independent of each other, the longest first
+
+CHECKS := check-types check-contracts check-dependencies check-lint check-format check-spelling
+.PHONY: $(CHECKS)
+
+check: .venv/.dev
+	@$(MAKE) --no-print-directory -k -j2 --output-sync=target $(CHECKS)
+
+# $(call verdict,NAME,COMMAND): one line when it passes, everything it said when it fails.
+verdict = @start=$$SECONDS; if said=$$($(2) 2>&1); then echo "$(1): ok, $$((SECONDS - start)) s"; \
+  else echo "$$said"; echo "$(1): FAILED ($(2))"; exit 1; fi
+
+check-types:
+	$(call verdict,types,.venv/bin/mypy)
+check-contracts:
+	$(call verdict,import contracts,.venv/bin/lint-imports --no-cache)
+check-dependencies:
+	$(call verdict,dependencies,.venv/bin/deptry .)
+check-lint:
+	$(call verdict,lint,.venv/bin/ruff check)
+check-format:
+	$(call verdict,format,.venv/bin/ruff format --check)
+check-spelling:
+	$(call verdict,spelling,git ls-files -z --cached --others --exclude-standard | xargs -0 .venv/bin/codespell)
+
+# --- tests
+
+test: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
+	@.venv/bin/python -m pytest $(PYTEST_OPTIONS)
+
+coverage: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
+	@.venv/bin/coverage erase
+	@.venv/bin/coverage run -m pytest $(PYTEST_OPTIONS)
+	@.venv/bin/coverage combine -q
+	@.venv/bin/coverage report
+
+slurm-notice:
+	@PATH=$$PATH:/usr/sbin:/sbin; { command -v sbatch && command -v slurmctld; } >/dev/null || \
+	  echo "Slurm tests skipped: run 'make slurm-packages' (root) first"
+
+# policy-rc.d keeps the packages from starting the distribution's own daemons: the tests start theirs.
+slurm-packages:
+	@missing=; for package in $(SLURM_PACKAGES); do \
+	  dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing+=" $$package"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+	  echo "make slurm-packages: not root, and missing:$$missing: run it with sudo" >&2; exit 1; fi; \
+	echo "slurm-packages: apt-get install$$missing"; log=$$(mktemp); policy=/usr/sbin/policy-rc.d; \
+	if [ ! -e $$policy ]; then \
+	  trap 'rm -f $$policy' EXIT; printf '#!/bin/sh\nexit 101\n' > $$policy; chmod 755 $$policy; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	if ! { apt-get update && apt-get install -y --no-install-recommends $$missing; } > $$log 2>&1; then \
+	  tail -20 $$log >&2; echo "make slurm-packages: apt-get failed: $$log" >&2; exit 1; fi; rm -f $$log
+
+bench: .venv/.test
+	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; .venv/bin/python $$benchmark; done

@@ -1,0 +1,117 @@
+"""What the linters cannot hold: sizes, cycles, and what starting the coordinator loads."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path for room in ("fedllm", "jobs") for path in (ROOT / room).rglob("*.py"))
+COORDINATOR = ("config", "planning", "reporting", "rounds", "scheduling", "storage")
+COMPUTE = ("torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "deepspeed")
+LARGEST_TRACKED_FILE_KIB = 512
+
+
+def test_nearly_all_functions_fit_on_a_screen_and_none_is_longer_than_two() -> None:
+    lengths = {
+        f"{path.relative_to(ROOT)}:{function.lineno} {function.name}": _length(function)
+        for path in SOURCES
+        for function in _functions(path)
+    }
+    long = {name: lines for name, lines in lengths.items() if lines > 40}
+    assert len(long) <= 0.05 * len(lengths), f"more than 5 % over 40 lines: {long}"
+    assert not {name: lines for name, lines in long.items() if lines > 80}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = grimp.build_graph("fedllm", "jobs", cache_dir=None)
+    circles = [
+        (module, chain)
+        for module in sorted(graph.modules)
+        for imported in sorted(graph.find_modules_directly_imported_by(module))
+        if (chain := graph.find_shortest_chain(imported, module))
+    ]
+    assert not circles
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.name == "__init__.py"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_package_holds_only_its_docstring(path: Path) -> None:
+    body = _parse(path).body
+    assert len(body) == 1, f"{path}: only a docstring belongs here"
+    assert ast.get_docstring(_parse(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.name)
+def test_a_program_that_slurm_starts_stays_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("room", COORDINATOR)
+def test_the_coordinators_rooms_load_without_the_compute_stack(room: str) -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "fedllm" / room).rglob("*.py"))
+        if path.name not in ("__init__.py", "tensors.py")
+    ]
+    assert _loaded_after(*modules) == []
+
+
+def test_the_command_line_starts_without_the_compute_stack() -> None:
+    assert _loaded_after("fedllm.cli.main") == []
+
+
+def test_no_tracked_file_is_large() -> None:
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listing.stdout.split("\0") if name]
+    large = {
+        str(path.relative_to(ROOT)): size_kib
+        for path in paths
+        if path.is_file() and (size_kib := path.stat().st_size // 1024) > LARGEST_TRACKED_FILE_KIB
+    }
+    assert not large
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(_parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def _length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the lines from `def` to the end, docstring aside."""
+    assert function.end_lineno is not None
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return lines
+    docstring = function.body[0]
+    assert docstring.end_lineno is not None
+    return lines - (docstring.end_lineno - docstring.lineno + 1)
+
+
+def _loaded_after(*modules: str) -> list[str]:
+    """Import `modules` in a fresh interpreter; return what of the compute stack came with them."""
+    program = (
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+        f"print(*sorted(set({COMPUTE!r}) & set(sys.modules)))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.split()
