@@ -68,7 +68,9 @@ def validate(raw: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(_lines(error))) from error
 
 
-def flatten(config: BaseModel, prefix: str = "", kind: str = "result") -> dict[str, tuple[str, Any]]:
+def flatten(
+    config: BaseModel, prefix: str = "", kind: str = "result"
+) -> dict[str, tuple[str, Any]]:
     """Return every key as dotted path with its kind (`result`, `execution`, `may grow`) and value."""
     keys: dict[str, tuple[str, Any]] = {}
     for name, field in type(config).model_fields.items():
@@ -156,7 +158,9 @@ def _line(key: str, problems: Sequence[Mapping[str, Any]]) -> str:
         return f"{key}: got {found}, need {sign} {problem['ctx'][name]}"
     if kind == "value_error":
         return f"{key}: got {found!r}, {problem['msg'].removeprefix('Value error, ')}"
-    needs = dict.fromkeys(p["msg"].removeprefix("Input should be ").split(", unable")[0] for p in problems)
+    needs = dict.fromkeys(
+        p["msg"].removeprefix("Input should be ").split(", unable")[0] for p in problems
+    )
     return f"{key}: got {found!r}, need {' or '.join(needs)}"
 
 

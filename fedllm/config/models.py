@@ -106,9 +106,9 @@ class ClientsSection(Section):
     """Who the clients are, what they can run, and who never trains."""
 
     tiers: Annotated[dict[str, TierSection], Field(min_length=1)] = {}
-    distribution: (
-        Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal"] | None
-    ) = None
+    distribution: Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal"] | None = (
+        None
+    )
     assign: dict[str, str] = {}
     tier_seed: int | None = None
     cohort: CohortSection = CohortSection(fraction=0.05)
@@ -154,9 +154,9 @@ class AggregationSection(Section):
 
 
 class EvaluationSection(Section):
-    """Which clients are scored, when, and on how many rows."""
+    """Which clients are scored, when (`every: 0` is never), and on how many rows."""
 
-    every: PositiveInt = 1
+    every: NonNegativeInt = 1
     clients: PositiveInt | None = None
     rows_per_client: PositiveInt | None = None
     complete_at_end: bool = True

@@ -58,7 +58,7 @@ def cut_bundles(
                 )
             )
             start += size
-    return Workload(bundles=bundles, workers={k: v for k, v in sorted(workers.items())})
+    return Workload(bundles=bundles, workers=dict(sorted(workers.items())))
 
 
 def _size(left: int, workers: int, asked: int | Literal["auto"]) -> int:

@@ -27,6 +27,8 @@ class Target:
 
 def is_evaluated(section: EvaluationSection, round_number: int, rounds: int) -> bool:
     """Say whether a round is scored: the base, every `evaluation.every`-th and the last."""
+    if not section.every:
+        return False
     return round_number % section.every == 0 or round_number == rounds
 
 

@@ -41,9 +41,7 @@ def split_roles(section: ClientsSection, clients: Sequence[ClientRecord]) -> Rol
     unseen = _stratified(left, section.unseen, section.split_seed, "unseen")
     held_out = dev | unseen
     train = [c.id for c in clients if c.train_rows and c.id not in held_out]
-    return Roles(
-        train=tuple(sorted(train)), dev=tuple(sorted(dev)), unseen=tuple(sorted(unseen))
-    )
+    return Roles(train=tuple(sorted(train)), dev=tuple(sorted(dev)), unseen=tuple(sorted(unseen)))
 
 
 def _stratified(pool: Sequence[ClientRecord], count: int, seed: int, purpose: str) -> set[str]:

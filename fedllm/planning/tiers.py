@@ -70,9 +70,7 @@ def assign_tiers(section: ClientsSection, seed: int, ids: Sequence[str]) -> dict
     return assigned
 
 
-def resolve_ranks(
-    config: Config, modules: Mapping[str, ModuleRecord]
-) -> dict[str, dict[str, int]]:
+def resolve_ranks(config: Config, modules: Mapping[str, ModuleRecord]) -> dict[str, dict[str, int]]:
     """Return tier -> module -> rank.
 
     Raises:

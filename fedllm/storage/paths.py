@@ -5,12 +5,19 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from fedllm.errors import UserError
 
 _PLAIN = re.compile(r"[A-Za-z0-9_]{1,80}")
+
+
+def aside(path: Path, word: str) -> Path:
+    """Return a free name beside `path` for what is kept but used no more: `<name>.<word>-1`."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{word}-{number}")).exists():
+        number += 1
+    return free
 
 
 def encode_client(client: str) -> str:
@@ -130,10 +137,6 @@ class RoundPaths:
         """What the round used, frozen before aggregation."""
         return self.root / "collection.json"
 
-    def replaced_collection(self, number: int) -> Path:
-        """A collection whose files were damaged before they were aggregated."""
-        return self.root / f"collection-replaced-{number:02d}.json"
-
     @property
     def aggregate(self) -> Path:
         """The folder of the aggregation."""
@@ -149,9 +152,14 @@ class RoundPaths:
         """The aggregation is complete."""
         return self.aggregate / "aggregate.json"
 
+    @property
+    def aggregate_attempts(self) -> Path:
+        """The folder of attempts at the aggregation."""
+        return self.aggregate / "attempts"
+
     def aggregate_job(self, number: int) -> JobPaths:
         """Attempt `number` at the aggregation."""
-        return JobPaths(root=self.aggregate / "attempts" / f"{number:02d}")
+        return JobPaths(root=self.aggregate_attempts / f"{number:02d}")
 
     @property
     def evaluation(self) -> Path:
@@ -225,9 +233,14 @@ class RunPaths:
         """One line per round, rebuilt from the records."""
         return self.root / "metrics.jsonl"
 
+    @property
+    def all_logs(self) -> Path:
+        """The folder of all logs."""
+        return self.root / "logs"
+
     def logs(self, round_number: int) -> Path:
-        """The folder of a round's logs."""
-        return self.root / "logs" / f"{round_number:04d}"
+        """The folder of a round's logs; 0 holds those of prepare."""
+        return self.all_logs / f"{round_number:04d}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,16 +256,6 @@ class CachePaths:
     def data(self, key: str) -> Path:
         """A tokenised data set."""
         return self.root / "data" / key
-
-
-@dataclass(frozen=True, kw_only=True)
-class Installation:
-    """Where the programs that a scheduler starts lie."""
-
-    @cached_property
-    def jobs(self) -> Path:
-        """The folder of job programs."""
-        return shipped("jobs")
 
 
 def cache_of(configured: str | None, run_root: Path) -> CachePaths:

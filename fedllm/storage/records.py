@@ -229,14 +229,13 @@ class UpdateRecord(Record):
 
 
 class CollectedUpdate(Record):
-    """A client's update as the round uses it."""
+    """A client's update as the round uses it; the weight is its rows, not yet normalised."""
 
     client: str
     tier: str
     attempt: int
     file: str
     sha256: str
-    rows: int
     weight: float
 
 

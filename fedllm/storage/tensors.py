@@ -35,8 +35,7 @@ def write_tensors(
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
     with publishing(path) as beside:
         save_file(contiguous, beside, metadata=dict(sorted(metadata.items())))
-        digest = sha256_of(beside)
-    return digest
+        return sha256_of(beside)
 
 
 class TensorFile:

@@ -1,0 +1,92 @@
+"""Numbers of a run from its records: never the truth, always rebuilt."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.publish import storage_errors
+from fedllm.storage.records import (
+    AggregateRecord,
+    ClientScores,
+    EvaluationRecord,
+    RoundRecord,
+    Scores,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """Mean of scores over clients, each client counting once."""
+
+    clients: int
+    loss: float
+    rouge_l: float
+    exact_match: float
+
+
+def mean_scores(scores: Iterable[Scores]) -> Mean | None:
+    """Return the unweighted mean over clients, None without any."""
+    listed = list(scores)
+    if not listed:
+        return None
+    return Mean(
+        clients=len(listed),
+        loss=sum(s.loss for s in listed) / len(listed),
+        rouge_l=sum(s.rouge_l for s in listed) / len(listed),
+        exact_match=sum(s.exact_match for s in listed) / len(listed),
+    )
+
+
+def by_tier(clients: Iterable[ClientScores]) -> dict[str, Mean]:
+    """Return the mean as deployed per tier."""
+    groups: dict[str, list[Scores]] = {}
+    for client in clients:
+        groups.setdefault(client.tier, []).append(client.as_deployed)
+    means = {tier: mean_scores(scores) for tier, scores in sorted(groups.items())}
+    return {tier: mean for tier, mean in means.items() if mean}
+
+
+def by_group(clients: Iterable[ClientScores]) -> dict[str, Mean]:
+    """Return the mean as deployed per group: train, dev, unseen."""
+    groups: dict[str, list[Scores]] = {}
+    for client in clients:
+        groups.setdefault(client.group, []).append(client.as_deployed)
+    means = {group: mean_scores(scores) for group, scores in groups.items()}
+    return {group: mean for group, mean in means.items() if mean}
+
+
+def headline(evaluation: EvaluationRecord | None) -> str:
+    """Return the scores of a round in a few words, empty without an evaluation."""
+    if evaluation is None:
+        return ""
+    parts = [
+        f"{group} loss {mean.loss:.3f} Rouge-L {mean.rouge_l:.3f} exact {mean.exact_match:.3f}"
+        for group, mean in by_group(evaluation.clients).items()
+    ]
+    return "; " + "; ".join(parts) if parts else ""
+
+
+def write_metrics(paths: RunPaths) -> None:
+    """Rebuild `metrics.jsonl`, one line per round that is done."""
+    lines = []
+    for folder in sorted(paths.rounds.iterdir()):
+        round_paths = paths.round(int(folder.name))
+        record = RoundRecord.find(round_paths.record)
+        if record is None:
+            continue
+        row: dict[str, object] = record.model_dump(mode="json")
+        aggregated = AggregateRecord.find(round_paths.aggregate_record)
+        if aggregated:
+            row["aggregate_seconds"] = aggregated.seconds
+        evaluation = EvaluationRecord.find(round_paths.evaluation_record)
+        if evaluation:
+            row["evaluation_complete"] = evaluation.complete
+            for group, mean in by_group(evaluation.clients).items():
+                row |= {f"{group}_loss": mean.loss, f"{group}_rouge_l": mean.rouge_l}
+                row[f"{group}_exact_match"] = mean.exact_match
+        lines.append(json.dumps(row))
+    with storage_errors(paths.metrics):
+        beside = paths.metrics.with_suffix(".part")
+        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        beside.replace(paths.metrics)

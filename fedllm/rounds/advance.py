@@ -1,0 +1,78 @@
+"""The whole story of a run: read what is there, take every step that is possible.
+
+Calling it again changes nothing: a step is complete when its record exists, and the record is
+written last. Run, resume, the coordinator job and `fedllm advance` are this one call.
+"""
+
+from fedllm.planning.federation import Federation, plan_federation
+from fedllm.rounds.aggregating import aggregate, evaluate
+from fedllm.rounds.collecting import collect
+from fedllm.rounds.finishing import finish_rounds
+from fedllm.rounds.run import Run
+from fedllm.rounds.submissions import single_job
+from fedllm.rounds.training import train
+from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord
+
+
+def advance(run: Run) -> bool:
+    """Take every step that is possible now; say whether the run is done.
+
+    Raises:
+        FedllmError: the run cannot go on, with the exit code that says why.
+    """
+    federation = prepare(run)
+    if federation is None:
+        return False
+    for number in range(run.config.rounds + 1):
+        if not advance_round(run, federation, number):
+            break
+        evaluate(run, number)
+    return finish_rounds(run)
+
+
+def prepare(run: Run) -> Federation | None:
+    """Have model and data prepared; return what they and the configuration fix."""
+    single_job(
+        run,
+        kind="prepare",
+        folder=run.paths.prepare_job,
+        target=run.paths.root,
+        done=run.paths.prepared,
+        round_number=0,
+    )
+    prepared = PreparedRecord.find(run.paths.prepared)
+    return plan_federation(run.config, prepared) if prepared else None
+
+
+def advance_round(run: Run, federation: Federation, number: int) -> bool:
+    """Draw, train, collect, aggregate; say whether the round's server state exists."""
+    paths = run.paths.round(number)
+    if paths.aggregate_record.exists():
+        return True
+    if number:
+        cohort = draw(run, federation, number)
+        if not paths.collection.exists():
+            scan = train(run, federation, cohort)
+            if scan is None:
+                return False
+            collect(run, cohort, scan)
+    return aggregate(run, number) is not None
+
+
+def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
+    """Draw the round's cohort, or return the one that was drawn."""
+    paths = run.paths.round(number)
+    drawn = CohortRecord.find(paths.cohort)
+    if drawn:
+        return drawn
+    before = AggregateRecord.read(run.paths.round(number - 1).aggregate_record)
+    cohort = CohortRecord(
+        round=number,
+        lease=run.lease.number,
+        base_fingerprint=federation.prepared.model_fingerprint,
+        state_sha256=before.sha256,
+        ranks={tier: dict(ranks) for tier, ranks in federation.ranks.items()},
+        clients=federation.cohort(number),
+    )
+    run.publish(cohort, paths.cohort)
+    return cohort

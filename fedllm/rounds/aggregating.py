@@ -1,0 +1,83 @@
+"""The server's two jobs of a round: aggregation and evaluation."""
+
+import hashlib
+
+from fedllm.errors import FedllmError, RunDirectoryError
+from fedllm.planning.evaluation import is_evaluated
+from fedllm.rounds.collecting import reopen_if_damaged
+from fedllm.rounds.run import Run
+from fedllm.rounds.submissions import single_job
+from fedllm.storage.paths import aside
+from fedllm.storage.records import AggregateRecord
+
+
+def aggregate(run: Run, number: int) -> AggregateRecord | None:
+    """Make progress on a round's server state; return its record once it is complete.
+
+    Raises:
+        FedllmError: the job cannot succeed. A damaged update is not that: its clients train
+            again.
+    """
+    paths = run.paths.round(number)
+    try:
+        single_job(
+            run,
+            kind="aggregate",
+            folder=paths.aggregate_job,
+            target=paths.root,
+            done=paths.aggregate_record,
+            round_number=number,
+        )
+    except FedllmError:
+        if not number or not reopen_if_damaged(run, paths):
+            raise
+    return AggregateRecord.find(paths.aggregate_record)
+
+
+def evaluate(run: Run, number: int) -> bool:
+    """Make progress on a round's evaluation; say whether it is complete or not due."""
+    if not is_evaluated(run.config.evaluation, number, run.config.rounds):
+        return True
+    paths = run.paths.round(number)
+    single_job(
+        run,
+        kind="evaluate",
+        folder=paths.evaluation_job,
+        target=paths.root,
+        done=paths.evaluation_record,
+        round_number=number,
+    )
+    return paths.evaluation_record.exists()
+
+
+def redo_damaged_state(run: Run) -> None:
+    """Check the newest server state against its record; have a damaged one aggregated again.
+
+    Raises:
+        RunDirectoryError: the updates it was made from are gone.
+    """
+    number = run.config.rounds
+    while number and not run.paths.round(number).aggregate_record.exists():
+        number -= 1
+    paths = run.paths.round(number)
+    record = AggregateRecord.find(paths.aggregate_record)
+    if record is None:
+        return
+    problem = "missing"
+    if paths.global_state.exists():
+        with paths.global_state.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found == record.sha256:
+            return
+        problem = "not the file that aggregate.json describes"
+    if number and not paths.updates.exists():
+        raise RunDirectoryError(
+            f"{paths.global_state}: {problem}, and the round's updates were pruned; "
+            "restore the file"
+        )
+    run.lease.check()
+    if paths.global_state.exists():
+        paths.global_state.rename(aside(paths.global_state, "damaged"))
+    paths.aggregate_record.rename(aside(paths.aggregate_record, "replaced"))
+    paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
+    run.say(f"{paths.global_state}: {problem}; aggregated again")

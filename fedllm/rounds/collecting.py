@@ -1,0 +1,121 @@
+"""Freeze what a round uses, before anything is computed from it."""
+
+from fedllm.errors import RunFailed
+from fedllm.planning.cohorts import quorum_size
+from fedllm.rounds.run import Run
+from fedllm.storage.paths import RoundPaths, aside
+from fedllm.storage.records import (
+    CohortRecord,
+    CollectedUpdate,
+    CollectionRecord,
+)
+from fedllm.storage.updates import DamagedUpdateError, Published, Scan, read_update
+
+
+def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
+    """Freeze the round's valid updates in the cohort's order.
+
+    What arrives later is late: counted, never mixed in. Where an earlier collection was replaced
+    because a file was damaged, the same clients are taken again.
+
+    Raises:
+        RunFailed: fewer valid updates than the quorum; names clients, reasons and logs.
+    """
+    paths = run.paths.round(cohort.round)
+    frozen = CollectionRecord.find(paths.collection)
+    if frozen:
+        return frozen
+    before = _replaced(paths)
+    updates: list[CollectedUpdate] = []
+    failed: dict[str, str] = {}
+    environments: list[dict[str, str]] = []
+    for client in cohort.clients:
+        found = scan.published.get(client.id)
+        if found is None or (before is not None and client.id not in before):
+            continue
+        if found.record.status == "failed":
+            failed[client.id] = f"{found.record.reason} (log {found.record.log})"
+            continue
+        updates.append(_collected(found, client.tier))
+        if found.record.environment not in environments:
+            environments.append(found.record.environment)
+    _require_quorum(run, cohort, len(updates), failed)
+    collection = CollectionRecord(
+        round=cohort.round,
+        lease=run.lease.number,
+        updates=updates,
+        failed=failed,
+        missing=[c.id for c in cohort.clients if c.id not in scan.published],
+        replaces=len(list(paths.root.glob(f"{paths.collection.name}.replaced-*"))),
+        environments=environments,
+    )
+    if len(environments) > 1:
+        run.say(
+            f"round {cohort.round}: clients trained in {len(environments)} environments, so "
+            "a rerun need not be bit-identical; collection.json lists them"
+        )
+    run.publish(collection, paths.collection)
+    return collection
+
+
+def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
+    """Put a collection aside whose files cannot be read as they were frozen.
+
+    The damaged files are set aside too; their clients train again and, being functions of their
+    identity, send the same update.
+    """
+    collection = CollectionRecord.read(paths.collection)
+    problems: dict[str, str] = {}
+    for name, sha256 in {update.file: update.sha256 for update in collection.updates}.items():
+        problem = _problem(paths, name, sha256)
+        if problem:
+            problems[name] = problem
+    for name, problem in problems.items():
+        run.say(f"round {paths.number}: {paths.updates / name}: {problem}; its clients train again")
+        if (paths.updates / name).exists():
+            (paths.updates / name).rename(aside(paths.updates / name, "damaged"))
+    if problems:
+        run.lease.check()
+        paths.collection.rename(aside(paths.collection, "replaced"))
+        paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
+        run.scanners.clear()
+    return bool(problems)
+
+
+def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
+    try:
+        found = read_update(paths.updates / name)
+    except FileNotFoundError:
+        return "missing"
+    except DamagedUpdateError as error:
+        return str(error)
+    return None if found and found[0].sha256 == sha256 else "not the file that was collected"
+
+
+def _replaced(paths: RoundPaths) -> set[str] | None:
+    """Return the clients of the first collection that was replaced, if any was."""
+    first = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
+    record = CollectionRecord.find(first)
+    return {update.client for update in record.updates} if record else None
+
+
+def _collected(found: Published, tier: str) -> CollectedUpdate:
+    return CollectedUpdate(
+        client=found.record.client,
+        tier=tier,
+        attempt=found.record.attempt,
+        file=found.file,
+        sha256=found.sha256,
+        weight=float(found.record.rows),
+    )
+
+
+def _require_quorum(run: Run, cohort: CohortRecord, valid: int, failed: dict[str, str]) -> None:
+    needed = quorum_size(run.config.clients.quorum, len(cohort.clients))
+    if valid >= needed:
+        return
+    reasons = "; ".join(f"{client}: {why}" for client, why in list(failed.items())[:3])
+    raise RunFailed(
+        f"round {cohort.round}: {valid} of {len(cohort.clients)} clients have a valid update, "
+        f"clients.quorum needs {needed}; {reasons}"
+    )

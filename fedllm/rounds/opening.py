@@ -1,0 +1,174 @@
+"""Open a run directory: a new one, or one to go on with."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedllm.config.loading import (
+    dump_config,
+    flatten,
+    override_config,
+    read_config,
+    result_fingerprint,
+)
+from fedllm.config.models import Config
+from fedllm.errors import RunDirectoryError
+from fedllm.rounds.run import Run
+from fedllm.scheduling.seam import Scheduler
+from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
+from fedllm.storage.paths import RunPaths, aside
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.records import ChangeRecord, RunRecord
+
+PACKAGES = ("fedllm", "torch", "transformers", "peft", "submitit", "datasets", "safetensors")
+
+
+def open_run(
+    root: Path,
+    config: Config,
+    *,
+    make_scheduler: Callable[[RunPaths, Config], Scheduler],
+    say: Callable[[str], None],
+    holder_is_gone: HolderIsGone = process_is_gone,
+    take_over: bool = False,
+) -> Run:
+    """Take the lease of a run directory and bring it to `config`.
+
+    Raises:
+        RunDirectoryError: the directory is not a run, belongs to another configuration, or
+            `rounds` is smaller than what was asked before.
+        LeaseError: another coordinator holds it.
+    """
+    paths = RunPaths(root=root.resolve())
+    if paths.run.exists():
+        _refuse_other(paths, config)
+    else:
+        _refuse_foreign_folder(paths)
+    lease = Lease.acquire(paths, gone=holder_is_gone, take_over=take_over)
+    try:
+        record = _reconcile(paths, config, lease) if paths.run.exists() else _create(paths, config)
+        scheduler = make_scheduler(paths, config)
+    except BaseException:
+        lease.release()
+        raise
+    return Run(paths=paths, config=config, record=record, lease=lease, scheduler=scheduler, say=say)
+
+
+def close_run(run: Run) -> None:
+    """End the scheduler's processes and give the lease back."""
+    run.scheduler.close()
+    run.lease.release()
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of the packages that results depend on."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _create(paths: RunPaths, config: Config) -> RunRecord:
+    fingerprint = result_fingerprint(config)
+    identity = f"{fingerprint}{paths.root}{time.time_ns()}{os.getpid()}"
+    record = RunRecord(
+        run_id=hashlib.sha256(identity.encode()).hexdigest()[:8],
+        result_fingerprint=fingerprint,
+        versions=versions(),
+    )
+    publish_bytes(paths.config, dump_config(config).encode())
+    record.publish(paths.run)
+    return record
+
+
+def _refuse_foreign_folder(paths: RunPaths) -> None:
+    if not paths.root.exists():
+        return
+    if not paths.root.is_dir():
+        raise RunDirectoryError(f"{paths.root}: is a file; choose another --run-dir")
+    expected = {paths.config.name, paths.leases.name, paths.root.joinpath("logs").name}
+    foreign = [p.name for p in paths.root.iterdir() if p.name not in expected]
+    foreign = [name for name in foreign if not name.startswith(".")]
+    if foreign:
+        raise RunDirectoryError(
+            f"{paths.root}: not empty and not a run ({foreign[0]}); choose another --run-dir"
+        )
+
+
+def _changed(before: Config, after: Config) -> dict[str, tuple[str, Any, Any]]:
+    """Return key -> (kind, before, after) of the keys that differ."""
+    old, new = flatten(before), flatten(after)
+    changed: dict[str, tuple[str, Any, Any]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        kind, was = old.get(key, ("", None))
+        other_kind, is_ = new.get(key, ("", None))
+        if was != is_:
+            changed[key] = (kind or other_kind, was, is_)
+    return changed
+
+
+def _refuse_other(paths: RunPaths, config: Config) -> None:
+    changed = _changed(read_config(paths.config), config)
+    if paths.round(1).cohort.exists():
+        frozen = [
+            f"{key} ({was} in the run, {asked} asked)"
+            for key, (kind, was, asked) in changed.items()
+            if kind == "result"
+        ]
+        if frozen:
+            raise RunDirectoryError(
+                f"{paths.root}: a run of another configuration: {', '.join(frozen)}; these keys "
+                "are frozen, choose another --run-dir"
+            )
+    if "rounds" in changed and changed["rounds"][2] < changed["rounds"][1]:
+        _, was, asked = changed["rounds"]
+        raise RunDirectoryError(
+            f"{paths.root}: rounds can only grow, {was} in the run: got {asked}"
+        )
+
+
+def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
+    before = read_config(paths.config)
+    record = RunRecord.read(paths.run)
+    changed = _changed(before, config)
+    if not changed:
+        return record
+    if any(key in {"model.path", "data.path"} for key in changed) or (
+        result_fingerprint(config) != record.result_fingerprint
+    ):
+        _prepare_again(paths)
+    changes = [
+        ChangeRecord(key=key, before=was, after=is_, lease=lease.number)
+        for key, (_, was, is_) in changed.items()
+    ]
+    after = record.model_copy(
+        update={
+            "changes": [*record.changes, *changes],
+            "result_fingerprint": result_fingerprint(config),
+        }
+    )
+    publish_bytes(paths.config, dump_config(config).encode())
+    after.publish(paths.run)
+    return after
+
+
+def _prepare_again(paths: RunPaths) -> None:
+    """Set the preparation aside; before the first round also the state that was made from it."""
+    for path in (paths.prepared, paths.prepare_job(1).root.parent):
+        if path.exists():
+            path.rename(aside(path, "replaced"))
+    start = paths.round(0).root
+    if start.exists() and not paths.round(1).cohort.exists():
+        start.rename(aside(start, "replaced"))
+
+
+def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a run with execution keys, or more rounds, changed."""
+    return override_config(read_config(RunPaths(root=root).config), overrides)

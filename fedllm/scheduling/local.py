@@ -1,0 +1,199 @@
+"""Jobs run in local processes that stay for the whole run and load the base model once."""
+
+import contextlib
+import itertools
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from fedllm.scheduling.seam import Job, TaskState
+
+_SERVE = ("-m", "fedllm.steps.serve")
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    id: str
+    job: Job
+
+
+@dataclass(kw_only=True, eq=False)
+class _Worker:
+    process: "subprocess.Popen[bytes]"
+    inbox: IO[bytes]
+    outbox: IO[bytes]
+    log: Path
+    task: _Task | None = None
+    buffer: bytes = b""
+
+
+@dataclass(kw_only=True)
+class LocalScheduler:
+    """Gives tasks to `workers` resident processes, first come, first served."""
+
+    workers: int
+    log_folder: Path
+    _run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+    _queue: deque[_Task] = field(default_factory=deque)
+    _pool: list[_Worker] = field(default_factory=list)
+    _ended: dict[str, str] = field(default_factory=dict)
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+
+    @property
+    def slots(self) -> int:
+        """As many as there are workers."""
+        return self.workers
+
+    def submit(self, job: Job) -> list[str]:
+        """Queue the tasks; free workers take them at once."""
+        numbers = itertools.islice(self._numbers, job.tasks)
+        tasks = [_Task(id=f"local-{self._run}-{number}", job=job) for number in numbers]
+        self._queue.extend(tasks)
+        self._dispatch()
+        return [task.id for task in tasks]
+
+    def find(self, name: str) -> list[str] | None:  # noqa: ARG002
+        """Workers end with the process that started them, so nothing is left to find."""
+        return None
+
+    def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
+        """Return the states of tasks of this process; all others are gone."""
+        self._hear(0.0)
+        running = {worker.task.id for worker in self._pool if worker.task}
+        waiting = {task.id for task in self._queue}
+        return {id_: _state(id_, running, waiting) for id_ in ids}
+
+    def reasons(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return how tasks ended that did not exit 0."""
+        return {id_: self._ended[id_] for id_ in ids if self._ended.get(id_)}
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Forget waiting tasks and end the workers of running ones."""
+        named = set(ids)
+        self._queue = deque(task for task in self._queue if task.id not in named)
+        for worker in [w for w in self._pool if w.task and w.task.id in named]:
+            worker.process.kill()
+            self._bury(worker)
+
+    def wait(self, seconds: float) -> None:
+        """Return as soon as a task ended, at the latest after `seconds`."""
+        if self._pool or self._queue:
+            self._hear(seconds)
+        else:
+            time.sleep(seconds)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._pool:
+            worker.inbox.close()
+            worker.process.terminate()
+        for worker in self._pool:
+            try:
+                worker.process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+            self._selector.unregister(worker.outbox)
+            worker.outbox.close()
+        self._pool.clear()
+
+    def _dispatch(self) -> None:
+        while self._queue:
+            free = next((w for w in self._pool if w.task is None), None)
+            if free is None and len(self._pool) < self.workers:
+                free = self._start()
+            if free is None:
+                return
+            self._give(free, self._queue.popleft())
+
+    def _give(self, worker: _Worker, task: _Task) -> None:
+        worker.task = task
+        log = task.job.log_folder / f"{worker.log.stem}.log"
+        message = {
+            "id": task.id,
+            "program": task.job.program,
+            "argv": list(task.job.argv),
+            "log": str(log),
+        }
+        try:
+            worker.inbox.write(json.dumps(message).encode() + b"\n")
+            worker.inbox.flush()
+        except BrokenPipeError:
+            self._bury(worker)
+
+    def _start(self) -> _Worker:
+        taken = {worker.log.stem for worker in self._pool}
+        name = next(f"worker-{n}" for n in itertools.count(1) if f"worker-{n}" not in taken)
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        log = self.log_folder / f"{name}.log"
+        with log.open("ab") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, *_SERVE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                # Ctrl-C is for the coordinator: it ends its workers itself
+                start_new_session=True,
+            )
+        assert process.stdin and process.stdout
+        os.set_blocking(process.stdout.fileno(), False)
+        worker = _Worker(process=process, inbox=process.stdin, outbox=process.stdout, log=log)
+        self._selector.register(worker.outbox, selectors.EVENT_READ, worker)
+        self._pool.append(worker)
+        return worker
+
+    def _hear(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        heard = False
+        while not heard:
+            left = deadline - time.monotonic()
+            events = self._selector.select(max(0.0, left))
+            for key, _ in events:
+                heard |= self._read(key.data)
+            if not events and left <= 0:
+                return
+        self._dispatch()
+
+    def _read(self, worker: _Worker) -> bool:
+        chunk = worker.outbox.read()
+        if chunk == b"":
+            self._bury(worker)
+            return True
+        worker.buffer += chunk or b""
+        *lines, worker.buffer = worker.buffer.split(b"\n")
+        answers = [json.loads(line) for line in lines if line]
+        ended = [a for a in answers if "exit" in a]
+        for answer in ended:
+            self._ended[answer["id"]] = f"exit {answer['exit']}" if answer["exit"] else ""
+            worker.task = None
+        return bool(ended)
+
+    def _bury(self, worker: _Worker) -> None:
+        code = worker.process.wait()
+        how = f"killed by signal {-code}" if code < 0 else f"exit {code}"
+        if worker.task:
+            self._ended[worker.task.id] = f"{how}; log {worker.log}"
+        self._selector.unregister(worker.outbox)
+        worker.outbox.close()
+        # a line that the worker never read is lost with it
+        with contextlib.suppress(BrokenPipeError):
+            worker.inbox.close()
+        self._pool.remove(worker)
+        self._dispatch()
+
+
+def _state(id_: str, running: set[str], waiting: set[str]) -> TaskState:
+    if id_ in running:
+        return TaskState.RUNNING
+    return TaskState.WAITING if id_ in waiting else TaskState.GONE
