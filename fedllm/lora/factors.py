@@ -1,0 +1,142 @@
+"""LoRA factors of one module: their scale, their stack, their seeded start.
+
+Legend: O out, I in, R rank. A module's change is `scale * b_OR @ a_RI`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedllm.errors import AdapterError, ConfigError
+from fedllm.planning.seeding import seed_of
+
+Scaling: TypeAlias = Literal["fixed", "proportional", "rslora"]
+
+SCALES: Mapping[str, Callable[[float, int], float]] = {
+    "fixed": lambda alpha, rank: alpha / rank,
+    "proportional": lambda _alpha, _rank: 2.0,  # alpha = 2 r, whatever `alpha` says
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleShape:
+    """The shape of a module's weight: `out` rows, `in_` columns."""
+
+    out: int
+    in_: int
+
+    @property
+    def largest_rank(self) -> int:
+        """The smaller side: no product of factors can have a higher rank."""
+        return min(self.out, self.in_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """One module's adapter: the change `scale * b_OR @ a_RI`.
+
+    Raises:
+        AdapterError: the factors are not two matrices of one rank.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        """Refuse factors that cannot be multiplied."""
+        a, b = tuple(self.a_RI.shape), tuple(self.b_OR.shape)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise AdapterError(f"A is {a} and B is {b}: want A (rank, in) and B (out, rank)")
+
+    @property
+    def rank(self) -> int:
+        """How many directions the adapter has room for."""
+        return self.a_RI.shape[0]
+
+    @property
+    def shape(self) -> ModuleShape:
+        """The shape of the weight that the adapter changes."""
+        return ModuleShape(out=self.b_OR.shape[0], in_=self.a_RI.shape[1])
+
+
+Adapter: TypeAlias = Mapping[str, Factors]  # module -> its factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """A weighted sum of products as one product, `b_OR @ a_RI`, in float64."""
+
+    b_OR: Tensor
+    a_RI: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The sum of the ranks that were stacked."""
+        return self.a_RI.shape[0]
+
+
+def scale_of(*, alpha: float, scaling: str, rank: int) -> float:
+    """Return the scale of an adapter of `rank`.
+
+    `fixed` is alpha / r (the paper's), `proportional` is 2 (alpha = 2r), `rslora` is
+    alpha / sqrt(r) (arXiv 2312.03732).
+
+    Raises:
+        ConfigError: an unknown `scaling`.
+    """
+    assert rank >= 1, f"rank {rank}"
+    if scaling not in SCALES:
+        raise ConfigError(f"scaling: got {scaling!r}, need one of {', '.join(SCALES)}")
+    return SCALES[scaling](alpha, rank)
+
+
+def delta(factors: Factors) -> Tensor:
+    """Return the dense change `scale * B A` (O, I) in float64, for merging and for tests."""
+    return factors.scale * (factors.b_OR.double() @ factors.a_RI.double())
+
+
+def stack(factors: Iterable[Factors], weights: Sequence[float]) -> Stacked:
+    """Return `sum_i p_i s_i B_i A_i` as one product, without forming it.
+
+    Each factor carries sqrt(|p_i s_i|), the sign of `p_i s_i` goes to A, and the columns stand
+    in the order of `factors`: the same order gives the same bits. The sum of float32 products
+    cancels without loss, since the stack is float64.
+
+    Raises:
+        AdapterError: no factors, shapes that disagree, or NaN or infinity among the values.
+    """
+    read = list(factors)
+    assert len(read) == len(weights), f"{len(read)} adapters, {len(weights)} weights"
+    shapes = sorted({(item.shape.out, item.shape.in_) for item in read})
+    if len(shapes) != 1:
+        raise AdapterError(f"adapters to combine must change one shape of weight, got {shapes}")
+    signed: list[float] = []
+    for item, weight in zip(read, weights, strict=True):
+        product = weight * item.scale
+        signed += [math.copysign(math.sqrt(abs(product)), product)] * item.rank
+    signed_R = torch.tensor(signed, dtype=torch.float64, device=read[0].a_RI.device)
+    # cat copies, so that scaling in place leaves the adapters as they were
+    b_OR = torch.cat([item.b_OR for item in read], dim=1).double().mul_(signed_R.abs())
+    a_RI = torch.cat([item.a_RI for item in read], dim=0).double().mul_(signed_R[:, None])
+    if not math.isfinite(float(b_OR.sum() + a_RI.sum())):
+        raise AdapterError("adapters to combine hold NaN or infinity: leave the broken one out")
+    return Stacked(b_OR=b_OR, a_RI=a_RI)
+
+
+def initial_a(*, seed: int, module: str, rank: int, shape: ModuleShape) -> Tensor:
+    """Return the first `rank` rows of the module's one seeded A, float32 (R, I).
+
+    Kaiming-uniform as PEFT starts A (a = sqrt(5): within 1 / sqrt(in)). The rows are drawn one
+    after the other, so that row k is the same whatever rank asks for it: prefixes mean the same
+    for all clients.
+    """
+    draws = torch.Generator().manual_seed(seed_of(seed, "initial A", module))
+    bound = 1.0 / math.sqrt(shape.in_)
+    rows = [torch.empty(shape.in_).uniform_(-bound, bound, generator=draws) for _ in range(rank)]
+    return torch.stack(rows)

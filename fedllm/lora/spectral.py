@@ -1,0 +1,115 @@
+"""The spectral form of a change: `U diag(S) V^T`, of which every rank's adapter is a slice.
+
+Legend: O out, I in, R rank.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import Factors
+
+DEAD_BELOW = 1e-6  # of the largest singular value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectral:
+    """Leading singular triplets, `s_R` sorted from the largest, of one dtype."""
+
+    u_OR: Tensor
+    s_R: Tensor
+    vh_RI: Tensor
+
+    @property
+    def rank(self) -> int:
+        """How many triplets there are."""
+        return self.s_R.shape[0]
+
+
+def truncate(spectral: Spectral, rank: int) -> Spectral:
+    """Return the leading `rank` triplets: the best approximation of that rank (Eckart-Young).
+
+    Raises:
+        AdapterError: fewer triplets than `rank` are there.
+    """
+    if not 1 <= rank <= spectral.rank:
+        raise AdapterError(f"rank {rank} asked of a state of rank {spectral.rank}: ask for less")
+    return Spectral(
+        u_OR=spectral.u_OR[:, :rank], s_R=spectral.s_R[:rank], vh_RI=spectral.vh_RI[:rank]
+    )
+
+
+def to_factors(spectral: Spectral, *, rank: int, scale: float) -> Factors:
+    """Return the adapter of `rank`: A = V_r^T, B = U_r diag(S_r) / scale (arXiv 2402.11505).
+
+    All of S is in B, so that a direction with S = 0 keeps an A that gives B a gradient.
+
+    Raises:
+        AdapterError: fewer triplets than `rank` are there.
+    """
+    kept = truncate(spectral, rank)
+    return Factors(a_RI=kept.vh_RI, b_OR=kept.u_OR * (kept.s_R / scale), scale=scale)
+
+
+def with_fixed_signs(spectral: Spectral) -> Spectral:
+    """Return the same triplets, each turned so that its V row's largest entry is positive.
+
+    The first of equally large entries counts. The product is unchanged.
+    """
+    largest_R1 = spectral.vh_RI.abs().argmax(dim=1, keepdim=True)
+    negative_R = spectral.vh_RI.gather(1, largest_R1).squeeze(1) < 0
+    sign_R = 1.0 - 2.0 * negative_R.to(spectral.s_R.dtype)
+    return Spectral(
+        u_OR=spectral.u_OR * sign_R, s_R=spectral.s_R, vh_RI=spectral.vh_RI * sign_R[:, None]
+    )
+
+
+def with_live_directions(
+    spectral: Spectral, *, rank: int, seeded_a: Callable[[int], Tensor]
+) -> Spectral:
+    """Return `rank` triplets, each of which can train.
+
+    A direction with sigma <= 1e-6 sigma_1, or missing, gets U and S zero and for V the row of
+    its place in `seeded_a(rank)` (the seeded start, drawn only where needed), made orthogonal to
+    all rows before it and of unit length: the product is unchanged (to 1e-6 sigma_1), and no
+    arbitrary null space of an SVD reaches a client. `rank` is at most the smaller side.
+    """
+    alive = min(rank, int((spectral.s_R > DEAD_BELOW * spectral.s_R[:1]).sum()))
+    kept = Spectral(
+        u_OR=spectral.u_OR[:, :alive], s_R=spectral.s_R[:alive], vh_RI=spectral.vh_RI[:alive]
+    )
+    if alive == rank:
+        return kept
+    # Householder QR completes the basis even where a seeded row lies in the span of the others
+    rows_RI = torch.cat([kept.vh_RI, seeded_a(rank)[alive:].to(kept.vh_RI)])
+    q_IR, r_RR = torch.linalg.qr(rows_RI.mT)
+    turned_IR = torch.where(r_RR.diagonal() < 0, -q_IR, q_IR)
+    dead = rank - alive
+    return Spectral(
+        u_OR=torch.cat([kept.u_OR, kept.u_OR.new_zeros(kept.u_OR.shape[0], dead)], dim=1),
+        s_R=torch.cat([kept.s_R, kept.s_R.new_zeros(dead)]),
+        vh_RI=torch.cat([kept.vh_RI, turned_IR.mT[alive:]]),
+    )
+
+
+def energy_kept(*, total_energy: float, s_R: Tensor, rank: int) -> float:
+    """Return the share of `total_energy` (the squared Frobenius norm) in the leading `rank`.
+
+    1 where there is no energy: nothing was lost.
+    """
+    if total_energy == 0.0:
+        return 1.0
+    return min(1.0, _energy(s_R, rank) / total_energy)
+
+
+def truncation_error(*, total_energy: float, s_R: Tensor, rank: int) -> float:
+    """Return the Frobenius norm of what the leading `rank` leave out, exact to 1e-8 of the norm."""
+    return math.sqrt(max(0.0, total_energy - _energy(s_R, rank)))
+
+
+def _energy(s_R: Tensor, rank: int) -> float:
+    return float(s_R[:rank].double().square().sum())

@@ -1,0 +1,34 @@
+"""Numbers about an aggregated module, the same for every method so that tables compare."""
+
+import math
+from collections.abc import Sequence
+
+from fedllm.aggregation.decomposition import Decomposition
+from fedllm.lora.spectral import energy_kept, truncation_error
+from fedllm.methods.protocol import ModuleDiagnostics, RankDiagnostics
+
+
+def diagnose(
+    decomposition: Decomposition, *, ranks: Sequence[int], stacked_rank: int
+) -> ModuleDiagnostics:
+    """Return the spectrum and, for each of `ranks` once and ascending, what it keeps."""
+    s_R, energy = decomposition.spectral.s_R, decomposition.total_energy
+    norm = math.sqrt(energy)
+    rows = []
+    for rank in sorted(set(ranks)):
+        error = truncation_error(total_energy=energy, s_R=s_R, rank=rank)
+        rows.append(
+            RankDiagnostics(
+                rank=rank,
+                energy_kept=energy_kept(total_energy=energy, s_R=s_R, rank=rank),
+                truncation_error=error,
+                relative_error=error / norm if norm else 0.0,
+            )
+        )
+    return ModuleDiagnostics(
+        spectrum=tuple(s_R.tolist()),
+        total_energy=energy,
+        ranks=tuple(rows),
+        stacked_rank=stacked_rank,
+        route=decomposition.route,
+    )

@@ -1,0 +1,95 @@
+"""FlexLoRA: weighted mean of full-size products, SVD, every client its own rank.
+
+Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+Resources", NeurIPS 2024, https://arxiv.org/abs/2402.11505: dW = sum_i (n_i / n) s_i B_i A_i,
+U S V^T = SVD(dW), and a client of rank r receives A = V_r^T, B = U_r diag(S_r) / s_r.
+
+Legend: O out, I in, R rank of the state (the largest that anyone needs).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregation.routes import truncated_svd
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import Factors, ModuleShape, initial_a, scale_of, stack
+from fedllm.lora.spectral import Spectral, to_factors, with_live_directions
+from fedllm.methods.diagnostics import diagnose
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ModuleUpdates
+from fedllm.methods.state import carried
+from fedllm.methods.weights import shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexLora(Method):
+    """The state is spectral, `U` (O, R), `S` (R,) and `Vh` (R, I): any rank is a slice of it."""
+
+    kind: ClassVar[str] = "lora"
+    name: ClassVar[str] = "flexlora"
+
+    seed: int
+    alpha: float
+    scaling: str = "fixed"
+
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of U, S and Vh."""
+        return {"U": (shape.out, rank), "S": (rank,), "Vh": (rank, shape.in_)}
+
+    def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
+        """Return None: any mix of ranks works."""
+        del tier_ranks
+        return None
+
+    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
+        """Return no change yet: U and S zero, Vh the seeded A, of which all ranks get prefixes."""
+        a_RI = initial_a(seed=self.seed, module=module, rank=rank, shape=shape)
+        return {"U": torch.zeros(shape.out, rank), "S": torch.zeros(rank), "Vh": a_RI}
+
+    def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
+        """Return the best approximation of the state at `rank`, all of S in B."""
+        spectral = Spectral(u_OR=state["U"], s_R=state["S"], vh_RI=state["Vh"])
+        if rank > spectral.rank:
+            raise AdapterError(
+                f"{module}: rank {rank} asked of a state of rank {spectral.rank}: ask for less"
+            )
+        scale = scale_of(alpha=self.alpha, scaling=self.scaling, rank=rank)
+        return to_factors(spectral, rank=rank, scale=scale)
+
+    def weigh(self, rows: Sequence[float]) -> list[float]:
+        """Return n_i / n."""
+        return shares(rows)
+
+    def aggregate_module(
+        self,
+        *,
+        module: str,
+        state: ModuleState,
+        updates: ModuleUpdates,
+        weights: Sequence[float],
+        ranks: Sequence[int],
+    ) -> ModuleAggregate:
+        """Return the leading triplets of the weighted sum of products, all able to train."""
+        del state  # an update is the client's whole adapter: the state it began from is within
+        stacked = stack(updates, weights)
+        shape = ModuleShape(out=stacked.b_OR.shape[0], in_=stacked.a_RI.shape[1])
+        found = truncated_svd(stacked, rank=max(ranks))
+        live = with_live_directions(
+            found.spectral,
+            rank=max(ranks),
+            seeded_a=lambda rank: initial_a(seed=self.seed, module=module, rank=rank, shape=shape),
+        )
+        return ModuleAggregate(
+            state=carried(module, {"U": live.u_OR, "S": live.s_R, "Vh": live.vh_RI}),
+            diagnostics=diagnose(
+                replace(found, spectral=live), ranks=ranks, stacked_rank=stacked.rank
+            ),
+        )
+
+    def base_delta(self, state: ModuleState) -> Tensor | None:
+        """Return None: the base stays as it is."""
+        del state
+        return None

@@ -1,0 +1,147 @@
+"""Laws of the spectral form: slices, signs, directions that can train."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import ModuleShape, delta, initial_a
+from fedllm.lora.spectral import (
+    Spectral,
+    energy_kept,
+    to_factors,
+    truncate,
+    truncation_error,
+    with_fixed_signs,
+    with_live_directions,
+)
+from tests.lora.adapters import random_factors
+
+
+def spectral_of(w_OI: Tensor) -> Spectral:
+    u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
+    return Spectral(u_OR=u, s_R=s, vh_RI=vh)
+
+
+def product(spectral: Spectral) -> Tensor:
+    return (spectral.u_OR * spectral.s_R) @ spectral.vh_RI
+
+
+def seeded(shape: ModuleShape, rank: int) -> Tensor:
+    return initial_a(seed=0, module="m", rank=rank, shape=shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    out=st.integers(1, 12),
+    in_=st.integers(1, 12),
+    inner=st.integers(0, 12),
+    data=st.data(),
+)
+def test_every_direction_lives_and_the_product_stays(
+    out: int, in_: int, inner: int, data: st.DataObject
+) -> None:
+    shape = ModuleShape(out=out, in_=in_)
+    rank = data.draw(st.integers(1, shape.largest_rank), label="rank")
+    known = data.draw(st.integers(1, shape.largest_rank), label="known triplets")
+    factors = random_factors(inner, out=out, in_=in_, rank=inner, dtype=torch.float64)
+    start = truncate(spectral_of(delta(factors)), known)
+
+    live = with_live_directions(start, rank=rank, seeded_a=lambda rows: seeded(shape, rows))
+
+    wanted = truncate(start, min(rank, known))
+    assert (product(live) - product(wanted)).norm() <= 1e-6 * float(start.s_R[0]) + 1e-12
+    assert live.rank == rank
+    torch.testing.assert_close(live.vh_RI @ live.vh_RI.mT, torch.eye(rank, dtype=torch.float64))
+    dead = live.s_R == 0
+    assert not live.u_OR[:, dead].any()
+    if bool(dead.any()):
+        towards = (live.vh_RI * seeded(shape, rank)).sum(1)[dead]
+        assert (towards >= -1e-9).all()
+
+
+def test_where_all_is_dead_the_seeded_rows_are_left_orthonormal() -> None:
+    shape = ModuleShape(out=5, in_=7)
+    nothing = Spectral(
+        u_OR=torch.zeros(5, 3, dtype=torch.float64),
+        s_R=torch.zeros(3, dtype=torch.float64),
+        vh_RI=torch.zeros(3, 7, dtype=torch.float64),
+    )
+    live = with_live_directions(nothing, rank=5, seeded_a=lambda rows: seeded(shape, rows))
+    first = seeded(shape, 1)[0].double()
+    assert not live.s_R.any()
+    torch.testing.assert_close(live.vh_RI[0], first / first.norm())
+    torch.testing.assert_close(live.vh_RI @ live.vh_RI.mT, torch.eye(5, dtype=torch.float64))
+
+
+def test_a_dead_row_does_not_depend_on_the_null_space_of_the_svd() -> None:
+    shape = ModuleShape(out=6, in_=8)
+    start = spectral_of(delta(random_factors(1, out=6, in_=8, rank=2, dtype=torch.float64)))
+    turned = Spectral(
+        u_OR=start.u_OR, s_R=start.s_R, vh_RI=torch.cat([start.vh_RI[:2], -start.vh_RI[2:].flip(0)])
+    )
+    one = with_live_directions(start, rank=4, seeded_a=lambda rows: seeded(shape, rows))
+    two = with_live_directions(turned, rank=4, seeded_a=lambda rows: seeded(shape, rows))
+    assert torch.equal(one.vh_RI, two.vh_RI)
+
+
+def test_the_seed_is_asked_only_where_a_direction_is_dead() -> None:
+    def no_draws(rows: int) -> Tensor:
+        raise AssertionError(f"{rows} rows drawn")
+
+    start = spectral_of(delta(random_factors(1, out=6, in_=8, rank=3)))
+    assert with_live_directions(start, rank=3, seeded_a=no_draws).rank == 3
+
+
+def test_a_direction_of_a_millionth_is_dead_and_above_it_alive() -> None:
+    shape = ModuleShape(out=4, in_=4)
+    start = Spectral(
+        u_OR=torch.eye(4), s_R=torch.tensor([1.0, 1e-3, 1.1e-6, 0.9e-6]), vh_RI=torch.eye(4)
+    )
+    live = with_live_directions(start, rank=4, seeded_a=lambda rows: seeded(shape, rows))
+    assert live.s_R.tolist() == pytest.approx([1.0, 1e-3, 1.1e-6, 0.0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 6))
+def test_signs_are_fixed_and_the_product_is_unchanged(seed: int, rank: int) -> None:
+    start = spectral_of(delta(random_factors(seed, out=7, in_=6, rank=rank)))
+    flips = torch.randn(6, generator=torch.Generator().manual_seed(seed)).sign().double()
+    flipped = Spectral(u_OR=start.u_OR * flips, s_R=start.s_R, vh_RI=start.vh_RI * flips[:, None])
+    fixed, again = with_fixed_signs(start), with_fixed_signs(flipped)
+    assert torch.equal(fixed.vh_RI, again.vh_RI)
+    assert torch.equal(fixed.u_OR, again.u_OR)
+    torch.testing.assert_close(product(fixed), product(start))
+    largest = fixed.vh_RI.gather(1, fixed.vh_RI.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all()
+
+
+def test_the_papers_split_puts_all_of_s_in_b() -> None:
+    start = spectral_of(delta(random_factors(4, out=7, in_=6, rank=5)))
+    factors = to_factors(start, rank=3, scale=0.25)
+    assert torch.equal(factors.a_RI, start.vh_RI[:3])
+    torch.testing.assert_close(factors.b_OR.norm(dim=0), start.s_R[:3] * 4)
+    torch.testing.assert_close(delta(factors), product(truncate(start, 3)))
+
+
+def test_more_than_the_state_holds_is_refused() -> None:
+    start = spectral_of(torch.eye(3))
+    for rank in (0, 4):
+        with pytest.raises(AdapterError, match=f"rank {rank} asked of a state of rank 3"):
+            truncate(start, rank)
+
+
+def test_energy_and_error_are_those_of_the_part_left_out() -> None:
+    s = torch.tensor([2.0, 1.0, 0.5])
+    total = float(s.square().sum()) + 0.75  # more energy than the triplets hold
+    assert energy_kept(total_energy=total, s_R=s, rank=2) == pytest.approx(5 / 6)
+    assert truncation_error(total_energy=total, s_R=s, rank=2) == pytest.approx(1.0)
+    assert truncation_error(total_energy=5.0, s_R=s, rank=3) == 0.0
+    assert energy_kept(total_energy=5.0, s_R=s, rank=3) == 1.0
+
+
+def test_no_energy_is_all_kept() -> None:
+    assert energy_kept(total_energy=0.0, s_R=torch.zeros(2), rank=1) == 1.0
+    assert truncation_error(total_energy=0.0, s_R=torch.zeros(2), rank=1) == 0.0

@@ -1,0 +1,105 @@
+"""Laws of the factor mean."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
+from fedllm.methods.factor_mean import FactorMean
+from fedllm.methods.protocol import Method, ModuleAggregate
+from tests.lora.adapters import random_factors
+
+METHOD: Method = FactorMean(seed=3, alpha=16.0)
+SHAPE = ModuleShape(out=10, in_=7)
+
+
+def client(seed: int, *, rank: int = 4, scale: float = 4.0) -> Factors:
+    return random_factors(seed, out=10, in_=7, rank=rank, scale=scale)
+
+
+def aggregated(updates: list[Factors], weights: list[float], ranks: list[int]) -> ModuleAggregate:
+    return METHOD.aggregate_module(
+        module="m", state={}, updates=updates, weights=weights, ranks=ranks
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=6))
+def test_a_and_b_are_averaged_separately(rows: list[int]) -> None:
+    weights = METHOD.weigh([n + 1 for n in rows])
+    updates = [client(seed) for seed in range(len(rows))]
+    result = aggregated(updates, weights, [4])
+    pairs = list(zip(updates, weights, strict=True))
+    torch.testing.assert_close(
+        result.state["A"], torch.stack([p * u.a_RI for u, p in pairs]).sum(0)
+    )
+    torch.testing.assert_close(
+        result.state["B"], torch.stack([p * u.b_OR for u, p in pairs]).sum(0)
+    )
+
+
+def test_the_diagnostics_are_those_of_the_product() -> None:
+    result = aggregated([client(1), client(2)], [0.5, 0.5], [4])
+    adapter = METHOD.module_adapter(module="m", state=result.state, rank=4)
+    true_s = torch.linalg.svdvals(delta(adapter))
+    assert result.diagnostics.spectrum == pytest.approx(true_s[:4].tolist(), rel=1e-5)
+    assert result.diagnostics.total_energy == pytest.approx(float(true_s.square().sum()), rel=1e-5)
+    assert result.diagnostics.ranks[0].energy_kept == pytest.approx(1.0)
+
+
+def test_one_client_gets_back_what_it_sent() -> None:
+    sent = client(1)
+    back = METHOD.module_adapter(module="m", state=aggregated([sent], [1.0], [4]).state, rank=4)
+    assert torch.equal(back.a_RI, sent.a_RI)
+    assert torch.equal(back.b_OR, sent.b_OR)
+    assert back.scale == sent.scale == 16.0 / 4
+
+
+def test_a_client_of_another_scale_sends_the_same_product() -> None:
+    sent = client(1, scale=1.0)
+    back = METHOD.module_adapter(module="m", state=aggregated([sent], [1.0], [4]).state, rank=4)
+    assert back.scale == 4.0
+    torch.testing.assert_close(delta(back), delta(sent))
+
+
+def test_round_0_changes_nothing_and_starts_from_the_seeded_a() -> None:
+    state = METHOD.start_module(module="m", shape=SHAPE, rank=4)
+    assert {name: tuple(part.shape) for name, part in state.items()} == METHOD.parts(SHAPE, 4)
+    assert not state["B"].any()
+    assert torch.equal(state["A"], initial_a(seed=3, module="m", rank=4, shape=SHAPE))
+    assert METHOD.base_delta(state) is None
+
+
+def test_mixed_ranks_are_refused_with_the_key_and_the_remedy() -> None:
+    assert METHOD.refuse([{"attention": 8, "mlp": 30}, {"attention": 8, "mlp": 30}]) is None
+    assert METHOD.refuse([{"attention": 8}, {"mlp": 30}]) is None
+    reason = METHOD.refuse([{"attention": 8, "mlp": 30}, {"attention": 8, "mlp": 200}])
+    assert reason is not None
+    assert "clients.tiers gives mlp the ranks 30, 200" in reason
+    assert "set all to 30, or use flexlora" in reason
+
+
+@pytest.mark.parametrize(
+    ("updates", "ranks"),
+    [
+        ([client(1), client(2, rank=3)], [4]),
+        ([client(1), random_factors(1, out=10, in_=6, rank=4)], [4]),
+        ([client(1)], [3]),
+        ([client(1)], [3, 4]),
+        ([], [4]),
+    ],
+)
+def test_updates_that_have_no_mean_are_refused_by_module(
+    updates: list[Factors], ranks: list[int]
+) -> None:
+    with pytest.raises(AdapterError, match=r"^m: factor_mean needs adapters of one shape and rank"):
+        aggregated(updates, [1.0] * len(updates), ranks)
+
+
+def test_the_state_gives_only_its_own_rank() -> None:
+    state = METHOD.start_module(module="m", shape=SHAPE, rank=4)
+    for rank in (3, 5):
+        with pytest.raises(AdapterError, match=f"^m: rank {rank} asked .* ask for 4"):
+            METHOD.module_adapter(module="m", state=state, rank=rank)

@@ -1,0 +1,157 @@
+"""Laws of FlexLoRA, against dense float64 sums."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
+from fedllm.methods.flexlora import FlexLora
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from tests.lora.adapters import Cohort, cohorts, random_factors
+
+METHOD: Method = FlexLora(seed=3, alpha=16.0)
+SHAPE = ModuleShape(out=10, in_=7)
+FLOAT32 = 2e-6  # relative rounding of a state carried in float32
+
+
+def aggregated(cohort: Cohort, ranks: list[int], method: Method = METHOD) -> ModuleAggregate:
+    return method.aggregate_module(
+        module="m", state={}, updates=cohort.factors, weights=cohort.weights, ranks=ranks
+    )
+
+
+def received(state: ModuleState, rank: int, method: Method = METHOD) -> Factors:
+    return method.module_adapter(module="m", state=state, rank=rank)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cohort=cohorts(largest_side=12), scaling=st.sampled_from(["fixed", "proportional", "rslora"])
+)
+def test_at_full_rank_the_adapter_is_the_weighted_mean(cohort: Cohort, scaling: str) -> None:
+    method = FlexLora(seed=3, alpha=16.0, scaling=scaling)
+    full = cohort.shape.largest_rank
+    state = aggregated(cohort, [full], method).state
+    error = (delta(received(state, full, method)) - cohort.dense()).norm()
+    assert float(error) <= FLOAT32 * cohort.size() + 1e-37
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohort=cohorts(largest_side=12), data=st.data())
+def test_every_client_receives_the_best_adapter_of_its_rank(
+    cohort: Cohort, data: st.DataObject
+) -> None:
+    largest = data.draw(st.integers(1, cohort.shape.largest_rank), label="largest rank")
+    result = aggregated(cohort, list(range(1, largest + 1)))
+    w_OI = cohort.dense()
+    true_s = torch.linalg.svdvals(w_OI)
+    slack = FLOAT32 * cohort.size() + 1e-37
+    for row in result.diagnostics.ranks:
+        left_out = float((w_OI - delta(received(result.state, row.rank))).norm())
+        optimal = float(true_s[row.rank :].norm())
+        assert left_out <= optimal + slack
+        assert row.truncation_error == pytest.approx(optimal, abs=slack)
+        assert 0 <= row.energy_kept <= 1
+        assert row.energy_kept + row.relative_error**2 == pytest.approx(1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohort=cohorts(largest_side=8), data=st.data())
+def test_every_received_direction_can_train(cohort: Cohort, data: st.DataObject) -> None:
+    full = cohort.shape.largest_rank
+    state = aggregated(cohort, [full]).state
+    can_train(received(state, data.draw(st.integers(1, full), label="rank")))
+
+
+def can_train(factors: Factors) -> None:
+    """One step of gradient descent on B, far enough, uses all of the adapter's directions."""
+    both_zero = (factors.a_RI == 0).all(1) & (factors.b_OR == 0).all(0)
+    assert not both_zero.any()
+    b = factors.b_OR.double().requires_grad_()
+    target = torch.randn(
+        b.shape[0], factors.a_RI.shape[1], generator=torch.Generator().manual_seed(1)
+    )
+    ((b @ factors.a_RI.double()) * target.double()).sum().backward()
+    assert b.grad is not None
+    stepped = b.detach() / max(1e-30, float(b.detach().norm())) - b.grad
+    assert int(torch.linalg.matrix_rank(stepped @ factors.a_RI.double())) == factors.rank
+
+
+def test_a_low_rank_update_trains_at_a_higher_rank() -> None:
+    update = random_factors(1, out=10, in_=7, rank=2)
+    state = aggregated(Cohort(factors=[update], weights=[1.0]), [6]).state
+    assert state["S"][2:].tolist() == [0.0] * 4
+    can_train(received(state, 6))
+
+
+def test_round_0_changes_nothing_and_all_ranks_start_alike() -> None:
+    state = METHOD.start_module(module="m", shape=SHAPE, rank=6)
+    highest = received(state, 6)
+    assert not delta(highest).any()
+    can_train(highest)
+    for rank in (1, 3, 6):
+        client = received(state, rank)
+        assert client.scale == 16.0 / rank
+        assert torch.equal(client.a_RI, initial_a(seed=3, module="m", rank=rank, shape=SHAPE))
+    assert {name: tuple(part.shape) for name, part in state.items()} == METHOD.parts(SHAPE, 6)
+
+
+def test_the_state_has_room_for_the_largest_rank_and_is_float32() -> None:
+    cohort = Cohort(factors=[random_factors(1, out=10, in_=7, rank=2)], weights=[1.0])
+    result = aggregated(cohort, [2, 5, 2])
+    assert {name: tuple(part.shape) for name, part in result.state.items()} == METHOD.parts(
+        SHAPE, 5
+    )
+    assert {part.dtype for part in result.state.values()} == {torch.float32}
+    assert all(part.is_contiguous() for part in result.state.values())
+    assert [row.rank for row in result.diagnostics.ranks] == [2, 5]
+    assert (result.diagnostics.stacked_rank, result.diagnostics.route) == (2, "factored")
+    assert len(result.diagnostics.spectrum) == 5
+
+
+def test_an_adapter_sent_back_untrained_changes_nothing() -> None:
+    cohort = Cohort(factors=[random_factors(1, out=10, in_=7, rank=4)], weights=[1.0])
+    before = aggregated(cohort, [4]).state
+    after = aggregated(
+        Cohort(factors=[received(before, 4)] * 3, weights=[0.2, 0.3, 0.5]), [4]
+    ).state
+    for part in before:
+        torch.testing.assert_close(after[part], before[part], rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_updates_are_summed_in_full() -> None:
+    updates = [random_factors(s, out=10, in_=7, rank=3, dtype=torch.bfloat16) for s in range(20)]
+    cohort = Cohort(factors=updates, weights=[0.05] * 20)
+    error = (delta(received(aggregated(cohort, [7]).state, 7)) - cohort.dense()).norm()
+    assert float(error) <= FLOAT32 * cohort.size()
+
+
+def test_zero_updates_give_a_state_that_trains() -> None:
+    nothing = Factors(a_RI=torch.zeros(3, 7), b_OR=torch.zeros(10, 3), scale=2.0)
+    result = aggregated(Cohort(factors=[nothing], weights=[1.0]), [7])
+    assert not result.state["S"].any()
+    assert result.diagnostics.ranks[0].energy_kept == 1.0
+    assert result.diagnostics.ranks[0].relative_error == 0.0
+    can_train(received(result.state, 7))
+
+
+def test_a_sum_beyond_float32_is_refused_by_module() -> None:
+    huge = random_factors(1, out=10, in_=7, rank=3, size=1e25)
+    with pytest.raises(AdapterError, match=r"^m: the aggregated S does not fit float32"):
+        aggregated(Cohort(factors=[huge], weights=[1.0]), [3])
+
+
+def test_more_than_the_state_holds_is_refused_by_module() -> None:
+    state = METHOD.start_module(module="m", shape=SHAPE, rank=3)
+    with pytest.raises(AdapterError, match=r"^m: rank 4 asked of a state of rank 3"):
+        received(state, 4)
+
+
+def test_any_mix_of_ranks_works_and_the_base_stays() -> None:
+    assert METHOD.refuse([{"attention": 2, "mlp": 8}, {"attention": 200, "mlp": 30}]) is None
+    state: dict[str, Tensor] = {}
+    assert METHOD.base_delta(state) is None
+    assert METHOD.weigh([1, 3]) == [0.25, 0.75]

@@ -1,0 +1,100 @@
+"""Methods by name, their settings, local rules, weights."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.errors import ConfigError, DataError
+from fedllm.methods.factor_mean import FactorMean
+from fedllm.methods.flexlora import FlexLora
+from fedllm.methods.local import LOCAL_RULES
+from fedllm.methods.table import METHODS, build_method, method_class
+from fedllm.methods.weights import shares
+
+
+class Tempered(FlexLora):
+    """A user's own method, with an option and a setting that it insists on."""
+
+    def __init__(self, *, seed: int, alpha: float, scaling: str, temperature: float) -> None:
+        if temperature <= 0:
+            raise ValueError("temperature must be above 0")
+        super().__init__(seed=seed, alpha=alpha, scaling=scaling)
+
+
+def build(name: str, **options: object) -> object:
+    return build_method(name, seed=1, alpha=16.0, scaling="fixed", options=options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_found_by_the_name_it_bears(name: str) -> None:
+    method = build(name)
+    assert isinstance(method, method_class(name))
+    assert (METHODS[name].name, METHODS[name].kind) == (name, "lora")
+
+
+def test_a_method_of_ones_own_is_named_by_its_path() -> None:
+    assert method_class("fedllm.methods.flexlora:FlexLora") is FlexLora
+    assert isinstance(build(f"{__name__}:Tempered", temperature=1.0), FlexLora)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "flexlorra",
+            r"'flexlorra' \(did you mean flexlora\?\), need one of flexlora, factor_mean",
+        ),
+        ("zebra", r"got 'zebra', need one of flexlora, factor_mean or your own"),
+        ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
+        ("fedllm.methods.flexlora:Nothing", "has no attribute 'Nothing'"),
+        (":Class", "cannot import ':Class'"),
+        ("fedllm.methods.local:LocalRule", "lacks aggregate_module, base_delta, kind"),
+        ("fedllm.methods.table:METHODS", "lacks aggregate_module"),
+    ],
+)
+def test_a_method_that_is_none_is_refused_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^method.name: .*{message}") as refused:
+        method_class(name)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_object_that_is_not_a_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is not a class"):
+        method_class(f"{__name__}:INSTANCE")
+
+
+INSTANCE = FactorMean(seed=1, alpha=16.0)
+
+
+def test_unknown_and_missing_options_are_refused() -> None:
+    with pytest.raises(ConfigError, match="flexlora has no beta, its options are: none"):
+        build("flexlora", beta=1)
+    with pytest.raises(ConfigError, match="Tempered has no beta, its options are: temperature"):
+        build(f"{__name__}:Tempered", beta=1)
+    with pytest.raises(ConfigError, match=r"method.options: .*temperature"):
+        build(f"{__name__}:Tempered")
+    with pytest.raises(ConfigError, match="temperature must be above 0"):
+        build(f"{__name__}:Tempered", temperature=0.0)
+
+
+def test_the_optimizer_follows_from_the_local_rule() -> None:
+    assert LOCAL_RULES["fedavg"].optimizer == "sgd"
+    assert LOCAL_RULES["fedit"].optimizer == "adamw"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LOCAL_RULES["fedit"].eps = 1.0  # type: ignore[misc]
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1).filter(any))
+def test_shares_sum_to_one_and_keep_proportions(rows: list[int]) -> None:
+    weights = shares(rows)
+    assert math.fsum(weights) == pytest.approx(1.0, abs=1e-15)
+    assert weights == [pytest.approx(n / sum(rows)) for n in rows]
+
+
+@pytest.mark.parametrize("rows", [[], [0, 0], [1, -1], [1, math.nan], [math.inf]])
+def test_weights_that_mean_nothing_are_refused(rows: list[float]) -> None:
+    with pytest.raises(DataError, match="weight"):
+        shares(rows)
