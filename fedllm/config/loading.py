@@ -71,7 +71,10 @@ def validate(raw: Mapping[str, Any]) -> Config:
 def flatten(
     config: BaseModel, prefix: str = "", kind: str = "result"
 ) -> dict[str, tuple[str, Any]]:
-    """Return every key as dotted path with its kind (`result`, `execution`, `may grow`) and value."""
+    """Return every key as dotted path with its kind and value.
+
+    The kind is `result`, `execution` or `may grow`.
+    """
     keys: dict[str, tuple[str, Any]] = {}
     for name, field in type(config).model_fields.items():
         extra = field.json_schema_extra

@@ -1,0 +1,91 @@
+"""Wire a run: configuration, scheduler and, where it runs here, the compute side."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedllm.cli.options import existing_run, say
+from fedllm.config.loading import load_config
+from fedllm.config.models import Config
+from fedllm.rounds.coordinate import advance_once, coordinate
+from fedllm.rounds.opening import open_run, resumed_config
+from fedllm.rounds.run import Run
+from fedllm.scheduling.inline import Execute
+from fedllm.scheduling.seam import Scheduler
+from fedllm.scheduling.table import SCHEDULERS
+from fedllm.storage.lease import process_is_gone
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import LeaseRecord
+
+
+def default_run_dir(config_file: Path) -> Path:
+    """Return `runs/<configuration's name>`: running again resumes."""
+    return Path("runs") / config_file.stem
+
+
+def start(
+    config_file: Path, overrides: Sequence[str], run_dir: Path | None, *, take_over: bool = False
+) -> Path:
+    """Run a configuration to its end, or go on where it stopped; return the run directory."""
+    config = load_config(config_file, overrides)
+    root = run_dir or default_run_dir(config_file)
+    coordinate(opened(root, config, take_over=take_over))
+    return root
+
+
+def resume(root: Path, overrides: Sequence[str] = (), *, take_over: bool = False) -> None:
+    """Go on with a run to its end."""
+    existing_run(root)
+    coordinate(opened(root, resumed_config(root, overrides), take_over=take_over))
+
+
+def advance_run(root: Path) -> bool:
+    """Take the steps of a run that are possible now; say whether it is done."""
+    existing_run(root)
+    return advance_once(opened(root, resumed_config(root, ())))
+
+
+def opened(root: Path, config: Config, *, take_over: bool = False) -> Run:
+    """Open a run for coordination."""
+    return open_run(
+        root,
+        config,
+        make_scheduler=make_scheduler,
+        say=say,
+        holder_is_gone=holder_is_gone,
+        take_over=take_over,
+    )
+
+
+def make_scheduler(paths: RunPaths, config: Config) -> Scheduler:
+    """Return the configured scheduler."""
+    return SCHEDULERS[config.scheduler.kind](config, paths, compute_here())
+
+
+def compute_here() -> Execute:
+    """Return what runs a job's program in this process; the compute side loads on first use."""
+    programs: list[Callable[[str, Sequence[str]], int]] = []
+
+    def execute(program: str, argv: Sequence[str], task: str) -> int:
+        if not programs:
+            from fedllm.steps.programs import run as run_program
+            from fedllm.steps.session import Session
+
+            session = Session()
+            programs.append(lambda name, args: run_program(name, args, session=session))
+        os.environ["FEDLLM_TASK"] = task
+        return programs[0](program, argv)
+
+    return execute
+
+
+def holder_is_gone(holder: LeaseRecord) -> bool | None:
+    """Say whether a coordinator ended: its Slurm job if it has one, else its process."""
+    if holder.slurm_job is None:
+        return process_is_gone(holder)
+    if holder.slurm_job == os.environ.get("SLURM_JOB_ID"):
+        # the same job, requeued: its earlier start is over
+        return True
+    from fedllm.scheduling.slurm import slurm_job_state
+
+    return slurm_job_state(holder.slurm_job)

@@ -1,0 +1,110 @@
+"""Commands that look at a run or a plan: status, logs, plan."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.cli import execution
+from fedllm.cli.options import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    RunFolder,
+    existing_run,
+    fresh_folder,
+    say,
+    say_json,
+)
+from fedllm.config.loading import load_config, read_config
+from fedllm.errors import DataError
+from fedllm.reporting.logs import client_log, newest_logs, tail
+from fedllm.reporting.plan import describe_plan, plan_geometry
+from fedllm.reporting.status import RunStatus, run_status
+from fedllm.storage.paths import cache_of
+from fedllm.storage.publish import publish_bytes
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (status, logs, plan):
+        app.command()(command)
+
+
+def status(run: RunFolder, json_: AsJson = False) -> None:
+    """Say where a run stands, from its files alone."""
+    found = run_status(existing_run(run))
+    if json_:
+        say_json(dataclasses.asdict(found))
+    else:
+        say(_status_text(run, found))
+
+
+def _status_text(root: Path, found: RunStatus) -> str:
+    lines = [
+        f"run {found.run_id}: {found.state}, {found.rounds_done} of {found.rounds} rounds done",
+        f"coordinator: {found.coordinator}",
+    ]
+    current = found.current
+    if not found.prepared:
+        lines.append("prepare: not complete")
+    elif current:
+        lines.append(
+            f"round {current.round}: {current.step}; {current.published} of {current.cohort} "
+            f"clients published, {current.claimed} at work, {current.attempts} attempts"
+        )
+        lines += [f"  failed {failure}" for failure in current.failed]
+    if found.state == "stopped":
+        lines.append(f"go on with: fedllm resume {root}")
+    return "\n".join(lines)
+
+
+def logs(
+    run: RunFolder,
+    client: Annotated[
+        str | None, typer.Option("--client", metavar="C", help="Where this client trained last.")
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", help="Lines from the end of each log.")] = 20,
+) -> None:
+    """Print the ends of the newest logs, or the log of the task that trained a client."""
+    paths = existing_run(run)
+    if client is None:
+        for path in newest_logs(paths):
+            say(f"==> {path} <==")
+            say(tail(path, lines))
+        return
+    found = client_log(paths, read_config(paths.config).rounds, client)
+    if found is None:
+        raise DataError(f"client {client}: no task of this run has claimed it; see fedllm status")
+    say(f"==> {found} <==")
+    say(tail(found, lines))
+
+
+def plan(
+    config: ConfigFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write the sbatch files here.")
+    ] = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """Print the arrays of a round, their tasks, bundles, bytes and files; submit nothing."""
+    from fedllm.steps.prepare import prepare as prepare_step
+
+    loaded = load_config(config, set_ or [])
+    if out is not None:
+        fresh_folder(out)
+    prepared = prepare_step(loaded, cache_of(loaded.storage.cache, Path("runs") / config.stem))
+    geometry = plan_geometry(loaded, prepared)
+    if json_:
+        say_json(dataclasses.asdict(geometry))
+    else:
+        say(describe_plan(geometry))
+    if out is not None:
+        from fedllm.scheduling.slurm import sbatch_text
+
+        root = execution.default_run_dir(config).resolve()
+        for job in geometry.jobs(root):
+            publish_bytes(out / f"{job.name}.sbatch", sbatch_text(loaded.scheduler, job).encode())
+            say(f"wrote {out / job.name}.sbatch")

@@ -1,0 +1,73 @@
+"""The `fedllm` command: assembles the commands and turns errors into one line."""
+
+import os
+import sys
+
+import click
+import typer
+
+from fedllm.cli import adapters, inspection, looking, running
+from fedllm.errors import FedllmError
+
+app = typer.Typer(
+    name="fedllm",
+    help=(
+        "Fine-tune one language model across clients of different ranks, round after round, on "
+        "this machine or as Slurm job arrays.\n\nStart with: fedllm run configs/quickstart.yaml"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done; 1 the run failed; 2 change something; 3 incomplete: resume.",
+)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    if debug:
+        os.environ["FEDLLM_DEBUG"] = "1"
+
+
+running.register(app)
+looking.register(app)
+inspection.register(app)
+adapters.register(app)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; errors become one line on stderr."""
+    try:
+        result = app(arguments, standalone_mode=False, prog_name="fedllm")
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.ClickException as error:
+        _tell(error.format_message())
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _tell("interrupted")
+        return 3
+    except FedllmError as error:
+        if os.environ.get("FEDLLM_DEBUG"):
+            raise
+        _tell(str(error))
+        return error.exit_code
+    except Exception as error:
+        if os.environ.get("FEDLLM_DEBUG"):
+            raise
+        _tell(f"{type(error).__name__}: {error} (a bug? `fedllm --debug ...` shows where)")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _tell(message: str) -> None:
+    for line in message.splitlines() or [""]:
+        sys.stderr.write(f"fedllm: {line}\n")

@@ -1,0 +1,64 @@
+"""Arguments and options that several commands share."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedllm.errors import RunDirectoryError
+from fedllm.storage.paths import RunPaths
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. --set rounds=5."),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="Default: runs/<name of the configuration>."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", help="The coordinator that holds the run is known to be gone."),
+]
+OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")]
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def say_json(value: Any) -> None:
+    """Print a value as JSON."""
+    say(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def existing_run(root: Path) -> RunPaths:
+    """Return the paths of a run.
+
+    Raises:
+        RunDirectoryError: there is none.
+    """
+    paths = RunPaths(root=root.resolve())
+    if not paths.run.exists():
+        raise RunDirectoryError(
+            f"{root}: no run here (no run.json); `fedllm run CONFIG --run-dir {root}` starts one"
+        )
+    return paths
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Return an `--out` folder that holds nothing.
+
+    Raises:
+        RunDirectoryError: it holds something, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunDirectoryError(f"--out {folder}: exists and is not empty; choose a new folder")
+    return folder

@@ -1,0 +1,50 @@
+"""Finding logs."""
+
+from pathlib import Path
+
+from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.records import ClaimRecord, SubmissionRecord
+
+_TAIL_BYTES = 1 << 16
+
+
+def newest_logs(paths: RunPaths) -> list[Path]:
+    """Return the logs of the newest round that has any."""
+    folders = sorted(path for path in paths.all_logs.glob("*") if path.is_dir())
+    for folder in reversed(folders):
+        found = sorted(path for path in folder.iterdir() if path.suffix in {".log", ".out"})
+        if found:
+            return found
+    return sorted(paths.all_logs.glob("*.log"))
+
+
+def client_log(paths: RunPaths, rounds: int, client: str) -> Path | None:
+    """Return the log of the task that claimed a client last."""
+    for number in range(rounds, 0, -1):
+        found = _claimed_in(paths.round(number), client)
+        if found:
+            return found
+    return None
+
+
+def _claimed_in(paths: RoundPaths, client: str) -> Path | None:
+    number = 1
+    newest: Path | None = None
+    while (attempt := paths.attempt(number)).submission.exists():
+        for bundle in SubmissionRecord.read(attempt.submission).bundles:
+            claim = ClaimRecord.find(attempt.claim(bundle.number))
+            if client in bundle.clients and claim and claim.log:
+                newest = Path(claim.log)
+        number += 1
+    return newest
+
+
+def tail(path: Path, lines: int) -> str:
+    """Return the last lines of a log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return "(no longer there)"
+    return "\n".join(text.splitlines()[-lines:])

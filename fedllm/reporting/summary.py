@@ -1,0 +1,155 @@
+"""What a run achieved, as tables from its records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedllm.config.loading import read_config
+from fedllm.reporting.metrics import Mean, by_group, by_tier, mean_scores
+from fedllm.reporting.tables import number, size, text_table
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import (
+    AggregateRecord,
+    CohortRecord,
+    EvaluationRecord,
+    ModuleRecord,
+    PreparedRecord,
+)
+
+_FLOAT32_BYTES = 4
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSummary:
+    """One rank over all modules of a round: energy kept and relative truncation error."""
+
+    rank: int
+    energy_kept: float
+    truncation_error: float
+
+
+def scores_by_tier(evaluation: EvaluationRecord) -> dict[str, Mean]:
+    """Return the mean scores as deployed per tier, and over all clients as `all`."""
+    means = by_tier(evaluation.clients)
+    everyone = mean_scores(client.as_deployed for client in evaluation.clients)
+    return {**means, ALL: everyone} if everyone else means
+
+
+def last_evaluation(paths: RunPaths, rounds: int) -> EvaluationRecord | None:
+    """Return the newest evaluation of a run."""
+    for round_number in range(rounds, -1, -1):
+        found = EvaluationRecord.find(paths.round(round_number).evaluation_record)
+        if found:
+            return found
+    return None
+
+
+def rank_summaries(record: AggregateRecord) -> list[RankSummary]:
+    """Return energy kept and truncation error per rank, over all modules of a round.
+
+    Energies of modules add up: a module counts by the energy of its change.
+    """
+    kept: dict[int, float] = {}
+    total: dict[int, float] = {}
+    for module in record.modules.values():
+        for quality in module.ranks:
+            rank = quality.rank
+            kept[rank] = kept.get(rank, 0.0) + quality.energy_kept * module.total_energy
+            total[rank] = total.get(rank, 0.0) + module.total_energy
+    shares = {rank: kept[rank] / total[rank] if total[rank] else 1.0 for rank in sorted(kept)}
+    return [
+        RankSummary(
+            rank=rank,
+            energy_kept=share,
+            truncation_error=max(0.0, 1.0 - share) ** 0.5,
+        )
+        for rank, share in shares.items()
+    ]
+
+
+def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
+    """Return how many bytes a client sends (and receives) per round: A and B in float32."""
+    values = sum(
+        rank * (modules[name].out_features + modules[name].in_features)
+        for name, rank in ranks.items()
+    )
+    return _FLOAT32_BYTES * values
+
+
+def run_summary(paths: RunPaths) -> str:
+    """Return the tables that `fedllm run` ends with."""
+    config = read_config(paths.config)
+    parts = [f"run {paths.root} ({config.method.name} + {config.method.local})"]
+    base = EvaluationRecord.find(paths.round(0).evaluation_record)
+    last = last_evaluation(paths, config.rounds)
+    if base and last and last.round:
+        parts.append(_scores_table(base, last))
+    aggregated = AggregateRecord.find(paths.round(config.rounds).aggregate_record)
+    if aggregated:
+        parts.append(rank_table(aggregated))
+    cohort = CohortRecord.find(paths.round(config.rounds).cohort)
+    prepared = PreparedRecord.find(paths.prepared)
+    if cohort and prepared:
+        parts.append(bytes_table(cohort, prepared))
+    parts.append(
+        f"next: fedllm export {paths.root} --out adapter    "
+        f"fedllm status {paths.root}    fedllm resume {paths.root} --set rounds={config.rounds + 2}"
+    )
+    return "\n\n".join(parts)
+
+
+def _scores_table(base: EvaluationRecord, last: EvaluationRecord) -> str:
+    before, after = scores_by_tier(base), scores_by_tier(last)
+    rows = [
+        [
+            tier,
+            str(after[tier].clients),
+            *_arrow(before.get(tier), after[tier]),
+        ]
+        for tier in after
+    ]
+    title = f"scores as deployed, base -> round {last.round} (mean over clients)"
+    return text_table(title, ["tier", "clients", "answer loss", "Rouge-L", "exact match"], rows)
+
+
+def _arrow(before: Mean | None, after: Mean) -> list[str]:
+    names = ("loss", "rouge_l", "exact_match")
+    return [
+        (f"{number(getattr(before, name))} -> " if before else "") + number(getattr(after, name))
+        for name in names
+    ]
+
+
+def rank_table(record: AggregateRecord) -> str:
+    """Return energy kept and truncation error per rank as a table."""
+    rows = [
+        [str(s.rank), f"{100 * s.energy_kept:.2f} %", number(s.truncation_error, 4)]
+        for s in rank_summaries(record)
+    ]
+    title = f"round {record.round}: what an adapter of each rank keeps of the aggregated update"
+    return text_table(title, ["rank", "energy kept", "relative truncation error"], rows)
+
+
+def bytes_table(cohort: CohortRecord, prepared: PreparedRecord) -> str:
+    """Return the bytes that a client of each tier sends per round as a table."""
+    rows = [
+        [tier, _span(ranks), size(update_bytes(ranks, prepared.modules))]
+        for tier, ranks in cohort.ranks.items()
+    ]
+    return text_table("what a client sends per round", ["tier", "ranks", "bytes"], rows)
+
+
+def _span(ranks: Mapping[str, int]) -> str:
+    low, high = min(ranks.values()), max(ranks.values())
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def score_table(record: EvaluationRecord) -> str:
+    """Return one evaluation per tier and group as a table."""
+    groups = {**scores_by_tier(record), **by_group(record.clients)}
+    rows = [
+        [name, str(m.clients), number(m.loss), number(m.rouge_l), number(m.exact_match)]
+        for name, m in groups.items()
+    ]
+    header = ["tier or group", "clients", "answer loss", "Rouge-L", "exact match"]
+    return text_table(f"round {record.round}, mean over clients", header, rows)

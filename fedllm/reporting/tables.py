@@ -1,0 +1,35 @@
+"""Tables as plain text: the same on a terminal and in a log."""
+
+import io
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH_COLUMNS = 160
+
+
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned table; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    buffer = io.StringIO()
+    Console(file=buffer, width=_WIDTH_COLUMNS, color_system=None, highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a number with a fixed count of digits."""
+    return f"{value:.{digits}f}"
+
+
+def size(num_bytes: float) -> str:
+    """Return a size in the largest unit that leaves at least 1."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
