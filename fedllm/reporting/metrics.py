@@ -70,8 +70,10 @@ def headline(evaluation: EvaluationRecord | None) -> str:
 def write_metrics(paths: RunPaths) -> None:
     """Rebuild `metrics.jsonl`, one line per round that is done."""
     lines = []
-    for folder in sorted(paths.rounds.iterdir()):
-        round_paths = paths.round(int(folder.name))
+    # a folder that was set aside has another name
+    numbers = sorted(int(p.name) for p in paths.rounds.iterdir() if p.name.isdigit())
+    for number in numbers:
+        round_paths = paths.round(number)
         record = RoundRecord.find(round_paths.record)
         if record is None:
             continue

@@ -1,0 +1,218 @@
+"""The story of a run, its failures and its recovery, without a language model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedllm.errors import FedllmError, RunDirectoryError, RunFailed, StorageFull, UserError
+from fedllm.reporting.status import run_status
+from fedllm.rounds.coordinate import advance_once
+from fedllm.rounds.opening import resumed_config
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import (
+    CollectionRecord,
+    ErrorRecord,
+    RoundRecord,
+    RunRecord,
+    SubmissionRecord,
+)
+from tests.rounds.simulation import Simulation, complete, config_of, opened, states
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """States of a run that nothing disturbed."""
+    root = tmp_path_factory.mktemp("undisturbed") / "run"
+    complete(root, Simulation())
+    return states(root)
+
+
+def test_a_run_draws_trains_collects_aggregates_and_evaluates_every_round(tmp_path: Path) -> None:
+    simulation = Simulation()
+    complete(tmp_path / "run", simulation)
+    paths = RunPaths(root=tmp_path / "run")
+    for number in (1, 2):
+        collection = CollectionRecord.read(paths.round(number).collection)
+        trained = [client for round_, client in simulation.trained if round_ == number]
+        assert sorted(trained) == [update.client for update in collection.updates]
+        assert RoundRecord.read(paths.round(number).record).clients == 4
+    assert len(paths.metrics.read_text().splitlines()) == 3
+    assert run_status(paths).state == "done"
+
+
+def test_a_client_without_training_rows_is_never_drawn(tmp_path: Path) -> None:
+    simulation = Simulation()
+    complete(tmp_path / "run", simulation, config_of(rounds=6))
+    assert "client/9 é" not in {client for _, client in simulation.trained}
+
+
+def test_advancing_a_run_that_is_done_changes_nothing(tmp_path: Path) -> None:
+    complete(tmp_path / "run", Simulation())
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/rounds").rglob("*") if p.is_file()}
+    again = Simulation()
+    assert advance_once(opened(tmp_path / "run", again))
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/rounds").rglob("*") if p.is_file()}
+    assert before == after
+    assert not again.trained
+
+
+def test_bundling_does_not_change_the_result(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    complete(tmp_path / "run", Simulation(), config_of(scheduler__clients_per_bundle=1))
+    assert states(tmp_path / "run") == undisturbed
+
+
+def test_more_rounds_and_execution_keys_may_change_on_resume(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    complete(root, Simulation(), config_of(rounds=1))
+    complete(root, Simulation(), resumed_config(root, ["rounds=2", "scheduler.max_attempts=5"]))
+    changed = {change.key for change in RunRecord.read(RunPaths(root=root).run).changes}
+    assert changed == {"rounds", "scheduler.max_attempts"}
+
+
+def test_result_keys_are_frozen_and_named(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    complete(root, Simulation(), config_of(rounds=1))
+    with pytest.raises(RunDirectoryError, match=r"lora\.alpha .*training\.learning_rate"):
+        changed = resumed_config(root, ["training.learning_rate=0.5", "lora.alpha=3"])
+        opened(root, Simulation(), changed)
+
+
+def test_result_keys_may_change_before_the_first_round(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    simulation = Simulation()
+    simulation.before = lambda program, _target: 1 if program == "aggregate" else None
+    with pytest.raises(RunFailed):
+        complete(root, simulation, config_of(seed=1, scheduler__max_attempts=1))
+    complete(root, Simulation(), config_of(seed=3))
+    complete(tmp_path / "direct", Simulation(), config_of(seed=3))
+    assert states(root) == states(tmp_path / "direct")
+
+
+def test_fewer_rounds_are_refused(tmp_path: Path) -> None:
+    complete(tmp_path / "run", Simulation())
+    with pytest.raises(RunDirectoryError, match="rounds can only grow"):
+        opened(tmp_path / "run", Simulation(), config_of(rounds=1))
+
+
+def test_a_folder_that_is_not_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunDirectoryError, match="not a run"):
+        opened(tmp_path, Simulation())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_diverged_client_fails_the_round_and_is_named(tmp_path: Path) -> None:
+    probe = Simulation()
+    complete(tmp_path / "probe", probe)
+    client = probe.trained[0][1]
+    with pytest.raises(RunFailed, match=f"3 of 4 clients.*{client}: non-finite"):
+        complete(tmp_path / "run", Simulation(diverging=[client]))
+
+
+def test_a_quorum_lets_the_round_go_on_without_a_diverged_client(tmp_path: Path) -> None:
+    probe = Simulation()
+    complete(tmp_path / "probe", probe)
+    client = probe.trained[0][1]
+    complete(tmp_path / "run", Simulation(diverging=[client]), config_of(clients__quorum=0.75))
+    collection = CollectionRecord.read(RunPaths(root=tmp_path / "run").round(1).collection)
+    assert list(collection.failed) == [client]
+    assert len(collection.updates) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "foreign", "empty"])
+def test_a_damaged_update_is_named_and_its_clients_train_again(
+    tmp_path: Path, undisturbed: dict[str, str], damage: str
+) -> None:
+    root, said = tmp_path / "run", list[str]()
+    simulation = Simulation(log=said.append)
+
+    def damage_one(program: str, target: Path) -> None:
+        victim = next(iter(sorted(target.glob("updates/01-000-00.safetensors"))), None)
+        if program == "aggregate" and victim:
+            content = victim.read_bytes()
+            altered = content[:-1] + bytes([content[-1] ^ 1])
+            foreign = sorted(target.glob("updates/01-001-00.safetensors"))[0].read_bytes()
+            changed = {"truncated": content[:-7], "altered": altered, "foreign": foreign}
+            victim.write_bytes(changed.get(damage, b""))
+            simulation.before = lambda _program, _target: None
+
+    simulation.before = damage_one
+    complete(root, simulation)
+    assert states(root) == undisturbed
+    assert any("01-000-00.safetensors" in line for line in said)
+    trained = [client for number, client in simulation.trained if number == 1]
+    assert len(trained) == 6
+
+
+def test_a_worker_that_publishes_nothing_is_tried_again(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    simulation = Simulation()
+    attempts: list[Path] = []
+
+    def fail_twice(program: str, target: Path) -> int | None:
+        if program == "client" and len(attempts) < 2:
+            attempts.append(target)
+            return 1
+        return None
+
+    simulation.before = fail_twice
+    complete(tmp_path / "run", simulation)
+    assert [path.name for path in attempts] == ["01", "02"]
+    assert states(tmp_path / "run") == undisturbed
+
+
+def test_attempts_without_progress_are_bounded(tmp_path: Path) -> None:
+    simulation = Simulation()
+    simulation.before = lambda program, _target: 1 if program == "client" else None
+    with pytest.raises(RunFailed, match=r"no update from .* after 3 attempts; see .*logs"):
+        complete(tmp_path / "run", simulation)
+    complete(tmp_path / "run", Simulation())
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, UserError), (3, StorageFull)])
+def test_what_a_task_says_is_told_with_its_exit_code(
+    tmp_path: Path, code: int, kind: type[FedllmError]
+) -> None:
+    simulation = Simulation()
+
+    def refuse(program: str, target: Path) -> int | None:
+        if program != "client":
+            return None
+        error = ErrorRecord(kind="x", message="the reason", exit_code=code, log="worker.log")
+        error.publish(target / "tasks" / "1.error.json")
+        return code
+
+    simulation.before = refuse
+    with pytest.raises(FedllmError, match="the reason; log worker.log") as caught:
+        complete(tmp_path / "run", simulation)
+    assert caught.value.exit_code == kind.exit_code
+
+
+def test_a_damaged_state_is_aggregated_again_on_resume(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    root, said = tmp_path / "run", list[str]()
+    complete(root, Simulation())
+    (root / "rounds/0002/aggregate/global.safetensors").write_bytes(b"\0" * 100)
+    complete(root, Simulation(log=said.append))
+    assert states(root) == undisturbed
+    assert "aggregated again" in said[0]
+
+
+def test_every_coordinator_record_carries_its_lease(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    complete(root, Simulation(), config_of(rounds=1))
+    complete(root, Simulation(), config_of(rounds=2))
+    plans = [SubmissionRecord.read(p) for p in sorted(root.glob("rounds/*/attempts/01/sub*"))]
+    assert [plan.lease for plan in plans] == [1, 2]
+
+
+def test_retention_keeps_the_last_states_and_the_updates_of_the_last_round(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    complete(root, Simulation(), config_of(rounds=5))
+    assert list(states(root)) == ["0000", "0004", "0005"]
+    assert [p.parts[-2] for p in root.glob("rounds/*/updates")] == ["0005"]
+    hashes = [json.loads(p.read_text())["sha256"] for p in root.glob("rounds/*/aggregate/*.json")]
+    assert len(hashes) == 6
