@@ -185,7 +185,7 @@ def test_what_a_task_says_is_told_with_its_exit_code(
         return code
 
     simulation.before = refuse
-    with pytest.raises(FedllmError, match="the reason; log worker.log") as caught:
+    with pytest.raises(FedllmError, match=r"the reason; log worker\.log") as caught:
         complete(tmp_path / "run", simulation)
     assert caught.value.exit_code == kind.exit_code
 
