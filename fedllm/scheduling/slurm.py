@@ -1,0 +1,214 @@
+"""Slurm through submitit: arrays of our own programs instead of pickled functions.
+
+submitit writes the sbatch file and reads the id. Its pickles, its files per task and its view of
+what is finished are not used: a task gets a path, and what is complete is told by records that
+the task itself writes.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+
+from fedllm.config.models import SchedulerSection
+from fedllm.scheduling.seam import Job, TaskState
+from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm_options import (
+    TASK_DEFAULTS,
+    WRITTEN_BY_SUBMITIT,
+    Flags,
+    refusal,
+    sbatch_flags,
+)
+from fedllm.scheduling.slurm_queue import Queue
+from fedllm.storage.paths import shipped
+from fedllm.storage.publish import publish_bytes, storage_errors
+
+
+def log_of(log_folder: Path, task: str, *, process: int = 0) -> Path:
+    """Return the log of a task, as submitit names it."""
+    return log_folder / f"{task}_{process}_log.out"
+
+
+class ArrayExecutor(SlurmExecutor):
+    """submitit's executor for one array, which runs a command line and leaves one file.
+
+    Args:
+        job: the array; also one task is an array, so that all ids look alike.
+        parameters: submitit's parameters.
+        environment: for sbatch.
+        without: flags that submitit always writes and that the options take away.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        parameters: Mapping[str, Any],
+        environment: Mapping[str, str],
+        without: Sequence[str],
+    ) -> None:
+        super().__init__(job.log_folder)
+        self.update_parameters(**parameters)
+        self.parameters["map_count"] = job.tasks
+        self._file = self.folder / f"{job.name}.sbatch"
+        self._environment = environment
+        self._without = tuple(f"#SBATCH --{flag}=" for flag in without)
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Be available where Slurm is not: a plan writes sbatch files on a laptop too."""
+        return 2
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        lines = super()._make_submission_file_text(command, uid).splitlines()
+        return "\n".join(line for line in lines if not line.startswith(self._without)) + "\n"
+
+    def _submit_command(self, command: str) -> SlurmJob[Any]:
+        """Submit without submitit's symbolic links, chmods and words on stderr.
+
+        Nothing follows sbatch that could fail and lose the id.
+        """
+        publish_bytes(self._file, self._make_submission_file_text(command, "").encode())
+        said = call(self._make_submission_command(self._file), environment=self._environment)
+        job_id = self._get_job_id_from_submission_command(said)
+        return SlurmJob(folder=self.folder, job_id=job_id)
+
+    def text(self, command: str) -> str:
+        """Return the sbatch file."""
+        return self._make_submission_file_text(command, "")
+
+    def array_id(self, command: str) -> str:
+        """Submit the array and return its id."""
+        return str(self._submit_command(command).job_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmScheduler:
+    """Submits every job as an array of tasks and asks Slurm rarely.
+
+    Args:
+        section: the scheduler's configuration.
+        jobs_folder: where `client.py` and the other programs lie.
+    """
+
+    section: SchedulerSection
+    jobs_folder: Path = field(default_factory=lambda: shipped("jobs"))
+    _queue: Queue = field(init=False)
+
+    def __post_init__(self) -> None:
+        queue = Queue(query_seconds=self.section.query_seconds)
+        object.__setattr__(self, "_queue", queue)
+
+    @property
+    def slots(self) -> int:
+        """`scheduler.max_parallel`: Slurm starts fewer where the cluster is full."""
+        return self.section.max_parallel
+
+    def submit(self, job: Job) -> list[str]:
+        """Submit the array and return its task ids, `1234_0` first.
+
+        Raises:
+            ConfigError: sbatch refuses an option; the message names its key.
+            SchedulerUnreachable: slurmctld does not answer; whether it took the array is unknown.
+        """
+        with storage_errors(job.log_folder):
+            job.log_folder.mkdir(parents=True, exist_ok=True)
+        flags = self._flags(job)
+        try:
+            array = self._executor(job, flags).array_id(self._command(job))
+        except CommandRefused as error:
+            sbatch = self.section.sbatch
+            raise refusal(str(error), flags, sbatch=sbatch, program=job.program) from error
+        ids = [f"{array}_{number}" for number in range(job.tasks)]
+        self._queue.expect(ids)
+        return ids
+
+    def sbatch_text(self, job: Job) -> str:
+        """Return the file that `submit` would give to sbatch; works without Slurm."""
+        return self._executor(job, self._flags(job)).text(self._command(job))
+
+    def find(self, name: str) -> list[str] | None:
+        """Return the tasks of the arrays submitted under `name`, or None if Slurm knows none.
+
+        Raises:
+            SchedulerUnreachable: slurmctld does not answer.
+        """
+        return self._queue.find(name)
+
+    def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
+        """Return the state of every task, from an answer at most `query_seconds` old."""
+        return self._queue.states(ids)
+
+    def reasons(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return state, exit code and node of ended tasks, where Slurm still knows them."""
+        return self._queue.reasons(ids)
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """End tasks; those that are gone are passed over.
+
+        Raises:
+            SchedulerUnreachable: slurmctld does not answer.
+        """
+        self._queue.cancel(ids)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; records are looked for on the way out."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Leave the jobs alone: they go on without a coordinator."""
+
+    def _flags(self, job: Job) -> Flags:
+        defaults = {**TASK_DEFAULTS, "comment": f"fedllm {job.program}: {job.name}"}
+        sbatch = self.section.sbatch
+        return sbatch_flags(job.options, sbatch=sbatch, program=job.program, defaults=defaults)
+
+    def _command(self, job: Job) -> str:
+        # `scheduler.python` may be several words: `apptainer exec image.sif python`
+        python = self.section.python or shlex.quote(sys.executable)
+        program = self.jobs_folder / f"{job.program}.py"
+        return f"{python} -u {shlex.join([str(program), *job.argv])}"
+
+    def _executor(self, job: Job, flags: Flags) -> ArrayExecutor:
+        steps = ["--open-mode=append", "--kill-on-bad-exit=1", "--export=ALL"]
+        if "cpus-per-task" in flags:
+            # srun does not take it over from sbatch since Slurm 22.05
+            steps.append(f"--cpus-per-task={flags['cpus-per-task']}")
+        parameters = {
+            "job_name": job.name,
+            "wckey": None,
+            "stderr_to_stdout": True,
+            "array_parallelism": self.section.max_parallel,
+            "setup": [*_exports(job), *self.section.setup],
+            "srun_args": steps,
+            "additional_parameters": flags,
+        }
+        return ArrayExecutor(
+            job,
+            parameters=parameters,
+            environment=clean_environment(configured=flags),
+            without=[flag for flag in WRITTEN_BY_SUBMITIT if flag not in flags],
+        )
+
+
+def _exports(job: Job) -> list[str]:
+    """Return the lines that tell a task who it is and what it inherits, whatever `--export`."""
+    folder = shlex.quote(str(job.log_folder.resolve()))
+    inherited = {
+        name: value
+        for name, value in sorted(clean_environment().items())
+        if name.startswith("FEDLLM_")
+    }
+    if job.program != "prepare":
+        inherited["HF_HUB_OFFLINE"] = "1"
+    return [
+        'export FEDLLM_TASK="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_0_log.out"',
+        *(f"export {name}={shlex.quote(value)}" for name, value in inherited.items()),
+    ]

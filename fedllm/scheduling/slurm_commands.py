@@ -1,0 +1,118 @@
+"""Slurm's commands: one call, one clean environment, failures told apart."""
+
+import os
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+
+from fedllm.errors import UserError
+from fedllm.scheduling.seam import SchedulerUnreachable
+
+COMMAND_TIMEOUT_SECONDS = 120
+
+# What a Slurm job or a submitter's shell sets and a command of ours must not inherit: CPU binding,
+# array ids, filters and formats of squeue, and sbatch defaults, which would win over the file.
+_INHERITED = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_")
+# What a launcher of several processes, or we ourselves, told this one job.
+_OWN = {
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("FEDLLM_TASK", "FEDLLM_LOG", "FEDLLM_PYTHON", "FEDLLM_SETUP"),
+}
+# A site's or user's defaults stay in force where the configuration says nothing.
+_SITE_DEFAULTS = ("account", "partition", "qos", "reservation", "constraint")
+
+_TRANSIENT = (
+    "unable to contact slurm controller",
+    "socket timed out",
+    "connection refused",
+    "communication connection failure",
+    "communication shutdown",
+    "zero bytes were transmitted",
+    "backup controller",
+    "temporarily unable",
+    "temporarily unavailable",
+    "connection timed out",
+    "transport endpoint is not connected",
+    "message receive failure",
+    "unexpected message received",
+    "protocol authentication error",
+    "slurmdbd",
+)
+_NO_CLUSTER = ("configuration source", "unable to process configuration file")
+
+
+class CommandRefused(Exception):
+    """A command that reached Slurm and was turned down; the message is what it said, one line."""
+
+
+def clean_environment(
+    given: Mapping[str, str] | None = None, *, configured: Collection[str] = ()
+) -> dict[str, str]:
+    """Return an environment for a Slurm command, the same inside a job as outside.
+
+    Args:
+        given: the environment to clean; default that of this process.
+        configured: sbatch options that are given explicitly; a default of the same option in the
+            environment (`SBATCH_ACCOUNT`) would win over the file and is dropped.
+    """
+    given = os.environ if given is None else given
+    kept = {f"SBATCH_{option.upper()}" for option in _SITE_DEFAULTS if option not in configured}
+    kept |= {"SLURM_CONF", "SLURM_CONF_SERVER"}
+    return {
+        name: value
+        for name, value in given.items()
+        if name in kept or not (name.startswith(_INHERITED) or name in _OWN)
+    }
+
+
+def call(words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
+    """Run a Slurm command and return its output.
+
+    Raises:
+        UserError: the command is not installed, or knows of no cluster.
+        SchedulerUnreachable: Slurm does not answer now.
+        CommandRefused: Slurm answered, and refused.
+    """
+    try:
+        done = subprocess.run(
+            list(words),
+            env=clean_environment() if environment is None else dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMMAND_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{words[0]}: not found; scheduler.kind slurm needs Slurm's commands in PATH, "
+            "scheduler.kind local does not"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SchedulerUnreachable(
+            f"{words[0]}: no answer within {COMMAND_TIMEOUT_SECONDS} s; is slurmctld overloaded?"
+        ) from error
+    if done.returncode == 0:
+        return done.stdout
+    raise _failure(words[0], done.stderr or done.stdout, done.returncode)
+
+
+def _failure(command: str, said: str, status: int) -> Exception:
+    message = _one_line(command, said) or f"exit status {status}"
+    folded = message.lower()
+    if any(text in folded for text in _NO_CLUSTER):
+        return UserError(
+            f"{command}: {message}; set SLURM_CONF or start from a host of the cluster"
+        )
+    if any(text in folded for text in _TRANSIENT) or status < 0:
+        return SchedulerUnreachable(f"{command}: {message}")
+    return CommandRefused(message)
+
+
+def _one_line(command: str, said: str) -> str:
+    """Return a command's words without its name, hints and line breaks."""
+    lines = [line.strip() for line in said.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Try ")]
+    for prefix in (f"{command}: ", "error: ", "fatal: "):
+        lines = [line.removeprefix(prefix) for line in lines]
+    return "; ".join(dict.fromkeys(lines))

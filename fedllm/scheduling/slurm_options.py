@@ -1,0 +1,124 @@
+"""From `scheduler.sbatch` to flags of sbatch, and from what sbatch refuses back to its key."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from fedllm.config.models import SbatchOptions, SbatchSection
+from fedllm.errors import ConfigError
+from fedllm.scheduling.seam import Option
+
+# An array task is one process on one node unless the options say more. Requeueing, appending to
+# logs, the warning before the end and a time limit are said explicitly: sites differ in theirs.
+TASK_DEFAULTS: Mapping[str, Option] = {
+    "nodes": 1,
+    "time": 60,
+    "requeue": True,
+    "open-mode": "append",
+    "signal": "USR2@90",
+}
+# submitit writes these whether or not it is told to.
+WRITTEN_BY_SUBMITIT = ("nodes", "time", "signal", "open-mode")
+
+Flags = Mapping[str, str | int | float | bool]
+
+_OWNED = {
+    "array": "the number of tasks and scheduler.max_parallel decide it",
+    "job-name": "names find submissions again",
+    "output": "logs lie in the run directory",
+    "error": "logs lie in the run directory",
+    "wrap": "tasks run programs of fedllm",
+    "test-only": "nothing would run",
+}
+
+# Words of a refusal, and the options that they may be about.
+_ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("partition", ("partition", "account")),
+    ("qos", ("qos",)),
+    ("account", ("account", "partition")),
+    ("time limit", ("time", "partition")),
+    ("feature", ("constraint",)),
+    ("reservation", ("reservation",)),
+    ("generic resource", ("gres", "gpus", "gpus-per-node", "gpus-per-task")),
+    ("memory", ("mem", "mem-per-cpu", "mem-per-gpu")),
+    (
+        "node configuration",
+        ("cpus-per-task", "mem", "gpus", "gpus-per-node", "gres", "constraint", "nodes"),
+    ),
+    ("node name", ("nodelist", "exclude")),
+    ("dependency", ("dependency",)),
+    ("wckey", ("wckey",)),
+)
+
+
+def flag_name(key: str) -> str:
+    """Return the long flag of an option as users write it: `cpus_per_task`, `--cpus-per-task`."""
+    return key.strip().removeprefix("--").replace("_", "-")
+
+
+def sbatch_flags(
+    options: Mapping[str, Option],
+    *,
+    sbatch: SbatchSection,
+    program: str,
+    defaults: Mapping[str, Option],
+) -> Flags:
+    """Return the flags to give: `True` is a flag without value; nothing is absent.
+
+    An option that is null or false takes a default away; `requeue: false` says `--no-requeue`.
+
+    Raises:
+        ConfigError: an option that fedllm decides itself.
+    """
+    chosen: dict[str, Option] = dict(defaults)
+    for key, value in options.items():
+        name = flag_name(key)
+        if name in _OWNED:
+            where = key_of(name, value, sbatch=sbatch, program=program)
+            raise ConfigError(f"{where}: set by fedllm itself ({_OWNED[name]}); remove it")
+        chosen[name] = value
+    if chosen.get("requeue") is False:
+        chosen["no-requeue"] = True
+    return {
+        name: value for name, value in chosen.items() if value is not None and value is not False
+    }
+
+
+def key_of(option: str, value: Option, *, sbatch: SbatchSection, program: str) -> str:
+    """Return the configuration key that gave an option its value, the most specific one."""
+    for name, options in _sections(sbatch, program):
+        for key, configured in options.items():
+            if flag_name(key) == option and configured == value:
+                return f"scheduler.sbatch.{name}.{key}"
+    return f"scheduler.sbatch.{program}.{option}"
+
+
+def refusal(said: str, flags: Flags, *, sbatch: SbatchSection, program: str) -> ConfigError:
+    """Return one line that names the options which sbatch's words are about."""
+    if "job array specification" in said:
+        return ConfigError(f"scheduler.max_parallel: more tasks than MaxArraySize ({said})")
+    keys = (
+        f"{key_of(option, flags[option], sbatch=sbatch, program=program)}: {flags[option]}"
+        for option in _options_meant(said, flags)
+    )
+    where = ", ".join(keys) or f"scheduler.sbatch.{program}"
+    return ConfigError(f"{where}: refused by sbatch ({said}); change it")
+
+
+def _options_meant(said: str, flags: Flags) -> list[str]:
+    """Return the given options that a refusal names, else those that its words may be about."""
+    named = [name for name in re.findall(r"--([a-z][a-z-]*)", said) if name in flags]
+    if named:
+        return list(dict.fromkeys(named))
+    for words, options in _ABOUT:
+        given = [option for option in options if option in flags]
+        if words in said.lower() and given:
+            return given
+    return []
+
+
+def _sections(sbatch: SbatchSection, program: str) -> Iterator[tuple[str, SbatchOptions]]:
+    if program == "client":
+        yield from ((f"tiers.{tier}", options) for tier, options in sbatch.tiers.items())
+    own: SbatchOptions = getattr(sbatch, program)
+    yield program, own
+    yield "default", sbatch.default

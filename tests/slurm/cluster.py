@@ -1,0 +1,105 @@
+"""A development cluster as tests use it."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+DEVCLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "devcluster"
+NODES = 2
+# before any test changes PATH
+ENVIRONMENT = dict(os.environ)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A running cluster of two nodes with four CPUs each."""
+
+    root: Path
+    port: int
+    accounting: bool
+
+    @property
+    def conf(self) -> Path:
+        return self.root / "etc" / "slurm.conf"
+
+    def devcluster(self, *words: str) -> None:
+        """Run a verb of slurm/devcluster."""
+        settings = {
+            "DEVCLUSTER_DIR": str(self.root),
+            "DEVCLUSTER_PORT": str(self.port),
+            "DEVCLUSTER_ACCOUNTING": str(int(self.accounting)),
+            "DEVCLUSTER_NODES": str(NODES),
+        }
+        # daemons inherit the output, so that a pipe would stay open
+        with (self.root.parent / f"{self.root.name}.log").open("ab") as log:
+            done = subprocess.run(
+                [DEVCLUSTER, *words],
+                env=ENVIRONMENT | settings,
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+        assert done.returncode == 0, f"devcluster {words}: {Path(log.name).read_text()}"
+
+    def slurm(self, *words: str) -> str:
+        """Run a Slurm command."""
+        done = subprocess.run(
+            words, env=ENVIRONMENT | {"SLURM_CONF": str(self.conf)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+
+def free_ports(count: int) -> int:
+    """Return the first of `count` ports in a row that nobody listens on."""
+    # below the range that outgoing connections are given
+    first = random.Random(os.getpid()).randrange(17000, 30000)
+    while not all(_is_free(port) for port in range(first, first + count)):
+        first += count
+    return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def until(condition: Callable[[], object], *, seconds: float = 30.0) -> None:
+    """Wait for a condition."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def intercept(folder: Path, command: str, script: str, environment: Mapping[str, str]) -> str:
+    """Put a program in front of a command and return the PATH that finds it first.
+
+    `$REAL` is the real command in the script, so that it can stop or kill before or after it:
+    the product has no fault points of its own.
+    """
+    path = environment["PATH"]
+    found = (Path(place) / command for place in path.split(os.pathsep))
+    real = next(program for program in found if program.exists())
+    folder.mkdir(exist_ok=True)
+    wrapper = folder / command
+    wrapper.write_text(f"#!/bin/bash\nREAL={real}\n{script}\n")
+    wrapper.chmod(0o755)
+    return f"{folder}{os.pathsep}{path}"
+
+
+def program(jobs_folder: Path, name: str, body: str) -> None:
+    """Write a job program of the test's own."""
+    jobs_folder.mkdir(exist_ok=True)
+    (jobs_folder / f"{name}.py").write_text(f"# {sys.executable}\n{body}")

@@ -1,0 +1,115 @@
+"""The coordinator's job on a real Slurm: started, requeued, ended, and known to the lease."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config.models import ClientsSection, Config, SbatchSection, SchedulerSection
+from fedllm.errors import ConfigError, LeaseError
+from fedllm.scheduling.slurm_coordinator import (
+    cancel_job,
+    holder_is_gone,
+    job_is_gone,
+    submit_coordinator,
+)
+from fedllm.storage.lease import boot_id, process_start_time
+from fedllm.storage.records import LeaseRecord
+from tests.slurm.cluster import Cluster, until
+
+pytestmark = pytest.mark.slurm
+
+# Stands where Python would: notes what it was called with, stays, notes that it was told to stop.
+COORDINATOR = """#!/bin/bash
+echo "$BY_SETUP:" "${@: -4}" >> "$TOLD/called"
+trap 'echo stopped >> "$TOLD/called"; exit 3' TERM
+sleep 60 & wait
+"""
+
+
+@pytest.fixture
+def run_root(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ARG001
+    monkeypatch.setenv("TOLD", str(tmp_path))
+    stand_in = tmp_path / "python of mine"
+    stand_in.write_text(COORDINATOR)
+    stand_in.chmod(0o755)
+    return tmp_path / "run"
+
+
+def configured(run_root: Path, **sbatch: Any) -> Config:
+    scheduler = SchedulerSection(
+        kind="slurm",
+        python=f"'{run_root.parent / 'python of mine'}'",
+        setup=("export BY_SETUP='set up'",),
+        sbatch=SbatchSection(coordinator=sbatch),
+    )
+    return Config(clients=ClientsSection(), scheduler=scheduler)
+
+
+def calls(run_root: Path) -> list[str]:
+    path = run_root.parent / "called"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_submitted_coordinator_runs_the_resolved_configuration_and_starts_again_when_requeued(
+    run_root: Path, cluster: Cluster
+) -> None:
+    config = configured(run_root, time=30, partition="high")
+    job = submit_coordinator(run_root, config, "ab12")
+    expected = f"set up: run {run_root}/config.yaml --run-dir {run_root}"
+    until(lambda: calls(run_root) == [expected])
+    asked = cluster.slurm("squeue", "-h", "-o", "%j|%P|%l")
+    assert asked.strip() == "fedllm-ab12-coordinator|high|30:00"
+    assert job_is_gone(job) is False
+    with pytest.raises(LeaseError, match=f"its coordinator waits or runs as Slurm job {job}"):
+        submit_coordinator(run_root, config, "ab12")
+    # what Slurm sends two minutes before the time limit
+    cluster.slurm("scancel", "--batch", "--signal=USR2", job)
+    log = run_root / "logs" / f"coordinator-{job}.log"
+    until(lambda: "time is nearly over: requeued" in log.read_text())
+    assert job_is_gone(job) is False
+    until(lambda: calls(run_root).count(expected) == 2)
+    cancel_job(job)
+    until(lambda: job_is_gone(job))
+    cancel_job(job)
+
+
+def test_a_cancelled_coordinator_is_told_to_stop(run_root: Path) -> None:
+    job = submit_coordinator(run_root, configured(run_root), "cd34")
+    until(lambda: calls(run_root))
+    cancel_job(job)
+    until(lambda: job_is_gone(job))
+    assert calls(run_root)[-1] == "stopped"
+
+
+def test_a_refused_option_is_named_with_its_key(run_root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^scheduler\.sbatch\.coordinator\.partition: nope: "):
+        submit_coordinator(run_root, configured(run_root, partition="nope"), "ef56")
+
+
+def test_a_holder_is_gone_when_its_job_is_or_without_a_job_its_process(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def holder(job: str | None, *, pid: int = os.getpid()) -> LeaseRecord:
+        return LeaseRecord(
+            number=1,
+            host=os.uname().nodename,
+            boot_id=boot_id(),
+            pid=pid,
+            start_time=process_start_time(pid) or "ended",
+            slurm_job=job,
+        )
+
+    waiting = cluster.slurm("sbatch", "--parsable", "--hold", "--wrap=true").strip()
+    assert holder_is_gone(holder(waiting, pid=2**22)) is False
+    assert holder_is_gone(holder("999999")) is True
+    assert holder_is_gone(holder(None)) is False
+    assert holder_is_gone(holder(None, pid=2**22)) is True
+    # the same job, requeued
+    monkeypatch.setenv("SLURM_JOB_ID", waiting)
+    assert holder_is_gone(holder(waiting, pid=2**22)) is True
+    assert holder_is_gone(holder(waiting)) is False
+    # another process of the same machine cannot ask
+    monkeypatch.setenv("PATH", "")
+    assert holder_is_gone(holder("999999")) is None

@@ -1,0 +1,130 @@
+"""The file given to sbatch, and what is said when sbatch refuses it; no Slurm is needed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config.models import SbatchSection, SchedulerSection
+from fedllm.errors import ConfigError
+from fedllm.scheduling.seam import Job
+from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm_commands import clean_environment
+from fedllm.scheduling.slurm_options import TASK_DEFAULTS, refusal, sbatch_flags
+
+
+def text_of(options: dict[str, Any], *, tasks: int = 3, **scheduler: Any) -> list[str]:
+    section = SchedulerSection(python="/env/bin/python", **scheduler)
+    job = Job(
+        name="fedllm-x-r0001-a01-small-0",
+        program="client",
+        argv=("/run/rounds/0001/attempts/01", "--class", "small"),
+        tasks=tasks,
+        log_folder=Path("/run/logs/0001"),
+        options=options,
+    )
+    scheduled = SlurmScheduler(section=section, jobs_folder=Path("/jobs"))
+    return scheduled.sbatch_text(job).splitlines()
+
+
+def test_the_file_runs_our_program_as_a_throttled_array_with_everything_explicit() -> None:
+    lines = text_of({"cpus_per_task": 2, "partition": "low"}, max_parallel=2)
+    assert [line for line in lines if line.startswith("#SBATCH")] == [
+        "#SBATCH --array=0-2%2",
+        "#SBATCH --comment='fedllm client: fedllm-x-r0001-a01-small-0'",
+        "#SBATCH --cpus-per-task=2",
+        "#SBATCH --job-name=fedllm-x-r0001-a01-small-0",
+        "#SBATCH --nodes=1",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --output=/run/logs/0001/%A_%a_0_log.out",
+        "#SBATCH --partition=low",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=USR2@90",
+        "#SBATCH --time=60",
+    ]
+    command = next(line for line in lines if line.startswith("srun"))
+    assert "--kill-on-bad-exit=1" in command
+    assert "--cpus-per-task=2" in command
+    assert command.endswith(
+        " /env/bin/python -u /jobs/client.py /run/rounds/0001/attempts/01 --class small"
+    )
+
+
+def test_one_task_is_an_array_too() -> None:
+    assert "#SBATCH --array=0-0%1" in text_of({}, tasks=1)
+
+
+def test_any_option_passes_and_null_takes_a_default_away() -> None:
+    options = {
+        "signal": None,
+        "time": "2:00:00",
+        "requeue": False,
+        "--exclusive": True,
+        "wckey": "w",
+    }
+    lines = text_of(options)
+    assert "#SBATCH --exclusive" in lines
+    assert "#SBATCH --no-requeue" in lines
+    assert "#SBATCH --time=2:00:00" in lines
+    assert "#SBATCH --wckey=w" in lines
+    assert not any("--signal" in line or "--requeue" in line for line in lines)
+
+
+def test_setup_lines_come_before_the_program_and_after_what_they_may_override() -> None:
+    lines = text_of({}, setup=("module load cuda",))
+    exported = next(i for i, line in enumerate(lines) if line.startswith("export FEDLLM_LOG="))
+    command = next(i for i, line in enumerate(lines) if line.startswith("srun"))
+    assert exported < lines.index("module load cuda") < command
+
+
+def test_an_option_that_fedllm_decides_is_refused_with_its_key() -> None:
+    sbatch = SbatchSection(tiers={"small": {"job_name": "mine"}})
+    with pytest.raises(ConfigError, match=r"^scheduler\.sbatch\.tiers\.small\.job_name: set by"):
+        sbatch_flags({"job_name": "mine"}, sbatch=sbatch, program="client", defaults=TASK_DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ("Invalid --time specification", "default.time: x"),
+        (
+            "invalid partition specified: nope; Batch job submission failed",
+            "client.partition: nope",
+        ),
+        ("Requested node configuration is not available", "tiers.large.mem: 900G"),
+        ("unrecognized option '--frobnicate=1'", "client.frobnicate: 1"),
+        ("Job violates accounting/QOS policy", "client.qos: q"),
+        ("something new", "client"),
+    ],
+)
+def test_a_refusal_names_the_option_it_is_about_and_its_key(said: str, key: str) -> None:
+    sbatch = SbatchSection(
+        default={"time": "x", "mem": "1G"},
+        client={"partition": "nope", "frobnicate": 1, "qos": "q"},
+        tiers={"small": {"mem": "2G"}, "large": {"mem": "900G"}},
+    )
+    flags = {"time": "x", "partition": "nope", "mem": "900G", "frobnicate": 1, "qos": "q"}
+    error = refusal(said, flags, sbatch=sbatch, program="client")
+    assert str(error) == f"scheduler.sbatch.{key}: refused by sbatch ({said}); change it"
+
+
+def test_a_command_inherits_nothing_of_the_job_it_runs_in_but_the_cluster() -> None:
+    job = {
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_CPU_BIND": "mask",
+        "SLURM_CONF": "/etc/slurm.conf",
+        "SBATCH_ACCOUNT": "me",
+        "SBATCH_PARTITION": "elsewhere",
+        "SBATCH_ARRAY_INX": "0-9",
+        "SQUEUE_STATES": "RUNNING",
+        "FEDLLM_TASK": "1_3",
+        "FEDLLM_CACHE": "/cache",
+        "RANK": "0",
+        "PATH": "/bin",
+    }
+    assert clean_environment(job, configured={"partition"}) == {
+        "SLURM_CONF": "/etc/slurm.conf",
+        "SBATCH_ACCOUNT": "me",
+        "FEDLLM_CACHE": "/cache",
+        "PATH": "/bin",
+    }
