@@ -12,10 +12,9 @@ from fedllm.rounds.opening import open_run, resumed_config
 from fedllm.rounds.run import Run
 from fedllm.scheduling.inline import Execute
 from fedllm.scheduling.seam import Scheduler
+from fedllm.scheduling.slurm_coordinator import holder_is_gone
 from fedllm.scheduling.table import SCHEDULERS
-from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import LeaseRecord
 
 
 def default_run_dir(config_file: Path) -> Path:
@@ -77,15 +76,3 @@ def compute_here() -> Execute:
         return programs[0](program, argv)
 
     return execute
-
-
-def holder_is_gone(holder: LeaseRecord) -> bool | None:
-    """Say whether a coordinator ended: its Slurm job if it has one, else its process."""
-    if holder.slurm_job is None:
-        return process_is_gone(holder)
-    if holder.slurm_job == os.environ.get("SLURM_JOB_ID"):
-        # the same job, requeued: its earlier start is over
-        return True
-    from fedllm.scheduling.slurm import slurm_job_state
-
-    return slurm_job_state(holder.slurm_job)

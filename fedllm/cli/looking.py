@@ -102,9 +102,10 @@ def plan(
     else:
         say(describe_plan(geometry))
     if out is not None:
-        from fedllm.scheduling.slurm import sbatch_text
+        from fedllm.scheduling.slurm import SlurmScheduler
 
+        scheduler = SlurmScheduler(section=loaded.scheduler)
         root = execution.default_run_dir(config).resolve()
         for job in geometry.jobs(root):
-            publish_bytes(out / f"{job.name}.sbatch", sbatch_text(loaded.scheduler, job).encode())
+            publish_bytes(out / f"{job.name}.sbatch", scheduler.sbatch_text(job).encode())
             say(f"wrote {out / job.name}.sbatch")

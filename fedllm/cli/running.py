@@ -51,7 +51,7 @@ def resume(run: RunFolder, set_: Overrides = None, take_over: TakeOver = False) 
 def submit(config: ConfigFile, run_dir: RunDir = None, set_: Overrides = None) -> None:
     """Submit the coordinator as a small Slurm job; it submits everything else."""
     from fedllm.rounds.opening import close_run
-    from fedllm.scheduling.slurm import submit_coordinator
+    from fedllm.scheduling.slurm_coordinator import submit_coordinator
 
     loaded = load_config(config, set_ or [])
     root = run_dir or execution.default_run_dir(config)
@@ -115,7 +115,7 @@ def _end_coordinator(paths: RunPaths) -> str:
     if holder is None or paths.released(number).exists():
         return "no coordinator is at work"
     if holder.slurm_job:
-        from fedllm.scheduling.slurm import cancel_job
+        from fedllm.scheduling.slurm_coordinator import cancel_job
 
         cancel_job(holder.slurm_job)
         return f"coordinator job {holder.slurm_job} cancelled"
