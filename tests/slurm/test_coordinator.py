@@ -15,6 +15,7 @@ from fedllm.scheduling.slurm_coordinator import (
     submit_coordinator,
 )
 from fedllm.storage.lease import boot_id, process_start_time
+from fedllm.storage.paths import shipped
 from fedllm.storage.records import LeaseRecord
 from tests.slurm.cluster import Cluster, until
 
@@ -22,19 +23,23 @@ pytestmark = pytest.mark.slurm
 
 # Stands where Python would: notes what it was called with, stays, notes that it was told to stop.
 COORDINATOR = """#!/bin/bash
-echo "$BY_SETUP:" "${@: -4}" >> "$TOLD/called"
+echo "$BY_SETUP:" "${@:4}" >> "$TOLD/called"
 trap 'echo stopped >> "$TOLD/called"; exit 3' TERM
-sleep 60 & wait
+sleep "${STAYS:-60}" & wait
+exit 3
 """
 
 
 @pytest.fixture
 def run_root(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ARG001
     monkeypatch.setenv("TOLD", str(tmp_path))
-    stand_in = tmp_path / "python of mine"
-    stand_in.write_text(COORDINATOR)
-    stand_in.chmod(0o755)
+    stand_in(tmp_path / "python of mine")
     return tmp_path / "run"
+
+
+def stand_in(path: Path) -> None:
+    path.write_text(COORDINATOR)
+    path.chmod(0o755)
 
 
 def configured(run_root: Path, **sbatch: Any) -> Config:
@@ -81,6 +86,26 @@ def test_a_cancelled_coordinator_is_told_to_stop(run_root: Path) -> None:
     cancel_job(job)
     until(lambda: job_is_gone(job))
     assert calls(run_root)[-1] == "stopped"
+
+
+def test_the_script_finds_the_clone_it_lies_in_and_ends_as_the_run_did(
+    cluster: Cluster, run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = run_root.parent / "clone"
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    stand_in(clone / ".venv" / "bin" / "python")
+    (clone / "slurm").mkdir()
+    script = clone / "slurm" / "coordinator.sbatch"
+    script.write_bytes(shipped("slurm/coordinator.sbatch").read_bytes())
+    monkeypatch.setenv("BY_SETUP", "by hand")
+    monkeypatch.setenv("STAYS", "0")
+    log = run_root.parent / "log"
+    words = ("--parsable", f"--output={log}", str(script), "my config.yaml", "--set", "rounds=2")
+    job = cluster.slurm("sbatch", *words, environment=os.environ).strip()
+    until(lambda: job_is_gone(job))
+    assert calls(run_root) == ["by hand: run my config.yaml --set rounds=2"], log.read_text()
+    ended = cluster.slurm("squeue", "-h", "-t", "all", "-j", job, "-O", "State:|,exit_code:")
+    assert ended.strip() == f"FAILED|{3 << 8}"
 
 
 def test_a_refused_option_is_named_with_its_key(run_root: Path) -> None:
