@@ -10,23 +10,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "tree",
-]
+WORDS = ("red", "green", "blue", "one", "two", "three", "four", "five", "cat", "dog", "bird")
 IDS = ["plain", "../up", "a/b", "white space", "émoji 🦊", "c5", "c6", "c7", "c8", "c9"]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedllm.cli.options import existing_run, say
 from fedllm.config.loading import load_config
 from fedllm.config.models import Config
+from fedllm.methods.table import check_names
 from fedllm.rounds.coordinate import advance_once, coordinate
 from fedllm.rounds.opening import open_run, resumed_config
 from fedllm.rounds.run import Run
@@ -46,6 +47,7 @@ def advance_run(root: Path) -> bool:
 
 def opened(root: Path, config: Config, *, take_over: bool = False) -> Run:
     """Open a run for coordination."""
+    check_names(config.method.name, config.method.local)
     return open_run(
         root,
         config,

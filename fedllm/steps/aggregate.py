@@ -36,7 +36,6 @@ def method_of(config: Config) -> Method:
         seed=config.seed,
         alpha=config.lora.alpha,
         scaling=config.lora.scaling,
-        options={},
     )
 
 

@@ -11,33 +11,38 @@ from fedllm.errors import ConfigError, DataError
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.local import LOCAL_RULES
-from fedllm.methods.table import METHODS, build_method, method_class
+from fedllm.methods.table import METHODS, build_method, check_names, method_class
 from fedllm.methods.weights import shares
 
 
-class Tempered(FlexLora):
-    """A user's own method, with an option and a setting that it insists on."""
+class Demanding(FlexLora):
+    """A user's own method that wants more than the settings there are."""
 
     def __init__(self, *, seed: int, alpha: float, scaling: str, temperature: float) -> None:
-        if temperature <= 0:
-            raise ValueError("temperature must be above 0")
         super().__init__(seed=seed, alpha=alpha, scaling=scaling)
 
 
-def build(name: str, **options: object) -> object:
-    return build_method(name, seed=1, alpha=16.0, scaling="fixed", options=options)
+class Refusing(FlexLora):
+    """A user's own method that insists on settings that nobody gives."""
+
+    def __init__(self, *, seed: int, alpha: float, scaling: str) -> None:
+        raise ValueError("nothing pleases it")
+
+
+def build(name: str) -> object:
+    return build_method(name, seed=1, alpha=16.0, scaling="fixed")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_found_by_the_name_it_bears(name: str) -> None:
     method = build(name)
     assert isinstance(method, method_class(name))
-    assert (METHODS[name].name, METHODS[name].kind) == (name, "lora")
+    assert (method_class(name).name, method_class(name).kind) == (name, "lora")
 
 
 def test_a_method_of_ones_own_is_named_by_its_path() -> None:
     assert method_class("fedllm.methods.flexlora:FlexLora") is FlexLora
-    assert isinstance(build(f"{__name__}:Tempered", temperature=1.0), FlexLora)
+    assert isinstance(build("fedllm.methods.flexlora:FlexLora"), FlexLora)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +74,16 @@ def test_an_object_that_is_not_a_class_is_refused() -> None:
 INSTANCE = FactorMean(seed=1, alpha=16.0)
 
 
-def test_unknown_and_missing_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match="flexlora has no beta, its options are: none"):
-        build("flexlora", beta=1)
-    with pytest.raises(ConfigError, match="Tempered has no beta, its options are: temperature"):
-        build(f"{__name__}:Tempered", beta=1)
-    with pytest.raises(ConfigError, match=r"method.options: .*temperature"):
-        build(f"{__name__}:Tempered")
-    with pytest.raises(ConfigError, match="temperature must be above 0"):
-        build(f"{__name__}:Tempered", temperature=0.0)
+def test_a_method_that_cannot_be_made_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Demanding cannot be made: .*temperature"):
+        build(f"{__name__}:Demanding")
+    with pytest.raises(ConfigError, match="nothing pleases it"):
+        build(f"{__name__}:Refusing")
+
+
+def test_an_unknown_local_rule_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"method.local: got 'fedot' \(did you mean fedit\?\)"):
+        check_names("flexlora", "fedot")
 
 
 def test_the_optimizer_follows_from_the_local_rule() -> None:
