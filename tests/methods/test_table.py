@@ -19,14 +19,14 @@ class Demanding(FlexLora):
     """A user's own method that wants more than the settings there are."""
 
     def __init__(self, *, seed: int, alpha: float, scaling: str, temperature: float) -> None:
-        super().__init__(seed=seed, alpha=alpha, scaling=scaling)
+        super().__init__(seed=seed, alpha=alpha * temperature, scaling=scaling)
 
 
 class Refusing(FlexLora):
     """A user's own method that insists on settings that nobody gives."""
 
     def __init__(self, *, seed: int, alpha: float, scaling: str) -> None:
-        raise ValueError("nothing pleases it")
+        raise ValueError(f"nothing pleases it: {seed} {alpha} {scaling}")
 
 
 def build(name: str) -> object:
@@ -75,7 +75,7 @@ INSTANCE = FactorMean(seed=1, alpha=16.0)
 
 
 def test_a_method_that_cannot_be_made_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Demanding cannot be made: .*temperature"):
+    with pytest.raises(ConfigError, match=r"Demanding cannot be made: .*temperature"):
         build(f"{__name__}:Demanding")
     with pytest.raises(ConfigError, match="nothing pleases it"):
         build(f"{__name__}:Refusing")
