@@ -18,11 +18,13 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.config.loading import load_config, read_config
+from fedllm.config.models import Config
 from fedllm.errors import DataError
 from fedllm.reporting.logs import client_log, newest_logs, tail
-from fedllm.reporting.plan import describe_plan, plan_geometry
+from fedllm.reporting.plan import Geometry, describe_plan, plan_geometry
 from fedllm.reporting.status import RunStatus, run_status
-from fedllm.storage.paths import cache_of
+from fedllm.scheduling.seam import Job
+from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publish import publish_bytes
 
 
@@ -102,10 +104,22 @@ def plan(
     else:
         say(describe_plan(geometry))
     if out is not None:
-        from fedllm.scheduling.slurm import SlurmScheduler
+        _write_sbatch_files(loaded, geometry, execution.default_run_dir(config).resolve(), out)
 
-        scheduler = SlurmScheduler(section=loaded.scheduler)
-        root = execution.default_run_dir(config).resolve()
-        for job in geometry.jobs(root):
-            publish_bytes(out / f"{job.name}.sbatch", scheduler.sbatch_text(job).encode())
-            say(f"wrote {out / job.name}.sbatch")
+
+def _write_sbatch_files(config: Config, geometry: Geometry, root: Path, out: Path) -> None:
+    from fedllm.scheduling.slurm import SlurmScheduler
+
+    scheduler = SlurmScheduler(section=config.scheduler)
+    paths = RunPaths(root=root)
+    for array in geometry.arrays:
+        job = Job(
+            name=f"fedllm-plan-r0001-a01-{array.worker_class}-0",
+            program="client",
+            argv=(str(paths.round(1).attempt(1).root), "--class", array.worker_class),
+            tasks=array.tasks,
+            options=array.options,
+            log_folder=paths.logs(1),
+        )
+        publish_bytes(out / f"{job.name}.sbatch", scheduler.sbatch_text(job).encode())
+        say(f"wrote {out / job.name}.sbatch")

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, get_args
@@ -18,6 +19,24 @@ ENVIRONMENT = {"model.path": "FEDLLM_MODEL", "data.path": "FEDLLM_DATA"}
 _UNION_MEMBERS = {"str", "int", "float", "HeldOutSection"}
 _LIMITS = {"greater_than_equal": (">=", "ge"), "greater_than": (">", "gt")}
 _LIMITS |= {"less_than_equal": ("<=", "le"), "less_than": ("<", "lt")}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: `2:00:00` is a text (not 7200) and `1e-4` a number (not a text)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^([-+]?[0-9]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -96,7 +115,7 @@ def result_fingerprint(config: Config) -> str:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -113,7 +132,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: need KEY=VALUE, for example --set rounds=5")
-    value = yaml.safe_load(text) if text else None
+    value = yaml.load(text, _Loader) if text else None
     *parents, last = key.split(".")
     node = raw
     for parent in parents:

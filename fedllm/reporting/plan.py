@@ -1,8 +1,6 @@
 """The geometry of a round before anything is submitted."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from fedllm.config.models import Config
 from fedllm.planning.bundles import cut_bundles
@@ -11,8 +9,6 @@ from fedllm.planning.evaluation import choose
 from fedllm.planning.federation import plan_federation
 from fedllm.reporting.summary import update_bytes
 from fedllm.reporting.tables import size, text_table
-from fedllm.scheduling.seam import Job
-from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import PreparedRecord
 
 
@@ -41,20 +37,6 @@ class Geometry:
     update_files: int
     evaluated_clients: int
     evaluated_rows: int
-
-    def jobs(self, run_root: Path) -> Iterator[Job]:
-        """Return the client arrays of round 1 as jobs, with names as in a run."""
-        paths = RunPaths(root=run_root)
-        for array in self.arrays:
-            attempt = paths.round(1).attempt(1)
-            yield Job(
-                name=f"fedllm-plan-r0001-a01-{array.worker_class}-0",
-                program="client",
-                argv=(str(attempt.root), "--class", array.worker_class),
-                tasks=array.tasks,
-                options=array.options,
-                log_folder=paths.logs(1),
-            )
 
 
 def plan_geometry(config: Config, prepared: PreparedRecord) -> Geometry:
