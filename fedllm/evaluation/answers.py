@@ -1,0 +1,62 @@
+"""Generated answers: batched greedy decoding."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from fedllm.config.models import EvaluationSection
+from fedllm.model.slots import AdapterSlots
+
+
+def generate_answers(
+    slots: AdapterSlots, prompts: Sequence[Sequence[int]], section: EvaluationSection
+) -> list[str]:
+    """Return the model's answer to every prompt, in their order, as text without spaces around.
+
+    Greedy, at most `max_new_tokens`, ends at the end of sequence. Prompts of similar length share
+    a batch and are padded on the left.
+    """
+    slots.evaluate()
+    config = _config(slots, section)
+    answers = [""] * len(prompts)
+    with torch.inference_mode():
+        for places in _by_length(prompts, section.batch_size):
+            batch = _padded([prompts[place] for place in places], slots)
+            # transformers types `generate` for its own classes only
+            model: Any = slots.model
+            output = model.generate(**batch, generation_config=config)
+            new = output[:, batch["input_ids"].shape[1] :]
+            texts = slots.base.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = text.strip()
+    return answers
+
+
+def _by_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _padded(prompts: Sequence[Sequence[int]], slots: AdapterSlots) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    gaps = [width - len(prompt) for prompt in prompts]
+    tokens = [[slots.pad_token] * gap + [*p] for gap, p in zip(gaps, prompts, strict=True)]
+    mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+    return {
+        "input_ids": torch.tensor(tokens, device=slots.device),
+        "attention_mask": torch.tensor(mask, device=slots.device),
+    }
+
+
+def _config(slots: AdapterSlots, section: EvaluationSection) -> GenerationConfig:
+    ends = getattr(slots.model.generation_config, "eos_token_id", None)
+    ends = {*ends} if isinstance(ends, list) else {ends}
+    ends |= {slots.base.tokenizer.eos_token_id}
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=section.max_new_tokens,
+        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        pad_token_id=slots.pad_token,
+    )

@@ -1,0 +1,97 @@
+"""How close a generated text is to its references: Rouge-L and exact match in any script."""
+
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+
+from rouge_score.rouge_scorer import RougeScorer
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORD = re.compile(r"[A-Za-z0-9]")
+# Scripts that write no spaces between words, by the start of their characters' Unicode names.
+_WITHOUT_SPACES = (
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "HALFWIDTH KATAKANA",
+    "BOPOMOFO",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "TIBETAN",
+)
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """Return the best Rouge-L F-measure (Lin 2004) over the references, in 0..1.
+
+    English as usual: `rouge_score`'s tokens with the Porter stemmer where a reference is ASCII
+    and holds a letter or digit. Its tokens know only `[a-z0-9]`, so all other references use
+    `unicode_tokens`. Two empty strings score 1.
+    """
+    return max(_rouge_l(prediction.strip(), reference.strip()) for reference in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """Return 1 where the prediction equals a reference, else 0.
+
+    Lower case, ASCII punctuation removed, white space folded; a text of punctuation alone keeps
+    it, since there it is the answer.
+    """
+    answer = _folded(prediction)
+    return float(any(answer == _folded(reference) for reference in references))
+
+
+def unicode_tokens(text: str) -> list[str]:
+    """Return words, single characters of scripts without spaces, and symbols, in lower case."""
+    tokens: list[str] = []
+    in_word = False
+    for character in unicodedata.normalize("NFKC", text).lower():
+        kind = unicodedata.category(character)[0]
+        if kind in "ZC":
+            in_word = False
+        elif kind == "M" and tokens:
+            # vowel signs and accents belong to the letter before them
+            tokens[-1] += character
+        elif in_word and _belongs_to_word(character, kind):
+            tokens[-1] += character
+        else:
+            tokens.append(character)
+            in_word = _belongs_to_word(character, kind)
+    return tokens
+
+
+def _rouge_l(prediction: str, reference: str) -> float:
+    if not reference or not prediction:
+        return float(reference == prediction)
+    scorer = _scorer(reference.isascii() and _WORD.search(reference) is not None)
+    score: float = scorer.score(reference, prediction)["rougeL"].fmeasure
+    return score
+
+
+class _UnicodeTokenizer:
+    """What `RougeScorer` wants of a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of `text`."""
+        return unicode_tokens(text)
+
+
+@cache
+def _scorer(english: bool) -> RougeScorer:
+    if english:
+        return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_UnicodeTokenizer())
+
+
+@cache
+def _belongs_to_word(character: str, kind: str) -> bool:
+    return kind in "LN" and not unicodedata.name(character, "").startswith(_WITHOUT_SPACES)
+
+
+def _folded(text: str) -> str:
+    folded = " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+    return folded or " ".join(text.split())

@@ -1,0 +1,105 @@
+"""Rows as padded batches, and the loss of their tokens.
+
+Rows are padded on the left: the tokens that carry loss then end in the same column, and logits
+are computed for the last columns only. Legend: N rows, T positions, K positions with logits.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+LossOn = Literal["answer", "all"]
+
+_IGNORED = -100
+
+
+class TokenRow(Protocol):
+    """A row as the cache of tokens gives it."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The prompt's tokens."""
+
+    @property
+    def answer_ids(self) -> Sequence[int]:
+        """The answer's tokens, the end of the sequence included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows ready for a forward pass; the last token of a row is a target only.
+
+    `mask_NT` and `positions_NT` are None where no row is padded. `starts` are the rows' first
+    real positions.
+    """
+
+    tokens_NT: Tensor
+    mask_NT: Tensor | None
+    positions_NT: Tensor | None
+    targets_NK: Tensor
+    starts: tuple[int, ...]
+    num_tokens: int
+    num_targets: int
+
+    def counts(self) -> Tensor:
+        """Return how many targets every row has (N,)."""
+        return (self.targets_NK != _IGNORED).sum(dim=1)
+
+
+def collate(
+    rows: Sequence[TokenRow], *, loss_on: LossOn, pad_token: int, device: torch.device | str
+) -> Batch:
+    """Return `rows` as one batch, with loss on the answers or on every token after the first."""
+    texts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
+    firsts = [max(1, len(row.prompt_ids)) if loss_on == "answer" else 1 for row in rows]
+    targets = [text[first:] for text, first in zip(texts, firsts, strict=True)]
+    width = max(len(text) for text in texts) - 1
+    kept = max(len(row) for row in targets)
+    starts = tuple(width + 1 - len(text) for text in texts)
+    padded = [[pad_token] * s + text[:-1] for s, text in zip(starts, texts, strict=True)]
+    aligned = [[_IGNORED] * (kept - len(row)) + row for row in targets]
+    mask_NT = positions_NT = None
+    if any(starts):
+        starts_N1 = torch.tensor(starts).unsqueeze(1)
+        positions_NT = torch.arange(width) - starts_N1
+        mask_NT = (positions_NT >= 0).long().to(device)
+        positions_NT = positions_NT.clamp_(min=0).to(device)
+    return Batch(
+        tokens_NT=torch.tensor(padded).to(device),
+        mask_NT=mask_NT,
+        positions_NT=positions_NT,
+        targets_NK=torch.tensor(aligned).to(device),
+        starts=starts,
+        num_tokens=sum(map(len, texts)),
+        num_targets=sum(map(len, targets)),
+    )
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the cross entropy of every target, float32 (N, K); zero where there is none."""
+    kept = batch.targets_NK.shape[1]
+    options = {"logits_to_keep": kept} if keeps_logits(model) else {}
+    output = model(
+        input_ids=batch.tokens_NT,
+        attention_mask=batch.mask_NT,
+        position_ids=batch.positions_NT,
+        use_cache=False,
+        **options,
+    )
+    logits_NKV = output.logits[:, -kept:].float()
+    losses = nn.functional.cross_entropy(
+        logits_NKV.flatten(0, 1),
+        batch.targets_NK.flatten(),
+        ignore_index=_IGNORED,
+        reduction="none",
+    )
+    return losses.view_as(batch.targets_NK)
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Say whether the model can compute the logits of its last positions alone."""
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters

@@ -1,0 +1,221 @@
+"""Adapter slots: PEFT layers injected once into one base model, filled anew for every client.
+
+Legend: O out, I in, R rank.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import Adapter, Factors
+from fedllm.model.base import Base, find_modules
+from fedllm.model.noise import RowDropout, RowSeeds
+
+_Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slot:
+    """One PEFT adapter name and the tensors behind it."""
+
+    name: str
+    layers: Mapping[str, LoraLayer]
+    a: Mapping[str, nn.Parameter]
+    b: Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installed:
+    """The adapter that the model now computes with; it ends with the next `install`."""
+
+    modules: tuple[str, ...]
+    scales: Mapping[str, float]
+    a: tuple[nn.Parameter, ...]
+    b: tuple[nn.Parameter, ...]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what trains: every A, then every B, in the order of `modules`."""
+        return [*self.a, *self.b]
+
+    def factors(self) -> Adapter:
+        """Return copies of the factors, float32 on the CPU."""
+        return {
+            module: Factors(a_RI=_copied(a), b_OR=_copied(b), scale=self.scales[module])
+            for module, a, b in zip(self.modules, self.a, self.b, strict=True)
+        }
+
+
+class AdapterSlots:
+    """Room for one adapter at a time in a base model that stays as it is.
+
+    There is one PEFT adapter per distinct set of ranks, `c0`, `c1`, ...; installing copies A, B
+    and scale in place, so that memory does not grow with the clients. Only the installed adapter
+    requires gradients.
+    """
+
+    def __init__(self, base: Base, *, target_modules: Sequence[str], dropout: float = 0.0) -> None:
+        self.base = base
+        self.model: nn.Module = base.model
+        self.rows = RowSeeds()
+        self._modules = find_modules(base.model, target_modules)
+        self._dropout = dropout
+        self._slots: dict[_Signature, _Slot] = {}
+        self._active: _Slot | None = None
+        self._checkpointing = False
+        self.model.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_token(self) -> int:
+        """A token for padding; any will do, since it is masked."""
+        tokenizer = self.base.tokenizer
+        if tokenizer.pad_token_id is not None:
+            return int(tokenizer.pad_token_id)
+        return int(tokenizer.eos_token_id or 0)
+
+    @property
+    def num_slots(self) -> int:
+        """How many distinct sets of ranks were installed so far."""
+        return len(self._slots)
+
+    def install(self, adapter: Adapter) -> Installed:
+        """Make the model compute with `adapter`, whose values are copied.
+
+        Raises:
+            AdapterError: a module that is no target, or a shape that is not the module's.
+        """
+        self._check(adapter)
+        modules = tuple(sorted(adapter))
+        slot = self._slot(tuple((module, adapter[module].rank) for module in modules))
+        with torch.no_grad():
+            for module in modules:
+                factors = adapter[module]
+                slot.a[module].copy_(factors.a_RI)
+                slot.b[module].copy_(factors.b_OR)
+                slot.layers[module].scaling[slot.name] = factors.scale
+        installed = Installed(
+            modules=modules,
+            scales={module: adapter[module].scale for module in modules},
+            a=tuple(slot.a[module] for module in modules),
+            b=tuple(slot.b[module] for module in modules),
+        )
+        for parameter in installed.parameters:
+            parameter.grad = None
+        return installed
+
+    def train(self, *, gradient_checkpointing: bool = False) -> None:
+        """Set the model to train: dropout is on."""
+        if gradient_checkpointing != self._checkpointing:
+            _set_checkpointing(self.model, gradient_checkpointing)
+        self._checkpointing = gradient_checkpointing
+        # `train` visits every module: once is enough
+        if not self.model.training:
+            self.model.train()
+
+    def evaluate(self) -> None:
+        """Set the model to evaluate: dropout is off."""
+        if self.model.training:
+            self.model.eval()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the base compute alone for the block."""
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def _check(self, adapter: Adapter) -> None:
+        if not adapter:
+            raise AdapterError("an adapter without modules: nothing to install")
+        for module, factors in adapter.items():
+            target = self._modules.get(module)
+            if target is None:
+                known = ", ".join(self._leaves())
+                raise AdapterError(f"{module}: not a target module of this base; need {known}")
+            shape = (factors.shape.out, factors.shape.in_)
+            if shape != (target.out_features, target.in_features):
+                raise AdapterError(
+                    f"{module}: the adapter is for a weight of {shape[0]}x{shape[1]}, the base has "
+                    f"{target.out_features}x{target.in_features}: it belongs to another model"
+                )
+
+    def _leaves(self) -> list[str]:
+        return sorted({module.rpartition(".")[2] for module in self._modules})
+
+    def _slot(self, signature: _Signature) -> _Slot:
+        slot = self._slots.get(signature)
+        if slot is None:
+            slot = self._slots[signature] = self._inject(dict(signature))
+        if slot is not self._active:
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer):
+                    module.set_adapter(slot.name)
+            self._active = slot
+        return slot
+
+    def _inject(self, ranks: Mapping[str, int]) -> _Slot:
+        name = f"c{len(self._slots)}"  # PEFT loses layers of "0" and refuses dots
+        config = LoraConfig(
+            target_modules=list(ranks),
+            # PEFT reads these keys as patterns
+            rank_pattern={re.escape(module): rank for module, rank in ranks.items()},
+            lora_alpha=1,
+            lora_dropout=0.0,
+        )
+        # PEFT's own start of A draws from the global generator
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # several adapters in one model are what is wanted here
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            inject_adapter_in_model(config, self.model, adapter_name=name)
+        layers = {module: self._layer(module) for module in ranks}
+        for module, layer in layers.items():
+            # trained in float32 whatever the base is kept in
+            layer.lora_A[name].float()
+            layer.lora_B[name].float()
+            if self._dropout:
+                layer.lora_dropout[name] = RowDropout(self._dropout, module=module, rows=self.rows)
+        self.model.train(self.model.training)
+        return _Slot(
+            name=name,
+            layers=layers,
+            a={module: layer.lora_A[name].weight for module, layer in layers.items()},
+            b={module: layer.lora_B[name].weight for module, layer in layers.items()},
+        )
+
+    def _layer(self, module: str) -> LoraLayer:
+        layer = self.model.get_submodule(module)
+        assert isinstance(layer, LoraLayer), f"{module} is {type(layer).__name__}"
+        return layer
+
+
+def _copied(factor: Tensor) -> Tensor:
+    return factor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _set_checkpointing(model: Any, on: bool) -> None:
+    # the methods have had new names since transformers 5.23
+    if on:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    else:
+        disable = getattr(model, "activation_checkpointing_disable", None)
+        (disable or model.gradient_checkpointing_disable)()

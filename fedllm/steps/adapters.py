@@ -1,0 +1,15 @@
+"""The adapters that a server state gives."""
+
+from collections.abc import Mapping
+
+from fedllm.lora.factors import Adapter
+from fedllm.methods.protocol import Method
+from fedllm.storage.tensors import TensorFile
+
+
+def adapter_of(method: Method, state: TensorFile, ranks: Mapping[str, int]) -> Adapter:
+    """Return the adapter of a client with `ranks`, read from a state file module by module."""
+    return {
+        module: method.module_adapter(module=module, state=state.module(module), rank=rank)
+        for module, rank in ranks.items()
+    }

@@ -1,0 +1,175 @@
+"""The evaluation job: a server state, scored on clients' test rows by generated answers."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedllm.config.models import EvaluationSection
+from fedllm.data.cache import Row, TokenizedClients
+from fedllm.evaluation.scores import mean_scores, score_rows
+from fedllm.lora.factors import Adapter
+from fedllm.methods.protocol import Method
+from fedllm.model.slots import AdapterSlots
+from fedllm.planning.evaluation import Target, choose, is_complete
+from fedllm.planning.federation import Federation, plan_federation
+from fedllm.steps.adapters import adapter_of
+from fedllm.steps.aggregate import method_of
+from fedllm.steps.session import Session
+from fedllm.steps.state import read_state
+from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.records import AggregateRecord, ClientScores, EvaluationRecord, Scores
+from fedllm.storage.tensors import TensorFile
+
+_Ranks = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetScores:
+    """A client and how well its rows are answered."""
+
+    target: Target
+    scores: Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores one server state; clients of equal ranks share an adapter, so also batches."""
+
+    method: Method
+    state: TensorFile
+    federation: Federation
+    slots: AdapterSlots
+    data: TokenizedClients
+
+    @classmethod
+    def open(cls, paths: RoundPaths, session: Session) -> "Scorer":
+        """Open the state of a round.
+
+        Raises:
+            RunDirectoryError: it is missing, pruned or damaged.
+        """
+        run = RunPaths(root=paths.root.parent.parent)
+        config = session.config(run.config)
+        prepared = session.prepared(run.prepared)
+        return cls(
+            method=method_of(config),
+            state=read_state(paths),
+            federation=plan_federation(config, prepared),
+            slots=session.slots(config, prepared),
+            data=session.data(prepared.data_path),
+        )
+
+    def as_deployed(self, targets: Sequence[Target]) -> dict[str, Scores]:
+        """Return every client's scores at its own tier's ranks."""
+        found: dict[str, Scores] = {}
+        for ranks, tiers in _tiers_of_equal_ranks(self.federation):
+            found |= self.at(ranks, [target for target in targets if target.tier in tiers])
+        return found
+
+    def at_largest_rank(
+        self, targets: Sequence[Target], deployed: Mapping[str, Scores]
+    ) -> dict[str, Scores]:
+        """Return every client's scores at the largest ranks; those that run them have theirs."""
+        largest = self.federation.largest_ranks
+        ranks = self.federation.ranks
+        smaller = [target for target in targets if ranks[target.tier] != largest]
+        return {**deployed, **self.at(largest, smaller)}
+
+    def at(self, ranks: _Ranks, targets: Sequence[Target]) -> dict[str, Scores]:
+        """Return every client's scores with the adapter of `ranks`."""
+        if not targets:
+            return {}
+        adapter = adapter_of(self.method, self.state, ranks)
+        section = self.federation.config.evaluation
+        return score_targets(self.slots, self.data, adapter, targets, section)
+
+
+def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
+    """Score a round's state on the clients that the configuration chooses; publish the record.
+
+    Raises:
+        RunDirectoryError: the state is missing or damaged.
+    """
+    started = time.perf_counter()
+    scorer = Scorer.open(paths, session)
+    config = scorer.federation.config
+    targets = choose(config, scorer.federation.prepared, paths.number)
+    deployed = scorer.as_deployed(targets)
+    largest = scorer.at_largest_rank(targets, deployed)
+    record = EvaluationRecord(
+        round=paths.number,
+        state_sha256=AggregateRecord.read(paths.aggregate_record).sha256,
+        complete=is_complete(config.evaluation, paths.number, config.rounds),
+        seconds=time.perf_counter() - started,
+        clients=[
+            ClientScores(
+                client=target.client,
+                group=target.group,
+                tier=target.tier,
+                as_deployed=deployed[target.client],
+                at_largest_rank=largest[target.client],
+            )
+            for target in targets
+        ],
+    )
+    record.publish(paths.evaluation_record)
+    return record
+
+
+def evaluate_state(
+    run: RunPaths, round_number: int, rank: int | None, session: Session
+) -> list[TargetScores]:
+    """Score any round's state on the clients and rows of the last round's evaluation.
+
+    Args:
+        run: the run.
+        round_number: whose state; 0 is the base.
+        rank: for all clients and modules, at most what the state holds; None is each client's own.
+        session: what this process has loaded.
+
+    Raises:
+        RunDirectoryError: the state is missing, pruned or damaged.
+    """
+    scorer = Scorer.open(run.round(round_number), session)
+    config = scorer.federation.config
+    targets = choose(config, scorer.federation.prepared, config.rounds)
+    if rank is None:
+        found = scorer.as_deployed(targets)
+    else:
+        held = scorer.federation.largest_ranks
+        found = scorer.at({module: min(rank, held[module]) for module in held}, targets)
+    return [TargetScores(target=target, scores=found[target.client]) for target in targets]
+
+
+def score_targets(
+    slots: AdapterSlots,
+    data: TokenizedClients,
+    adapter: Adapter,
+    targets: Iterable[Target],
+    section: EvaluationSection,
+) -> dict[str, Scores]:
+    """Return the scores of every target's rows with one adapter for all of them."""
+    slots.install(adapter)
+    rows: list[Row] = []
+    ends: dict[str, int] = {}
+    for target in targets:
+        test = data.rows(target.client, "test")
+        rows += [test[index] for index in target.rows]
+        ends[target.client] = len(rows)
+    scored = score_rows(slots, rows, section)
+    starts = [0, *ends.values()]
+    return {
+        client: mean_scores(scored[start:end])
+        for start, (client, end) in zip(starts, ends.items(), strict=False)
+    }
+
+
+def _tiers_of_equal_ranks(federation: Federation) -> list[tuple[_Ranks, set[str]]]:
+    groups: list[tuple[_Ranks, set[str]]] = []
+    for tier, ranks in federation.ranks.items():
+        same = next((tiers for other, tiers in groups if other == ranks), None)
+        if same is None:
+            groups.append((ranks, {tier}))
+        else:
+            same.add(tier)
+    return groups

@@ -1,0 +1,46 @@
+"""Which task this process is: what a claim belongs to."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedllm.storage.lease import process_start_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskIdentity:
+    """A task, the node it runs on and its log file.
+
+    A requeued array task is the same task; a local process that starts anew is another.
+    """
+
+    task: str
+    node: str
+    log: str
+
+
+def task_identity(environment: Mapping[str, str] = os.environ) -> TaskIdentity:
+    """Return who this process is.
+
+    `FEDLLM_TASK` (set by whatever started it), else the Slurm array task or job, else host,
+    process id and start time.
+    """
+    return TaskIdentity(
+        task=environment.get("FEDLLM_TASK") or _slurm_task(environment) or _local_task(),
+        # on a cluster of virtual nodes all hosts have one name
+        node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
+        log=environment.get("FEDLLM_LOG", ""),
+    )
+
+
+def _slurm_task(environment: Mapping[str, str]) -> str | None:
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return environment.get("SLURM_JOB_ID")
+
+
+def _local_task() -> str:
+    pid = os.getpid()
+    return f"local:{socket.gethostname()}:{pid}:{process_start_time(pid) or ''}"

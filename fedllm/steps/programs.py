@@ -1,0 +1,149 @@
+"""The programs that a scheduler starts, by name; resident workers and inline runs call them too."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fedllm.errors import FedllmError, UserError
+from fedllm.steps.identity import task_identity
+from fedllm.steps.session import Session
+from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths
+from fedllm.storage.records import ErrorRecord
+
+_Step = Callable[[argparse.Namespace, Session], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, as all errors do."""
+        raise UserError(f"{self.prog}: {message}; see --help")
+
+
+def run(program: str, argv: Sequence[str], *, session: Session) -> int:
+    """Run `prepare`, `client`, `aggregate` or `evaluate` and return its exit code.
+
+    A failure leaves an `ErrorRecord` where the coordinator looks for it, and one line (or the
+    traceback of what nobody foresaw) on stderr.
+    """
+    arguments: argparse.Namespace | None = None
+    try:
+        arguments = _parse(program, argv)
+        return _STEPS[program](arguments, session)
+    except FedllmError as error:
+        _say(f"error: {error}")
+        _record(program, arguments, error, error.exit_code)
+        return error.exit_code
+    except Exception as error:
+        _say(traceback.format_exc().rstrip())
+        _record(program, arguments, error, FedllmError.exit_code)
+        return FedllmError.exit_code
+
+
+def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=f"jobs/{program}.py", description=_DESCRIPTIONS[program])
+    parser.add_argument("target", type=Path, metavar=_TARGETS[program])
+    if program == "client":
+        parser.add_argument("--class", dest="worker_class", help="take bundles of this class only")
+        parser.add_argument("--client", help="train this client alone and compare its losses")
+        parser.add_argument("--scratch", type=Path, help="where --client leaves its update")
+    else:
+        parser.add_argument("--job", type=Path, help="where an error is recorded")
+    arguments = parser.parse_args(argv)
+    if program == "client" and (arguments.client is None) != (arguments.scratch is None):
+        parser.error("--client and --scratch go together")
+    arguments.target = arguments.target.resolve()
+    return arguments
+
+
+def _prepare(arguments: argparse.Namespace, session: Session) -> int:
+    del session
+    from fedllm.steps.prepare import prepare_run
+
+    prepare_run(RunPaths(root=arguments.target))
+    return 0
+
+
+def _client(arguments: argparse.Namespace, session: Session) -> int:
+    from fedllm.steps.train import replay, work
+
+    attempt = AttemptPaths(root=arguments.target, number=_number(arguments.target))
+    if arguments.client is None:
+        return work(attempt, arguments.worker_class, task_identity(), session)
+    found = replay(attempt, arguments.client, arguments.scratch, session)
+    sys.stdout.write("\n".join(found.lines()) + "\n")
+    return 0 if found.agrees else 1
+
+
+def _aggregate(arguments: argparse.Namespace, session: Session) -> int:
+    del session
+    from fedllm.steps.aggregate import aggregate_round
+
+    aggregate_round(RoundPaths(root=arguments.target))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, session: Session) -> int:
+    from fedllm.steps.evaluate import evaluate_round
+
+    evaluate_round(RoundPaths(root=arguments.target), session)
+    return 0
+
+
+_STEPS: Mapping[str, _Step] = {
+    "prepare": _prepare,
+    "client": _client,
+    "aggregate": _aggregate,
+    "evaluate": _evaluate,
+}
+_TARGETS = {"prepare": "RUN", "client": "ATTEMPT", "aggregate": "ROUND", "evaluate": "ROUND"}
+_DESCRIPTIONS = {
+    "prepare": "Fetch, fingerprint and tokenise what a run needs.",
+    "client": "Be a worker of an attempt: claim bundle after bundle and train its clients.",
+    "aggregate": "Make a round's server state from its collected updates.",
+    "evaluate": "Score a round's server state.",
+}
+
+
+def _number(attempt: Path) -> int:
+    if not attempt.name.isdigit():
+        raise UserError(f"{attempt}: not an attempt; need RUN/rounds/NNNN/attempts/NN")
+    return int(attempt.name)
+
+
+def _record(
+    program: str, arguments: argparse.Namespace | None, error: Exception, exit_code: int
+) -> None:
+    if arguments is None:
+        return
+    identity = task_identity()
+    record = ErrorRecord(
+        kind=type(error).__name__,
+        message=str(error) or type(error).__name__,
+        exit_code=exit_code,
+        log=identity.log,
+    )
+    path = _error_path(program, arguments, identity.task)
+    try:
+        if path is not None:
+            record.publish(path)
+    except (FedllmError, OSError) as second:
+        # a full disk takes no record either: the exit code and this line must do
+        _say(f"error: {path}: the error could not be recorded ({second})")
+
+
+def _error_path(program: str, arguments: argparse.Namespace, task: str) -> Path | None:
+    if program == "client":
+        if arguments.client is not None or not arguments.target.is_dir():
+            return None
+        name = task.replace(os.sep, "_")
+        return AttemptPaths(root=arguments.target, number=0).tasks / f"{name}.error.json"
+    return JobPaths(root=arguments.job.resolve()).error if arguments.job else None
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,72 @@
+"""A resident process that runs one program after the other: `python -m fedllm.steps.serve`.
+
+It reads a JSON line per job on stdin, `{"id": ..., "program": ..., "argv": [...], "log": path}`,
+and answers `{"id": ..., "exit": n}` on stdout, after `{"ready": true}`. The base model and the
+data stay in memory between jobs. It ends when stdin closes, and with its parent.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Serve until stdin closes."""
+    end_with_parent()
+    # what jobs print goes to their logs, so the answers need a descriptor of their own
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    from fedllm.steps.session import Session
+
+    session = Session()
+    session.warm_up()
+    _answer(answers, {"ready": True})
+    for line in sys.stdin:
+        if line.strip():
+            message = json.loads(line)
+            _answer(answers, {"id": message["id"], "exit": _serve(message, session)})
+    return 0
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with its parent (Linux; elsewhere stdin must do).
+
+    The signal goes with the thread that started this process.
+    """
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # it was gone before the kernel knew
+        os._exit(1)
+
+
+def _serve(message: dict[str, Any], session: Any) -> int:
+    from fedllm.steps.programs import run
+
+    log = Path(message["log"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ.update({"FEDLLM_TASK": message["id"], "FEDLLM_LOG": message["log"]})
+    try:
+        return run(message["program"], message["argv"], session=session)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What a process loads once and keeps from step to step: the base model and the tokenised data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedllm.config.loading import read_config
+from fedllm.config.models import Config
+from fedllm.model.device import resolve_device
+from fedllm.storage.records import PreparedRecord
+
+if TYPE_CHECKING:
+    from fedllm.data.cache import TokenizedClients
+    from fedllm.model.base import Base
+    from fedllm.model.slots import AdapterSlots
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BaseKey:
+    path: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    """A file as it was when it was read; publication always makes a new one."""
+
+    path: Path
+    inode: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Version":
+        found = path.stat()
+        return cls(path=path, inode=found.st_ino, modified_ns=found.st_mtime_ns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SlotsKey:
+    base: _BaseKey
+    fingerprint: str
+    target_modules: tuple[str, ...]
+    dropout: float
+
+
+class Session:
+    """One base model with its adapter slots and one data set at a time.
+
+    transformers, peft and pyarrow load on first use: an aggregation needs none of them.
+    """
+
+    def __init__(self) -> None:
+        self._base: tuple[_BaseKey, Base] | None = None
+        self._slots: tuple[_SlotsKey, AdapterSlots] | None = None
+        self._data: tuple[str, TokenizedClients] | None = None
+        self._config: tuple[_Version, Config] | None = None
+        self._prepared: tuple[_Version, PreparedRecord] | None = None
+
+    def warm_up(self) -> None:
+        """Import the compute stack before there is anything to do."""
+        import fedllm.steps.train  # noqa: F401
+
+    def base(self, path: str, *, dtype: str, device: str, threads: int) -> "Base":
+        """Return the base model of `path`, loaded by the first call; sets the threads."""
+        # other steps of this process may have set their own
+        torch.set_num_threads(threads)
+        key = _BaseKey(path=path, dtype=dtype, device=device)
+        if self._base is None or self._base[0] != key:
+            from fedllm.model.base import load_base
+
+            # let go of the old one before the new one takes memory
+            self._base = self._slots = None
+            self._base = key, load_base(Path(path), dtype=dtype, device=device)
+        return self._base[1]
+
+    def slots(self, config: Config, prepared: PreparedRecord) -> "AdapterSlots":
+        """Return the adapter slots of a run's base model."""
+        device = str(resolve_device(config.training.device))
+        key = _SlotsKey(
+            base=_BaseKey(path=prepared.model_path, dtype=config.model.dtype, device=device),
+            fingerprint=prepared.model_fingerprint,
+            target_modules=config.lora.target_modules,
+            dropout=config.lora.dropout,
+        )
+        if self._slots is not None and self._slots[0] != key:
+            # its layers are in the model: take a clean one
+            self._base = self._slots = None
+        base = self.base(
+            prepared.model_path,
+            dtype=config.model.dtype,
+            device=device,
+            threads=config.training.threads,
+        )
+        if self._slots is None:
+            from fedllm.model.slots import AdapterSlots
+
+            slots = AdapterSlots(
+                base, target_modules=key.target_modules, dropout=config.lora.dropout
+            )
+            self._slots = key, slots
+        return self._slots[1]
+
+    def data(self, path: str) -> "TokenizedClients":
+        """Return the tokenised clients in folder `path`."""
+        if self._data is None or self._data[0] != path:
+            from fedllm.data.cache import TokenizedClients
+
+            self._data = path, TokenizedClients.open(Path(path))
+        return self._data[1]
+
+    def config(self, path: Path) -> Config:
+        """Return a run's configuration, read again where it changed."""
+        if not path.is_file():
+            return read_config(path)  # says what is wrong
+        version = _Version.of(path)
+        if self._config is None or self._config[0] != version:
+            self._config = version, read_config(path)
+        return self._config[1]
+
+    def prepared(self, path: Path) -> PreparedRecord:
+        """Return what prepare found, read again where it changed.
+
+        Raises:
+            FileNotFoundError: nothing is prepared.
+        """
+        version = _Version.of(path)
+        if self._prepared is None or self._prepared[0] != version:
+            self._prepared = version, PreparedRecord.read(path)
+        return self._prepared[1]

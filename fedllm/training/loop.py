@@ -1,0 +1,211 @@
+"""The local training of one client: a plain loop over a base that is already in memory."""
+
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fedllm.config.models import TrainingSection
+from fedllm.lora.factors import Adapter
+from fedllm.methods.local import LocalRule
+from fedllm.model.batches import Batch, LossOn, TokenRow, collate, token_losses
+from fedllm.model.slots import AdapterSlots, Installed
+from fedllm.training.optimizers import build_optimizer
+from fedllm.training.plan import Draws, plan_steps, rate_factor
+
+StepHook = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSettings:
+    """How clients train; the same for all clients of a run."""
+
+    training: TrainingSection
+    rule: LocalRule
+    loss_on: LossOn = "answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What one client's training gave.
+
+    `adapter` holds the trained factors, empty where training failed; `reason` then says why.
+    `rows` counts the distinct rows that entered a step, `tokens` and `loss_tokens` those of all
+    steps. `step_seconds` is the time inside forward, backward and update. `norms` are the
+    Frobenius norms of A and B per module.
+    """
+
+    adapter: Adapter
+    reason: str
+    rows: int
+    steps: int
+    tokens: int
+    loss_tokens: int
+    losses: list[float]
+    seconds: float
+    step_seconds: float
+    peak_memory_bytes: int
+    norms: dict[str, tuple[float, float]]
+    scales: dict[str, float]
+
+
+def train_client(
+    slots: AdapterSlots,
+    adapter: Adapter,
+    rows: Sequence[TokenRow],
+    *,
+    settings: LocalSettings,
+    draws: Draws,
+    before_step: StepHook = lambda _step: None,
+) -> TrainResult:
+    """Train a copy of `adapter` on a client's rows.
+
+    The result is a function of the arguments, whatever was trained before it in this process.
+
+    Args:
+        slots: the base model, which stays as it is.
+        adapter: what the client received.
+        rows: the client's training rows, at least one.
+        settings: how clients train.
+        draws: the identity that all randomness follows from.
+        before_step: called with the step's number; what it raises ends the training.
+    """
+    begun = time.perf_counter()
+    steps = plan_steps(len(rows), settings.training, draws)
+    loop = _Loop(slots, slots.install(adapter), settings, draws, len(steps))
+    tokens = loss_tokens = 0
+    for number, places in enumerate(steps):
+        before_step(number)
+        batches = loop.collate([rows[place] for place in places])
+        tokens += sum(batch.num_tokens for batch in batches)
+        loss_tokens += sum(batch.num_targets for batch in batches)
+        loop.step(number, batches)
+    losses = loop.finish()
+    norms = _norms(loop.installed)
+    reason = _failure(losses, norms)
+    return TrainResult(
+        adapter={} if reason else loop.installed.factors(),
+        reason=reason,
+        rows=len({place for places in steps for place in places}),
+        steps=len(steps),
+        tokens=tokens,
+        loss_tokens=loss_tokens,
+        losses=losses,
+        seconds=time.perf_counter() - begun,
+        step_seconds=loop.step_seconds,
+        peak_memory_bytes=_peak_memory_bytes(loop.device),
+        norms=norms,
+        scales=dict(loop.installed.scales),
+    )
+
+
+class _Loop:
+    """The moving parts of one client's training."""
+
+    def __init__(
+        self,
+        slots: AdapterSlots,
+        installed: Installed,
+        settings: LocalSettings,
+        draws: Draws,
+        num_steps: int,
+    ) -> None:
+        self.installed = installed
+        self.device = slots.device
+        self.step_seconds = 0.0
+        self._slots, self._settings, self._draws = slots, settings, draws
+        self._num_steps = num_steps
+        self._losses: list[Tensor] = []
+        self._parameters = installed.parameters
+        self._optimizer: Optimizer = build_optimizer(
+            self._parameters, settings.rule, settings.training
+        )
+        slots.train(gradient_checkpointing=settings.training.gradient_checkpointing)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def collate(self, rows: Sequence[TokenRow]) -> list[Batch]:
+        """Return the micro-batches of one optimizer step."""
+        size = self._settings.training.micro_batch_size or len(rows)
+        return [
+            collate(
+                rows[start : start + size],
+                loss_on=self._settings.loss_on,
+                pad_token=self._slots.pad_token,
+                device=self.device,
+            )
+            for start in range(0, len(rows), size)
+        ]
+
+    def step(self, number: int, batches: Sequence[Batch]) -> None:
+        """Take one optimizer step; its loss is the mean over all its targets."""
+        training = self._settings.training
+        torch.manual_seed(self._draws.step(number))
+        begun = time.perf_counter()
+        targets = max(1, sum(batch.num_targets for batch in batches))
+        total = torch.zeros((), device=self.device)
+        place = 0
+        for batch in batches:
+            seeds = [self._draws.row(number, place + n) for n in range(len(batch.starts))]
+            place += len(seeds)
+            self._slots.rows.enter(seeds, batch.starts)
+            with _precision(training, self.device):
+                loss = token_losses(self._slots.model, batch).sum() / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self._losses.append(total)
+        self._update(rate_factor(number, self._num_steps, training))
+        self.step_seconds += time.perf_counter() - begun
+
+    def _update(self, factor: float) -> None:
+        training = self._settings.training
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, training.clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = training.learning_rate * factor
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def finish(self) -> list[float]:
+        """Wait for the device and return the losses."""
+        begun = time.perf_counter()
+        losses: list[float] = torch.stack(self._losses).tolist()
+        self.step_seconds += time.perf_counter() - begun
+        return losses
+
+
+def _precision(training: TrainingSection, device: torch.device) -> AbstractContextManager[object]:
+    if training.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _norms(installed: Installed) -> dict[str, tuple[float, float]]:
+    with torch.no_grad():
+        norms: list[float] = torch.stack(torch._foreach_norm(installed.parameters)).tolist()
+    count = len(installed.modules)
+    pairs = zip(norms[:count], norms[count:], strict=True)
+    return dict(zip(installed.modules, pairs, strict=True))
+
+
+def _failure(losses: Sequence[float], norms: dict[str, tuple[float, float]]) -> str:
+    """Say what is not finite, or nothing."""
+    step = next((n for n, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
+    where = f" (loss of step {step}: {losses[step - 1]})" if step else ""
+    for module, pair in norms.items():
+        for name, norm in zip("AB", pair, strict=True):
+            if not math.isfinite(norm):
+                return f"{module} {name} is not finite after training{where}"
+    return f"the loss of step {step} is {losses[step - 1]}" if step else ""
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

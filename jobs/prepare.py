@@ -1,0 +1,16 @@
+"""Fetch, fingerprint and tokenise what a run needs: `python jobs/prepare.py RUN`."""
+
+import sys
+from collections.abc import Sequence
+
+from fedllm.steps.programs import run
+from fedllm.steps.session import Session
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program and return its exit code."""
+    return run("prepare", argv, session=Session())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
