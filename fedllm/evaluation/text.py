@@ -32,7 +32,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     and holds a letter or digit. Its tokens know only `[a-z0-9]`, so all other references use
     `unicode_tokens`. Two empty strings score 1.
     """
-    return max(_rouge_l(prediction.strip(), reference.strip()) for reference in references)
+    return max(_rouge_l(prediction, reference) for reference in references)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -65,8 +65,8 @@ def unicode_tokens(text: str) -> list[str]:
 
 
 def _rouge_l(prediction: str, reference: str) -> float:
-    if not reference or not prediction:
-        return float(reference == prediction)
+    if not unicode_tokens(reference):
+        return float(not unicode_tokens(prediction))
     scorer = _scorer(reference.isascii() and _WORD.search(reference) is not None)
     score: float = scorer.score(reference, prediction)["rougeL"].fmeasure
     return score

@@ -197,14 +197,19 @@ class AdapterSlots:
         return _Slot(
             name=name,
             layers=layers,
-            a={module: layer.lora_A[name].weight for module, layer in layers.items()},
-            b={module: layer.lora_B[name].weight for module, layer in layers.items()},
+            a={module: _weight(layer.lora_A[name]) for module, layer in layers.items()},
+            b={module: _weight(layer.lora_B[name]) for module, layer in layers.items()},
         )
 
     def _layer(self, module: str) -> LoraLayer:
         layer = self.model.get_submodule(module)
         assert isinstance(layer, LoraLayer), f"{module} is {type(layer).__name__}"
         return layer
+
+
+def _weight(linear: nn.Module) -> nn.Parameter:
+    assert isinstance(linear.weight, nn.Parameter)
+    return linear.weight
 
 
 def _copied(factor: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from fedllm.config.models import EvaluationSection
+from fedllm.config.models import Config, EvaluationSection
 from fedllm.data.cache import Row, TokenizedClients
 from fedllm.evaluation.scores import mean_scores, score_rows
 from fedllm.lora.factors import Adapter
 from fedllm.methods.protocol import Method
+from fedllm.model.adapter_files import TENSORS, read_peft_adapter
 from fedllm.model.slots import AdapterSlots
 from fedllm.planning.evaluation import Target, choose, is_complete
 from fedllm.planning.federation import Federation, plan_federation
@@ -17,18 +19,16 @@ from fedllm.steps.aggregate import method_of
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.records import AggregateRecord, ClientScores, EvaluationRecord, Scores
-from fedllm.storage.tensors import TensorFile
+from fedllm.storage.records import (
+    AggregateRecord,
+    ClientScores,
+    EvaluationRecord,
+    PreparedRecord,
+    Scores,
+)
+from fedllm.storage.tensors import TensorFile, sha256_of
 
 _Ranks = Mapping[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetScores:
-    """A client and how well its rows are answered."""
-
-    target: Target
-    scores: Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Scorer:
     federation: Federation
     slots: AdapterSlots
     data: TokenizedClients
+    sha256: str
 
     @classmethod
     def open(cls, paths: RoundPaths, session: Session) -> "Scorer":
@@ -57,7 +58,26 @@ class Scorer:
             federation=plan_federation(config, prepared),
             slots=session.slots(config, prepared),
             data=session.data(prepared.data_path),
+            sha256=AggregateRecord.read(paths.aggregate_record).sha256,
         )
+
+    def score(self, round_number: int, chosen_as_in: int) -> EvaluationRecord:
+        """Return the scores of the clients and rows that round `chosen_as_in` evaluates."""
+        begun = time.perf_counter()
+        config = self.federation.config
+        targets = choose(config, self.federation.prepared, chosen_as_in)
+        deployed = self.as_deployed(targets)
+        largest = self.at_largest_rank(targets, deployed)
+        record = _record(
+            targets,
+            deployed,
+            largest,
+            round_number=round_number,
+            sha256=self.sha256,
+            begun=begun,
+        )
+        complete = is_complete(config.evaluation, chosen_as_in, config.rounds)
+        return record.model_copy(update={"complete": complete})
 
     def as_deployed(self, targets: Sequence[Target]) -> dict[str, Scores]:
         """Return every client's scores at its own tier's ranks."""
@@ -90,55 +110,69 @@ def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
     Raises:
         RunDirectoryError: the state is missing or damaged.
     """
-    started = time.perf_counter()
     scorer = Scorer.open(paths, session)
-    config = scorer.federation.config
-    targets = choose(config, scorer.federation.prepared, paths.number)
-    deployed = scorer.as_deployed(targets)
-    largest = scorer.at_largest_rank(targets, deployed)
-    record = EvaluationRecord(
-        round=paths.number,
-        state_sha256=AggregateRecord.read(paths.aggregate_record).sha256,
-        complete=is_complete(config.evaluation, paths.number, config.rounds),
-        seconds=time.perf_counter() - started,
-        clients=[
-            ClientScores(
-                client=target.client,
-                group=target.group,
-                tier=target.tier,
-                as_deployed=deployed[target.client],
-                at_largest_rank=largest[target.client],
-            )
-            for target in targets
-        ],
-    )
+    record = scorer.score(paths.number, paths.number)
     record.publish(paths.evaluation_record)
     return record
 
 
 def evaluate_state(
     run: RunPaths, round_number: int, rank: int | None, session: Session
-) -> list[TargetScores]:
+) -> EvaluationRecord:
     """Score any round's state on the clients and rows of the last round's evaluation.
 
     Args:
         run: the run.
         round_number: whose state; 0 is the base.
-        rank: for all clients and modules, at most what the state holds; None is each client's own.
+        rank: for all clients and modules, at most what the state holds; None is each client's
+            own. With a rank there is one score, and both of the record's are it.
         session: what this process has loaded.
 
     Raises:
         RunDirectoryError: the state is missing, pruned or damaged.
     """
     scorer = Scorer.open(run.round(round_number), session)
-    config = scorer.federation.config
-    targets = choose(config, scorer.federation.prepared, config.rounds)
+    last = scorer.federation.config.rounds
     if rank is None:
-        found = scorer.as_deployed(targets)
-    else:
-        held = scorer.federation.largest_ranks
-        found = scorer.at({module: min(rank, held[module]) for module in held}, targets)
-    return [TargetScores(target=target, scores=found[target.client]) for target in targets]
+        return scorer.score(round_number, last)
+    held = scorer.federation.largest_ranks
+    ranks = {module: min(rank, held[module]) for module in held}
+    begun = time.perf_counter()
+    targets = choose(scorer.federation.config, scorer.federation.prepared, last)
+    found = scorer.at(ranks, targets)
+    return _record(
+        targets, found, found, round_number=round_number, sha256=scorer.sha256, begun=begun
+    )
+
+
+def evaluate_adapter(
+    folder: Path, config: Config, prepared: PreparedRecord, session: Session
+) -> EvaluationRecord:
+    """Score a PEFT adapter folder, with its own rank, on what a run's last round evaluates.
+
+    Args:
+        folder: the adapter; it may adapt other modules than the configuration names.
+        config: base model, data and clients.
+        prepared: what `prepare` found for `config`.
+        session: what this process has loaded.
+
+    Raises:
+        AdapterError: it cannot be read, or belongs to another base model.
+    """
+    begun = time.perf_counter()
+    adapter = dict(read_peft_adapter(folder).factors)
+    leaves = tuple(sorted({module.rpartition(".")[2] for module in adapter}))
+    lora = config.lora.model_copy(update={"target_modules": leaves})
+    targets = choose(config, prepared, config.rounds)
+    found = score_targets(
+        session.slots(config.model_copy(update={"lora": lora}), prepared),
+        session.data(prepared.data_path),
+        adapter,
+        targets,
+        config.evaluation,
+    )
+    sha256 = sha256_of(folder / TENSORS)
+    return _record(targets, found, found, round_number=0, sha256=sha256, begun=begun)
 
 
 def score_targets(
@@ -162,6 +196,33 @@ def score_targets(
         client: mean_scores(scored[start:end])
         for start, (client, end) in zip(starts, ends.items(), strict=False)
     }
+
+
+def _record(
+    targets: Sequence[Target],
+    deployed: Mapping[str, Scores],
+    largest: Mapping[str, Scores],
+    *,
+    round_number: int,
+    sha256: str,
+    begun: float,
+) -> EvaluationRecord:
+    return EvaluationRecord(
+        round=round_number,
+        state_sha256=sha256,
+        complete=True,
+        seconds=time.perf_counter() - begun,
+        clients=[
+            ClientScores(
+                client=target.client,
+                group=target.group,
+                tier=target.tier,
+                as_deployed=deployed[target.client],
+                at_largest_rank=largest[target.client],
+            )
+            for target in targets
+        ],
+    )
 
 
 def _tiers_of_equal_ranks(federation: Federation) -> list[tuple[_Ranks, set[str]]]:

@@ -188,7 +188,8 @@ def _precision(training: TrainingSection, device: torch.device) -> AbstractConte
 
 def _norms(installed: Installed) -> dict[str, tuple[float, float]]:
     with torch.no_grad():
-        norms: list[float] = torch.stack(torch._foreach_norm(installed.parameters)).tolist()
+        found = torch._foreach_norm(tuple(installed.parameters))
+        norms: list[float] = torch.stack(found).tolist()
     count = len(installed.modules)
     pairs = zip(norms[:count], norms[count:], strict=True)
     return dict(zip(installed.modules, pairs, strict=True))

@@ -48,7 +48,7 @@ def test_every_target_has_the_loss_it_has_alone(model: nn.Module, loss_on: str) 
         assert not found[:-count].any()
 
 
-def test_counts_are_those_of_the_rows(model: nn.Module) -> None:
+def test_counts_are_those_of_the_rows() -> None:
     batch = collate(ROWS, loss_on="answer", pad_token=0, device="cpu")
     assert batch.num_tokens == sum(len(r.prompt_ids) + len(r.answer_ids) for r in ROWS)
     assert batch.num_targets == sum(len(r.answer_ids) for r in ROWS) == batch.counts().sum()

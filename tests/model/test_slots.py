@@ -180,7 +180,7 @@ def test_installing_draws_nothing_from_the_global_generator(slots: AdapterSlots)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: {}, "nothing to install"),
+        (lambda _: {}, "nothing to install"),
         (lambda a: {"model.layers.9.q_proj": next(iter(a.values()))}, r"layers.9.q_proj: not a"),
         (
             lambda a: {
