@@ -1,0 +1,74 @@
+"""Score what a user names: the state of a run, or a PEFT adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedllm.cli import execution
+from fedllm.config.loading import load_config, read_config
+from fedllm.errors import ConfigError, RunDirectoryError
+from fedllm.storage.paths import RunPaths, cache_of
+from fedllm.storage.records import EvaluationRecord
+
+_PEFT_CONFIG = "adapter_config.json"
+
+
+def score(
+    target: Path,
+    *,
+    round_number: int | None,
+    rank: int | None,
+    config: Path | None,
+    overrides: Sequence[str],
+) -> EvaluationRecord:
+    """Score a run's state or an adapter.
+
+    Raises:
+        RunDirectoryError: the target is neither.
+        ConfigError: an option is missing, or does not go with the target.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank: got {rank}, need >= 1")
+    paths = RunPaths(root=target.resolve())
+    if paths.run.exists():
+        return _score_run(paths, round_number, rank)
+    if not (target / _PEFT_CONFIG).is_file():
+        raise RunDirectoryError(
+            f"{target}: neither a run (run.json) nor a PEFT adapter ({_PEFT_CONFIG})"
+        )
+    if config is None:
+        raise ConfigError(f"--config: missing; it says on which model and data to score {target}")
+    if round_number is not None or rank is not None:
+        raise ConfigError(f"--round, --rank: {target} is an adapter, they are for runs")
+    return _score_adapter(target, config, overrides)
+
+
+def _score_run(paths: RunPaths, round_number: int | None, rank: int | None) -> EvaluationRecord:
+    number = newest_round(paths) if round_number is None else round_number
+    if not paths.round(number).aggregate_record.exists():
+        raise RunDirectoryError(f"--round {number}: not aggregated in {paths.root}")
+    from fedllm.steps.evaluate import evaluate_state
+    from fedllm.steps.session import Session
+
+    return evaluate_state(paths, number, rank, Session())
+
+
+def newest_round(paths: RunPaths) -> int:
+    """Return the newest round whose server state exists.
+
+    Raises:
+        RunDirectoryError: there is none yet.
+    """
+    for number in range(read_config(paths.config).rounds, -1, -1):
+        if paths.round(number).aggregate_record.exists():
+            return number
+    raise RunDirectoryError(f"{paths.root}: no server state yet; resume the run")
+
+
+def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> EvaluationRecord:
+    from fedllm.steps.evaluate import evaluate_adapter
+    from fedllm.steps.prepare import prepare
+    from fedllm.steps.session import Session
+
+    loaded = load_config(config, overrides)
+    prepared = prepare(loaded, cache_of(loaded.storage.cache, execution.default_run_dir(config)))
+    return evaluate_adapter(folder, loaded, prepared, Session())

@@ -1,0 +1,50 @@
+"""Starting the installed `fedllm` as a user does."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+FEDLLM = str(Path(sys.executable).with_name("fedllm"))
+
+
+def fedllm(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end."""
+    return subprocess.run(
+        [FEDLLM, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def start(*arguments: object, log: Path) -> "subprocess.Popen[bytes]":
+    """Start a command line in the background; its output goes to `log`."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [FEDLLM, *map(str, arguments)], stdout=out, stderr=out, stdin=subprocess.DEVNULL
+        )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for something that a process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def one_line(done: "subprocess.CompletedProcess[str]", code: int = 2) -> str:
+    """Return the one line of an error, after checking that it is one."""
+    assert done.returncode == code, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
