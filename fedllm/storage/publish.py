@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedllm.errors import RunDirectoryError, StorageFull
+from fedllm.errors import Incomplete, RunDirectoryError, StorageFull
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_REFUSED = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+# a disk or file server in trouble
+_NO_ANSWER = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @contextmanager
@@ -20,27 +31,50 @@ def storage_errors(path: Path) -> Iterator[None]:
     Raises:
         StorageFull: no space or quota is left.
         RunDirectoryError: the folder cannot be written.
+        Incomplete: the disk or file server does not answer.
     """
     try:
         yield
     except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
         if error.errno in _FULL:
-            reason = os.strerror(error.errno or errno.ENOSPC).lower()
             raise StorageFull(f"{path}: {reason}; make space, then resume the run") from error
         if error.errno in _REFUSED:
-            reason = os.strerror(error.errno or errno.EACCES).lower()
             raise RunDirectoryError(
                 f"{path}: cannot be written ({reason}); choose a writable directory"
+            ) from error
+        if error.errno in _NO_ANSWER:
+            raise Incomplete(
+                f"{path}: {reason}; see to the disk or file server, then resume the run"
             ) from error
         raise
 
 
-def _fsync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some file systems write names through and refuse to be asked
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents, each of whose names lasts as the files in it do."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def beside_of(path: Path) -> Path:
+    """Return a temporary name beside `path` that no reader takes for a file of the run."""
+    return path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
 
 
 @contextmanager
@@ -50,17 +84,26 @@ def publishing(path: Path) -> Iterator[Path]:
     A reader sees the old file or the whole new one. A failed block leaves nothing behind.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+        make_folder(path.parent)
+        beside = beside_of(path)
         try:
             yield beside
             with beside.open("rb") as written:
                 os.fsync(written.fileno())
-            beside.replace(path)
+                _replace(beside, path, os.fstat(written.fileno()))
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        _fsync_folder(path.parent)
+        sync_folder(path.parent)
+
+
+def _replace(beside: Path, path: Path, written: os.stat_result) -> None:
+    try:
+        beside.replace(path)
+    except FileNotFoundError:
+        # NFS: where the answer to a rename was lost, the repeated request finds nothing to rename
+        if not (path.exists() and os.path.samestat(path.stat(), written)):
+            raise
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
@@ -74,20 +117,36 @@ def publish_once(path: Path, content: bytes) -> bool:
 
     Uses `link`, the lock that is safe on NFS and Lustre; a link whose answer was lost is
     recognised by its link count.
+
+    Raises:
+        RunDirectoryError: the file system has no hard links.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+        make_folder(path.parent)
+        beside = beside_of(path)
         try:
             with beside.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(beside, path)
-            except FileExistsError:
-                return beside.stat().st_nlink > 1
-            _fsync_folder(path.parent)
-            return True
+            if not _link(beside, path):
+                return False
         finally:
             beside.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        return True
+
+
+def _link(beside: Path, path: Path) -> bool:
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        return beside.stat().st_nlink > 1
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise RunDirectoryError(
+                f"{path}: its file system has no hard links ({os.strerror(error.errno).lower()}), "
+                "which claims and leases need; choose a directory on another one"
+            ) from error
+        raise
+    return True
