@@ -3,7 +3,6 @@
 import os
 import sys
 
-import click
 import typer
 
 from fedllm.cli import adapters, inspection, looking, running
@@ -15,7 +14,6 @@ app = typer.Typer(
         "Fine-tune one language model across clients of different ranks, round after round, on "
         "this machine or as Slurm job arrays.\n\nStart with: fedllm run configs/quickstart.yaml"
     ),
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -38,6 +36,9 @@ inspection.register(app)
 adapters.register(app)
 
 
+_SIGINT_CODE = 130  # what typer makes of Ctrl-C
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.exit(run(sys.argv[1:]))
@@ -46,15 +47,12 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors become one line on stderr."""
     try:
-        result = app(arguments, standalone_mode=False, prog_name="fedllm")
-    except click.exceptions.Exit as request:
-        return request.exit_code
-    except click.ClickException as error:
+        result = app(arguments or ["--help"], standalone_mode=False, prog_name="fedllm")
+    except typer.TyperException as error:
         _tell(error.format_message())
         return 2
-    except (click.Abort, KeyboardInterrupt):
-        _tell("interrupted")
-        return 3
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted()
     except FedllmError as error:
         if os.environ.get("FEDLLM_DEBUG"):
             raise
@@ -65,7 +63,14 @@ def run(arguments: list[str]) -> int:
             raise
         _tell(f"{type(error).__name__}: {error} (a bug? `fedllm --debug ...` shows where)")
         return 1
+    if result == _SIGINT_CODE:
+        return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    _tell("interrupted")
+    return 3
 
 
 def _tell(message: str) -> None:
