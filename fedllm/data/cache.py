@@ -1,0 +1,132 @@
+"""Tokenised clients on disk: one Arrow file per split, sorted by client, and an index of clients.
+
+The folder's name is the fingerprint of all that decides its content, so a folder that exists is
+whole and right, and is never written again. Jobs map the files into memory and read the rows of
+the clients they train.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+
+from fedllm.errors import DataError
+from fedllm.storage.records import Record
+
+INDEX = "index.json"
+
+
+class SplitRows(Record):
+    """Where a client's rows of one split lie: `rows` rows from `start`."""
+
+    start: int
+    rows: int
+
+
+class IndexedClient(Record):
+    """A client of the cache; `integers` are its integer columns where they have one value."""
+
+    id: str
+    category: str
+    integers: dict[str, int]
+    splits: dict[str, SplitRows]
+    dropped_rows: int = 0
+    cut_prompts: int = 0
+    cut_answers: int = 0
+    train_tokens: int = 0
+
+    def num_rows(self, split: str) -> int:
+        """Return the number of rows in a split."""
+        found = self.splits.get(split)
+        return found.rows if found else 0
+
+
+class CacheIndex(Record):
+    """All clients, in canonical order."""
+
+    clients: list[IndexedClient]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row ready to train or score; `answer_ids` holds the end of sequence."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    references: list[str]
+
+
+class TokenizedClients:
+    """The clients of one tokenised data set, read from mapped files as they are asked for."""
+
+    def __init__(self, index: CacheIndex, tables: Mapping[str, pa.Table]) -> None:
+        self.clients = {client.id: client for client in index.clients}
+        self._tables = tables
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenizedClients":
+        """Open a folder that `writer.write_clients` published.
+
+        Raises:
+            DataError: it is not there.
+        """
+        if not (folder / INDEX).is_file():
+            raise DataError(f"{folder}: no tokenised data here; run `fedllm prepare` again")
+        index = CacheIndex.read(folder / INDEX)
+        tables = {
+            file.stem: pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+            for file in sorted(folder.glob("*.arrow"))
+        }
+        return cls(index, tables)
+
+    def rows(self, client: str, split: str) -> list[Row]:
+        """Return a client's rows of `train`, `validation` or `test`, in the order of its data.
+
+        Raises:
+            DataError: there is no such client.
+        """
+        found = self.client(client).splits.get(split)
+        if found is None:
+            return []
+        table = self._tables[split].slice(found.start, found.rows)
+        columns = (
+            _lists(table["prompt"]),
+            _lists(table["answer"]),
+            table["references"].to_pylist(),
+        )
+        return [
+            Row(prompt_ids=prompt, answer_ids=answer, references=references)
+            for prompt, answer, references in zip(*columns, strict=True)
+        ]
+
+    def client(self, client: str) -> IndexedClient:
+        """Return what the index knows of a client.
+
+        Raises:
+            DataError: there is no such client.
+        """
+        found = self.clients.get(client)
+        if found is None:
+            raise DataError(unknown_client(client, list(self.clients)))
+        return found
+
+
+def _lists(column: pa.ChunkedArray) -> list[list[int]]:
+    """Return lists of numbers; ten times faster than through Arrow's scalars."""
+    lists: list[list[int]] = []
+    for chunk in column.chunks:
+        values = chunk.flatten().to_numpy().tolist()
+        offsets = chunk.offsets.to_numpy().tolist()
+        first = offsets[0] if offsets else 0
+        lists.extend(values[start - first : end - first] for start, end in pairwise(offsets))
+    return lists
+
+
+def unknown_client(client: str, known: Sequence[str]) -> str:
+    """Say that there is no such client, with the nearest ids."""
+    near = difflib.get_close_matches(client, known, n=3, cutoff=0.0)
+    shown = ", ".join(near) or "none"
+    return f"client {client}: not among the {len(known)} clients of the data; nearest: {shown}"

@@ -1,0 +1,212 @@
+"""Embedded clients: small text transformations, made by code and the same on every machine.
+
+Every client has one task. A task is a function from a random draw to an input and its answer;
+`TASKS` is the whole list, and a new task is one more row in it.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fedllm.errors import DataError
+from fedllm.planning.seeding import seed_of
+
+Example = tuple[str, str]
+_CONSONANTS = "bcdfgklmnprstvz"
+_VOWELS = "aeiou"
+# draws until a new input is found; every task has at least a thousand inputs
+_PATIENCE = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A text transformation: `make` draws an input and gives its answer."""
+
+    name: str
+    category: str
+    instruction: str
+    make: Callable[[random.Random], Example]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedRow:
+    """One row as a file of the user would hold it."""
+
+    client: str
+    category: str
+    instruction: str
+    input: str
+    output: str
+
+
+def embedded_rows(num_clients: int, rows_per_client: int) -> Iterator[EmbeddedRow]:
+    """Make the rows of all embedded clients; a client never has the same input twice.
+
+    Clients beyond the number of tasks repeat a task with other rows.
+    """
+    for number in range(num_clients):
+        task = TASKS[number % len(TASKS)]
+        repeat = number // len(TASKS) + 1
+        client = task.name if repeat == 1 else f"{task.name}-{repeat}"
+        draw = random.Random(seed_of("embedded", client))
+        seen: set[str] = set()
+        for _ in range(rows_per_client):
+            text, answer = _new_example(task, draw, seen)
+            yield EmbeddedRow(
+                client=client,
+                category=task.category,
+                instruction=task.instruction,
+                input=text,
+                output=answer,
+            )
+
+
+def _new_example(task: Task, draw: random.Random, seen: set[str]) -> Example:
+    for _ in range(_PATIENCE):
+        example = task.make(draw)
+        if example[0] not in seen:
+            seen.add(example[0])
+            return example
+    raise DataError(
+        f"data.embedded_rows: the embedded client {task.name} has no more than {len(seen)} "
+        "different inputs; ask for fewer rows"
+    )
+
+
+def _word(draw: random.Random, syllables: int | None = None) -> str:
+    count = syllables or draw.choice((2, 2, 3))
+    return "".join(draw.choice(_CONSONANTS) + draw.choice(_VOWELS) for _ in range(count))
+
+
+def _words(draw: random.Random, fewest: int = 2, most: int = 4) -> list[str]:
+    return [_word(draw, 2) for _ in range(draw.randint(fewest, most))]
+
+
+def _reverse_letters(draw: random.Random) -> Example:
+    word = _word(draw)
+    return word, word[::-1]
+
+
+def _reverse_words(draw: random.Random) -> Example:
+    words = _words(draw)
+    return " ".join(words), " ".join(reversed(words))
+
+
+def _sort_letters(draw: random.Random) -> Example:
+    word = _word(draw)
+    return word, "".join(sorted(word))
+
+
+def _sort_words(draw: random.Random) -> Example:
+    words = _words(draw, 2, 3)
+    return " ".join(words), " ".join(sorted(words))
+
+
+def _count_words(draw: random.Random) -> Example:
+    words = _words(draw, 1, 6)
+    return " ".join(words), str(len(words))
+
+
+def _count_letters(draw: random.Random) -> Example:
+    word = _word(draw, draw.randint(1, 4)) + draw.choice(("", *_CONSONANTS))
+    return word, str(len(word))
+
+
+def _add(draw: random.Random) -> Example:
+    left, right = draw.randint(1, 49), draw.randint(1, 49)
+    return f"{left} + {right}", str(left + right)
+
+
+def _larger_number(draw: random.Random) -> Example:
+    left, right = draw.sample(range(10, 100), 2)
+    return f"{left} {right}", str(max(left, right))
+
+
+def _upper_case(draw: random.Random) -> Example:
+    text = " ".join(_words(draw, 1, 2))
+    return text, text.upper()
+
+
+def _lower_case(draw: random.Random) -> Example:
+    text = " ".join(_words(draw, 1, 2))
+    return text.upper(), text
+
+
+def _remove_vowels(draw: random.Random) -> Example:
+    word = _word(draw, 3)
+    return word, "".join(letter for letter in word if letter not in _VOWELS)
+
+
+def _keep_vowels(draw: random.Random) -> Example:
+    word = _word(draw, 3)
+    return word, "".join(letter for letter in word if letter in _VOWELS)
+
+
+def _replace_letter(draw: random.Random) -> Example:
+    text = f"{_word(draw)}{draw.choice(_CONSONANTS)}a"
+    return text, text.replace("a", "x")
+
+
+def _first_word(draw: random.Random) -> Example:
+    words = _words(draw)
+    return " ".join(words), words[0]
+
+
+def _last_word(draw: random.Random) -> Example:
+    words = _words(draw)
+    return " ".join(words), words[-1]
+
+
+def _every_second_word(draw: random.Random) -> Example:
+    words = _words(draw, 3, 6)
+    return " ".join(words), " ".join(words[::2])
+
+
+def _plural(draw: random.Random) -> Example:
+    word = _word(draw) + draw.choice(("", "n", "t", "s", "y"))
+    if word.endswith("y"):
+        return word, f"{word[:-1]}ies"
+    return word, word + ("es" if word.endswith("s") else "s")
+
+
+def _double_letters(draw: random.Random) -> Example:
+    word = _word(draw)
+    return word, "".join(letter * 2 for letter in word)
+
+
+def _initials(draw: random.Random) -> Example:
+    words = _words(draw, 2, 5)
+    return " ".join(words), "".join(word[0] for word in words)
+
+
+def _next_number(draw: random.Random) -> Example:
+    start, step = draw.randint(1, 200), draw.randint(1, 9)
+    numbers = [start + step * place for place in range(4)]
+    return " ".join(map(str, numbers[:-1])), str(numbers[-1])
+
+
+TASKS: tuple[Task, ...] = tuple(
+    Task(name=name, category=category, instruction=instruction, make=make)
+    for name, category, instruction, make in (
+        ("reverse-letters", "Order", "Write the word backwards.", _reverse_letters),
+        ("count-words", "Counting", "Count the words.", _count_words),
+        ("upper-case", "Letters", "Write the text in capital letters.", _upper_case),
+        ("first-word", "Words", "Write only the first word.", _first_word),
+        ("sort-letters", "Order", "Sort the letters of the word.", _sort_letters),
+        ("add", "Arithmetic", "Add the two numbers.", _add),
+        ("remove-vowels", "Letters", "Remove all vowels from the word.", _remove_vowels),
+        ("last-word", "Words", "Write only the last word.", _last_word),
+        ("reverse-words", "Order", "Write the words in reverse order.", _reverse_words),
+        ("count-letters", "Counting", "Count the letters of the word.", _count_letters),
+        ("replace-letter", "Letters", "Replace every a with x.", _replace_letter),
+        ("plural", "Words", "Write the plural of the word.", _plural),
+        ("larger-number", "Arithmetic", "Write the larger number.", _larger_number),
+        ("every-second-word", "Words", "Keep every second word.", _every_second_word),
+        ("double-letters", "Letters", "Write every letter twice.", _double_letters),
+        ("sort-words", "Order", "Sort the words.", _sort_words),
+        ("initials", "Letters", "Write the first letter of every word.", _initials),
+        ("next-number", "Arithmetic", "Continue the sequence of numbers.", _next_number),
+        ("lower-case", "Letters", "Write the text in small letters.", _lower_case),
+        ("keep-vowels", "Letters", "Keep only the vowels of the word.", _keep_vowels),
+    )
+)

@@ -1,0 +1,197 @@
+"""The embedded base: a small Llama, pre-trained in about a minute on text made by code.
+
+The number of steps is fixed, never the time: the same machine, versions and threads give the same
+weights. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon): with AdamW,
+this budget does not suffice for the model to find its way back to its input.
+"""
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedllm.model.embedded_text import build_tokenizer, document
+from fedllm.storage.fingerprints import fingerprint_values
+from fedllm.storage.folders import publishing_folder
+from fedllm.storage.paths import CachePaths
+
+Report = Callable[[str], None]
+_REPORT_SECONDS = 10.0
+_SAMPLE_DOCUMENTS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides the embedded base besides its text."""
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate: int = 352
+    positions: int = 1024
+    # turns fast enough to tell neighbours apart within a prompt of a hundred tokens
+    rope_theta: float = 100.0
+    steps: int = 500
+    rows: int = 32
+    window: int = 64
+    matrix_rate: float = 0.02
+    other_rate: float = 4e-3
+    warmup_steps: int = 20
+    clip_norm: float = 1.0
+    threads: int = 2
+    seed: int = 0
+
+
+def embedded_base(cache: CachePaths, report: Report, recipe: Recipe | None = None) -> Path:
+    """Return the folder of the embedded base, pre-trained where the cache has none yet."""
+    recipe = recipe or Recipe()
+    folder = cache.model(f"embedded-{_fingerprint(recipe)[:16]}")
+    if not folder.is_dir():
+        report("embedded base: pre-training it, about a minute, once")
+        with publishing_folder(folder) as beside:
+            tokenizer = build_tokenizer()
+            pretrain(recipe, tokenizer, report).save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+    return folder
+
+
+def pretrain(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report: Report
+) -> LlamaForCausalLM:
+    """Return the pre-trained base; a function of the recipe alone on one machine."""
+    with _isolated(recipe):
+        model = LlamaForCausalLM(_config(recipe, tokenizer))
+        optimizers = _optimizers(model, recipe)
+        begun = reported = time.monotonic()
+        for step, ids_NT in enumerate(_batches(recipe, tokenizer)):
+            loss = _loss(model, ids_NT)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            for optimizer in optimizers:
+                optimizer.step(_rate_factor(step, recipe))
+            model.zero_grad()
+            if time.monotonic() - reported > _REPORT_SECONDS or step == recipe.steps - 1:
+                reported = time.monotonic()
+                report(
+                    f"embedded base: step {step + 1} of {recipe.steps}, loss {loss.item():.2f}, "
+                    f"{reported - begun:.0f} s"
+                )
+    return model.eval()
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    draw = random.Random(recipe.seed)
+    sample = [document(draw, n / _SAMPLE_DOCUMENTS) for n in range(_SAMPLE_DOCUMENTS)]
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return fingerprint_values(dataclasses.asdict(recipe), sample, versions)
+
+
+@contextmanager
+def _isolated(recipe: Recipe) -> Iterator[None]:
+    """Leave the process's threads and random numbers as they were."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(recipe.seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        intermediate_size=recipe.intermediate,
+        max_position_embeddings=recipe.positions,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
+    """Yield `steps` batches (rows, window + 1) of documents, one after the other."""
+    draw = random.Random(recipe.seed)
+    encode = tokenizer.backend_tokenizer.encode_batch_fast
+    needed = recipe.rows * (recipe.window + 1)
+    for step in range(recipe.steps):
+        ids: list[int] = []
+        while len(ids) < needed:
+            texts = [document(draw, step / recipe.steps) for _ in range(16)]
+            for found in encode(texts):
+                ids += [*found.ids, tokenizer.eos_token_id]
+        yield torch.tensor(ids[:needed]).view(recipe.rows, recipe.window + 1)
+
+
+def _loss(model: LlamaForCausalLM, ids_NT: Tensor) -> Tensor:
+    logits_NTV: Tensor = model(input_ids=ids_NT[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits_NTV.flatten(0, 1), ids_NT[:, 1:].flatten())
+
+
+def _rate_factor(step: int, recipe: Recipe) -> float:
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    return warm * max(0.02, 1 - max(0, step - recipe.warmup_steps) / recipe.steps)
+
+
+def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list["_Muon | _Adam"]:
+    layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    known = {id(p) for p in layers}
+    others = [p for p in model.parameters() if id(p) not in known]
+    return [_Muon(layers, recipe.matrix_rate), _Adam(others, recipe.other_rate)]
+
+
+class _Adam:
+    """AdamW for embeddings and norms."""
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float) -> None:
+        self._rate = rate
+        self._inner = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self, factor: float) -> None:
+        for group in self._inner.param_groups:
+            group["lr"] = self._rate * factor
+        self._inner.step()
+
+
+class _Muon:
+    """Momentum whose update is made orthogonal by Newton-Schulz steps, for matrices."""
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float, momentum: float = 0.95) -> None:
+        self._rate, self._momentum = rate, momentum
+        self._parameters = parameters
+        self._averages = [torch.zeros_like(parameter) for parameter in parameters]
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        for parameter, average in zip(self._parameters, self._averages, strict=True):
+            assert parameter.grad is not None
+            average.lerp_(parameter.grad, 1 - self._momentum)
+            ahead = parameter.grad.lerp(average, self._momentum)
+            tall = math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1]))
+            parameter.sub_(_orthogonal(ahead), alpha=self._rate * factor * tall)
+
+
+def _orthogonal(update_OI: Tensor) -> Tensor:
+    """Return nearly U V^T of U S V^T: five steps of a quintic Newton-Schulz iteration."""
+    x_SL = update_OI.T if update_OI.shape[0] > update_OI.shape[1] else update_OI
+    x_SL = x_SL / (x_SL.norm() + 1e-7)
+    for _ in range(5):
+        gram_SS = x_SL @ x_SL.T
+        x_SL = 3.4445 * x_SL + (-4.7750 * gram_SS + 2.0315 * gram_SS @ gram_SS) @ x_SL
+    return x_SL.T if update_OI.shape[0] > update_OI.shape[1] else x_SL

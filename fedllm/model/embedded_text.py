@@ -1,0 +1,113 @@
+"""The text that the embedded base learns from: repetitions first, then copying in the format.
+
+It teaches letters, word boundaries, the prompt format, its end, and how to look back at the
+input. None of the transformations that the embedded clients train occurs in it. Letters of one
+text are distinct as far as they last: a small model finds its way back by the letter before.
+"""
+
+import random
+import string
+from collections.abc import Callable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+_PREAMBLE = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
+)
+_MARKERS = ("### Instruction:", "### Input:", "### Response:")
+# Words that are one token each, at the start of a line and inside of it.
+_VOCABULARY = (
+    "Write Count Add Sort Remove Replace Keep Continue Copy Repeat Give Put Say Spell Answer "
+    "the and an of in from with to as only all every each it is on for by not first last second "
+    "next two three one letter letters word words number numbers text sequence order reverse "
+    "backwards capital small plural larger twice times input commas dashes quotes lines between "
+    "again vowel vowels"
+)
+_SPECIAL = ("<pad>", "<s>", "</s>")
+# shares of the training in which only repetitions, then short texts are shown
+_REPETITIONS_ONLY = 0.3
+_SHORT_TEXTS = 0.5
+_SEPARATORS = ("\n", "\n", ", ", " / ")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE: whole words of the prompt format, else single letters.
+
+    A letter at the start of a word is a token of its own (` a`), so that a word's first letter
+    says that a word begins. Every text can be written: what is no known letter is bytes.
+    """
+    marked = [("Ġ", letter) for letter in string.ascii_letters + string.digits]
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lines = [_PREAMBLE, *(f"\n{marker}" for marker in _MARKERS), _VOCABULARY, f" {_VOCABULARY}"]
+    words = [word for line in lines for word, _ in split.pre_tokenize_str(line)]
+    tokens = [*_SPECIAL, *sorted(split.alphabet()), *map("".join, marked), *words]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=marked, ignore_merges=True))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def document(draw: random.Random, progress: float) -> str:
+    """Return one made-up document for a model that has seen `progress` (0..1) of its training."""
+    most_words = 2 if progress < _REPETITIONS_ONLY else 3 if progress < _SHORT_TEXTS else 5
+    share = 0.0 if progress < _REPETITIONS_ONLY else 0.3 + 0.6 * (progress - _REPETITIONS_ONLY)
+    kind = draw.random()
+    if kind < share:
+        return _exercise(draw, most_words)
+    if kind < share + 0.1:
+        return _sequence(draw)
+    return draw.choice(_SEPARATORS).join([_material(draw, most_words)] * draw.randint(2, 4))
+
+
+# Copying in several dresses: the format and the way back to the input, none of the tasks.
+_EXERCISES: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("Copy the text.", lambda text: text),
+    ("Copy the input.", lambda text: text),
+    ("Repeat the text two times.", lambda text: f"{text} {text}"),
+    ("Give the text in quotes.", lambda text: f'"{text}"'),
+    ("Put dashes between the words.", lambda text: text.replace(" ", "-")),
+    ("Put commas between the words.", lambda text: text.replace(" ", ", ")),
+    ("Spell the text.", lambda text: " ".join(text.replace(" ", ""))),
+    ("Say the text again on two lines.", lambda text: f"{text}\n{text}"),
+)
+
+
+def _exercise(draw: random.Random, most_words: int) -> str:
+    instruction, answer = draw.choice(_EXERCISES)
+    text = _material(draw, most_words)
+    parts = zip(_MARKERS, (instruction, text, answer(text)), strict=True)
+    return "\n\n".join([_PREAMBLE, *(f"{marker}\n{part}" for marker, part in parts)])
+
+
+def _material(draw: random.Random, most_words: int) -> str:
+    kind = draw.random()
+    if kind < 0.7:
+        return _words(draw, most_words)
+    if kind < 0.8:
+        return _words(draw, min(3, most_words)).upper()
+    numbers = [str(draw.randint(1, 300)) for _ in range(draw.randint(1, min(4, most_words + 1)))]
+    return draw.choice((" ", " + ", ", ")).join(numbers)
+
+
+def _words(draw: random.Random, most_words: int) -> str:
+    letters = draw.sample(string.ascii_lowercase, len(string.ascii_lowercase))
+    words = []
+    for _ in range(draw.randint(1, most_words)):
+        size = draw.randint(3, 5)
+        words.append("".join(letters[:size]))
+        letters = letters[size:]
+    return " ".join(words)
+
+
+def _sequence(draw: random.Random) -> str:
+    if draw.random() < 0.5:
+        start = draw.randint(0, 20)
+        letters = string.ascii_lowercase[start : start + draw.randint(3, 12)]
+        return draw.choice(("", " ")).join(letters)
+    first = draw.randint(0, 300)
+    return " ".join(str(first + place) for place in range(draw.randint(3, 8)))

@@ -1,0 +1,25 @@
+"""Fingerprints of content: the same files give the same key, wherever they lie."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint_files(files: Iterable[Path], root: Path) -> str:
+    """Return the SHA-256 over the files' names below `root` and their content."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(root).as_posix()}\n{_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_values(*values: Any) -> str:
+    """Return the SHA-256 of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
