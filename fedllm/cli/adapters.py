@@ -1,0 +1,205 @@
+"""Commands that write adapters and models for other programs: aggregate, export."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedllm.cli.options import (
+    AsJson,
+    OutFolder,
+    RunFolder,
+    existing_run,
+    fresh_folder,
+    say,
+    say_json,
+)
+from fedllm.errors import AdapterError
+
+if TYPE_CHECKING:
+    from fedllm.steps.combine import Combined, CombinedInput, CombineRequest, RankWish
+
+_NAMED = 3  # modules that a line names before it counts
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (aggregate, export):
+        app.command()(command)
+
+
+def aggregate(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER[:WEIGHT]...",
+            help="PEFT adapter folders of any ranks; a weight is 1 unless given.",
+        ),
+    ],
+    out: OutFolder,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            "--rank",
+            metavar="R|full",
+            help="Rank of the result; full loses nothing. Default: each module's largest.",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", metavar="M", help="How adapters are combined.")
+    ] = "flexlora",
+    device: Annotated[
+        str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="T", help="float32, bfloat16 or float16.")
+    ] = "float32",
+    json_: AsJson = False,
+) -> None:
+    """Combine PEFT adapters of any ranks into one that PEFT loads."""
+    from fedllm.steps.combine import CombineRequest, WeightedAdapter, combine_adapters
+
+    pairs = [_adapter_and_weight(text) for text in adapters]
+    request = CombineRequest(
+        adapters=[WeightedAdapter(folder=folder, weight=weight) for folder, weight in pairs],
+        out=fresh_folder(out),
+        rank=_rank(rank),
+        method=method,
+        device=device,
+        dtype=dtype,
+    )
+    combined = combine_adapters(request, watch=_progress)
+    if json_:
+        say_json(_combined_json(request, combined))
+    else:
+        say("\n".join(_combined_lines(request, combined)))
+
+
+def export(
+    run: RunFolder,
+    out: OutFolder,
+    round_: Annotated[
+        int | None, typer.Option("--round", metavar="N", help="Default: the newest state.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", help="Default: the largest of the state.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the base with the adapter merged into it.")
+    ] = False,
+    json_: AsJson = False,
+) -> None:
+    """Write a run's server state as a PEFT adapter, or merged as a plain model."""
+    from fedllm.steps.export import export_adapter, export_model, open_state
+
+    paths, folder = existing_run(run), fresh_folder(out)
+    write = export_model if merge else export_adapter
+    exported = write(open_state(paths, round_), folder, rank=rank)
+    if json_:
+        say_json(
+            {
+                "out": str(out),
+                "round": exported.round,
+                "ranks": dict(exported.ranks),
+                "base_model": exported.base_model,
+                "merged": merge,
+            }
+        )
+        return
+    what = "model, the adapter merged" if merge else "PEFT adapter"
+    say(
+        f"{out}: {what}, of round {exported.round}, {_span(exported.ranks.values())} "
+        f"in {len(exported.ranks)} modules of {exported.base_model}"
+    )
+
+
+def _adapter_and_weight(text: str) -> tuple[Path, float]:
+    """Split `path:weight` at the last colon, where a number follows it."""
+    head, colon, tail = text.rpartition(":")
+    try:
+        weight = float(tail) if colon else None
+    except ValueError:
+        weight = None
+    named_so = Path(text).exists() and not Path(head).exists()
+    if weight is None or not head or named_so:
+        return Path(text), 1.0
+    return Path(head), weight
+
+
+def _rank(text: str | None) -> "RankWish":
+    if text is None:
+        return None
+    if text == "full":
+        return "full"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise AdapterError(f"--rank: got {text!r}, need a number >= 1, or full") from error
+
+
+def _progress(modules: Sequence[str]) -> Iterable[str]:
+    if not sys.stderr.isatty():
+        return modules
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(modules, description="modules", console=Console(stderr=True), transient=True)
+
+
+def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str]:
+    lines = [
+        f"weight {entry.share:.4f}  rank {entry.largest_rank:>4}  {entry.folder}"
+        for entry in combined.inputs
+    ]
+    lines += [_missing(entry) for entry in combined.inputs if entry.missing]
+    capped = [name for name, module in combined.modules.items() if module.capped]
+    if capped:
+        lines.append(f"rank above the smaller side, which they get instead: {_first(capped)}")
+    worst = min(combined.modules, key=lambda name: combined.modules[name].energy_kept)
+    least = combined.modules[worst].energy_kept
+    ranks = [module.rank for module in combined.modules.values()]
+    lines.append(
+        f"{_span(ranks)} in {len(ranks)} modules; energy kept {combined.energy_kept:.6f} "
+        f"(least: {least:.6f} in {worst})"
+    )
+    lines.append(f"{request.out}: PEFT adapter, {request.dtype}")
+    return lines
+
+
+def _missing(entry: "CombinedInput") -> str:
+    return f"{entry.folder} counts as zero where it has no adapter: {_first(entry.missing)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _span(ranks: Iterable[int]) -> str:
+    found = sorted(ranks)
+    return f"rank {found[0]}" if found[0] == found[-1] else f"ranks {found[0]} to {found[-1]}"
+
+
+def _combined_json(request: "CombineRequest", combined: "Combined") -> dict[str, Any]:
+    return {
+        "out": str(request.out),
+        "method": request.method,
+        "dtype": request.dtype,
+        "base_model": combined.base_model,
+        "energy_kept": combined.energy_kept,
+        "adapters": [
+            {
+                "path": str(entry.folder),
+                "weight": entry.share,
+                "rank": entry.largest_rank,
+                "missing": list(entry.missing),
+            }
+            for entry in combined.inputs
+        ],
+        "modules": {
+            name: {"rank": module.rank, "energy_kept": module.energy_kept}
+            for name, module in combined.modules.items()
+        },
+    }

@@ -1,0 +1,184 @@
+"""`adapter_config.json`: what PEFT's fields mean for factors, and which adapters are refused."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import scale_of
+
+CONFIG = "adapter_config.json"
+
+# What is more than `W + scale B A`, or starts from another W: the key and what it is called.
+_MORE_THAN_LORA: Mapping[str, str] = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save (whole layers)",
+    "trainable_token_indices": "trainable tokens",
+    "lora_bias": "a trained bias (lora_bias)",
+    "target_parameters": "LoRA on parameters (target_parameters)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+Value = TypeVar("Value")
+Rank = Annotated[int, Field(ge=1)]
+# PEFT keeps names as a set: their order in the file means nothing
+Names = Annotated[
+    list[str] | str | None,
+    AfterValidator(lambda names: sorted(names) if isinstance(names, list) else names),
+]
+# PEFT writes null where there is no pattern
+_Pattern = BeforeValidator(lambda found: {} if found is None else found)
+
+
+class AdapterConfig(BaseModel):
+    """The fields that matter here, with PEFT's defaults; other fields are left unread."""
+
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    r: Rank = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    target_modules: Names = None
+    exclude_modules: Names = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: Names = None
+    rank_pattern: Annotated[dict[str, Rank], _Pattern] = {}
+    alpha_pattern: Annotated[dict[str, float], _Pattern] = {}
+
+    @property
+    def base(self) -> str | None:
+        """The base model as one name, its revision in it; a folder by its real path."""
+        if not self.base_model_name_or_path:
+            return None
+        path = Path(self.base_model_name_or_path)
+        name = str(path.resolve()) if path.is_dir() else self.base_model_name_or_path.rstrip("/")
+        return f"{name} (revision {self.revision})" if self.revision else name
+
+    def rank(self, module: str) -> int:
+        """Return the rank that PEFT gives to a module."""
+        return _of_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """Return the scale that PEFT gives to a module's `B A`."""
+        return scale_of(
+            alpha=_of_pattern(self.alpha_pattern, module, self.lora_alpha),
+            scaling="rslora" if self.use_rslora else "fixed",
+            rank=self.rank(module),
+        )
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read the configuration of a PEFT adapter folder.
+
+    Raises:
+        AdapterError: it is missing or broken, or the adapter is more than A and B; the message
+            names the folder and the field.
+    """
+    raw = _read_json(folder)
+    _refuse_more_than_lora(folder, raw)
+    try:
+        config = AdapterConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise AdapterError(
+            f"{folder / CONFIG}: {where}: got {first['input']!r} ({first['msg']}); correct it"
+        ) from error
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(
+                f"{folder / CONFIG}: the pattern {pattern!r} is no regular expression ({error})"
+            ) from error
+    return config
+
+
+def pattern_of(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """Return the `rank_pattern` or `alpha_pattern` that gives each module its value.
+
+    The last part of the module's name where all modules of that name agree, else full names, the
+    longest first, since the first pattern that a name ends with is taken.
+    """
+    leaves: dict[str, set[Value]] = {}
+    for module, value in values.items():
+        leaves.setdefault(_leaf(module), set()).add(value)
+    named = {
+        _literal(_leaf(module) if len(leaves[_leaf(module)]) == 1 else module): value
+        for module, value in values.items()
+        if leaves[_leaf(module)] != {default}
+    }
+    return {name: named[name] for name in sorted(named, key=lambda name: (-len(name), name))}
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _literal(name: str) -> str:
+    # dots stay: older versions of PEFT look full names up as they are
+    return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
+
+
+def _of_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
+    """Return the value of the first pattern that the module's name ends with, as PEFT does."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return patterns.get(module, default)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
+        raise AdapterError(f"{folder}: {found}; give the folder of a PEFT adapter")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise AdapterError(f"{folder}: not a PEFT adapter (no {CONFIG})")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path}: cannot be read ({error}); copy the adapter again") from error
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path}: got a {type(raw).__name__}, need PEFT's keys and values")
+    return raw
+
+
+def _refuse_more_than_lora(folder: Path, raw: Mapping[str, Any]) -> None:
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{folder}: peft_type is {kind!r}, need LORA: only LoRA is combined")
+    for key, name in _MORE_THAN_LORA.items():
+        if raw.get(key):
+            raise AdapterError(
+                f"{folder}: holds {name}, which is more than lora_A and lora_B; train without {key}"
+            )
+    if raw.get("bias") not in (None, "none"):
+        raise AdapterError(
+            f"{folder}: holds trained biases (bias: {raw['bias']}); train with bias: none"
+        )
+    start = str(raw.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{folder}: init_lora_weights {start} changes the base weights; save it again with "
+            "path_initial_model_for_weight_conversion"
+        )

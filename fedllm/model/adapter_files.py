@@ -1,0 +1,256 @@
+"""PEFT adapter folders, read and written without PEFT and without unpickling anything.
+
+PEFT stores A as (R, I) and B as (O, R) whatever the layout of the base weight: `fan_in_fan_out`
+(the Conv1D of GPT-2) transposes the product, not the factors.
+
+Legend: O out, I in, R rank.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.errors import AdapterError, RunDirectoryError
+from fedllm.lora.factors import Adapter, Factors, ModuleShape
+from fedllm.model.adapter_config import CONFIG, AdapterConfig, pattern_of, read_adapter_config
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.tensors import TensorFile, write_tensors
+
+TENSORS = "adapter_model.safetensors"
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_PICKLED = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_READABLE = (*DTYPES.values(), torch.float64)
+# The first that a tensor's name holds says what it is.
+_OTHER_TENSORS: Mapping[str, str] = {
+    "lora_embedding": "embedding LoRA",
+    "lora_magnitude_vector": "DoRA",
+    "trainable_tokens": "trainable tokens",
+    "token_adapter": "trainable tokens",
+    "modules_to_save": "modules_to_save (whole layers)",
+    ".bias": "a trained bias",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftAdapter:
+    """A PEFT adapter folder whose factors are read when they are asked for."""
+
+    folder: Path
+    config: AdapterConfig
+    factors: "FactorsOnDisk"
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model that the adapter was trained on, where it says so."""
+        return self.config.base_model_name_or_path or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftDescription:
+    """What an adapter's configuration says beside ranks and scales.
+
+    `targets` holds PEFT's fields that choose the modules (`target_modules` and so on).
+    """
+
+    base_model: str | None
+    targets: Mapping[str, Any]
+    revision: str | None = None
+    task_type: str | None = None
+    auto_mapping: Mapping[str, Any] | None = None
+    fan_in_fan_out: bool = False
+    rslora: bool = False
+    dropout: float = 0.0
+
+
+class FactorsOnDisk(Mapping[str, Factors]):
+    """Module -> factors, each read from a file by memory map when it is asked for.
+
+    Shapes and ranks are known from the header alone. Factors come in float32 (float64 where the
+    file has it), so that half precision enters no sum.
+
+    Raises:
+        AdapterError: a tensor that is no A or B, A without B, or shapes that do not fit together
+            or the configuration.
+    """
+
+    def __init__(self, file: TensorFile, config: AdapterConfig) -> None:
+        self._file = file
+        self._config = config
+        self._names = _factor_names(file)
+        self._shapes = {module: self._checked_shape(module) for module in self._names}
+
+    def __getitem__(self, module: str) -> Factors:
+        """Read one module.
+
+        Raises:
+            KeyError: the adapter has no such module.
+            AdapterError: NaN or infinity, or a number format that factors do not come in.
+        """
+        names = self._names[module]
+        return Factors(
+            a_RI=self._read(names["A"]),
+            b_OR=self._read(names["B"]),
+            scale=self._config.scale(module),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, module: str) -> ModuleShape:
+        """Return the shape of the module's weight without reading the factors."""
+        return self._shapes[module]
+
+    def rank(self, module: str) -> int:
+        """Return the module's rank without reading the factors."""
+        return self._config.rank(module)
+
+    def _checked_shape(self, module: str) -> ModuleShape:
+        names, where = self._names[module], self._file.path.parent
+        for part in "AB":
+            if part not in names:
+                raise AdapterError(f"{where}: {module} has no lora_{part}; save the adapter again")
+        a, b = self._file.shape(names["A"]), self._file.shape(names["B"])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise AdapterError(
+                f"{where}: {module}: lora_A is {a} and lora_B {b}, need (rank, in) and (out, rank)"
+            )
+        if a[0] != self.rank(module):
+            raise AdapterError(
+                f"{where}: {module}: {CONFIG} gives it rank {self.rank(module)}, "
+                f"lora_A has rank {a[0]}; one of the two files belongs to another adapter"
+            )
+        if 0 in (*a, *b):
+            raise AdapterError(f"{where}: {module}: lora_A is {a} and lora_B {b}: nothing in it")
+        return ModuleShape(out=b[0], in_=a[1])
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._file.get(name)
+        if tensor.dtype not in _READABLE:
+            raise AdapterError(
+                f"{self._file.path.parent}: {name} holds {str(tensor.dtype).removeprefix('torch.')}"
+                f", need {', '.join(DTYPES)} or float64"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"{self._file.path.parent}: {name} holds NaN or infinity; leave this adapter out"
+            )
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def read_peft_adapter(folder: Path) -> PeftAdapter:
+    """Open a PEFT adapter folder: its configuration and the headers of its tensors are checked.
+
+    Raises:
+        AdapterError: it is missing, corrupt, truncated or pickled, or more than A and B.
+    """
+    config = read_adapter_config(folder)
+    path = folder / TENSORS
+    if not path.exists():
+        raise AdapterError(_without_tensors(folder))
+    try:
+        file = TensorFile(path)
+    except RunDirectoryError as error:
+        raise AdapterError(f"{error}; copy the adapter again") from error
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error}); check the file") from error
+    return PeftAdapter(folder=folder, config=config, factors=FactorsOnDisk(file, config))
+
+
+def write_peft_adapter(
+    folder: Path, adapter: Adapter, *, about: PeftDescription, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write an adapter folder that PEFT loads, the configuration last.
+
+    PEFT computes a module's scale from alpha and rank: alphas are chosen so that it gets that of
+    the factors.
+
+    Raises:
+        AdapterError: a value does not fit `dtype`.
+    """
+    assert adapter, "an adapter without modules"
+    tensors: dict[str, Tensor] = {}
+    for module, factors in adapter.items():
+        for part, factor in (("A", factors.a_RI), ("B", factors.b_OR)):
+            name = f"{_PREFIX}{module}.lora_{part}.weight"
+            tensors[name] = factor.to("cpu", dtype)
+            if not bool(torch.isfinite(tensors[name]).all()):
+                raise AdapterError(f"{name}: does not fit {dtype}; use float32")
+    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+    content = json.dumps(_peft_fields(adapter, about), indent=2, ensure_ascii=False)
+    publish_bytes(folder / CONFIG, f"{content}\n".encode())
+
+
+def _peft_fields(adapter: Adapter, about: PeftDescription) -> dict[str, Any]:
+    ranks = {module: factors.rank for module, factors in adapter.items()}
+    alphas = {module: _alpha(factors, about.rslora) for module, factors in adapter.items()}
+    # the largest rank is what other programs make room for
+    largest = max(ranks, key=lambda module: ranks[module])
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": about.base_model,
+        "revision": about.revision,
+        "task_type": about.task_type,
+        "auto_mapping": about.auto_mapping,
+        "inference_mode": True,
+        "r": ranks[largest],
+        "lora_alpha": alphas[largest],
+        "use_rslora": about.rslora,
+        "rank_pattern": pattern_of(ranks, ranks[largest]),
+        "alpha_pattern": pattern_of(alphas, alphas[largest]),
+        "lora_dropout": about.dropout,
+        "bias": "none",
+        "fan_in_fan_out": about.fan_in_fan_out,
+        "init_lora_weights": True,
+        **about.targets,
+    }
+
+
+def _alpha(factors: Factors, rslora: bool) -> float:
+    """Return the alpha from which PEFT computes the factors' scale, whole where it can be."""
+    divisor = math.sqrt(factors.rank) if rslora else factors.rank
+    alpha = factors.scale * divisor
+    return round(alpha) if round(alpha) / divisor == factors.scale else alpha
+
+
+def _factor_names(file: TensorFile) -> dict[str, dict[str, str]]:
+    names: dict[str, dict[str, str]] = {}
+    for name in file.names:
+        found = _FACTOR.fullmatch(name)
+        if found is None:
+            raise AdapterError(_other_tensor(file.path.parent, name))
+        names.setdefault(found["module"], {})[found["part"]] = name
+    if not names:
+        raise AdapterError(f"{file.path}: holds no lora_A and lora_B: nothing was trained")
+    return names
+
+
+def _other_tensor(folder: Path, name: str) -> str:
+    what = next((what for part, what in _OTHER_TENSORS.items() if part in name), None)
+    said = f"{name} is {what}" if what else f"{name} is no base_model.model.*.lora_A or lora_B"
+    return f"{folder}: {said}; only A and B of LoRA are combined"
+
+
+def _without_tensors(folder: Path) -> str:
+    if (folder / _PICKLED).exists():
+        return (
+            f"{folder}: holds {_PICKLED}, which is pickled and never read here; "
+            f"load it with PEFT where you trust it and save it as {TENSORS}"
+        )
+    return f"{folder}: no {TENSORS} in it; copy the adapter again"
