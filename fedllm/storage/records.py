@@ -1,6 +1,5 @@
 """The records of a run: frozen models written as JSON, last in every step. No torch here."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +12,13 @@ from fedllm.storage.publish import publish_bytes, publish_once
 class Record(BaseModel):
     """A frozen record with an atomic home."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
+        # JSON has no numbers for them, and a diverged loss must come back as what it was
+        ser_json_inf_nan="strings",
+    )
 
     def to_bytes(self) -> bytes:
         """Return the record as indented JSON."""
@@ -211,7 +216,7 @@ class UpdateRecord(Record):
     reason: str = ""
     kind: Literal["lora", "sparse"] = "lora"
     base_fingerprint: str
-    rows: int
+    rows: Annotated[int, Field(ge=0)]
     steps: int
     tokens: int
     loss_tokens: int
@@ -329,15 +334,3 @@ class RoundRecord(Record):
     failed: int = 0
     late: int = 0
     train_seconds: Annotated[float, Field(ge=0)] = 0.0
-
-
-def read_json(path: Path) -> Any:
-    """Read any JSON file.
-
-    Raises:
-        RunDirectoryError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise RunDirectoryError(f"{path}: not JSON ({error}); restore it or remove it") from error
