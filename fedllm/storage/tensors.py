@@ -2,21 +2,41 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.publish import publish_bytes, publishing
+from fedllm.storage.publish import publishing
 from fedllm.storage.records import UpdateRecord
-from fedllm.storage.updates import DIGEST, RECORDS, digest_of, tensor_name
+from fedllm.storage.updates import (
+    DIGEST,
+    DTYPE_BYTES,
+    HEADER_ALIGNMENT_BYTES,
+    LENGTH_BYTES,
+    METADATA,
+    RECORDS,
+    digest_of,
+    layout_text,
+    records_text,
+    tensor_name,
+)
 
-_LENGTH_BYTES = 8
+_DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def sha256_of(path: Path) -> str:
@@ -30,12 +50,11 @@ def write_tensors(
 ) -> str:
     """Publish tensors as safetensors and return the SHA-256 of the file.
 
-    The same tensors and metadata give the same bytes.
+    The same tensors and metadata give the same bytes: safetensors' own writer shuffles metadata.
     """
-    contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    with publishing(path) as beside:
-        save_file(contiguous, beside, metadata=dict(sorted(metadata.items())))
-        return sha256_of(beside)
+    named = _in_file_order(tensors)
+    header = {**_layout(named), METADATA: dict(sorted(metadata.items()))}
+    return _publish(path, [_encoded(header), *map(_bytes_of, named.values())])
 
 
 class TensorFile:
@@ -107,18 +126,56 @@ def publish_update(
         records: one per client; a failed client has a record and no tensors.
         tensors: client -> module -> (A (R, I), B (O, R)).
     """
-    named = {
-        tensor_name(client, module, factor): value.contiguous()
-        for client, modules in tensors.items()
-        for module, pair in modules.items()
-        for factor, value in zip("AB", pair, strict=True)
-    }
-    raw = memoryview(save(named))
-    length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
-    header = json.loads(bytes(raw[_LENGTH_BYTES : _LENGTH_BYTES + length]))
-    data = raw[_LENGTH_BYTES + length :]
-    text = json.dumps([record.model_dump(mode="json") for record in records])
-    header["__metadata__"] = {RECORDS: text, DIGEST: digest_of(text, data)}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % _LENGTH_BYTES)
-    publish_bytes(path, len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded + data)
+    named = _in_file_order(
+        {
+            tensor_name(client, module, factor): value
+            for client, modules in tensors.items()
+            for module, pair in modules.items()
+            for factor, value in zip("AB", pair, strict=True)
+        }
+    )
+    layout = _layout(named)
+    text = records_text(records)
+    digest = digest_of(text, layout_text(layout), map(_bytes_of, named.values()))
+    header = {METADATA: {RECORDS: text, DIGEST: digest}, **layout}
+    _publish(path, [_encoded(header), *map(_bytes_of, named.values())])
+
+
+def _in_file_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors as they lie in a file: wide types first, so that all are aligned."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    return {name: tensors[name].detach().cpu().contiguous() for name in order}
+
+
+def _layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
+    layout: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        dtype = _DTYPES[tensor.dtype]
+        begin, end = end, end + tensor.numel() * DTYPE_BYTES[dtype]
+        layout[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    return layout
+
+
+def _encoded(header: Mapping[str, object]) -> bytes:
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % HEADER_ALIGNMENT_BYTES)
+    return len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's memory: nothing is copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _publish(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    with publishing(path) as beside, beside.open("wb") as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+    return digest.hexdigest()

@@ -1,31 +1,38 @@
-"""Published updates read without torch: header, checksum, shapes."""
+"""Published updates read without torch: header, layout, checksum, shapes."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedllm.storage.paths import RoundPaths, encode_client
 from fedllm.storage.records import UpdateRecord
 
-RECORDS, DIGEST = "records", "sha256"
-_LENGTH_BYTES = 8
+METADATA, RECORDS, DIGEST = "__metadata__", "records", "sha256"
+LENGTH_BYTES = HEADER_ALIGNMENT_BYTES = 8
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+DTYPE_BYTES |= {"BOOL": 1}
+_FLOATS = ("F64", "F32", "BF16", "F16")
 _CHUNK_BYTES = 1 << 20
 _RECORDS = TypeAdapter(list[UpdateRecord])
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A client's update that can be read whole."""
+    """A client's update that can be read whole; shapes by `<module>|A` and `<module>|B`."""
 
     record: UpdateRecord
     file: str
     sha256: str
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,87 +53,153 @@ def tensor_name(client: str, module: str, factor: str) -> str:
     return f"{encode_client(client)}|{module}|{factor}"
 
 
-def digest_of(records: str, data: bytes | memoryview) -> str:
-    """Return the checksum of an update file: SHA-256 of its records and its tensor bytes."""
-    return hashlib.sha256(records.encode() + b"\0" + data).hexdigest()
+def records_text(records: Sequence[UpdateRecord]) -> str:
+    """Return the records of an update file as the one text that is checksummed."""
+    return _RECORDS.dump_json(list(records)).decode()
+
+
+def layout_text(layout: Mapping[str, Any]) -> str:
+    """Return names, types, shapes and places of tensors as the one text that is checksummed."""
+    return json.dumps(layout, sort_keys=True, separators=(",", ":"))
+
+
+def digest_of(records: str, layout: str, data: Iterable[bytes | memoryview]) -> str:
+    """Return the checksum of an update file: SHA-256 of records, layout and tensor bytes."""
+    digest = hashlib.sha256(f"{records}\0{layout}\0".encode())
+    for piece in data:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The header of an update file; `layout` holds its tensors."""
+
+    records: str
+    digest: str
+    layout: Mapping[str, Any]
+    data_bytes: int
 
 
 def read_update(path: Path) -> list[Published]:
     """Read the records of one update file and check that it is whole.
 
     Raises:
+        FileNotFoundError: there is none.
         DamagedUpdateError: it is truncated, altered or not an update file.
     """
     with path.open("rb") as file:
-        header, header_bytes = _read_header(file.read(_LENGTH_BYTES), file)
-        metadata = header.pop("__metadata__", {})
-        records = metadata.get(RECORDS)
-        if records is None or DIGEST not in metadata:
-            raise DamagedUpdateError("no records in its header")
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        size = path.stat().st_size
-        if size != _LENGTH_BYTES + header_bytes + end:
-            raise DamagedUpdateError(f"{size} bytes, its header says {header_bytes + end + 8}")
-        digest = hashlib.sha256(records.encode() + b"\0")
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != metadata[DIGEST]:
-        raise DamagedUpdateError("checksum does not match")
-    return _published(path.name, records, metadata[DIGEST], header)
+        header = _read_header(file)
+        data = iter(lambda: file.read(_CHUNK_BYTES), b"")
+        if digest_of(header.records, layout_text(header.layout), data) != header.digest:
+            raise DamagedUpdateError("checksum does not match")
+    return _published(path.name, header)
 
 
-def _read_header(length: bytes, file: Any) -> tuple[dict[str, Any], int]:
+def read_records(path: Path) -> list[UpdateRecord]:
+    """Read the records of one update file by its header alone: its tensors stay unread.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedUpdateError: it is truncated or not an update file.
+    """
+    with path.open("rb") as file:
+        header = _read_header(file)
+    return [update.record for update in _published(path.name, header)]
+
+
+def _read_header(file: BinaryIO) -> _Header:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    count = int.from_bytes(file.read(LENGTH_BYTES), "little")
     try:
-        count = int.from_bytes(length, "little")
-        raw = file.read(count) if 0 < count < (1 << 30) else b""
-        header = json.loads(raw)
-    except (ValueError, UnicodeDecodeError) as error:
+        raw = json.loads(file.read(count) if count < size else b"")
+        metadata = raw.pop(METADATA)
+        if not isinstance(metadata[RECORDS], str):
+            raise TypeError("records are a text")
+        header = _Header(
+            records=metadata[RECORDS],
+            digest=metadata[DIGEST],
+            layout=raw,
+            data_bytes=_data_bytes(raw),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedUpdateError("its header cannot be read") from error
-    if not isinstance(header, dict):
-        raise DamagedUpdateError("its header cannot be read")
-    return header, count
+    whole = LENGTH_BYTES + count + header.data_bytes
+    if size != whole:
+        raise DamagedUpdateError(f"{size} bytes, its header says {whole}")
+    file.seek(LENGTH_BYTES + count)
+    return header
 
 
-def _published(name: str, records: str, digest: str, header: Mapping[str, Any]) -> list[Published]:
+def _data_bytes(layout: Mapping[str, Any]) -> int:
+    """Return how many bytes of tensors follow, which must lie one after the other."""
+    end = 0
+    for entry in sorted(layout.values(), key=lambda entry: entry["data_offsets"]):
+        begin, after = entry["data_offsets"]
+        if begin != end or after - begin != math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]:
+            raise ValueError("tensors overlap or leave gaps")
+        end = after
+    return end
+
+
+def _published(name: str, header: _Header) -> list[Published]:
     try:
-        parsed = _RECORDS.validate_json(records)
+        records = _RECORDS.validate_json(header.records)
     except ValidationError as error:
         raise DamagedUpdateError(f"its records are not valid ({error.error_count()})") from error
     by_client: dict[str, dict[str, tuple[int, ...]]] = {}
-    for tensor, entry in header.items():
+    for tensor, entry in header.layout.items():
+        if entry["dtype"] not in _FLOATS:
+            raise DamagedUpdateError(f"{tensor} is of type {entry['dtype']}")
         encoded, _, rest = tensor.partition("|")
         by_client.setdefault(encoded, {})[rest] = tuple(entry["shape"])
-    return [
+    updates = [
         Published(
             record=record,
             file=name,
-            sha256=digest,
+            sha256=header.digest,
             shapes=by_client.get(encode_client(record.client), {}),
         )
-        for record in parsed
+        for record in records
     ]
+    for update in updates:
+        _require_scales(update)
+    return updates
+
+
+def _require_scales(update: Published) -> None:
+    for tensor in update.shapes:
+        module = tensor.rpartition("|")[0]
+        if module not in update.record.scales:
+            raise DamagedUpdateError(f"client {update.record.client} says no scale for {module}")
 
 
 @dataclass(kw_only=True)
 class UpdateScanner:
-    """Scans a round's updates; files that were read once are not read again."""
+    """Scans a round's updates; files that were read once are not read again.
+
+    What it keeps of an update is small: without scales and norms, which are many in number and
+    which the aggregation reads from the files.
+    """
 
     round: RoundPaths
     run_id: str
     base_fingerprint: str
     _known: dict[str, list[Published]] = field(default_factory=dict)
+    _shapes: dict[frozenset[tuple[str, tuple[int, ...]]], Shapes] = field(default_factory=dict)
 
     def scan(self) -> Scan:
         """Return what is published now, by one directory scan."""
         damaged: dict[str, str] = {}
         published: dict[str, Published] = {}
         duplicates = 0
-        for name in self._names():
+        for name in update_files(self.round):
             try:
                 found = self._read(name)
             except FileNotFoundError:
                 continue
-            except (DamagedUpdateError, KeyError, TypeError, OSError) as error:
+            except (DamagedUpdateError, OSError) as error:
                 damaged[name] = str(error)
                 continue
             for update in found:
@@ -138,20 +211,18 @@ class UpdateScanner:
         """Read a file anew at the next scan."""
         self._known.pop(name, None)
 
-    def _names(self) -> list[str]:
-        try:
-            names = [p.name for p in self.round.updates.iterdir()]
-        except FileNotFoundError:
-            return []
-        return sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("."))
-
     def _read(self, name: str) -> list[Published]:
         if name not in self._known:
             found = read_update(self.round.updates / name)
             for update in found:
                 self._refuse_foreign(update.record)
-            self._known[name] = found
+            self._known[name] = [self._small(update) for update in found]
         return self._known[name]
+
+    def _small(self, update: Published) -> Published:
+        shapes = self._shapes.setdefault(frozenset(update.shapes.items()), update.shapes)
+        record = update.record.model_copy(update={"scales": {}, "norms": {}})
+        return replace(update, record=record, shapes=shapes)
 
     def _refuse_foreign(self, record: UpdateRecord) -> None:
         if record.run_id != self.run_id:
@@ -160,6 +231,15 @@ class UpdateScanner:
             raise DamagedUpdateError(f"it belongs to round {record.round}")
         if record.base_fingerprint != self.base_fingerprint:
             raise DamagedUpdateError("it was trained on another base model")
+
+
+def update_files(paths: RoundPaths) -> list[str]:
+    """Return the names of a round's published updates, sorted."""
+    try:
+        names = [path.name for path in paths.updates.iterdir()]
+    except FileNotFoundError:
+        return []
+    return sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("."))
 
 
 def shape_problem(

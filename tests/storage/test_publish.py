@@ -118,7 +118,7 @@ def test_a_link_whose_answer_was_lost_is_ours(tmp_path: Path) -> None:
 
 def test_a_rename_whose_answer_was_lost_is_done(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    with just_before("os.rename", lambda source, target, *_: os.rename(source, target)):
+    with just_before("os.rename", lambda source, target, *_: Path(source).rename(target)):
         publish_bytes(path, b"mine")
     assert path.read_bytes() == b"mine"
     assert list(tmp_path.iterdir()) == [path]
@@ -132,7 +132,7 @@ def test_a_file_that_vanished_before_its_rename_is_an_error(
     if other:
         path.write_bytes(other)
     with (
-        just_before("os.rename", lambda source, *_: os.unlink(source)),  # noqa: PTH108
+        just_before("os.rename", lambda source, *_: Path(source).unlink()),
         pytest.raises(FileNotFoundError),
     ):
         publish_bytes(path, b"mine")

@@ -1,0 +1,291 @@
+"""Update files: whole, of this run and round, and of the shapes that were asked for, or refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm.storage.paths import RoundPaths
+from fedllm.storage.records import UpdateRecord
+from fedllm.storage.tensors import TensorFile, publish_update
+from fedllm.storage.updates import (
+    DamagedUpdateError,
+    UpdateScanner,
+    read_records,
+    read_update,
+    shape_problem,
+    tensor_name,
+)
+from tests.storage.updates import (
+    CLIENTS,
+    RANKS,
+    SIDES,
+    publish,
+    record_of,
+    round_in,
+    tensors_of,
+)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RoundPaths:
+    return round_in(tmp_path)
+
+
+def scanner(paths: RoundPaths) -> UpdateScanner:
+    return UpdateScanner(round=paths, run_id="run", base_fingerprint="base")
+
+
+def test_an_update_is_read_as_it_was_published(paths: RoundPaths) -> None:
+    path = publish(paths, *CLIENTS)
+    found = read_update(path)
+    assert [update.record for update in found] == [record_of(client) for client in CLIENTS]
+    assert read_records(path) == [update.record for update in found]
+    with TensorFile(path) as file:
+        for client in CLIENTS:
+            for module, pair in tensors_of(client).items():
+                for factor, tensor in zip("AB", pair, strict=True):
+                    assert torch.equal(file.get(tensor_name(client, module, factor)), tensor)
+    for update in found:
+        assert update.shapes == {
+            f"{module}|{factor}": tuple(tensor.shape)
+            for module, pair in tensors_of("any").items()
+            for factor, tensor in zip("AB", pair, strict=True)
+        }
+        assert shape_problem(update, RANKS, SIDES) is None
+
+
+def test_a_client_that_failed_sends_a_record_and_no_tensors(paths: RoundPaths) -> None:
+    path = paths.update(attempt=1, bundle=0, part=0)
+    failed = record_of("a", status="failed", reason="loss is nan", losses=[1.0, float("nan")])
+    publish_update(path, [failed], {})
+    (found,) = read_update(path)
+    assert found.record.reason == "loss is nan"
+    assert str(found.record.losses) == "[1.0, nan]"
+    assert shape_problem(found, RANKS, SIDES) is None
+
+
+def test_a_truncated_file_is_damaged_wherever_it_ends(paths: RoundPaths) -> None:
+    path = publish(paths, *CLIENTS)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedUpdateError):
+            read_update(path)
+        with pytest.raises(DamagedUpdateError):
+            read_records(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(DamagedUpdateError, match="bytes, its header says"):
+        read_update(path)
+
+
+@pytest.mark.parametrize("flipped", [0x01, 0x20, 0xFF])
+def test_an_altered_byte_is_found_wherever_it_is(paths: RoundPaths, flipped: int) -> None:
+    path = publish(paths, CLIENTS[0])
+    whole = path.read_bytes()
+    before = read_update(path)
+    for place in range(len(whole)):
+        altered = bytearray(whole)
+        altered[place] ^= flipped
+        path.write_bytes(altered)
+        try:
+            found = read_update(path)
+        except DamagedUpdateError:
+            continue
+        # the padding of the header says nothing
+        assert found == before
+        assert whole[place : place + 1] == b" "
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    """Rewrite the header of an update file, its checksum left as it was."""
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    header = change(header) or header
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+    return path
+
+
+NAME = tensor_name(CLIENTS[0], "layers.0.q_proj", "A")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: ["not", "a", "header"],
+        lambda _: {"__metadata__": []},
+        lambda _: {"__metadata__": {"records": "[]"}},
+        lambda header: header["__metadata__"].update(records=["not", "text"]),
+        lambda header: header.pop("__metadata__") and None,
+        lambda header: header[NAME].update(data_offsets=[]),
+        lambda header: header[NAME].update(data_offsets=[0, 8]),
+        lambda header: header[NAME].update(data_offsets="48"),
+        lambda header: header[NAME].update(dtype="I32"),
+        lambda header: header[NAME].update(dtype="F31"),
+        lambda header: header[NAME].update(shape=[4, 3]),
+        lambda header: header[NAME].update(shape=[[2], [6]]),
+        lambda header: header.update({"other": header.pop(NAME)}),
+        lambda header: header.update({NAME: None}),
+    ],
+)
+def test_a_header_that_was_tampered_with_is_damaged(paths: RoundPaths, change: Any) -> None:
+    path = rewritten(publish(paths, CLIENTS[0]), change)
+    with pytest.raises(DamagedUpdateError):
+        read_update(path)
+    assert scanner(paths).scan().damaged.keys() == {path.name}
+
+
+def test_a_header_nested_without_end_is_damaged(paths: RoundPaths) -> None:
+    path = publish(paths, "a")
+    text = b"[" * 200_000
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(DamagedUpdateError, match="header cannot be read"):
+        read_update(path)
+
+
+def test_another_tensor_file_is_not_an_update(paths: RoundPaths) -> None:
+    path = publish(paths, "a")
+    rewritten(path, lambda header: header["__metadata__"].update(records="[]"))
+    with pytest.raises(DamagedUpdateError, match="checksum"):
+        read_update(path)
+    assert read_records(path) == []
+    rewritten(path, lambda header: header["__metadata__"].update(records='[{"client": "a"}]'))
+    with pytest.raises(DamagedUpdateError, match="records are not valid"):
+        read_records(path)
+
+
+def test_tensors_that_are_not_numbers_with_a_fraction_are_refused(paths: RoundPaths) -> None:
+    path = paths.update(attempt=1, bundle=0, part=0)
+    pair = (torch.ones(2, 6, dtype=torch.int32), torch.ones(4, 2))
+    publish_update(path, [record_of("a")], {"a": {"layers.0.q_proj": pair}})
+    with pytest.raises(DamagedUpdateError, match="is of type I32"):
+        read_update(path)
+
+
+def test_a_module_without_a_scale_is_refused(paths: RoundPaths) -> None:
+    path = publish(paths, "a", scales={"layers.0.q_proj": 2.0})
+    with pytest.raises(DamagedUpdateError, match=r"client a says no scale for layers\.0\.up_proj"):
+        read_update(path)
+
+
+def test_negative_rows_are_no_record(paths: RoundPaths) -> None:
+    path = publish(paths, "a")
+    rewritten(
+        path,
+        lambda header: header["__metadata__"].update(
+            records=header["__metadata__"]["records"].replace('"rows":7', '"rows":-7')
+        ),
+    )
+    with pytest.raises(DamagedUpdateError, match="records are not valid"):
+        read_records(path)
+
+
+def test_without_a_folder_nothing_is_published(paths: RoundPaths) -> None:
+    scan = scanner(paths).scan()
+    assert (scan.published, scan.damaged, scan.duplicates) == ({}, {}, 0)
+
+
+def test_a_scan_finds_what_is_published_and_passes_over_what_is_beside(paths: RoundPaths) -> None:
+    publish(paths, *CLIENTS)
+    last = publish(paths, "late", bundle=1)
+    shutil.copy(last, last.with_name(f".{last.name}.0.part"))
+    shutil.copy(last, last.with_name(f"{last.name}.damaged-1"))
+    scan = scanner(paths).scan()
+    assert set(scan.published) == {*CLIENTS, "late"}
+    assert not scan.damaged
+    assert scan.published["late"].file == last.name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"run_id": "other"}, "it belongs to run other"),
+        ({"round": 4}, "it belongs to round 4"),
+        ({"base_fingerprint": "other"}, "it was trained on another base model"),
+    ],
+)
+def test_foreign_updates_are_named_and_not_published(
+    paths: RoundPaths, change: dict[str, object], words: str
+) -> None:
+    foreign = publish(paths, "a", **change)
+    publish(paths, "b", bundle=1)
+    scan = scanner(paths).scan()
+    assert scan.damaged == {foreign.name: words}
+    assert set(scan.published) == {"b"}
+
+
+def test_of_duplicates_the_first_counts_and_the_others_are_counted(paths: RoundPaths) -> None:
+    first = publish(paths, *CLIENTS)
+    publish(paths, CLIENTS[1], attempt=2)
+    scan = scanner(paths).scan()
+    assert scan.duplicates == 1
+    assert {update.file for update in scan.published.values()} == {first.name}
+
+
+def test_a_file_is_read_once_until_it_is_forgotten(paths: RoundPaths) -> None:
+    path = publish(paths, "a")
+    scans = scanner(paths)
+    assert set(scans.scan().published) == {"a"}
+    path.write_bytes(b"altered")
+    assert set(scans.scan().published) == {"a"}
+    scans.forget(path.name)
+    scans.forget("never seen")
+    assert scans.scan().damaged == {path.name: "its header cannot be read"}
+    path.unlink()
+    assert not scans.scan().damaged
+
+
+def test_a_damaged_file_is_read_again_for_it_may_be_on_its_way(paths: RoundPaths) -> None:
+    path = publish(paths, "a")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    scans = scanner(paths)
+    assert set(scans.scan().damaged) == {path.name}
+    path.write_bytes(whole)
+    assert set(scans.scan().published) == {"a"}
+
+
+def test_a_file_that_vanishes_during_a_scan_is_not_there(paths: RoundPaths) -> None:
+    paths.updates.mkdir(parents=True)
+    (paths.updates / "01-000-00.safetensors").symlink_to("gone")
+    scan = scanner(paths).scan()
+    assert (scan.published, scan.damaged) == ({}, {})
+
+
+def test_what_a_scanner_keeps_does_not_grow_with_the_modules(paths: RoundPaths) -> None:
+    publish(paths, *CLIENTS)
+    kept = scanner(paths).scan().published
+    assert len({id(update.shapes) for update in kept.values()}) == 1
+    assert all(not update.record.norms and not update.record.scales for update in kept.values())
+    assert all(update.record.losses == [1.5, 1.25] for update in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ({**RANKS, "layers.0.q_proj": 3}, "layers.0.q_proj A has shape (2, 6), need (3, 6)"),
+        ({"layers.0.q_proj": 2}, "layers.0.up_proj A was not asked for"),
+    ],
+)
+def test_wrong_shapes_are_named(paths: RoundPaths, ranks: dict[str, int], words: str) -> None:
+    (update,) = read_update(publish(paths, "a"))
+    assert shape_problem(update, ranks, SIDES) == words
+
+
+def test_a_missing_module_is_named(paths: RoundPaths) -> None:
+    path = paths.update(attempt=1, bundle=0, part=0)
+    publish_update(path, [record_of("a")], {"a": tensors_of("a", {"layers.0.q_proj": 2})})
+    (update,) = read_update(path)
+    expected = "layers.0.up_proj A has shape None, need (3, 4)"
+    assert shape_problem(update, RANKS, SIDES) == expected
+
+
+def test_an_update_names_what_was_measured(paths: RoundPaths) -> None:
+    (update,) = read_update(publish(paths, "a"))
+    assert UpdateRecord.model_validate_json(update.record.to_bytes()) == update.record
+    assert update.record.norms == dict.fromkeys(RANKS, (1.0, 2.0))
