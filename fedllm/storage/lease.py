@@ -62,15 +62,17 @@ class Lease:
         Args:
             paths: the run.
             gone: says whether the present holder ended; None is unknown, and unknown is not gone.
-            take_over: the user knows that the holder ended.
+            take_over: the user knows that the present holder ended; whoever takes the lease
+                meanwhile is another one.
 
         Raises:
             LeaseError: another coordinator holds the run; the message names it.
         """
+        known_gone = highest(paths)[0] if take_over else 0
         while True:
             number, holder = highest(paths)
-            if holder and not take_over and not paths.released(number).exists():
-                _refuse_unless_gone(holder, gone(holder))
+            if holder and number != known_gone and not paths.released(number).exists():
+                _refuse_unless_gone(paths, holder, gone(holder))
             mine = LeaseRecord(
                 number=number + 1,
                 host=socket.gethostname(),
@@ -113,12 +115,12 @@ def highest(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
     return max(numbers), LeaseRecord.read(paths.lease(max(numbers)))
 
 
-def _refuse_unless_gone(holder: LeaseRecord, gone: bool | None) -> None:
+def _refuse_unless_gone(paths: RunPaths, holder: LeaseRecord, gone: bool | None) -> None:
     if gone:
         return
     doubt = "" if gone is False else " (cannot be asked from here; if it ended, add --take-over)"
     raise LeaseError(
-        f"coordinator {holder.number} holds this run: {_place(holder)}{doubt}; "
+        f"{paths.root}: coordinator {holder.number} holds this run: {_place(holder)}{doubt}; "
         "wait for it or end it first"
     )
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedllm.errors import RunDirectoryError
 from fedllm.storage.records import ClaimRecord, RoundRecord, Scores, UpdateRecord
-from tests.storage.updates import record_of
+from tests.storage.samples import record_of
 
 CLAIM = ClaimRecord(bundle=7, task="12_3", node="node1")
 

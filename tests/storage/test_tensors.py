@@ -130,7 +130,7 @@ import torch
 from pathlib import Path
 from fedllm.errors import StorageFull
 from fedllm.storage.tensors import publish_update, write_tensors
-from tests.storage.updates import record_of
+from tests.storage.samples import record_of
 folder = Path({folder!r})
 big = torch.ones(300, 300)
 try:

@@ -5,35 +5,12 @@ from pathlib import Path
 import torch
 
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import publish_update
+from tests.storage.samples import RANKS, record_of
 
-RANKS = {"layers.0.q_proj": 2, "layers.0.up_proj": 3}
 SIDES = {"layers.0.q_proj": (4, 6), "layers.0.up_proj": (5, 4)}
 CLIENTS = ("task/7 ü", "12")
 Tensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-def record_of(client: str, **changes: object) -> UpdateRecord:
-    record = UpdateRecord(
-        run_id="run",
-        round=3,
-        client=client,
-        attempt=1,
-        bundle=0,
-        base_fingerprint="base",
-        rows=7,
-        steps=2,
-        tokens=20,
-        loss_tokens=10,
-        losses=[1.5, 1.25],
-        seconds=0.5,
-        step_seconds=0.25,
-        peak_memory_bytes=1,
-        norms=dict.fromkeys(RANKS, (1.0, 2.0)),
-        scales=dict.fromkeys(RANKS, 2.0),
-    )
-    return UpdateRecord.model_validate({**record.model_dump(), **changes})
 
 
 def tensors_of(client: str, ranks: dict[str, int] = RANKS) -> Tensors:
