@@ -110,13 +110,13 @@ class ClientRound:
         Raises:
             DataError: the client has no training rows.
         """
+        received = self.received(client)
         rows = self.session.data(self.prepared.data_path).rows(client, "train")
         if not rows:
             raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
-        slots = self.slots
         result = train_client(
-            slots,
-            self.received(client),
+            self.slots,
+            received,
             rows,
             settings=self.settings,
             draws=Draws(seed=self.config.seed, round=self.cohort.round, client=client),

@@ -8,6 +8,7 @@ import torch
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
 from fedllm.storage.records import PreparedRecord
 
@@ -77,7 +78,11 @@ class Session:
         return self._base[1]
 
     def slots(self, config: Config, prepared: PreparedRecord) -> "AdapterSlots":
-        """Return the adapter slots of a run's base model."""
+        """Return the adapter slots of a run's base model.
+
+        Raises:
+            ModelError: its files are not those that were prepared.
+        """
         device = str(resolve_device(config.training.device))
         key = _SlotsKey(
             base=_BaseKey(path=prepared.model_path, dtype=config.model.dtype, device=device),
@@ -94,6 +99,11 @@ class Session:
             device=device,
             threads=config.training.threads,
         )
+        if base.fingerprint != prepared.model_fingerprint:
+            raise ModelError(
+                f"{prepared.model_path}: not the model that was prepared (fingerprint "
+                f"{base.fingerprint[:12]}, need {prepared.model_fingerprint[:12]}); restore it"
+            )
         if self._slots is None:
             from fedllm.model.slots import AdapterSlots
 

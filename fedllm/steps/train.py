@@ -67,6 +67,7 @@ class Worker:
     round: ClientRound
     identity: TaskIdentity
     signals: StopSignals
+    progress_seconds: float = _PROGRESS_SECONDS
     _held: list[Trained] = field(default_factory=list)
     _published_at: float = field(default_factory=time.monotonic)
     _noted_at: float = field(default_factory=time.monotonic)
@@ -177,7 +178,7 @@ class Worker:
     def _note(self, client: str, step: int) -> None:
         """Record progress, at most once a minute: a few small files, whatever the clients."""
         now = time.monotonic()
-        if now - self._noted_at < _PROGRESS_SECONDS:
+        if now - self._noted_at < self.progress_seconds:
             return
         self._noted_at = now
         TaskRecord(

@@ -1,0 +1,331 @@
+"""A worker trains what nobody trained, to bits that only round and client decide."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from fedllm.cli.execution import start
+from fedllm.data.cache import TokenizedClients
+from fedllm.errors import RunDirectoryError, UserError
+from fedllm.steps.client import ClientRound
+from fedllm.steps.identity import TaskIdentity, task_identity
+from fedllm.steps.programs import run as run_program
+from fedllm.steps.session import Session
+from fedllm.steps.signals import StopSignals
+from fedllm.steps.train import STOPPED, Worker, replay, work
+from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client, shipped
+from fedllm.storage.records import (
+    BundleRecord,
+    ErrorRecord,
+    SubmissionRecord,
+    TaskRecord,
+    UpdateRecord,
+)
+from fedllm.storage.tensors import TensorFile
+from fedllm.storage.updates import read_update
+from tests.tiny import Tiny
+
+ME = TaskIdentity(task="7_1", node="node-1", log="worker.log")
+OTHER = TaskIdentity(task="7_2", node="node-2", log="other.log")
+
+Update = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def done(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One undisturbed round."""
+    overrides = ["rounds=1", "evaluation.every=5", "scheduler.clients_per_bundle=2"]
+    return start(tiny.config, overrides, tmp_path_factory.mktemp("done") / "run")
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session()
+
+
+@pytest.fixture
+def attempt(done: Path, tmp_path: Path) -> AttemptPaths:
+    """The same round, planned but not yet trained."""
+    root = tmp_path / "run"
+    shutil.copytree(done, root)
+    paths = RunPaths(root=root).round(1)
+    attempt = paths.attempt(1)
+    for folder in (paths.updates, paths.aggregate, attempt.claims, attempt.tasks):
+        shutil.rmtree(folder, ignore_errors=True)
+    for record in (paths.collection, paths.record, attempt.jobs):
+        record.unlink()
+    return attempt
+
+
+def round_of(attempt: AttemptPaths) -> RoundPaths:
+    return RoundPaths(root=attempt.root.parent.parent)
+
+
+def files(attempt: AttemptPaths) -> list[str]:
+    return sorted(path.name for path in round_of(attempt).updates.glob("*.safetensors"))
+
+
+def updates(paths: RoundPaths) -> dict[str, tuple[UpdateRecord, Update]]:
+    found: dict[str, tuple[UpdateRecord, Update]] = {}
+    for path in sorted(paths.updates.glob("*.safetensors")):
+        file = TensorFile(path)
+        for published in read_update(path):
+            encoded = encode_client(published.record.client)
+            names = [f"{encoded}|{name}" for name in published.shapes]
+            assert published.record.client not in found
+            found[published.record.client] = (
+                published.record,
+                {name: file.get(name) for name in names},
+            )
+    return found
+
+
+def assert_same_bits(paths: RoundPaths, done: Path, clients: Iterable[str] | None = None) -> None:
+    found, expected = updates(paths), updates(RunPaths(root=done).round(1))
+    assert set(found) == set(expected if clients is None else clients)
+    for client, (record, tensors) in found.items():
+        other, others = expected[client]
+        assert record.losses == other.losses
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def plan(attempt: AttemptPaths, bundles: list[list[str]], worker_class: str = "small") -> None:
+    submission = SubmissionRecord.read(attempt.submission)
+    records = [
+        BundleRecord(number=n, worker_class=worker_class, clients=clients, cost=float(n))
+        for n, clients in enumerate(bundles)
+    ]
+    submission.model_copy(update={"bundles": records}).publish(attempt.submission)
+
+
+def cohort(attempt: AttemptPaths) -> list[str]:
+    submission = SubmissionRecord.read(attempt.submission)
+    return [client for bundle in submission.bundles for client in bundle.clients]
+
+
+def test_bits_do_not_depend_on_bundles_order_or_process(
+    attempt: AttemptPaths, done: Path, session: Session
+) -> None:
+    first, *others = cohort(attempt)
+    plan(attempt, [[first], others[::-1]])
+    assert work(attempt, None, ME, session) == 0
+    # the costlier bundle was taken first
+    assert files(attempt) == ["01-000-00.safetensors", "01-001-00.safetensors"]
+    assert_same_bits(round_of(attempt), done)
+
+
+def test_the_program_runs_by_hand_from_anywhere(
+    attempt: AttemptPaths, done: Path, tmp_path: Path
+) -> None:
+    program = [sys.executable, str(shipped("jobs/client.py")), str(attempt.root)]
+    assert subprocess.run(program, cwd=tmp_path, check=True).returncode == 0
+    assert_same_bits(round_of(attempt), done)
+
+
+def test_a_duplicate_worker_finds_nothing_to_do(attempt: AttemptPaths, session: Session) -> None:
+    work(attempt, None, ME, session)
+    before = {path: path.stat().st_mtime_ns for path in round_of(attempt).updates.iterdir()}
+    assert work(attempt, None, OTHER, session) == 0
+    assert work(attempt, None, ME, session) == 0
+    after = {path: path.stat().st_mtime_ns for path in round_of(attempt).updates.iterdir()}
+    assert after == before
+
+
+def test_a_worker_takes_bundles_of_its_class_only(attempt: AttemptPaths, session: Session) -> None:
+    clients = cohort(attempt)
+    plan(attempt, [clients[:1]], worker_class="large")
+    with pytest.raises(UserError, match="no bundle of class small; need one of large"):
+        work(attempt, "small", ME, session)
+    assert work(attempt, "large", ME, session) == 0
+    assert set(updates(round_of(attempt))) == set(clients[:1])
+
+
+def test_only_the_claiming_task_goes_on_with_its_bundle(
+    attempt: AttemptPaths, done: Path, session: Session
+) -> None:
+    clients = cohort(attempt)
+    plan(attempt, [clients])
+    assert stopped_after(attempt, session, 2) == STOPPED
+    assert work(attempt, None, OTHER, session) == 0
+    assert files(attempt) == ["01-000-00.safetensors"]
+    assert work(attempt, None, ME, session) == 0
+    assert files(attempt) == ["01-000-00.safetensors", "01-000-01.safetensors"]
+    assert_same_bits(round_of(attempt), done)
+
+
+class Interrupting(Session):
+    """A session in which a signal comes when the data of client number `limit` are read."""
+
+    def __init__(self, limit: int, number: int) -> None:
+        super().__init__()
+        self.limit, self.number = limit, number
+
+    def data(self, path: str) -> TokenizedClients:
+        """Return the data; the signal comes while a client is about to train."""
+        self.limit -= 1
+        if self.limit < 0:
+            os.kill(os.getpid(), self.number)
+        return super().data(path)
+
+
+def stopped_after(
+    attempt: AttemptPaths, session: Session, clients: int, number: int = signal.SIGTERM
+) -> int:
+    del session
+    return work(attempt, None, ME, Interrupting(clients, number))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_finished_clients_are_published_when_a_signal_comes(
+    attempt: AttemptPaths, done: Path, session: Session, number: int
+) -> None:
+    clients = cohort(attempt)
+    plan(attempt, [clients])
+    before = signal.getsignal(number)
+    assert stopped_after(attempt, session, 2, number) == STOPPED
+    assert signal.getsignal(number) is before
+    assert_same_bits(round_of(attempt), done, clients[:2])
+    # an end that was asked for is no error
+    assert not list(attempt.tasks.glob("*.error.json"))
+
+
+def test_a_signal_reaches_the_callers_own_handler_afterwards(
+    attempt: AttemptPaths, session: Session
+) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        stopped_after(attempt, session, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+
+
+def test_published_clients_do_not_train_in_a_later_attempt(
+    attempt: AttemptPaths, done: Path, session: Session
+) -> None:
+    clients = cohort(attempt)
+    plan(attempt, [clients[:2]])
+    work(attempt, None, ME, session)
+    later = round_of(attempt).attempt(2)
+    SubmissionRecord.read(attempt.submission).publish(later.submission)
+    plan(later, [clients])
+    work(later, None, OTHER, session)
+    assert_same_bits(round_of(attempt), done)
+    attempts = {client: record.attempt for client, (record, _) in updates(round_of(later)).items()}
+    assert [attempts[client] for client in clients] == [1, 1, 2, 2]
+
+
+def test_long_bundles_are_published_in_parts(attempt: AttemptPaths, session: Session) -> None:
+    config = RunPaths(root=round_of(attempt).root.parent.parent).config
+    raw = yaml.safe_load(config.read_text())
+    raw["training"]["checkpoint_every_minutes"] = 1e-9
+    config.write_text(yaml.safe_dump(raw))
+    plan(attempt, [cohort(attempt)[:3]])
+    work(attempt, None, ME, session)
+    assert files(attempt) == [f"01-000-{part:02d}.safetensors" for part in range(3)]
+
+
+def test_progress_names_client_and_step(attempt: AttemptPaths, session: Session) -> None:
+    with StopSignals() as signals:
+        worker = Worker(
+            attempt=attempt,
+            round=ClientRound.open(attempt, session),
+            identity=ME,
+            signals=signals,
+            progress_seconds=0.0,
+        )
+        bundle = next(worker.claimable(None))
+        assert worker.claim(bundle)
+        worker.train_bundle(bundle)
+    found = TaskRecord.read(attempt.task(ME.task))
+    assert (found.task, found.client, found.step) == (ME.task, bundle.clients[-1], 2)
+    assert found.clients_done == len(bundle.clients) - 1
+
+
+def test_a_damaged_state_is_named_and_recorded(
+    attempt: AttemptPaths, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = RunPaths(root=round_of(attempt).root.parent.parent).round(0).global_state
+    state.write_bytes(state.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(RunDirectoryError, match=r"global\.safetensors: damaged"):
+        work(attempt, None, ME, session)
+    monkeypatch.setenv("FEDLLM_TASK", ME.task)
+    monkeypatch.setenv("FEDLLM_LOG", ME.log)
+    assert run_program("client", [str(attempt.root), "--class", "small"], session=session) == 2
+    error = ErrorRecord.read(attempt.tasks / f"{ME.task}.error.json")
+    assert (error.kind, error.exit_code, error.log) == ("RunDirectoryError", 2, ME.log)
+    assert not files(attempt)
+
+
+def test_a_divergent_client_is_published_as_failed(attempt: AttemptPaths, session: Session) -> None:
+    config = RunPaths(root=round_of(attempt).root.parent.parent).config
+    raw = yaml.safe_load(config.read_text())
+    raw["training"] |= {"learning_rate": 1e30, "clip_norm": None, "max_steps": 4}
+    raw["method"]["local"] = "fedavg"
+    config.write_text(yaml.safe_dump(raw))
+    plan(attempt, [cohort(attempt)[:1]])
+    assert work(attempt, None, ME, session) == 0
+    ((record, tensors),) = updates(round_of(attempt)).values()
+    assert record.status == "failed"
+    assert "is not finite" in record.reason
+    assert tensors == {}
+
+
+def test_a_replay_reproduces_the_recorded_losses(
+    done: Path, session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt = RunPaths(root=done).round(1).attempt(1)
+    client = cohort(attempt)[1]
+    argv = [str(attempt.root), "--client", client, "--scratch", str(tmp_path / "scratch")]
+    assert run_program("client", argv, session=session) == 0
+    *losses, file, last = capsys.readouterr().out.splitlines()
+    recorded = updates(RunPaths(root=done).round(1))[client][0].losses
+    assert losses == [f"step {n} loss {loss:.6f}" for n, loss in enumerate(recorded, 1)]
+    assert Path(file.removeprefix("update in ")).is_file()
+    assert last == "the losses are the recorded ones"
+    with pytest.raises(UserError, match="client nobody is not in this round's cohort"):
+        replay(attempt, "nobody", tmp_path / "scratch", session)
+
+
+def test_a_replay_says_what_differs(attempt: AttemptPaths, done: Path, tmp_path: Path) -> None:
+    shutil.copytree(RunPaths(root=done).round(1).updates, round_of(attempt).updates)
+    config = RunPaths(root=round_of(attempt).root.parent.parent).config
+    raw = yaml.safe_load(config.read_text())
+    raw["training"] |= {"precision": "bfloat16"}
+    config.write_text(yaml.safe_dump(raw))
+    found = replay(attempt, cohort(attempt)[0], tmp_path / "scratch", Session())
+    assert not found.agrees
+    assert "precision: float32 then, bfloat16 now" in found.lines()
+
+
+def test_a_client_without_rows_is_named(attempt: AttemptPaths) -> None:
+    class Empty(Session):
+        def data(self, path: str) -> TokenizedClients:  # noqa: ARG002
+            return SimpleNamespace(rows=lambda _client, _split: [])  # type: ignore[return-value]
+
+    with pytest.raises(UserError, match="has no training rows"):
+        work(attempt, None, ME, Empty())
+
+
+def test_a_task_is_what_slurm_or_its_starter_calls_it() -> None:
+    slurm = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "15"}
+    assert task_identity(slurm | {"SLURMD_NODENAME": "n1"}) == TaskIdentity(
+        task="12_3", node="n1", log=""
+    )
+    assert task_identity({"SLURM_JOB_ID": "15"}).task == "15"
+    assert task_identity(slurm | {"FEDLLM_TASK": "mine", "FEDLLM_LOG": "l"}).task == "mine"
+    here = task_identity({}).task
+    assert here.startswith("local:")
+    assert f":{os.getpid()}:" in here
+    assert task_identity({}).task == here
