@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedllm.storage.publish import storage_errors
+from fedllm.storage.publish import beside_of, make_folder, storage_errors, sync_folder
 
 
 @contextmanager
@@ -18,18 +17,26 @@ def publishing_folder(path: Path) -> Iterator[Path]:
     theirs stays and ours is discarded. A failed block leaves nothing behind.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+        make_folder(path.parent)
+        beside = beside_of(path)
         beside.mkdir()
         try:
             yield beside
-            for file in sorted(beside.rglob("*")):
-                _fsync(file)
-            _fsync(beside)
+            sync_tree(beside)
             _rename_unless_there(beside, path)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        _fsync(path.parent)
+        sync_folder(path.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a file, or a folder with all that is in it, last through a loss of power."""
+    for each in (*path.rglob("*"), path):
+        if each.is_dir():
+            sync_folder(each)
+            continue
+        with each.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _rename_unless_there(beside: Path, path: Path) -> None:
@@ -39,11 +46,3 @@ def _rename_unless_there(beside: Path, path: Path) -> None:
     except OSError:
         if not path.is_dir():
             raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,12 +1,12 @@
 """Filling a folder that the user named: its files appear together, or the disk is as it was."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedllm.storage.folders import sync_tree
 from fedllm.storage.publish import storage_errors, sync_folder
 
 
@@ -30,22 +30,13 @@ def filling(folder: Path, *, last: str) -> Iterator[Path]:
             inside.mkdir(parents=True)
             yield inside
             for file in sorted(inside.iterdir(), key=lambda path: (path.name == last, path.name)):
-                _sync(file)
+                sync_tree(file)
                 moved.append(file.rename(folder / file.name))
             inside.rmdir()
             sync_folder(folder)
     except BaseException:
         _take_away([inside, *moved], made)
         raise
-
-
-def _sync(path: Path) -> None:
-    for each in (*path.rglob("*"), path):
-        if each.is_dir():
-            sync_folder(each)
-            continue
-        with each.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _take_away(written: list[Path], made: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ _REFUSED = {
 }
 # a disk or file server in trouble
 _NO_ANSWER = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -35,19 +37,29 @@ def storage_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        reason = os.strerror(error.errno or 0).lower()
-        if error.errno in _FULL:
+    except Exception as error:
+        code = _error_code(error)
+        reason = os.strerror(code).lower()
+        if code in _FULL:
             raise StorageFull(f"{path}: {reason}; make space, then resume the run") from error
-        if error.errno in _REFUSED:
+        if code in _REFUSED:
             raise RunDirectoryError(
                 f"{path}: cannot be written ({reason}); choose a writable directory"
             ) from error
-        if error.errno in _NO_ANSWER:
+        if code in _NO_ANSWER:
             raise Incomplete(
                 f"{path}: {reason}; see to the disk or file server, then resume the run"
             ) from error
         raise
+
+
+def _error_code(error: Exception) -> int:
+    """Return the system's error number, 0 without one."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # libraries written in Rust (safetensors, tokenizers) raise errors of their own
+    told = _RUST_ERROR.search(str(error))
+    return int(told[1]) if told else 0
 
 
 def sync_folder(folder: Path) -> None:

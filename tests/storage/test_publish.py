@@ -274,6 +274,17 @@ def test_other_errors_of_the_file_system_pass_as_they_are(tmp_path: Path) -> Non
     assert caught.value.errno == errno.EXDEV
 
 
+def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
+    def refuse(words: str) -> None:
+        with storage_errors(tmp_path):
+            raise RuntimeError(words)
+
+    with pytest.raises(StorageFull, match="no space left on device; make space"):
+        refuse("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="anything else"):
+        refuse("anything else")
+
+
 def refusing(code: int) -> None:
     raise OSError(code, os.strerror(code))
 
