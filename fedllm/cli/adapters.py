@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +97,9 @@ def export(
 
     paths, folder = existing_run(run), fresh_folder(out)
     write = export_model if merge else export_adapter
-    exported = write(open_state(paths, round_), folder, rank=rank)
+    # deepspeed, where it is installed, logs to stdout when transformers saves a model
+    with redirect_stdout(sys.stderr):
+        exported = write(open_state(paths, round_), folder, rank=rank)
     if json_:
         say_json(
             {

@@ -4,15 +4,23 @@ Legend: O out, I in.
 """
 
 import re
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from fedllm.errors import ModelError
 from fedllm.model.base import Base
 
 _ERRNO = re.compile(r"os error (\d+)")
+
+
+def plain_lines_in_a_log() -> None:
+    """Let transformers draw its progress bars on a terminal only."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def merge(model: nn.Module, module: str, change_OI: Tensor) -> None:

@@ -133,8 +133,9 @@ def export_model(state: ServerState, out: Path, *, rank: int | None = None) -> E
     """
     # transformers takes seconds to import: an adapter is written without it
     from fedllm.model.base import load_base
-    from fedllm.model.merging import merge, save_model
+    from fedllm.model.merging import merge, plain_lines_in_a_log, save_model
 
+    plain_lines_in_a_log()
     ranks = _ranks(state, rank)
     path, dtype = Path(state.prepared.model_path), state.config.model.dtype
     with filling(out, last=_MODEL_CONFIG) as folder:

@@ -311,6 +311,12 @@ def test_weights_that_sum_to_zero_are_refused(zoo: dict[str, Path], tmp_path: Pa
         combine([zoo["plain"], zoo["rslora"]], tmp_path / "out", [0.0, 0.0])
 
 
+def test_a_method_that_changes_the_base_is_refused(zoo: dict[str, Path], tmp_path: Path) -> None:
+    method = "tests.adapters.shifting:Shifting"
+    with pytest.raises(AdapterError, match="changes the base"):
+        combine([zoo["plain"]], tmp_path / "out", method=method)
+
+
 def test_names_that_do_not_exist_are_told_with_those_that_do(
     zoo: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -1,0 +1,17 @@
+"""A method whose state goes with a change of the base."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedllm.methods.flexlora import FlexLora
+from fedllm.methods.protocol import ModuleState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifting(FlexLora):
+    """FlexLoRA that would have every base weight 0.01 larger."""
+
+    def base_delta(self, state: ModuleState) -> Tensor | None:
+        return torch.full((state["U"].shape[0], state["Vh"].shape[1]), 0.01)
