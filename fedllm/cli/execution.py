@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from fedllm.cli.options import existing_run, say
@@ -64,17 +65,26 @@ def make_scheduler(paths: RunPaths, config: Config) -> Scheduler:
 
 
 def compute_here() -> Execute:
-    """Return what runs a job's program in this process; the compute side loads on first use."""
+    """Return what runs a job's program in this process, with its output in the job's log.
+
+    The compute side loads on first use.
+    """
     programs: list[Callable[[str, Sequence[str]], int]] = []
 
-    def execute(program: str, argv: Sequence[str], task: str) -> int:
-        if not programs:
-            from fedllm.steps.programs import run as run_program
-            from fedllm.steps.session import Session
-
-            session = Session()
-            programs.append(lambda name, args: run_program(name, args, session=session))
-        os.environ["FEDLLM_TASK"] = task
-        return programs[0](program, argv)
+    def execute(program: str, argv: Sequence[str], task: str, log: Path) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
+            if not programs:
+                programs.append(_programs())
+            os.environ.update({"FEDLLM_TASK": task, "FEDLLM_LOG": str(log)})
+            return programs[0](program, argv)
 
     return execute
+
+
+def _programs() -> Callable[[str, Sequence[str]], int]:
+    from fedllm.steps.programs import run
+    from fedllm.steps.session import Session
+
+    session = Session()
+    return lambda program, argv: run(program, argv, session=session)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from fedllm.config.models import ModelSection
 from fedllm.errors import ModelError
@@ -94,6 +95,8 @@ def load_base(path: Path, *, dtype: str, device: str | torch.device) -> Base:
         ModelError: it cannot be loaded, or its weights do not fill the model.
     """
     fingerprint = fingerprint_model(path)
+    # a bar for every worker would fill the logs
+    disable_progress_bar()
     with _told(path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, dtype=_DTYPES[dtype], output_loading_info=True

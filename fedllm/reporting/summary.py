@@ -24,6 +24,7 @@ class RankSummary:
     """One rank over all modules of a round: energy kept and relative truncation error."""
 
     rank: int
+    modules: int
     energy_kept: float
     truncation_error: float
 
@@ -51,15 +52,18 @@ def rank_summaries(record: AggregateRecord) -> list[RankSummary]:
     """
     kept: dict[int, float] = {}
     total: dict[int, float] = {}
+    modules: dict[int, int] = {}
     for module in record.modules.values():
         for quality in module.ranks:
             rank = quality.rank
             kept[rank] = kept.get(rank, 0.0) + quality.energy_kept * module.total_energy
+            modules[rank] = modules.get(rank, 0) + 1
             total[rank] = total.get(rank, 0.0) + module.total_energy
     shares = {rank: kept[rank] / total[rank] if total[rank] else 1.0 for rank in sorted(kept)}
     return [
         RankSummary(
             rank=rank,
+            modules=modules[rank],
             energy_kept=share,
             truncation_error=max(0.0, 1.0 - share) ** 0.5,
         )
@@ -123,11 +127,11 @@ def _arrow(before: Mean | None, after: Mean) -> list[str]:
 def rank_table(record: AggregateRecord) -> str:
     """Return energy kept and truncation error per rank as a table."""
     rows = [
-        [str(s.rank), f"{100 * s.energy_kept:.2f} %", number(s.truncation_error, 4)]
+        [str(s.rank), str(s.modules), f"{100 * s.energy_kept:.2f} %", number(s.truncation_error, 4)]
         for s in rank_summaries(record)
     ]
     title = f"round {record.round}: what an adapter of each rank keeps of the aggregated update"
-    return text_table(title, ["rank", "energy kept", "relative truncation error"], rows)
+    return text_table(title, ["rank", "modules", "energy kept", "relative truncation error"], rows)
 
 
 def bytes_table(cohort: CohortRecord, prepared: PreparedRecord) -> str:

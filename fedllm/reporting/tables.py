@@ -11,14 +11,14 @@ _WIDTH_COLUMNS = 160
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return an aligned table; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
     Console(file=buffer, width=_WIDTH_COLUMNS, color_system=None, highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+    return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().splitlines())])
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -32,6 +32,12 @@ def advance(run: Run) -> bool:
 
 def prepare(run: Run) -> Federation | None:
     """Have model and data prepared; return what they and the configuration fix."""
+    if not run.paths.prepare_job(1).submission.exists():
+        section = run.config
+        run.say(
+            f"prepare: model {section.model.path}, data {section.data.path}; "
+            f"progress in {run.paths.logs(0)}"
+        )
     single_job(
         run,
         kind="prepare",

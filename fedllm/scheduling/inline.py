@@ -3,15 +3,16 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedllm.scheduling.seam import Job, TaskState
 
-Execute = Callable[[str, Sequence[str], str], int]
+Execute = Callable[[str, Sequence[str], str, Path], int]
 
 
 @dataclass(kw_only=True)
 class InlineScheduler:
-    """`execute(program, argv, task id)` is the caller's: this side knows no compute code."""
+    """`execute(program, argv, task id, log)` is the caller's: this side knows no compute code."""
 
     execute: Execute
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
@@ -26,7 +27,8 @@ class InlineScheduler:
         """Run every task of the array now."""
         ids = [f"inline-{next(self._numbers)}" for _ in range(job.tasks)]
         for task in ids:
-            self._exits[task] = self.execute(job.program, job.argv, task)
+            log = job.log_folder / "inline.log"
+            self._exits[task] = self.execute(job.program, job.argv, task, log)
         return ids
 
     def find(self, name: str) -> list[str] | None:  # noqa: ARG002

@@ -11,9 +11,11 @@ from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
 from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
-from fedllm.errors import DataError
+from fedllm.errors import ConfigError, DataError
 from fedllm.model.base import describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
+from fedllm.planning.federation import plan_federation
+from fedllm.steps.aggregate import method_of
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
 from fedllm.storage.records import ClientRecord, PreparedRecord
@@ -28,9 +30,17 @@ def say(line: str) -> None:
 
 
 def prepare_run(run: RunPaths) -> PreparedRecord:
-    """Prepare what a run's configuration names and publish `prepared.json`."""
+    """Prepare what a run's configuration names and publish `prepared.json`.
+
+    Raises:
+        ConfigError: configuration, model, data and method do not fit together.
+    """
     config = read_config(run.config)
     prepared = prepare(config, cache_of(config.storage.cache, run.root))
+    federation = plan_federation(config, prepared)
+    refusal = method_of(config).refuse(list(federation.ranks.values()))
+    if refusal:
+        raise ConfigError(refusal)
     prepared.publish(run.prepared)
     return prepared
 

@@ -1,11 +1,15 @@
 """Starting the installed `fedllm` as a user does."""
 
+import io
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+from fedllm.cli.main import run
 
 FEDLLM = str(Path(sys.executable).with_name("fedllm"))
 
@@ -23,6 +27,14 @@ def fedllm(
         check=False,
         timeout=300,
     )
+
+
+def in_process(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run a command line in this process: the same entry, without starting Python anew."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def start(*arguments: object, log: Path) -> "subprocess.Popen[bytes]":

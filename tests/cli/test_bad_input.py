@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.commands import fedllm, one_line
+from tests.cli.commands import fedllm, in_process, one_line
 from tests.tiny import Tiny
 
 
@@ -18,7 +18,7 @@ def test_all_unknown_keys_are_told_at_once_with_the_nearest_valid_name(
 ) -> None:
     root = tmp_path / "run"
     wrong = ["--set", "training.learning_rat=1", "--set", "sed=1", "--set", "rounds=0"]
-    done = fedllm("run", tiny.config, "--run-dir", root, *wrong)
+    done = in_process("run", tiny.config, "--run-dir", root, *wrong)
     assert done.returncode == 2
     assert "training.learning_rat: unknown key; did you mean `training.learning_rate`?" in (
         done.stderr
@@ -46,7 +46,7 @@ def test_a_wrong_value_is_one_line(
     tiny: Tiny, tmp_path: Path, change: str, words: list[str]
 ) -> None:
     root = tmp_path / "run"
-    line = one_line(fedllm("run", tiny.config, "--run-dir", root, "--set", change))
+    line = one_line(in_process("run", tiny.config, "--run-dir", root, "--set", change))
     for word in words:
         assert word in line
     # nothing was lost: with the mistake mended, the same directory works
@@ -55,21 +55,23 @@ def test_a_wrong_value_is_one_line(
 
 def test_a_gpu_that_is_not_there_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
     change = "training.device=cuda:7"
-    line = one_line(fedllm("run", tiny.config, "--run-dir", tmp_path / "run", "--set", change))
+    line = one_line(in_process("run", tiny.config, "--run-dir", tmp_path / "run", "--set", change))
     assert "cuda:7" in line
 
 
 def test_a_run_directory_of_another_configuration_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    assert fedllm("run", tiny.config, "--run-dir", root, "--set", "rounds=1").returncode == 0
-    line = one_line(fedllm("run", tiny.config, "--run-dir", root, "--set", "training.max_steps=4"))
+    assert in_process("run", tiny.config, "--run-dir", root, "--set", "rounds=1").returncode == 0
+    line = one_line(
+        in_process("run", tiny.config, "--run-dir", root, "--set", "training.max_steps=4")
+    )
     assert "training.max_steps (3 in the run, 4 asked)" in line
 
 
 def test_a_missing_configuration_or_run_is_one_line(tmp_path: Path) -> None:
-    assert "no such configuration file" in one_line(fedllm("run", tmp_path / "no.yaml"))
-    assert "no run here" in one_line(fedllm("resume", tmp_path))
-    assert "no run here" in one_line(fedllm("status", tmp_path / "nothing"))
+    assert "no such configuration file" in one_line(in_process("run", tmp_path / "no.yaml"))
+    assert "no run here" in one_line(in_process("resume", tmp_path))
+    assert "no run here" in one_line(in_process("status", tmp_path / "nothing"))
 
 
 def test_a_configuration_without_paths_names_the_keys(tiny: Tiny, tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_a_configuration_without_paths_names_the_keys(tiny: Tiny, tmp_path: Path
     del raw["data"]["path"]
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    line = one_line(fedllm("run", config, "--run-dir", tmp_path / "run"))
+    line = one_line(in_process("run", config, "--run-dir", tmp_path / "run"))
     assert "data.path" in line
     assert "FEDLLM_DATA" in line
     done = fedllm("plan", config, FEDLLM_DATA=str(tiny.data))
@@ -101,30 +103,30 @@ def test_a_read_only_directory_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_an_unknown_client_gets_the_nearest_ids(tiny: Tiny) -> None:
-    line = one_line(fedllm("inspect", tiny.config, "--client", "plane"))
+    line = one_line(in_process("inspect", tiny.config, "--client", "plane"))
     assert "plain" in line
 
 
 def test_inspect_shows_row_prompt_tokens_and_loss_mask(tiny: Tiny) -> None:
-    done = fedllm("inspect", tiny.config, "--client", "émoji 🦊")
+    done = in_process("inspect", tiny.config, "--client", "émoji 🦊")
     assert done.returncode == 0, done.stderr
     assert "Response" in done.stdout
 
 
 def test_an_unknown_option_is_one_line(tiny: Tiny) -> None:
-    assert "--runs-dir" in one_line(fedllm("run", tiny.config, "--runs-dir", "x"))
+    assert "--runs-dir" in one_line(in_process("run", tiny.config, "--runs-dir", "x"))
 
 
 def test_a_truncated_update_is_named_and_redone(tiny: Tiny, tmp_path: Path) -> None:
     first, root = tmp_path / "first", tmp_path / "run"
-    assert fedllm("run", tiny.config, "--run-dir", first, "--set", "rounds=1").returncode == 0
+    assert in_process("run", tiny.config, "--run-dir", first, "--set", "rounds=1").returncode == 0
     shutil.copytree(first, root)
     victim = sorted(root.glob("rounds/0001/updates/*.safetensors"))[0]
     victim.write_bytes(victim.read_bytes()[:-10])
     for made_from_it in ("collection.json", "aggregate", "round.json", "evaluation"):
         path = root / "rounds" / "0001" / made_from_it
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = fedllm("resume", root)
+    done = in_process("resume", root)
     assert done.returncode == 0, done.stderr
     assert victim.name in done.stdout
     states = [p / "rounds/0001/aggregate/global.safetensors" for p in (first, root)]

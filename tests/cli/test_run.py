@@ -12,7 +12,7 @@ import pytest
 
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.records import CollectionRecord, EvaluationRecord
-from tests.cli.commands import FEDLLM, fedllm, one_line, start, wait_until
+from tests.cli.commands import FEDLLM, fedllm, in_process, one_line, start, wait_until
 from tests.rounds.simulation import states
 from tests.tiny import Tiny
 
@@ -21,7 +21,7 @@ from tests.tiny import Tiny
 def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed, inline."""
     root = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = fedllm("run", tiny.config, "--run-dir", root)
+    done = in_process("run", tiny.config, "--run-dir", root)
     assert done.returncode == 0, done.stderr
     return root
 
@@ -70,7 +70,7 @@ def test_local_workers_give_the_bits_of_an_inline_run(
 
 def test_running_again_does_nothing(tiny: Tiny, undisturbed: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in undisturbed.glob("rounds/**/*") if p.is_file()}
-    done = fedllm("run", tiny.config, "--run-dir", undisturbed)
+    done = in_process("run", tiny.config, "--run-dir", undisturbed)
     assert done.returncode == 0
     after = {p: p.stat().st_mtime_ns for p in undisturbed.glob("rounds/**/*") if p.is_file()}
     assert before == after
@@ -88,7 +88,7 @@ def test_a_killed_coordinator_takes_its_workers_along_and_the_run_resumes_to_the
     psutil.wait_procs(workers, timeout=10)
     assert workers
     assert not any(worker.is_running() for worker in workers)
-    done = fedllm("resume", root)
+    done = in_process("resume", root)
     assert done.returncode == 0, done.stderr
     assert states(root) == states(undisturbed)
 
@@ -110,7 +110,7 @@ def test_a_second_coordinator_refuses_and_names_the_first(tiny: Tiny, tmp_path: 
     process = start(*local(tiny, root, "--set", "rounds=50"), log=tmp_path / "log")
     try:
         wait_until(lambda: updates(root, 1))
-        message = one_line(fedllm("resume", root))
+        message = one_line(in_process("resume", root))
         assert f"pid {process.pid}" in message
         assert process.poll() is None
     finally:
@@ -127,7 +127,7 @@ def test_cancel_stops_the_coordinator_and_its_workers(tiny: Tiny, tmp_path: Path
     assert process.wait(30) == 3
     psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
-    assert "stopped" in fedllm("status", root).stdout
+    assert "stopped" in in_process("status", root).stdout
 
 
 def test_advance_by_hand_gives_the_same_bits(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
@@ -136,19 +136,19 @@ def test_advance_by_hand_gives_the_same_bits(tiny: Tiny, undisturbed: Path, tmp_
     wait_until(lambda: (root / "run.json").exists())
     process.kill()
     process.wait()
-    done = fedllm("resume", root, "--set", "scheduler.kind=inline", "--set", "rounds=2")
+    done = in_process("resume", root, "--set", "scheduler.kind=inline", "--set", "rounds=2")
     assert done.returncode == 0, done.stderr
-    assert fedllm("advance", root).returncode == 0
+    assert in_process("advance", root).returncode == 0
     assert states(root) == states(undisturbed)
 
 
 def test_status_and_logs_tell_where_a_client_trained(tiny: Tiny, tmp_path: Path) -> None:
     root = tmp_path / "run"
     assert fedllm(*local(tiny, root)).returncode == 0
-    status = json.loads(fedllm("status", root, "--json").stdout)
+    status = json.loads(in_process("status", root, "--json").stdout)
     assert (status["state"], status["rounds_done"]) == ("done", 2)
     collection = CollectionRecord.read(RunPaths(root=root).round(2).collection)
-    shown = fedllm("logs", root, "--client", collection.updates[0].client)
+    shown = in_process("logs", root, "--client", collection.updates[0].client)
     assert "worker-" in shown.stdout
     assert shown.returncode == 0
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_exit_3_and_the_run_goes_on_after_space_is_made(
     place.mkdir()
     script = f"""
         set -e
-        mount -t tmpfs -o size=600k tmpfs {place}
+        mount -t tmpfs -o size=200k tmpfs {place}
         set +e
         fedllm run {tiny.config} --run-dir {place}/run; echo "full $?"
         mount -o remount,size=50m {place}

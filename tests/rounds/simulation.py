@@ -74,8 +74,9 @@ class Simulation:
         self.log = log
         self.before: Callable[[str, Path], int | None] = lambda _program, _target: None
 
-    def __call__(self, program: str, argv: Sequence[str], task: str) -> int:
+    def __call__(self, program: str, argv: Sequence[str], task: str, log: Path) -> int:
         """Run a program as the compute side would."""
+        del log
         target = Path(argv[0])
         early = self.before(program, target)
         if early is not None:
