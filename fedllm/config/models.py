@@ -4,11 +4,23 @@ A section marked `EXECUTION` may change on resume; everything else decides the r
 frozen with the first round. Single keys are marked the same way.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 EXECUTION: dict[str, Any] = {"kind": "execution"}
+# the type of an error whose message is whole lines, each with its own key
+TOLD = "told"
+
+
+def _as_text(value: Any) -> Any:
+    """Return an id that YAML took for a number as the text it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Name = Annotated[str, BeforeValidator(_as_text)]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -22,7 +34,9 @@ SbatchOptions = dict[str, str | int | float | bool | None]
 class Section(BaseModel):
     """A group of keys; unknown ones are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
@@ -90,7 +104,7 @@ class CohortSection(Section):
     @model_validator(mode="after")
     def _exactly_one(self) -> "CohortSection":
         if (self.count is None) == (self.fraction is None):
-            raise ValueError("give either `count` or `fraction`")
+            raise ValueError("give either `count` or `fraction`, and null for the other")
         return self
 
 
@@ -105,11 +119,11 @@ class HeldOutSection(Section):
 class ClientsSection(Section):
     """Who the clients are, what they can run, and who never trains."""
 
-    tiers: Annotated[dict[str, TierSection], Field(min_length=1)] = {}
+    tiers: Annotated[dict[Name, TierSection], Field(min_length=1)]
     distribution: Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal"] | None = (
         None
     )
-    assign: dict[str, str] = {}
+    assign: dict[Name, Name] = {}
     tier_seed: int | None = None
     cohort: CohortSection = CohortSection(fraction=0.05)
     quorum: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Literal["all"] = "all"
@@ -117,7 +131,31 @@ class ClientsSection(Section):
     split_seed: int = 0
     dev: NonNegativeInt = 0
     unseen: NonNegativeInt = 0
-    held_out_from: Literal["all"] | str | tuple[str, ...] | HeldOutSection = "all"
+    held_out_from: Literal["all"] | str | tuple[Name, ...] | HeldOutSection = "all"
+
+    @model_validator(mode="after")
+    def _tiers_fit(self) -> "ClientsSection":
+        _tell([*self._share_problems(), *self._assign_problems()])
+        return self
+
+    def _share_problems(self) -> Iterator[str]:
+        given = [name for name, tier in self.tiers.items() if tier.share is not None]
+        missing = [name for name in self.tiers if name not in given]
+        if self.distribution and (given or len(self.tiers) != 4):
+            yield (
+                f"clients.distribution: {self.distribution} needs four tiers without `share`, "
+                f"got {len(self.tiers)} tiers, {len(given)} with a share"
+            )
+        elif given and missing:
+            yield f"clients.tiers.{missing[0]}.share: missing; give all tiers one, or none"
+        elif given and not any(tier.share for tier in self.tiers.values()):
+            yield "clients.tiers: all shares are 0; give at least one tier a share"
+
+    def _assign_problems(self) -> Iterator[str]:
+        names = ", ".join(self.tiers)
+        for client, tier in self.assign.items():
+            if tier not in self.tiers:
+                yield f"clients.assign.{client}: got {tier!r}, need one of {names}"
 
 
 class TrainingSection(Section):
@@ -173,7 +211,7 @@ class SbatchSection(Section):
     client: SbatchOptions = {}
     aggregate: SbatchOptions = {}
     evaluate: SbatchOptions = {}
-    tiers: dict[str, SbatchOptions] = {}
+    tiers: dict[Name, SbatchOptions] = {}
 
 
 class SchedulerSection(Section):
@@ -215,3 +253,16 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     scheduler: Annotated[SchedulerSection, Field(json_schema_extra=EXECUTION)] = SchedulerSection()
     storage: Annotated[StorageSection, Field(json_schema_extra=EXECUTION)] = StorageSection()
+
+    @model_validator(mode="after")
+    def _options_are_of_tiers(self) -> "Config":
+        names = ", ".join(self.clients.tiers)
+        unknown = [tier for tier in self.scheduler.sbatch.tiers if tier not in self.clients.tiers]
+        where = "scheduler.sbatch.tiers"
+        _tell([f"{where}.{tier}: no such tier; need one of {names}" for tier in unknown])
+        return self
+
+
+def _tell(lines: Sequence[str]) -> None:
+    if lines:
+        raise PydanticCustomError(TOLD, "{lines}", {"lines": "\n".join(lines)})

@@ -1,0 +1,114 @@
+"""What is wrong with a configuration, a line per key: path, value and remedy."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from fedllm.config.models import TOLD, Config
+
+_LIMITS = {
+    "greater_than_equal": (">=", "ge"),
+    "greater_than": (">", "gt"),
+    "less_than_equal": ("<=", "le"),
+    "less_than": ("<", "lt"),
+}
+_NEEDS = {
+    "model_type": "keys and values",
+    "dict_type": "keys and values",
+    "tuple_type": "a list",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "too_short": "at least one",
+}
+
+_Problem = Mapping[str, Any]
+
+
+def problem_lines(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line per key that is wrong; `raw` is what was validated."""
+    by_key: dict[str, list[_Problem]] = {}
+    for problem in error.errors():
+        key = ".".join(_key_parts(problem["loc"], problem["type"], raw))
+        by_key.setdefault(key, []).append(problem)
+    for key, problems in by_key.items():
+        # a key of several forms reports each form that does not fit; the deepest one says most
+        if not any(other.startswith(f"{key}.") for other in by_key):
+            yield _line(key, problems)
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Say whether a field's annotation is a section of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _key_parts(location: Sequence[str | int], kind: str, raw: Any) -> Iterator[str]:
+    """Yield what the user wrote of a location: pydantic adds the names of union members."""
+    node = raw
+    for part in location:
+        children = dict(enumerate(node)) if isinstance(node, list | tuple) else node
+        if isinstance(children, dict) and part in children:
+            node = children[part]
+            yield str(part)
+        elif kind == "missing" and part is location[-1]:
+            yield str(part)
+
+
+def _line(key: str, problems: Sequence[_Problem]) -> str:
+    problem = next((p for p in problems if p["type"] in _LIMITS), problems[0])
+    kind, found = problem["type"], problem["input"]
+    if kind == TOLD:
+        return str(problem["msg"])
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key)}"
+    if kind == "missing":
+        return f"{key}: missing; add it"
+    if kind in _LIMITS:
+        sign, name = _LIMITS[kind]
+        return f"{key}: got {found}, need {sign} {problem['ctx'][name]}"
+    if kind == "value_error":
+        return f"{key}: got {found!r}, {problem['msg'].removeprefix('Value error, ')}"
+    return f"{key}: got {found!r}, need {' or '.join(dict.fromkeys(map(_need, problems)))}"
+
+
+def _need(problem: _Problem) -> str:
+    said: str = problem["msg"]
+    return _NEEDS.get(problem["type"], said.removeprefix("Input should be ").split(", unable")[0])
+
+
+def _nearest(key: str) -> str:
+    *parents, last = key.split(".")
+    names = _keys_below(Config, parents)
+    close = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean `{'.'.join([*parents, close[0]])}`?"
+    everywhere = [name for name in _all_keys(Config) if name.split(".")[-1] == last]
+    if everywhere:
+        return f"; did you mean `{everywhere[0]}`?"
+    return f"; valid here: {', '.join(sorted(names))}"
+
+
+def _keys_below(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
+    if not parents:
+        return list(model.model_fields)
+    annotation = model.model_fields[parents[0]].annotation
+    if is_section(annotation):
+        return _keys_below(annotation, parents[1:])
+    section = next(member for member in get_args(annotation) if is_section(member))
+    # in a table of sections, as clients.tiers.<name>, the user's name is passed over
+    return _keys_below(section, parents[2:])
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if is_section(field.annotation):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")
