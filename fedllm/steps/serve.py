@@ -6,6 +6,7 @@ data stay in memory between jobs. It ends when stdin closes, and with its parent
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ def main() -> int:
 
     session = Session()
     session.warm_up()
+    # what was imported stays: no collection need visit it again
+    gc.freeze()
     _answer(answers, {"ready": True})
     for line in sys.stdin:
         if line.strip():

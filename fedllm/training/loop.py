@@ -146,7 +146,7 @@ class _Loop:
     def step(self, number: int, batches: Sequence[Batch]) -> None:
         """Take one optimizer step; its loss is the mean over all its targets."""
         training = self._settings.training
-        torch.manual_seed(self._draws.step(number))
+        _reseed(self._draws.step(number), self.device)
         begun = time.perf_counter()
         targets = max(1, sum(batch.num_targets for batch in batches))
         total = torch.zeros((), device=self.device)
@@ -178,6 +178,13 @@ class _Loop:
         losses: list[float] = torch.stack(self._losses).tolist()
         self.step_seconds += time.perf_counter() - begun
         return losses
+
+
+def _reseed(seed: int, device: torch.device) -> None:
+    # `torch.manual_seed` formats a stack for every absent accelerator: 1 ms a step
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _precision(training: TrainingSection, device: torch.device) -> AbstractContextManager[object]:
