@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedllm.config.models import SbatchOptions, SbatchSection
-from fedllm.errors import ConfigError
 
 JobKind = Literal["prepare", "coordinator", "aggregate", "evaluate"]
 
@@ -21,16 +20,7 @@ def tier_options(section: SbatchSection, tier: str) -> SbatchOptions:
 
 
 def classes_of(section: SbatchSection, tiers: Mapping[str, object]) -> dict[str, str]:
-    """Return tier -> class: the first tier whose options are equal names the class.
-
-    Raises:
-        ConfigError: options for a tier that does not exist.
-    """
-    unknown = sorted(set(section.tiers) - set(tiers))
-    if unknown:
-        raise ConfigError(
-            f"scheduler.sbatch.tiers.{unknown[0]}: no such tier; need one of {', '.join(tiers)}"
-        )
+    """Return tier -> class: the first tier whose options are equal names the class."""
     classes: dict[str, str] = {}
     for tier in tiers:
         options = tier_options(section, tier)

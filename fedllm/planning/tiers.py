@@ -19,28 +19,11 @@ DISTRIBUTIONS = {
 
 
 def tier_shares(section: ClientsSection) -> dict[str, float]:
-    """Return the share of every tier: the named distribution, the given shares, or equal ones.
-
-    Raises:
-        ConfigError: a distribution without its four tiers, or shares that say nothing.
-    """
-    names = list(section.tiers)
-    given = {name: tier.share for name, tier in section.tiers.items() if tier.share is not None}
+    """Return the share of every tier: the named distribution, the given shares, or equal ones."""
     if section.distribution:
-        if len(names) != 4 or given:
-            raise ConfigError(
-                f"clients.distribution: {section.distribution} needs four tiers without `share`, "
-                f"got {len(names)} tiers, {len(given)} with a share"
-            )
-        return dict(zip(names, DISTRIBUTIONS[section.distribution], strict=True))
-    if not given:
-        return dict.fromkeys(names, 1.0)
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise ConfigError(f"clients.tiers.{missing[0]}.share: missing; give all tiers one, or none")
-    if not sum(given.values()):
-        raise ConfigError("clients.tiers: all shares are 0; give at least one tier a share")
-    return given
+        return dict(zip(section.tiers, DISTRIBUTIONS[section.distribution], strict=True))
+    # all tiers have a share, or none has one
+    return {name: 1.0 if tier.share is None else tier.share for name, tier in section.tiers.items()}
 
 
 def assign_tiers(section: ClientsSection, seed: int, ids: Sequence[str]) -> dict[str, str]:
@@ -49,16 +32,17 @@ def assign_tiers(section: ClientsSection, seed: int, ids: Sequence[str]) -> dict
     The draw depends on `clients.tier_seed` (else `seed`) and the sorted ids alone.
 
     Raises:
-        ConfigError: `clients.assign` names an unknown client or tier.
+        ConfigError: `clients.assign` names clients that are not there; all of them together.
     """
     known = set(ids)
-    for client, tier in section.assign.items():
-        if client not in known:
-            raise ConfigError(f"clients.assign.{client}: no such client in the data")
-        if tier not in section.tiers:
-            raise ConfigError(
-                f"clients.assign.{client}: got {tier}, need one of {', '.join(section.tiers)}"
+    unknown = [client for client in section.assign if client not in known]
+    if unknown:
+        raise ConfigError(
+            "\n".join(
+                f"clients.assign.{client}: no such client in the data; remove it"
+                for client in unknown
             )
+        )
     free = sorted(known - set(section.assign))
     tier_seed = seed if section.tier_seed is None else section.tier_seed
     random.Random(seed_of("tiers", tier_seed)).shuffle(free)

@@ -1,0 +1,103 @@
+"""What configuration and data fix together, and which rows are scored."""
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fedllm.errors import ConfigError
+from fedllm.planning.evaluation import Target, choose, is_complete, is_evaluated
+from fedllm.planning.federation import plan_federation
+from fedllm.storage.records import ClientRecord
+from tests.planning.federations import client, client_lists, config_of, prepared_of
+
+TEN = [client(str(n), category="ab"[n % 2], test=5) for n in range(10)]
+
+
+@given(clients=client_lists(), round_number=st.integers(1, 9))
+def test_a_client_without_training_rows_is_never_drawn(
+    clients: list[ClientRecord], round_number: int
+) -> None:
+    trainable = {c.id: c for c in clients if c.train_rows}
+    assume(trainable)
+    config = config_of(clients__cohort={"fraction": 1.0})
+    federation = plan_federation(config, prepared_of(clients))
+    cohort = federation.cohort(round_number)
+    assert {c.id for c in cohort} == set(trainable)
+    for drawn in cohort:
+        assert drawn.cost == 7 * trainable[drawn.id].train_rows
+        assert drawn.tier == federation.tiers[drawn.id]
+
+
+def test_a_federation_knows_the_largest_rank_of_every_module() -> None:
+    tiers = {"a": {"ranks": {"attention": 8, "mlp": 2}}, "b": {"ranks": 4}}
+    federation = plan_federation(config_of(clients__tiers=tiers), prepared_of(TEN))
+    assert list(federation.largest_ranks.values()) == [8, 8, 4]
+    assert federation.classes == {"a": "a", "b": "a"}
+
+
+def test_what_does_not_fit_the_data_is_told_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="only 10 clients can train"):
+        plan_federation(config_of(clients__cohort={"count": 11}), prepared_of(TEN))
+
+
+# --- evaluation
+
+
+def scored(**changes: object) -> list[Target]:
+    clients = {"clients__dev": 2, "clients__unseen": 2}
+    config = config_of(rounds=4, **clients, **changes)
+    return choose(config, prepared_of(TEN), 2)
+
+
+def test_all_roles_are_scored_on_all_rows_unless_limited() -> None:
+    targets = scored()
+    assert sorted(t.client for t in targets) == sorted(c.id for c in TEN)
+    assert [t.group for t in targets] == ["train"] * 6 + ["dev"] * 2 + ["unseen"] * 2
+    assert all(target.rows == (0, 1, 2, 3, 4) for target in targets)
+
+
+def test_limits_are_per_group_and_per_client_and_draw_subsets_in_order() -> None:
+    targets = scored(evaluation__clients=1, evaluation__rows_per_client=2)
+    assert [t.group for t in targets] == ["train", "dev", "unseen"]
+    everyone = {t.client: t for t in scored()}
+    for target in targets:
+        assert len(target.rows) == 2
+        assert list(target.rows) == sorted(target.rows)
+        assert set(target.rows) <= set(everyone[target.client].rows)
+        assert target.tier == everyone[target.client].tier
+
+
+@given(number=st.integers(1, 3), other=st.integers(1, 3))
+def test_the_subset_is_the_same_in_every_round(number: int, other: int) -> None:
+    config = config_of(rounds=4, evaluation__clients=3, evaluation__rows_per_client=2)
+    prepared = prepared_of(TEN)
+    assert choose(config, prepared, number) == choose(config, prepared, other)
+
+
+def test_another_split_seed_scores_another_subset() -> None:
+    limits = {"evaluation__clients": 3, "evaluation__rows_per_client": 2}
+    subsets = [
+        choose(config_of(rounds=9, clients__split_seed=s, **limits), prepared_of(TEN), 1)
+        for s in range(3)
+    ]
+    assert len({str(subset) for subset in subsets}) == 3
+
+
+def test_at_the_start_and_the_end_everyone_is_scored() -> None:
+    config = config_of(rounds=4, evaluation__clients=1, evaluation__rows_per_client=1)
+    prepared = prepared_of(TEN)
+    assert [len(choose(config, prepared, number)) for number in range(5)] == [10, 1, 1, 1, 10]
+    section = config_of(evaluation__complete_at_end=False).evaluation
+    assert not any(is_complete(section, number, 4) for number in range(5))
+
+
+def test_a_client_without_test_rows_is_not_scored() -> None:
+    clients = [client("a"), client("b", test=0)]
+    assert [t.client for t in choose(config_of(), prepared_of(clients), 0)] == ["a"]
+
+
+def test_rounds_are_scored_at_the_start_at_every_nth_and_at_the_end() -> None:
+    section = config_of(evaluation__every=3).evaluation
+    assert [n for n in range(9) if is_evaluated(section, n, 8)] == [0, 3, 6, 8]
+    never = config_of(evaluation__every=0).evaluation
+    assert not any(is_evaluated(never, n, 8) for n in range(9))
