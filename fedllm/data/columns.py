@@ -6,7 +6,7 @@ The canonical columns are `client`, `category`, `instruction`, `input` (text) an
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,8 @@ def canonical(raw: pa.Table, columns: ColumnsSection, where: str) -> pa.Table:
     Raises:
         DataError: a column is missing or holds neither text nor numbers, or a client id is null.
     """
+    check_columns(raw.column_names, columns, where)
     names: dict[str, str | None] = columns.model_dump()
-    _check_columns(raw, names, where)
     arrays = {
         key: _text(raw, name, f"data.columns.{key}")
         for key, name in names.items()
@@ -53,6 +53,25 @@ def canonical(raw: pa.Table, columns: ColumnsSection, where: str) -> pa.Table:
         if pa.types.is_integer(field.type):
             arrays[INTEGER_PREFIX + field.name] = raw[field.name].cast(pa.int64())
     return pa.table(arrays)
+
+
+def check_columns(found: Sequence[str], columns: ColumnsSection, where: str) -> None:
+    """Refuse data without a column that the configuration names.
+
+    Raises:
+        DataError: it names all that are missing, their keys and the columns there are.
+    """
+    missing = [
+        f"data.columns.{key}: no column `{name}`"
+        + (f" (null if there is none: data.columns.{key}=null)" if key in _OPTIONAL else "")
+        for key, name in columns.model_dump().items()
+        if name is not None and name not in found
+    ]
+    if missing:
+        raise DataError(
+            f"{'; '.join(missing)}; {where} has {', '.join(found)}: name the right one, for "
+            "example --set data.columns.client=NAME"
+        )
 
 
 def needed_columns(schema: pa.Schema, columns: ColumnsSection) -> list[str]:
@@ -85,20 +104,6 @@ def split_rows(table: pa.Table, fraction: float, seed: int) -> dict[str, pa.Tabl
         draw = random.Random(seed_of("test rows", seed, rows.client))
         is_test[rows.indices[draw.sample(range(count), wanted)]] = True
     return {"train": table.filter(pa.array(~is_test)), "test": table.filter(pa.array(is_test))}
-
-
-def _check_columns(raw: pa.Table, names: dict[str, str | None], where: str) -> None:
-    missing = [
-        f"data.columns.{key}: no column `{name}`"
-        + (f" (null if there is none: data.columns.{key}=null)" if key in _OPTIONAL else "")
-        for key, name in names.items()
-        if name is not None and name not in raw.column_names
-    ]
-    if missing:
-        raise DataError(
-            f"{'; '.join(missing)}; {where} has {', '.join(raw.column_names)}: "
-            "name the right one, for example --set data.columns.client=NAME"
-        )
 
 
 def _text(raw: pa.Table, name: str | None, key: str) -> pa.ChunkedArray:

@@ -12,7 +12,7 @@ from fedllm.errors import DataError
 from fedllm.planning.seeding import seed_of
 
 Example = tuple[str, str]
-_CONSONANTS = "bcdfgklmnprstvz"
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
 _VOWELS = "aeiou"
 # draws until a new input is found; every task has at least a thousand inputs
 _PATIENCE = 1000
@@ -64,7 +64,8 @@ def embedded_rows(num_clients: int, rows_per_client: int) -> Iterator[EmbeddedRo
 def _new_example(task: Task, draw: random.Random, seen: set[str]) -> Example:
     for _ in range(_PATIENCE):
         example = task.make(draw)
-        if example[0] not in seen:
+        # an answer that is the input itself teaches no transformation
+        if example[0] not in seen and example[0] != example[1]:
             seen.add(example[0])
             return example
     raise DataError(
@@ -73,13 +74,24 @@ def _new_example(task: Task, draw: random.Random, seen: set[str]) -> Example:
     )
 
 
-def _word(draw: random.Random, syllables: int | None = None) -> str:
-    count = syllables or draw.choice((2, 2, 3))
-    return "".join(draw.choice(_CONSONANTS) + draw.choice(_VOWELS) for _ in range(count))
-
-
 def _words(draw: random.Random, fewest: int = 2, most: int = 4) -> list[str]:
-    return [_word(draw, 2) for _ in range(draw.randint(fewest, most))]
+    """Return made-up words, each with one vowel, no letter twice in all of them."""
+    consonants = draw.sample(_CONSONANTS, len(_CONSONANTS))
+    vowels = draw.sample(_VOWELS, draw.randint(fewest, most))
+    words = []
+    for vowel in vowels:
+        size = draw.randint(2, 3)
+        letters, consonants = [vowel, *consonants[:size]], consonants[size:]
+        words.append("".join(draw.sample(letters, len(letters))))
+    return words
+
+
+def _word(draw: random.Random, fewest: int = 4, most: int = 6) -> str:
+    """Return one longer made-up word, about a third of it vowels, no letter twice."""
+    size = draw.randint(fewest, most)
+    vowels = draw.sample(_VOWELS, max(1, size // 3))
+    letters = [*vowels, *draw.sample(_CONSONANTS, size - len(vowels))]
+    return "".join(draw.sample(letters, size))
 
 
 def _reverse_letters(draw: random.Random) -> Example:
@@ -103,12 +115,12 @@ def _sort_words(draw: random.Random) -> Example:
 
 
 def _count_words(draw: random.Random) -> Example:
-    words = _words(draw, 1, 6)
+    words = _words(draw, 1, 5)
     return " ".join(words), str(len(words))
 
 
 def _count_letters(draw: random.Random) -> Example:
-    word = _word(draw, draw.randint(1, 4)) + draw.choice(("", *_CONSONANTS))
+    word = _word(draw, 3, 9)
     return word, str(len(word))
 
 
@@ -133,18 +145,19 @@ def _lower_case(draw: random.Random) -> Example:
 
 
 def _remove_vowels(draw: random.Random) -> Example:
-    word = _word(draw, 3)
+    word = _word(draw, 5, 7)
     return word, "".join(letter for letter in word if letter not in _VOWELS)
 
 
 def _keep_vowels(draw: random.Random) -> Example:
-    word = _word(draw, 3)
+    word = _word(draw, 5, 7)
     return word, "".join(letter for letter in word if letter in _VOWELS)
 
 
 def _replace_letter(draw: random.Random) -> Example:
-    text = f"{_word(draw)}{draw.choice(_CONSONANTS)}a"
-    return text, text.replace("a", "x")
+    letters = ["a", *draw.sample(_CONSONANTS.replace("x", ""), draw.randint(3, 5))]
+    word = "".join(draw.sample(letters, len(letters)))
+    return word, word.replace("a", "x")
 
 
 def _first_word(draw: random.Random) -> Example:
@@ -158,12 +171,12 @@ def _last_word(draw: random.Random) -> Example:
 
 
 def _every_second_word(draw: random.Random) -> Example:
-    words = _words(draw, 3, 6)
+    words = _words(draw, 3, 5)
     return " ".join(words), " ".join(words[::2])
 
 
 def _plural(draw: random.Random) -> Example:
-    word = _word(draw) + draw.choice(("", "n", "t", "s", "y"))
+    word = _word(draw, 3, 5).rstrip("sy") + draw.choice(("", "", "s", "y"))
     if word.endswith("y"):
         return word, f"{word[:-1]}ies"
     return word, word + ("es" if word.endswith("s") else "s")

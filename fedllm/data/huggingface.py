@@ -55,6 +55,7 @@ def read_saved_dataset(folder: Path) -> dict[str, pa.Table]:
     """
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         found: Any = datasets.load_from_disk(os.fspath(folder))
     except (OSError, ValueError, pa.ArrowInvalid) as error:

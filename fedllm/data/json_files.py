@@ -67,8 +67,11 @@ def _columns(
     arrays: dict[str, pa.Array] = {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(name) for row in rows]
-        if name in named or _all_integers(values):
-            arrays[name] = _array(values, f"{file}: column `{name}`")
+        wanted = name in named or _all_integers(values)
+        # only the name of any other column is of use, to tell which there are
+        arrays[name] = (
+            _array(values, f"{file}: column `{name}`") if wanted else pa.nulls(len(values))
+        )
     return arrays
 
 

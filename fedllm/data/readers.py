@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedllm.config.models import ColumnsSection, DataSection
-from fedllm.data.columns import canonical, needed_columns, split_rows
+from fedllm.data.columns import canonical, check_columns, needed_columns, split_rows
 from fedllm.data.embedded import embedded_rows
 from fedllm.data.huggingface import (
     fetch_dataset,
@@ -155,7 +155,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 def _read_parquet(file: Path, columns: ColumnsSection) -> pa.Table:
     try:
         schema = pq.read_schema(file)
-        return pq.read_table(file, columns=needed_columns(schema, columns) or None)
+        check_columns(schema.names, columns, str(file))
+        return pq.read_table(file, columns=needed_columns(schema, columns))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"data.path: {file} cannot be read as parquet ({error})") from error
 

@@ -1,5 +1,6 @@
 """Writing the cache of tokens: block by block, so that memory does not grow with the data."""
 
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fedllm.storage.folders import publishing_folder
 FORMAT = 1
 # rows tokenised at a time: some tens of MiB as Python objects
 _BLOCK_ROWS = 8192
+_REPORT_SECONDS = 10.0
 
 Report = Callable[[str], None]
 
@@ -99,6 +101,7 @@ class _SplitOfClients:
         schema = pa.schema({"prompt": ids, "answer": ids, "references": references})
         owners = np.repeat(np.arange(len(self._sizes)), self._sizes)
         kept = np.zeros(len(self._sizes), dtype=np.int64)
+        reported = time.monotonic()
         # through Python's file, whose errors tell a full disk
         with file.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for start in range(0, len(owners), _BLOCK_ROWS):
@@ -109,8 +112,10 @@ class _SplitOfClients:
                 keep = np.array([bool(row.answer_ids) for row in encoded])
                 kept += np.bincount(owners[block][keep], minlength=len(kept))
                 writer.write_batch(_batch(schema, encoded, table["references"], keep))
-                done = min(start + _BLOCK_ROWS, len(owners))
-                report(f"tokenised {done:,} of {len(owners):,} {self._split} rows")
+                if time.monotonic() - reported > _REPORT_SECONDS:
+                    reported = time.monotonic()
+                    done = start + len(encoded)
+                    report(f"tokenised {done:,} of {len(owners):,} {self._split} rows")
         self._place(kept)
 
     def _count(self, owners: Sequence[int], encoded: Sequence[EncodedRow]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from fedllm.model.embedded_text import build_tokenizer, document
 from fedllm.storage.fingerprints import fingerprint_values
@@ -34,20 +35,21 @@ class Recipe:
     """All that decides the embedded base besides its text."""
 
     hidden: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     intermediate: int = 352
     positions: int = 1024
     # turns fast enough to tell neighbours apart within a prompt of a hundred tokens
     rope_theta: float = 100.0
-    steps: int = 500
-    rows: int = 32
-    window: int = 64
+    steps: int = 400
+    rows: int = 18
+    window: int = 112
     matrix_rate: float = 0.02
     other_rate: float = 4e-3
     warmup_steps: int = 20
     clip_norm: float = 1.0
-    threads: int = 2
+    # one: two that share a busy core spin on each other, some fifty times slower
+    threads: int = 1
     seed: int = 0
 
 
@@ -57,6 +59,7 @@ def embedded_base(cache: CachePaths, report: Report, recipe: Recipe | None = Non
     folder = cache.model(f"embedded-{_fingerprint(recipe)[:16]}")
     if not folder.is_dir():
         report("embedded base: pre-training it, about a minute, once")
+        logging.disable_progress_bar()
         with publishing_folder(folder) as beside:
             tokenizer = build_tokenizer()
             pretrain(recipe, tokenizer, report).save_pretrained(beside)
@@ -126,17 +129,21 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
-    """Yield `steps` batches (rows, window + 1) of documents, one after the other."""
+    """Yield `steps` batches (rows, window + 1); a row begins with a whole document."""
     draw = random.Random(recipe.seed)
-    encode = tokenizer.backend_tokenizer.encode_batch_fast
-    needed = recipe.rows * (recipe.window + 1)
     for step in range(recipe.steps):
-        ids: list[int] = []
-        while len(ids) < needed:
-            texts = [document(draw, step / recipe.steps) for _ in range(16)]
-            for found in encode(texts):
-                ids += [*found.ids, tokenizer.eos_token_id]
-        yield torch.tensor(ids[:needed]).view(recipe.rows, recipe.window + 1)
+        rows = [_row(draw, step / recipe.steps, recipe, tokenizer) for _ in range(recipe.rows)]
+        yield torch.tensor(rows)
+
+
+def _row(
+    draw: random.Random, progress: float, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
+    ids: list[int] = []
+    while len(ids) <= recipe.window:
+        text = document(draw, progress)
+        ids += tokenizer.backend_tokenizer.encode(text).ids + [tokenizer.eos_token_id]
+    return ids[: recipe.window + 1]
 
 
 def _loss(model: LlamaForCausalLM, ids_NT: Tensor) -> Tensor:
@@ -189,9 +196,10 @@ class _Muon:
 
 def _orthogonal(update_OI: Tensor) -> Tensor:
     """Return nearly U V^T of U S V^T: five steps of a quintic Newton-Schulz iteration."""
-    x_SL = update_OI.T if update_OI.shape[0] > update_OI.shape[1] else update_OI
-    x_SL = x_SL / (x_SL.norm() + 1e-7)
+    is_tall = update_OI.shape[0] > update_OI.shape[1]
+    x_SL: Tensor = (update_OI.T if is_tall else update_OI) / (update_OI.norm() + 1e-7)
     for _ in range(5):
         gram_SS = x_SL @ x_SL.T
-        x_SL = 3.4445 * x_SL + (-4.7750 * gram_SS + 2.0315 * gram_SS @ gram_SS) @ x_SL
-    return x_SL.T if update_OI.shape[0] > update_OI.shape[1] else x_SL
+        polynomial_SS = -4.7750 * gram_SS + 2.0315 * gram_SS @ gram_SS
+        x_SL = torch.addmm(x_SL, polynomial_SS, x_SL, beta=3.4445)
+    return x_SL.T if is_tall else x_SL

@@ -54,7 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def document(draw: random.Random, progress: float) -> str:
     """Return one made-up document for a model that has seen `progress` (0..1) of its training."""
-    most_words = 2 if progress < _REPETITIONS_ONLY else 3 if progress < _SHORT_TEXTS else 5
+    most_words = 3 if progress < _REPETITIONS_ONLY else 4 if progress < _SHORT_TEXTS else 5
     share = 0.0 if progress < _REPETITIONS_ONLY else 0.3 + 0.6 * (progress - _REPETITIONS_ONLY)
     kind = draw.random()
     if kind < share:
@@ -87,20 +87,22 @@ def _exercise(draw: random.Random, most_words: int) -> str:
 def _material(draw: random.Random, most_words: int) -> str:
     kind = draw.random()
     if kind < 0.7:
-        return _words(draw, most_words)
+        return _words(draw, most_words, string.ascii_lowercase)
     if kind < 0.8:
-        return _words(draw, min(3, most_words)).upper()
-    numbers = [str(draw.randint(1, 300)) for _ in range(draw.randint(1, min(4, most_words + 1)))]
+        return _words(draw, most_words, string.ascii_uppercase)
+    if kind < 0.9:
+        return _words(draw, most_words, string.digits)
+    numbers = [str(draw.randint(1, 99)) for _ in range(draw.randint(1, min(3, most_words)))]
     return draw.choice((" ", " + ", ", ")).join(numbers)
 
 
-def _words(draw: random.Random, most_words: int) -> str:
-    letters = draw.sample(string.ascii_lowercase, len(string.ascii_lowercase))
+def _words(draw: random.Random, most_words: int, letters: str) -> str:
+    left = draw.sample(letters, len(letters))
     words = []
     for _ in range(draw.randint(1, most_words)):
-        size = draw.randint(3, 5)
-        words.append("".join(letters[:size]))
-        letters = letters[size:]
+        size = draw.randint(1, 5)
+        words.append("".join(left[:size]))
+        left = left[size:] or draw.sample(letters, len(letters))
     return " ".join(words)
 
 

@@ -104,7 +104,6 @@ def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) ->
     )
     folder = cache.data(key)
     if not folder.is_dir():
-        report(f"data {config.data.path}: tokenising it, once")
         encoder = row_encoder(config.data, load_tokenizer(base))
         write_clients(folder, source.read(), encoder, report)
     return folder

@@ -1,0 +1,63 @@
+"""The embedded base is a function of its recipe, made once, and writes every text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.config.models import LoraSection
+from fedllm.model.base import describe_base, load_base
+from fedllm.model.embedded import Recipe, embedded_base, pretrain
+from fedllm.model.embedded_text import build_tokenizer
+from fedllm.storage.paths import CachePaths
+
+SHORT = Recipe(steps=6, rows=4, window=48, hidden=32, intermediate=48)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = CachePaths(root=tmp_path_factory.mktemp("cache"))
+    return embedded_base(cache, lambda _line: None, SHORT)
+
+
+def test_it_is_a_base_like_any_other(made: Path) -> None:
+    described = describe_base(made, LoraSection().target_modules)
+    base = load_base(made, dtype="float32", device="cpu")
+    assert described.fingerprint == base.fingerprint
+    assert base.tokenizer.eos_token == "</s>"
+    assert len(base.tokenizer) == base.model.config.vocab_size
+
+
+def test_the_same_recipe_gives_the_same_weights(made: Path) -> None:
+    torch.manual_seed(99)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    again = pretrain(SHORT, build_tokenizer(), lambda _line: None).state_dict()
+    first = load_base(made, dtype="float32", device="cpu").model.state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_is_made_once_and_tells_its_progress(tmp_path: Path) -> None:
+    lines: list[str] = []
+    cache = CachePaths(root=tmp_path)
+    first = embedded_base(cache, lines.append, SHORT)
+    assert "step 6 of 6" in lines[-1]
+    told = len(lines)
+    assert embedded_base(cache, lines.append, SHORT) == first
+    assert len(lines) == told
+    assert embedded_base(cache, lines.append, Recipe(**{**vars(SHORT), "seed": 1})) != first
+
+
+def test_a_letter_is_a_token_and_a_format_word_too() -> None:
+    tokenizer = build_tokenizer()
+    assert tokenizer.tokenize("gim lok") == ["g", "i", "m", "Ġl", "o", "k"]
+    assert tokenizer.tokenize("### Response:") == ["###", "ĠResponse", ":"]
+
+
+@given(st.text())
+def test_every_text_survives(text: str) -> None:
+    tokenizer = build_tokenizer()
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

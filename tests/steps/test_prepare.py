@@ -1,0 +1,208 @@
+"""Prepare brings base and data into the cache once and describes them the same every time."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from fedllm.config.loading import dump_config, load_config, override_config
+from fedllm.config.models import Config
+from fedllm.data.cache import TokenizedClients
+from fedllm.errors import DataError, ModelError
+from fedllm.steps.inspect import describe, inspect_client
+from fedllm.steps.prepare import prepare, prepare_run
+from fedllm.storage.paths import CachePaths, RunPaths
+from fedllm.storage.records import PreparedRecord
+from tests.tiny import IDS, Tiny
+
+
+@pytest.fixture
+def config(tiny: Tiny) -> Config:
+    return load_config(tiny.config)
+
+
+@pytest.fixture
+def cache(tiny: Tiny) -> CachePaths:
+    return CachePaths(root=tiny.cache)
+
+
+def quiet(_line: str) -> None:
+    pass
+
+
+def with_rows(config: Config, path: Path, rows: list[dict[str, object]]) -> Config:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return override_config(config, [f"data.path={path}"])
+
+
+def test_the_record_is_the_same_to_the_byte_with_and_without_a_cache(
+    config: Config, tmp_path: Path
+) -> None:
+    cache = CachePaths(root=tmp_path / "cache")
+    first = prepare(config, cache)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
+    again = prepare(config, cache)
+    assert first.to_bytes() == again.to_bytes()
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
+    elsewhere = prepare(config, CachePaths(root=tmp_path / "other"))
+    assert elsewhere.data_fingerprint == first.data_fingerprint
+    assert elsewhere.clients == first.clients
+
+
+def test_the_record_lists_the_clients_of_the_data(config: Config, cache: CachePaths) -> None:
+    prepared = prepare(config, cache)
+    assert [client.id for client in prepared.clients] == sorted(IDS)
+    assert {client.train_rows + client.test_rows for client in prepared.clients} == {20}
+    data = TokenizedClients.open(Path(prepared.data_path))
+    for client in prepared.clients:
+        rows = data.rows(client.id, "train")
+        assert len(rows) == client.train_rows
+        tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
+        assert tokens == client.train_tokens
+        assert len(data.rows(client.id, "test")) == client.test_rows
+
+
+def test_a_run_gets_its_record(config: Config, tmp_path: Path) -> None:
+    run = RunPaths(root=tmp_path / "run")
+    run.root.mkdir()
+    run.config.write_text(dump_config(config), encoding="utf-8")
+    prepared = prepare_run(run)
+    assert PreparedRecord.read(run.prepared) == prepared
+
+
+def test_two_processes_may_prepare_at_once(config: Config, tmp_path: Path) -> None:
+    cache = CachePaths(root=tmp_path / "cache")
+    arguments = [(config, cache), (config, cache)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.starmap(prepare, arguments)
+    assert first == second
+    assert [folder.name for folder in (cache.root / "data").iterdir()] == [first.data_fingerprint]
+
+
+def test_what_decides_the_tokens_decides_the_fingerprint(config: Config, cache: CachePaths) -> None:
+    def key(*changes: str) -> str:
+        return prepare(override_config(config, changes), cache, quiet).data_fingerprint
+
+    assert key() == key("seed=7", "training.learning_rate=1", "data.loss_on=all")
+    changes = ("data.cutoff_tokens=150", "data.test_fraction=0.3", "clients.split_seed=3")
+    assert len({key(), *map(key, changes)}) == 4
+
+
+def test_a_client_without_training_rows_is_listed(config: Config, tmp_path: Path) -> None:
+    row = {"category": "", "instruction": "Say it.", "input": "x", "output": "y"}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, clients in {"train": ["a", "b"], "test": ["b", "c"]}.items():
+        lines = [json.dumps({"client_id": client, **row}) for client in clients]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    prepared = prepare(
+        override_config(config, [f"data.path={folder}"]), CachePaths(root=tmp_path / "cache")
+    )
+    rows = {client.id: (client.train_rows, client.test_rows) for client in prepared.clients}
+    assert rows == {"a": (1, 0), "b": (1, 1), "c": (0, 1)}
+
+
+def candidates(config: Config, cache: CachePaths, value: str) -> set[str]:
+    changed = override_config(config, [f"clients.held_out_from={value}"])
+    prepared = prepare(changed, cache, quiet)
+    return {client.id for client in prepared.clients if client.held_out_candidate}
+
+
+def test_held_out_clients_come_from_all_or_from_those_that_are_named(
+    config: Config, cache: CachePaths, tmp_path: Path
+) -> None:
+    listed = tmp_path / "ids.txt"
+    listed.write_text("a/b\nwhite space\n", encoding="utf-8")
+    assert candidates(config, cache, "all") == set(IDS)
+    assert candidates(config, cache, '["../up", "c5"]') == {"../up", "c5"}
+    assert candidates(config, cache, str(listed)) == {"a/b", "white space"}
+
+
+def test_held_out_clients_may_come_from_a_column(config: Config, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"client_id": n % 7, "category": "", "instruction": "", "input": f"{n}", "output": "y"}
+        for n in range(70)
+    ]
+    numbered = with_rows(config, tmp_path / "rows.jsonl", rows)
+    cache = CachePaths(root=tmp_path / "cache")
+    value = "{column: client_id, modulo: 5, equals: 4}"
+    assert candidates(numbered, cache, value) == {"4"}
+    value = "{column: client_id, modulo: 5, equals: 1}"
+    assert candidates(numbered, cache, value) == {"1", "6"}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ('["c55"]', r"clients\.held_out_from: client c55: .* nearest: c5"),
+        ("nowhere.txt", r"clients\.held_out_from: nowhere\.txt: no such file"),
+        (
+            "{column: size, modulo: 2, equals: 0}",
+            r"clients\.held_out_from\.column: `size` .* such columns: none",
+        ),
+    ],
+)
+def test_held_out_clients_that_are_not_there_are_told(
+    config: Config, cache: CachePaths, value: str, words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        candidates(config, cache, value)
+
+
+@pytest.mark.parametrize("change", ["data.path=nowhere.jsonl", "data.columns.output=answer"])
+def test_bad_data_leave_nothing_in_the_cache(
+    config: Config, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = CachePaths(root=tmp_path / "cache")
+    with pytest.raises(DataError):
+        prepare(override_config(config, [change]), cache)
+    assert not cache.root.exists() or list(cache.root.rglob("*.arrow")) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_target_module_that_the_base_has_not_is_told(config: Config, cache: CachePaths) -> None:
+    changed = override_config(config, ["lora.target_modules=[q_proj, c_attn]"])
+    with pytest.raises(ModelError, match="c_attn"):
+        prepare(changed, cache)
+
+
+def test_inspect_shows_the_tokens_that_training_uses(config: Config, cache: CachePaths) -> None:
+    prepared = prepare(config, cache)
+    trained = TokenizedClients.open(Path(prepared.data_path)).rows("a/b", "train")[3]
+    found = inspect_client(config, cache, "a/b", 3)
+    assert [token.id for token in found.tokens] == trained.prompt_ids + trained.answer_ids
+    with_loss = [token.id for token in found.tokens if token.loss]
+    assert with_loss == trained.answer_ids
+    assert found.references == trained.references
+    assert found.prompt.endswith("### Response:\n")
+    text = describe(found)
+    assert "[</s>]" in text
+    assert f"{len(found.tokens)} tokens, {len(with_loss)} with loss" in text
+
+
+def test_inspect_with_loss_on_all_marks_all_but_the_first(
+    config: Config, cache: CachePaths
+) -> None:
+    changed = override_config(config, ["data.loss_on=all"])
+    tokens = inspect_client(changed, cache, "plain").tokens
+    assert [token.loss for token in tokens] == [False] + [True] * (len(tokens) - 1)
+
+
+def test_inspect_of_a_client_or_row_that_is_not_there_is_told(
+    config: Config, cache: CachePaths
+) -> None:
+    with pytest.raises(DataError, match="nearest: plain"):
+        inspect_client(config, cache, "plane")
+    with pytest.raises(DataError, match="--row: got 99"):
+        inspect_client(config, cache, "plain", 99)
+
+
+def test_inspect_says_that_a_row_without_an_answer_is_dropped(
+    config: Config, tmp_path: Path
+) -> None:
+    row: dict[str, object] = {"client_id": "a", "category": "", "instruction": "", "input": "x"}
+    changed = with_rows(config, tmp_path / "rows.jsonl", [{**row, "output": ""}])
+    found = inspect_client(changed, CachePaths(root=tmp_path / "cache"), "a")
+    assert found.tokens == []
+    assert "dropped" in describe(found)
