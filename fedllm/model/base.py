@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 
 from fedllm.config.models import ModelSection

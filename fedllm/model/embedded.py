@@ -142,7 +142,7 @@ def _row(
     ids: list[int] = []
     while len(ids) <= recipe.window:
         text = document(draw, progress)
-        ids += tokenizer.backend_tokenizer.encode(text).ids + [tokenizer.eos_token_id]
+        ids += [*tokenizer.backend_tokenizer.encode(text).ids, tokenizer.eos_token_id]
     return ids[: recipe.window + 1]
 
 
