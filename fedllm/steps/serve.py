@@ -23,10 +23,10 @@ def main() -> int:
     # what jobs print goes to their logs, so the answers need a descriptor of their own
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    import fedllm.steps.train  # noqa: F401 - the compute stack, before there is anything to do
     from fedllm.steps.session import Session
 
     session = Session()
-    session.warm_up()
     # what was imported stays: no collection need visit it again
     gc.freeze()
     _answer(answers, {"ready": True})

@@ -60,10 +60,6 @@ class Session:
         self._config: tuple[_Version, Config] | None = None
         self._prepared: tuple[_Version, PreparedRecord] | None = None
 
-    def warm_up(self) -> None:
-        """Import the compute stack before there is anything to do."""
-        import fedllm.steps.train  # noqa: F401
-
     def base(self, path: str, *, dtype: str, device: str, threads: int) -> "Base":
         """Return the base model of `path`, loaded by the first call; sets the threads."""
         # other steps of this process may have set their own
