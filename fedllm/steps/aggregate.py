@@ -131,8 +131,11 @@ class CollectedUpdates:
                     f"{file.path}: client {update.client} sent a non-finite value in "
                     f"{module} {part}"
                 )
-        a_RI, b_OR = (tensor.to(self.device) for tensor in pair)
-        return Factors(a_RI=a_RI, b_OR=b_OR, scale=self.records[update.client].scales[module])
+        return Factors(
+            a_RI=pair[0].to(self.device),
+            b_OR=pair[1].to(self.device),
+            scale=self.records[update.client].scales[module],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
