@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedllm.config.loading import read_config
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import FedllmError, RunDirectoryError, UserError
 from fedllm.reporting.summary import (
     bytes_table,
     last_evaluation,
@@ -21,14 +21,18 @@ from fedllm.storage.records import (
     PreparedRecord,
 )
 
+_BASE = "base"
 _SCORES = (("answer loss", "loss"), ("Rouge-L", "rouge_l"), ("exact match", "exact_match"))
 
 
 def compare(runs: Mapping[str, Path]) -> str:
     """Return the base and the last evaluation of several runs per tier of the last run.
 
+    Only clients that all of them scored are counted; the base is that of the first run.
+
     Raises:
-        RunDirectoryError: a run has no evaluation of its base or its end.
+        RunDirectoryError: a run has no evaluation of its base or its end, or no client was
+            scored in all runs.
     """
     evaluations: dict[str, EvaluationRecord] = {}
     for name, root in runs.items():
@@ -37,9 +41,14 @@ def compare(runs: Mapping[str, Path]) -> str:
         last = last_evaluation(paths, read_config(paths.config).rounds)
         if base is None or last is None or not last.round:
             raise RunDirectoryError(f"{root}: not evaluated at start and end; resume the run")
-        evaluations.setdefault("base", base)
+        evaluations.setdefault(_BASE, base)
         evaluations[name] = last
-    tiers = {score.client: score.tier for score in last.clients}
+    tiers = _tiers_of_all(list(evaluations.values()))
+    if not tiers:
+        raise RunDirectoryError(
+            f"{', '.join(map(str, runs.values()))}: no client was scored in all of them; compare "
+            "runs of the same data, clients.split_seed and evaluation"
+        )
     columns = {name: scores_by_tier(_in_tiers(e, tiers)) for name, e in evaluations.items()}
     tables = [
         text_table(
@@ -47,12 +56,19 @@ def compare(runs: Mapping[str, Path]) -> str:
             ["tier", *columns],
             [
                 [tier, *(number(getattr(means[tier], key)) for means in columns.values())]
-                for tier in next(iter(columns.values()))
+                for tier in columns[_BASE]
             ],
         )
         for title, key in _SCORES
     ]
     return "\n\n".join([*tables, *_last_tables(list(runs.values())[-1])])
+
+
+def _tiers_of_all(evaluations: Sequence[EvaluationRecord]) -> dict[str, str]:
+    """Return client -> tier in the last evaluation, for the clients that all of them scored."""
+    scored = [{client.client for client in evaluation.clients} for evaluation in evaluations]
+    in_all = set.intersection(*scored)
+    return {c.client: c.tier for c in evaluations[-1].clients if c.client in in_all}
 
 
 def _in_tiers(evaluation: EvaluationRecord, tiers: Mapping[str, str]) -> EvaluationRecord:
@@ -74,11 +90,27 @@ def _last_tables(root: Path) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the comparison of `NAME=RUN` arguments."""
-    runs = {name: Path(root) for name, _, root in (a.partition("=") for a in arguments)}
-    sys.stdout.write(f"{compare(runs)}\n")
+def main(arguments: Sequence[str]) -> int:
+    """Print the comparison of `NAME=RUN` arguments and return the exit code."""
+    try:
+        runs = dict(map(_named_run, arguments))
+        if not runs:
+            raise UserError("need one or more NAME=RUN, for example flexlora=runs/quickstart")
+        sys.stdout.write(f"{compare(runs)}\n")
+    except FedllmError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+def _named_run(argument: str) -> tuple[str, Path]:
+    name, _, root = argument.partition("=")
+    if not name or not root:
+        raise UserError(f"{argument}: need NAME=RUN, for example flexlora=runs/quickstart")
+    if name == _BASE:
+        raise UserError(f"{argument}: `{_BASE}` is the state before training; choose another name")
+    return name, Path(root)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

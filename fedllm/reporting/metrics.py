@@ -1,11 +1,12 @@
 """Numbers of a run from its records: never the truth, always rebuilt."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publish import storage_errors
+from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (
     AggregateRecord,
     ClientScores,
@@ -87,8 +88,11 @@ def write_metrics(paths: RunPaths) -> None:
             for group, mean in by_group(evaluation.clients).items():
                 row |= {f"{group}_loss": mean.loss, f"{group}_rouge_l": mean.rouge_l}
                 row[f"{group}_exact_match"] = mean.exact_match
-        lines.append(json.dumps(row))
-    with storage_errors(paths.metrics):
-        beside = paths.metrics.with_suffix(".part")
-        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        beside.replace(paths.metrics)
+        # not every reader of JSON knows NaN
+        row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
+        lines.append(json.dumps(row, allow_nan=False))
+    publish_bytes(paths.metrics, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,5 +1,6 @@
 """The geometry of a round before anything is submitted."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
@@ -63,7 +64,7 @@ def plan_geometry(config: Config, prepared: PreparedRecord) -> Geometry:
         )
         for name, tasks in work.workers.items()
     )
-    targets = choose(config, prepared, 1)
+    targets = choose(config, prepared, 1) if config.evaluation.every else []
     return Geometry(
         rounds=config.rounds,
         trainable_clients=len(federation.roles.train),
@@ -88,7 +89,7 @@ def describe_plan(geometry: Geometry) -> str:
             str(array.tasks),
             str(array.bundles),
             str(array.clients),
-            " ".join(f"--{k}={v}" for k, v in array.options.items()) or "(site defaults)",
+            " ".join(_flags(array.options)) or "(site defaults)",
         ]
         for array in geometry.arrays
     ]
@@ -105,3 +106,12 @@ def describe_plan(geometry: Geometry) -> str:
             "beside the arrays: one aggregate and one evaluate job a round, one coordinator",
         ]
     )
+
+
+def _flags(options: Mapping[str, str | int | float | bool | None]) -> Iterator[str]:
+    for key, value in options.items():
+        flag = f"--{key.removeprefix('--').replace('_', '-')}"
+        if value is True:
+            yield flag
+        elif value is not None and value is not False:
+            yield f"{flag}={value}"

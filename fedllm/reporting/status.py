@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 from fedllm.config.loading import read_config
 from fedllm.storage.lease import highest, process_is_gone
-from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     ClaimRecord,
     CohortRecord,
     PreparedRecord,
     RunRecord,
     SubmissionRecord,
+    UpdateRecord,
 )
-from fedllm.storage.updates import UpdateScanner
+from fedllm.storage.updates import DamagedUpdateError, read_records, update_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,7 @@ def run_status(paths: RunPaths) -> RunStatus:
     config = read_config(paths.config)
     record = RunRecord.read(paths.run)
     done = sum(paths.round(n).record.exists() for n in range(1, config.rounds + 1))
-    current = next(
-        (n for n in range(config.rounds + 1) if not paths.round(n).record.exists()), None
-    )
+    current = _current(paths, config.rounds)
     prepared = PreparedRecord.find(paths.prepared)
     state, coordinator = _coordinator(paths)
     return RunStatus(
@@ -60,6 +59,13 @@ def run_status(paths: RunPaths) -> RunStatus:
         prepared=prepared is not None,
         current=_round(paths.round(current), record) if prepared and current is not None else None,
     )
+
+
+def _current(paths: RunPaths, rounds: int) -> int | None:
+    """Return the last round that has begun: the next one trains while the last is evaluated."""
+    open_ = [n for n in range(rounds + 1) if not paths.round(n).record.exists()]
+    begun = [n for n in open_ if paths.round(n).root.exists()]
+    return begun[-1] if begun else next(iter(open_), None)
 
 
 def _coordinator(paths: RunPaths) -> tuple[str, str]:
@@ -77,21 +83,15 @@ def _round(paths: RoundPaths, run: RunRecord) -> RoundStatus:
     cohort = CohortRecord.find(paths.cohort)
     if cohort is None:
         return RoundStatus(round=paths.number, step="state" if not paths.number else "cohort")
-    scanner = UpdateScanner(
-        round=paths, run_id=run.run_id, base_fingerprint=cohort.base_fingerprint
-    )
-    published = scanner.scan().published
+    published = _published(paths, run)
     attempts = 0
-    claimed: set[str] = set()
-    while (attempt := paths.attempt(attempts + 1)).submission.exists():
+    while paths.attempt(attempts + 1).submission.exists():
         attempts += 1
-        bundles = SubmissionRecord.read(attempt.submission).bundles
-        taken = {ClaimRecord.read(p).bundle for p in attempt.claims.glob("*.json")}
-        claimed |= {c for b in bundles if b.number in taken for c in b.clients}
+    claimed = _claimed(paths.attempt(attempts)) if attempts else set()
     failed = tuple(
-        f"{update.record.client}: {update.record.reason}"
-        for update in published.values()
-        if update.record.status == "failed"
+        f"{client}: {record.reason}"
+        for client, record in published.items()
+        if record.status == "failed"
     )
     return RoundStatus(
         round=paths.number,
@@ -102,6 +102,27 @@ def _round(paths: RoundPaths, run: RunRecord) -> RoundStatus:
         failed=failed,
         attempts=attempts,
     )
+
+
+def _published(paths: RoundPaths, run: RunRecord) -> dict[str, UpdateRecord]:
+    """Return the records of what is published, by the files' headers: no tensor is read."""
+    found: dict[str, UpdateRecord] = {}
+    for name in update_files(paths):
+        try:
+            records = read_records(paths.updates / name)
+        except (DamagedUpdateError, OSError):
+            continue
+        for record in records:
+            if (record.run_id, record.round) == (run.run_id, paths.number):
+                found.setdefault(record.client, record)
+    return found
+
+
+def _claimed(attempt: AttemptPaths) -> set[str]:
+    """Return the clients that tasks of an attempt have claimed."""
+    bundles = SubmissionRecord.read(attempt.submission).bundles
+    taken = {ClaimRecord.read(path).bundle for path in attempt.claims.glob("*.json")}
+    return {client for bundle in bundles if bundle.number in taken for client in bundle.clients}
 
 
 def _step(paths: RoundPaths) -> str:

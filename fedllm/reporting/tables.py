@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH_COLUMNS = 160
+# wide enough for every table: rich cuts what does not fit
+_WIDTH_COLUMNS = 10_000
 
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -17,7 +18,16 @@ def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=_WIDTH_COLUMNS, color_system=None, highlight=False).print(table)
+    # names are the user's: brackets and colons in them are no markup
+    console = Console(
+        file=buffer,
+        width=_WIDTH_COLUMNS,
+        color_system=None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    console.print(table)
     return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().splitlines())])
 
 

@@ -1,0 +1,99 @@
+"""Run directories in every state, made of real records."""
+
+from pathlib import Path
+
+from fedllm.config.loading import dump_config
+from fedllm.storage.lease import Lease
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.records import (
+    BundleRecord,
+    ClaimRecord,
+    ClientScores,
+    CohortClient,
+    CohortRecord,
+    EvaluationRecord,
+    RunRecord,
+    Scores,
+    SubmissionRecord,
+)
+from tests.planning.federations import MODULES, client, config_of, prepared_of
+
+CLIENTS = ("task/7 ü", "12", "13", "14")
+
+
+def begin(root: Path, **changes: object) -> RunPaths:
+    """Make a run that was opened and nothing more."""
+    paths = RunPaths(root=root)
+    publish_bytes(paths.config, dump_config(config_of(**changes)).encode())
+    RunRecord(run_id="run", result_fingerprint="", versions={}).publish(paths.run)
+    return paths
+
+
+def prepare(paths: RunPaths) -> None:
+    prepared_of([client(id_) for id_ in CLIENTS]).publish(paths.prepared)
+
+
+def draw(paths: RunPaths, number: int) -> None:
+    """Make a round's cohort, and its plan of a bundle for each client."""
+    CohortRecord(
+        round=number,
+        lease=1,
+        base_fingerprint="base",
+        state_sha256="",
+        ranks={
+            "small": dict.fromkeys(MODULES, 2),
+            "large": dict(zip(MODULES, (2, 4, 8), strict=True)),
+        },
+        clients=[CohortClient(id=id_, tier="small", cost=1.0) for id_ in CLIENTS],
+    ).publish(paths.round(number).cohort)
+    attempt(paths, number, 1)
+
+
+def attempt(paths: RunPaths, number: int, attempt_number: int) -> None:
+    SubmissionRecord(
+        token="t",
+        lease=1,
+        kind="client",
+        command=[],
+        arrays=[],
+        bundles=[
+            BundleRecord(number=n, worker_class="small", clients=[id_], cost=1.0)
+            for n, id_ in enumerate(CLIENTS)
+        ],
+    ).publish(paths.round(number).attempt(attempt_number).submission)
+
+
+def claim(paths: RunPaths, number: int, attempt_number: int, bundle: int, log: str = "") -> None:
+    record = ClaimRecord(bundle=bundle, task="t", node="n", log=log)
+    record.publish(paths.round(number).attempt(attempt_number).claim(bundle))
+
+
+def hold(paths: RunPaths) -> Lease:
+    return Lease.acquire(paths)
+
+
+def evaluation(
+    number: int, losses: dict[str, float], tiers: dict[str, str] | None = None
+) -> EvaluationRecord:
+    """Return the evaluation of a round; a client's group is train, of `d...` dev."""
+    scores = {
+        id_: Scores(rows=2, loss=loss, rouge_l=loss / 10, exact_match=0.5)
+        for id_, loss in losses.items()
+    }
+    return EvaluationRecord(
+        round=number,
+        state_sha256="",
+        complete=True,
+        seconds=1.0,
+        clients=[
+            ClientScores(
+                client=id_,
+                group="dev" if id_.startswith("d") else "train",
+                tier=(tiers or {}).get(id_, "small"),
+                as_deployed=score,
+                at_largest_rank=score,
+            )
+            for id_, score in scores.items()
+        ],
+    )

@@ -1,0 +1,257 @@
+"""Numbers of a run: means over clients, energies over modules, side by side for several runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedllm.reporting.comparison import compare, main
+from fedllm.reporting.metrics import by_group, by_tier, headline, mean_scores, write_metrics
+from fedllm.reporting.plan import describe_plan, plan_geometry
+from fedllm.reporting.summary import (
+    RankSummary,
+    last_evaluation,
+    rank_summaries,
+    run_summary,
+    score_table,
+    scores_by_tier,
+    update_bytes,
+)
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import (
+    AggregateRecord,
+    EvaluationRecord,
+    ModuleDiagnostics,
+    RankQuality,
+    RoundRecord,
+)
+from tests.planning.federations import MODULES, client, config_of, prepared_of
+from tests.reporting.runs import begin, draw, evaluation, prepare
+
+TIERS = {"a": "small", "b": "large", "d": "large"}
+
+
+def module(energy: float, **kept: float) -> ModuleDiagnostics:
+    return ModuleDiagnostics(
+        route="gram",
+        stacked_rank=8,
+        total_energy=energy,
+        spectrum=[1.0],
+        ranks=[
+            RankQuality(rank=int(rank[1:]), energy_kept=share, truncation_error=0.0)
+            for rank, share in kept.items()
+        ],
+    )
+
+
+def aggregated(number: int, *modules: ModuleDiagnostics) -> AggregateRecord:
+    return AggregateRecord(
+        round=number,
+        method="flexlora",
+        rank={},
+        sha256="",
+        seconds=2.0,
+        clients=4,
+        device="cpu",
+        modules={str(n): m for n, m in enumerate(modules)},
+    )
+
+
+def finished(root: Path, losses: dict[str, float], tiers: dict[str, str] = TIERS) -> RunPaths:
+    """Make a run of one round, whose clients' losses at the end are given; 9.0 at the start."""
+    paths = begin(root, rounds=1)
+    prepare(paths)
+    draw(paths, 1)
+    for number in (0, 1):
+        here = paths.round(number)
+        aggregated(number, module(1.0, r2=0.75)).publish(here.aggregate_record)
+        scores = losses if number else dict.fromkeys(losses, 9.0)
+        evaluation(number, scores, tiers).publish(here.evaluation_record)
+        RoundRecord(round=number, lease=1, state_sha256="", clients=4).publish(here.record)
+    return paths
+
+
+def test_a_mean_counts_every_client_once() -> None:
+    found = evaluation(1, {"a": 1.0, "b": 2.0, "d": 6.0}, TIERS)
+    means = by_tier(found.clients)
+    assert {tier: (m.clients, m.loss) for tier, m in means.items()} == {
+        "small": (1, 1.0),
+        "large": (2, 4.0),
+    }
+    assert {group: m.loss for group, m in by_group(found.clients).items()} == {
+        "train": 1.5,
+        "dev": 6.0,
+    }
+    assert scores_by_tier(found)["all"].loss == 3.0
+    assert mean_scores([]) is None
+    assert scores_by_tier(evaluation(1, {})) == {}
+
+
+def test_the_headline_names_every_group() -> None:
+    words = headline(evaluation(1, {"a": 1.0, "d": 6.0}))
+    assert words == (
+        "; train loss 1.000 Rouge-L 0.100 exact 0.500; dev loss 6.000 Rouge-L 0.600 exact 0.500"
+    )
+    assert headline(None) == headline(evaluation(1, {})) == ""
+
+
+def test_metrics_are_a_line_per_round_that_is_done_rebuilt_from_the_records(
+    tmp_path: Path,
+) -> None:
+    paths = finished(tmp_path, {"a": float("nan"), "d": 2.0})
+    (paths.rounds / "0001.replaced-1").mkdir()
+    draw(paths, 2)
+    RoundRecord(round=3, lease=1, state_sha256="", clients=1).publish(paths.round(3).record)
+    for _ in range(2):
+        write_metrics(paths)
+        rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+        assert [row["round"] for row in rows] == [0, 1, 3]
+    assert rows[0]["train_loss"] == 9.0
+    assert rows[1]["train_loss"] is None
+    assert (rows[1]["dev_loss"], rows[1]["dev_exact_match"]) == (2.0, 0.5)
+    assert (rows[1]["aggregate_seconds"], rows[1]["evaluation_complete"]) == (2.0, True)
+    assert "dev_loss" not in rows[2]
+
+
+def test_energies_of_modules_add_up() -> None:
+    found = rank_summaries(aggregated(1, module(3.0, r2=1.0, r8=1.0), module(1.0, r2=0.0, r8=0.5)))
+    assert found == [
+        RankSummary(rank=2, modules=2, energy_kept=0.75, truncation_error=0.5),
+        RankSummary(rank=8, modules=2, energy_kept=0.875, truncation_error=0.125**0.5),
+    ]
+    nothing = rank_summaries(aggregated(1, module(0.0, r2=0.0)))
+    assert nothing == [RankSummary(rank=2, modules=1, energy_kept=1.0, truncation_error=0.0)]
+    rounded = rank_summaries(aggregated(1, module(1.0, r2=1.0 + 1e-12)))
+    assert rounded[0].truncation_error == 0.0
+
+
+def test_a_client_sends_both_factors_in_float32() -> None:
+    ranks = dict.fromkeys(MODULES, 2)
+    assert update_bytes(ranks, MODULES) == 4 * 2 * ((16 + 16) + (8 + 16) + (40 + 16))
+
+
+def test_the_last_evaluation_is_the_newest_there_is(tmp_path: Path) -> None:
+    paths = RunPaths(root=tmp_path)
+    assert last_evaluation(paths, 3) is None
+    evaluation(1, {"a": 1.0}).publish(paths.round(1).evaluation_record)
+    found = last_evaluation(paths, 3)
+    assert found is not None
+    assert found.round == 1
+
+
+def test_a_run_ends_with_scores_ranks_bytes_and_what_to_try_next(tmp_path: Path) -> None:
+    text = run_summary(finished(tmp_path, {"a": 1.0, "b": 2.0}))
+    lines = text.splitlines()
+    assert "scores as deployed, base -> round 1 (mean over clients)" in lines
+    assert any(line.split()[:4] == ["small", "1", "9.000", "->"] for line in lines)
+    assert any(line.split() == ["2", "1", "75.00", "%", "0.5000"] for line in lines)
+    assert "what a client sends per round" in text
+    assert f"fedllm resume {tmp_path} --set rounds=3" in text
+
+
+def test_a_tier_that_was_not_scored_at_the_start_is_shown_without_an_arrow(
+    tmp_path: Path,
+) -> None:
+    paths = finished(tmp_path, {"a": 1.0})
+    evaluation(1, {"a": 1.0, "b": 2.0}, TIERS).publish(paths.round(1).evaluation_record)
+    lines = run_summary(paths).splitlines()
+    assert any(line.split()[:3] == ["large", "1", "2.000"] for line in lines)
+
+
+def test_a_run_without_evaluations_has_no_table_of_scores(tmp_path: Path) -> None:
+    paths = begin(tmp_path)
+    text = run_summary(paths)
+    assert text.splitlines()[0] == f"run {tmp_path} (flexlora + fedit)"
+    assert "scores" not in text
+    assert "energy" not in text
+
+
+def test_scores_of_a_state_are_shown_by_tier_and_group() -> None:
+    rows = [line.split() for line in score_table(evaluation(2, {"a": 1.0, "d": 3.0})).splitlines()]
+    assert ["all", "2", "2.000", "0.200", "0.500"] in rows
+    assert ["dev", "1", "3.000", "0.300", "0.500"] in rows
+
+
+# --- comparison
+
+
+def test_runs_are_compared_on_the_clients_that_all_have_scored_in_the_tiers_of_the_last(
+    tmp_path: Path,
+) -> None:
+    one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0, "only one": 100.0})
+    two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0, "only two": 100.0}, {"a": "x", "b": "y"})
+    loss = compare({"one": one.root, "two": two.root}).split("\n\n")[0]
+    assert [line.split() for line in loss.splitlines()[1:]] == [
+        ["tier", "base", "one", "two"],
+        ["x", "9.000", "1.000", "3.000"],
+        ["y", "9.000", "2.000", "4.000"],
+        ["all", "9.000", "1.500", "3.500"],
+    ]
+
+
+def test_a_comparison_prints_or_says_in_one_line_why_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = finished(tmp_path / "one", {"a": 1.0})
+    other = finished(tmp_path / "other", {"z": 1.0})
+    begun = begin(tmp_path / "begun")
+    assert main([f"one={one.root}"]) == 0
+    assert "answer loss per tier" in capsys.readouterr().out
+    for arguments, words in (
+        ([], "need one or more NAME=RUN"),
+        (["one"], "one: need NAME=RUN"),
+        ([f"={one.root}"], "need NAME=RUN"),
+        ([f"base={one.root}"], "`base` is the state before training"),
+        ([f"x={tmp_path}"], "not a run directory"),
+        ([f"x={begun.root}"], "not evaluated at start and end; resume the run"),
+        ([f"x={one.root}", f"y={other.root}"], "no client was scored in all of them"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert len(said.splitlines()) == 1
+
+
+# --- plan
+
+
+def geometry_text(**changes: object) -> str:
+    clients = [client(str(n), test=2) for n in range(20)]
+    config = config_of(clients__cohort={"count": 10}, **changes)
+    return describe_plan(plan_geometry(config, prepared_of(clients)))
+
+
+def test_a_plan_shows_the_arrays_the_bytes_and_the_files_of_a_round() -> None:
+    sbatch = {
+        "default": {"account": "lab", "requeue": True, "mem": None, "exclusive": False},
+        "tiers": {"large": {"cpus_per_task": 4}},
+    }
+    text = geometry_text(
+        scheduler__kind="slurm", scheduler__max_parallel=4, scheduler__sbatch=sbatch
+    )
+    rows = [line.split() for line in text.splitlines()]
+    classes = {row[0]: row for row in rows if row[1:2] in (["small"], ["large"])}
+    assert classes["small"][-2:] == ["--account=lab", "--requeue"]
+    assert classes["large"][-1] == "--cpus-per-task=4"
+    assert sum(int(row[2]) for row in classes.values()) == 4
+    assert sum(int(row[4]) for row in classes.values()) == 10
+    assert "10 of 20 clients a round, 3 rounds, about 700 training tokens a round" in text
+    assert "evaluation of a round: 20 clients, 40 rows" in text
+
+
+def test_a_plan_of_one_process_is_one_task() -> None:
+    (row,) = (
+        line for line in geometry_text(scheduler__kind="inline").splitlines() if "site" in line
+    )
+    assert row.split()[:3] == ["small", "small,large", "1"]
+
+
+def test_a_plan_without_evaluation_scores_nobody() -> None:
+    text = geometry_text(scheduler__kind="local", evaluation__every=0)
+    assert "evaluation of a round: 0 clients, 0 rows" in text
+
+
+def test_an_evaluation_record_comes_back(tmp_path: Path) -> None:
+    record = evaluation(1, {"a": float("inf")})
+    record.publish(tmp_path / "evaluation.json")
+    assert EvaluationRecord.read(tmp_path / "evaluation.json") == record
