@@ -8,8 +8,9 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
     if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
     then echo $$python; break; fi; done)
-# PyPI's torch for Linux brings several GB of CUDA packages; this index holds the CPU build.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# PyPI's torch for Linux may bring several GB of CUDA packages: name an index that holds the CPU build
+# to do without them (make venv TORCH_INDEX=...).
+TORCH_INDEX ?=
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints-cpu.txt
 PYTEST_OPTIONS ?=
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
@@ -42,7 +43,7 @@ venv: .venv/.package
 
 .venv/.torch: .venv/.python constraints-cpu.txt
 	@echo "venv: torch for CPUs"
-	@$(PIP) --retries 0 --extra-index-url $(TORCH_INDEX) torch
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@touch $@
 
 .venv/.package: .venv/.torch $(NEEDS)
@@ -62,8 +63,18 @@ venv: .venv/.package
 
 # --- the example
 
+# the bucket effect: every client at the rank of the smallest tier, A and B averaged separately
+SMALLEST := method.name=factor_mean $(foreach tier,tiny small wide large,clients.tiers.$(tier).ranks=2)
+
 quickstart: venv
+	@.venv/bin/fedllm run configs/quickstart.yaml --run-dir runs/quickstart-smallest \
+	  $(foreach change,$(SMALLEST),--set $(change))
 	@.venv/bin/fedllm run configs/quickstart.yaml
+	@.venv/bin/python -m fedllm.reporting.comparison "smallest rank=runs/quickstart-smallest" \
+	  "FlexLoRA=runs/quickstart"
+	@echo; echo "next: .venv/bin/fedllm inspect configs/quickstart.yaml --client reverse-letters"; \
+	echo "      .venv/bin/fedllm export runs/quickstart --rank 4 --out adapters/rank-4"; \
+	echo "      .venv/bin/fedllm resume runs/quickstart --set rounds=12"
 
 # --- checks: independent of each other, the longest first
 
