@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import IO
 
 from fedllm.scheduling.seam import Job, TaskState
+from fedllm.storage.publish import storage_errors
 
-_SERVE = ("-m", "fedllm.steps.serve")
-_GRACE_SECONDS = 5.0
+SERVE = (sys.executable, "-m", "fedllm.steps.serve")
+# a worker that is told to end publishes what it has finished; it stops between two steps
+_GRACE_SECONDS = 30.0
+# one that closed its pipes is at its end, or will never answer
+_END_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +40,22 @@ class _Worker:
     task: _Task | None = None
     buffer: bytes = b""
 
+    @property
+    def task_log(self) -> Path:
+        """Where its present task writes; what it says before and after is in `log`."""
+        return self.task.job.log_folder / self.log.name if self.task else self.log
+
 
 @dataclass(kw_only=True)
 class LocalScheduler:
-    """Gives tasks to `workers` resident processes, first come, first served."""
+    """Gives tasks to `workers` resident processes, first come, first served.
+
+    `serve` starts one: it reads a task per line and answers with its id and exit code.
+    """
 
     workers: int
     log_folder: Path
+    serve: tuple[str, ...] = SERVE
     _run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _queue: deque[_Task] = field(default_factory=deque)
@@ -60,7 +73,8 @@ class LocalScheduler:
         numbers = itertools.islice(self._numbers, job.tasks)
         tasks = [_Task(id=f"local-{self._run}-{number}", job=job) for number in numbers]
         self._queue.extend(tasks)
-        self._dispatch()
+        # a worker that died idle must not be given a task
+        self._hear(0.0)
         return [task.id for task in tasks]
 
     def find(self, name: str) -> list[str] | None:  # noqa: ARG002
@@ -85,6 +99,7 @@ class LocalScheduler:
         for worker in [w for w in self._pool if w.task and w.task.id in named]:
             worker.process.kill()
             self._bury(worker)
+        self._dispatch()
 
     def wait(self, seconds: float) -> None:
         """Return as soon as a task ended, at the latest after `seconds`."""
@@ -94,19 +109,19 @@ class LocalScheduler:
             time.sleep(seconds)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; those at work may publish what they have finished."""
         for worker in self._pool:
-            worker.inbox.close()
             worker.process.terminate()
-        for worker in self._pool:
+            # a line that the worker never read is lost with it
+            with contextlib.suppress(BrokenPipeError):
+                worker.inbox.close()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for worker in list(self._pool):
             try:
-                worker.process.wait(_GRACE_SECONDS)
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
-                worker.process.wait()
-            self._selector.unregister(worker.outbox)
-            worker.outbox.close()
-        self._pool.clear()
+            self._bury(worker)
 
     def _dispatch(self) -> None:
         while self._queue:
@@ -119,12 +134,11 @@ class LocalScheduler:
 
     def _give(self, worker: _Worker, task: _Task) -> None:
         worker.task = task
-        log = task.job.log_folder / f"{worker.log.stem}.log"
         message = {
             "id": task.id,
             "program": task.job.program,
             "argv": list(task.job.argv),
-            "log": str(log),
+            "log": str(worker.task_log),
         }
         try:
             worker.inbox.write(json.dumps(message).encode() + b"\n")
@@ -135,11 +149,13 @@ class LocalScheduler:
     def _start(self) -> _Worker:
         taken = {worker.log.stem for worker in self._pool}
         name = next(f"worker-{n}" for n in itertools.count(1) if f"worker-{n}" not in taken)
-        self.log_folder.mkdir(parents=True, exist_ok=True)
         log = self.log_folder / f"{name}.log"
-        with log.open("ab") as stderr:
+        with storage_errors(log):
+            self.log_folder.mkdir(parents=True, exist_ok=True)
+            stderr = log.open("ab")
+        with stderr:
             process = subprocess.Popen(
-                [sys.executable, *_SERVE],
+                self.serve,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -154,6 +170,7 @@ class LocalScheduler:
         return worker
 
     def _hear(self, seconds: float) -> None:
+        """Listen to the workers until a task ended, at most `seconds`; then give out tasks."""
         deadline = time.monotonic() + seconds
         heard = False
         while not heard:
@@ -161,8 +178,10 @@ class LocalScheduler:
             events = self._selector.select(max(0.0, left))
             for key, _ in events:
                 heard |= self._read(key.data)
-            if not events and left <= 0:
-                return
+            if not events:
+                heard |= self._bury_the_dead()
+                if left <= 0:
+                    break
         self._dispatch()
 
     def _read(self, worker: _Worker) -> bool:
@@ -175,22 +194,36 @@ class LocalScheduler:
         answers = [json.loads(line) for line in lines if line]
         ended = [a for a in answers if "exit" in a]
         for answer in ended:
-            self._ended[answer["id"]] = f"exit {answer['exit']}" if answer["exit"] else ""
-            worker.task = None
+            self._end(worker, f"exit {answer['exit']}" if answer["exit"] else "")
         return bool(ended)
 
+    def _bury_the_dead(self) -> bool:
+        """Bury workers whose end nobody heard: a child of theirs may keep the pipe open."""
+        dead = [worker for worker in self._pool if worker.process.poll() is not None]
+        for worker in dead:
+            self._bury(worker)
+        return bool(dead)
+
     def _bury(self, worker: _Worker) -> None:
-        code = worker.process.wait()
-        how = f"killed by signal {-code}" if code < 0 else f"exit {code}"
-        if worker.task:
-            self._ended[worker.task.id] = f"{how}; log {worker.log}"
+        try:
+            code = worker.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            code = worker.process.wait()
+        self._end(worker, f"killed by signal {-code}" if code < 0 else f"exit {code}")
         self._selector.unregister(worker.outbox)
         worker.outbox.close()
-        # a line that the worker never read is lost with it
         with contextlib.suppress(BrokenPipeError):
             worker.inbox.close()
         self._pool.remove(worker)
-        self._dispatch()
+
+    def _end(self, worker: _Worker, how: str) -> None:
+        if worker.task is None:
+            return
+        # one that died before it opened its task's log said why in its own
+        log = worker.task_log if worker.task_log.exists() else worker.log
+        self._ended[worker.task.id] = f"{how}; log {log}" if how else ""
+        worker.task = None
 
 
 def _state(id_: str, running: set[str], waiting: set[str]) -> TaskState:

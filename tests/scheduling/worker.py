@@ -1,0 +1,40 @@
+"""A resident worker without a compute stack: `argv` says what a task does and how it ends."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Serve as `fedllm.steps.serve` does, from the protocol alone."""
+    print(json.dumps({"ready": True}), flush=True)  # noqa: T201
+    for line in sys.stdin:
+        message = json.loads(line)
+        log = Path(message["log"])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()} {message['id']}\n")
+        what, *arguments = message["argv"]
+        if what == "sleep":
+            time.sleep(60)
+        elif what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+        answer = json.dumps({"id": message["id"], "exit": int(arguments[0])})
+        # an answer may arrive in pieces
+        for piece in (answer[:5], answer[5:] + "\n"):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            time.sleep(0.01)
+        if what == "deaf":
+            os.close(0)
+            time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()
