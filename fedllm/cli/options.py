@@ -29,8 +29,9 @@ OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or 
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{line}\n")
+    """Print a line at once; what the terminal's encoding lacks is escaped."""
+    encoding = sys.stdout.encoding
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stdout.flush()
 
 
