@@ -30,7 +30,7 @@ OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or 
 
 def say(line: str) -> None:
     """Print a line at once; what the terminal's encoding lacks is escaped."""
-    encoding = sys.stdout.encoding
+    encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stdout.flush()
 

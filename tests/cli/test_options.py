@@ -1,5 +1,7 @@
 """What several commands share: lines as they are, folders that are what they should be."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -48,3 +50,9 @@ def test_an_output_folder_is_new_or_empty(tmp_path: Path) -> None:
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(RunDirectoryError, match="exists and is not empty; choose a new folder"):
             fresh_folder(taken)
+
+
+def test_lines_may_go_to_a_stream_without_an_encoding() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        say("ü")
+    assert stream.getvalue() == "ü\n"
