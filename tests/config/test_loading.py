@@ -291,20 +291,20 @@ def test_the_environment_gives_paths_that_the_file_leaves_open(
 
 def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path: Path) -> None:
     text = PATHS + (
-        "rouns: 3\nlearning_rate: 1\ntraning: {}\n"
+        "rouns: 3\nlearning_rate: 1\ntrainnig: {}\n"
         "clients:\n  tiers:\n    a: {ranks: {mlp: 0}, rank: 2}\n    3: {ranks: 0}\n"
-        "training: {lr: 1, batch_size: many, schedule: linaer}\n"
+        "training: {lr: 1, batch_size: many, schedule: lineer}\n"
     )
     assert sorted(problems(tmp_path, text)) == sorted(
         [
             "rouns: unknown key; did you mean `rounds`?",
             "learning_rate: unknown key; did you mean `training.learning_rate`?",
-            "traning: unknown key; did you mean `training`?",
+            "trainnig: unknown key; did you mean `training`?",
             "clients.tiers.a.ranks.mlp: got 0, need >= 1",
             "clients.tiers.a.rank: unknown key; did you mean `clients.tiers.a.ranks`?",
             "clients.tiers.3.ranks: got 0, need >= 1",
             "training.batch_size: got 'many', need a whole number",
-            "training.schedule: got 'linaer', need 'constant', 'linear' or 'cosine'",
+            "training.schedule: got 'lineer', need 'constant', 'linear' or 'cosine'",
             "training.lr: unknown key; valid here: batch_size, checkpoint_every_minutes, "
             "clip_norm, device, epochs, gradient_checkpointing, learning_rate, max_steps, "
             "micro_batch_size, precision, schedule, threads, warmup_steps, weight_decay",
@@ -358,8 +358,8 @@ def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path:
             "scheduler.sbatch.tiers.tiny: no such tier; need one of small, large",
         ),
         (
-            "clients.held_out_from.colunm=x",
-            "clients.held_out_from.colunm: unknown key; did you mean "
+            "clients.held_out_from.cloumn=x",
+            "clients.held_out_from.cloumn: unknown key; did you mean "
             "`clients.held_out_from.column`?",
         ),
     ],
