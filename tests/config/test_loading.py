@@ -358,8 +358,8 @@ def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path:
             "scheduler.sbatch.tiers.tiny: no such tier; need one of small, large",
         ),
         (
-            "clients.held_out_from.cloumn=x",
-            "clients.held_out_from.cloumn: unknown key; did you mean "
+            "clients.held_out_from.columnx=x",
+            "clients.held_out_from.columnx: unknown key; did you mean "
             "`clients.held_out_from.column`?",
         ),
     ],
