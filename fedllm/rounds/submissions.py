@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from fedllm.errors import FedllmError, Incomplete, RunFailed, UserError
+from fedllm.errors import ConfigError, FedllmError, Incomplete, RunFailed, UserError
 from fedllm.planning.classes import job_options
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Job, TaskState
-from fedllm.storage.paths import JobPaths
+from fedllm.storage.paths import JobPaths, aside
 from fedllm.storage.records import ArrayRecord, ErrorRecord, JobsRecord, SubmissionRecord
 
 SingleProgram = Literal["prepare", "aggregate", "evaluate"]
@@ -42,13 +42,29 @@ def task_ids(paths: JobPaths) -> list[str]:
 
 def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool) -> None:
     ids: dict[str, list[str]] = {}
-    for array in plan.arrays:
-        found = run.scheduler.find(array.name) if search else None
-        if found is None:
-            run.lease.check()
-            found = run.scheduler.submit(_job(plan, array, logs))
-        ids[array.name] = found
+    try:
+        for array in plan.arrays:
+            found = run.scheduler.find(array.name) if search else None
+            if found is None:
+                run.lease.check()
+                found = run.scheduler.submit(_job(plan, array, logs))
+            ids[array.name] = found
+    except ConfigError:
+        _withdraw(run, paths, ids)
+        raise
     run.publish(JobsRecord(ids=ids), paths.jobs)
+
+
+def _withdraw(run: Run, paths: JobPaths, ids: dict[str, list[str]]) -> None:
+    """Let go of what the scheduler refused: the next plan is made of the mended configuration.
+
+    Arrays that it took before stay known, and the plan with them.
+    """
+    if ids:
+        run.publish(JobsRecord(ids=ids), paths.jobs)
+        return
+    run.lease.check()
+    paths.root.rename(aside(paths.root, "refused"))
 
 
 def _job(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
