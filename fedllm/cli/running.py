@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from typing import Annotated
 
 import typer
@@ -21,8 +22,12 @@ from fedllm.cli.options import (
 from fedllm.config.loading import load_config, read_config
 from fedllm.reporting.summary import run_summary
 from fedllm.rounds.cancelling import cancel_jobs
+from fedllm.scheduling.slurm_coordinator import cancel_job, holder_is_gone
 from fedllm.storage.lease import highest, process_is_gone
 from fedllm.storage.paths import RunPaths, cache_of
+from fedllm.storage.records import LeaseRecord
+
+_LONGEST_PAUSE_SECONDS = 30.0
 
 
 def register(app: typer.Typer) -> None:
@@ -115,14 +120,22 @@ def _end_coordinator(paths: RunPaths) -> str:
     if holder is None or paths.released(number).exists():
         return "no coordinator is at work"
     if holder.slurm_job:
-        from fedllm.scheduling.slurm_coordinator import cancel_job
-
         cancel_job(holder.slurm_job)
+        _await_end(holder)
         return f"coordinator job {holder.slurm_job} cancelled"
     gone = process_is_gone(holder)
     if gone is None:
         return f"coordinator {number} is on {holder.host}, pid {holder.pid}: end it there"
     if not gone:
         os.kill(holder.pid, signal.SIGTERM)
+        _await_end(holder)
         return f"coordinator {number} (pid {holder.pid}) told to stop"
     return "no coordinator is at work"
+
+
+def _await_end(holder: LeaseRecord) -> None:
+    """Wait for a coordinator that was told to stop: until then it may submit more."""
+    seconds = 0.1
+    while not holder_is_gone(holder) and seconds < _LONGEST_PAUSE_SECONDS:
+        time.sleep(seconds)
+        seconds *= 2
