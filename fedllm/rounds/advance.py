@@ -4,6 +4,7 @@ Calling it again changes nothing: a step is complete when its record exists, and
 written last. Run, resume, the coordinator job and `fedllm advance` are this one call.
 """
 
+from fedllm.errors import RunDirectoryError
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
@@ -47,7 +48,30 @@ def prepare(run: Run) -> Federation | None:
         round_number=0,
     )
     prepared = PreparedRecord.find(run.paths.prepared)
-    return plan_federation(run.config, prepared) if prepared else None
+    if prepared is None:
+        return None
+    _require_same_content(run, prepared)
+    return plan_federation(run.config, prepared)
+
+
+def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
+    """Paths may change between rounds, what lies there may not.
+
+    Raises:
+        RunDirectoryError: the first round was trained on another base model or other data.
+    """
+    first = CohortRecord.find(run.paths.round(1).cohort)
+    if first is None:
+        return
+    for key, was, found in (
+        ("model.path", first.base_fingerprint, prepared.model_fingerprint),
+        ("data.path", first.data_fingerprint, prepared.data_fingerprint),
+    ):
+        if was != found:
+            raise RunDirectoryError(
+                f"{key}: not what the first round was trained on (fingerprint {found[:12]}, it "
+                f"was {was[:12]}); resume with --set {key}=<a path of the same content>"
+            )
 
 
 def advance_round(run: Run, federation: Federation, number: int) -> bool:
@@ -76,6 +100,7 @@ def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
         round=number,
         lease=run.lease.number,
         base_fingerprint=federation.prepared.model_fingerprint,
+        data_fingerprint=federation.prepared.data_fingerprint,
         state_sha256=before.sha256,
         ranks={tier: dict(ranks) for tier, ranks in federation.ranks.items()},
         clients=federation.cohort(number),

@@ -22,12 +22,12 @@ def coordinate(run: Run) -> None:
         FedllmError: it cannot go on.
         Incomplete: it was told to stop; resume goes on.
     """
-    try:
-        with _stopping_on_signals():
+    with _stopping_on_signals():
+        try:
             redo_damaged_state(run)
             _advance_to_the_end(run)
-    finally:
-        close_run(run)
+        finally:
+            close_run(run)
 
 
 def advance_once(run: Run) -> bool:
@@ -55,10 +55,12 @@ def _advance_to_the_end(run: Run) -> None:
 
 @contextmanager
 def _stopping_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and Ctrl-C into an orderly end."""
+    """Turn the first SIGTERM or Ctrl-C into an orderly end; further ones do not disturb it."""
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         name = signal.Signals(number).name
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
         raise Incomplete(f"stopped by {name}; `fedllm resume` goes on")
 
     handled = (signal.SIGTERM, signal.SIGINT)

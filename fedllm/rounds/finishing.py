@@ -78,14 +78,24 @@ def prune(run: Run) -> None:
             shutil.rmtree(paths.checkpoints, ignore_errors=True)
         if following.aggregate_record.exists() and paths.number not in kept:
             paths.global_state.unlink(missing_ok=True)
+        for unfinished in paths.aggregate.glob(".*.part"):
+            unfinished.unlink(missing_ok=True)
 
 
 def best_round(run: Run) -> set[int]:
-    """Return the evaluated round of the lowest mean loss on dev clients, else on all scored."""
-    losses: dict[int, float] = {}
+    """Return the evaluated round of the lowest mean loss on dev clients, else on all scored.
+
+    Only evaluations of the same clients and rows compare: the ones that most rounds have.
+    """
+    losses: dict[tuple[tuple[str, int], ...], dict[int, float]] = {}
     for number in range(run.config.rounds + 1):
         record = EvaluationRecord.find(run.paths.round(number).evaluation_record)
         if record and record.clients:
             dev = [c for c in record.clients if c.group == "dev"] or record.clients
-            losses[number] = sum(c.as_deployed.loss for c in dev) / len(dev)
-    return {min(losses, key=lambda number: losses[number])} if losses else set()
+            scored = tuple((c.client, c.as_deployed.rows) for c in dev)
+            mean = sum(c.as_deployed.loss for c in dev) / len(dev)
+            losses.setdefault(scored, {})[number] = mean
+    if not losses:
+        return set()
+    usual = max(losses.values(), key=len)
+    return {min(usual, key=lambda number: usual[number])}

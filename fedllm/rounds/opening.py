@@ -138,7 +138,7 @@ def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
     before = read_config(paths.config)
     record = RunRecord.read(paths.run)
     changed = _changed(before, config)
-    if not changed:
+    if not changed and record.result_fingerprint == result_fingerprint(config):
         return record
     if any(key in {"model.path", "data.path"} for key in changed) or (
         result_fingerprint(config) != record.result_fingerprint
@@ -154,8 +154,9 @@ def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
             "result_fingerprint": result_fingerprint(config),
         }
     )
-    publish_bytes(paths.config, dump_config(config).encode())
+    # the change is recorded before it is made: killed in between, it is recorded twice, never lost
     after.publish(paths.run)
+    publish_bytes(paths.config, dump_config(config).encode())
     return after
 
 

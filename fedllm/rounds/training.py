@@ -1,5 +1,7 @@
 """The attempts of a round: until every client of the cohort has a published update."""
 
+import dataclasses
+
 from fedllm.errors import FedllmError, Incomplete, RunFailed, UserError
 from fedllm.planning.bundles import cut_bundles
 from fedllm.planning.classes import tier_options
@@ -61,7 +63,12 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
     for name, problem in bad.items():
         _set_aside(run, cohort.round, name, problem)
         scanner.forget(name)
-    return scanner.scan() if bad else scan
+    if not bad:
+        return scan
+    # a bad file that may still be on its way lies there yet: nothing of it counts
+    again = scanner.scan()
+    good = {id_: found for id_, found in again.published.items() if found.file not in bad}
+    return dataclasses.replace(again, published=good)
 
 
 def _set_aside(run: Run, round_number: int, name: str, problem: str) -> None:

@@ -136,6 +136,7 @@ class CohortRecord(Record):
     round: int
     lease: int
     base_fingerprint: str
+    data_fingerprint: str
     state_sha256: str
     ranks: dict[str, dict[str, int]]
     clients: list[CohortClient]

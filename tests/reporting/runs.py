@@ -40,6 +40,7 @@ def draw(paths: RunPaths, number: int) -> None:
         round=number,
         lease=1,
         base_fingerprint="base",
+        data_fingerprint="data",
         state_sha256="",
         ranks={
             "small": dict.fromkeys(MODULES, 2),

@@ -72,6 +72,8 @@ class Simulation:
         self.diverging = set(diverging)
         self.trained: list[tuple[int, str]] = []
         self.log = log
+        self.data_fingerprint = "data"
+        self.misshapen = 0
         self.before: Callable[[str, Path], int | None] = lambda _program, _target: None
 
     def __call__(self, program: str, argv: Sequence[str], task: str, log: Path) -> int:
@@ -106,7 +108,7 @@ class Simulation:
         PreparedRecord(
             model_fingerprint="base",
             model_path="nowhere",
-            data_fingerprint="data",
+            data_fingerprint=self.data_fingerprint,
             data_path="nowhere",
             model_parameters=1,
             modules=MODULES,
@@ -177,10 +179,11 @@ class Simulation:
         draw = torch.Generator().manual_seed(seed_of(cohort.round, client))
         tensors = {}
         for name, module in MODULES.items():
-            rank = cohort.ranks[tier][name]
+            rank = cohort.ranks[tier][name] + (self.misshapen > 0)
             a_RI = torch.randn(rank, module.in_features, generator=draw)
             b_OR = torch.randn(module.out_features, rank, generator=draw)
             tensors[name] = (a_RI, b_OR)
+        self.misshapen = max(0, self.misshapen - 1)
         return record, tensors
 
     def evaluate(self, paths: RoundPaths) -> None:

@@ -216,3 +216,26 @@ def test_retention_keeps_the_last_states_and_the_updates_of_the_last_round(tmp_p
     assert [p.parts[-2] for p in root.glob("rounds/*/updates")] == ["0005"]
     hashes = [json.loads(p.read_text())["sha256"] for p in root.glob("rounds/*/aggregate/*.json")]
     assert len(hashes) == 6
+
+
+def test_a_path_may_change_but_not_what_lies_there(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    complete(root, Simulation(), config_of(rounds=1))
+    moved = resumed_config(root, ["data.path=elsewhere", "rounds=2"])
+    complete(root, Simulation(), moved)
+    other = Simulation()
+    other.data_fingerprint = "other data"
+    with pytest.raises(RunDirectoryError, match=r"^data\.path: not what the first round"):
+        complete(root, other, resumed_config(root, ["data.path=third", "rounds=3"]))
+    complete(root, Simulation(), resumed_config(root, ["data.path=elsewhere"]))
+
+
+def test_an_update_of_the_wrong_shape_is_not_counted(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    root, said = tmp_path / "run", list[str]()
+    simulation = Simulation(log=said.append)
+    simulation.misshapen = 1
+    complete(root, simulation)
+    assert states(root) == undisturbed
+    assert any("has shape" in line for line in said)
