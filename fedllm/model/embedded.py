@@ -34,14 +34,14 @@ _SAMPLE_DOCUMENTS = 200
 class Recipe:
     """All that decides the embedded base besides its text."""
 
-    hidden: int = 128
+    hidden: int = 96
     layers: int = 3
     heads: int = 4
-    intermediate: int = 352
+    intermediate: int = 256
     positions: int = 1024
     # turns fast enough to tell neighbours apart within a prompt of a hundred tokens
     rope_theta: float = 100.0
-    steps: int = 400
+    steps: int = 600
     rows: int = 18
     window: int = 112
     matrix_rate: float = 0.02
