@@ -2,11 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from fedllm.errors import UserError
+from fedllm.lora.factors import Adapter
 from fedllm.steps.client import ClientRound, Trained
 from fedllm.steps.identity import TaskIdentity, task_identity
 from fedllm.steps.session import Session
@@ -43,25 +48,30 @@ def work(
     Raises:
         FedllmError: the attempt cannot be worked on, for example a damaged server state.
     """
-    with StopSignals() as signals:
-        worker = Worker(
-            attempt=attempt,
-            round=ClientRound.open(attempt, session),
-            identity=identity,
-            signals=signals,
-        )
+    opened = ClientRound.open(attempt, session)
+    with (
+        StopSignals() as signals,
+        closing(
+            Worker(attempt=attempt, round=opened, identity=identity, signals=signals)
+        ) as worker,
+    ):
         for bundle in worker.claimable(worker_class):
             if worker.claim(bundle):
                 worker.train_bundle(bundle)
             if signals.came:
-                _say(f"{identity.task}: stopped by {signals.name}; finished clients are published")
-                return STOPPED
+                break
+    if signals.came:
+        _say(f"{identity.task}: stopped by {signals.name}; finished clients are published")
+        return STOPPED
     return 0
 
 
 @dataclass(kw_only=True)
 class Worker:
-    """One task of an attempt: what it claimed, finished and has yet to publish."""
+    """One task of an attempt: what it claimed, finished and has yet to publish.
+
+    One thread writes while the next clients train: storage may be slow.
+    """
 
     attempt: AttemptPaths
     round: ClientRound
@@ -73,6 +83,8 @@ class Worker:
     _noted_at: float = field(default_factory=time.monotonic)
     _num_done: int = 0
     _begun_before: set[int] = field(default_factory=set)
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _written: Future[None] | None = None
 
     def claimable(self, worker_class: str | None) -> Iterator[BundleRecord]:
         """Yield the bundles of a class, longest first."""
@@ -138,25 +150,29 @@ class Worker:
         if time.monotonic() - self._published_at >= 60.0 * minutes:
             self._publish(bundle)
 
+    def close(self) -> None:
+        """Return when everything that was to be published is."""
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
+
     def _publish(self, bundle: BundleRecord) -> None:
         if not self._held:
             return
+        self._wait()
         part = 0
         while (path := self._part(bundle, part)).exists():
             part += 1
-        publish_update(
-            path,
-            [trained.record for trained in self._held],
-            {
-                trained.record.client: {
-                    module: (factors.a_RI, factors.b_OR)
-                    for module, factors in trained.adapter.items()
-                }
-                for trained in self._held
-            },
-        )
-        self._held.clear()
+        self._written = self._writer.submit(_write, path, self._held)
+        self._held = []
         self._published_at = time.monotonic()
+
+    def _wait(self) -> None:
+        """Wait for what is being written, and raise what went wrong."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
 
     def _part(self, bundle: BundleRecord, part: int) -> Path:
         return self.round.paths.update(attempt=self.attempt.number, bundle=bundle.number, part=part)
@@ -237,9 +253,8 @@ def replay(attempt: AttemptPaths, client: str, scratch: Path, session: Session) 
         bundle=bundles[0] if bundles else 0,
         identity=task_identity(),
     )
-    factors = {module: (f.a_RI, f.b_OR) for module, f in trained.adapter.items()}
     file = scratch / f"{encode_client(client)}.safetensors"
-    publish_update(file, [trained.record], {client: factors})
+    _write(file, [trained])
     scanner = UpdateScanner(
         round=opened.paths,
         run_id=opened.run_id,
@@ -249,6 +264,18 @@ def replay(attempt: AttemptPaths, client: str, scratch: Path, session: Session) 
     return Replay(
         record=trained.record, recorded=published.record if published else None, file=file
     )
+
+
+def _write(path: Path, clients: Sequence[Trained]) -> None:
+    publish_update(
+        path,
+        [client.record for client in clients],
+        {client.record.client: _pairs(client.adapter) for client in clients},
+    )
+
+
+def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    return {module: (factors.a_RI, factors.b_OR) for module, factors in adapter.items()}
 
 
 def _say(line: str) -> None:

@@ -236,6 +236,12 @@ def test_long_bundles_are_published_in_parts(attempt: AttemptPaths, session: Ses
     assert files(attempt) == [f"01-000-{part:02d}.safetensors" for part in range(3)]
 
 
+def test_what_cannot_be_published_is_an_error(attempt: AttemptPaths, session: Session) -> None:
+    round_of(attempt).updates.write_text("in the way")
+    with pytest.raises(RunDirectoryError, match="updates"):
+        work(attempt, None, ME, session)
+
+
 def test_progress_names_client_and_step(attempt: AttemptPaths, session: Session) -> None:
     with StopSignals() as signals:
         worker = Worker(
@@ -248,6 +254,7 @@ def test_progress_names_client_and_step(attempt: AttemptPaths, session: Session)
         bundle = next(worker.claimable(None))
         assert worker.claim(bundle)
         worker.train_bundle(bundle)
+        worker.close()
     found = TaskRecord.read(attempt.task(ME.task))
     assert (found.task, found.client, found.step) == (ME.task, bundle.clients[-1], 2)
     assert found.clients_done == len(bundle.clients) - 1
