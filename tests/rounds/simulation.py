@@ -86,7 +86,8 @@ class Simulation:
         if program == "prepare":
             self.prepare(RunPaths(root=target))
         elif program == "client":
-            self.work(AttemptPaths(root=target, number=int(target.name)), task)
+            attempt = AttemptPaths(root=target, number=int(target.name))
+            self.work(attempt, argv[argv.index("--class") + 1], task)
         elif program == "aggregate":
             return self.aggregate(RoundPaths(root=target))
         else:
@@ -115,13 +116,15 @@ class Simulation:
             clients=clients,
         ).publish(paths.prepared)
 
-    def work(self, attempt: AttemptPaths, task: str) -> None:
-        """Claim bundles and publish their clients, as a worker does."""
+    def work(self, attempt: AttemptPaths, worker_class: str, task: str) -> None:
+        """Claim bundles of a class and publish their clients, as a worker does."""
         paths = RoundPaths(root=attempt.root.parent.parent)
         run = RunRecord.read(RunPaths(root=paths.root.parent.parent).run)
         cohort = CohortRecord.read(paths.cohort)
         tiers = {client.id: client.tier for client in cohort.clients}
         for bundle in SubmissionRecord.read(attempt.submission).bundles:
+            if bundle.worker_class != worker_class:
+                continue
             claim = ClaimRecord(bundle=bundle.number, task=task, node="here")
             if not claim.publish_once(attempt.claim(bundle.number)):
                 continue
