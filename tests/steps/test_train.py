@@ -5,7 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from fedllm.steps.train import STOPPED, Worker, replay, work
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client, shipped
 from fedllm.storage.records import (
     BundleRecord,
+    CohortRecord,
     ErrorRecord,
     SubmissionRecord,
     TaskRecord,
@@ -38,6 +40,14 @@ ME = TaskIdentity(task="7_1", node="node-1", log="worker.log")
 OTHER = TaskIdentity(task="7_2", node="node-2", log="other.log")
 
 Update = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_handles_sigterm() -> Iterator[None]:
+    """Coverage does, by ending the process: a worker passes the signal on."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +237,7 @@ def test_published_clients_do_not_train_in_a_later_attempt(
 
 
 def test_long_bundles_are_published_in_parts(attempt: AttemptPaths, session: Session) -> None:
-    config = RunPaths(root=round_of(attempt).root.parent.parent).config
-    raw = yaml.safe_load(config.read_text())
-    raw["training"]["checkpoint_every_minutes"] = 1e-9
-    config.write_text(yaml.safe_dump(raw))
+    change_config(attempt, "training", checkpoint_every_minutes=1e-9)
     plan(attempt, [cohort(attempt)[:3]])
     work(attempt, None, ME, session)
     assert files(attempt) == [f"01-000-{part:02d}.safetensors" for part in range(3)]
@@ -275,12 +282,46 @@ def test_a_damaged_state_is_named_and_recorded(
     assert not files(attempt)
 
 
-def test_a_divergent_client_is_published_as_failed(attempt: AttemptPaths, session: Session) -> None:
+def change_config(attempt: AttemptPaths, section: str, **keys: object) -> None:
     config = RunPaths(root=round_of(attempt).root.parent.parent).config
     raw = yaml.safe_load(config.read_text())
-    raw["training"] |= {"learning_rate": 1e30, "clip_norm": None, "max_steps": 4}
-    raw["method"]["local"] = "fedavg"
+    raw[section] |= keys
     config.write_text(yaml.safe_dump(raw))
+
+
+def test_what_another_node_wrote_may_become_visible_late(
+    attempt: AttemptPaths, done: Path, session: Session
+) -> None:
+    change_config(attempt, "scheduler", kind="slurm")
+    change_config(attempt, "storage", visibility_seconds=60)
+    paths = round_of(attempt)
+    hidden = paths.cohort.rename(paths.cohort.with_suffix(".hidden"))
+    appears = threading.Timer(0.3, hidden.rename, [paths.cohort])
+    appears.start()
+    assert work(attempt, None, ME, session) == 0
+    appears.join()
+    assert_same_bits(paths, done)
+
+
+def test_what_stays_invisible_is_missing(attempt: AttemptPaths, session: Session) -> None:
+    round_of(attempt).cohort.unlink()
+    with pytest.raises(RunDirectoryError, match=r"cohort\.json: missing; resume the run"):
+        work(attempt, None, ME, session)
+
+
+def test_a_state_that_the_cohort_was_not_drawn_from_is_named(
+    attempt: AttemptPaths, session: Session
+) -> None:
+    cohort_file = round_of(attempt).cohort
+    record = CohortRecord.read(cohort_file)
+    record.model_copy(update={"state_sha256": "another"}).publish(cohort_file)
+    with pytest.raises(RunDirectoryError, match="not the state that round 1 was drawn from"):
+        work(attempt, None, ME, session)
+
+
+def test_a_divergent_client_is_published_as_failed(attempt: AttemptPaths, session: Session) -> None:
+    change_config(attempt, "training", learning_rate=1e30, clip_norm=None, max_steps=4)
+    change_config(attempt, "method", local="fedavg")
     plan(attempt, [cohort(attempt)[:1]])
     assert work(attempt, None, ME, session) == 0
     ((record, tensors),) = updates(round_of(attempt)).values()
@@ -307,10 +348,7 @@ def test_a_replay_reproduces_the_recorded_losses(
 
 def test_a_replay_says_what_differs(attempt: AttemptPaths, done: Path, tmp_path: Path) -> None:
     shutil.copytree(RunPaths(root=done).round(1).updates, round_of(attempt).updates)
-    config = RunPaths(root=round_of(attempt).root.parent.parent).config
-    raw = yaml.safe_load(config.read_text())
-    raw["training"] |= {"precision": "bfloat16"}
-    config.write_text(yaml.safe_dump(raw))
+    change_config(attempt, "training", precision="bfloat16")
     found = replay(attempt, cohort(attempt)[0], tmp_path / "scratch", Session())
     assert not found.agrees
     assert "precision: float32 then, bfloat16 now" in found.lines()
