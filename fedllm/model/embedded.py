@@ -6,7 +6,6 @@ this budget does not suffice for the model to find its way back to its input.
 """
 
 import dataclasses
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -74,13 +75,15 @@ def pretrain(
     with _isolated(recipe):
         model = LlamaForCausalLM(_config(recipe, tokenizer))
         optimizers = _optimizers(model, recipe)
+        schedules = [LambdaLR(o, lambda step: _rate_factor(step, recipe)) for o in optimizers]
         begun = reported = time.monotonic()
         for step, ids_NT in enumerate(_batches(recipe, tokenizer)):
             loss = _loss(model, ids_NT)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            for optimizer in optimizers:
-                optimizer.step(_rate_factor(step, recipe))
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             model.zero_grad()
             if time.monotonic() - reported > _REPORT_SECONDS or step == recipe.steps - 1:
                 reported = time.monotonic()
@@ -156,50 +159,12 @@ def _rate_factor(step: int, recipe: Recipe) -> float:
     return warm * max(0.02, 1 - max(0, step - recipe.warmup_steps) / recipe.steps)
 
 
-def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list["_Muon | _Adam"]:
+def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[Optimizer]:
+    """Return Muon for the matrices of the layers and AdamW for embeddings and norms."""
     layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in layers}
     others = [p for p in model.parameters() if id(p) not in known]
-    return [_Muon(layers, recipe.matrix_rate), _Adam(others, recipe.other_rate)]
-
-
-class _Adam:
-    """AdamW for embeddings and norms."""
-
-    def __init__(self, parameters: list[nn.Parameter], rate: float) -> None:
-        self._rate = rate
-        self._inner = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def step(self, factor: float) -> None:
-        for group in self._inner.param_groups:
-            group["lr"] = self._rate * factor
-        self._inner.step()
-
-
-class _Muon:
-    """Momentum whose update is made orthogonal by Newton-Schulz steps, for matrices."""
-
-    def __init__(self, parameters: list[nn.Parameter], rate: float, momentum: float = 0.95) -> None:
-        self._rate, self._momentum = rate, momentum
-        self._parameters = parameters
-        self._averages = [torch.zeros_like(parameter) for parameter in parameters]
-
-    @torch.no_grad()
-    def step(self, factor: float) -> None:
-        for parameter, average in zip(self._parameters, self._averages, strict=True):
-            assert parameter.grad is not None
-            average.lerp_(parameter.grad, 1 - self._momentum)
-            ahead = parameter.grad.lerp(average, self._momentum)
-            tall = math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1]))
-            parameter.sub_(_orthogonal(ahead), alpha=self._rate * factor * tall)
-
-
-def _orthogonal(update_OI: Tensor) -> Tensor:
-    """Return nearly U V^T of U S V^T: five steps of a quintic Newton-Schulz iteration."""
-    is_tall = update_OI.shape[0] > update_OI.shape[1]
-    x_SL: Tensor = (update_OI.T if is_tall else update_OI) / (update_OI.norm() + 1e-7)
-    for _ in range(5):
-        gram_SS = x_SL @ x_SL.T
-        polynomial_SS = -4.7750 * gram_SS + 2.0315 * gram_SS @ gram_SS
-        x_SL = torch.addmm(x_SL, polynomial_SS, x_SL, beta=3.4445)
-    return x_SL.T if is_tall else x_SL
+    return [
+        torch.optim.Muon(layers, recipe.matrix_rate, weight_decay=0.0),
+        torch.optim.AdamW(others, recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
