@@ -67,7 +67,8 @@ class Scorer:
         config = self.federation.config
         targets = choose(config, self.federation.prepared, chosen_as_in)
         deployed = self.as_deployed(targets)
-        largest = self.at_largest_rank(targets, deployed)
+        # before training B is zero: an adapter of any rank is the base
+        largest = self.at_largest_rank(targets, deployed) if round_number else deployed
         record = _record(
             targets,
             deployed,
