@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from fedllm.cli.options import existing_run, say
-from fedllm.config.loading import load_config
+from fedllm.cli.options import configuration, existing_run, say
 from fedllm.config.models import Config
 from fedllm.methods.table import check_names
 from fedllm.rounds.coordinate import advance_once, coordinate
@@ -28,7 +27,7 @@ def start(
     config_file: Path, overrides: Sequence[str], run_dir: Path | None, *, take_over: bool = False
 ) -> Path:
     """Run a configuration to its end, or go on where it stopped; return the run directory."""
-    config = load_config(config_file, overrides)
+    config = configuration(config_file, overrides)
     root = run_dir or default_run_dir(config_file)
     coordinate(opened(root, config, take_over=take_over))
     return root

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from fedllm.cli import execution
-from fedllm.cli.options import AsJson, ConfigFile, Overrides, say, say_json
-from fedllm.config.loading import load_config
+from fedllm.cli.options import AsJson, ConfigFile, Overrides, configuration, say, say_json
 from fedllm.storage.paths import cache_of
 
 
@@ -27,7 +26,7 @@ def inspect(
     """Show a client's raw row, its prompt, its tokens and which of them carry loss."""
     from fedllm.steps.inspect import describe, inspect_client
 
-    loaded = load_config(config, set_ or [])
+    loaded = configuration(config, set_ or [])
     cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
     found = inspect_client(loaded, cache, client, row)
     if json_:

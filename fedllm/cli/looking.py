@@ -12,12 +12,13 @@ from fedllm.cli.options import (
     ConfigFile,
     Overrides,
     RunFolder,
+    configuration,
     existing_run,
     fresh_folder,
     say,
     say_json,
 )
-from fedllm.config.loading import load_config, read_config
+from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import DataError
 from fedllm.reporting.logs import client_log, newest_logs, tail
@@ -94,7 +95,7 @@ def plan(
     """Print the arrays of a round, their tasks, bundles, bytes and files; submit nothing."""
     from fedllm.steps.prepare import prepare as prepare_step
 
-    loaded = load_config(config, set_ or [])
+    loaded = configuration(config, set_ or [])
     if out is not None:
         fresh_folder(out)
     prepared = prepare_step(loaded, cache_of(loaded.storage.cache, Path("runs") / config.stem))

@@ -1,14 +1,18 @@
 """Arguments and options that several commands share."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedllm.errors import RunDirectoryError
-from fedllm.storage.paths import RunPaths
+from fedllm.config.loading import load_config
+from fedllm.config.models import Config
+from fedllm.errors import RunDirectoryError, UserError
+from fedllm.storage.paths import RunPaths, shipped
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -38,6 +42,19 @@ def say(line: str) -> None:
 def say_json(value: Any) -> None:
     """Print a value as JSON."""
     say(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def configuration(path: Path, overrides: Sequence[str]) -> Config:
+    """Read a configuration; one that comes with fedllm is found from any directory.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    if not path.exists() and not path.is_absolute():
+        # `configs/quickstart.yaml`, where fedllm was installed from a wheel
+        with contextlib.suppress(UserError):
+            path = shipped(str(path))
+    return load_config(path, overrides)
 
 
 def existing_run(root: Path) -> RunPaths:

@@ -15,11 +15,12 @@ from fedllm.cli.options import (
     RunDir,
     RunFolder,
     TakeOver,
+    configuration,
     existing_run,
     say,
     say_json,
 )
-from fedllm.config.loading import load_config, read_config
+from fedllm.config.loading import read_config
 from fedllm.reporting.summary import run_summary
 from fedllm.rounds.cancelling import cancel_jobs
 from fedllm.scheduling.slurm_coordinator import cancel_job, holder_is_gone
@@ -58,7 +59,7 @@ def submit(config: ConfigFile, run_dir: RunDir = None, set_: Overrides = None) -
     from fedllm.rounds.opening import close_run
     from fedllm.scheduling.slurm_coordinator import submit_coordinator
 
-    loaded = load_config(config, set_ or [])
+    loaded = configuration(config, set_ or [])
     root = run_dir or execution.default_run_dir(config)
     opened = execution.opened(root, loaded)
     close_run(opened)
@@ -70,7 +71,7 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     """Fetch, fingerprint and tokenise, where the network is; everything else runs offline."""
     from fedllm.steps.prepare import prepare as prepare_step
 
-    loaded = load_config(config, set_ or [])
+    loaded = configuration(config, set_ or [])
     cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
     prepared = prepare_step(loaded, cache)
     if json_:

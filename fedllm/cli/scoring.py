@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedllm.cli import execution
-from fedllm.config.loading import load_config, read_config
+from fedllm.cli.options import configuration
+from fedllm.config.loading import read_config
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.records import EvaluationRecord
@@ -69,6 +70,6 @@ def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> Eval
     from fedllm.steps.prepare import prepare
     from fedllm.steps.session import Session
 
-    loaded = load_config(config, overrides)
+    loaded = configuration(config, overrides)
     prepared = prepare(loaded, cache_of(loaded.storage.cache, execution.default_run_dir(config)))
     return evaluate_adapter(folder, loaded, prepared, Session())

@@ -131,3 +131,11 @@ def test_a_truncated_update_is_named_and_redone(tiny: Tiny, tmp_path: Path) -> N
     assert victim.name in done.stdout
     states = [p / "rounds/0001/aggregate/global.safetensors" for p in (first, root)]
     assert states[0].read_bytes() == states[1].read_bytes()
+
+
+def test_a_configuration_that_comes_with_fedllm_is_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = one_line(in_process("run", "configs/quickstart.yaml", "--set", "rounds=0"))
+    assert "rounds: got 0, need >= 1" in line
