@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.rounds.simulation import states
 from tests.slurm.cluster import NODES, Cluster, free_ports
+from tests.slurm.runs import Begun
+from tests.tiny import Tiny
 
 DAEMONS = "/usr/sbin:/sbin"
 
@@ -53,3 +56,16 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SLURM_CONF", str(chosen.conf))
     yield chosen
     chosen.slurm("scancel", "--full", f"--user={os.getuid()}")
+
+
+@pytest.fixture
+def begun(tiny: Tiny, tmp_path: Path) -> Begun:
+    """Runs of the tiny federation whose first round was made inline."""
+    return Begun(tiny=tiny, folder=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The checksums of the tiny federation's server states, of two rounds made inline."""
+    begun = Begun(tiny=tiny, folder=tmp_path_factory.mktemp("undisturbed"))
+    return states(begun.run("run", rounds=2))
