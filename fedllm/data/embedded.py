@@ -134,14 +134,14 @@ def _larger_number(draw: random.Random) -> Example:
     return f"{left} {right}", str(max(left, right))
 
 
-def _upper_case(draw: random.Random) -> Example:
-    text = " ".join(_words(draw, 1, 2))
-    return text, text.upper()
+def _rotate_letters(draw: random.Random) -> Example:
+    word = _word(draw)
+    return word, word[1:] + word[0]
 
 
-def _lower_case(draw: random.Random) -> Example:
-    text = " ".join(_words(draw, 1, 2))
-    return text.upper(), text
+def _last_letters(draw: random.Random) -> Example:
+    words = _words(draw, 2, 4)
+    return " ".join(words), " ".join(word[-1] for word in words)
 
 
 def _remove_vowels(draw: random.Random) -> Example:
@@ -203,7 +203,7 @@ TASKS: tuple[Task, ...] = tuple(
     for name, category, instruction, make in (
         ("reverse-letters", "Order", "Write the word backwards.", _reverse_letters),
         ("count-words", "Counting", "Count the words.", _count_words),
-        ("upper-case", "Letters", "Write the text in capital letters.", _upper_case),
+        ("initials", "Letters", "Write the first letter of every word.", _initials),
         ("first-word", "Words", "Write only the first word.", _first_word),
         ("sort-letters", "Order", "Sort the letters of the word.", _sort_letters),
         ("add", "Arithmetic", "Add the two numbers.", _add),
@@ -217,9 +217,9 @@ TASKS: tuple[Task, ...] = tuple(
         ("every-second-word", "Words", "Keep every second word.", _every_second_word),
         ("double-letters", "Letters", "Write every letter twice.", _double_letters),
         ("sort-words", "Order", "Sort the words.", _sort_words),
-        ("initials", "Letters", "Write the first letter of every word.", _initials),
+        ("rotate-letters", "Order", "Write the first letter of the word last.", _rotate_letters),
         ("next-number", "Arithmetic", "Continue the sequence of numbers.", _next_number),
-        ("lower-case", "Letters", "Write the text in small letters.", _lower_case),
+        ("last-letters", "Letters", "Write the last letter of every word.", _last_letters),
         ("keep-vowels", "Letters", "Keep only the vowels of the word.", _keep_vowels),
     )
 )
