@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.models import ClientsSection, Config, SbatchSection, SchedulerSection
+from fedllm.config.models import (
+    ClientsSection,
+    Config,
+    SbatchSection,
+    SchedulerSection,
+    TierSection,
+)
 from fedllm.errors import ConfigError, LeaseError
 from fedllm.scheduling.slurm_coordinator import (
     cancel_job,
@@ -49,7 +55,8 @@ def configured(run_root: Path, **sbatch: Any) -> Config:
         setup=("export BY_SETUP='set up'",),
         sbatch=SbatchSection(coordinator=sbatch),
     )
-    return Config(clients=ClientsSection(), scheduler=scheduler)
+    clients = ClientsSection(tiers={"all": TierSection(ranks=4)})
+    return Config(clients=clients, scheduler=scheduler)
 
 
 def calls(run_root: Path) -> list[str]:
