@@ -13,6 +13,7 @@ import pytest
 from fedllm.config.models import ColumnsSection, DataSection
 from fedllm.data.readers import Tables, open_source
 from fedllm.errors import DataError
+from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import CachePaths
 
 ROWS = [
@@ -211,3 +212,12 @@ def test_natural_instructions_are_read_whole(shared: Path, tmp_path: Path) -> No
     found = tables(shared / "data" / "natural-instructions", tmp_path)
     rows = {split: table.num_rows for split, table in found.items()}
     assert rows == {"train": 403_149, "validation": 49_793, "test": 36_098}
+
+
+def test_what_was_fetched_from_the_hub_needs_no_network_again(tmp_path: Path) -> None:
+    folder = CachePaths(root=tmp_path / "cache").data(hub_key("someone/tasks", None))
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(folder)
+    found = tables("someone/tasks", tmp_path, test_fraction=0.1)
+    assert (found["train"].num_rows, found["test"].num_rows) == (27, 3)
+    with pytest.raises(DataError, match="someone/tasks"):
+        tables("someone/tasks", tmp_path, revision="another")

@@ -27,6 +27,7 @@ from fedllm.model.base import (
     locate_base,
 )
 from fedllm.model.fingerprint import fingerprint_model, fingerprint_tokenizer
+from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import CachePaths
 from tests.tiny import Tiny
 
@@ -187,3 +188,10 @@ def test_a_model_that_is_not_there_is_told_with_the_remedy(tmp_path: Path, name:
         locate_base(ModelSection(path=name), cache, lambda _line: None)
     assert "\n" not in str(raised.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_was_fetched_from_the_hub_needs_no_network_again(tiny: Tiny, tmp_path: Path) -> None:
+    cache = CachePaths(root=tmp_path)
+    fetched = shutil.copytree(tiny.model, cache.model(hub_key("someone/base", "v1")))
+    section = ModelSection(path="someone/base", revision="v1")
+    assert locate_base(section, cache, lambda _line: None) == fetched

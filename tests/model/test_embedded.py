@@ -1,5 +1,6 @@
 """The embedded base is a function of its recipe, made once, and writes every text."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.config.models import LoraSection
+from fedllm.data.embedded import TASKS
 from fedllm.model.base import describe_base, load_base
 from fedllm.model.embedded import Recipe, embedded_base, pretrain
-from fedllm.model.embedded_text import build_tokenizer
+from fedllm.model.embedded_text import build_tokenizer, document
 from fedllm.storage.paths import CachePaths
 
 SHORT = Recipe(steps=6, rows=4, window=48, hidden=32, intermediate=48)
@@ -61,3 +63,10 @@ def test_a_letter_is_a_token_and_a_format_word_too() -> None:
 def test_every_text_survives(text: str) -> None:
     tokenizer = build_tokenizer()
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_no_task_of_the_embedded_clients_is_in_its_text() -> None:
+    draw = random.Random(0)
+    text = "\n".join(document(draw, n / 500) for n in range(500))
+    assert "### Instruction:" in text
+    assert not any(task.instruction in text for task in TASKS)
