@@ -1,12 +1,14 @@
 """Wire a run: configuration, scheduler and, where it runs here, the compute side."""
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from fedllm.cli.options import configuration, existing_run, say
 from fedllm.config.models import Config
+from fedllm.errors import LeaseError, UserError
 from fedllm.methods.table import check_names
 from fedllm.rounds.coordinate import advance_once, coordinate
 from fedllm.rounds.opening import open_run, resumed_config
@@ -29,7 +31,16 @@ def start(
     """Run a configuration to its end, or go on where it stopped; return the run directory."""
     config = configuration(config_file, overrides)
     root = run_dir or default_run_dir(config_file)
-    coordinate(opened(root, config, take_over=take_over))
+    is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
+    run = opened(root, config, take_over=take_over)
+    try:
+        coordinate(run)
+    except UserError as error:
+        if not is_new or isinstance(error, LeaseError) or run.paths.prepared.exists():
+            raise
+        # nothing fits together yet: leave no run behind, and name no log that went with it
+        shutil.rmtree(run.paths.root)
+        raise type(error)(str(error).partition("; log ")[0]) from error
     return root
 
 

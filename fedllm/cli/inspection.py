@@ -59,4 +59,5 @@ def evaluate(
         return
     from fedllm.reporting.summary import score_table
 
-    say(score_table(record))
+    of_run = (target / "run.json").exists()
+    say(score_table(f"{target}, round {record.round}" if of_run else str(target), record))

@@ -25,6 +25,7 @@ from fedllm.reporting.logs import client_log, newest_logs, tail
 from fedllm.reporting.plan import Geometry, describe_plan, plan_geometry
 from fedllm.reporting.status import RunStatus, run_status
 from fedllm.scheduling.seam import Job
+from fedllm.scheduling.slurm_coordinator import holder_is_gone
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publish import publish_bytes
 
@@ -36,8 +37,8 @@ def register(app: typer.Typer) -> None:
 
 
 def status(run: RunFolder, json_: AsJson = False) -> None:
-    """Say where a run stands, from its files alone."""
-    found = run_status(existing_run(run))
+    """Say where a run stands: its files tell, and Slurm whether its coordinator's job lives."""
+    found = run_status(existing_run(run), holder_is_gone)
     if json_:
         say_json(dataclasses.asdict(found))
     else:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fedllm.config.loading import read_config
-from fedllm.storage.lease import highest, process_is_gone
+from fedllm.storage.lease import HolderIsGone, highest, process_is_gone
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     ClaimRecord,
@@ -42,14 +42,14 @@ class RunStatus:
     current: RoundStatus | None
 
 
-def run_status(paths: RunPaths) -> RunStatus:
-    """Read where a run stands."""
+def run_status(paths: RunPaths, gone: HolderIsGone = process_is_gone) -> RunStatus:
+    """Read where a run stands; `gone` says whether its coordinator ended."""
     config = read_config(paths.config)
     record = RunRecord.read(paths.run)
     done = sum(paths.round(n).record.exists() for n in range(1, config.rounds + 1))
     current = _current(paths, config.rounds)
     prepared = PreparedRecord.find(paths.prepared)
-    state, coordinator = _coordinator(paths)
+    state, coordinator = _coordinator(paths, gone)
     return RunStatus(
         run_id=record.run_id,
         state="done" if current is None else state,
@@ -68,15 +68,14 @@ def _current(paths: RunPaths, rounds: int) -> int | None:
     return begun[-1] if begun else next(iter(open_), None)
 
 
-def _coordinator(paths: RunPaths) -> tuple[str, str]:
+def _coordinator(paths: RunPaths, gone: HolderIsGone) -> tuple[str, str]:
     number, holder = highest(paths)
     if holder is None or paths.released(number).exists():
         return "stopped", "none"
     where = f"host {holder.host}, pid {holder.pid}"
     if holder.slurm_job:
-        return "unknown", f"Slurm job {holder.slurm_job}, {where}"
-    gone = process_is_gone(holder)
-    return {True: "stopped", False: "running", None: "unknown"}[gone], where
+        where = f"Slurm job {holder.slurm_job}, {where}"
+    return {True: "stopped", False: "running", None: "unknown"}[gone(holder)], where
 
 
 def _round(paths: RoundPaths, run: RunRecord) -> RoundStatus:

@@ -148,7 +148,7 @@ def _span(ranks: Mapping[str, int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def score_table(record: EvaluationRecord) -> str:
+def score_table(title: str, record: EvaluationRecord) -> str:
     """Return one evaluation per tier and group as a table."""
     groups = {**scores_by_tier(record), **by_group(record.clients)}
     rows = [
@@ -156,4 +156,4 @@ def score_table(record: EvaluationRecord) -> str:
         for name, m in groups.items()
     ]
     header = ["tier or group", "clients", "answer loss", "Rouge-L", "exact match"]
-    return text_table(f"round {record.round}, mean over clients", header, rows)
+    return text_table(f"{title}, mean over clients", header, rows)

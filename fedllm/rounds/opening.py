@@ -130,7 +130,8 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
     if "rounds" in changed and changed["rounds"][2] < changed["rounds"][1]:
         _, was, asked = changed["rounds"]
         raise RunDirectoryError(
-            f"{paths.root}: rounds can only grow, {was} in the run: got {asked}"
+            f"{paths.root}: rounds can only grow, {was} in the run: got {asked}; to go on with it "
+            f"as it is: fedllm resume {paths.root}"
         )
 
 

@@ -144,6 +144,8 @@ class Worker:
         )
         if trained.record.status == "failed":
             _say(f"client {client}: failed: {trained.record.reason}")
+        else:
+            _say(_told(trained.record))
         self._held.append(trained)
         self._num_done += 1
         minutes = self.round.config.training.checkpoint_every_minutes
@@ -276,6 +278,14 @@ def _write(path: Path, clients: Sequence[Trained]) -> None:
 
 def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     return {module: (factors.a_RI, factors.b_OR) for module, factors in adapter.items()}
+
+
+def _told(record: UpdateRecord) -> str:
+    losses = f", loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f}" if record.losses else ""
+    return (
+        f"round {record.round}, client {record.client}: {record.rows} rows, {record.steps} steps"
+        f"{losses}, {record.seconds:.1f} s"
+    )
 
 
 def _say(line: str) -> None:

@@ -167,7 +167,10 @@ def test_a_run_without_evaluations_has_no_table_of_scores(tmp_path: Path) -> Non
 
 
 def test_scores_of_a_state_are_shown_by_tier_and_group() -> None:
-    rows = [line.split() for line in score_table(evaluation(2, {"a": 1.0, "d": 3.0})).splitlines()]
+    rows = [
+        line.split()
+        for line in score_table("round 2", evaluation(2, {"a": 1.0, "d": 3.0})).splitlines()
+    ]
     assert ["all", "2", "2.000", "0.200", "0.500"] in rows
     assert ["dev", "1", "3.000", "0.300", "0.500"] in rows
 

@@ -50,7 +50,9 @@ def test_a_coordinator_is_running_stopped_or_on_another_machine(tmp_path: Path) 
         paths.lease(4)
     )
     assert run_status(paths).coordinator.startswith("Slurm job 77, host ")
-    assert run_status(paths).state == "unknown"
+    answers = {None: "unknown", False: "running", True: "stopped"}
+    for answer, state in answers.items():
+        assert run_status(paths, lambda _holder, said=answer: said).state == state
 
 
 def test_a_prepared_run_first_makes_the_state_that_training_starts_from(tmp_path: Path) -> None:
