@@ -288,14 +288,6 @@ class AggregateRecord(Record):
     modules: dict[str, ModuleDiagnostics] = {}
 
 
-class Refusal(Record):
-    """An update that the aggregation refused."""
-
-    file: str
-    client: str
-    reason: str
-
-
 class Scores(Record):
     """Answer quality on a set of rows; Rouge-L and exact match in 0..1 of generated answers."""
 
