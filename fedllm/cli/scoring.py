@@ -5,7 +5,6 @@ from pathlib import Path
 
 from fedllm.cli import execution
 from fedllm.cli.options import configuration
-from fedllm.config.loading import read_config
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.records import EvaluationRecord
@@ -44,25 +43,15 @@ def score(
 
 
 def _score_run(paths: RunPaths, round_number: int | None, rank: int | None) -> EvaluationRecord:
-    number = newest_round(paths) if round_number is None else round_number
+    from fedllm.steps.export import newest_state
+
+    number = newest_state(paths) if round_number is None else round_number
     if not paths.round(number).aggregate_record.exists():
         raise RunDirectoryError(f"--round {number}: not aggregated in {paths.root}")
     from fedllm.steps.evaluate import evaluate_state
     from fedllm.steps.session import Session
 
     return evaluate_state(paths, number, rank, Session())
-
-
-def newest_round(paths: RunPaths) -> int:
-    """Return the newest round whose server state exists.
-
-    Raises:
-        RunDirectoryError: there is none yet.
-    """
-    for number in range(read_config(paths.config).rounds, -1, -1):
-        if paths.round(number).aggregate_record.exists():
-            return number
-    raise RunDirectoryError(f"{paths.root}: no server state yet; resume the run")
 
 
 def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> EvaluationRecord:

@@ -34,10 +34,10 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
     return AggregateRecord.find(paths.aggregate_record)
 
 
-def evaluate(run: Run, number: int) -> bool:
-    """Make progress on a round's evaluation; say whether it is complete or not due."""
+def evaluate(run: Run, number: int) -> None:
+    """Make progress on a round's evaluation, where one is due; nothing waits for it."""
     if not is_evaluated(run.config.evaluation, number, run.config.rounds):
-        return True
+        return
     paths = run.paths.round(number)
     single_job(
         run,
@@ -47,7 +47,6 @@ def evaluate(run: Run, number: int) -> bool:
         done=paths.evaluation_record,
         round_number=number,
     )
-    return paths.evaluation_record.exists()
 
 
 def redo_damaged_state(run: Run) -> None:
