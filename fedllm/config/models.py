@@ -127,6 +127,8 @@ class ClientsSection(Section):
     tier_seed: int | None = None
     cohort: CohortSection = CohortSection(fraction=0.05)
     quorum: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Literal["all"] = "all"
+    over_sample: Annotated[float, Field(ge=0)] = 0.0
+    deadline_minutes: PositiveFloat | None = None
     ranks_above_module: Literal["error", "cap"] = "error"
     split_seed: int = 0
     dev: NonNegativeInt = 0
@@ -165,6 +167,7 @@ class TrainingSection(Section):
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 4
     micro_batch_size: PositiveInt | None = None
+    smaller_micro_batch: bool = False
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NonNegativeInt = 0
@@ -220,13 +223,27 @@ class SchedulerSection(Section):
     kind: Literal["inline", "local", "slurm"] = "local"
     workers: PositiveInt = 2
     max_parallel: PositiveInt = 64
+    target_minutes: PositiveFloat = 30.0
+    worker_minutes_min: PositiveFloat = 5.0
+    worker_teraflops: PositiveFloat | None = None
     clients_per_bundle: PositiveInt | Literal["auto"] = "auto"
+    clients_per_task: PositiveInt | Literal["auto"] = "auto"
+    linger_minutes: Annotated[float, Field(ge=0)] = 0.0
+    coordinator: Literal["resident", "chained"] = "resident"
     max_attempts: PositiveInt = 3
+    hung_minutes: PositiveFloat = 60.0
+    node_failures: PositiveInt = 3
     poll_seconds: PositiveFloat = 10.0
     query_seconds: PositiveFloat = 60.0
     python: str | None = None
     setup: tuple[str, ...] = ()
     sbatch: SbatchSection = SbatchSection()
+
+    @model_validator(mode="after")
+    def _one_bundle_size(self) -> "SchedulerSection":
+        if "auto" not in {self.clients_per_bundle, self.clients_per_task}:
+            raise ValueError("give `clients_per_bundle` or `clients_per_task`, not both")
+        return self
 
 
 class StorageSection(Section):
@@ -236,6 +253,9 @@ class StorageSection(Section):
     visibility_seconds: Annotated[float, Field(ge=0)] = 90.0
     keep_states: PositiveInt = 2
     keep_every: PositiveInt = 10
+    keep_logs: PositiveInt = 20
+    node_local: str | None = None
+    group: str | None = None
 
 
 class Config(Section):

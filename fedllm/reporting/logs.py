@@ -12,7 +12,7 @@ def newest_logs(paths: RunPaths) -> list[Path]:
     """Return the logs of the newest round that has any."""
     folders = sorted(path for path in paths.all_logs.glob("*") if path.is_dir())
     for folder in reversed(folders):
-        found = sorted(path for path in folder.iterdir() if path.suffix in {".log", ".out"})
+        found = sorted(path for path in folder.rglob("*") if path.suffix in {".log", ".out"})
         if found:
             return found
     return sorted(paths.all_logs.glob("*.log"))

@@ -120,7 +120,7 @@ def _published(paths: RoundPaths, run: RunRecord) -> dict[str, UpdateRecord]:
 def _claimed(attempt: AttemptPaths) -> set[str]:
     """Return the clients that tasks of an attempt have claimed."""
     bundles = SubmissionRecord.read(attempt.submission).bundles
-    taken = {ClaimRecord.read(path).bundle for path in attempt.claims.glob("*.json")}
+    taken = {ClaimRecord.read(path).bundle for path in attempt.claim_files()}
     return {client for bundle in bundles if bundle.number in taken for client in bundle.clients}
 
 

@@ -11,6 +11,7 @@ from fedllm.storage.records import (
     EvaluationRecord,
     RoundRecord,
 )
+from fedllm.storage.updates import update_files
 
 
 def finish_rounds(run: Run) -> bool:
@@ -44,9 +45,7 @@ def _finish(run: Run, number: int) -> None:
     aggregated = AggregateRecord.read(paths.aggregate_record)
     collection = CollectionRecord.find(paths.collection)
     used = {update.file for update in collection.updates} if collection else set()
-    late = 0
-    if paths.updates.exists():
-        late = sum(p.name not in used for p in paths.updates.glob("[0-9]*.safetensors"))
+    late = sum(name not in used for name in update_files(paths))
     record = RoundRecord(
         round=number,
         lease=run.lease.number,

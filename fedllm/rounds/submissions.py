@@ -156,8 +156,8 @@ def job_error(run: Run, paths: JobPaths, logs: Path) -> FedllmError:
     if told:
         return error_of(told)
     ids = task_ids(paths)
-    reasons = run.scheduler.reasons(ids)
-    ended = "; ".join(f"{id_}: {reason}" for id_, reason in reasons.items()) or "it left no record"
+    endings = run.scheduler.endings(ids)
+    ended = "; ".join(f"{id_}: {ending}" for id_, ending in endings.items()) or "it left no record"
     kind = SubmissionRecord.read(paths.submission).kind
     return RunFailed(f"{kind} job ended early ({ended}); see {logs}")
 

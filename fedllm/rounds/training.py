@@ -109,7 +109,7 @@ def _told(run: Run, attempt: AttemptPaths) -> FedllmError | None:
     """Return what a task of an attempt of this coordinator recorded as its error."""
     if SubmissionRecord.read(attempt.submission).lease != run.lease.number:
         return None
-    errors = sorted(attempt.tasks.glob("*.error.json"))
+    errors = attempt.task_errors()
     return error_of(ErrorRecord.read(errors[0])) if errors else None
 
 
@@ -138,7 +138,7 @@ def _start_attempt(
     work = cut_bundles(
         missing,
         federation.classes,
-        slots=run.scheduler.slots,
+        slots=run.scheduler.capacity({}).most_parallel,
         clients_per_bundle=section.clients_per_bundle,
     )
     token = array_name(run, cohort.round, f"a{number:02d}")

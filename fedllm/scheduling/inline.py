@@ -1,11 +1,12 @@
 """Jobs run in the caller's process, one after the other, the moment they are submitted."""
 
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedllm.scheduling.seam import Job, TaskState
+from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
 
 Execute = Callable[[str, Sequence[str], str, Path], int]
 
@@ -18,10 +19,9 @@ class InlineScheduler:
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _exits: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def slots(self) -> int:
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         """One process, one slot."""
-        return 1
+        return Capacity(free_slots=1, most_parallel=1, largest_array=sys.maxsize)
 
     def submit(self, job: Job) -> list[str]:
         """Run every task of the array now."""
@@ -39,9 +39,13 @@ class InlineScheduler:
         """Every task ended before its submission returned."""
         return dict.fromkeys(ids, TaskState.GONE)
 
-    def reasons(self, ids: Sequence[str]) -> dict[str, str]:
+    def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
         """Return the exit codes of tasks that failed."""
-        return {i: f"exit {self._exits[i]}" for i in ids if self._exits.get(i)}
+        return {i: Ending(state=f"exit {self._exits[i]}") for i in ids if self._exits.get(i)}
+
+    def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:  # noqa: ARG002
+        """No task waits."""
+        return {}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """There is nothing to end."""

@@ -10,12 +10,12 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fedllm.scheduling.seam import Job, TaskState
+from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
 from fedllm.storage.publish import storage_errors
 
 SERVE = (sys.executable, "-m", "fedllm.steps.serve")
@@ -60,13 +60,13 @@ class LocalScheduler:
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _queue: deque[_Task] = field(default_factory=deque)
     _pool: list[_Worker] = field(default_factory=list)
-    _ended: dict[str, str] = field(default_factory=dict)
+    _ended: dict[str, Ending] = field(default_factory=dict)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
-    @property
-    def slots(self) -> int:
-        """As many as there are workers."""
-        return self.workers
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
+        """As many slots as there are workers."""
+        slots = self.workers
+        return Capacity(free_slots=slots, most_parallel=slots, largest_array=sys.maxsize)
 
     def submit(self, job: Job) -> list[str]:
         """Queue the tasks; free workers take them at once."""
@@ -88,9 +88,14 @@ class LocalScheduler:
         waiting = {task.id for task in self._queue}
         return {id_: _state(id_, running, waiting) for id_ in ids}
 
-    def reasons(self, ids: Sequence[str]) -> dict[str, str]:
+    def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
         """Return how tasks ended that did not exit 0."""
-        return {id_: self._ended[id_] for id_ in ids if self._ended.get(id_)}
+        return {id_: self._ended[id_] for id_ in ids if id_ in self._ended}
+
+    def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
+        """Tasks wait for a free worker, and for nothing else."""
+        waiting = {task.id for task in self._queue}
+        return {id_: "a free worker" for id_ in ids if id_ in waiting}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Forget waiting tasks and end the workers of running ones."""
@@ -222,7 +227,8 @@ class LocalScheduler:
             return
         # one that died before it opened its task's log said why in its own
         log = worker.task_log if worker.task_log.exists() else worker.log
-        self._ended[worker.task.id] = f"{how}; log {log}" if how else ""
+        if how:
+            self._ended[worker.task.id] = Ending(state=how, log=str(log))
         worker.task = None
 
 

@@ -16,6 +16,10 @@ class SchedulerUnreachable(Incomplete):
     """The scheduler does not answer now; asking again later may help."""
 
 
+class SchedulerFull(Incomplete):
+    """The limits on submitted jobs leave no room now; it was not submitted."""
+
+
 class TaskState(Enum):
     """What is known of a task."""
 
@@ -27,25 +31,67 @@ class TaskState(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An array of identical tasks: `tasks` times `program argv`."""
+    """An array of identical tasks: `tasks` times `program argv`, at most `parallel` at once."""
 
     name: str
     program: Program
     argv: tuple[str, ...]
     log_folder: Path
     tasks: int = 1
+    parallel: int | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What there is room for, for tasks of certain options.
+
+    Attributes:
+        free_slots: tasks that could start now.
+        most_parallel: tasks that may run at once.
+        largest_array: tasks that one array may have.
+        free_tasks: tasks that may be submitted now; None: no limit is known.
+        most_minutes: the longest time limit; None: none is known.
+    """
+
+    free_slots: int
+    most_parallel: int
+    largest_array: int
+    free_tasks: int | None = None
+    most_minutes: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a task ended: `state` in Slurm's words (`FAILED`, `NODE_FAIL`), else a sentence."""
+
+    state: str
+    exit_code: str = ""
+    node: str = ""
+    log: str = ""
+
+    def __str__(self) -> str:
+        """Say it in a few words."""
+        code = f", exit code {self.exit_code}" if self.exit_code else ""
+        node = f" on {self.node}" if self.node else ""
+        log = f"; log {self.log}" if self.log else ""
+        return f"{self.state}{code}{node}{log}"
 
 
 class Scheduler(Protocol):
     """Starts jobs and says which are still there; what is complete, records tell."""
 
-    @property
-    def slots(self) -> int:
-        """How many workers may run at once."""
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+        """Return what there is room for, for tasks of these options, as far as it is known."""
 
     def submit(self, job: Job) -> list[str]:
-        """Submit an array and return its task ids in task order."""
+        """Submit an array and return its task ids in task order.
+
+        Raises:
+            ConfigError: it is refused; the message names the key.
+            SchedulerFull: limits on submitted jobs leave no room now.
+            SchedulerUnreachable: no answer; whether it was taken is unknown.
+        """
 
     def find(self, name: str) -> list[str] | None:
         """Return the task ids of an array submitted under `name`, or None if there is none.
@@ -57,8 +103,11 @@ class Scheduler(Protocol):
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
         """Return the state of every task; one query whatever their number."""
 
-    def reasons(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return why tasks that are gone ended, where it is known."""
+    def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
+        """Return how tasks ended that did not end well, where it is known."""
+
+    def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return what tasks that wait are waiting for, from the last answer about states."""
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks; those that are gone are passed over."""

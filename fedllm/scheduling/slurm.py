@@ -16,7 +16,7 @@ from typing import Any
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from fedllm.config.models import SchedulerSection
-from fedllm.scheduling.seam import Job, TaskState
+from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
 from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm_options import (
     TASK_DEFAULTS,
@@ -105,10 +105,10 @@ class SlurmScheduler:
         queue = Queue(query_seconds=self.section.query_seconds)
         object.__setattr__(self, "_queue", queue)
 
-    @property
-    def slots(self) -> int:
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         """`scheduler.max_parallel`: Slurm starts fewer where the cluster is full."""
-        return self.section.max_parallel
+        slots = self.section.max_parallel
+        return Capacity(free_slots=slots, most_parallel=slots, largest_array=1000)
 
     def submit(self, job: Job) -> list[str]:
         """Submit the array and return its task ids, `1234_0` first.
@@ -145,9 +145,13 @@ class SlurmScheduler:
         """Return the state of every task, from an answer at most `query_seconds` old."""
         return self._queue.states(ids)
 
-    def reasons(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return state, exit code and node of ended tasks, where Slurm still knows them."""
-        return self._queue.reasons(ids)
+    def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
+        """Return state, exit code and node of tasks that failed, where Slurm still knows them."""
+        return self._queue.endings(ids)
+
+    def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return Slurm's reasons for tasks that wait, from its last answer about states."""
+        return self._queue.waiting_for(ids)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks; those that are gone are passed over.
@@ -184,7 +188,7 @@ class SlurmScheduler:
             "job_name": job.name,
             "wckey": None,
             "stderr_to_stdout": True,
-            "array_parallelism": self.section.max_parallel,
+            "array_parallelism": job.parallel or self.section.max_parallel,
             "setup": [*_exports(job), *self.section.setup],
             "srun_args": steps,
             "additional_parameters": flags,

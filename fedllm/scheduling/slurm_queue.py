@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from fedllm.scheduling.seam import SchedulerUnreachable, TaskState
+from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm_commands import CommandRefused, call
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -29,7 +29,8 @@ class Queue:
         self._failures = 0
         self._listed: dict[str, TaskState] | None = None
         self._submitted_since: set[str] = set()
-        self._reasons: dict[str, str] = {}
+        self._endings: dict[str, Ending] = {}
+        self._waiting_for: dict[str, str] = {}
 
     def expect(self, ids: Iterable[str]) -> None:
         """Remember tasks that the last answer cannot know yet: they are not gone."""
@@ -49,7 +50,7 @@ class Queue:
 
     def _ask(self) -> None:
         try:
-            lines = squeue("-o", "%i|%T").splitlines()
+            lines = squeue("-o", "%i|%T|%r").splitlines()
         except (SchedulerUnreachable, CommandRefused):
             self._failures += 1
             self._listed = None
@@ -57,10 +58,13 @@ class Queue:
             self._failures = 0
             self._submitted_since.clear()
             self._listed = {}
+            self._waiting_for = {}
             for line in lines:
-                task, _, state = line.partition("|")
+                task, state, reason = line.split("|", 2)
                 waits = state in _WAITING
                 self._listed[task] = TaskState.WAITING if waits else TaskState.RUNNING
+                if waits:
+                    self._waiting_for[task] = reason
         backoff = min(2**self._failures, _MOST_BACKOFF)
         self._next_query = time.monotonic() + self._query_seconds * backoff
 
@@ -84,17 +88,19 @@ class Queue:
         self.expect(ids)
         return ids or None
 
-    def reasons(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return how tasks ended, as far as Slurm or its accounting still knows."""
-        unknown = [task for task in ids if task not in self._reasons]
-        if unknown:
-            arrays = ",".join(dict.fromkeys(task.partition("_")[0] for task in unknown))
-            self._reasons |= _endings_in_queue(arrays)
-        unknown = [task for task in ids if task not in self._reasons]
-        if unknown:
-            arrays = ",".join(dict.fromkeys(task.partition("_")[0] for task in unknown))
-            self._reasons |= _endings_in_accounting(arrays)
-        return {task: self._reasons[task] for task in ids if task in self._reasons}
+    def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
+        """Return how tasks ended that failed, as far as Slurm or its accounting still knows."""
+        for ask in (_endings_in_queue, _endings_in_accounting):
+            unknown = [task for task in ids if task not in self._endings]
+            if unknown:
+                arrays = ",".join(dict.fromkeys(task.partition("_")[0] for task in unknown))
+                self._endings |= ask(arrays)
+        found = {task: self._endings[task] for task in ids if task in self._endings}
+        return {task: ending for task, ending in found.items() if ending.state != "COMPLETED"}
+
+    def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return why tasks wait, from the last answer about states."""
+        return {task: self._waiting_for[task] for task in ids if task in self._waiting_for}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks; those that are gone are passed over.
@@ -128,7 +134,7 @@ def _accounting(*words: str) -> str:
         return ""
 
 
-def _endings_in_queue(arrays: str) -> dict[str, str]:
+def _endings_in_queue(arrays: str) -> dict[str, Ending]:
     fields = "JobArrayID:|,State:|,exit_code:|,NodeList:|"
     try:
         said = squeue("-t", "all", f"--jobs={arrays}", "-O", fields)
@@ -143,7 +149,7 @@ def _endings_in_queue(arrays: str) -> dict[str, str]:
     return endings
 
 
-def _endings_in_accounting(arrays: str) -> dict[str, str]:
+def _endings_in_accounting(arrays: str) -> dict[str, Ending]:
     # --duplicates: also the earlier starts of a requeued task; the last line is the last start
     said = _accounting("--duplicates", f"--jobs={arrays}", "-o", "JobID,State,ExitCode,NodeList")
     endings = {}
@@ -155,9 +161,10 @@ def _endings_in_accounting(arrays: str) -> dict[str, str]:
     return endings
 
 
-def _ending(state: str, code: str, node: str) -> str:
-    place = f" on {node}" if node and node != "None assigned" else ""
-    return f"{state}, exit code {code}{place}"
+def _ending(state: str, code: str, node: str) -> Ending:
+    # accounting says by whom: `CANCELLED by 1000`
+    place = node if node != "None assigned" else ""
+    return Ending(state=state.partition(" ")[0], exit_code=code, node=place)
 
 
 def _tasks_of(listed: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The programs that a scheduler starts, by name; resident workers and inline runs call them too."""
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -139,8 +138,7 @@ def _error_path(program: str, arguments: argparse.Namespace, task: str) -> Path 
     if program == "client":
         if arguments.client is not None or not arguments.target.is_dir():
             return None
-        name = task.replace(os.sep, "_")
-        return AttemptPaths(root=arguments.target, number=0).tasks / f"{name}.error.json"
+        return AttemptPaths(root=arguments.target, number=0).task_error(task)
     return JobPaths(root=arguments.job.resolve()).error if arguments.job else None
 
 

@@ -10,6 +10,15 @@ from pathlib import Path
 from fedllm.errors import UserError
 
 _PLAIN = re.compile(r"[A-Za-z0-9_]{1,80}")
+# Admins ask for a few hundred entries a folder at most.
+MOST_ENTRIES = 400
+# a bundle may be published in several parts
+_BUNDLES_PER_SHARD = 100
+
+
+def shard(folder: Path, number: int, size: int = MOST_ENTRIES) -> Path:
+    """Return where file `number` lies: in `folder` itself below `size`, else in a folder there."""
+    return folder if number < size else folder / f"{number // size:04d}"
 
 
 def aside(path: Path, word: str) -> Path:
@@ -84,13 +93,42 @@ class AttemptPaths(JobPaths):
         """The folder of progress records."""
         return self.root / "tasks"
 
+    @property
+    def outcome(self) -> Path:
+        """How tasks ended that failed, written when none is left."""
+        return self.root / "outcome.json"
+
     def claim(self, bundle: int) -> Path:
         """Bundle `bundle` is taken, and by which task."""
-        return self.claims / f"{bundle:03d}.json"
+        return shard(self.claims, bundle) / f"{bundle:03d}.json"
 
     def task(self, name: str) -> Path:
-        """Progress of one worker."""
-        return self.tasks / f"{name}.json"
+        """Progress of one worker; those of an array (`1234_56`) lie in a folder of its own."""
+        name = name.replace(os.sep, "_")
+        array, _, number = name.rpartition("_")
+        if not (array and number.isdigit()):
+            return self.tasks / f"{name}.json"
+        # half: errors lie beside them
+        return shard(self.tasks / array, int(number), MOST_ENTRIES // 2) / f"{name}.json"
+
+    def task_error(self, name: str) -> Path:
+        """Why a worker stopped, written by itself where it can say so."""
+        return self.task(name).with_suffix(".error.json")
+
+    def claim_files(self) -> list[Path]:
+        """Return the claims that there are, sorted."""
+        return sorted(p for p in self.claims.rglob("*.json") if not p.name.startswith("."))
+
+    def task_files(self) -> list[Path]:
+        """Return the progress records that there are, sorted."""
+        return [path for path in self._of_tasks() if not path.name.endswith(".error.json")]
+
+    def task_errors(self) -> list[Path]:
+        """Return the errors that workers recorded, sorted."""
+        return [path for path in self._of_tasks() if path.name.endswith(".error.json")]
+
+    def _of_tasks(self) -> list[Path]:
+        return sorted(p for p in self.tasks.rglob("*.json") if not p.name.startswith("."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +163,17 @@ class RoundPaths:
 
     def update(self, *, attempt: int, bundle: int, part: int) -> Path:
         """The finished clients of one bundle."""
-        return self.updates / f"{attempt:02d}-{bundle:03d}-{part:02d}.safetensors"
+        place = shard(self.updates, bundle, _BUNDLES_PER_SHARD)
+        return place / f"{attempt:02d}-{bundle:03d}-{part:02d}.safetensors"
 
     @property
     def checkpoints(self) -> Path:
         """The folder of unfinished clients' states."""
         return self.root / "checkpoints"
+
+    def checkpoint(self, client: str) -> Path:
+        """The state of a client whose training was interrupted."""
+        return self.checkpoints / f"{encode_client(client)}.safetensors"
 
     @property
     def collection(self) -> Path:

@@ -112,7 +112,11 @@ class RunRecord(Record):
 
 
 class LeaseRecord(Record):
-    """Who coordinates a run."""
+    """Who coordinates a run.
+
+    `origin` is the lease at which a person started it: a requeued coordinator, the links of a
+    chain and calls of `advance` go on with the retries that are used up already.
+    """
 
     number: int
     host: str
@@ -120,6 +124,7 @@ class LeaseRecord(Record):
     pid: int
     start_time: str
     slurm_job: str | None = None
+    origin: int | None = None
 
 
 class CohortClient(Record):
@@ -131,7 +136,10 @@ class CohortClient(Record):
 
 
 class CohortRecord(Record):
-    """The clients of a round and what each tier trains."""
+    """The clients of a round and what each tier trains.
+
+    `enough` valid updates complete the round; null: all. `cost` of a client is in tokens.
+    """
 
     round: int
     lease: int
@@ -140,10 +148,11 @@ class CohortRecord(Record):
     state_sha256: str
     ranks: dict[str, dict[str, int]]
     clients: list[CohortClient]
+    enough: int | None = None
 
 
 class BundleRecord(Record):
-    """The few clients that a worker claims at once."""
+    """The few clients that a worker claims at once; `cost` is estimated seconds of work."""
 
     number: int
     worker_class: str
@@ -152,16 +161,28 @@ class BundleRecord(Record):
 
 
 class ArrayRecord(Record):
-    """One array of identical tasks of one class, as it is submitted."""
+    """One array of identical tasks of one class, as it is submitted.
+
+    `minutes` is the time limit that is asked for, which ends the claiming of bundles too;
+    `parallel` the `%N` of the array; `logs` the folder of its logs, below that of the round.
+    """
 
     name: str
     worker_class: str
     tasks: int
     options: dict[str, str | int | float | bool | None] = {}
+    minutes: float | None = None
+    parallel: int | None = None
+    logs: str = ""
 
 
 class SubmissionRecord(Record):
-    """The plan, written before anything is submitted."""
+    """The plan, written before anything is submitted.
+
+    `workers` are the tasks wanted per class: arrays are added, wave by wave, as the cluster's
+    limits allow. `adopted` are tasks of the round before that linger for this one. With
+    `one_bundle` every task claims exactly one.
+    """
 
     token: str
     lease: int
@@ -169,6 +190,10 @@ class SubmissionRecord(Record):
     command: list[str]
     arrays: list[ArrayRecord]
     bundles: list[BundleRecord] = []
+    workers: dict[str, int] = {}
+    adopted: list[str] = []
+    one_bundle: bool = False
+    excluded_nodes: list[str] = []
 
 
 class JobsRecord(Record):
@@ -196,13 +221,44 @@ class ClaimRecord(Record):
 
 
 class TaskRecord(Record):
-    """Progress of one worker."""
+    """Progress of one worker, in seconds since its process began.
+
+    A record that does not change is what a hung worker leaves. `startup_seconds` passed before
+    the first client trained, `busy_seconds` in training clients; both, and `allocated_seconds`,
+    are of this start of the task alone: `earlier` sums the starts before it was requeued.
+    """
 
     task: str
     node: str
     clients_done: int
     client: str | None = None
     step: int = 0
+    state: Literal["starting", "training", "lingering", "ended"] = "training"
+    worker_class: str = ""
+    startup_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    allocated_seconds: float = 0.0
+    starts: int = 1
+    earlier_busy_seconds: float = 0.0
+    earlier_allocated_seconds: float = 0.0
+
+
+class EndingRecord(Record):
+    """How a task ended, as the scheduler says: `FAILED`, `NODE_FAIL`, `OUT_OF_MEMORY`..."""
+
+    state: str
+    exit_code: str = ""
+    node: str = ""
+
+
+class OutcomeRecord(Record):
+    """What an attempt came to once none of its tasks is left; written before the next one.
+
+    `endings` has the tasks that failed alone, `cancelled` why the coordinator ended some itself.
+    """
+
+    endings: dict[str, EndingRecord] = {}
+    cancelled: dict[str, str] = {}
 
 
 class UpdateRecord(Record):
@@ -227,6 +283,9 @@ class UpdateRecord(Record):
     peak_memory_bytes: int
     norms: dict[str, tuple[float, float]] = {}
     scales: dict[str, float] = {}
+    micro_batch_size: int | None = None
+    resumed_at: list[int] = []
+    earlier_environments: list[dict[str, str]] = []
     processes_per_task: int = 1
     environment: dict[str, str] = {}
     node: str = ""
@@ -245,6 +304,15 @@ class CollectedUpdate(Record):
     weight: float
 
 
+class TierMix(Record):
+    """How a tier fared in a round: clients drawn and used, tokens and seconds of the used ones."""
+
+    drawn: int
+    used: int
+    tokens: int
+    seconds: float
+
+
 class CollectionRecord(Record):
     """What a round used, frozen."""
 
@@ -255,6 +323,7 @@ class CollectionRecord(Record):
     missing: list[str] = []
     replaces: int = 0
     environments: list[dict[str, str]] = []
+    tiers: dict[str, TierMix] = {}
 
 
 class RankQuality(Record):
@@ -326,4 +395,7 @@ class RoundRecord(Record):
     clients: int
     failed: int = 0
     late: int = 0
-    train_seconds: Annotated[float, Field(ge=0)] = 0.0
+    tasks: int = 0
+    busy_seconds: Annotated[float, Field(ge=0)] = 0.0
+    allocated_seconds: Annotated[float, Field(ge=0)] = 0.0
+    gpu_seconds: Annotated[float, Field(ge=0)] = 0.0

@@ -216,7 +216,7 @@ class UpdateScanner:
             found = read_update(self.round.updates / name)
             for update in found:
                 self._refuse_foreign(update.record)
-            self._known[name] = [self._small(update) for update in found]
+            self._known[name] = [replace(self._small(update), file=name) for update in found]
         return self._known[name]
 
     def _small(self, update: Published) -> Published:
@@ -234,12 +234,24 @@ class UpdateScanner:
 
 
 def update_files(paths: RoundPaths) -> list[str]:
-    """Return the names of a round's published updates, sorted."""
+    """Return the names of a round's published updates below its folder of them, sorted."""
+    found = _names(paths.updates)
+    shards = [name for name in found if name.isdigit()]
+    names = [name for name in found if _is_update(name)]
+    for folder in shards:
+        names += [f"{folder}/{n}" for n in _names(paths.updates / folder) if _is_update(n)]
+    return sorted(names)
+
+
+def _names(folder: Path) -> list[str]:
     try:
-        names = [path.name for path in paths.updates.iterdir()]
+        return [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("."))
+
+
+def _is_update(name: str) -> bool:
+    return name.endswith(".safetensors") and not name.startswith(".")
 
 
 def shape_problem(

@@ -50,6 +50,10 @@ def finish(scheduler: Scheduler, ids: list[str]) -> None:
         scheduler.wait(1.0)
 
 
+def _said(scheduler: Scheduler, ids: list[str]) -> dict[str, str]:
+    return {id_: str(ending) for id_, ending in scheduler.endings(ids).items()}
+
+
 def pids(folder: Path) -> dict[str, int]:
     """Return task -> the process that took it, from the tasks' logs."""
     logs = (folder / "0001").glob("*.log")
@@ -70,7 +74,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_workers_stay_and_take_task_after_task(scheduler: LocalScheduler, tmp_path: Path) -> None:
-    assert scheduler.slots == 2
+    assert scheduler.capacity({}).free_slots == 2
     first = scheduler.submit(job(tmp_path, "exit", "0", tasks=5))
     assert len(set(first)) == 5
     finish(scheduler, first)
@@ -78,7 +82,7 @@ def test_workers_stay_and_take_task_after_task(scheduler: LocalScheduler, tmp_pa
     finish(scheduler, second)
     assert set(pids(tmp_path)) == {*first, *second}
     assert len(set(pids(tmp_path).values())) == 2
-    assert scheduler.reasons([*first, *second]) == {}
+    assert _said(scheduler, [*first, *second]) == {}
     assert {path.name for path in (tmp_path / "0001").iterdir()} == {"worker-1.log", "worker-2.log"}
 
 
@@ -87,7 +91,7 @@ def test_a_task_that_fails_at_once_is_gone_with_its_exit_code_and_log(
 ) -> None:
     (task,) = scheduler.submit(job(tmp_path, "exit", "3"))
     finish(scheduler, [task])
-    assert scheduler.reasons([task]) == {task: f"exit 3; log {tmp_path / '0001/worker-1.log'}"}
+    assert _said(scheduler, [task]) == {task: f"exit 3; log {tmp_path / '0001/worker-1.log'}"}
 
 
 def test_tasks_wait_for_a_free_worker(scheduler: LocalScheduler, tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ def test_a_killed_worker_ends_its_task_and_a_new_one_takes_the_next(
     scheduler.wait(LONG_SECONDS)
     states = scheduler.states(ids)
     assert (states[ids[0]], states[ids[2]]) == (TaskState.GONE, TaskState.RUNNING)
-    assert scheduler.reasons(ids) == {
+    assert _said(scheduler, ids) == {
         ids[0]: f"killed by signal 9; log {tmp_path / '0001/worker-1.log'}"
     }
     assert pid_of(tmp_path, ids[2]) not in {killed, pid_of(tmp_path, ids[1])}
@@ -122,7 +126,7 @@ def test_a_worker_that_dies_in_its_task_is_noticed_every_time(
 ) -> None:
     ids = scheduler.submit(job(tmp_path, "die", tasks=4))
     finish(scheduler, ids)
-    assert all("killed by signal 9" in reason for reason in scheduler.reasons(ids).values())
+    assert all("killed by signal 9" in reason for reason in _said(scheduler, ids).values())
     assert len(set(pids(tmp_path).values())) == 4
 
 
@@ -136,7 +140,7 @@ def test_a_worker_that_died_idle_is_given_no_task(
         until(lambda pid=pid: not is_running(pid), "it lives")  # type: ignore[misc]
     second = scheduler.submit(job(tmp_path, "exit", "0", tasks=2))
     finish(scheduler, second)
-    assert scheduler.reasons(second) == {}
+    assert _said(scheduler, second) == {}
 
 
 def test_the_end_of_a_worker_is_noticed_also_when_something_keeps_its_pipe_open(
@@ -148,7 +152,7 @@ def test_the_end_of_a_worker_is_noticed_also_when_something_keeps_its_pipe_open(
         os.kill(pid, signal.SIGKILL)
         until(lambda: not is_running(pid), "it lives")
         assert scheduler.states([task]) == {task: TaskState.GONE}
-    assert "killed by signal 9" in scheduler.reasons([task])[task]
+    assert "killed by signal 9" in _said(scheduler, [task])[task]
 
 
 def test_a_program_that_cannot_start_says_why_in_the_workers_log(tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def test_a_program_that_cannot_start_says_why_in_the_workers_log(tmp_path: Path)
     finish(scheduler, ids)
     scheduler.close()
     log = tmp_path / "logs/worker-1.log"
-    assert scheduler.reasons(ids) == dict.fromkeys(ids, f"exit 1; log {log}")
+    assert _said(scheduler, ids) == dict.fromkeys(ids, f"exit 1; log {log}")
     assert log.read_text() == "no such module\n" * 2
 
 
@@ -172,10 +176,10 @@ def test_a_worker_that_hears_no_more_is_ended(
     time.sleep(0.1)
     second = scheduler.submit(job(tmp_path, "exit", "0"))
     finish(scheduler, second)
-    assert "killed by signal 9" in scheduler.reasons(second)[second[0]]
+    assert "killed by signal 9" in _said(scheduler, second)[second[0]]
     third = scheduler.submit(job(tmp_path, "exit", "0"))
     finish(scheduler, third)
-    assert scheduler.reasons(third) == {}
+    assert _said(scheduler, third) == {}
     scheduler.close()
 
 
@@ -244,7 +248,7 @@ def submit(program, *argv):
     return scheduler.submit(job)
 (failing,) = submit("aggregate", str(folder / "other/rounds/0001"), "--job", str(folder / "job"))
 scheduler.wait(60.0)
-print(scheduler.reasons([failing]).get(failing), flush=True)
+print(scheduler.endings([failing]).get(failing), flush=True)
 submit("client", str(folder / "rounds/0001/attempts/01"))
 print(scheduler._pool[0].process.pid, flush=True)
 time.sleep(60)
@@ -284,9 +288,9 @@ def test_an_inline_task_is_done_when_its_submission_returns(tmp_path: Path) -> N
     scheduler = InlineScheduler(execute=execute)  # type: ignore[arg-type]
     ids = scheduler.submit(job(tmp_path, "ATTEMPT", tasks=2))
     assert seen == 2 * [("client", ("ATTEMPT",), tmp_path / "0001/inline.log")]
-    assert scheduler.slots == 1
+    assert scheduler.capacity({}).free_slots == 1
     assert scheduler.states(ids) == dict.fromkeys(ids, TaskState.GONE)
-    assert scheduler.reasons([*ids, "other"]) == {ids[1]: "exit 1"}
+    assert _said(scheduler, [*ids, "other"]) == {ids[1]: "exit 1"}
     assert scheduler.find("n") is None
     scheduler.cancel(ids)
     scheduler.wait(60.0)
@@ -298,4 +302,4 @@ def test_every_kind_of_scheduler_has_its_own(tmp_path: Path) -> None:
     config = config_of(scheduler__workers=3)
     made = {kind: make(config, paths, lambda *_: 0) for kind, make in SCHEDULERS.items()}
     assert set(made) == {"inline", "local", "slurm"}
-    assert (made["inline"].slots, made["local"].slots, made["slurm"].slots) == (1, 3, 64)
+    assert [made[kind].capacity({}).most_parallel for kind in ("inline", "local")] == [1, 3]

@@ -134,8 +134,8 @@ def test_a_submission_whose_ids_were_lost_is_found_by_its_name(
     assert make().scheduler.find("fedllm-lost, too") == others
     work.until_gone(ids)
     assert make().scheduler.find("fedllm-lost") == ids
-    reasons = make().scheduler.reasons(ids)
-    assert {reason.rpartition(" on ")[0] for reason in reasons.values()} == {
+    reasons = make().scheduler.endings(ids)
+    assert {str(ending).rpartition(" on ")[0] for ending in reasons.values()} == {
         "FAILED, exit code 4:0"
     }
     # slurmctld forgets ended jobs after MinJobAge
@@ -143,11 +143,11 @@ def test_a_submission_whose_ids_were_lost_is_found_by_its_name(
     monkeypatch.setenv("PATH", forgetful)
     if cluster.accounting:
         until(lambda: make().scheduler.find("fedllm-lost") == ids)
-        until(lambda: len(make().scheduler.reasons(ids)) == 3)
-        assert make().scheduler.reasons(ids) == reasons
+        until(lambda: len(make().scheduler.endings(ids)) == 3)
+        assert make().scheduler.endings(ids) == reasons
     else:
         assert make().scheduler.find("fedllm-lost") is None
-        assert make().scheduler.reasons(ids) == {}
+        assert make().scheduler.endings(ids) == {}
 
 
 def test_a_held_a_running_and_a_cancelled_task_are_told_apart(
@@ -163,7 +163,7 @@ def test_a_held_a_running_and_a_cancelled_task_are_told_apart(
     work.scheduler.cancel([ids[0], ids[2], *held])
     work.until_gone([ids[0], ids[2], *held])
     assert work.states([ids[1]]) == {TaskState.RUNNING}
-    assert work.scheduler.reasons([ids[0]])[ids[0]].startswith("CANCELLED")
+    assert work.scheduler.endings([ids[0]])[ids[0]].state == "CANCELLED"
     # again, and what never was
     work.scheduler.cancel([ids[0], "999999_0"])
     work.scheduler.cancel([])
@@ -269,7 +269,7 @@ def test_a_controller_that_does_not_answer_is_unreachable_and_says_nothing_about
         with pytest.raises(SchedulerUnreachable, match="Unable to contact slurm controller"):
             ask()
     assert job_is_gone(ids[0]) is None
-    assert work.scheduler.reasons(ids) == {}
+    assert work.scheduler.endings(ids) == {}
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     until(lambda: TaskState.UNKNOWN not in work.states(ids))
 

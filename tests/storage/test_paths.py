@@ -92,7 +92,7 @@ def test_every_file_of_a_run_has_its_place() -> None:
         "rounds/0003/round.json",
         "rounds/0003/attempts/01/submission.json",
         "rounds/0003/attempts/01/claims/007.json",
-        "rounds/0003/attempts/01/tasks/12_3.json",
+        "rounds/0003/attempts/01/tasks/12/12_3.json",
     }
     assert RUN.rounds == RUN.root / "rounds"
     assert RoundPaths(root=third.root) == third
