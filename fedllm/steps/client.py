@@ -20,10 +20,11 @@ from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile, sha256_of
 from fedllm.training.environment import environment
-from fedllm.training.loop import LocalSettings, StepHook, TrainResult, train_client
+from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.plan import Draws
 
 T = TypeVar("T")
+Save = Callable[[], None]
 _RETRY_SECONDS = 1.0
 
 
@@ -103,9 +104,12 @@ class ClientRound:
         attempt: int,
         bundle: int,
         identity: TaskIdentity,
-        before_step: StepHook = lambda _step: None,
+        before_step: Callable[[int, Save], None] = lambda _step, _save: None,
     ) -> Trained:
         """Train one client; the losses and factors depend on round and client alone.
+
+        `before_step` gets the number of the optimizer step, from 0, and `save`, which writes the
+        client's state as it is before that step; what it raises ends the training.
 
         Raises:
             DataError: the client has no training rows.
@@ -120,7 +124,7 @@ class ClientRound:
             rows,
             settings=self.settings,
             draws=Draws(seed=self.config.seed, round=self.cohort.round, client=client),
-            before_step=before_step,
+            before_step=lambda step: before_step(step, lambda: None),
         )
         record = self._record(client, result, attempt=attempt, bundle=bundle, identity=identity)
         return Trained(record=record, adapter=result.adapter)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm.errors import UserError
 from fedllm.lora.factors import Adapter
-from fedllm.steps.client import ClientRound, Trained
+from fedllm.steps.client import ClientRound, Save, Trained
 from fedllm.steps.identity import TaskIdentity, task_identity
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
@@ -130,7 +130,7 @@ class Worker:
             self._publish(bundle)
 
     def _train(self, client: str, bundle: BundleRecord) -> None:
-        def before_step(step: int) -> None:
+        def before_step(step: int, _save: Save) -> None:
             if self.signals.came:
                 raise StopRequested
             self._note(client, step)
