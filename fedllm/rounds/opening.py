@@ -35,6 +35,7 @@ def open_run(
     say: Callable[[str], None],
     holder_is_gone: HolderIsGone = process_is_gone,
     take_over: bool = False,
+    unattended: bool = False,
 ) -> Run:
     """Take the lease of a run directory and bring it to `config`.
 
@@ -48,7 +49,7 @@ def open_run(
         _refuse_other(paths, config)
     else:
         _refuse_foreign_folder(paths)
-    lease = Lease.acquire(paths, gone=holder_is_gone, take_over=take_over)
+    lease = Lease.acquire(paths, gone=holder_is_gone, take_over=take_over, unattended=unattended)
     try:
         record = _reconcile(paths, config, lease) if paths.run.exists() else _create(paths, config)
         scheduler = make_scheduler(paths, config)

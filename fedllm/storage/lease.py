@@ -53,9 +53,19 @@ class Lease:
         """The lease's number; every coordinator record carries it."""
         return self.record.number
 
+    @property
+    def since(self) -> int:
+        """The lease at which a person started this: what counts from then on counts against it."""
+        return self.record.origin or self.number
+
     @classmethod
     def acquire(
-        cls, paths: RunPaths, *, gone: HolderIsGone = process_is_gone, take_over: bool = False
+        cls,
+        paths: RunPaths,
+        *,
+        gone: HolderIsGone = process_is_gone,
+        take_over: bool = False,
+        unattended: bool = False,
     ) -> "Lease":
         """Take the next lease.
 
@@ -64,6 +74,8 @@ class Lease:
             gone: says whether the present holder ended; None is unknown, and unknown is not gone.
             take_over: the user knows that the present holder ended; whoever takes the lease
                 meanwhile is another one.
+            unattended: no person started this; it goes on with what the holder before was
+                started for, and with the retries that it had left.
 
         Raises:
             LeaseError: another coordinator holds the run; the message names it.
@@ -80,6 +92,7 @@ class Lease:
                 pid=os.getpid(),
                 start_time=process_start_time(os.getpid()) or "",
                 slurm_job=os.environ.get("SLURM_JOB_ID"),
+                origin=(holder.origin or holder.number) if holder and unattended else None,
             )
             if mine.publish_once(paths.lease(number + 1)):
                 return cls(paths=paths, record=mine)
@@ -105,14 +118,11 @@ class Lease:
 
 def highest(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
     """Return the present lease, or (0, None)."""
-    try:
-        names = [p.name for p in paths.leases.iterdir()]
-    except FileNotFoundError:
-        return 0, None
-    numbers = [int(n.removesuffix(".json")) for n in names if n.removesuffix(".json").isdigit()]
-    if not numbers:
-        return 0, None
-    return max(numbers), LeaseRecord.read(paths.lease(max(numbers)))
+    for folder in paths.lease_folders():
+        names = [p.name.removesuffix(".json") for p in folder.glob("*.json")]
+        if numbers := [int(name) for name in names if name.isdigit()]:
+            return max(numbers), LeaseRecord.read(paths.lease(max(numbers)))
+    return 0, None
 
 
 def _refuse_unless_gone(paths: RunPaths, holder: LeaseRecord, gone: bool | None) -> None:

@@ -14,6 +14,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_]{1,80}")
 MOST_ENTRIES = 400
 # a bundle may be published in several parts
 _BUNDLES_PER_SHARD = 100
+# a lease is two files, and cron takes one a minute
+_LEASES_PER_SHARD = MOST_ENTRIES // 2
 
 
 def shard(folder: Path, number: int, size: int = MOST_ENTRIES) -> Path:
@@ -256,11 +258,23 @@ class RunPaths:
 
     def lease(self, number: int) -> Path:
         """Lease `number`; the highest holds."""
-        return self.leases / f"{number:04d}.json"
+        return shard(self.leases, number, _LEASES_PER_SHARD) / f"{number:04d}.json"
 
     def released(self, number: int) -> Path:
         """Lease `number` was given back by its holder."""
-        return self.leases / f"{number:04d}.released.json"
+        return self.lease(number).with_suffix(".released.json")
+
+    def lease_folders(self) -> list[Path]:
+        """Return the folders of leases that there are, the highest numbers first."""
+        if not self.leases.is_dir():
+            return []
+        shards = (p for p in self.leases.iterdir() if p.name.isdigit())
+        return [*sorted(shards, key=lambda p: int(p.name), reverse=True), self.leases]
+
+    @property
+    def coordinator_job(self) -> Path:
+        """The Slurm job that was submitted last to go on with the run."""
+        return self.leases / "submitted.json"
 
     @property
     def rounds(self) -> Path:

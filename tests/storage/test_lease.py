@@ -207,3 +207,27 @@ def test_without_a_boot_id_there_is_an_empty_one(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Path, "read_text", unreadable)
     assert boot_id() == ""
+
+
+def test_what_no_person_started_goes_on_with_the_start_that_a_person_made(paths: RunPaths) -> None:
+    def taken(*, unattended: bool) -> Lease:
+        return Lease.acquire(paths, take_over=True, unattended=unattended)
+
+    assert taken(unattended=True).since == 1
+    assert [taken(unattended=True).since for _ in range(2)] == [1, 1]
+    assert taken(unattended=False).since == 4
+    requeued = taken(unattended=True)
+    assert (requeued.number, requeued.since) == (5, 4)
+
+
+def test_a_lease_a_minute_for_months_fills_no_folder(paths: RunPaths) -> None:
+    for number in (1, 199, 200, 399, 400):
+        hold(paths, number=number, start_time="1")
+        assert highest(paths)[0] == number
+    lease = Lease.acquire(paths)
+    assert lease.number == 401
+    lease.release()
+    assert paths.released(401).parent == paths.lease(400).parent != paths.lease(399).parent
+    # made for a lease that was not taken in the end
+    (paths.leases / "0003").mkdir()
+    assert highest(paths)[0] == 401
