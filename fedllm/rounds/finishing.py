@@ -1,9 +1,8 @@
-"""What is left of a round: its record, the metrics, and what retention removes."""
-
-import shutil
+"""What is left of a round: its record, the metrics, and what retention keeps."""
 
 from fedllm.planning.evaluation import is_evaluated
 from fedllm.reporting.metrics import headline, write_metrics
+from fedllm.rounds.retention import prune
 from fedllm.rounds.run import Run
 from fedllm.storage.records import (
     AggregateRecord,
@@ -28,7 +27,8 @@ def finish_rounds(run: Run) -> bool:
             done = False
     if finished:
         write_metrics(run.paths)
-        prune(run)
+        run.lease.check()
+        prune(run.paths, run.config)
     return done
 
 
@@ -57,44 +57,3 @@ def _finish(run: Run, number: int) -> None:
     run.publish(record, paths.record)
     evaluation = EvaluationRecord.find(paths.evaluation_record)
     run.say(f"round {number}/{run.config.rounds}: done{headline(evaluation)}")
-
-
-def prune(run: Run) -> None:
-    """Remove what retention does not keep.
-
-    Updates stay until the next round is aggregated; states of the last `storage.keep_states`
-    rounds, of every `storage.keep_every`-th, and of the best evaluated one stay.
-    """
-    rounds = [run.paths.round(n) for n in range(run.config.rounds + 1)]
-    complete = [paths for paths in rounds if paths.record.exists()]
-    kept = {paths.number for paths in complete[-run.config.storage.keep_states :]}
-    kept |= {p.number for p in complete if p.number % run.config.storage.keep_every == 0}
-    kept |= best_round(run)
-    for paths in complete:
-        following = run.paths.round(paths.number + 1)
-        if following.aggregate_record.exists() and paths.updates.exists():
-            shutil.rmtree(paths.updates)
-            shutil.rmtree(paths.checkpoints, ignore_errors=True)
-        if following.aggregate_record.exists() and paths.number not in kept:
-            paths.global_state.unlink(missing_ok=True)
-        for unfinished in paths.aggregate.glob(".*.part"):
-            unfinished.unlink(missing_ok=True)
-
-
-def best_round(run: Run) -> set[int]:
-    """Return the evaluated round of the lowest mean loss on dev clients, else on all scored.
-
-    Only evaluations of the same clients and rows compare: the ones that most rounds have.
-    """
-    losses: dict[tuple[tuple[str, int], ...], dict[int, float]] = {}
-    for number in range(run.config.rounds + 1):
-        record = EvaluationRecord.find(run.paths.round(number).evaluation_record)
-        if record and record.clients:
-            dev = [c for c in record.clients if c.group == "dev"] or record.clients
-            scored = tuple((c.client, c.as_deployed.rows) for c in dev)
-            mean = sum(c.as_deployed.loss for c in dev) / len(dev)
-            losses.setdefault(scored, {})[number] = mean
-    if not losses:
-        return set()
-    usual = max(losses.values(), key=len)
-    return {min(usual, key=lambda number: usual[number])}
