@@ -7,7 +7,6 @@ the task itself writes.
 
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,12 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from fedllm.config.models import SchedulerSection
 from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
-from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm_commands import (
+    CommandRefused,
+    Commands,
+    InstalledCommands,
+    clean_environment,
+)
 from fedllm.scheduling.slurm_options import (
     TASK_DEFAULTS,
     WRITTEN_BY_SUBMITIT,
@@ -43,6 +47,7 @@ class ArrayExecutor(SlurmExecutor):
         parameters: submitit's parameters.
         environment: for sbatch.
         without: flags that submitit always writes and that the options take away.
+        commands: Slurm's.
     """
 
     def __init__(
@@ -52,12 +57,14 @@ class ArrayExecutor(SlurmExecutor):
         parameters: Mapping[str, Any],
         environment: Mapping[str, str],
         without: Sequence[str],
+        commands: Commands,
     ) -> None:
         super().__init__(job.log_folder)
         self.update_parameters(**parameters)
         self.parameters["map_count"] = job.tasks
         self._file = self.folder / f"{job.name}.sbatch"
         self._environment = environment
+        self._commands = commands
         self._without = tuple(f"#SBATCH --{flag}=" for flag in without)
 
     @classmethod
@@ -75,7 +82,8 @@ class ArrayExecutor(SlurmExecutor):
         Nothing follows sbatch that could fail and lose the id.
         """
         publish_bytes(self._file, self._make_submission_file_text(command, "").encode())
-        said = call(self._make_submission_command(self._file), environment=self._environment)
+        words = self._make_submission_command(self._file)
+        said = self._commands.call(words, environment=self._environment)
         job_id = self._get_job_id_from_submission_command(said)
         return SlurmJob(folder=self.folder, job_id=job_id)
 
@@ -95,14 +103,16 @@ class SlurmScheduler:
     Args:
         section: the scheduler's configuration.
         jobs_folder: where `client.py` and the other programs lie.
+        commands: Slurm's, unless something stands in for them.
     """
 
     section: SchedulerSection
     jobs_folder: Path = field(default_factory=lambda: shipped("jobs"))
+    commands: Commands = field(default_factory=InstalledCommands)
     _queue: Queue = field(init=False)
 
     def __post_init__(self) -> None:
-        queue = Queue(query_seconds=self.section.query_seconds)
+        queue = Queue(query_seconds=self.section.query_seconds, commands=self.commands)
         object.__setattr__(self, "_queue", queue)
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
@@ -163,7 +173,7 @@ class SlurmScheduler:
 
     def wait(self, seconds: float) -> None:
         """Sleep; records are looked for on the way out."""
-        time.sleep(seconds)
+        self.commands.sleep(seconds)
 
     def close(self) -> None:
         """Leave the jobs alone: they go on without a coordinator."""
@@ -198,6 +208,7 @@ class SlurmScheduler:
             parameters=parameters,
             environment=clean_environment(configured=flags),
             without=[flag for flag in WRITTEN_BY_SUBMITIT if flag not in flags],
+            commands=self.commands,
         )
 
 

@@ -1,8 +1,23 @@
-"""Slurm's commands: one call, one clean environment, failures told apart."""
+"""Slurm's commands: one call, one clean environment, failures told apart.
+
+What is issued, and what is read of the answers; `Commands` is all that the rest goes through:
+
+    sbatch FILE                                        `Submitted batch job 7`
+    squeue --noheader --array --user=UID ...           one line per array task
+        -o %i|%T|%r                                    `7_3|PENDING|Priority`
+        -t all -o %i|%j                                `7_3|name`, ended ones too
+        -t all --jobs=7,8 -O JobArrayID:|,State:|,exit_code:|,NodeList:|
+    sacct --noheader --parsable2 --allocations --starttime now-7days ...
+        --name=NAME --user=UID -o JobID,JobName        `7_3|name` or `7_[4-9%2]|name`
+        --duplicates --jobs=7,8 -o JobID,State,ExitCode,NodeList
+    scancel --quiet 7_[0,1,4]
+"""
 
 import os
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from fedllm.errors import UserError
 from fedllm.scheduling.seam import SchedulerUnreachable
@@ -42,6 +57,35 @@ _NO_CLUSTER = ("configuration source", "unable to process configuration file")
 
 class CommandRefused(Exception):
     """A command that reached Slurm and was turned down; the message is what it said, one line."""
+
+
+class Commands(Protocol):
+    """Slurm's commands, and the clock that goes with them."""
+
+    def call(self, words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
+        """Run a command and return its output; errors as of `call`."""
+
+    def monotonic(self) -> float:
+        """Return seconds since some moment."""
+
+    def sleep(self, seconds: float) -> None:
+        """Return after so long."""
+
+
+class InstalledCommands:
+    """The commands in PATH, and this machine's clock."""
+
+    def call(self, words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
+        """Run a command."""
+        return call(words, environment=environment)
+
+    def monotonic(self) -> float:
+        """Return this machine's monotonic clock."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
 
 
 def clean_environment(

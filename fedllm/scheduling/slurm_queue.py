@@ -3,12 +3,11 @@
 import contextlib
 import os
 import re
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm_commands import CommandRefused, call
+from fedllm.scheduling.slurm_commands import CommandRefused, Commands, InstalledCommands
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _ARRAY_ID = re.compile(r"(\d+)_(?:(\d+)|\[([\d,-]+)(?:%\d+)?\])")
@@ -21,9 +20,11 @@ class Queue:
 
     Args:
         query_seconds: the least time between two questions for states; failures double it.
+        commands: Slurm's.
     """
 
-    def __init__(self, *, query_seconds: float) -> None:
+    def __init__(self, *, query_seconds: float, commands: Commands) -> None:
+        self._commands = commands
         self._query_seconds = query_seconds
         self._next_query = float("-inf")
         self._failures = 0
@@ -41,7 +42,7 @@ class Queue:
 
         Before Slurm has answered once, and after it failed to, that is UNKNOWN: never GONE.
         """
-        if time.monotonic() >= self._next_query:
+        if self._commands.monotonic() >= self._next_query:
             self._ask()
         if self._listed is None:
             return dict.fromkeys(ids, TaskState.UNKNOWN)
@@ -50,7 +51,7 @@ class Queue:
 
     def _ask(self) -> None:
         try:
-            lines = squeue("-o", "%i|%T|%r").splitlines()
+            lines = squeue("-o", "%i|%T|%r", commands=self._commands).splitlines()
         except (SchedulerUnreachable, CommandRefused):
             self._failures += 1
             self._listed = None
@@ -66,7 +67,7 @@ class Queue:
                 if waits:
                     self._waiting_for[task] = reason
         backoff = min(2**self._failures, _MOST_BACKOFF)
-        self._next_query = time.monotonic() + self._query_seconds * backoff
+        self._next_query = self._commands.monotonic() + self._query_seconds * backoff
 
     def find(self, name: str) -> list[str] | None:
         """Return the tasks of the arrays named `name`, or None if Slurm knows of none.
@@ -78,12 +79,13 @@ class Queue:
             SchedulerUnreachable: slurmctld cannot be asked now.
         """
         try:
-            listed = named(name, squeue("-t", "all", "-o", "%i|%j"))
+            said = squeue("-t", "all", "-o", "%i|%j", commands=self._commands)
         except CommandRefused as error:
             raise SchedulerUnreachable(f"squeue: {error}") from error
+        listed = named(name, said)
         if not listed:
             words = (f"--name={name}", f"--user={os.getuid()}", "-o", "JobID,JobName")
-            listed = named(name, _accounting(*words))
+            listed = named(name, _accounting(*words, commands=self._commands))
         ids = _whole_arrays(listed)
         self.expect(ids)
         return ids or None
@@ -94,7 +96,7 @@ class Queue:
             unknown = [task for task in ids if task not in self._endings]
             if unknown:
                 arrays = ",".join(dict.fromkeys(task.partition("_")[0] for task in unknown))
-                self._endings |= ask(arrays)
+                self._endings |= ask(arrays, self._commands)
         found = {task: self._endings[task] for task in ids if task in self._endings}
         return {task: ending for task, ending in found.items() if ending.state != "COMPLETED"}
 
@@ -112,32 +114,33 @@ class Queue:
             return
         # refused for a task that ended meanwhile; whoever needs certainty asks for states
         with contextlib.suppress(CommandRefused):
-            call(["scancel", "--quiet", *_expressions(ids)])
+            self._commands.call(["scancel", "--quiet", *_expressions(ids)])
 
 
-def squeue(*words: str) -> str:
+def squeue(*words: str, commands: Commands | None = None) -> str:
     """Ask for jobs of this user, one line per array task.
 
     Raises:
         SchedulerUnreachable: slurmctld cannot be asked now.
         CommandRefused: it knows nothing of what was asked for.
     """
-    return call(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
+    ask = (commands or InstalledCommands()).call
+    return ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
 
 
-def _accounting(*words: str) -> str:
+def _accounting(*words: str, commands: Commands) -> str:
     """Ask the accounting; a site without one, or one that does not answer, knows nothing."""
     words = ("--starttime", _ACCOUNTING_WINDOW, *words)
     try:
-        return call(["sacct", "--noheader", "--parsable2", "--allocations", *words])
+        return commands.call(["sacct", "--noheader", "--parsable2", "--allocations", *words])
     except (CommandRefused, SchedulerUnreachable):
         return ""
 
 
-def _endings_in_queue(arrays: str) -> dict[str, Ending]:
+def _endings_in_queue(arrays: str, commands: Commands) -> dict[str, Ending]:
     fields = "JobArrayID:|,State:|,exit_code:|,NodeList:|"
     try:
-        said = squeue("-t", "all", f"--jobs={arrays}", "-O", fields)
+        said = squeue("-t", "all", f"--jobs={arrays}", "-O", fields, commands=commands)
     except (CommandRefused, SchedulerUnreachable):
         return {}
     endings = {}
@@ -149,9 +152,10 @@ def _endings_in_queue(arrays: str) -> dict[str, Ending]:
     return endings
 
 
-def _endings_in_accounting(arrays: str) -> dict[str, Ending]:
+def _endings_in_accounting(arrays: str, commands: Commands) -> dict[str, Ending]:
     # --duplicates: also the earlier starts of a requeued task; the last line is the last start
-    said = _accounting("--duplicates", f"--jobs={arrays}", "-o", "JobID,State,ExitCode,NodeList")
+    words = ("--duplicates", f"--jobs={arrays}", "-o", "JobID,State,ExitCode,NodeList")
+    said = _accounting(*words, commands=commands)
     endings = {}
     for line in said.splitlines():
         task, state, code, node = line.split("|")[:4]
