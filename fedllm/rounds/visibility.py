@@ -1,0 +1,39 @@
+"""A run directory that compute nodes cannot see: told by jobs that failed without a log."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedllm.scheduling.seam import Ending
+from fedllm.storage.records import EndingRecord
+
+Endings = Mapping[str, Ending] | Mapping[str, EndingRecord]
+
+# Slurm's word for a job that ended by itself; one that was cancelled in the queue leaves no log
+_BY_ITSELF = "FAILED"
+
+
+def nodes_without_sight(endings: Endings, logs: Path) -> list[str]:
+    """Return the nodes on which a task failed before it could open its log in `logs`.
+
+    A log is opened before the first line of a job runs: a failed task without one could not reach
+    the folder. To be asked once what those nodes wrote must be visible here.
+    """
+    return sorted(
+        {
+            ending.node
+            for task, ending in endings.items()
+            if ending.state == _BY_ITSELF and ending.node and not any(logs.glob(f"{task}_*"))
+        }
+    )
+
+
+def unseen(root: Path, kind: str, endings: Endings, logs: Path) -> str | None:
+    """Return one line when nodes could not see the run directory `root`, else None."""
+    nodes = nodes_without_sight(endings, logs)
+    if not nodes:
+        return None
+    return (
+        f"{root}: node {', '.join(nodes)} cannot see it (the {kind} job failed there at once and "
+        "could not open its log); put runs on storage that all compute nodes share (--run-dir), "
+        "and look at it with: fedllm doctor --run-dir DIR"
+    )
