@@ -18,11 +18,15 @@ ENVIRONMENT = dict(os.environ)
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A running cluster of two nodes with four CPUs each."""
+    """A running cluster of two nodes with four CPUs each.
+
+    `lines` are further ones of slurm.conf; they replace keys of the development cluster.
+    """
 
     root: Path
     port: int
     accounting: bool
+    lines: str = ""
 
     @property
     def conf(self) -> Path:
@@ -35,6 +39,7 @@ class Cluster:
             "DEVCLUSTER_PORT": str(self.port),
             "DEVCLUSTER_ACCOUNTING": str(int(self.accounting)),
             "DEVCLUSTER_NODES": str(NODES),
+            "DEVCLUSTER_EXTRA_CONF": self.lines,
         }
         # daemons inherit the output, so that a pipe would stay open
         with (self.root.parent / f"{self.root.name}.log").open("ab") as log:

@@ -1,6 +1,7 @@
-"""Real Slurm clusters, one with accounting and one without, each started once when needed."""
+"""Real Slurm clusters, started once each when needed: without and with accounting, with limits."""
 
 import os
+import pwd
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ from tests.slurm.runs import Begun
 from tests.tiny import Tiny
 
 DAEMONS = "/usr/sbin:/sbin"
+# Few tasks in an array, enforced limits, and a partition of one node for half an hour at most.
+LIMITS = """MaxArraySize=10
+AccountingStorageEnforce=associations,limits,qos
+PartitionName=short Nodes=n1 MaxTime=30 State=UP"""
 
 
-def _cluster(*, accounting: bool) -> Iterator[Cluster]:
+def _cluster(*, accounting: bool, lines: str = "") -> Iterator[Cluster]:
     if shutil.which("slurmctld", path=f"{os.environ['PATH']}:{DAEMONS}") is None:
         message = "Slurm is not installed: make slurm-packages"
         assert not os.environ.get("CI"), message
@@ -24,7 +29,8 @@ def _cluster(*, accounting: bool) -> Iterator[Cluster]:
     # a short path: sockets lie in it; munge wants it open to all
     folder = Path(tempfile.mkdtemp(prefix="fedllm-slurm-"))
     folder.chmod(0o755)
-    cluster = Cluster(root=folder / "c", port=free_ports(NODES + 2), accounting=accounting)
+    port = free_ports(NODES + 2)
+    cluster = Cluster(root=folder / "c", port=port, accounting=accounting, lines=lines)
     try:
         cluster.devcluster("up")
         yield cluster
@@ -45,11 +51,26 @@ def accounting_cluster() -> Iterator[Cluster]:
     yield from _cluster(accounting=True)
 
 
+@pytest.fixture(scope="session")
+def limited_cluster() -> Iterator[Cluster]:
+    """A cluster of `LIMITS`; this user has account `lab`, not `denied`, and 5 jobs at most."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    for cluster in _cluster(accounting=True, lines=LIMITS):
+        for words in (
+            ("add", "account", "lab", "denied"),
+            ("add", "user", user, "account=lab"),
+            ("modify", "user", user, "set", "DefaultAccount=lab"),
+            ("modify", "user", "where", f"name={user}", "account=lab", "set", "MaxSubmitJobs=5"),
+        ):
+            cluster.slurm("sacctmgr", "-i", *words)
+        yield cluster
+
+
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """The cluster that this process's Slurm commands mean; its queue is empty again afterwards.
 
-    Without accounting unless parametrized with "accounting".
+    Without accounting unless parametrized with "accounting" or "limited".
     """
     kind = getattr(request, "param", "plain")
     chosen: Cluster = request.getfixturevalue(f"{kind}_cluster")
