@@ -72,8 +72,8 @@ def digest_of(records: str, layout: str, data: Iterable[bytes | memoryview]) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Header:
-    """The header of an update file; `layout` holds its tensors."""
+class Header:
+    """The header of a file of records and tensors; `layout` holds the tensors."""
 
     records: str
     digest: str
@@ -89,11 +89,21 @@ def read_update(path: Path) -> list[Published]:
         DamagedUpdateError: it is truncated, altered or not an update file.
     """
     with path.open("rb") as file:
-        header = _read_header(file)
-        data = iter(lambda: file.read(_CHUNK_BYTES), b"")
-        if digest_of(header.records, layout_text(header.layout), data) != header.digest:
-            raise DamagedUpdateError("checksum does not match")
+        header = read_whole(file)
     return _published(path.name, header)
+
+
+def read_whole(file: BinaryIO) -> Header:
+    """Read the header of a file of records and tensors and check its checksum.
+
+    Raises:
+        DamagedUpdateError: it is truncated, altered or no such file.
+    """
+    header = _read_header(file)
+    data = iter(lambda: file.read(_CHUNK_BYTES), b"")
+    if digest_of(header.records, layout_text(header.layout), data) != header.digest:
+        raise DamagedUpdateError("checksum does not match")
+    return header
 
 
 def read_records(path: Path) -> list[UpdateRecord]:
@@ -108,7 +118,7 @@ def read_records(path: Path) -> list[UpdateRecord]:
     return [update.record for update in _published(path.name, header)]
 
 
-def _read_header(file: BinaryIO) -> _Header:
+def _read_header(file: BinaryIO) -> Header:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     count = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -117,7 +127,7 @@ def _read_header(file: BinaryIO) -> _Header:
         metadata = raw.pop(METADATA)
         if not isinstance(metadata[RECORDS], str):
             raise TypeError("records are a text")
-        header = _Header(
+        header = Header(
             records=metadata[RECORDS],
             digest=metadata[DIGEST],
             layout=raw,
@@ -143,7 +153,7 @@ def _data_bytes(layout: Mapping[str, Any]) -> int:
     return end
 
 
-def _published(name: str, header: _Header) -> list[Published]:
+def _published(name: str, header: Header) -> list[Published]:
     try:
         records = _RECORDS.validate_json(header.records)
     except ValidationError as error:
