@@ -9,6 +9,7 @@ FedllmError
 │   ├── RunDirectoryError: a run directory of another run, or one that cannot be written
 │   └── LeaseError: another coordinator holds the run
 ├── RunFailed (exit 1): the run cannot go on (quorum missed, a job that fails again and again)
+│   └── OutOfMemory: a client's training needs more than there is
 └── Incomplete (exit 3): `fedllm resume` will go on
     └── StorageFull: no space or quota left
 """
@@ -54,6 +55,10 @@ class RunFailed(FedllmError):
     """The run cannot go on without a change of circumstances."""
 
     exit_code = 1
+
+
+class OutOfMemory(RunFailed):
+    """A client's training needs more memory than there is."""
 
 
 class Incomplete(FedllmError):

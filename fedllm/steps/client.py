@@ -1,26 +1,32 @@
 """What the clients of a round share, and the training of one of them."""
 
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from fedllm.config.loading import result_fingerprint
 from fedllm.config.models import Config
-from fedllm.errors import DataError, RunDirectoryError, UserError
+from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter
 from fedllm.methods.protocol import Method
 from fedllm.methods.table import local_rule
+from fedllm.model.batches import TokenRow
 from fedllm.model.slots import AdapterSlots
 from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
+from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError
 from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
+from fedllm.storage.checkpoints import CheckpointIdentity
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile, sha256_of
 from fedllm.training.environment import environment
-from fedllm.training.loop import LocalSettings, TrainResult, train_client
+from fedllm.training.loop import LocalSettings, Snapshot, TrainResult, train_client
+from fedllm.training.memory import let_go, micro_batch_size, micro_batch_sizes, ran_out, wanted
 from fedllm.training.plan import Draws
 
 T = TypeVar("T")
@@ -44,6 +50,7 @@ class ClientRound:
     run_id: str
     config: Config
     prepared: PreparedRecord
+    result_fingerprint: str
     cohort: CohortRecord
     state: TensorFile
     method: Method
@@ -69,6 +76,7 @@ class ClientRound:
             paths=paths,
             run_id=_patiently(lambda: RunRecord.read(run.run), patience).run_id,
             config=config,
+            result_fingerprint=result_fingerprint(config),
             prepared=_patiently(lambda: session.prepared(run.prepared), patience),
             cohort=cohort,
             state=_patiently(lambda: _state(run, cohort), patience),
@@ -105,43 +113,143 @@ class ClientRound:
         bundle: int,
         identity: TaskIdentity,
         before_step: Callable[[int, Save], None] = lambda _step, _save: None,
+        resume: bool = True,
     ) -> Trained:
-        """Train one client; the losses and factors depend on round and client alone.
+        """Train one client, from its checkpoint where there is one of the same training.
 
-        `before_step` gets the number of the optimizer step, from 0, and `save`, which writes the
-        client's state as it is before that step; what it raises ends the training.
+        The losses and factors depend on round and client alone, wherever and however often the
+        training was interrupted. Where memory runs out and `training.smaller_micro_batch` allows
+        it, the client is trained again from its start with half the micro-batch, which changes
+        their rounding and is recorded; the next client begins with the configured one.
+
+        Args:
+            client: one of the round's cohort.
+            attempt: the attempt that the client is trained in.
+            bundle: its bundle there.
+            identity: the task that trains.
+            before_step: called with the number of the optimizer step, from 0, and `save`, which
+                writes the client's state as it is before that step to its checkpoint; nothing is
+                written where no step was taken since the training began or was resumed. What it
+                raises ends the training.
+            resume: False trains from the start, whatever checkpoint there is.
 
         Raises:
             DataError: the client has no training rows.
+            OutOfMemory: there is not enough memory.
         """
         received = self.received(client)
         rows = self.session.data(self.prepared.data_path).rows(client, "train")
         if not rows:
             raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
-        result = train_client(
+        sizes = list(micro_batch_sizes(self.config.training, len(rows)))
+        training = self._begin(client, sizes, received if resume else None)
+        while True:
+            try:
+                result = self._train(training, received, rows, before_step)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                more = wanted(error)
+            # only now, without the error's traceback, can the tensors of that attempt go
+            let_go(self.slots)
+            training = self._smaller(training, sizes, more)
+        record = self._record(training, result, attempt=attempt, bundle=bundle, identity=identity)
+        return Trained(record=record, adapter=result.adapter)
+
+    def discard_checkpoint(self, client: str) -> None:
+        """Remove what was saved of a client that is published."""
+        self.paths.checkpoint(client).unlink(missing_ok=True)
+
+    def _begin(self, client: str, sizes: Sequence[int], received: Adapter | None) -> Resumable:
+        """Return a client's training, with the checkpoint that `received` was trained to."""
+        path = self.paths.checkpoint(client)
+        training = Resumable(
+            path=path,
+            identity=CheckpointIdentity(
+                run_id=self.run_id,
+                result_fingerprint=self.result_fingerprint,
+                round=self.cohort.round,
+                client=client,
+                base_fingerprint=self.cohort.base_fingerprint,
+                data_fingerprint=self.cohort.data_fingerprint,
+                state_sha256=self.cohort.state_sha256,
+            ),
+            micro_batch_size=sizes[0],
+            environment=environment(self.config.training, str(self.slots.device)),
+        )
+        if received is None:
+            return training
+        try:
+            resumed = training.resumed(sizes, received)
+        except UnusableCheckpointError as error:
+            say(f"client {client}: trains from its start: {path}: {error}")
+            return training
+        if resumed is not training:
+            say(f"client {client}: goes on after {resumed.begun_at} steps, from {path}")
+        return resumed
+
+    def _train(
+        self,
+        training: Resumable,
+        received: Adapter,
+        rows: Sequence[TokenRow],
+        before_step: Callable[[int, Save], None],
+    ) -> TrainResult:
+        def hook(step: int, snapshot: Snapshot) -> None:
+            before_step(step, lambda: training.save(snapshot()))
+
+        section = self.settings.training
+        # as configured, unless memory ran out: the bits are those of a run that asks for it
+        if training.micro_batch_size != micro_batch_size(section):
+            section = section.model_copy(update={"micro_batch_size": training.micro_batch_size})
+        return train_client(
             self.slots,
             received,
             rows,
-            settings=self.settings,
-            draws=Draws(seed=self.config.seed, round=self.cohort.round, client=client),
-            before_step=lambda step: before_step(step, lambda: None),
+            settings=replace(self.settings, training=section),
+            draws=Draws(
+                seed=self.config.seed, round=self.cohort.round, client=training.identity.client
+            ),
+            progress=training.progress,
+            before_step=hook,
         )
-        record = self._record(client, result, attempt=attempt, bundle=bundle, identity=identity)
-        return Trained(record=record, adapter=result.adapter)
+
+    def _smaller(self, training: Resumable, sizes: Sequence[int], more: str) -> Resumable:
+        """Return the training to try after one that found too little memory.
+
+        Raises:
+            OutOfMemory: there is none.
+        """
+        client, size = training.identity.client, training.micro_batch_size
+        told = f"client {client}: memory ran out with micro-batches of {size} rows{more}"
+        smaller = next((other for other in sizes if other < size), None)
+        if smaller is not None:
+            say(f"{told}; it is trained again from its start with {smaller}")
+            return training.anew(smaller)
+        remedy = (
+            "training.gradient_checkpointing: true or a smaller data.cutoff_tokens"
+            if size == 1
+            else "a smaller training.micro_batch_size or training.smaller_micro_batch: true"
+        )
+        raise OutOfMemory(
+            f"{told}; give the task more memory and resume, or begin a new run with {remedy}"
+        )
 
     def _record(
         self,
-        client: str,
+        training: Resumable,
         result: TrainResult,
         *,
         attempt: int,
         bundle: int,
         identity: TaskIdentity,
     ) -> UpdateRecord:
+        size = training.micro_batch_size
         return UpdateRecord(
             run_id=self.run_id,
             round=self.cohort.round,
-            client=client,
+            client=training.identity.client,
             attempt=attempt,
             bundle=bundle,
             status="failed" if result.reason else "ok",
@@ -157,7 +265,10 @@ class ClientRound:
             peak_memory_bytes=result.peak_memory_bytes,
             norms=result.norms,
             scales=result.scales,
-            environment=environment(self.config.training, str(self.slots.device)),
+            micro_batch_size=None if size == micro_batch_size(self.config.training) else size,
+            resumed_at=training.resumed_at,
+            earlier_environments=training.earlier_environments,
+            environment=training.environment,
             node=identity.node,
             task=identity.task,
             log=identity.log,
@@ -190,3 +301,9 @@ def _patiently(read: Callable[[], T], seconds: float) -> T:
         if time.monotonic() >= deadline:
             raise problem
         time.sleep(_RETRY_SECONDS)
+
+
+def say(line: str) -> None:
+    """Write a line to the task's log."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from fedllm.errors import RunDirectoryError
+from fedllm.storage.checkpoints import CheckpointRecord
 from fedllm.storage.publish import publishing
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.updates import (
@@ -20,8 +25,10 @@ from fedllm.storage.updates import (
     LENGTH_BYTES,
     METADATA,
     RECORDS,
+    DamagedUpdateError,
     digest_of,
     layout_text,
+    read_whole,
     records_text,
     tensor_name,
 )
@@ -37,6 +44,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def sha256_of(path: Path) -> str:
@@ -126,16 +134,68 @@ def publish_update(
         records: one per client; a failed client has a record and no tensors.
         tensors: client -> module -> (A (R, I), B (O, R)).
     """
-    named = _in_file_order(
-        {
-            tensor_name(client, module, factor): value
-            for client, modules in tensors.items()
-            for module, pair in modules.items()
-            for factor, value in zip("AB", pair, strict=True)
-        }
-    )
+    named = {
+        tensor_name(client, module, factor): value
+        for client, modules in tensors.items()
+        for module, pair in modules.items()
+        for factor, value in zip("AB", pair, strict=True)
+    }
+    _publish_checked(path, records_text(records), named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A client's unfinished training as it was saved.
+
+    `tensors` are, on the CPU, the factors (`<module>|A`, `<module>|B`) and what the optimizer
+    keeps for each of them (`<module>|A|<name>`).
+    """
+
+    record: CheckpointRecord
+    tensors: Mapping[str, torch.Tensor]
+
+
+def publish_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Publish a client's unfinished training in place of what was saved of it before."""
+    _publish_checked(path, checkpoint.record.model_dump_json(), checkpoint.tensors)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a client's unfinished training.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedUpdateError: it is truncated, altered or not a checkpoint.
+    """
+    with path.open("rb") as file:
+        header = read_whole(file)
+        content = bytearray(header.data_bytes)
+        file.seek(-header.data_bytes, os.SEEK_END)
+        file.readinto(content)
+    try:
+        record = CheckpointRecord.model_validate_json(header.records)
+    except ValidationError as error:
+        raise DamagedUpdateError(f"its record is not valid ({error.error_count()})") from error
+    return Checkpoint(record=record, tensors=_views(header.layout, content))
+
+
+def _views(layout: Mapping[str, Any], content: bytearray) -> dict[str, torch.Tensor]:
+    """Return the tensors that lie in `content`: nothing is copied."""
+    return {
+        name: torch.frombuffer(
+            content,
+            dtype=_TORCH_DTYPES[entry["dtype"]],
+            count=math.prod(entry["shape"]),
+            offset=entry["data_offsets"][0],
+        ).reshape(entry["shape"])
+        for name, entry in layout.items()
+    }
+
+
+def _publish_checked(path: Path, text: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Publish tensors and what the records say of them under one checksum."""
+    named = _in_file_order(tensors)
     layout = _layout(named)
-    text = records_text(records)
     digest = digest_of(text, layout_text(layout), map(_bytes_of, named.values()))
     header = {METADATA: {RECORDS: text, DIGEST: digest}, **layout}
     _publish(path, [_encoded(header), *map(_bytes_of, named.values())])

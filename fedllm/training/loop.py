@@ -18,8 +18,10 @@ from fedllm.model.batches import Batch, LossOn, TokenRow, collate, token_losses
 from fedllm.model.slots import AdapterSlots, Installed
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.plan import Draws, plan_steps, rate_factor
+from fedllm.training.progress import Progress, restore, tensors_of
 
-StepHook = Callable[[int], None]
+Snapshot = Callable[[], Progress]
+StepHook = Callable[[int, Snapshot], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,13 @@ def train_client(
     *,
     settings: LocalSettings,
     draws: Draws,
-    before_step: StepHook = lambda _step: None,
+    progress: Progress | None = None,
+    before_step: StepHook = lambda _step, _snapshot: None,
 ) -> TrainResult:
     """Train a copy of `adapter` on a client's rows.
 
-    The result is a function of the arguments, whatever was trained before it in this process.
+    The result is a function of the arguments, whatever was trained before it in this process, and
+    the same from any progress of this training; only seconds and memory tell them apart.
 
     Args:
         slots: the base model, which stays as it is.
@@ -74,19 +78,18 @@ def train_client(
         rows: the client's training rows, at least one.
         settings: how clients train.
         draws: the identity that all randomness follows from.
-        before_step: called with the step's number; what it raises ends the training.
+        progress: goes on from there, with the same arguments; None: from the start.
+        before_step: called with the step's number, from 0, and a function that returns the
+            progress as it is; what it raises ends the training.
     """
-    begun = time.perf_counter()
     steps = plan_steps(len(rows), settings.training, draws)
-    loop = _Loop(slots, slots.install(adapter), settings, draws, len(steps))
-    tokens = loss_tokens = 0
-    for number, places in enumerate(steps):
-        before_step(number)
-        batches = loop.collate([rows[place] for place in places])
-        tokens += sum(batch.num_tokens for batch in batches)
-        loss_tokens += sum(batch.num_targets for batch in batches)
-        loop.step(number, batches)
-    losses = loop.finish()
+    loop = _Loop(slots, adapter, settings, draws, len(steps))
+    if progress is not None:
+        loop.resume(progress)
+    for number in range(loop.num_done, len(steps)):
+        before_step(number, loop.progress)
+        loop.step(number, loop.collate([rows[place] for place in steps[number]]))
+    losses = loop.losses()
     norms = _norms(loop.installed)
     reason = _failure(losses, norms)
     return TrainResult(
@@ -94,12 +97,12 @@ def train_client(
         reason=reason,
         rows=len({place for places in steps for place in places}),
         steps=len(steps),
-        tokens=tokens,
-        loss_tokens=loss_tokens,
+        tokens=loop.tokens,
+        loss_tokens=loop.loss_tokens,
         losses=losses,
-        seconds=time.perf_counter() - begun,
+        seconds=loop.seconds,
         step_seconds=loop.step_seconds,
-        peak_memory_bytes=_peak_memory_bytes(loop.device),
+        peak_memory_bytes=loop.peak_memory_bytes,
         norms=norms,
         scales=dict(loop.installed.scales),
     )
@@ -111,24 +114,66 @@ class _Loop:
     def __init__(
         self,
         slots: AdapterSlots,
-        installed: Installed,
+        adapter: Adapter,
         settings: LocalSettings,
         draws: Draws,
         num_steps: int,
     ) -> None:
-        self.installed = installed
+        self._begun = time.perf_counter()
+        self.installed = slots.install(adapter)
         self.device = slots.device
+        self.tokens = self.loss_tokens = 0
         self.step_seconds = 0.0
+        self._earlier_peak = 0
         self._slots, self._settings, self._draws = slots, settings, draws
         self._num_steps = num_steps
+        self._earlier_losses: list[float] = []
         self._losses: list[Tensor] = []
-        self._parameters = installed.parameters
+        self._parameters = self.installed.parameters
         self._optimizer: Optimizer = build_optimizer(
             self._parameters, settings.rule, settings.training
         )
         slots.train(gradient_checkpointing=settings.training.gradient_checkpointing)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def num_done(self) -> int:
+        """How many optimizer steps were taken."""
+        return len(self._earlier_losses) + len(self._losses)
+
+    @property
+    def seconds(self) -> float:
+        """How long the training has taken."""
+        return time.perf_counter() - self._begun
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that was in use."""
+        return max(self._earlier_peak, _peak_memory_bytes(self.device))
+
+    def progress(self) -> Progress:
+        """Return all that the rest depends on; waits for the device."""
+        return Progress(
+            step=self.num_done,
+            tensors=tensors_of(self.installed, self._optimizer),
+            losses=self.losses(),
+            tokens=self.tokens,
+            loss_tokens=self.loss_tokens,
+            seconds=self.seconds,
+            step_seconds=self.step_seconds,
+            peak_memory_bytes=self.peak_memory_bytes,
+        )
+
+    def resume(self, progress: Progress) -> None:
+        """Be where a training of the same client was."""
+        restore(self.installed, self._optimizer, progress.tensors)
+        self._earlier_losses = list(progress.losses)
+        self._earlier_peak = progress.peak_memory_bytes
+        self.tokens, self.loss_tokens = progress.tokens, progress.loss_tokens
+        self._begun -= progress.seconds
+        self.step_seconds = progress.step_seconds
+        assert self.num_done == progress.step, f"{self.num_done} losses at step {progress.step}"
 
     def collate(self, rows: Sequence[TokenRow]) -> list[Batch]:
         """Return the micro-batches of one optimizer step."""
@@ -145,6 +190,8 @@ class _Loop:
 
     def step(self, number: int, batches: Sequence[Batch]) -> None:
         """Take one optimizer step; its loss is the mean over all its targets."""
+        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.loss_tokens += sum(batch.num_targets for batch in batches)
         training = self._settings.training
         _reseed(self._draws.step(number), self.device)
         begun = time.perf_counter()
@@ -172,12 +219,12 @@ class _Loop:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def finish(self) -> list[float]:
-        """Wait for the device and return the losses."""
+    def losses(self) -> list[float]:
+        """Wait for the device and return the losses of all steps."""
         begun = time.perf_counter()
-        losses: list[float] = torch.stack(self._losses).tolist()
+        losses: list[float] = torch.stack(self._losses).tolist() if self._losses else []
         self.step_seconds += time.perf_counter() - begun
-        return losses
+        return [*self._earlier_losses, *losses]
 
 
 def _reseed(seed: int, device: torch.device) -> None:

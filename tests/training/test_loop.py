@@ -210,12 +210,22 @@ def test_a_divergent_client_fails_and_names_the_module(slots: AdapterSlots) -> N
     )
     assert found.adapter == {}
     assert "model.layers.0.mlp.down_proj" in found.reason
-    assert "is not finite after training (loss of step" in found.reason
+    assert "is not finite after training" in found.reason
     assert trained(slots).reason == ""
 
 
+def test_a_client_that_fails_names_the_step_whose_loss_was_not_finite(slots: AdapterSlots) -> None:
+    broken = start(slots)
+    broken["model.layers.1.self_attn.q_proj"].b_OR.fill_(float("nan"))
+    settings = LocalSettings(training=TrainingSection(batch_size=4), rule=LOCAL_RULES["fedavg"])
+    draws = Draws(seed=0, round=1, client="0")
+    found = train_client(slots, broken, rows_of(0), settings=settings, draws=draws)
+    assert found.adapter == {}
+    assert found.reason.endswith("is not finite after training (loss of step 1: nan)")
+
+
 def test_what_the_hook_raises_ends_the_training(slots: AdapterSlots) -> None:
-    def stop(step: int) -> None:
+    def stop(step: int, _snapshot: object) -> None:
         if step == 1:
             raise InterruptedError
 

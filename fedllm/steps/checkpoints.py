@@ -1,0 +1,130 @@
+"""A client's checkpoint: the training that a worker could not finish, and another goes on with."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedllm.lora.factors import Adapter
+from fedllm.storage.checkpoints import CheckpointIdentity, CheckpointRecord
+from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
+from fedllm.storage.updates import DamagedUpdateError
+from fedllm.training.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumable:
+    """What one training of a client leaves of itself, and takes from the one before.
+
+    `progress` is where it begins, None at its start; `resumed_at` and `environments` tell of the
+    processes that it was in before, those of the one that now trains last.
+    """
+
+    path: Path
+    identity: CheckpointIdentity
+    micro_batch_size: int
+    environment: dict[str, str]
+    progress: Progress | None = None
+    resumed_at: list[int] = field(default_factory=list)
+    environments: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def begun_at(self) -> int:
+        """How many optimizer steps were taken before it."""
+        return self.progress.step if self.progress else 0
+
+    @property
+    def earlier_environments(self) -> list[dict[str, str]]:
+        """The environments that differ from the present one."""
+        return [found for found in self.environments if found != self.environment]
+
+    def save(self, progress: Progress) -> None:
+        """Publish the progress, unless there is none since this training began.
+
+        Raises:
+            StorageFull: no space or quota is left.
+            RunDirectoryError: the folder cannot be written.
+        """
+        if progress.step == self.begun_at:
+            return
+        record = CheckpointRecord(
+            identity=self.identity,
+            micro_batch_size=self.micro_batch_size,
+            step=progress.step,
+            losses=progress.losses,
+            tokens=progress.tokens,
+            loss_tokens=progress.loss_tokens,
+            seconds=progress.seconds,
+            step_seconds=progress.step_seconds,
+            peak_memory_bytes=progress.peak_memory_bytes,
+            resumed_at=self.resumed_at,
+            environments=[*self.earlier_environments, self.environment],
+        )
+        publish_checkpoint(self.path, Checkpoint(record=record, tensors=progress.tensors))
+
+    def resumed(self, micro_batch_sizes: Collection[int], received: Adapter) -> "Resumable":
+        """Return the training as its checkpoint has it; this one where there is no checkpoint.
+
+        Args:
+            micro_batch_sizes: those that it may be trained with: others round differently.
+            received: what the client starts from.
+
+        Raises:
+            UnusableCheckpointError: the checkpoint is damaged, or of another training.
+        """
+        checkpoint = _read(self.path)
+        if checkpoint is None:
+            return self
+        record = checkpoint.record
+        for key, value in self.identity:
+            if getattr(record.identity, key) != value:
+                raise UnusableCheckpointError(f"it is of another {key.replace('_', ' ')}")
+        if record.micro_batch_size not in micro_batch_sizes:
+            raise UnusableCheckpointError(f"its micro-batches have {record.micro_batch_size} rows")
+        progress = _progress(checkpoint)
+        if not progress.fits(received):
+            raise UnusableCheckpointError("its factors have other shapes")
+        return replace(
+            self,
+            micro_batch_size=record.micro_batch_size,
+            progress=progress,
+            resumed_at=[*record.resumed_at, record.step],
+            environments=record.environments,
+        )
+
+    def anew(self, micro_batch_size: int) -> "Resumable":
+        """Return the same training at its start, with other micro-batches."""
+        return Resumable(
+            path=self.path,
+            identity=self.identity,
+            micro_batch_size=micro_batch_size,
+            environment=self.environment,
+        )
+
+
+class UnusableCheckpointError(Exception):
+    """A checkpoint that this training cannot go on from; the text says why."""
+
+
+def _read(path: Path) -> Checkpoint | None:
+    try:
+        return read_checkpoint(path)
+    except FileNotFoundError:
+        return None
+    except DamagedUpdateError as error:
+        raise UnusableCheckpointError(str(error)) from error
+    except OSError as error:
+        raise UnusableCheckpointError(f"cannot be read ({error.strerror})") from error
+
+
+def _progress(checkpoint: Checkpoint) -> Progress:
+    record = checkpoint.record
+    return Progress(
+        step=record.step,
+        tensors=checkpoint.tensors,
+        losses=record.losses,
+        tokens=record.tokens,
+        loss_tokens=record.loss_tokens,
+        seconds=record.seconds,
+        step_seconds=record.step_seconds,
+        peak_memory_bytes=record.peak_memory_bytes,
+    )

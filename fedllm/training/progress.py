@@ -1,0 +1,77 @@
+"""A client's training between two of its optimizer steps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fedllm.lora.factors import Adapter
+from fedllm.model.slots import Installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """All that the rest of a client's training depends on, before step `step` (from 0).
+
+    No generator's state is among it: every step seeds anew. `losses`, the counts, the seconds and
+    the peak of memory are those of the steps before.
+
+    `tensors` are the factors (`<module>|A`, `<module>|B`) and what the optimizer keeps for each
+    of them (`<module>|A|<name>`). In a training they are its own, which the next step changes.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    losses: list[float]
+    tokens: int
+    loss_tokens: int
+    seconds: float
+    step_seconds: float
+    peak_memory_bytes: int
+
+    def fits(self, adapter: Adapter) -> bool:
+        """Say whether its factors have the modules and shapes of `adapter`."""
+        shapes = {name: t.shape for name, t in self.tensors.items() if name.count("|") == 1}
+        asked = {f"{module}|A": f.a_RI.shape for module, f in adapter.items()}
+        return shapes == asked | {f"{module}|B": f.b_OR.shape for module, f in adapter.items()}
+
+
+def tensors_of(installed: Installed, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the factors and the optimizer's state by name, without copying them."""
+    names = _names(installed)
+    kept = optimizer.state_dict()["state"]
+    return {
+        **{name: p.detach() for name, p in zip(names, installed.parameters, strict=True)},
+        **{
+            f"{name}|{part}": value
+            for number, name in enumerate(names)
+            for part, value in kept.get(number, {}).items()
+            # SGD without momentum keeps none
+            if value is not None
+        },
+    }
+
+
+def restore(installed: Installed, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the factors and the optimizer's state back as they were."""
+    names = _names(installed)
+    kept = {number: _parts(name, tensors) for number, name in enumerate(names)}
+    with torch.no_grad():
+        for name, parameter in zip(names, installed.parameters, strict=True):
+            parameter.copy_(tensors[name])
+    groups = optimizer.state_dict()["param_groups"]
+    state = {number: parts for number, parts in kept.items() if parts}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{name}|"
+    # the optimizer changes its state in place: what was read stays as it is
+    return {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _names(installed: Installed) -> Sequence[str]:
+    """Return the names of the parameters, in their order."""
+    return [f"{module}|{factor}" for factor in "AB" for module in installed.modules]
