@@ -1,93 +1,70 @@
-"""Cutting a round's work into bundles, and how many workers take them."""
+"""Cutting a class's clients into bundles of decreasing size, costliest clients first."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from fedllm.config.models import TrainingSection
-from fedllm.planning.quotas import largest_remainder
-from fedllm.storage.records import BundleRecord, ClientRecord, CohortClient
+from fedllm.storage.records import BundleRecord, CohortClient
 
-_LARGEST_AUTO_BUNDLE = 8
-# each leaves a claim and an update: admins ask for a few hundred files a folder at most
-_MOST_AUTO_BUNDLES = 400
-
-
-def training_cost(client: ClientRecord, training: TrainingSection) -> float:
-    """Return the tokens that a client is expected to compute in a round."""
-    rows = client.train_rows * training.epochs
-    if training.max_steps is not None:
-        rows = min(rows, training.max_steps * training.batch_size)
-    return rows * client.train_tokens / max(1, client.train_rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The bundles of an attempt and the number of workers per class."""
-
-    bundles: list[BundleRecord]
-    workers: dict[str, int]
+# Each bundle leaves a claim and an update: 10 s of work make their files cheap.
+SMALLEST_BUNDLE_SECONDS = 10.0
+# A bundle has this share of what a worker would have left...
+_SHARE_OF_WORKER = 1 / 3
+# ...and short work is still cut into so many bundles for each worker.
+_BUNDLES_PER_WORKER = 8
 
 
 def cut_bundles(
     clients: Sequence[CohortClient],
-    class_of_tier: Mapping[str, str],
     *,
-    slots: int,
+    worker_class: str,
+    seconds: Callable[[CohortClient], float],
+    workers: int,
     clients_per_bundle: int | Literal["auto"],
-) -> Workload:
-    """Cut clients into bundles of one class each, costliest first.
+    first: int = 0,
+) -> list[BundleRecord]:
+    """Cut clients of one class into bundles, numbered from `first`.
 
-    `auto` makes bundles smaller towards the end (half an even share of what is left), so that the
-    workers of a class end together; there are 400 at most.
+    `auto` makes them smaller towards the end (a third of an even share of what is left, at least
+    10 s of work), so that workers end together.
+
+    Args:
+        clients: of one class.
+        worker_class: its name.
+        seconds: how long a client is expected to train.
+        workers: how many will take bundles.
+        clients_per_bundle: a size in clients instead.
+        first: the number of the first bundle.
     """
-    by_class: dict[str, list[CohortClient]] = {}
-    for client in sorted(clients, key=lambda c: (-c.cost, c.id)):
-        by_class.setdefault(class_of_tier[client.tier], []).append(client)
-    workers = _workers(by_class, slots, clients_per_bundle)
-    # every class has a last bundle that may be smaller
-    smallest = math.ceil(len(clients) / max(1, _MOST_AUTO_BUNDLES - len(by_class)))
-    bundles: list[BundleRecord] = []
-    for name, members in sorted(by_class.items()):
-        start = 0
-        while start < len(members):
-            size = _auto_size(len(members) - start, workers[name], smallest)
-            if clients_per_bundle != "auto":
-                size = clients_per_bundle
-            taken = members[start : start + size]
-            bundles.append(
-                BundleRecord(
-                    number=len(bundles),
-                    worker_class=name,
-                    clients=[c.id for c in taken],
-                    cost=sum(c.cost for c in taken),
-                )
-            )
-            start += size
-    return Workload(bundles=bundles, workers=dict(sorted(workers.items())))
+    ordered = sorted(((seconds(c), c.id) for c in clients), key=lambda pair: (-pair[0], pair[1]))
+    if clients_per_bundle == "auto":
+        cuts = _guided(ordered, workers)
+    else:
+        size = clients_per_bundle
+        cuts = [ordered[at : at + size] for at in range(0, len(ordered), size)]
+    return [
+        BundleRecord(
+            number=number,
+            worker_class=worker_class,
+            clients=[id_ for _, id_ in cut],
+            cost=math.fsum(cost for cost, _ in cut),
+        )
+        for number, cut in enumerate(cuts, first)
+    ]
 
 
-def _auto_size(left: int, workers: int, smallest: int) -> int:
-    return max(smallest, min(_LARGEST_AUTO_BUNDLE, left // (2 * workers)))
-
-
-def _workers(
-    by_class: Mapping[str, Sequence[CohortClient]], slots: int, asked: int | Literal["auto"]
-) -> dict[str, int]:
-    """Give every class a worker and share the other slots out by cost.
-
-    What a class cannot use, having few bundles, goes to the others.
-    """
-    cost = {name: sum(c.cost for c in members) or 1.0 for name, members in by_class.items()}
-    most = {name: len(members) for name, members in by_class.items()}
-    if asked != "auto":
-        most = {name: math.ceil(count / asked) for name, count in most.items()}
-    workers: dict[str, int] = {}
-    while cost:
-        others = max(0, slots - sum(workers.values()) - len(cost))
-        wanted = {name: 1 + more for name, more in largest_remainder(cost, others).items()}
-        full = [name for name in cost if wanted[name] >= most[name]]
-        workers |= {name: min(most[name], wanted[name]) for name in full or cost}
-        cost = {name: value for name, value in cost.items() if name not in workers}
-    return workers
+def _guided(ordered: Sequence[tuple[float, str]], workers: int) -> list[list[tuple[float, str]]]:
+    left = math.fsum(cost for cost, _ in ordered)
+    smallest = min(SMALLEST_BUNDLE_SECONDS, left / (_BUNDLES_PER_WORKER * workers))
+    cuts: list[list[tuple[float, str]]] = []
+    held = wanted = 0.0
+    for cost, id_ in ordered:
+        # a client goes where it overshoots less
+        if not cuts or held + cost / 2 > wanted:
+            left -= held
+            wanted = max(smallest, left * _SHARE_OF_WORKER / workers)
+            cuts.append([])
+            held = 0.0
+        cuts[-1].append((cost, id_))
+        held += cost
+    return cuts

@@ -1,5 +1,7 @@
 """sbatch options of a job kind or tier, and the classes of tiers that share them."""
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -27,3 +29,25 @@ def classes_of(section: SbatchSection, tiers: Mapping[str, object]) -> dict[str,
         same = (t for t in classes if tier_options(section, t) == options)
         classes[tier] = next(same, tier)
     return classes
+
+
+def asks_for_gpus(options: SbatchOptions) -> bool:
+    """Say whether tasks of these options run on a GPU."""
+    given = {key.removeprefix("--").replace("_", "-"): value for key, value in options.items()}
+    if any(given.get(key) for key in ("gpus", "gpus-per-node", "gpus-per-task")):
+        return True
+    return "gpu" in str(given.get("gres") or "")
+
+
+_MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
+
+
+def with_more_memory(options: SbatchOptions, factor: float) -> SbatchOptions | None:
+    """Return options that ask for `factor` times the memory; None where they name none."""
+    grown = dict(options)
+    for key, value in options.items():
+        name = key.removeprefix("--").replace("_", "-")
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(value).strip(), re.IGNORECASE)
+        if name in _MEMORY_OPTIONS and parts and float(parts[1]):
+            grown[key] = f"{math.ceil(float(parts[1]) * factor)}{parts[2].upper()}"
+    return None if grown == options else grown

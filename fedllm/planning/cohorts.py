@@ -34,11 +34,14 @@ def draw_cohort(
 ) -> list[str]:
     """Draw the round's clients without replacement; a function of seed, round and ids alone.
 
+    With `clients.over_sample` there are more of them than complete the round.
+
     Returns:
         Ids in canonical (sorted) order.
     """
     draw = random.Random(seed_of("cohort", seed, round_number))
-    return sorted(draw.sample(sorted(trainable), cohort_size(section, len(trainable))))
+    size = math.ceil(cohort_size(section, len(trainable)) * (1.0 + section.over_sample) - 1e-9)
+    return sorted(draw.sample(sorted(trainable), min(size, len(trainable))))
 
 
 def quorum_size(quorum: int | float | str, cohort: int) -> int:

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
-from fedllm.planning.bundles import training_cost
-from fedllm.planning.classes import classes_of
+from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
 from fedllm.planning.cohorts import cohort_size, draw_cohort
+from fedllm.planning.costs import CostModel, seed_costs, training_cost
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
+
+# sustained, with a GPU and without one
+_TERAFLOPS = {True: 20.0, False: 0.03}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,27 @@ class Federation:
             )
             for id_ in drawn
         ]
+
+    @property
+    def enough(self) -> int | None:
+        """How many valid updates complete a round; None: those of the whole cohort."""
+        if not self.config.clients.over_sample:
+            return None
+        return cohort_size(self.config.clients, len(self.roles.train))
+
+    def seed_costs(self) -> CostModel:
+        """Return how long clients take, before anything was timed."""
+        section = self.config.scheduler
+        return seed_costs(
+            model_parameters=self.prepared.model_parameters,
+            modules=self.prepared.modules,
+            ranks=self.ranks,
+            teraflops={
+                tier: section.worker_teraflops
+                or _TERAFLOPS[asks_for_gpus(tier_options(section.sbatch, tier))]
+                for tier in self.ranks
+            },
+        )
 
     @property
     def largest_ranks(self) -> dict[str, int]:

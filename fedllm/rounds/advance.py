@@ -5,7 +5,7 @@ written last. Run, resume, the coordinator job and `fedllm advance` are this one
 """
 
 from fedllm.errors import RunDirectoryError
-from fedllm.planning.federation import Federation, plan_federation
+from fedllm.planning.federation import Federation
 from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
 from fedllm.rounds.finishing import finish_rounds
@@ -47,11 +47,11 @@ def prepare(run: Run) -> Federation | None:
         done=run.paths.prepared,
         round_number=0,
     )
-    prepared = PreparedRecord.find(run.paths.prepared)
+    prepared = run.find(PreparedRecord, run.paths.prepared)
     if prepared is None:
         return None
     _require_same_content(run, prepared)
-    return plan_federation(run.config, prepared)
+    return run.federation(prepared)
 
 
 def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
@@ -60,9 +60,10 @@ def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
     Raises:
         RunDirectoryError: the first round was trained on another base model or other data.
     """
-    first = CohortRecord.find(run.paths.round(1).cohort)
-    if first is None:
+    path = run.paths.round(1).cohort
+    if run.watch.content is prepared or not path.exists():
         return
+    first = CohortRecord.read(path)
     for key, was, found in (
         ("model.path", first.base_fingerprint, prepared.model_fingerprint),
         ("data.path", first.data_fingerprint, prepared.data_fingerprint),
@@ -72,6 +73,7 @@ def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
                 f"{key}: not what the first round was trained on (fingerprint {found[:12]}, it "
                 f"was {was[:12]}); resume with --set {key}=<a path of the same content>"
             )
+    run.watch.content = prepared
 
 
 def advance_round(run: Run, federation: Federation, number: int) -> bool:
@@ -92,7 +94,7 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
 def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
     """Draw the round's cohort, or return the one that was drawn."""
     paths = run.paths.round(number)
-    drawn = CohortRecord.find(paths.cohort)
+    drawn = run.find(CohortRecord, paths.cohort)
     if drawn:
         return drawn
     before = AggregateRecord.read(run.paths.round(number - 1).aggregate_record)
@@ -104,6 +106,7 @@ def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
         state_sha256=before.sha256,
         ranks={tier: dict(ranks) for tier, ranks in federation.ranks.items()},
         clients=federation.cohort(number),
+        enough=federation.enough,
     )
     run.publish(cohort, paths.cohort)
     return cohort

@@ -8,6 +8,8 @@ from fedllm.storage.records import (
     CohortRecord,
     CollectedUpdate,
     CollectionRecord,
+    TaskRecord,
+    TierMix,
 )
 from fedllm.storage.updates import DamagedUpdateError, Published, Scan, read_update
 
@@ -37,8 +39,9 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
             failed[client.id] = f"{found.record.reason} (log {found.record.log})"
             continue
         updates.append(_collected(found, client.tier))
-        if found.record.environment not in environments:
-            environments.append(found.record.environment)
+        for environment in (found.record.environment, *found.record.earlier_environments):
+            if environment not in environments:
+                environments.append(environment)
     _require_quorum(run, cohort, len(updates), failed)
     collection = CollectionRecord(
         round=cohort.round,
@@ -48,7 +51,10 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
         missing=[c.id for c in cohort.clients if c.id not in scan.published],
         replaces=len(list(paths.root.glob(f"{paths.collection.name}.replaced-*"))),
         environments=environments,
+        tiers=tier_mix(cohort, scan, {update.client for update in updates}),
+        startup_seconds=_startup_seconds(paths),
     )
+    run.say(f"round {cohort.round}: collected {_told(collection)}")
     if len(environments) > 1:
         run.say(
             f"round {cohort.round}: clients trained in {len(environments)} environments, so "
@@ -56,6 +62,36 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
         )
     run.publish(collection, paths.collection)
     return collection
+
+
+def tier_mix(cohort: CohortRecord, scan: Scan, used: set[str]) -> dict[str, TierMix]:
+    """Return how the tiers fared: of a round that does not wait, fast ones see more clients."""
+    mix: dict[str, TierMix] = {}
+    for tier in cohort.ranks:
+        drawn = [client for client in cohort.clients if client.tier == tier]
+        mine = [client for client in drawn if client.id in used]
+        mix[tier] = TierMix(
+            drawn=len(drawn),
+            used=len(mine),
+            tokens=sum(client.cost for client in mine),
+            seconds=sum(scan.published[client.id].record.seconds for client in mine),
+        )
+    return mix
+
+
+def _told(collection: CollectionRecord) -> str:
+    drawn = sum(mix.drawn for mix in collection.tiers.values())
+    if len(collection.updates) == drawn:
+        return f"all {drawn} clients"
+    mix = ", ".join(f"{tier} {m.used}/{m.drawn}" for tier, m in collection.tiers.items())
+    return f"{len(collection.updates)} of {drawn} clients ({mix})"
+
+
+def _startup_seconds(paths: RoundPaths) -> float | None:
+    """Return what the slowest worker of a round needed before it trained, where it is known."""
+    attempts = (paths.attempt(number) for number in range(1, paths.last_attempt() + 1))
+    records = [TaskRecord.read(path) for attempt in attempts for path in attempt.task_files()]
+    return max((r.startup_seconds for r in records if r.startup_seconds), default=None)
 
 
 def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
@@ -111,7 +147,7 @@ def _collected(found: Published, tier: str) -> CollectedUpdate:
 
 
 def _require_quorum(run: Run, cohort: CohortRecord, valid: int, failed: dict[str, str]) -> None:
-    needed = quorum_size(run.config.clients.quorum, len(cohort.clients))
+    needed = quorum_size(run.config.clients.quorum, cohort.enough or len(cohort.clients))
     if valid >= needed:
         return
     reasons = "; ".join(f"{client}: {why}" for client, why in list(failed.items())[:3])

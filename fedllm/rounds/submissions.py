@@ -1,58 +1,104 @@
 """Write the plan, then submit; find again what was submitted before a coordinator died."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from fedllm.errors import ConfigError, FedllmError, Incomplete, RunFailed, UserError
 from fedllm.planning.classes import job_options
 from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import Job, TaskState
+from fedllm.rounds.visibility import unseen
+from fedllm.scheduling.seam import Job, SchedulerFull, TaskState
 from fedllm.storage.paths import JobPaths, aside
-from fedllm.storage.records import ArrayRecord, ErrorRecord, JobsRecord, SubmissionRecord
+from fedllm.storage.records import (
+    ArrayRecord,
+    EndingRecord,
+    ErrorRecord,
+    JobsRecord,
+    OutcomeRecord,
+    SubmissionRecord,
+)
 
 SingleProgram = Literal["prepare", "aggregate", "evaluate"]
 
 
 def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> None:
     """Publish the plan, submit its arrays and record their ids."""
+    new = not paths.submission.exists()
     run.publish(plan, paths.submission)
-    _send(run, paths, plan, logs, search=False)
+    _send(run, paths, plan, logs, search=False, withdraw=new)
 
 
 def is_active(run: Run, paths: JobPaths, logs: Path) -> bool:
-    """Say whether anything of a submission may still be at work.
+    """Say whether anything of a submission may still be at work, or has yet to be submitted."""
+    return not all_sent(run, paths, logs) or bool(active_tasks(run, known_tasks(run, paths)))
 
-    A plan without ids was left by a coordinator that died between its intent and the record of
-    the ids: its arrays are looked up by name, and submitted where there are none. Should both
-    exist in the end, the second finds nothing to do.
+
+def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
+    """Submit what a plan names and no record has an id of; False where there is no room yet.
+
+    That was left by a coordinator that died between its intent and the record of the ids: its
+    arrays are looked up by name, and submitted where there are none. Should both exist in the
+    end, the second finds nothing to do.
     """
-    plan = SubmissionRecord.read(paths.submission)
-    if not paths.jobs.exists():
-        _send(run, paths, plan, logs, search=True)
-    states = run.scheduler.states(task_ids(paths))
-    return any(state is not TaskState.GONE for state in states.values())
+    plan = run.read(SubmissionRecord, paths.submission)
+    jobs = run.find(JobsRecord, paths.jobs)
+    unsent = {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
+    if not unsent and jobs:
+        return True
+    # what found no room was not submitted: no need to look for it
+    search = not unsent <= run.watch.no_room
+    if search or run.watch.is_due(paths.root, run.config.scheduler.query_seconds):
+        return _send(run, paths, plan, logs, search=search, withdraw=jobs is None)
+    return False
+
+
+def active_tasks(run: Run, ids: list[str]) -> list[str]:
+    """Return those of the tasks that may still be at work."""
+    states = run.scheduler.states(ids) if ids else {}
+    return [id_ for id_, state in states.items() if state is not TaskState.GONE]
+
+
+def known_tasks(run: Run, paths: JobPaths) -> list[str]:
+    """Return the ids of all tasks of a submission."""
+    return _tasks(run.find(JobsRecord, paths.jobs))
 
 
 def task_ids(paths: JobPaths) -> list[str]:
-    """Return the ids of all tasks of a submission."""
-    jobs = JobsRecord.find(paths.jobs)
+    """Return the ids of all tasks of a submission, for those who do not coordinate."""
+    return _tasks(JobsRecord.find(paths.jobs))
+
+
+def _tasks(jobs: JobsRecord | None) -> list[str]:
     return [id_ for ids in jobs.ids.values() for id_ in ids] if jobs else []
 
 
-def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool) -> None:
-    ids: dict[str, list[str]] = {}
+def _send(
+    run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool, withdraw: bool
+) -> bool:
+    jobs = run.find(JobsRecord, paths.jobs)
+    ids = dict(jobs.ids) if jobs else {}
+    room = True
     try:
-        for array in plan.arrays:
+        for array in (array for array in plan.arrays if array.name not in ids):
             found = run.scheduler.find(array.name) if search else None
             if found is None:
                 run.lease.check()
                 found = run.scheduler.submit(_job(plan, array, logs))
             ids[array.name] = found
+            run.watch.no_room.discard(array.name)
+    except SchedulerFull as error:
+        room = False
+        if array.name not in run.watch.no_room:
+            run.say(f"{array.name}: waits for room in the queue ({error})")
+            run.watch.no_room.add(array.name)
     except ConfigError:
-        _withdraw(run, paths, ids)
+        if withdraw:
+            _withdraw(run, paths, ids)
         raise
-    run.publish(JobsRecord(ids=ids), paths.jobs)
+    if room or ids:
+        run.publish(JobsRecord(ids=ids), paths.jobs)
+    return room
 
 
 def _withdraw(run: Run, paths: JobPaths, ids: dict[str, list[str]]) -> None:
@@ -76,8 +122,9 @@ def _job(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
         program=plan.kind,
         argv=arguments,
         tasks=array.tasks,
+        parallel=array.parallel,
         options=array.options,
-        log_folder=logs,
+        log_folder=logs / array.logs,
     )
 
 
@@ -116,8 +163,9 @@ def single_job(
         paths = folder(number)
         if is_active(run, paths, logs) or not run.settled(paths.root) or done.exists():
             return
-        if SubmissionRecord.read(paths.submission).lease == run.lease.number:
-            error = job_error(run, paths, logs)
+        outcome = settle(run, paths)
+        if is_mine(run, paths):
+            error = job_error(run, paths, logs, outcome)
             if isinstance(error, UserError | Incomplete) or _is_last(run, folder, number):
                 raise error
             run.say(f"{error}; trying again")
@@ -142,24 +190,59 @@ def last_attempt(folder: Callable[[int], JobPaths]) -> int:
     return number
 
 
+def is_mine(run: Run, paths: JobPaths) -> bool:
+    """Say whether a plan was made since a person started this coordinator or those before it."""
+    return run.read(SubmissionRecord, paths.submission).lease >= run.lease.since
+
+
 def _is_last(run: Run, folder: Callable[[int], JobPaths], number: int) -> bool:
-    mine = sum(
-        SubmissionRecord.read(folder(n).submission).lease == run.lease.number
-        for n in range(1, number + 1)
+    mine = [folder(n) for n in range(1, number + 1) if is_mine(run, folder(n))]
+    spent = sum(not was_preempted(settle(run, paths)) for paths in mine)
+    return spent >= run.config.scheduler.max_attempts
+
+
+def settle(
+    run: Run,
+    paths: JobPaths,
+    *,
+    checkpoints: Mapping[str, int] | None = None,
+    progressed: bool = False,
+) -> OutcomeRecord:
+    """Record once how the tasks of a submission ended: Slurm forgets it within minutes."""
+    known = run.find(OutcomeRecord, paths.outcome)
+    if known:
+        return known
+    endings = run.scheduler.endings(known_tasks(run, paths))
+    outcome = OutcomeRecord(
+        endings={
+            id_: EndingRecord(state=e.state, exit_code=e.exit_code, node=e.node, log=e.log)
+            for id_, e in endings.items()
+        },
+        cancelled={id_: why for id_, why in run.watch.cancelled.items() if id_ in endings},
+        checkpoints=dict(checkpoints or {}),
+        progressed=progressed,
     )
-    return mine >= run.config.scheduler.max_attempts
+    run.publish(outcome, paths.outcome)
+    return outcome
 
 
-def job_error(run: Run, paths: JobPaths, logs: Path) -> FedllmError:
+def was_preempted(outcome: OutcomeRecord) -> bool:
+    """Say whether preemption alone ended it: that never counts against the retries."""
+    states = {ending.state for ending in outcome.endings.values()}
+    return states == {"PREEMPTED"}
+
+
+def job_error(run: Run, paths: JobPaths, logs: Path, outcome: OutcomeRecord) -> FedllmError:
     """Return why a job ended without its record: what it said itself, else the scheduler."""
     told = ErrorRecord.find(paths.error)
     if told:
         return error_of(told)
-    ids = task_ids(paths)
-    endings = run.scheduler.endings(ids)
-    ended = "; ".join(f"{id_}: {ending}" for id_, ending in endings.items()) or "it left no record"
-    kind = SubmissionRecord.read(paths.submission).kind
-    return RunFailed(f"{kind} job ended early ({ended}); see {logs}")
+    ended = "; ".join(f"{id_}: {ending}" for id_, ending in outcome.endings.items())
+    kind = run.read(SubmissionRecord, paths.submission).kind
+    blind = unseen(run.paths.root, kind, outcome.endings, logs)
+    if blind:
+        return UserError(blind)
+    return RunFailed(f"{kind} job ended early ({ended or 'it left no record'}); see {logs}")
 
 
 def error_of(record: ErrorRecord) -> FedllmError:

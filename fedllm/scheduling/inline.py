@@ -21,7 +21,7 @@ class InlineScheduler:
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         """One process, one slot."""
-        return Capacity(free_slots=1, most_parallel=1, largest_array=sys.maxsize)
+        return Capacity(free_slots=1, most_parallel=1, largest_array=sys.maxsize, resident=True)
 
     def submit(self, job: Job) -> list[str]:
         """Run every task of the array now."""

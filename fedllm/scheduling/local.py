@@ -66,7 +66,7 @@ class LocalScheduler:
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         """As many slots as there are workers."""
         slots = self.workers
-        return Capacity(free_slots=slots, most_parallel=slots, largest_array=sys.maxsize)
+        return Capacity(free_slots=slots, most_parallel=slots, largest_array=sys.maxsize, resident=True)
 
     def submit(self, job: Job) -> list[str]:
         """Queue the tasks; free workers take them at once."""

@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from fedllm.errors import Incomplete
+from fedllm.planning.capacity import Capacity as Capacity
+from fedllm.storage.records import EndingRecord
 
 Program = Literal["prepare", "client", "aggregate", "evaluate"]
 Option = str | int | float | bool | None
+
+
+# how a task ended: the scheduler says it, the outcome of an attempt keeps it
+Ending: TypeAlias = EndingRecord
 
 
 class SchedulerUnreachable(Incomplete):
@@ -40,42 +46,6 @@ class Job:
     tasks: int = 1
     parallel: int | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What there is room for, for tasks of certain options.
-
-    Attributes:
-        free_slots: tasks that could start now.
-        most_parallel: tasks that may run at once.
-        largest_array: tasks that one array may have.
-        free_tasks: tasks that may be submitted now; None: no limit is known.
-        most_minutes: the longest time limit; None: none is known.
-    """
-
-    free_slots: int
-    most_parallel: int
-    largest_array: int
-    free_tasks: int | None = None
-    most_minutes: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ending:
-    """How a task ended: `state` in Slurm's words (`FAILED`, `NODE_FAIL`), else a sentence."""
-
-    state: str
-    exit_code: str = ""
-    node: str = ""
-    log: str = ""
-
-    def __str__(self) -> str:
-        """Say it in a few words."""
-        code = f", exit code {self.exit_code}" if self.exit_code else ""
-        node = f" on {self.node}" if self.node else ""
-        log = f"; log {self.log}" if self.log else ""
-        return f"{self.state}{code}{node}{log}"
 
 
 class Scheduler(Protocol):

@@ -78,6 +78,11 @@ class JobPaths:
         """Why the job stopped, written by itself where it can say so."""
         return self.root / "error.json"
 
+    @property
+    def outcome(self) -> Path:
+        """How tasks ended that failed, written when none is left."""
+        return self.root / "outcome.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptPaths(JobPaths):
@@ -94,11 +99,6 @@ class AttemptPaths(JobPaths):
     def tasks(self) -> Path:
         """The folder of progress records."""
         return self.root / "tasks"
-
-    @property
-    def outcome(self) -> Path:
-        """How tasks ended that failed, written when none is left."""
-        return self.root / "outcome.json"
 
     def claim(self, bundle: int) -> Path:
         """Bundle `bundle` is taken, and by which task."""
@@ -158,6 +158,18 @@ class RoundPaths:
         """Training attempt `number`, from 1."""
         return AttemptPaths(root=self.attempts / f"{number:02d}", number=number)
 
+    def last_attempt(self) -> int:
+        """Return the number of the last training attempt whose plan exists, 0 if none."""
+        number = 0
+        while self.attempt(number + 1).submission.exists():
+            number += 1
+        return number
+
+    @property
+    def before(self) -> "RoundPaths":
+        """The round before this one."""
+        return RoundPaths(root=self.root.with_name(f"{self.number - 1:04d}"))
+
     @property
     def updates(self) -> Path:
         """The folder of published updates."""
@@ -176,6 +188,10 @@ class RoundPaths:
     def checkpoint(self, client: str) -> Path:
         """The state of a client whose training was interrupted."""
         return self.checkpoints / f"{encode_client(client)}.safetensors"
+
+    def checkpoint_files(self) -> list[Path]:
+        """Return the checkpoints that there are, sorted."""
+        return sorted(self.checkpoints.glob("[!.]*.safetensors"))
 
     @property
     def collection(self) -> Path:

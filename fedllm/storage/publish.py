@@ -162,3 +162,17 @@ def _link(beside: Path, path: Path) -> bool:
             ) from error
         raise
     return True
+
+
+def age_seconds(path: Path) -> float:
+    """Return how long ago a file was published, by its file system's own clock.
+
+    Two files of one file system are compared: no decision compares the clocks of two machines.
+    """
+    with storage_errors(path):
+        now = beside_of(path)
+        now.touch()
+        try:
+            return now.stat().st_mtime - path.stat().st_mtime
+        finally:
+            now.unlink(missing_ok=True)

@@ -127,6 +127,18 @@ class LeaseRecord(Record):
     origin: int | None = None
 
 
+class CoordinatorJobRecord(Record):
+    """The Slurm job that was submitted last to coordinate a run.
+
+    Of a chain it is the link that waits, and `lost` says how many links before it, in a row,
+    ended without a word.
+    """
+
+    job: str
+    mode: Literal["resident", "chained"]
+    lost: int = 0
+
+
 class CohortClient(Record):
     """A client of a round."""
 
@@ -176,11 +188,19 @@ class ArrayRecord(Record):
     logs: str = ""
 
 
+class WorkersRecord(Record):
+    """The workers that an attempt wants of a class: tasks in all, and at once."""
+
+    tasks: int
+    parallel: int
+    minutes: float | None = None
+    options: dict[str, str | int | float | bool | None] = {}
+
+
 class SubmissionRecord(Record):
     """The plan, written before anything is submitted.
 
-    `workers` are the tasks wanted per class: arrays are added, wave by wave, as the cluster's
-    limits allow. `adopted` are tasks of the round before that linger for this one. With
+    `workers` are wanted per class: arrays are added, wave by wave, as the cluster's limits allow. `adopted` are tasks of the round before that linger for this one. With
     `one_bundle` every task claims exactly one.
     """
 
@@ -190,7 +210,7 @@ class SubmissionRecord(Record):
     command: list[str]
     arrays: list[ArrayRecord]
     bundles: list[BundleRecord] = []
-    workers: dict[str, int] = {}
+    workers: dict[str, WorkersRecord] = {}
     adopted: list[str] = []
     one_bundle: bool = False
     excluded_nodes: list[str] = []
@@ -249,16 +269,28 @@ class EndingRecord(Record):
     state: str
     exit_code: str = ""
     node: str = ""
+    log: str = ""
+
+    def __str__(self) -> str:
+        """Say it in a few words."""
+        code = f", exit code {self.exit_code}" if self.exit_code else ""
+        node = f" on {self.node}" if self.node else ""
+        log = f"; log {self.log}" if self.log else ""
+        return f"{self.state}{code}{node}{log}"
 
 
 class OutcomeRecord(Record):
     """What an attempt came to once none of its tasks is left; written before the next one.
 
-    `endings` has the tasks that failed alone, `cancelled` why the coordinator ended some itself.
+    `endings` has the tasks that failed alone, `cancelled` why the coordinator ended some itself,
+    `checkpoints` when the unfinished clients' files were written, in ns: `progressed` if that
+    changed.
     """
 
     endings: dict[str, EndingRecord] = {}
     cancelled: dict[str, str] = {}
+    checkpoints: dict[str, int] = {}
+    progressed: bool = False
 
 
 class UpdateRecord(Record):
@@ -305,11 +337,14 @@ class CollectedUpdate(Record):
 
 
 class TierMix(Record):
-    """How a tier fared in a round: clients drawn and used, tokens and seconds of the used ones."""
+    """How a tier fared in a round: clients drawn and used.
+
+    `tokens` were expected of the used ones (as in the cohort), `seconds` their training took.
+    """
 
     drawn: int
     used: int
-    tokens: int
+    tokens: float
     seconds: float
 
 
@@ -324,6 +359,7 @@ class CollectionRecord(Record):
     replaces: int = 0
     environments: list[dict[str, str]] = []
     tiers: dict[str, TierMix] = {}
+    startup_seconds: float | None = None
 
 
 class RankQuality(Record):

@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +22,8 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8"
 DTYPE_BYTES |= {"BOOL": 1}
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _CHUNK_BYTES = 1 << 20
+# the coarsest time of change that file systems give folders: a file may come within it unseen
+_TIME_OF_CHANGE_SECONDS = 2.0
 _RECORDS = TypeAdapter(list[UpdateRecord])
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,11 +41,20 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What a folder of updates holds: the first valid update of every client, and bad files."""
+    """What a folder of updates holds: the first update of every client, and bad files.
+
+    `failed` of the published ones say that the client's training failed.
+    """
 
     published: Mapping[str, Published]
     damaged: Mapping[str, str]
     duplicates: int
+    failed: int = 0
+
+    @property
+    def valid(self) -> int:
+        """How many clients have an update that the aggregation can use."""
+        return len(self.published) - self.failed
 
 
 class DamagedUpdateError(Exception):
@@ -186,25 +199,47 @@ def _require_scales(update: Published) -> None:
 
 
 @dataclass(kw_only=True)
-class UpdateScanner:
-    """Scans a round's updates; files that were read once are not read again.
+class _Folder:
+    """A folder as it was listed last; `since` is when its time of change was seen first."""
 
-    What it keeps of an update is small: without scales and norms, which are many in number and
-    which the aggregation reads from the files.
+    names: frozenset[str]
+    modified_ns: int
+    since: float
+    listed: float
+
+
+@dataclass(kw_only=True)
+class UpdateScanner:
+    """Scans a round's updates; a look costs what is new, whatever the round has already.
+
+    Files that were read once are not read again, folders that did not change are not listed
+    again. What is kept of an update is small: without scales and norms, which are many in number
+    and which the aggregation reads from the files.
+
+    Args:
+        round: the round.
+        run_id: updates of other runs are refused,
+        base_fingerprint: as are those of another base model,
+        problem: and those of which this says what is wrong.
     """
 
     round: RoundPaths
     run_id: str
     base_fingerprint: str
+    problem: Callable[[Published], str | None] = lambda _update: None
     _known: dict[str, list[Published]] = field(default_factory=dict)
+    _unread: set[str] = field(default_factory=set)
+    _published: dict[str, Published] = field(default_factory=dict)
+    _duplicates: int = 0
+    _failed: int = 0
+    _folders: dict[Path, _Folder] = field(default_factory=dict)
     _shapes: dict[frozenset[tuple[str, tuple[int, ...]]], Shapes] = field(default_factory=dict)
 
     def scan(self) -> Scan:
-        """Return what is published now, by one directory scan."""
+        """Return what is published now; its mapping is a view that the next scan goes on with."""
+        self._look()
         damaged: dict[str, str] = {}
-        published: dict[str, Published] = {}
-        duplicates = 0
-        for name in update_files(self.round):
+        for name in sorted(self._unread):
             try:
                 found = self._read(name)
             except FileNotFoundError:
@@ -212,22 +247,76 @@ class UpdateScanner:
             except (DamagedUpdateError, OSError) as error:
                 damaged[name] = str(error)
                 continue
-            for update in found:
-                duplicates += update.record.client in published
-                published.setdefault(update.record.client, update)
-        return Scan(published=published, damaged=damaged, duplicates=duplicates)
+            self._unread.discard(name)
+            self._known[name] = found
+            self._count(found)
+        return Scan(
+            published=MappingProxyType(self._published),
+            damaged=damaged,
+            duplicates=self._duplicates,
+            failed=self._failed,
+        )
 
     def forget(self, name: str) -> None:
         """Read a file anew at the next scan."""
-        self._known.pop(name, None)
+        if self._known.pop(name, None) is not None:
+            self._recount()
+        self._unread.discard(name)
+        self._folders.clear()
+
+    def _look(self) -> None:
+        """Note the names of files that came and forget those that went."""
+        top = self._list(self.round.updates)
+        names = {name for name in top if _is_update(name)}
+        for shard in (name for name in top if name.isdigit()):
+            listed = self._list(self.round.updates / shard)
+            names |= {f"{shard}/{name}" for name in listed if _is_update(name)}
+        if gone := self._known.keys() - names:
+            for name in gone:
+                del self._known[name]
+            self._recount()
+        self._unread = names - self._known.keys()
+
+    def _list(self, folder: Path) -> frozenset[str]:
+        try:
+            modified_ns = folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return frozenset()
+        now = time.monotonic()
+        last = self._folders.get(folder)
+        same = last is not None and last.modified_ns == modified_ns
+        if last and same and last.listed - last.since >= _TIME_OF_CHANGE_SECONDS:
+            return last.names
+        self._folders[folder] = _Folder(
+            names=frozenset(_names(folder)),
+            modified_ns=modified_ns,
+            since=last.since if last and same else now,
+            listed=now,
+        )
+        return self._folders[folder].names
+
+    def _count(self, found: Iterable[Published]) -> None:
+        for update in found:
+            if update.record.client in self._published:
+                self._duplicates += 1
+                continue
+            self._published[update.record.client] = update
+            self._failed += update.record.status == "failed"
+
+    def _recount(self) -> None:
+        # a new mapping: scans that were given out keep what they saw
+        self._published = {}
+        self._duplicates = self._failed = 0
+        for name in sorted(self._known):
+            self._count(self._known[name])
 
     def _read(self, name: str) -> list[Published]:
-        if name not in self._known:
-            found = read_update(self.round.updates / name)
-            for update in found:
-                self._refuse_foreign(update.record)
-            self._known[name] = [replace(self._small(update), file=name) for update in found]
-        return self._known[name]
+        found = read_update(self.round.updates / name)
+        for update in found:
+            self._refuse_foreign(update.record)
+            if problem := self.problem(update):
+                raise DamagedUpdateError(f"client {update.record.client}: {problem}")
+        return [replace(self._small(update), file=name) for update in found]
 
     def _small(self, update: Published) -> Published:
         shapes = self._shapes.setdefault(frozenset(update.shapes.items()), update.shapes)

@@ -67,4 +67,4 @@ def test_keys_of_a_later_version_are_passed_over() -> None:
 
 def test_time_does_not_run_backwards() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 0"):
-        RoundRecord(round=1, lease=1, state_sha256="", clients=1, train_seconds=-1.0)
+        RoundRecord(round=1, lease=1, state_sha256="", clients=1, busy_seconds=-1.0)

@@ -1,0 +1,216 @@
+"""How many workers an attempt has, for how long, and what they take: the geometry of a round."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedllm.config.models import SbatchOptions, SchedulerSection
+from fedllm.errors import ConfigError
+from fedllm.planning.bundles import cut_bundles
+from fedllm.planning.capacity import Capacity
+from fedllm.planning.costs import CostModel
+from fedllm.planning.quotas import largest_remainder
+from fedllm.storage.records import BundleRecord, CohortClient
+
+# Loading the base and whatever a cluster's start-up takes, before anything was timed.
+STARTUP_SECONDS = 120.0
+# A limit that is met costs a requeue; one that is too long costs places in the queue.
+_MARGIN = 1.5
+_MARGIN_BEFORE_MEASURED = 3.0
+_LEAST_MINUTES = 5.0
+_LEAST_MINUTES_BEFORE_MEASURED = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPlan:
+    """The workers of a class and their bundles.
+
+    `options` hold the time limit that is asked for, `minutes` says it too; None: nothing limits
+    them.
+    """
+
+    worker_class: str
+    workers: int
+    parallel: int
+    minutes: float | None
+    options: SbatchOptions
+    bundles: list[BundleRecord]
+
+    @property
+    def seconds(self) -> float:
+        """The estimated seconds of all bundles."""
+        return math.fsum(bundle.cost for bundle in self.bundles)
+
+
+def plan_classes(
+    clients: Sequence[CohortClient],
+    classes: Mapping[str, str],
+    *,
+    costs: CostModel,
+    capacities: Mapping[str, Capacity],
+    options: Mapping[str, SbatchOptions],
+    section: SchedulerSection,
+    startup_seconds: float = STARTUP_SECONDS,
+) -> list[ClassPlan]:
+    """Plan the workers and bundles of every class that has clients, sorted by name.
+
+    Slots are shared among classes by work. A class gets workers for `target_minutes` of work
+    each, but no fewer than there are free slots while each has `worker_minutes_min`.
+
+    Args:
+        clients: who is to train.
+        classes: tier -> class.
+        costs: how long clients take.
+        capacities: class -> what there is room for.
+        options: class -> its sbatch options.
+        section: the scheduler's configuration.
+        startup_seconds: what a worker needs before it trains.
+
+    Raises:
+        ConfigError: a `time` that sbatch would not take.
+    """
+    members: dict[str, list[CohortClient]] = {}
+    for client in clients:
+        members.setdefault(classes[client.tier], []).append(client)
+    seconds = {
+        name: math.fsum(costs.seconds(client) for client in mine) for name, mine in members.items()
+    }
+    parallel = _parallel(seconds, {name: len(mine) for name, mine in members.items()}, capacities)
+    plans: list[ClassPlan] = []
+    first = 0
+    for name, mine in sorted(members.items()):
+        workers = _workers(seconds[name], parallel[name], capacities[name], section)
+        size = section.clients_per_bundle
+        if section.clients_per_task != "auto":
+            size = section.clients_per_task
+        bundles = cut_bundles(
+            mine,
+            worker_class=name,
+            seconds=costs.seconds,
+            # those that run at once share the work
+            workers=min(workers, parallel[name]),
+            clients_per_bundle=size,
+            first=first,
+        )
+        first += len(bundles)
+        workers = min(workers, len(bundles))
+        if section.clients_per_task != "auto":
+            workers = len(bundles)
+        longest = max([seconds[name] / workers, *(bundle.cost for bundle in bundles)])
+        given = options[name]
+        minutes = _configured_minutes(name, given)
+        if minutes is None and not capacities[name].resident and not _has_time(given):
+            minutes = _minutes(longest + startup_seconds, costs, capacities[name], section)
+            given = {**given, "time": math.ceil(minutes)}
+        plans.append(
+            ClassPlan(
+                worker_class=name,
+                workers=workers,
+                parallel=min(workers, parallel[name]),
+                minutes=minutes,
+                options=given,
+                bundles=bundles,
+            )
+        )
+    return plans
+
+
+def _parallel(
+    seconds: Mapping[str, float], counts: Mapping[str, int], room: Mapping[str, Capacity]
+) -> dict[str, int]:
+    """Share the slots among classes by work, at least one each.
+
+    What a class cannot use, having few clients or little room, goes to the others.
+    """
+    slots = max(room[name].most_parallel for name in seconds)
+    most = {name: max(1, min(counts[name], room[name].most_parallel)) for name in seconds}
+    work = {name: value or 1.0 for name, value in seconds.items()}
+    parallel: dict[str, int] = {}
+    while work:
+        others = max(0, slots - sum(parallel.values()) - len(work))
+        wanted = {name: 1 + more for name, more in largest_remainder(work, others).items()}
+        full = [name for name in work if wanted[name] >= most[name]]
+        parallel |= {name: min(most[name], wanted[name]) for name in full or work}
+        work = {name: value for name, value in work.items() if name not in parallel}
+    return parallel
+
+
+def _workers(seconds: float, parallel: int, room: Capacity, section: SchedulerSection) -> int:
+    if room.resident:
+        return parallel
+    by_target = math.ceil(seconds / (60.0 * section.target_minutes))
+    worth_it = int(seconds / (60.0 * section.worker_minutes_min))
+    return max(1, by_target, min(parallel, room.free_slots, worth_it))
+
+
+def _minutes(seconds: float, costs: CostModel, room: Capacity, section: SchedulerSection) -> float:
+    margin, least = (
+        (_MARGIN, _LEAST_MINUTES)
+        if costs.calibrated
+        else (_MARGIN_BEFORE_MEASURED, _LEAST_MINUTES_BEFORE_MEASURED)
+    )
+    minutes = max(least, math.ceil(margin * seconds / 60.0))
+    if section.linger_minutes:
+        minutes = math.ceil(max(minutes, section.target_minutes) + section.linger_minutes)
+    return minutes if room.most_minutes is None else min(minutes, room.most_minutes)
+
+
+def _has_time(options: SbatchOptions) -> bool:
+    return any(key.removeprefix("--") in {"time", "t"} for key in options)
+
+
+def _configured_minutes(worker_class: str, options: SbatchOptions) -> float | None:
+    for key, value in options.items():
+        if key.removeprefix("--") == "time":
+            try:
+                return time_minutes(value)
+            except ValueError as error:
+                raise ConfigError(
+                    f"scheduler.sbatch: time of class {worker_class}: got {value!r}, need minutes "
+                    "or [days-]hours:minutes:seconds"
+                ) from error
+    return None
+
+
+def next_arrays(
+    wanted: Mapping[str, int], *, largest: Mapping[str, int], free_tasks: int | None
+) -> dict[str, int]:
+    """Return how many tasks each class may submit now, in one array each.
+
+    Args:
+        wanted: class -> tasks that are still to be submitted.
+        largest: class -> tasks that one array may have.
+        free_tasks: tasks that limits on submitted jobs leave room for; None: any number.
+    """
+    most = {name: min(count, largest[name]) for name, count in wanted.items() if count > 0}
+    if free_tasks is None or sum(most.values()) <= free_tasks:
+        return most
+    shares = largest_remainder({name: float(count) for name, count in most.items()}, free_tasks)
+    return {name: min(most[name], count) for name, count in shares.items() if count}
+
+
+def time_minutes(option: str | int | float | bool | None) -> float | None:
+    """Return the minutes that sbatch's `time` stands for; None: no limit.
+
+    sbatch takes minutes, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`,
+    `days-hours:minutes` and `days-hours:minutes:seconds`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(option, bool) or option is None:
+        return None
+    text = str(option).strip()
+    if text.upper() in {"UNLIMITED", "INFINITE", "0", "-1"}:
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = [float(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0.0, 0.0)[:3]
+        return float(days) * 1440 + hours * 60 + minutes + seconds / 60
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) == 2:
+        return parts[0] + parts[1] / 60
+    hours, minutes, seconds = parts
+    return hours * 60 + minutes + seconds / 60

@@ -1,0 +1,119 @@
+"""One plan for all that a round still misses: who trains it, where, in which bundles."""
+
+from collections.abc import Sequence
+
+from fedllm.planning.classes import tier_options
+from fedllm.planning.costs import CostModel, calibrate
+from fedllm.planning.federation import Federation
+from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
+from fedllm.rounds.lingering import lingering_workers
+from fedllm.rounds.losses import excluded_nodes, options_after_losses
+from fedllm.rounds.run import Run
+from fedllm.rounds.submissions import array_name, submit
+from fedllm.rounds.waves import next_wave
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import (
+    CohortClient,
+    CohortRecord,
+    CollectionRecord,
+    SubmissionRecord,
+    WorkersRecord,
+)
+
+
+def start_attempt(
+    run: Run,
+    federation: Federation,
+    cohort: CohortRecord,
+    missing: Sequence[CohortClient],
+    number: int,
+) -> None:
+    """Plan who trains the missing clients and submit as many workers as there is room for."""
+    paths = run.paths.round(cohort.round)
+    present = {federation.classes[client.tier] for client in missing}
+    sbatch = run.config.scheduler.sbatch
+    options = {
+        name: options_after_losses(run, paths, number - 1, name, tier_options(sbatch, name))
+        for name in sorted(present)
+    }
+    excluded = excluded_nodes(run, paths, number - 1)
+    if excluded:
+        options = {name: _excluding(given, excluded) for name, given in options.items()}
+    capacities = {name: run.scheduler.capacity(given) for name, given in options.items()}
+    classes = plan_classes(
+        missing,
+        federation.classes,
+        costs=measured_costs(run.paths, federation, cohort.round),
+        capacities=capacities,
+        options=options,
+        section=run.config.scheduler,
+        startup_seconds=_startup_seconds(run.paths, cohort.round),
+    )
+    lingering = lingering_workers(run, paths)
+    adopted = {c.worker_class: lingering.get(c.worker_class, [])[: c.workers] for c in classes}
+    plan = SubmissionRecord(
+        token=array_name(run, cohort.round, f"a{number:02d}"),
+        lease=run.lease.number,
+        kind="client",
+        command=[str(paths.attempt(number).root)],
+        arrays=[],
+        bundles=[bundle for each in classes for bundle in each.bundles],
+        workers={c.worker_class: _workers(c, len(adopted[c.worker_class])) for c in classes},
+        adopted=[task for tasks in adopted.values() for task in tasks],
+        one_bundle=run.config.scheduler.clients_per_task != "auto",
+        excluded_nodes=excluded,
+    )
+    plan = plan.model_copy(update={"arrays": next_wave(run, plan, capacities)})
+    run.say(_told(run, plan, len(missing), number))
+    submit(run, paths.attempt(number), plan, run.paths.logs(cohort.round))
+
+
+def measured_costs(paths: RunPaths, federation: Federation, round_number: int) -> CostModel:
+    """Return how long clients take, by what the last round before this one took."""
+    collection = _last_collection(paths, round_number)
+    seeded = federation.seed_costs()
+    return calibrate(seeded, collection.tiers) if collection else seeded
+
+
+def _startup_seconds(paths: RunPaths, round_number: int) -> float:
+    collection = _last_collection(paths, round_number)
+    measured = collection.startup_seconds if collection else None
+    return STARTUP_SECONDS if measured is None else measured
+
+
+def _last_collection(paths: RunPaths, round_number: int) -> CollectionRecord | None:
+    return CollectionRecord.find(paths.round(round_number - 1).collection)
+
+
+def _workers(plan: ClassPlan, adopted: int) -> WorkersRecord:
+    return WorkersRecord(
+        tasks=plan.workers - adopted,
+        parallel=max(1, plan.parallel - adopted),
+        minutes=plan.minutes,
+        options=plan.options,
+    )
+
+
+def _excluding(
+    options: dict[str, str | int | float | bool | None], nodes: Sequence[str]
+) -> dict[str, str | int | float | bool | None]:
+    given = next((key for key in options if key.removeprefix("--") == "exclude"), "exclude")
+    return {**options, given: ",".join([*filter(None, [str(options.get(given) or "")]), *nodes])}
+
+
+def _told(run: Run, plan: SubmissionRecord, clients: int, number: int) -> str:
+    workers = sum(each.tasks for each in plan.workers.values())
+    sent = sum(array.tasks for array in plan.arrays)
+    lines = (
+        f"{clients} clients in {len(plan.bundles)} bundles for {workers} workers",
+        f"{len(plan.adopted)} that linger" if plan.adopted else "",
+        f"{sent} submitted now, the others as limits allow" if sent < workers else "",
+        f"attempt {number}" if number > 1 else "",
+        f"not on {', '.join(plan.excluded_nodes)}" if plan.excluded_nodes else "",
+    )
+    return f"{_where(run, plan)}: {'; '.join(filter(None, lines))}"
+
+
+def _where(run: Run, plan: SubmissionRecord) -> str:
+    number = int(plan.token.rpartition("-a")[0].rpartition("-r")[2])
+    return f"round {number}/{run.config.rounds}"

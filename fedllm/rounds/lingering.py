@@ -1,0 +1,60 @@
+"""Workers that stayed after a round: the next one takes them over instead of queueing anew."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from fedllm.rounds.run import Run
+from fedllm.rounds.submissions import known_tasks
+from fedllm.scheduling.seam import TaskState
+from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.records import SubmissionRecord, TaskRecord
+
+
+def lingering_workers(run: Run, paths: RoundPaths) -> Mapping[str, list[str]]:
+    """Return class -> running tasks of earlier attempts that have nothing to do."""
+    found: dict[str, list[str]] = defaultdict(list)
+    if not run.config.scheduler.linger_minutes:
+        return found
+    attempts = list(_attempts(paths))
+    records = {
+        record.task: record
+        for attempt in attempts
+        for record in map(TaskRecord.read, attempt.task_files())
+    }
+    running = set(_running(run, [task for a in attempts for task in workers_of(run, a)]))
+    for task, record in sorted(records.items()):
+        if task in running and record.state == "lingering":
+            found[record.worker_class].append(task)
+    return found
+
+
+def workers_of(run: Run, attempt: AttemptPaths) -> list[str]:
+    """Return the tasks of an attempt, its own and those that it took over."""
+    plan = run.find(SubmissionRecord, attempt.submission)
+    return [*known_tasks(run, attempt), *(plan.adopted if plan else [])]
+
+
+def at_work(run: Run, attempt: AttemptPaths) -> list[str]:
+    """Return the tasks of an attempt that may still train: they live and do not linger."""
+    ids = workers_of(run, attempt)
+    states = run.scheduler.states(ids) if ids else {}
+    alive = [task for task, state in states.items() if state is not TaskState.GONE]
+    if not run.config.scheduler.linger_minutes:
+        return alive
+    return [task for task in alive if not _lingers(run, attempt, task, states[task])]
+
+
+def _lingers(run: Run, attempt: AttemptPaths, task: str, state: TaskState) -> bool:
+    record = run.find(TaskRecord, attempt.task(task))
+    return state is TaskState.RUNNING and record is not None and record.state == "lingering"
+
+
+def _running(run: Run, ids: list[str]) -> Iterator[str]:
+    states = run.scheduler.states(ids) if ids else {}
+    return (task for task, state in states.items() if state is TaskState.RUNNING)
+
+
+def _attempts(paths: RoundPaths) -> Iterator[AttemptPaths]:
+    for each in (paths.before, paths):
+        for number in range(1, each.last_attempt() + 1):
+            yield each.attempt(number)

@@ -1,0 +1,167 @@
+"""What goes wrong with workers: silent ones, broken nodes, too little memory, no progress."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedllm.config.models import SbatchOptions
+from fedllm.planning.classes import with_more_memory
+from fedllm.rounds.run import Run
+from fedllm.rounds.submissions import is_mine, known_tasks, settle, was_preempted
+from fedllm.scheduling.seam import TaskState
+from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.records import JobsRecord, OutcomeRecord, SubmissionRecord, TaskRecord
+from fedllm.storage.updates import Scan
+
+# a node may be to blame for these; not for time, memory or preemption
+_A_NODES_FAULT = {"FAILED", "NODE_FAIL", "BOOT_FAIL"}
+_OUT_OF_MEMORY = "OUT_OF_MEMORY"
+_MEMORY_GROWTH = 1.5
+
+
+def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
+    """Cancel running tasks whose progress has not changed for `scheduler.hung_minutes`.
+
+    Counted on this coordinator's own clock; a worker that lingers has nothing to say.
+    """
+    hung_seconds = 60.0 * run.config.scheduler.hung_minutes
+    if not run.watch.is_due(("silent", attempt.root), min(60.0, hung_seconds / 4)):
+        return
+    states = run.scheduler.states(known_tasks(run, attempt))
+    for task, state in states.items():
+        path = attempt.task(task)
+        if state is not TaskState.RUNNING or task in run.watch.cancelled:
+            continue
+        silent = run.watch.silent_seconds(task, _modified_ns(path))
+        record = TaskRecord.find(path) if silent >= hung_seconds else None
+        if silent < hung_seconds or (record and record.state == "lingering"):
+            continue
+        doing = f"client {record.client}, step {record.step}" if record else "nothing begun"
+        why = f"no progress for {silent / 60:.1f} minutes ({doing})"
+        run.watch.cancelled[task] = why
+        run.say(f"{task}: {why}; cancelled, its clients train elsewhere")
+        run.scheduler.cancel([task])
+
+
+def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
+    """Record once how an attempt ended, and whether its unfinished clients came further."""
+    known = run.find(OutcomeRecord, attempt.outcome)
+    if known:
+        return known
+    paths = _round_of(attempt)
+    before = (
+        settle(run, paths.attempt(attempt.number - 1)).checkpoints if attempt.number > 1 else {}
+    )
+    checkpoints = {p.name: _modified_ns(p) for p in paths.checkpoint_files()}
+    outcome = settle(
+        run, attempt, checkpoints=checkpoints, progressed=bool(checkpoints.items() - before.items())
+    )
+    for line in _told(attempt, outcome):
+        run.say(line)
+    return outcome
+
+
+def _told(attempt: AttemptPaths, outcome: OutcomeRecord) -> Iterator[str]:
+    endings = Counter((e.state, e.node) for e in outcome.endings.values())
+    for (state, node), count in sorted(endings.items()):
+        place = f" on {node}" if node else ""
+        yield (
+            f"round {_round_of(attempt).number}, attempt {attempt.number}: {count} "
+            f"task{'s' if count > 1 else ''} ended {state}{place}"
+        )
+
+
+def fruitless(run: Run, attempt: AttemptPaths, scan: Scan) -> int:
+    """Return how many attempts, to the last, brought no update and no checkpoint further.
+
+    Those that preemption ended are passed over: it never counts. So are those before a person
+    started the run again.
+    """
+    fruitful = {update.record.attempt for update in scan.published.values()}
+    count = 0
+    for number in range(attempt.number, 0, -1):
+        paths = _round_of(attempt).attempt(number)
+        outcome = close_attempt(run, paths)
+        if number in fruitful or outcome.progressed or not is_mine(run, paths):
+            break
+        count += not was_preempted(outcome)
+    return count
+
+
+def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
+    """Return nodes that no worker should run on: each failed `scheduler.node_failures` tasks.
+
+    Where all nodes that ran anything fail so, it is not the nodes.
+    """
+    before: set[str] = set()
+    if paths.number > 1:
+        earlier = paths.before
+        number = earlier.last_attempt()
+        if number:
+            plan = run.find(SubmissionRecord, earlier.attempt(number).submission)
+            before = set(plan.excluded_nodes) if plan else set()
+    failures: Counter[str] = Counter()
+    ran: set[str] = set()
+    for number in range(1, attempts + 1):
+        attempt = paths.attempt(number)
+        endings = close_attempt(run, attempt).endings.values()
+        failures.update(e.node for e in endings if e.state in _A_NODES_FAULT and e.node)
+        ran |= {TaskRecord.read(path).node for path in attempt.task_files()}
+    broken = {node for node, count in failures.items() if count >= _most(run)}
+    ran |= set(failures)
+    if len(ran) > 1 and not ran - broken:
+        broken = set()
+    for node in sorted(broken - before):
+        if run.watch.is_new(("excluded", node)):
+            run.say(f"node {node}: {failures[node]} tasks failed there; excluded from now on")
+    return sorted(before | broken)
+
+
+def _most(run: Run) -> int:
+    return run.config.scheduler.node_failures
+
+
+def options_after_losses(
+    run: Run, paths: RoundPaths, attempts: int, worker_class: str, options: SbatchOptions
+) -> SbatchOptions:
+    """Return a class's options with more memory for every attempt that ran out of it."""
+    times = sum(
+        _ran_out_of_memory(run, paths.attempt(number), worker_class)
+        for number in range(1, attempts + 1)
+    )
+    if not times:
+        return options
+    grown = with_more_memory(options, _MEMORY_GROWTH**times)
+    if grown is None:
+        run.say(
+            f"class {worker_class}: out of memory, and no `mem` to raise; set "
+            "scheduler.sbatch.client.mem"
+        )
+        return options
+    changed = [f"{key} {grown[key]}" for key in grown if grown[key] != options.get(key)]
+    run.say(f"class {worker_class}: out of memory; asking for {', '.join(changed)}")
+    return grown
+
+
+def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bool:
+    endings = close_attempt(run, attempt).endings
+    plan = run.read(SubmissionRecord, attempt.submission)
+    jobs = run.find(JobsRecord, attempt.jobs)
+    tasks = [
+        task
+        for array in plan.arrays
+        if array.worker_class == worker_class and jobs
+        for task in jobs.ids.get(array.name, [])
+    ]
+    return any(endings[task].state == _OUT_OF_MEMORY for task in tasks if task in endings)
+
+
+def _round_of(attempt: AttemptPaths) -> RoundPaths:
+    return RoundPaths(root=attempt.root.parent.parent)
+
+
+def _modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

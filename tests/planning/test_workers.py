@@ -1,0 +1,191 @@
+"""Workers: as many as the work is worth and slots are free, for as long as it takes."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.config.models import SchedulerSection
+from fedllm.errors import ConfigError
+from fedllm.planning.capacity import Capacity
+from fedllm.planning.costs import SECONDS_PER_CLIENT, CostModel
+from fedllm.planning.workers import ClassPlan, next_arrays, plan_classes, time_minutes
+from fedllm.storage.records import CohortClient
+
+CLASSES = {"t1": "t1", "t2": "t1", "t3": "t3"}
+COSTS = CostModel(seconds_per_token=dict.fromkeys(CLASSES, 1.0), calibrated=True)
+
+
+def clients_of(tier: str, count: int, minutes: float) -> list[CohortClient]:
+    cost = 60.0 * minutes - SECONDS_PER_CLIENT
+    return [CohortClient(id=f"{tier}-{n:05}", tier=tier, cost=cost) for n in range(count)]
+
+
+def planned(
+    clients: list[CohortClient],
+    *,
+    free: int = 1000,
+    parallel: int = 64,
+    costs: CostModel = COSTS,
+    resident: bool = False,
+    most_minutes: float | None = None,
+    options: dict[str, str | int | float | bool | None] | None = None,
+    **section: object,
+) -> dict[str, ClassPlan]:
+    capacity = Capacity(
+        free_slots=free,
+        most_parallel=parallel,
+        largest_array=400,
+        most_minutes=most_minutes,
+        resident=resident,
+    )
+    plans = plan_classes(
+        clients,
+        CLASSES,
+        costs=costs,
+        capacities=dict.fromkeys(CLASSES.values(), capacity),
+        options=dict.fromkeys(CLASSES.values(), options or {}),
+        section=SchedulerSection.model_validate(section),
+        startup_seconds=60.0,
+    )
+    return {plan.worker_class: plan for plan in plans}
+
+
+def test_scarce_slots_get_tasks_of_the_target_duration() -> None:
+    plan = planned(clients_of("t1", 600, 1.0), free=0)["t1"]
+    assert (plan.workers, plan.parallel) == (20, 20)
+    assert planned(clients_of("t1", 600, 1.0), free=0, target_minutes=60)["t1"].workers == 10
+
+
+def test_free_slots_are_used_while_a_worker_has_the_least_work_that_is_worth_its_start() -> None:
+    work = clients_of("t1", 600, 1.0)
+    assert planned(work, free=40)["t1"].workers == 40
+    # 600 minutes are worth 120 workers of 5 minutes, of which 64 may run
+    assert planned(work, free=500)["t1"].workers == 64
+    assert planned(work, free=500, parallel=500)["t1"].workers == 120
+    assert planned(work, free=500, parallel=500, worker_minutes_min=10)["t1"].workers == 60
+    assert planned(clients_of("t1", 3, 1.0))["t1"].workers == 1
+
+
+@given(
+    count=st.integers(1, 300),
+    minutes=st.floats(0.01, 50),
+    free=st.integers(0, 300),
+    parallel=st.integers(1, 300),
+)
+def test_never_fewer_workers_than_free_slots_while_each_has_work_enough(
+    count: int, minutes: float, free: int, parallel: int
+) -> None:
+    plan = planned(clients_of("t1", count, minutes), free=free, parallel=parallel)["t1"]
+    worth_it = int(count * minutes / 5.0 + 1e-6)
+    assert plan.workers >= min(free, parallel, worth_it, len(plan.bundles))
+    assert 1 <= plan.parallel <= min(plan.workers, parallel)
+    assert plan.workers <= len(plan.bundles)
+
+
+def test_more_work_than_may_run_at_once_waits_behind_the_throttle() -> None:
+    plan = planned(clients_of("t1", 6000, 1.0), parallel=64)["t1"]
+    assert (plan.workers, plan.parallel) == (200, 64)
+
+
+def test_slots_are_shared_among_classes_by_work_and_none_goes_without() -> None:
+    work = [*clients_of("t1", 300, 1.0), *clients_of("t2", 300, 1.0), *clients_of("t3", 200, 1.0)]
+    plans = planned(work, parallel=16)
+    assert {name: plan.parallel for name, plan in plans.items()} == {"t1": 12, "t3": 4}
+    numbers = [bundle.number for name in ("t1", "t3") for bundle in plans[name].bundles]
+    assert numbers == list(range(len(numbers)))
+    one = planned([*clients_of("t1", 90, 9.0), *clients_of("t3", 1, 0.1)], parallel=1)
+    assert {name: plan.workers for name, plan in one.items()}["t3"] == 1
+
+
+def test_a_class_that_cannot_use_its_slots_leaves_them_to_the_others() -> None:
+    plans = planned([*clients_of("t1", 40, 6.0), *clients_of("t3", 1, 6000.0)], parallel=16)
+    assert {name: plan.parallel for name, plan in plans.items()} == {"t1": 15, "t3": 1}
+
+
+def test_resident_workers_share_any_work_and_have_no_time_limit() -> None:
+    plan = planned(clients_of("t1", 16, 0.001), parallel=2, free=2, resident=True)["t1"]
+    assert (plan.workers, plan.minutes, plan.options) == (2, None, {})
+    assert len(plan.bundles) >= 8
+
+
+def test_clients_per_task_makes_a_task_of_every_bundle() -> None:
+    plan = planned(clients_of("t1", 10, 0.1), clients_per_task=1)["t1"]
+    assert (plan.workers, [len(b.clients) for b in plan.bundles]) == (10, [1] * 10)
+    assert planned(clients_of("t1", 10, 0.1), clients_per_task=4)["t1"].workers == 3
+
+
+def test_the_time_limit_is_the_estimate_with_a_margin_that_shrinks_once_measured() -> None:
+    work = clients_of("t1", 600, 1.0)
+    plan = planned(work, free=0)["t1"]
+    assert plan.minutes == math.ceil(1.5 * (30 + 1))
+    assert plan.options == {"time": 47}
+    unmeasured = CostModel(seconds_per_token=COSTS.seconds_per_token)
+    assert planned(work, free=0, costs=unmeasured)["t1"].minutes == 93
+    assert planned(clients_of("t1", 1, 0.1))["t1"].minutes == 5
+    assert planned(clients_of("t1", 1, 0.1), costs=unmeasured)["t1"].minutes == 15
+
+
+def test_the_longest_client_has_its_time_and_the_partition_its_limit() -> None:
+    work = [*clients_of("t1", 60, 1.0), CohortClient(id="long", tier="t1", cost=6000.0)]
+    assert planned(work, free=64)["t1"].minutes == math.ceil(1.5 * 101)
+    assert planned(work, free=64, most_minutes=45.0)["t1"].minutes == 45.0
+
+
+def test_a_configured_time_limit_is_taken_as_it_is() -> None:
+    plan = planned(clients_of("t1", 600, 1.0), options={"time": "1:30:00"})["t1"]
+    assert (plan.minutes, plan.options) == (90.0, {"time": "1:30:00"})
+    # null leaves it to the site
+    assert planned(clients_of("t1", 9, 1.0), options={"time": None})["t1"].options == {"time": None}
+    with pytest.raises(ConfigError, match="time of class t1: got 'soon', need minutes"):
+        planned(clients_of("t1", 9, 1.0), options={"time": "soon"})
+
+
+def test_lingering_workers_ask_for_the_time_to_linger_too() -> None:
+    plan = planned(clients_of("t1", 1, 0.1), linger_minutes=20, target_minutes=30)["t1"]
+    assert plan.minutes == 50
+
+
+@pytest.mark.parametrize(
+    ("option", "minutes"),
+    [
+        (90, 90.0),
+        ("90", 90.0),
+        ("90:30", 90.5),
+        ("2:00:00", 120.0),
+        ("1-0", 1440.0),
+        ("1-12:30", 2190.0),
+        ("1-00:00:30", 1440.5),
+        ("UNLIMITED", None),
+        (None, None),
+    ],
+)
+def test_times_are_read_as_sbatch_reads_them(option: str | int | None, minutes: float) -> None:
+    assert time_minutes(option) == minutes
+
+
+def test_arrays_are_split_at_their_largest_size_and_at_the_room_in_the_queue() -> None:
+    largest = {"a": 10, "b": 10}
+    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=None) == {"a": 10, "b": 3}
+    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=20) == {"a": 10, "b": 3}
+    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=5) == {"a": 4, "b": 1}
+    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=0) == {}
+    assert next_arrays({"a": 0}, largest=largest, free_tasks=None) == {}
+
+
+@given(
+    wanted=st.dictionaries(st.sampled_from("abc"), st.integers(0, 50)),
+    largest=st.integers(1, 20),
+    free=st.none() | st.integers(0, 60),
+)
+def test_waves_submit_every_task_in_the_end(
+    wanted: dict[str, int], largest: int, free: int | None
+) -> None:
+    left = dict(wanted)
+    for _ in range(200):
+        wave = next_arrays(left, largest=dict.fromkeys(left, largest), free_tasks=free)
+        assert sum(wave.values()) <= (math.inf if free is None else free)
+        assert all(0 < count <= min(largest, left[name]) for name, count in wave.items())
+        left = {name: count - wave.get(name, 0) for name, count in left.items()}
+    assert not any(left.values()) or free == 0
