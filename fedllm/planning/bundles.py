@@ -21,6 +21,7 @@ def cut_bundles(
     seconds: Callable[[CohortClient], float],
     workers: int,
     clients_per_bundle: int | Literal["auto"],
+    target_seconds: float = math.inf,
     first: int = 0,
 ) -> list[BundleRecord]:
     """Cut clients of one class into bundles, numbered from `first`.
@@ -32,13 +33,14 @@ def cut_bundles(
         clients: of one class.
         worker_class: its name.
         seconds: how long a client is expected to train.
-        workers: how many will take bundles.
+        workers: how many take bundles at once.
         clients_per_bundle: a size in clients instead.
+        target_seconds: the work that a worker should have, which holds for bundles the more.
         first: the number of the first bundle.
     """
     ordered = sorted(((seconds(c), c.id) for c in clients), key=lambda pair: (-pair[0], pair[1]))
     if clients_per_bundle == "auto":
-        cuts = _guided(ordered, workers)
+        cuts = _guided(ordered, workers, target_seconds)
     else:
         size = clients_per_bundle
         cuts = [ordered[at : at + size] for at in range(0, len(ordered), size)]
@@ -53,7 +55,9 @@ def cut_bundles(
     ]
 
 
-def _guided(ordered: Sequence[tuple[float, str]], workers: int) -> list[list[tuple[float, str]]]:
+def _guided(
+    ordered: Sequence[tuple[float, str]], workers: int, target_seconds: float
+) -> list[list[tuple[float, str]]]:
     left = math.fsum(cost for cost, _ in ordered)
     smallest = min(SMALLEST_BUNDLE_SECONDS, left / (_BUNDLES_PER_WORKER * workers))
     cuts: list[list[tuple[float, str]]] = []
@@ -62,7 +66,7 @@ def _guided(ordered: Sequence[tuple[float, str]], workers: int) -> list[list[tup
         # a client goes where it overshoots less
         if not cuts or held + cost / 2 > wanted:
             left -= held
-            wanted = max(smallest, left * _SHARE_OF_WORKER / workers)
+            wanted = max(smallest, min(left / workers, target_seconds) * _SHARE_OF_WORKER)
             cuts.append([])
             held = 0.0
         cuts[-1].append((cost, id_))

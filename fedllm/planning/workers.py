@@ -87,9 +87,9 @@ def plan_classes(
             mine,
             worker_class=name,
             seconds=costs.seconds,
-            # those that run at once share the work
             workers=min(workers, parallel[name]),
             clients_per_bundle=size,
+            target_seconds=60.0 * section.target_minutes,
             first=first,
         )
         first += len(bundles)

@@ -94,23 +94,32 @@ def _send(
             run.watch.no_room.add(array.name)
     except ConfigError:
         if withdraw:
-            _withdraw(run, paths, ids)
+            _withdraw(run, paths, plan, ids)
         raise
     if room or ids:
         run.publish(JobsRecord(ids=ids), paths.jobs)
     return room
 
 
-def _withdraw(run: Run, paths: JobPaths, ids: dict[str, list[str]]) -> None:
+def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, list[str]]) -> None:
     """Let go of what the scheduler refused: the next plan is made of the mended configuration.
 
-    Arrays that it took before stay known, and the plan with them.
+    Arrays that it took before stay, and of the plan what concerns them.
     """
-    if ids:
-        run.publish(JobsRecord(ids=ids), paths.jobs)
+    if not ids:
+        run.lease.check()
+        paths.root.rename(aside(paths.root, "refused"))
         return
-    run.lease.check()
-    paths.root.rename(aside(paths.root, "refused"))
+    arrays = [array for array in plan.arrays if array.name in ids]
+    sent = {array.worker_class: array.tasks for array in arrays}
+    workers = {
+        name: each.model_copy(update={"tasks": sent[name]})
+        for name, each in plan.workers.items()
+        if name in sent
+    }
+    kept = plan.model_copy(update={"arrays": arrays, "workers": workers})
+    run.publish(kept, paths.submission)
+    run.publish(JobsRecord(ids=ids), paths.jobs)
 
 
 def _job(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:

@@ -87,6 +87,10 @@ def test_never_fewer_workers_than_free_slots_while_each_has_work_enough(
 def test_more_work_than_may_run_at_once_waits_behind_the_throttle() -> None:
     plan = planned(clients_of("t1", 6000, 1.0), parallel=64)["t1"]
     assert (plan.workers, plan.parallel) == (200, 64)
+    # whatever comes first is still a part of a task's target duration
+    assert max(bundle.cost for bundle in plan.bundles) <= 60 * 10
+    few = planned(clients_of("t1", 6000, 1.0), parallel=2)["t1"]
+    assert (few.workers, few.minutes) == (200, 47)
 
 
 def test_slots_are_shared_among_classes_by_work_and_none_goes_without() -> None:

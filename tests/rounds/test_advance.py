@@ -166,7 +166,9 @@ def test_a_worker_that_publishes_nothing_is_tried_again(
 def test_attempts_without_progress_are_bounded(tmp_path: Path) -> None:
     simulation = Simulation()
     simulation.before = lambda program, _target: 1 if program == "client" else None
-    with pytest.raises(RunFailed, match=r"no update from .* after 3 attempts; see .*logs"):
+    with pytest.raises(
+        RunFailed, match=r"no update from .* after 3 attempts \(inline-\d+: exit 1\); see"
+    ):
         complete(tmp_path / "run", simulation)
     complete(tmp_path / "run", Simulation())
 
