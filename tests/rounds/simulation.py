@@ -66,7 +66,10 @@ def config_of(**changes: object) -> Config:
 
 
 class Simulation:
-    """The callable behind an inline scheduler; `diverging` clients send what is not finite."""
+    """The callable behind an inline scheduler; `diverging` clients send what is not finite.
+
+    After `limit` clients none is trained any more.
+    """
 
     def __init__(self, diverging: Sequence[str] = (), log: Callable[[str], None] = print) -> None:
         self.diverging = set(diverging)
@@ -74,6 +77,7 @@ class Simulation:
         self.log = log
         self.data_fingerprint = "data"
         self.misshapen = 0
+        self.limit: int | None = None
         self.before: Callable[[str, Path], int | None] = lambda _program, _target: None
 
     def __call__(self, program: str, argv: Sequence[str], task: str, log: Path) -> int:
@@ -123,7 +127,7 @@ class Simulation:
         cohort = CohortRecord.read(paths.cohort)
         tiers = {client.id: client.tier for client in cohort.clients}
         for bundle in SubmissionRecord.read(attempt.submission).bundles:
-            if bundle.worker_class != worker_class:
+            if bundle.worker_class != worker_class or len(self.trained) == self.limit:
                 continue
             claim = ClaimRecord(bundle=bundle.number, task=task, node="here")
             if not claim.publish_once(attempt.claim(bundle.number)):

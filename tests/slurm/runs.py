@@ -21,6 +21,7 @@ ON_CLUSTER = (
     "scheduler.clients_per_bundle=1",
     "scheduler.poll_seconds=0.2",
     "scheduler.query_seconds=0.5",
+    "scheduler.worker_minutes_min=0.000001",
     "storage.visibility_seconds=1",
 )
 HELD = "scheduler.sbatch.client.hold=true"

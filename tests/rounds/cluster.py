@@ -1,0 +1,138 @@
+"""A cluster at the scheduler's seam that a test moves by hand: clients train when it says so."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedllm.config.models import Config
+from fedllm.rounds.opening import open_run
+from fedllm.rounds.run import Run
+from fedllm.scheduling.seam import Capacity, Ending, Job, Option, SchedulerFull, TaskState
+from fedllm.storage.paths import AttemptPaths, RunPaths
+from fedllm.storage.records import TaskRecord
+from tests.rounds.simulation import Simulation, config_of
+
+
+class HandMoved:
+    """Jobs of one task run at once; workers wait until the test lets them work or ends them."""
+
+    def __init__(
+        self, simulation: Simulation, *, most_tasks: int | None = None, largest_array: int = 400
+    ) -> None:
+        self.simulation = simulation
+        self.most_tasks = most_tasks
+        self.largest_array = largest_array
+        self.jobs: list[Job] = []
+        self.alive: dict[str, tuple[Job, TaskState]] = {}
+        self.ended: dict[str, Ending] = {}
+        self.cancelled: list[str] = []
+        self.finds = 0
+        self._numbers = itertools.count(1)
+
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+        del options
+        free = None if self.most_tasks is None else self.most_tasks - len(self.alive)
+        return Capacity(
+            free_slots=100, most_parallel=100, largest_array=self.largest_array, free_tasks=free
+        )
+
+    def submit(self, job: Job) -> list[str]:
+        if self.most_tasks is not None and len(self.alive) + job.tasks > self.most_tasks:
+            raise SchedulerFull("too many jobs")
+        self.jobs.append(job)
+        array = next(self._numbers)
+        ids = [f"{array}_{number}" for number in range(job.tasks)]
+        if job.program == "client":
+            self.alive |= dict.fromkeys(ids, (job, TaskState.WAITING))
+        else:
+            self.simulation(job.program, job.argv, ids[0], job.log_folder)
+        return ids
+
+    @property
+    def arrays(self) -> list[Job]:
+        """The arrays of workers."""
+        return [job for job in self.jobs if job.program == "client"]
+
+    def start(self, *ids: str) -> None:
+        """Let tasks run without doing anything."""
+        self.alive |= {id_: (self.alive[id_][0], TaskState.RUNNING) for id_ in ids}
+
+    def note(self, task: str, state: str, worker_class: str = "small") -> None:
+        """Write a worker's progress."""
+        folder = Path(self.alive[task][0].argv[0])
+        TaskRecord.model_validate(
+            {
+                "task": task,
+                "node": "n1",
+                "clients_done": 0,
+                "state": state,
+                "worker_class": worker_class,
+            }
+        ).publish(AttemptPaths(root=folder, number=int(folder.name)).task(task))
+
+    def work(self, *ids: str) -> None:
+        """Let tasks train all that they can claim and end."""
+        for id_ in ids:
+            job, _ = self.alive.pop(id_)
+            self.simulation(job.program, job.argv, id_, job.log_folder)
+
+    def end(self, state: str, *ids: str, node: str = "n1") -> None:
+        """End tasks that did nothing."""
+        for id_ in ids:
+            del self.alive[id_]
+            self.ended[id_] = Ending(state=state, node=node)
+
+    def find(self, name: str) -> list[str] | None:
+        self.finds += 1
+        found = [id_ for id_, (job, _) in self.alive.items() if job.name == name]
+        return found or None
+
+    def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
+        return {id_: self.alive[id_][1] if id_ in self.alive else TaskState.GONE for id_ in ids}
+
+    def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
+        return {id_: self.ended[id_] for id_ in ids if id_ in self.ended}
+
+    def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
+        return dict.fromkeys(ids, "Resources")
+
+    def trouble(self) -> str | None:
+        return None
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        del jobs
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        self.cancelled += ids
+        for id_ in ids:
+            if self.alive.pop(id_, None):
+                self.ended[id_] = Ending(state="CANCELLED")
+
+    def wait(self, seconds: float) -> None:
+        del seconds
+
+    def close(self) -> None:
+        return
+
+
+def hand_moved(
+    root: Path, cluster: HandMoved, say: list[str] | None = None, **changes: object
+) -> Run:
+    """Open a run of the simulated federation on a hand-moved cluster."""
+    config: Config = config_of(
+        **{
+            "scheduler__query_seconds": 1e-6,
+            "scheduler__worker_minutes_min": 1e-6,
+            "scheduler__clients_per_bundle": 1,
+            "evaluation__every": 0,
+            "rounds": 1,
+            **changes,
+        }
+    )
+    heard = [] if say is None else say
+    return open_run(root, config, make_scheduler=lambda _paths, _config: cluster, say=heard.append)
+
+
+def paths_of(root: Path) -> RunPaths:
+    """Return a run's paths."""
+    return RunPaths(root=root.resolve())

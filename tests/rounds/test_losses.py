@@ -1,0 +1,242 @@
+"""Silent workers, broken nodes, memory, preemption: what counts and what follows."""
+
+from pathlib import Path
+
+import pytest
+
+from fedllm.errors import RunFailed
+from fedllm.rounds.advance import advance
+from fedllm.rounds.run import Run
+from fedllm.storage.records import CollectionRecord, OutcomeRecord, SubmissionRecord
+from tests.rounds.cluster import HandMoved, hand_moved, paths_of
+from tests.rounds.simulation import Simulation
+
+NOW = 1e-6
+
+
+@pytest.fixture
+def cluster() -> HandMoved:
+    return HandMoved(Simulation())
+
+
+def lose(run: Run, cluster: HandMoved, state: str, node: str = "n1") -> None:
+    """End all workers of an attempt that did nothing, and let the coordinator see it."""
+    cluster.end(state, *cluster.alive, node=node)
+    assert not advance(run)
+
+
+def test_a_silent_worker_is_ended_and_its_clients_train_elsewhere(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    say: list[str] = []
+    run = hand_moved(tmp_path, cluster, say, scheduler__hung_minutes=NOW)
+    assert not advance(run)
+    silent, *others = cluster.alive
+    cluster.start(silent)
+    cluster.note(silent, "training")
+    assert not advance(run)
+    assert not advance(run)
+    assert cluster.cancelled == [silent]
+    assert any(line.startswith(f"{silent}: no progress for") for line in say)
+    cluster.end("COMPLETED", *others)
+    assert not advance(run)
+    outcome = OutcomeRecord.read(paths_of(tmp_path).round(1).attempt(1).outcome)
+    assert outcome.cancelled.keys() == {silent}
+    cluster.work(*cluster.alive)
+    assert advance(run)
+
+
+def test_a_worker_that_makes_progress_waits_or_lingers_is_left_alone(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__hung_minutes=NOW, scheduler__linger_minutes=5)
+    assert not advance(run)
+    _waiting, lingering, *_ = cluster.alive
+    cluster.start(lingering)
+    cluster.note(lingering, "lingering")
+    for _ in range(3):
+        assert not advance(run)
+    assert cluster.cancelled == []
+    # on the usual minutes nobody is silent yet
+    run = hand_moved(tmp_path / "other", HandMoved(Simulation()))
+    assert not advance(run)
+
+
+def test_a_node_that_fails_several_tasks_is_excluded_and_said(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    say: list[str] = []
+    changes = {"scheduler__sbatch": {"client": {"exclude": "n7"}}}
+    run = hand_moved(tmp_path, cluster, say, rounds=2, **changes)
+    assert not advance(run)
+    lose(run, cluster, "FAILED", node="n3")
+    assert cluster.arrays[1].options["exclude"] == "n7,n3"
+    assert "node n3: 4 tasks failed there; excluded from now on" in say
+    cluster.work(*cluster.alive)
+    # the next round begins without it
+    assert not advance(run)
+    assert cluster.arrays[2].options["exclude"] == "n7,n3"
+
+
+def test_where_all_nodes_fail_it_is_not_the_nodes(tmp_path: Path, cluster: HandMoved) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__node_failures=2)
+    assert not advance(run)
+    one, two, three, four = cluster.alive
+    cluster.end("FAILED", one, two, node="n1")
+    cluster.end("FAILED", three, four, node="n2")
+    assert not advance(run)
+    assert "exclude" not in cluster.arrays[1].options
+
+
+def test_time_and_preemption_are_no_fault_of_a_node(tmp_path: Path, cluster: HandMoved) -> None:
+    run = hand_moved(tmp_path, cluster)
+    assert not advance(run)
+    lose(run, cluster, "TIMEOUT")
+    assert "exclude" not in cluster.arrays[1].options
+
+
+def test_out_of_memory_asks_for_more_memory_each_time(tmp_path: Path, cluster: HandMoved) -> None:
+    say: list[str] = []
+    options = {"client": {"mem": "10G"}}
+    run = hand_moved(tmp_path, cluster, say, scheduler__sbatch=options)
+    assert not advance(run)
+    lose(run, cluster, "OUT_OF_MEMORY")
+    lose(run, cluster, "OUT_OF_MEMORY")
+    assert [job.options["mem"] for job in cluster.arrays] == ["10G", "15G", "23G"]
+    assert "class small: out of memory; asking for mem 15G" in say
+
+
+def test_out_of_memory_without_a_limit_to_raise_names_the_key(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    say: list[str] = []
+    run = hand_moved(tmp_path, cluster, say)
+    assert not advance(run)
+    lose(run, cluster, "OUT_OF_MEMORY")
+    assert any("set scheduler.sbatch.client.mem" in line for line in say)
+
+
+def test_attempts_without_progress_are_bounded_and_their_ends_told(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__max_attempts=2)
+    assert not advance(run)
+    lose(run, cluster, "NODE_FAIL", node="n2")
+    cluster.end("NODE_FAIL", *cluster.alive, node="n2")
+    with pytest.raises(RunFailed, match=r"after 2 attempts \(.*NODE_FAIL on n2"):
+        advance(run)
+
+
+def test_preemption_never_counts(tmp_path: Path, cluster: HandMoved) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__max_attempts=1)
+    assert not advance(run)
+    for _ in range(4):
+        lose(run, cluster, "PREEMPTED")
+    cluster.work(*cluster.alive)
+    assert advance(run)
+
+
+def test_a_checkpoint_that_came_further_is_progress(tmp_path: Path, cluster: HandMoved) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__max_attempts=1)
+    assert not advance(run)
+    checkpoint = paths_of(tmp_path).round(1).checkpoint("a")
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"step 1")
+    lose(run, cluster, "TIMEOUT")
+    checkpoint.unlink()
+    checkpoint.write_bytes(b"step 2")
+    lose(run, cluster, "TIMEOUT")
+    cluster.end("TIMEOUT", *cluster.alive)
+    with pytest.raises(RunFailed, match="after 3 attempts"):
+        advance(run)
+
+
+def test_a_round_goes_on_with_enough_of_those_that_were_drawn(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    say: list[str] = []
+    cluster.simulation.limit = 4
+    run = hand_moved(tmp_path, cluster, say, clients__over_sample=0.5)
+    assert not advance(run)
+    assert len(cluster.alive) == 6
+    cluster.work(next(iter(cluster.alive)))
+    assert advance(run)
+    collection = CollectionRecord.read(paths_of(tmp_path).round(1).collection)
+    assert len(collection.updates) == 4
+    assert len(collection.missing) == 2
+    assert sum(mix.used for mix in collection.tiers.values()) == 4
+    assert sum(mix.drawn for mix in collection.tiers.values()) == 6
+    assert len(cluster.cancelled) == 5
+    told = next(line for line in say if "collected" in line)
+    assert told.startswith("round 1: collected 4 of 6 clients (small ")
+
+
+def test_after_the_deadline_the_quorum_is_enough(tmp_path: Path, cluster: HandMoved) -> None:
+    cluster.simulation.limit = 3
+    changes = {"clients__quorum": 3, "clients__deadline_minutes": 0.02}
+    run = hand_moved(tmp_path, cluster, **changes)
+    assert not advance(run)
+    cluster.work(next(iter(cluster.alive)))
+    assert not advance(run)
+    while not advance(run):
+        pass
+    assert len(CollectionRecord.read(paths_of(tmp_path).round(1).collection).updates) == 3
+
+
+def test_before_the_quorum_a_deadline_ends_nothing(tmp_path: Path, cluster: HandMoved) -> None:
+    cluster.simulation.limit = 2
+    changes = {"clients__quorum": 3, "clients__deadline_minutes": NOW}
+    run = hand_moved(tmp_path, cluster, **changes)
+    assert not advance(run)
+    cluster.work(next(iter(cluster.alive)))
+    for _ in range(3):
+        assert not advance(run)
+
+
+def test_the_next_round_takes_over_workers_that_linger(tmp_path: Path, cluster: HandMoved) -> None:
+    run = hand_moved(tmp_path, cluster, rounds=2, scheduler__linger_minutes=5)
+    assert not advance(run)
+    staying, leaving, *others = cluster.alive
+    cluster.start(staying, leaving)
+    cluster.note(staying, "lingering")
+    cluster.note(leaving, "ended")
+    cluster.work(*others)
+    assert not advance(run)
+    plan = SubmissionRecord.read(paths_of(tmp_path).round(2).attempt(1).submission)
+    assert plan.adopted == [staying]
+    assert sum(job.tasks for job in cluster.arrays) == 4 + 3
+
+
+def test_lost_bundles_are_planned_anew_though_others_linger(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    cluster.simulation.limit = 3
+    run = hand_moved(tmp_path, cluster, scheduler__linger_minutes=5)
+    assert not advance(run)
+    staying, working, *lost = cluster.alive
+    cluster.start(staying)
+    cluster.note(staying, "lingering")
+    cluster.work(working)
+    cluster.end("NODE_FAIL", *lost)
+    assert not advance(run)
+    plan = SubmissionRecord.read(paths_of(tmp_path).round(1).attempt(2).submission)
+    assert (plan.adopted, plan.arrays) == ([staying], [])
+
+
+def test_memory_is_raised_for_the_class_that_ran_out_of_it(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    tiers = {"small": {"ranks": 2}, "large": {"ranks": 4}}
+    sbatch = {"tiers": {"large": {"mem": "4G"}}}
+    run = hand_moved(tmp_path, cluster, clients__tiers=tiers, scheduler__sbatch=sbatch)
+    assert not advance(run)
+    names = {job.name.split("-")[-2]: job for job in cluster.arrays}
+    assert sorted(names) == ["large", "small"]
+    small = [id_ for id_, (job, _) in cluster.alive.items() if job is names["small"]]
+    large = [id_ for id_, (job, _) in cluster.alive.items() if job is names["large"]]
+    cluster.work(*small)
+    cluster.end("OUT_OF_MEMORY", *large)
+    assert not advance(run)
+    assert {job.name.split("-")[-2]: job.options["mem"] for job in cluster.arrays[2:]} == {
+        "large": "6G"
+    }
