@@ -1,10 +1,7 @@
 """What the clients of a round share, and the training of one of them."""
 
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from fedllm.config.loading import result_fingerprint
 from fedllm.config.models import Config
@@ -18,6 +15,8 @@ from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
 from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError
 from fedllm.steps.identity import TaskIdentity
+from fedllm.steps.log import say
+from fedllm.steps.patience import patience_seconds, patiently
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
 from fedllm.storage.checkpoints import CheckpointIdentity
@@ -26,12 +25,10 @@ from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, Upda
 from fedllm.storage.tensors import TensorFile, sha256_of
 from fedllm.training.environment import environment
 from fedllm.training.loop import LocalSettings, Snapshot, TrainResult, train_client
-from fedllm.training.memory import let_go, micro_batch_size, micro_batch_sizes, ran_out, wanted
+from fedllm.training.memory import let_go, micro_batch_size, micro_batch_sizes, ran_out
 from fedllm.training.plan import Draws
 
-T = TypeVar("T")
 Save = Callable[[], None]
-_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +67,16 @@ class ClientRound:
         run = RunPaths(root=paths.root.parent.parent)
         config = session.config(run.config)
         # files of another node may become visible late
-        patience = config.storage.visibility_seconds if config.scheduler.kind == "slurm" else 0.0
-        cohort = _patiently(lambda: CohortRecord.read(paths.cohort), patience)
+        patience = patience_seconds(config)
+        cohort = patiently(lambda: CohortRecord.read(paths.cohort), patience)
         return cls(
             paths=paths,
-            run_id=_patiently(lambda: RunRecord.read(run.run), patience).run_id,
+            run_id=patiently(lambda: RunRecord.read(run.run), patience).run_id,
             config=config,
             result_fingerprint=result_fingerprint(config),
-            prepared=_patiently(lambda: session.prepared(run.prepared), patience),
+            prepared=patiently(lambda: session.prepared(run.prepared), patience),
             cohort=cohort,
-            state=_patiently(lambda: _state(run, cohort), patience),
+            state=patiently(lambda: _state(run, cohort), patience),
             method=method_of(config),
             settings=LocalSettings(
                 training=config.training,
@@ -150,10 +147,9 @@ class ClientRound:
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-                more = wanted(error)
             # only now, without the error's traceback, can the tensors of that attempt go
             let_go(self.slots)
-            training = self._smaller(training, sizes, more)
+            training = self._smaller(training, sizes)
         record = self._record(training, result, attempt=attempt, bundle=bundle, identity=identity)
         return Trained(record=record, adapter=result.adapter)
 
@@ -215,14 +211,14 @@ class ClientRound:
             before_step=hook,
         )
 
-    def _smaller(self, training: Resumable, sizes: Sequence[int], more: str) -> Resumable:
+    def _smaller(self, training: Resumable, sizes: Sequence[int]) -> Resumable:
         """Return the training to try after one that found too little memory.
 
         Raises:
             OutOfMemory: there is none.
         """
         client, size = training.identity.client, training.micro_batch_size
-        told = f"client {client}: memory ran out with micro-batches of {size} rows{more}"
+        told = f"client {client}: memory ran out with micro-batches of {size} rows"
         smaller = next((other for other in sizes if other < size), None)
         if smaller is not None:
             say(f"{told}; it is trained again from its start with {smaller}")
@@ -285,25 +281,3 @@ def _state(run: RunPaths, cohort: CohortRecord) -> TensorFile:
     raise RunDirectoryError(
         f"{path}: not the state that round {cohort.round} was drawn from; restore it"
     )
-
-
-def _patiently(read: Callable[[], T], seconds: float) -> T:
-    """Read what another node wrote; only after `seconds` is it missing or damaged."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return read()
-        except FileNotFoundError as error:
-            problem = RunDirectoryError(f"{error.filename}: missing; resume the run")
-            problem.__cause__ = error
-        except RunDirectoryError as error:
-            problem = error
-        if time.monotonic() >= deadline:
-            raise problem
-        time.sleep(_RETRY_SECONDS)
-
-
-def say(line: str) -> None:
-    """Write a line to the task's log."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

@@ -1,0 +1,36 @@
+"""Reading what another node wrote: shared storage may show it late."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from fedllm.config.models import Config
+from fedllm.errors import RunDirectoryError
+
+T = TypeVar("T")
+_RETRY_SECONDS = 1.0
+
+
+def patience_seconds(config: Config) -> float:
+    """Return for how long what cannot be read is only late."""
+    return config.storage.visibility_seconds if config.scheduler.kind == "slurm" else 0.0
+
+
+def patiently(read: Callable[[], T], seconds: float) -> T:
+    """Read what another node wrote; only after `seconds` is it missing or damaged.
+
+    Raises:
+        RunDirectoryError: it is.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return read()
+        except FileNotFoundError as error:
+            problem = RunDirectoryError(f"{error.filename}: missing; resume the run")
+            problem.__cause__ = error
+        except RunDirectoryError as error:
+            problem = error
+        if time.monotonic() >= deadline:
+            raise problem
+        time.sleep(_RETRY_SECONDS)
