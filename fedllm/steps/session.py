@@ -10,7 +10,10 @@ from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
+from fedllm.steps.log import say
+from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord
+from fedllm.storage.staging import near
 
 if TYPE_CHECKING:
     from fedllm.data.cache import TokenizedClients
@@ -59,6 +62,24 @@ class Session:
         self._data: tuple[str, TokenizedClients] | None = None
         self._config: tuple[_Version, Config] | None = None
         self._prepared: tuple[_Version, PreparedRecord] | None = None
+        self._near: dict[str, str] = {}
+
+    def stage(self, folder: str, prepared: PreparedRecord) -> None:
+        """Read a run's base model and data from copies below `folder` on this node's own disk.
+
+        They are made where they are not there yet. Where that cannot be, this is said, and the
+        shared files are read.
+        """
+        below = CachePaths(root=Path())
+        for shared, name in (
+            (prepared.model_path, below.model(prepared.model_fingerprint)),
+            (prepared.data_path, below.data(prepared.data_fingerprint)),
+        ):
+            if shared not in self._near:
+                place, problem = near(Path(shared), name, folder)
+                self._near[shared] = str(place)
+                if problem:
+                    say(problem)
 
     def base(self, path: str, *, dtype: str, device: str, threads: int) -> "Base":
         """Return the base model of `path`, loaded by the first call; sets the threads."""
@@ -80,8 +101,9 @@ class Session:
             ModelError: its files are not those that were prepared.
         """
         device = str(resolve_device(config.training.device))
+        path = self._near.get(prepared.model_path, prepared.model_path)
         key = _SlotsKey(
-            base=_BaseKey(path=prepared.model_path, dtype=config.model.dtype, device=device),
+            base=_BaseKey(path=path, dtype=config.model.dtype, device=device),
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
@@ -90,15 +112,16 @@ class Session:
             # its layers are in the model: take a clean one
             self._base = self._slots = None
         base = self.base(
-            prepared.model_path,
+            path,
             dtype=config.model.dtype,
             device=device,
             threads=config.training.threads,
         )
         if base.fingerprint != prepared.model_fingerprint:
             raise ModelError(
-                f"{prepared.model_path}: not the model that was prepared (fingerprint "
-                f"{base.fingerprint[:12]}, need {prepared.model_fingerprint[:12]}); restore it"
+                f"{path}: not the model that was prepared (fingerprint {base.fingerprint[:12]}, "
+                f"need {prepared.model_fingerprint[:12]}); "
+                + ("restore it" if path == prepared.model_path else "remove this copy of it")
             )
         if self._slots is None:
             from fedllm.model.slots import AdapterSlots
@@ -110,7 +133,8 @@ class Session:
         return self._slots[1]
 
     def data(self, path: str) -> "TokenizedClients":
-        """Return the tokenised clients in folder `path`."""
+        """Return the tokenised clients in folder `path`, or in its copy on this node."""
+        path = self._near.get(path, path)
         if self._data is None or self._data[0] != path:
             from fedllm.data.cache import TokenizedClients
 
