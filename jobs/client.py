@@ -4,15 +4,24 @@
 """
 
 import sys
+import time
 from collections.abc import Sequence
 
-from fedllm.steps.programs import run
-from fedllm.steps.session import Session
+from fedllm.steps.signals import StopSignals
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the program and return its exit code."""
-    return run("client", argv, session=Session())
+    """Run the program and return its exit code.
+
+    Signals are noted before what takes seconds to import: a warning may come at once.
+    """
+    with StopSignals() as signals:
+        from fedllm.steps.identity import process_seconds
+        from fedllm.steps.programs import run
+        from fedllm.steps.session import Session
+
+        began = time.monotonic() - process_seconds()
+        return run("client", argv, session=Session(), signals=signals, began=began)
 
 
 if __name__ == "__main__":

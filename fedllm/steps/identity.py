@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedllm.storage.lease import process_start_time
 
@@ -12,12 +13,14 @@ from fedllm.storage.lease import process_start_time
 class TaskIdentity:
     """A task, the node it runs on and its log file.
 
-    A requeued array task is the same task; a local process that starts anew is another.
+    A requeued array task is the same task; a local process that starts anew is another. `array`
+    is the name of its Slurm job, empty elsewhere.
     """
 
     task: str
     node: str
     log: str
+    array: str = ""
 
 
 def task_identity(environment: Mapping[str, str] = os.environ) -> TaskIdentity:
@@ -31,7 +34,18 @@ def task_identity(environment: Mapping[str, str] = os.environ) -> TaskIdentity:
         # on a cluster of virtual nodes all hosts have one name
         node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
         log=environment.get("FEDLLM_LOG", ""),
+        array=environment.get("SLURM_JOB_NAME", ""),
     )
+
+
+def process_seconds() -> float:
+    """Return how long ago this process began; 0 where the system does not say."""
+    started = process_start_time(os.getpid())
+    if started is None:
+        return 0.0
+    uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    # a container may count its own uptime
+    return max(0.0, uptime - int(started) / os.sysconf("SC_CLK_TCK"))
 
 
 def _slurm_task(environment: Mapping[str, str]) -> str | None:

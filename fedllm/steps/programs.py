@@ -1,19 +1,35 @@
 """The programs that a scheduler starts, by name; resident workers and inline runs call them too."""
 
 import argparse
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from fedllm.errors import FedllmError, UserError
 from fedllm.steps.identity import task_identity
+from fedllm.steps.log import say
 from fedllm.steps.session import Session
+from fedllm.steps.signals import StopSignals
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths
 from fedllm.storage.records import ErrorRecord
 
-_Step = Callable[[argparse.Namespace, Session], int]
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What a program is called with."""
+
+    arguments: argparse.Namespace
+    session: Session
+    signals: StopSignals | None
+    began: float
+
+
+_Step = Callable[[_Call], int]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,22 +38,39 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see --help")
 
 
-def run(program: str, argv: Sequence[str], *, session: Session) -> int:
+def run(
+    program: str,
+    argv: Sequence[str],
+    *,
+    session: Session,
+    signals: StopSignals | None = None,
+    began: float | None = None,
+) -> int:
     """Run `prepare`, `client`, `aggregate` or `evaluate` and return its exit code.
 
     A failure leaves an `ErrorRecord` where the coordinator looks for it, and one line (or the
     traceback of what nobody foresaw) on stderr.
+
+    Args:
+        program: which one.
+        argv: its words.
+        session: what is loaded already.
+        signals: where the caller notes signals, if it does.
+        began: the moment of `time.monotonic` since when the time of this process counts; now by
+            default.
     """
+    began = time.monotonic() if began is None else began
     arguments: argparse.Namespace | None = None
     try:
         arguments = _parse(program, argv)
-        return _STEPS[program](arguments, session)
+        call = _Call(arguments=arguments, session=session, signals=signals, began=began)
+        return _STEPS[program](call)
     except FedllmError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         _record(program, arguments, error, error.exit_code)
         return error.exit_code
     except Exception as error:
-        _say(traceback.format_exc().rstrip())
+        say(traceback.format_exc().rstrip())
         _record(program, arguments, error, FedllmError.exit_code)
         return FedllmError.exit_code
 
@@ -58,38 +91,59 @@ def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _prepare(arguments: argparse.Namespace, session: Session) -> int:
-    del session
+def _prepare(call: _Call) -> int:
     from fedllm.steps.prepare import prepare_run
 
-    prepare_run(RunPaths(root=arguments.target))
+    paths = RunPaths(root=call.arguments.target)
+    _share(paths, call.session)
+    prepare_run(paths)
     return 0
 
 
-def _client(arguments: argparse.Namespace, session: Session) -> int:
-    from fedllm.steps.train import replay, work
+def _client(call: _Call) -> int:
+    from fedllm.steps.replay import replay
+    from fedllm.steps.train import work
 
+    arguments, session = call.arguments, call.session
     attempt = AttemptPaths(root=arguments.target, number=_number(arguments.target))
+    _share(RunPaths(root=attempt.root.parents[3]), session)
     if arguments.client is None:
-        return work(attempt, arguments.worker_class, task_identity(), session)
-    found = replay(attempt, arguments.client, arguments.scratch, session)
+        return work(
+            attempt,
+            arguments.worker_class,
+            task_identity(),
+            session,
+            signals=call.signals,
+            began=call.began,
+        )
+    signals = call.signals or StopSignals()
+    found = replay(attempt, arguments.client, arguments.scratch, session, signals)
     sys.stdout.write("\n".join(found.lines()) + "\n")
     return 0 if found.agrees else 1
 
 
-def _aggregate(arguments: argparse.Namespace, session: Session) -> int:
-    del session
+def _aggregate(call: _Call) -> int:
     from fedllm.steps.aggregate import aggregate_round
 
-    aggregate_round(RoundPaths(root=arguments.target))
+    paths = RoundPaths(root=call.arguments.target)
+    _share(RunPaths(root=paths.root.parents[1]), call.session)
+    aggregate_round(paths)
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace, session: Session) -> int:
+def _evaluate(call: _Call) -> int:
     from fedllm.steps.evaluate import evaluate_round
 
-    evaluate_round(RoundPaths(root=arguments.target), session)
+    paths = RoundPaths(root=call.arguments.target)
+    _share(RunPaths(root=paths.root.parents[1]), call.session)
+    evaluate_round(paths, call.session)
     return 0
+
+
+def _share(run: RunPaths, session: Session) -> None:
+    """Let the group of a shared project write what this process writes, and nobody else read it."""
+    if session.config(run.config).storage.group is not None:
+        os.umask(0o007)
 
 
 _STEPS: Mapping[str, _Step] = {
@@ -131,7 +185,7 @@ def _record(
             record.publish(path)
     except (FedllmError, OSError) as second:
         # a full disk takes no record either: the exit code and this line must do
-        _say(f"error: {path}: the error could not be recorded ({second})")
+        say(f"error: {path}: the error could not be recorded ({second})")
 
 
 def _error_path(program: str, arguments: argparse.Namespace, task: str) -> Path | None:
@@ -140,8 +194,3 @@ def _error_path(program: str, arguments: argparse.Namespace, task: str) -> Path 
             return None
         return AttemptPaths(root=arguments.target, number=0).task_error(task)
     return JobPaths(root=arguments.job.resolve()).error if arguments.job else None
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Signals that tell a worker to come to an end."""
+"""Signals that tell a worker to come to an end. Light: it is imported before all else."""
 
 import os
 import signal
@@ -6,9 +6,11 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-# TERM: preemption, `scancel`, a local coordinator that closes. USR2: the warning before the end
-# of a job's time; NCCL may catch USR1.
-_HANDLED = (signal.SIGTERM, signal.SIGUSR2)
+# The warning before the end of a job's time, or of its preemption: `scheduler.sbatch.client.signal`
+# names one. USR2 is the default: NCCL may catch USR1.
+WARNINGS = (signal.SIGUSR2, signal.SIGUSR1)
+# TERM: `scancel`, preemption without a warning signal, a local coordinator that closes.
+_HANDLED = (signal.SIGTERM, *WARNINGS)
 
 
 class StopSignals:
@@ -19,6 +21,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._all: set[int] = set()
         self._before: dict[int, object] = {}
 
     @property
@@ -27,8 +30,13 @@ class StopSignals:
         return self.received is not None
 
     @property
+    def only_warned(self) -> bool:
+        """Whether a warning came, and nothing that asked for the end itself."""
+        return self.came and self._all <= set(WARNINGS)
+
+    @property
     def name(self) -> str:
-        """The name of the signal that came."""
+        """The name of the signal that came first."""
         return signal.Signals(self.received).name if self.received is not None else "none"
 
     def __enter__(self) -> Self:
@@ -51,4 +59,6 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.received = number
+        self._all.add(number)
+        if self.received is None:
+            self.received = number

@@ -1,11 +1,13 @@
 """A worker trains what nobody trained, to bits that only round and client decide."""
 
+import dataclasses
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +19,13 @@ import yaml
 from fedllm.cli.execution import start
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import RunDirectoryError, UserError
-from fedllm.steps.client import ClientRound
 from fedllm.steps.identity import TaskIdentity, task_identity
 from fedllm.steps.programs import run as run_program
+from fedllm.steps.progress import Progress
+from fedllm.steps.replay import replay
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
-from fedllm.steps.train import STOPPED, Worker, replay, work
+from fedllm.steps.train import STOPPED, work
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client, shipped
 from fedllm.storage.records import (
     BundleRecord,
@@ -206,7 +209,7 @@ def test_finished_clients_are_published_when_a_signal_comes(
     assert signal.getsignal(number) is before
     assert_same_bits(round_of(attempt), done, clients[:2])
     # an end that was asked for is no error
-    assert not list(attempt.tasks.glob("*.error.json"))
+    assert not attempt.task_errors()
 
 
 def test_a_signal_reaches_the_callers_own_handler_afterwards(
@@ -249,27 +252,38 @@ def test_what_cannot_be_published_is_an_error(attempt: AttemptPaths, session: Se
         work(attempt, None, ME, session)
 
 
-def test_progress_names_client_and_step(attempt: AttemptPaths, session: Session) -> None:
-    with StopSignals() as signals:
-        worker = Worker(
-            attempt=attempt,
-            round=ClientRound.open(attempt, session),
-            identity=ME,
-            signals=signals,
-            progress_seconds=0.0,
-        )
-        bundle = next(worker.claimable(None))
-        assert worker.claim(bundle)
-        worker.train_bundle(bundle)
-        worker.close()
-    found = TaskRecord.read(attempt.task(ME.task))
-    assert (found.task, found.client, found.step) == (ME.task, bundle.clients[-1], 2)
-    assert found.clients_done == len(bundle.clients) - 1
+def test_progress_tells_what_a_worker_came_to(attempt: AttemptPaths, session: Session) -> None:
+    clients = cohort(attempt)
+    plan(attempt, [clients])
+    assert stopped_after(attempt, session, 2) == STOPPED
+    first = TaskRecord.read(attempt.task(ME.task))
+    assert (first.task, first.state, first.clients_done, first.starts) == (ME.task, "ended", 2, 1)
+    assert 0 < first.startup_seconds < first.allocated_seconds - first.busy_seconds
+    # the same task, requeued
+    assert work(attempt, None, ME, session) == 0
+    second = TaskRecord.read(attempt.task(ME.task))
+    assert (second.state, second.clients_done, second.starts) == ("ended", len(clients), 2)
+    assert second.earlier_busy_seconds == first.busy_seconds > 0
+    assert second.earlier_allocated_seconds == first.allocated_seconds
+
+
+def test_progress_names_client_and_step_while_a_client_trains(attempt: AttemptPaths) -> None:
+    progress = Progress.open(attempt, ME, "small", began=time.monotonic(), first=0.0)
+    progress = dataclasses.replace(progress, every_seconds=0.0)
+    with progress.client("a/b"):
+        progress.step(0)
+        one = TaskRecord.read(attempt.task(ME.task))
+        progress.step(1)
+    two = TaskRecord.read(attempt.task(ME.task))
+    assert (two.client, two.step, two.state, two.clients_done) == ("a/b", 1, "training", 0)
+    assert (two.worker_class, two.node) == ("small", ME.node)
+    assert one != two
 
 
 def test_a_damaged_state_is_named_and_recorded(
     attempt: AttemptPaths, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan(attempt, [cohort(attempt)])
     state = RunPaths(root=round_of(attempt).root.parent.parent).round(0).global_state
     state.write_bytes(state.read_bytes()[:-1] + b"\x01")
     with pytest.raises(RunDirectoryError, match=r"global\.safetensors: damaged"):
@@ -277,7 +291,7 @@ def test_a_damaged_state_is_named_and_recorded(
     monkeypatch.setenv("FEDLLM_TASK", ME.task)
     monkeypatch.setenv("FEDLLM_LOG", ME.log)
     assert run_program("client", [str(attempt.root), "--class", "small"], session=session) == 2
-    error = ErrorRecord.read(attempt.tasks / f"{ME.task}.error.json")
+    error = ErrorRecord.read(attempt.task_error(ME.task))
     assert (error.kind, error.exit_code, error.log) == ("RunDirectoryError", 2, ME.log)
     assert not files(attempt)
 
@@ -343,13 +357,13 @@ def test_a_replay_reproduces_the_recorded_losses(
     assert Path(file.removeprefix("update in ")).is_file()
     assert last == "the losses are the recorded ones"
     with pytest.raises(UserError, match="client nobody is not in this round's cohort"):
-        replay(attempt, "nobody", tmp_path / "scratch", session)
+        replay(attempt, "nobody", tmp_path / "scratch", session, StopSignals())
 
 
 def test_a_replay_says_what_differs(attempt: AttemptPaths, done: Path, tmp_path: Path) -> None:
     shutil.copytree(RunPaths(root=done).round(1).updates, round_of(attempt).updates)
     change_config(attempt, "training", precision="bfloat16")
-    found = replay(attempt, cohort(attempt)[0], tmp_path / "scratch", Session())
+    found = replay(attempt, cohort(attempt)[0], tmp_path / "scratch", Session(), StopSignals())
     assert not found.agrees
     assert "precision: float32 then, bfloat16 now" in found.lines()
 

@@ -1,0 +1,135 @@
+"""The clients of a bundle trained one after the other, saved and published on the way."""
+
+import time
+from dataclasses import dataclass, field
+
+from fedllm.steps.claims import Claimed
+from fedllm.steps.client import ClientRound, Save
+from fedllm.steps.log import say
+from fedllm.steps.progress import Progress
+from fedllm.steps.publishing import PublishedClients, Publisher
+from fedllm.steps.task import Task
+from fedllm.storage.paths import AttemptPaths
+from fedllm.storage.records import BundleRecord, UpdateRecord
+
+
+class StopRequested(Exception):
+    """A signal came while a client was in training; its checkpoint is written."""
+
+
+@dataclass(kw_only=True)
+class BundleTraining:
+    """What trains the bundles of one attempt in one task."""
+
+    task: Task
+    attempt: AttemptPaths
+    round: ClientRound
+    progress: Progress
+    publisher: Publisher
+    published: PublishedClients
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(cls, task: Task, attempt: AttemptPaths, progress: Progress) -> "BundleTraining":
+        """Load all that clients train from: the first of them is not to wait for it.
+
+        Raises:
+            RunDirectoryError: a record or the server state is missing or damaged.
+        """
+        opened = ClientRound.open(attempt, task.session)
+        folder = opened.config.storage.node_local
+        if folder is not None:
+            task.session.stage(folder, opened.prepared)
+        # a signal that came meanwhile leaves nothing to load for
+        if not task.signals.came:
+            _ = opened.slots
+        return cls(
+            task=task,
+            attempt=attempt,
+            round=opened,
+            progress=progress,
+            publisher=Publisher(opened, attempt.number),
+            published=PublishedClients(opened),
+        )
+
+    def train(self, claimed: Claimed) -> bool:
+        """Train what is not yet published of a bundle; publish what was finished in any case.
+
+        Returns:
+            Whether the bundle is through; False: a signal came first.
+        """
+        bundle, published = claimed.bundle, self._published(claimed)
+        try:
+            for client in bundle.clients:
+                if client in published:
+                    continue
+                if self.task.signals.came:
+                    return False
+                self._train(client, bundle)
+        except StopRequested:
+            return False
+        finally:
+            self.publisher.publish(bundle.number)
+        return True
+
+    def close(self) -> None:
+        """Return when everything that was to be published is."""
+        self.publisher.close()
+
+    def _train(self, client: str, bundle: BundleRecord) -> None:
+        first: int | None = None
+
+        def before_step(step: int, save: Save) -> None:
+            nonlocal first
+            first = step if first is None else first
+            self.task.stepped |= step > first
+            self.progress.step(step)
+            if self.task.signals.came:
+                self._save(bundle, save)
+                raise StopRequested
+            if self._is_due():
+                self._save(bundle, save)
+
+        with self.progress.client(client):
+            trained = self.round.train(
+                client,
+                attempt=self.attempt.number,
+                bundle=bundle.number,
+                identity=self.task.identity,
+                before_step=before_step,
+            )
+        self.task.stepped = True
+        say(_told(trained.record))
+        self.publisher.hold(trained)
+        if self._is_due():
+            self.publisher.publish(bundle.number)
+            self._saved_at = time.monotonic()
+
+    def _is_due(self) -> bool:
+        minutes = self.round.config.training.checkpoint_every_minutes
+        return time.monotonic() - self._saved_at >= 60.0 * minutes
+
+    def _save(self, bundle: BundleRecord, save: Save) -> None:
+        """Publish finished clients, and write the state of the one in training meanwhile."""
+        self.publisher.publish(bundle.number)
+        save()
+        self._saved_at = time.monotonic()
+
+    def _published(self, claimed: Claimed) -> set[str]:
+        """Return the clients that need no training.
+
+        A bundle that was just claimed in the first attempt was never anybody's.
+        """
+        if self.attempt.number == 1 and not claimed.begun_before:
+            return set()
+        return self.published.look()
+
+
+def _told(record: UpdateRecord) -> str:
+    if record.status == "failed":
+        return f"client {record.client}: failed: {record.reason}"
+    losses = f", loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f}" if record.losses else ""
+    return (
+        f"round {record.round}, client {record.client}: {record.rows} rows, {record.steps} steps"
+        f"{losses}, {record.seconds:.1f} s"
+    )

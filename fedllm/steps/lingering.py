@@ -1,0 +1,109 @@
+"""A worker without work stays for the next attempt or round, with all that it has loaded."""
+
+import time
+from pathlib import Path
+
+from fedllm.config.models import Config
+from fedllm.steps.claims import Claims
+from fedllm.steps.task import Task
+from fedllm.storage.paths import AttemptPaths, RunPaths
+from fedllm.storage.records import SubmissionRecord
+
+# often at first: rounds may be short; then cheap, whatever the number of workers
+_SHORTEST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.2, 5.0
+_LOOKS_PER_WAIT = 10
+# a signal does not end a sleep
+_SLEEP_SECONDS = 1.0
+
+
+def run_of(attempt: AttemptPaths) -> RunPaths:
+    """Return the run of a training attempt."""
+    return RunPaths(root=attempt.root.parents[3])
+
+
+def may_linger(config: Config) -> bool:
+    """Say whether workers stay: only those that queue and load anew, which local ones do not."""
+    return config.scheduler.kind == "slurm" and config.scheduler.linger_minutes > 0
+
+
+def next_attempt(task: Task, done: AttemptPaths, *, need_seconds: float) -> AttemptPaths | None:
+    """Wait for an attempt after `done` with bundles for this worker.
+
+    The configuration is read at every look: `scheduler.linger_minutes` may change.
+
+    Args:
+        task: the worker.
+        done: the attempt, in which nothing is left to do.
+        need_seconds: with less time left there is nothing to wait for.
+
+    Returns:
+        The attempt; None when the wait is over: its minutes have passed, the run is done, a
+        signal came.
+    """
+    run, began = run_of(done), time.monotonic()
+    while not task.signals.came:
+        attempt = newest_attempt(run, done)
+        if attempt is not None:
+            if _has_work(task, attempt):
+                return attempt
+            done = attempt
+        config, waited = task.session.config(run.config), time.monotonic() - began
+        if not may_linger(config) or waited >= 60.0 * config.scheduler.linger_minutes:
+            return None
+        left = task.seconds_left()
+        if run.round(config.rounds).record.exists() or (left is not None and left <= need_seconds):
+            return None
+        _sleep(task, waited / _LOOKS_PER_WAIT)
+    return None
+
+
+def newest_attempt(run: RunPaths, done: AttemptPaths) -> AttemptPaths | None:
+    """Return the newest training attempt of a run with a plan, if it came after `done`.
+
+    Folders are listed: NFS remembers for a while that a file was not there.
+    """
+    first = int(done.root.parents[1].name)
+    for number in reversed(_numbers(run.rounds)):
+        if number < first:
+            break
+        paths = run.round(number)
+        for last in reversed(_numbers(paths.attempts)):
+            attempt = paths.attempt(last)
+            if (number, last) <= (first, done.number):
+                return None
+            if attempt.submission.exists():
+                return attempt
+    return None
+
+
+def _has_work(task: Task, attempt: AttemptPaths) -> bool:
+    """Say whether a worker may take a bundle of an attempt.
+
+    A coordinator names those it counts on. Others help where the tasks of their class are as they
+    are themselves: one that ran out of memory is of no use to an attempt with more of it.
+    """
+    plan, mine = SubmissionRecord.read(attempt.submission), task.identity.task
+    if plan.one_bundle or not (mine in plan.adopted or _is_alike(task, plan)):
+        return False
+    restarted = attempt.task(mine).exists()
+    return Claims(
+        attempt, plan, task.worker_class, task.identity, restarted=restarted
+    ).is_any_left()
+
+
+def _is_alike(task: Task, plan: SubmissionRecord) -> bool:
+    wanted = plan.workers.get(task.worker_class or "")
+    return task.array is not None and wanted is not None and wanted.options == task.array.options
+
+
+def _numbers(folder: Path) -> list[int]:
+    try:
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    except FileNotFoundError:
+        return []
+
+
+def _sleep(task: Task, seconds: float) -> None:
+    until = time.monotonic() + min(max(seconds, _SHORTEST_LOOK_SECONDS), _LONGEST_LOOK_SECONDS)
+    while not task.signals.came and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, _SLEEP_SECONDS))

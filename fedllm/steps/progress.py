@@ -1,0 +1,119 @@
+"""The progress record of a worker, one for every attempt that it works on."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedllm.steps.identity import TaskIdentity
+from fedllm.storage.paths import AttemptPaths
+from fedllm.storage.records import TaskRecord
+
+State = Literal["starting", "training", "lingering", "ended"]
+_EVERY_SECONDS = 60.0
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What a worker has come to; moments are of `time.monotonic`.
+
+    Args:
+        attempt: what it works on.
+        identity: who it is.
+        worker_class: whose bundles it takes, empty for all.
+        began: since when its time counts for this attempt.
+        took_up: since when it is about this attempt: later than `began` for one that lingered.
+        every_seconds: how often it writes while it trains.
+        earlier: its record of the start before, where it was requeued.
+    """
+
+    attempt: AttemptPaths
+    identity: TaskIdentity
+    worker_class: str
+    began: float
+    took_up: float
+    every_seconds: float = _EVERY_SECONDS
+    earlier: TaskRecord | None = None
+    _clients_done: int = 0
+    _client: str | None = None
+    _step: int = 0
+    _startup_seconds: float | None = None
+    _busy_seconds: float = 0.0
+    _busy_since: float | None = None
+    _written_at: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(
+        cls,
+        attempt: AttemptPaths,
+        identity: TaskIdentity,
+        worker_class: str,
+        *,
+        began: float,
+        first: float,
+    ) -> "Progress":
+        """Go on with the record of an earlier start of the same task, where there is one.
+
+        `first` is when the task began its first attempt: one that lingered took this up just now.
+        """
+        return cls(
+            attempt=attempt,
+            identity=identity,
+            worker_class=worker_class,
+            began=began,
+            took_up=began if began == first else time.monotonic(),
+            earlier=TaskRecord.find(attempt.task(identity.task)),
+        )
+
+    @contextmanager
+    def client(self, client: str) -> Iterator[None]:
+        """Count the block as training of a client, and the client as done at its end."""
+        self._client, self._step = client, 0
+        self._busy_since = time.monotonic()
+        if self._startup_seconds is None:
+            self._startup_seconds = self._busy_since - self.took_up
+        try:
+            yield
+            self._clients_done += 1
+        finally:
+            self._busy_seconds, self._busy_since = self._busy(), None
+
+    def step(self, number: int) -> None:
+        """Note a step, and write where the last record is old."""
+        self._step = number
+        if time.monotonic() - self._written_at >= self.every_seconds:
+            self.write("training")
+
+    def write(self, state: State) -> None:
+        """Publish the record; every one differs from the one before."""
+        now = self._written_at = time.monotonic()
+        before = self.earlier
+        startup = now - self.took_up if self._startup_seconds is None else self._startup_seconds
+        TaskRecord(
+            task=self.identity.task,
+            node=self.identity.node,
+            clients_done=self._clients_done + (before.clients_done if before else 0),
+            client=self._client if state == "training" else None,
+            step=self._step,
+            state=state,
+            worker_class=self.worker_class,
+            startup_seconds=round(startup, 3),
+            busy_seconds=round(self._busy(), 3),
+            allocated_seconds=round(now - self.began, 3),
+            starts=before.starts + 1 if before else 1,
+            earlier_busy_seconds=_sum(before, "busy_seconds"),
+            earlier_allocated_seconds=_sum(before, "allocated_seconds"),
+        ).publish(self.attempt.task(self.identity.task))
+
+    def _busy(self) -> float:
+        running = 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+        return self._busy_seconds + running
+
+
+def _sum(record: TaskRecord | None, name: str) -> float:
+    """Return what all starts up to that of `record` took."""
+    if record is None:
+        return 0.0
+    total: float = getattr(record, name) + getattr(record, f"earlier_{name}")
+    return round(total, 3)

@@ -1,0 +1,106 @@
+"""What a worker finished becomes files of the round, written while the next clients train."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from fedllm.lora.factors import Adapter
+from fedllm.steps.client import ClientRound, Trained
+from fedllm.storage.tensors import publish_update
+from fedllm.storage.updates import DamagedUpdateError, read_records, update_files
+
+
+class Publisher:
+    """Holds finished clients and publishes them together; one thread writes.
+
+    Args:
+        opened: the round.
+        attempt: the number of the attempt.
+    """
+
+    def __init__(self, opened: ClientRound, attempt: int) -> None:
+        self._round, self._attempt = opened, attempt
+        self._held: list[Trained] = []
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+
+    def hold(self, trained: Trained) -> None:
+        """Keep a finished client until the next publication."""
+        self._held.append(trained)
+
+    def publish(self, bundle: int) -> None:
+        """Begin to write what is held, as the next part of a bundle."""
+        if not self._held:
+            return
+        self.wait()
+        part = 0
+        while (path := self._part(bundle, part)).exists():
+            part += 1
+        self._written = self._writer.submit(self._write, path, self._held)
+        self._held = []
+
+    def wait(self) -> None:
+        """Wait for what is being written, and raise what went wrong."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
+
+    def close(self) -> None:
+        """Return when everything that was to be published is."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _part(self, bundle: int, part: int) -> Path:
+        return self._round.paths.update(attempt=self._attempt, bundle=bundle, part=part)
+
+    def _write(self, path: Path, clients: Sequence[Trained]) -> None:
+        write_clients(path, clients)
+        for client in clients:
+            # of this start of the task, of an earlier one, or of another's
+            self._round.discard_checkpoint(client.record.client)
+
+
+class PublishedClients:
+    """The clients of a round that need no training, by the headers of its updates.
+
+    A header is read once. A file that cannot be read is for the coordinator to judge.
+    """
+
+    def __init__(self, opened: ClientRound) -> None:
+        self._round = opened
+        self._seen: set[str] = set()
+        self._clients: set[str] = set()
+
+    def look(self) -> set[str]:
+        """Return who is published by now."""
+        paths = self._round.paths
+        for name in update_files(paths):
+            if name not in self._seen:
+                self._seen.add(name)
+                self._clients |= self._read(paths.updates / name)
+        return self._clients
+
+    def _read(self, path: Path) -> set[str]:
+        ours = (self._round.run_id, self._round.cohort.round, self._round.cohort.base_fingerprint)
+        try:
+            records = read_records(path)
+        except (DamagedUpdateError, OSError):
+            return set()
+        return {r.client for r in records if (r.run_id, r.round, r.base_fingerprint) == ours}
+
+
+def write_clients(path: Path, clients: Sequence[Trained]) -> None:
+    """Publish finished clients as one file."""
+    publish_update(
+        path,
+        [client.record for client in clients],
+        {client.record.client: _pairs(client.adapter) for client in clients},
+    )
+
+
+def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    return {module: (factors.a_RI, factors.b_OR) for module, factors in adapter.items()}

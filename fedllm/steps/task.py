@@ -1,0 +1,52 @@
+"""A worker from attempt to attempt: who it is, what it may take, and when it has to end."""
+
+import time
+from dataclasses import dataclass, field
+
+from fedllm.steps.identity import TaskIdentity
+from fedllm.steps.session import Session
+from fedllm.steps.signals import StopSignals
+from fedllm.storage.records import ArrayRecord, SubmissionRecord
+
+# For what a worker does after its last bundle, and for Slurm's clock, which began before ours.
+_MARGIN_SECONDS = 90.0
+_MARGIN_SHARE = 0.15
+
+
+@dataclass(kw_only=True)
+class Task:
+    """One task; moments are of `time.monotonic`.
+
+    Attributes:
+        worker_class: whose bundles it takes; None: all.
+        began: when its process began, or was given this task.
+        array: the array that it belongs to, where it is known.
+        stepped: whether this start of it took a training step.
+    """
+
+    identity: TaskIdentity
+    worker_class: str | None
+    session: Session
+    signals: StopSignals
+    began: float = field(default_factory=time.monotonic)
+    array: ArrayRecord | None = None
+    stepped: bool = False
+
+    def seconds_left(self) -> float | None:
+        """Return how long it may still take up work; None: there is no limit."""
+        if self.array is None or self.array.minutes is None:
+            return None
+        limit = 60.0 * self.array.minutes
+        margin = min(_MARGIN_SECONDS, _MARGIN_SHARE * limit)
+        return max(0.0, limit - margin - (time.monotonic() - self.began))
+
+
+def array_of(
+    plan: SubmissionRecord, worker_class: str | None, identity: TaskIdentity
+) -> ArrayRecord | None:
+    """Return the array of a task: the one it is named after, else the shortest of its class."""
+    of_class = [array for array in plan.arrays if array.worker_class == worker_class]
+    for array in of_class:
+        if array.name == identity.array:
+            return array
+    return min(of_class, key=lambda array: array.minutes or float("inf"), default=None)
