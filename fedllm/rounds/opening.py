@@ -21,6 +21,7 @@ from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.paths import RunPaths, aside
+from fedllm.storage.permissions import share_with_group
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import ChangeRecord, RunRecord
 
@@ -49,6 +50,8 @@ def open_run(
         _refuse_other(paths, config)
     else:
         _refuse_foreign_folder(paths)
+    if config.storage.group:
+        share_with_group(paths.root, config.storage.group)
     lease = Lease.acquire(paths, gone=holder_is_gone, take_over=take_over, unattended=unattended)
     try:
         record = _reconcile(paths, config, lease) if paths.run.exists() else _create(paths, config)

@@ -1,0 +1,38 @@
+"""Run directories that a group shares: what one member writes, the others can go on with."""
+
+import grp
+import os
+from pathlib import Path
+
+from fedllm.errors import ConfigError
+from fedllm.storage.publish import make_folder, storage_errors
+
+_FOR_GROUP = 0o2770  # set-group-id: what is made below belongs to the group too
+_NOT_FOR_OTHERS = 0o007
+
+
+def let_group_write() -> None:
+    """Let the group read and write what this process makes from now on, and nobody else."""
+    os.umask(_NOT_FOR_OTHERS)
+
+
+def share_with_group(root: Path, group: str) -> None:
+    """Give a run directory to a group, with all that this process makes in it from now on.
+
+    Raises:
+        ConfigError: there is no such group, or this user is not in it.
+        RunDirectoryError: the directory belongs to somebody else and is not shared.
+    """
+    try:
+        number = grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        raise ConfigError(f"storage.group: no group {group} on this machine; see `id`") from error
+    if os.geteuid() != 0 and number not in {*os.getgroups(), os.getegid()}:
+        raise ConfigError(f"storage.group: you are not in group {group}; see `id`")
+    let_group_write()
+    with storage_errors(root):
+        make_folder(root)
+        found = root.stat()
+        if (found.st_gid, found.st_mode & _FOR_GROUP) != (number, _FOR_GROUP):
+            os.chown(root, -1, number)
+            root.chmod(found.st_mode | _FOR_GROUP)
