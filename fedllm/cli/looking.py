@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedllm.cli import execution
+from fedllm.cli.asking import ask_about, rarely_gone
 from fedllm.cli.options import (
     AsJson,
     ConfigFile,
@@ -18,14 +19,15 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.cli.watching import watch as follow
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import DataError
 from fedllm.reporting.logs import client_log, newest_logs, tail
 from fedllm.reporting.plan import Geometry, describe_plan, plan_geometry
-from fedllm.reporting.status import RunStatus, run_status
+from fedllm.reporting.status import StatusReader
+from fedllm.reporting.status_text import headline, status_text
 from fedllm.scheduling.seam import Job
-from fedllm.scheduling.slurm_coordinator import holder_is_gone
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publish import publish_bytes
 
@@ -36,32 +38,24 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def status(run: RunFolder, json_: AsJson = False) -> None:
-    """Say where a run stands: its files tell, and Slurm whether its coordinator's job lives."""
-    found = run_status(existing_run(run), holder_is_gone)
-    if json_:
-        say_json(dataclasses.asdict(found))
+def status(
+    run: RunFolder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on until the run is done, or until Ctrl-C.")
+    ] = False,
+    json_: AsJson = False,
+) -> None:
+    """Say where a run stands: its files tell, and Slurm why its tasks wait."""
+    if watch and json_:
+        raise typer.BadParameter("--watch is for people: leave out --json")
+    paths = existing_run(run)
+    reader = StatusReader(paths, gone=rarely_gone(paths), ask=ask_about(paths))
+    if watch:
+        follow(reader.read, lambda found: status_text(run, found), headline)
+    elif json_:
+        say_json(dataclasses.asdict(reader.read()))
     else:
-        say(_status_text(run, found))
-
-
-def _status_text(root: Path, found: RunStatus) -> str:
-    lines = [
-        f"run {found.run_id}: {found.state}, {found.rounds_done} of {found.rounds} rounds done",
-        f"coordinator: {found.coordinator}",
-    ]
-    current = found.current
-    if not found.prepared:
-        lines.append("prepare: not complete")
-    elif current:
-        lines.append(
-            f"round {current.round}: {current.step}; {current.published} of {current.cohort} "
-            f"clients published, {current.claimed} at work, {current.attempts} attempts"
-        )
-        lines += [f"  failed {failure}" for failure in current.failed]
-    if found.state == "stopped":
-        lines.append(f"go on with: fedllm resume {root}")
-    return "\n".join(lines)
+        say(status_text(run, reader.read()))
 
 
 def logs(
@@ -80,7 +74,10 @@ def logs(
         return
     found = client_log(paths, read_config(paths.config).rounds, client)
     if found is None:
-        raise DataError(f"client {client}: no task of this run has claimed it; see fedllm status")
+        raise DataError(
+            f"client {client}: no task of this run has claimed it, or "
+            "its claims were pruned (storage.keep_logs); see fedllm status"
+        )
     say(f"==> {found} <==")
     say(tail(found, lines))
 

@@ -1,37 +1,70 @@
-"""Where a run stands, from its files alone."""
+"""Where a run stands, from its files; a scheduler, where one answers, says why tasks wait."""
 
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.config.loading import read_config
-from fedllm.storage.lease import HolderIsGone, highest, process_is_gone
-from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
-from fedllm.storage.records import (
-    ClaimRecord,
-    CohortRecord,
-    PreparedRecord,
-    RunRecord,
-    SubmissionRecord,
-    UpdateRecord,
+from fedllm.config.models import Config
+from fedllm.reporting.attempts import AttemptStatus, TaskStatus, work_of
+from fedllm.reporting.pace import Estimate, Pace, estimate, pace_of, recent_paces
+from fedllm.reporting.published import Sent, SentUpdates
+from fedllm.reporting.queue import (
+    RUNNING,
+    WAITING,
+    Answers,
+    Ask,
+    QueueStatus,
+    queue_status,
 )
-from fedllm.storage.updates import DamagedUpdateError, read_records, update_files
+from fedllm.reporting.reading import Records, written_at
+from fedllm.reporting.usage import Usage, round_usage
+from fedllm.storage.lease import HolderIsGone, highest, process_is_gone
+from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths
+from fedllm.storage.records import (
+    CohortRecord,
+    CoordinatorJobRecord,
+    JobsRecord,
+    LeaseRecord,
+    RoundRecord,
+    RunRecord,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedClient:
+    """A client whose training failed, where, and its log."""
+
+    client: str
+    reason: str
+    node: str
+    log: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundStatus:
-    """One round that has begun."""
+    """One round that has begun: its cohort is published, claimed by tasks at work, or waiting."""
 
     round: int
     step: str
     cohort: int = 0
+    enough: int = 0
     published: int = 0
     claimed: int = 0
-    failed: tuple[str, ...] = ()
-    attempts: int = 0
+    waiting: int = 0
+    failed: tuple[FailedClient, ...] = ()
+    attempts: tuple[AttemptStatus, ...] = ()
+    tasks: tuple[TaskStatus, ...] = ()
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """A run: `state` is done, running, stopped or unknown (a coordinator on another machine)."""
+    """A run.
+
+    `state` is done, running, waiting (for its coordinator's job to start), stopped or unknown (a
+    coordinator that cannot be asked about from here).
+    """
 
     run_id: str
     state: str
@@ -40,91 +73,239 @@ class RunStatus:
     rounds_done: int
     prepared: bool
     current: RoundStatus | None
+    evaluating: tuple[int, ...] = ()
+    recent: tuple[Pace, ...] = ()
+    estimate: Estimate | None = None
+    task_hours: float = 0.0
+    gpu_hours: float = 0.0
+    array_efficiency: float | None = None
+    queue: QueueStatus | None = None
 
 
-def run_status(paths: RunPaths, gone: HolderIsGone = process_is_gone) -> RunStatus:
-    """Read where a run stands; `gone` says whether its coordinator ended."""
-    config = read_config(paths.config)
-    record = RunRecord.read(paths.run)
-    done = sum(paths.round(n).record.exists() for n in range(1, config.rounds + 1))
-    current = _current(paths, config.rounds)
-    prepared = PreparedRecord.find(paths.prepared)
-    state, coordinator = _coordinator(paths, gone)
-    return RunStatus(
-        run_id=record.run_id,
-        state="done" if current is None else state,
-        coordinator=coordinator,
-        rounds=config.rounds,
-        rounds_done=done,
-        prepared=prepared is not None,
-        current=_round(paths.round(current), record) if prepared and current is not None else None,
-    )
+class StatusReader:
+    """Reads where a run stands, again and again: what did not change is not read again.
+
+    Args:
+        paths: the run.
+        gone: says whether its coordinator ended.
+        ask: says what the scheduler knows of tasks; None: there is none to ask.
+        advice: says what would help against a reason to wait.
+        now: the time in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        *,
+        gone: HolderIsGone = process_is_gone,
+        ask: Ask | None = None,
+        advice: Callable[[str], str] = lambda _reason: "",
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._paths = paths
+        self._gone = gone
+        self._ask = ask
+        self._advice = advice
+        self._now = now
+        self._records = Records()
+        self._config: tuple[float | None, Config] | None = None
+        self._sent: dict[int, SentUpdates] = {}
+
+    def read(self) -> RunStatus:
+        """Read where the run stands now.
+
+        Raises:
+            RunDirectoryError: a record is damaged.
+        """
+        config, run = self._configuration(), RunRecord.read(self._paths.run)
+        rounds = [self._paths.round(number) for number in range(config.rounds + 1)]
+        done = [r.number for r in rounds if self._records.find(RoundRecord, r.record)]
+        current = _current(self._paths, config.rounds, done)
+        prepared = self._paths.prepared.exists()
+        jobs = self._jobs(rounds, done)
+        lease, holder = highest(self._paths)
+        answers = self._answers(jobs, holder)
+        state, coordinator = self._coordinator(lease, holder, answers)
+        here = None
+        if prepared and current is not None:
+            here = self._round(self._paths.round(current), run, answers)
+        stateless = [r for r in rounds[1:] if not r.aggregate_record.exists()]
+        recent = recent_paces(self._records, self._paths, config.rounds - len(stateless))
+        training = here if here and here.step == "train" else None
+        usage = self._usage(rounds, done)
+        return RunStatus(
+            run_id=run.run_id,
+            state="done" if current is None else state,
+            coordinator=coordinator,
+            rounds=config.rounds,
+            rounds_done=sum(number > 0 for number in done),
+            prepared=prepared,
+            current=here,
+            evaluating=tuple(_evaluating(rounds, done)),
+            recent=tuple(recent),
+            estimate=estimate(
+                recent,
+                training.pace if training else None,
+                cohort=training.cohort if training else 0,
+                rounds_left=len(stateless),
+            )
+            if stateless
+            else None,
+            task_hours=usage.allocated_seconds / 3600,
+            gpu_hours=usage.gpu_seconds / 3600,
+            array_efficiency=usage.efficiency,
+            queue=queue_status(jobs, answers, self._advice) if self._ask else None,
+        )
+
+    def _configuration(self) -> Config:
+        written = written_at(self._paths.config)
+        if self._config is None or self._config[0] != written:
+            self._config = (written, read_config(self._paths.config))
+        return self._config[1]
+
+    def _jobs(self, rounds: Sequence[RoundPaths], done: Sequence[int]) -> dict[str, list[str]]:
+        """Return the task ids of all submissions that may be at work, by array."""
+        ids: dict[str, list[str]] = {}
+        for paths in _submissions(self._paths, [r for r in rounds if r.number not in done]):
+            jobs = self._records.find(JobsRecord, paths.jobs)
+            ids |= jobs.ids if jobs else {}
+        return ids
+
+    def _answers(self, jobs: Mapping[str, list[str]], holder: LeaseRecord | None) -> Answers:
+        if self._ask is None:
+            return Answers()
+        ids = [id_ for array in jobs.values() for id_ in array]
+        ids += [job for job in (holder and holder.slurm_job, self._submitted()) if job]
+        return self._ask(ids)
+
+    def _submitted(self) -> str | None:
+        """Return the coordinator's job that was submitted last."""
+        record = self._records.find(CoordinatorJobRecord, self._paths.coordinator_job)
+        return record.job if record else None
+
+    def _coordinator(
+        self, number: int, holder: LeaseRecord | None, answers: Answers
+    ) -> tuple[str, str]:
+        """Return the run's state, and who coordinates it or will."""
+        state, where = "stopped", "none"
+        if holder is not None and not self._paths.released(number).exists():
+            state, where = self._holder_state(holder, answers), _place(holder)
+        job = self._submitted()
+        if job is None or (holder is not None and holder.slurm_job == job):
+            return state, where
+        if answers.states.get(job) not in {WAITING, RUNNING}:
+            return state, where
+        reason = f" ({answers.reasons[job]})" if job in answers.reasons else ""
+        word = f"Slurm job {job} {answers.states[job]}{reason}"
+        if state == RUNNING:
+            return state, f"{where}; next in its chain: {word}"
+        return WAITING, word
+
+    def _holder_state(self, holder: LeaseRecord, answers: Answers) -> str:
+        # Slurm was just asked: not again
+        listed = answers.states.get(holder.slurm_job or "")
+        if listed in {WAITING, RUNNING}:
+            return RUNNING if listed == RUNNING else WAITING
+        unasked = holder.slurm_job is not None and bool(answers.problem)
+        gone = None if unasked else self._gone(holder)
+        return {True: "stopped", False: RUNNING, None: "unknown"}[gone]
+
+    def _round(self, paths: RoundPaths, run: RunRecord, answers: Answers) -> RoundStatus:
+        cohort = self._records.find(CohortRecord, paths.cohort)
+        if cohort is None:
+            return RoundStatus(round=paths.number, step="cohort" if paths.number else "state")
+        if paths.number not in self._sent:
+            self._sent = {paths.number: SentUpdates(paths, run.run_id)}
+        sent = self._sent[paths.number].read()
+        work = work_of(self._records, paths, sent, answers.states)
+        step = _step(paths)
+        return RoundStatus(
+            round=paths.number,
+            step=step,
+            cohort=len(cohort.clients),
+            enough=len(cohort.clients) if cohort.enough is None else cohort.enough,
+            published=len(sent),
+            claimed=work.claimed if step == "train" else 0,
+            waiting=len(cohort.clients) - len(sent) - work.claimed if step == "train" else 0,
+            failed=_failed(sent),
+            attempts=work.attempts,
+            tasks=work.tasks if step == "train" else (),
+            pace=self._pace(paths, sent),
+        )
+
+    def _pace(self, paths: RoundPaths, sent: Mapping[str, Sent]) -> Pace:
+        drawn, collected = written_at(paths.cohort), written_at(paths.collection)
+        now = self._now()
+        began = now if drawn is None else drawn
+        return pace_of(
+            round_number=paths.number,
+            clients=len(sent),
+            tokens=sum(update.tokens for update in sent.values()),
+            seconds=max(0.0, now - began),
+            training_seconds=max(0.0, (collected or now) - began),
+        )
+
+    def _usage(self, rounds: Sequence[RoundPaths], done: Sequence[int]) -> Usage:
+        """Return what rounds that are done recorded, and what tasks of the others used so far."""
+        total = Usage()
+        for paths in rounds:
+            record = self._records.find(RoundRecord, paths.record)
+            if record:
+                total += Usage(
+                    tasks=record.tasks,
+                    busy_seconds=record.busy_seconds,
+                    allocated_seconds=record.allocated_seconds,
+                    gpu_seconds=record.gpu_seconds,
+                )
+            elif paths.number not in done and paths.attempts.exists():
+                total += round_usage(paths, self._records)
+        return total
 
 
-def _current(paths: RunPaths, rounds: int) -> int | None:
+def _place(holder: LeaseRecord) -> str:
+    job = f"Slurm job {holder.slurm_job}, " if holder.slurm_job else ""
+    return f"{job}host {holder.host}, pid {holder.pid}"
+
+
+def _current(paths: RunPaths, rounds: int, done: Sequence[int]) -> int | None:
     """Return the last round that has begun: the next one trains while the last is evaluated."""
-    open_ = [n for n in range(rounds + 1) if not paths.round(n).record.exists()]
-    begun = [n for n in open_ if paths.round(n).root.exists()]
+    open_ = [number for number in range(rounds + 1) if number not in done]
+    begun = [number for number in open_ if paths.round(number).root.exists()]
     return begun[-1] if begun else next(iter(open_), None)
 
 
-def _coordinator(paths: RunPaths, gone: HolderIsGone) -> tuple[str, str]:
-    number, holder = highest(paths)
-    if holder is None or paths.released(number).exists():
-        return "stopped", "none"
-    where = f"host {holder.host}, pid {holder.pid}"
-    if holder.slurm_job:
-        where = f"Slurm job {holder.slurm_job}, {where}"
-    return {True: "stopped", False: "running", None: "unknown"}[gone(holder)], where
+def _evaluating(rounds: Sequence[RoundPaths], done: Sequence[int]) -> Iterator[int]:
+    for paths in rounds:
+        if paths.number not in done and paths.aggregate_record.exists():
+            yield paths.number
 
 
-def _round(paths: RoundPaths, run: RunRecord) -> RoundStatus:
-    cohort = CohortRecord.find(paths.cohort)
-    if cohort is None:
-        return RoundStatus(round=paths.number, step="state" if not paths.number else "cohort")
-    published = _published(paths, run)
-    attempts = 0
-    while paths.attempt(attempts + 1).submission.exists():
-        attempts += 1
-    claimed = _claimed(paths.attempt(attempts)) if attempts else set()
-    failed = tuple(
-        f"{client}: {record.reason}"
-        for client, record in published.items()
-        if record.status == "failed"
+def _submissions(run: RunPaths, rounds: Sequence[RoundPaths]) -> Iterator[JobPaths]:
+    folders = [] if run.prepared.exists() else [run.prepare_job]
+    for paths in rounds:
+        if paths.root.exists():
+            folders += [paths.attempt, paths.aggregate_job, paths.evaluation_job]
+    for folder in folders:
+        number = 1
+        while (job := folder(number)).submission.exists():
+            yield job
+            number += 1
+
+
+def _failed(sent: Mapping[str, Sent]) -> tuple[FailedClient, ...]:
+    return tuple(
+        FailedClient(client=client, reason=update.reason, node=update.node, log=update.log)
+        for client, update in sent.items()
+        if update.status == "failed"
     )
-    return RoundStatus(
-        round=paths.number,
-        step=_step(paths),
-        cohort=len(cohort.clients),
-        published=len(published),
-        claimed=len(claimed - set(published)),
-        failed=failed,
-        attempts=attempts,
-    )
-
-
-def _published(paths: RoundPaths, run: RunRecord) -> dict[str, UpdateRecord]:
-    """Return the records of what is published, by the files' headers: no tensor is read."""
-    found: dict[str, UpdateRecord] = {}
-    for name in update_files(paths):
-        try:
-            records = read_records(paths.updates / name)
-        except (DamagedUpdateError, OSError):
-            continue
-        for record in records:
-            if (record.run_id, record.round) == (run.run_id, paths.number):
-                found.setdefault(record.client, record)
-    return found
-
-
-def _claimed(attempt: AttemptPaths) -> set[str]:
-    """Return the clients that tasks of an attempt have claimed."""
-    bundles = SubmissionRecord.read(attempt.submission).bundles
-    taken = {ClaimRecord.read(path).bundle for path in attempt.claim_files()}
-    return {client for bundle in bundles if bundle.number in taken for client in bundle.clients}
 
 
 def _step(paths: RoundPaths) -> str:
     if paths.aggregate_record.exists():
         return "evaluate"
     return "aggregate" if paths.collection.exists() else "train"
+
+
+def run_status(paths: RunPaths, gone: HolderIsGone = process_is_gone) -> RunStatus:
+    """Read once where a run stands, from its files alone."""
+    return StatusReader(paths, gone=gone).read()

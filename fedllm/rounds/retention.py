@@ -11,7 +11,7 @@ from pathlib import Path
 from fedllm.config.models import Config
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.publish import storage_errors
-from fedllm.storage.records import EvaluationRecord, SubmissionRecord
+from fedllm.storage.records import EvaluationRecord
 
 _SET_ASIDE = re.compile(r"\.(damaged|replaced|refused)-\d+$")
 # another one removes the same, or a late worker still writes there: the next call sees to it
@@ -91,10 +91,12 @@ def _accounts(
         return
     # a worker that lingers writes on in the log of the round that started it
     newer = [each for each in rounds if each not in old]
-    adopted = {task for each in newer for attempt in _attempts(each) for task in _adopted(attempt)}
+    at_work = {
+        path.stem for each in newer for attempt in _attempts(each) for path in attempt.task_files()
+    }
     for folder in folders:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        kept, gone = _split(files, lambda path: _task_of(path) in adopted)
+        kept, gone = _split(files, lambda path: _task_of(path) in at_work)
         yield from gone if kept else [folder]
 
 
@@ -109,11 +111,6 @@ def _split(paths: Iterable[Path], belongs: Callable[[Path], bool]) -> tuple[list
 def _task_of(log: Path) -> str:
     """Return the task that a log is of: `1234_5_0_log.out` is that of `1234_5`."""
     return "_".join(log.name.split("_")[:2])
-
-
-def _adopted(attempt: AttemptPaths) -> list[str]:
-    record = SubmissionRecord.find(attempt.submission)
-    return record.adopted if record else []
 
 
 def _attempts(each: RoundPaths) -> list[AttemptPaths]:

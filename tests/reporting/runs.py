@@ -1,5 +1,6 @@
 """Run directories in every state, made of real records."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedllm.config.loading import dump_config
@@ -34,8 +35,8 @@ def prepare(paths: RunPaths) -> None:
     prepared_of([client(id_) for id_ in CLIENTS]).publish(paths.prepared)
 
 
-def draw(paths: RunPaths, number: int) -> None:
-    """Make a round's cohort, and its plan of a bundle for each client."""
+def draw(paths: RunPaths, number: int, ids: Sequence[str] = CLIENTS) -> None:
+    """Make a round's cohort, and its plan of a bundle for each of the first clients."""
     CohortRecord(
         round=number,
         lease=1,
@@ -46,13 +47,13 @@ def draw(paths: RunPaths, number: int) -> None:
             "small": dict.fromkeys(MODULES, 2),
             "large": dict(zip(MODULES, (2, 4, 8), strict=True)),
         },
-        clients=[CohortClient(id=id_, tier="small", cost=1.0) for id_ in CLIENTS],
+        clients=[CohortClient(id=id_, tier="small", cost=1.0) for id_ in ids],
     ).publish(paths.round(number).cohort)
     attempt(paths, number, 1)
 
 
-def attempt(paths: RunPaths, number: int, attempt_number: int) -> None:
-    SubmissionRecord(
+def attempt(paths: RunPaths, number: int, attempt_number: int, **changes: object) -> None:
+    plan = SubmissionRecord(
         token="t",
         lease=1,
         kind="client",
@@ -62,11 +63,21 @@ def attempt(paths: RunPaths, number: int, attempt_number: int) -> None:
             BundleRecord(number=n, worker_class="small", clients=[id_], cost=1.0)
             for n, id_ in enumerate(CLIENTS)
         ],
-    ).publish(paths.round(number).attempt(attempt_number).submission)
+    )
+    place = paths.round(number).attempt(attempt_number).submission
+    plan.model_copy(update=changes).publish(place)
 
 
-def claim(paths: RunPaths, number: int, attempt_number: int, bundle: int, log: str = "") -> None:
-    record = ClaimRecord(bundle=bundle, task="t", node="n", log=log)
+def claim(
+    paths: RunPaths,
+    number: int,
+    attempt_number: int,
+    bundle: int,
+    *,
+    task: str = "t",
+    log: str = "",
+) -> None:
+    record = ClaimRecord(bundle=bundle, task=task, node="n", log=log)
     record.publish(paths.round(number).attempt(attempt_number).claim(bundle))
 
 

@@ -10,7 +10,7 @@ import pytest
 from fedllm.config.models import Config
 from fedllm.rounds.retention import best_round, prune, removable
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import AggregateRecord, EvaluationRecord, RoundRecord, SubmissionRecord
+from fedllm.storage.records import AggregateRecord, EvaluationRecord, RoundRecord
 from tests.reporting.runs import evaluation
 from tests.rounds.simulation import Simulation, complete, config_of, states
 
@@ -92,9 +92,7 @@ def test_updates_and_checkpoints_go_once_the_next_round_is_aggregated(run: RunPa
 
 
 def test_the_log_of_a_worker_that_lingers_for_a_round_that_is_kept_stays(run: RunPaths) -> None:
-    attempt = run.round(6).attempt(1)
-    plan = SubmissionRecord.read(attempt.submission)
-    plan.model_copy(update={"adopted": ["3_0"]}).publish(attempt.submission)
+    write(run.round(6).attempt(1).task("3_0"))
     prune(run, policy())
     logs = [path for path in run.all_logs.rglob("*.out") if int(path.name[0]) < 5]
     assert below(run, logs) == {"logs/0003/3_0_0_log.out"}

@@ -1,0 +1,41 @@
+"""The command that removes what retention does not keep."""
+
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.options import AsJson, RunFolder, existing_run, say, say_json
+from fedllm.config.loading import read_config
+from fedllm.reporting.tables import size
+from fedllm.rounds.retention import prune as prune_run
+from fedllm.rounds.retention import removable
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(prune)
+
+
+def prune(
+    run: RunFolder,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and leave it.")
+    ] = False,
+    json_: AsJson = False,
+) -> None:
+    """Remove old states, updates, logs and leftovers, as `storage` says; resume still works.
+
+    The coordinator does the same after every round, and both at once do no harm.
+    """
+    paths = existing_run(run)
+    config = read_config(paths.config)
+    removals = removable(paths, config) if dry_run else prune_run(paths, config)
+    total = sum(removal.num_bytes for removal in removals)
+    if json_:
+        gone = [{"path": str(r.path), "bytes": r.num_bytes} for r in removals]
+        say_json({"dry_run": dry_run, "bytes": total, "removed": gone})
+        return
+    word = "would remove" if dry_run else "removed"
+    for removal in removals:
+        say(f"{word} {removal.path.relative_to(paths.root)} ({size(removal.num_bytes)})")
+    say(f"{word} {size(total)} in all" if removals else "nothing to remove")

@@ -1,0 +1,191 @@
+"""How the attempts of a round fare: their tasks at work, and how others ended."""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from fedllm.reporting.reading import Records
+from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.records import (
+    ClaimRecord,
+    ErrorRecord,
+    JobsRecord,
+    OutcomeRecord,
+    SubmissionRecord,
+    TaskRecord,
+)
+
+GONE = "gone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskStatus:
+    """A task at work, as it last told: `seconds` since its start, `held` clients unpublished.
+
+    `state` is starting, training or lingering; gone where it ended before it published them.
+    """
+
+    task: str
+    state: str
+    node: str
+    log: str
+    client: str | None
+    step: int
+    clients_done: int
+    held: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndingStatus:
+    """Tasks that ended alike: `state` in the scheduler's words, where, and the log of one."""
+
+    state: str
+    tasks: int
+    nodes: tuple[str, ...]
+    log: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptStatus:
+    """One plan of a round: tasks wanted and submitted so far, bundles cut and claimed."""
+
+    attempt: int
+    tasks_wanted: int
+    tasks_submitted: int
+    tasks_adopted: int
+    bundles: int
+    bundles_claimed: int
+    endings: tuple[EndingStatus, ...] = ()
+    cancelled: Mapping[str, int] = field(default_factory=dict)
+    excluded_nodes: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The attempts of a round, and what the last one's tasks hold."""
+
+    attempts: tuple[AttemptStatus, ...]
+    tasks: tuple[TaskStatus, ...]
+    claimed: int
+
+
+def work_of(
+    records: Records, paths: RoundPaths, published: Collection[str], states: Mapping[str, str]
+) -> Work:
+    """Read how a round's attempts fare.
+
+    Args:
+        records: what was read before.
+        paths: the round.
+        published: clients that have an update.
+        states: what the scheduler says of tasks, as far as it was asked.
+    """
+    attempts: list[AttemptStatus] = []
+    last: tuple[AttemptPaths, SubmissionRecord, list[ClaimRecord]] | None = None
+    while plan := records.find(
+        SubmissionRecord, (attempt := paths.attempt(len(attempts) + 1)).submission
+    ):
+        claims = records.all(ClaimRecord, attempt.claim_files())
+        attempts.append(_attempt(records, attempt, plan, len(claims)))
+        last = (attempt, plan, claims)
+    if last is None:
+        return Work(attempts=(), tasks=(), claimed=0)
+    attempt, plan, claims = last
+    held = _held(plan, claims, published)
+    tasks = _tasks(records, attempt, held, claims, states)
+    return Work(
+        attempts=tuple(attempts),
+        tasks=tuple(tasks),
+        claimed=sum(task.held for task in tasks if task.state != GONE),
+    )
+
+
+def _attempt(
+    records: Records, paths: AttemptPaths, plan: SubmissionRecord, claimed: int
+) -> AttemptStatus:
+    outcome = records.find(OutcomeRecord, paths.outcome)
+    jobs = records.find(JobsRecord, paths.jobs)
+    submitted = sum(map(len, jobs.ids.values())) if jobs else 0
+    planned = sum(array.tasks for array in plan.arrays)
+    wanted = sum(workers.tasks for workers in plan.workers.values())
+    errors = records.all(ErrorRecord, paths.task_errors())
+    return AttemptStatus(
+        attempt=paths.number,
+        tasks_wanted=max(wanted, planned),
+        tasks_submitted=submitted,
+        tasks_adopted=len(plan.adopted),
+        bundles=len(plan.bundles),
+        bundles_claimed=claimed,
+        endings=_endings(outcome) if outcome else (),
+        cancelled=dict(Counter(outcome.cancelled.values())) if outcome else {},
+        excluded_nodes=tuple(plan.excluded_nodes),
+        errors=tuple(dict.fromkeys(f"{e.message} (log {e.log})" for e in errors)),
+    )
+
+
+def _endings(outcome: OutcomeRecord) -> tuple[EndingStatus, ...]:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for task, ending in outcome.endings.items():
+        alike[ending.state].append(task)
+    return tuple(
+        EndingStatus(
+            state=state,
+            tasks=len(tasks),
+            nodes=tuple(sorted({n for t in tasks if (n := outcome.endings[t].node)})),
+            log=next((log for t in tasks if (log := outcome.endings[t].log)), ""),
+        )
+        for state, tasks in sorted(alike.items())
+    )
+
+
+def _held(
+    plan: SubmissionRecord, claims: list[ClaimRecord], published: Collection[str]
+) -> dict[str, int]:
+    """Return the clients that each task claimed and nobody published yet."""
+    clients = {bundle.number: bundle.clients for bundle in plan.bundles}
+    held: dict[str, int] = {}
+    for claim in claims:
+        left = sum(client not in published for client in clients.get(claim.bundle, ()))
+        held[claim.task] = held.get(claim.task, 0) + left
+    return held
+
+
+def _tasks(
+    records: Records,
+    attempt: AttemptPaths,
+    held: Mapping[str, int],
+    claims: list[ClaimRecord],
+    states: Mapping[str, str],
+) -> list[TaskStatus]:
+    """Return the tasks that hold clients or say that they are at work."""
+    told = {r.task: r for r in records.all(TaskRecord, attempt.task_files())}
+    claimed = {claim.task: claim for claim in claims}
+    found: list[TaskStatus] = []
+    for task in sorted({*held, *told}, key=_in_order):
+        record, claim = told.get(task), claimed.get(task)
+        unpublished = held.get(task, 0)
+        gone = states.get(task) == GONE
+        if not unpublished and (gone or record is None or record.state == "ended"):
+            continue
+        state = record.state if record else "starting"
+        found.append(
+            TaskStatus(
+                task=task,
+                state=GONE if gone or state == "ended" else state,
+                node=record.node if record else claim.node if claim else "",
+                log=claim.log if claim else "",
+                client=record.client if record else None,
+                step=record.step if record else 0,
+                clients_done=record.clients_done if record else 0,
+                held=unpublished,
+                seconds=record.allocated_seconds if record else 0.0,
+            )
+        )
+    return found
+
+
+def _in_order(task: str) -> tuple[tuple[int, str], ...]:
+    """Sort `7_10` after `7_9`."""
+    return tuple((int(part), "") if part.isdigit() else (0, part) for part in task.split("_"))

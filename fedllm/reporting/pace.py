@@ -1,0 +1,113 @@
+"""How fast rounds go, and when the last one will be done."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedllm.reporting.reading import Records, written_at
+from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.records import CollectionRecord, RoundRecord, TierMix
+
+RECENT_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """A round's speed: `seconds` from its draw to its state (or now), training's share of them.
+
+    `tiers` is drawn and used clients per tier: a round that does not wait for all takes more of
+    the fast ones.
+    """
+
+    round: int
+    clients: int
+    tokens: float
+    seconds: float
+    training_seconds: float
+    clients_per_minute: float
+    tokens_per_second: float
+    tiers: Mapping[str, TierMix] = field(default_factory=dict)
+    tasks: int = 0
+    gpu_hours: float = 0.0
+    array_efficiency: float | None = None
+
+
+def pace_of(
+    *, round_number: int, clients: int, tokens: float, seconds: float, training_seconds: float
+) -> Pace:
+    """Return a round's speed, without what its record would add."""
+    return Pace(
+        round=round_number,
+        clients=clients,
+        tokens=tokens,
+        seconds=seconds,
+        training_seconds=training_seconds,
+        clients_per_minute=60.0 * clients / training_seconds if training_seconds else 0.0,
+        tokens_per_second=tokens / training_seconds if training_seconds else 0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds until the last round has its state, and what they were estimated from."""
+
+    seconds: float
+    how: str
+
+
+def pace_of_round(records: Records, paths: RoundPaths) -> Pace | None:
+    """Return the speed of a round that has its state; None where that is not known any more."""
+    collection = records.find(CollectionRecord, paths.collection)
+    drawn, ended = written_at(paths.cohort), written_at(paths.aggregate_record)
+    collected = written_at(paths.collection)
+    if collection is None or drawn is None or ended is None or collected is None:
+        return None
+    pace = pace_of(
+        round_number=paths.number,
+        clients=len(collection.updates),
+        tokens=sum(mix.tokens for mix in collection.tiers.values()),
+        seconds=max(0.0, ended - drawn),
+        training_seconds=max(0.0, collected - drawn),
+    )
+    pace = replace(pace, tiers=dict(collection.tiers))
+    record = records.find(RoundRecord, paths.record)
+    if record is None:
+        return pace
+    allocated = record.allocated_seconds
+    return replace(
+        pace,
+        tasks=record.tasks,
+        gpu_hours=record.gpu_seconds / 3600,
+        array_efficiency=record.busy_seconds / allocated if allocated else None,
+    )
+
+
+def recent_paces(records: Records, paths: RunPaths, newest: int) -> list[Pace]:
+    """Return the speeds of the last rounds up to `newest` that have their state, oldest first."""
+    first = max(1, newest - RECENT_ROUNDS + 1)
+    found = (pace_of_round(records, paths.round(n)) for n in range(first, newest + 1))
+    return [pace for pace in found if pace is not None]
+
+
+def estimate(
+    recent: Sequence[Pace], current: Pace | None, *, cohort: int, rounds_left: int
+) -> Estimate | None:
+    """Estimate when the last round has its state.
+
+    Args:
+        recent: rounds that have theirs.
+        current: the round that trains, if one does.
+        cohort: its clients.
+        rounds_left: rounds without a state, the current one among them.
+    """
+    timed = [pace.seconds for pace in recent if pace.seconds > 0]
+    elapsed = current.seconds if current else 0.0
+    if timed:
+        each = statistics.median(timed)
+        words = f"{rounds_left} rounds at {each:.0f} s, the median of the last {len(timed)}"
+        return Estimate(seconds=max(0.0, each - elapsed) + each * (rounds_left - 1), how=words)
+    if current is None or not current.clients:
+        return None
+    each = elapsed * cohort / current.clients
+    words = f"from {current.clients} of {cohort} clients in {elapsed:.0f} s of this first round"
+    return Estimate(seconds=max(0.0, each - elapsed) + each * (rounds_left - 1), how=words)

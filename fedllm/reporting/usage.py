@@ -1,0 +1,119 @@
+"""What a round used of the machines, from the progress records of its workers."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedllm.reporting.reading import Records
+from fedllm.storage.paths import RoundPaths
+from fedllm.storage.records import SubmissionRecord, TaskRecord
+
+Options = Mapping[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tasks that worked, and their seconds: in training clients, allocated, times GPUs."""
+
+    tasks: int = 0
+    busy_seconds: float = 0.0
+    allocated_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        """Add up two usages."""
+        return Usage(
+            tasks=self.tasks + other.tasks,
+            busy_seconds=self.busy_seconds + other.busy_seconds,
+            allocated_seconds=self.allocated_seconds + other.allocated_seconds,
+            gpu_seconds=self.gpu_seconds + other.gpu_seconds,
+        )
+
+    @property
+    def efficiency(self) -> float | None:
+        """Busy over allocated time; None where nothing was allocated."""
+        return self.busy_seconds / self.allocated_seconds if self.allocated_seconds else None
+
+
+def round_usage(paths: RoundPaths, records: Records | None = None) -> Usage:
+    """Return what the tasks of a round's attempts used so far.
+
+    A task that was killed counts to its last progress record, at most a minute earlier.
+
+    Args:
+        paths: the round.
+        records: what was read before, for who asks again and again.
+    """
+    records = records or Records()
+    total = Usage()
+    number = 1
+    while plan := records.find(SubmissionRecord, (attempt := paths.attempt(number)).submission):
+        gpus = gpus_of_classes(plan)
+        for record in records.all(TaskRecord, attempt.task_files()):
+            total += task_usage(record, gpus.get(record.worker_class, 0))
+        number += 1
+    return total
+
+
+def task_usage(record: TaskRecord, gpus: int) -> Usage:
+    """Return what one task used in all its starts, on so many GPUs."""
+    allocated = record.allocated_seconds + record.earlier_allocated_seconds
+    return Usage(
+        tasks=1,
+        busy_seconds=record.busy_seconds + record.earlier_busy_seconds,
+        allocated_seconds=allocated,
+        gpu_seconds=gpus * allocated,
+    )
+
+
+def gpus_of_classes(plan: SubmissionRecord) -> dict[str, int]:
+    """Return the GPUs of a task per class of a plan."""
+    wanted = {name: gpus_of(workers.options) for name, workers in plan.workers.items()}
+    return wanted | {array.worker_class: gpus_of(array.options) for array in plan.arrays}
+
+
+def gpus_of(options: Options) -> int:
+    """Return how many GPUs a task of these sbatch options has."""
+    given = _plain(options)
+    nodes, processes = _count(given.get("nodes")), _count(given.get("ntasks"))
+    for name, times in (("gpus", 1), ("gpus-per-node", nodes), ("gpus-per-task", processes)):
+        if given.get(name):
+            return times * sum(_count(part) for part in str(given[name]).split(","))
+    parts = [part for part in str(given.get("gres") or "").split(",") if _is_gpu(part)]
+    return nodes * sum(_count(part) for part in parts)
+
+
+def cpus_of(options: Options) -> int:
+    """Return how many CPUs a task of these sbatch options asks for."""
+    given = _plain(options)
+    nodes = _count(given.get("nodes"))
+    processes = given.get("ntasks") or nodes * _count(given.get("ntasks-per-node"))
+    return _count(processes) * _count(given.get("cpus-per-task"))
+
+
+def memory_of(options: Options) -> str:
+    """Return the memory that these sbatch options ask for, in their own words."""
+    given = _plain(options)
+    if given.get("mem"):
+        return str(given["mem"])
+    per = [
+        f"{given[f'mem-per-{unit}']} per {unit.upper()}"
+        for unit in ("cpu", "gpu")
+        if given.get(f"mem-per-{unit}")
+    ]
+    return per[0] if per else ""
+
+
+def _plain(options: Options) -> dict[str, str | int | float | bool | None]:
+    """Return options by their long names, however the user wrote them."""
+    return {key.removeprefix("--").replace("_", "-"): value for key, value in options.items()}
+
+
+def _is_gpu(resource: str) -> bool:
+    return resource.strip().split(":")[0].removeprefix("gres/") == "gpu"
+
+
+def _count(value: str | int | float | bool | None) -> int:
+    """Return the number that `4`, `2-8` (at least two), `a100:4` or `gpu:a100:4` says, else 1."""
+    found = re.match(r"(\d+)", str(value).rpartition(":")[2].partition("(")[0].strip())
+    return int(found[1]) if found else 1
