@@ -27,7 +27,8 @@ from fedllm.storage.paths import CachePaths
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs/configuration.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ADMIN = ROOT / "slurm/ADMIN.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ADMIN, *sorted((ROOT / "docs").glob("*.md"))]
 TABLES_OF_SECTIONS = {"clients.tiers.NAME": TierSection, "clients.held_out_from": HeldOutSection}
 
 
@@ -55,6 +56,26 @@ def test_every_value_that_a_key_is_chosen_from_stands_on_the_page() -> None:
     documented = _documented_keys()
     missing = {name: key.words - documented[name].words for name, key in _real_keys().items()}
     assert not {name: words for name, words in missing.items() if words}
+
+
+def test_the_page_for_admins_has_every_knob_of_the_scheduler_and_its_default() -> None:
+    knobs = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", ADMIN.read_text("utf-8"), re.M))
+    real = _real_keys()
+    assert {name for name in real if name.startswith("scheduler.")} - {"scheduler.kind"} - {
+        "scheduler.workers"
+    } <= knobs.keys()
+    assert {name for name in real if name.startswith("storage.")} <= knobs.keys()
+    differing = {n: v for n, v in knobs.items() if yaml.safe_load(v) != real[n].default}
+    assert not differing
+
+
+def test_every_configuration_on_the_page_for_admins_is_valid() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", ADMIN.read_text("utf-8"), re.M | re.S)
+    assert len(blocks) >= 5
+    for block in blocks:
+        given = yaml.safe_load(block)
+        given.setdefault("clients", {})["tiers"] = {"NAME": {"ranks": 1}}
+        Config.model_validate(given)
 
 
 def test_the_readme_names_every_command() -> None:
