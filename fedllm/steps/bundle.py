@@ -9,7 +9,7 @@ from fedllm.steps.log import say
 from fedllm.steps.progress import Progress
 from fedllm.steps.publishing import PublishedClients, Publisher
 from fedllm.steps.task import Task
-from fedllm.storage.paths import AttemptPaths
+from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import BundleRecord, UpdateRecord
 
 
@@ -65,6 +65,8 @@ class BundleTraining:
                     continue
                 if self.task.signals.came:
                     return False
+                if is_over(self.attempt):
+                    break
                 self._train(client, bundle)
         except StopRequested:
             return False
@@ -123,6 +125,12 @@ class BundleTraining:
         if self.attempt.number == 1 and not claimed.begun_before:
             return set()
         return self.published.look()
+
+
+def is_over(attempt: AttemptPaths) -> bool:
+    """Say whether nobody waits for an attempt: its round is done, or a later one has its rest."""
+    paths = RoundPaths(root=attempt.root.parents[1])
+    return paths.record.exists() or paths.attempt(attempt.number + 1).submission.exists()
 
 
 def _told(record: UpdateRecord) -> str:

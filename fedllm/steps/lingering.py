@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 from fedllm.config.models import Config
-from fedllm.steps.claims import Claims
 from fedllm.steps.task import Task
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import SubmissionRecord
@@ -27,7 +26,7 @@ def may_linger(config: Config) -> bool:
 
 
 def next_attempt(task: Task, done: AttemptPaths, *, need_seconds: float) -> AttemptPaths | None:
-    """Wait for an attempt after `done` with bundles for this worker.
+    """Wait for an attempt after `done` that takes this worker over.
 
     The configuration is read at every look: `scheduler.linger_minutes` may change.
 
@@ -44,7 +43,7 @@ def next_attempt(task: Task, done: AttemptPaths, *, need_seconds: float) -> Atte
     while not task.signals.came:
         attempt = newest_attempt(run, done)
         if attempt is not None:
-            if _has_work(task, attempt):
+            if _counts_on(attempt, task):
                 return attempt
             done = attempt
         config, waited = task.session.config(run.config), time.monotonic() - began
@@ -76,24 +75,12 @@ def newest_attempt(run: RunPaths, done: AttemptPaths) -> AttemptPaths | None:
     return None
 
 
-def _has_work(task: Task, attempt: AttemptPaths) -> bool:
-    """Say whether a worker may take a bundle of an attempt.
+def _counts_on(attempt: AttemptPaths, task: Task) -> bool:
+    """Say whether the coordinator took a worker over into an attempt.
 
-    A coordinator names those it counts on. Others help where the tasks of their class are as they
-    are themselves: one that ran out of memory is of no use to an attempt with more of it.
+    Only then does it wait for this worker: nobody else may train what another could be given.
     """
-    plan, mine = SubmissionRecord.read(attempt.submission), task.identity.task
-    if plan.one_bundle or not (mine in plan.adopted or _is_alike(task, plan)):
-        return False
-    restarted = attempt.task(mine).exists()
-    return Claims(
-        attempt, plan, task.worker_class, task.identity, restarted=restarted
-    ).is_any_left()
-
-
-def _is_alike(task: Task, plan: SubmissionRecord) -> bool:
-    wanted = plan.workers.get(task.worker_class or "")
-    return task.array is not None and wanted is not None and wanted.options == task.array.options
+    return task.identity.task in SubmissionRecord.read(attempt.submission).adopted
 
 
 def _numbers(folder: Path) -> list[int]:

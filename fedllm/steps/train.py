@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 
 from fedllm.errors import UserError
-from fedllm.steps.bundle import BundleTraining
+from fedllm.steps.bundle import BundleTraining, is_over
 from fedllm.steps.claims import Claims, smallest_cost
 from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.lingering import may_linger, next_attempt, run_of
@@ -16,7 +16,7 @@ from fedllm.steps.requeue import is_array_task, requeue
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.steps.task import Task, array_of
-from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import SubmissionRecord
 
 STOPPED = 3  # the exit code of a worker that was told to end: another start or attempt goes on
@@ -116,11 +116,6 @@ class Worker:
         )
 
     @property
-    def is_over(self) -> bool:
-        """Whether the attempt's round is done, whatever nobody took."""
-        return RoundPaths(root=self.attempt.root.parents[1]).record.exists()
-
-    @property
     def lingers(self) -> bool:
         """Whether it stays when nothing is left to do: not who was to take a single bundle."""
         config = self.task.session.config(run_of(self.attempt).config)
@@ -129,20 +124,22 @@ class Worker:
     @property
     def has_work_left(self) -> bool:
         """Whether there is something that it would go on with."""
-        return self.is_unfinished or (not self.is_over and self.claims.is_any_left())
+        return self.is_unfinished or (not is_over(self.attempt) and self.claims.is_any_left())
 
     def work(self) -> None:
         """Take bundles and train their clients until none is left that fits, or a signal comes.
 
-        Who starts when the round is done leaves no trace.
+        Who starts when the attempt is over leaves no trace.
         """
-        if self.is_over:
+        if is_over(self.attempt):
             return
         self.note("starting")
         signals = self.task.signals
         with ExitStack() as stack:
             training: BundleTraining | None = None
-            while not signals.came and (claimed := self.claims.next(self._seconds_left())):
+            while not (signals.came or is_over(self.attempt)) and (
+                claimed := self.claims.next(self._seconds_left())
+            ):
                 if training is None:
                     opened = BundleTraining.open(self.task, self.attempt, self.progress)
                     training = stack.enter_context(closing(opened))
