@@ -84,7 +84,7 @@ def _send(
             found = run.scheduler.find(array.name) if search else None
             if found is None:
                 run.lease.check()
-                found = run.scheduler.submit(_job(plan, array, logs))
+                found = run.scheduler.submit(job_of(plan, array, logs))
             ids[array.name] = found
             run.watch.no_room.discard(array.name)
     except SchedulerFull as error:
@@ -122,7 +122,8 @@ def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, 
     run.publish(JobsRecord(ids=ids), paths.jobs)
 
 
-def _job(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
+def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
+    """Return an array of a plan as the scheduler takes it."""
     arguments = tuple(plan.command)
     if plan.kind == "client":
         arguments += ("--class", array.worker_class)

@@ -40,9 +40,15 @@ def next_wave(
     run: Run, plan: SubmissionRecord, capacities: Mapping[str, Capacity] | None = None
 ) -> list[ArrayRecord]:
     """Return the arrays to submit next, one for each class that has workers left to submit."""
-    left = {name: count for name, count in _left(plan).items() if count}
     if capacities is None:
+        left = [name for name, count in _left(plan).items() if count]
         capacities = {name: run.scheduler.capacity(plan.workers[name].options) for name in left}
+    return arrays_within(plan, capacities)
+
+
+def arrays_within(plan: SubmissionRecord, capacities: Mapping[str, Capacity]) -> list[ArrayRecord]:
+    """Return the arrays that there is room for, one for each class that misses workers."""
+    left = {name: count for name, count in _left(plan).items() if count}
     free = [capacities[name].free_tasks for name in left]
     limits = [count for count in free if count is not None]
     counts = next_arrays(
