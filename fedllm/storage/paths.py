@@ -12,13 +12,15 @@ from fedllm.errors import UserError
 _PLAIN = re.compile(r"[A-Za-z0-9_]{1,80}")
 # Admins ask for a few hundred entries a folder at most.
 MOST_ENTRIES = 400
+# half of them: the folders of the others lie beside the first
+_SHARD = MOST_ENTRIES // 2
 # a bundle may be published in several parts
-_BUNDLES_PER_SHARD = 100
+_BUNDLES_PER_SHARD = _SHARD // 2
 # a lease is two files, and cron takes one a minute
-_LEASES_PER_SHARD = MOST_ENTRIES // 2
+_LEASES_PER_SHARD = _SHARD // 2
 
 
-def shard(folder: Path, number: int, size: int = MOST_ENTRIES) -> Path:
+def shard(folder: Path, number: int, size: int = _SHARD) -> Path:
     """Return where file `number` lies: in `folder` itself below `size`, else in a folder there."""
     return folder if number < size else folder / f"{number // size:04d}"
 
@@ -110,8 +112,8 @@ class AttemptPaths(JobPaths):
         array, _, number = name.rpartition("_")
         if not (array and number.isdigit()):
             return self.tasks / f"{name}.json"
-        # half: errors lie beside them
-        return shard(self.tasks / array, int(number), MOST_ENTRIES // 2) / f"{name}.json"
+        # an error may lie beside each
+        return shard(self.tasks / array, int(number), _SHARD // 2) / f"{name}.json"
 
     def task_error(self, name: str) -> Path:
         """Why a worker stopped, written by itself where it can say so."""

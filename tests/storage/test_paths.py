@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedllm.errors import UserError
 from fedllm.storage.paths import (
+    MOST_ENTRIES,
     JobPaths,
     RoundPaths,
     RunPaths,
@@ -126,3 +127,20 @@ def test_the_cache_is_where_it_is_configured_else_where_the_environment_says_els
     cache = cache_of(str(tmp_path / "mine"), run)
     assert cache.model("k") == tmp_path / "mine" / "models" / "k"
     assert cache.data("k") == tmp_path / "mine" / "data" / "k"
+
+
+def test_no_folder_of_a_large_attempt_has_more_than_a_few_hundred_entries() -> None:
+    paths = RUN.round(3)
+    attempt = paths.attempt(1)
+    many = range(20_000)
+    files = [attempt.claim(n) for n in many]
+    files += [paths.update(attempt=1, bundle=n, part=part) for n in many for part in (0, 1)]
+    files += [attempt.task(f"{array}_{n}") for array in (7, 8) for n in range(400)]
+    files += [attempt.task_error(f"7_{n}") for n in range(400)]
+    files += [RUN.lease(n) for n in many]
+    entries: dict[Path, set[Path]] = {}
+    for file in files:
+        for path in (file, *file.parents):
+            entries.setdefault(path.parent, set()).add(path)
+    assert len(set(files)) == len(files)
+    assert max(map(len, entries.values())) <= MOST_ENTRIES
