@@ -229,5 +229,5 @@ def test_a_lease_a_minute_for_months_fills_no_folder(paths: RunPaths) -> None:
     lease.release()
     assert paths.released(401).parent == paths.lease(400).parent != paths.lease(399).parent
     # made for a lease that was not taken in the end
-    (paths.leases / "0003").mkdir()
+    (paths.leases / "0009").mkdir()
     assert highest(paths)[0] == 401
