@@ -1,7 +1,6 @@
 """When memory runs out: how it shows, how much smaller the next try is, what is let go of."""
 
 import gc
-import re
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +16,6 @@ _SHORTAGES = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-_WANTED = re.compile(r"tried to allocate ([\d.]+ ?[A-Za-z]+)", re.IGNORECASE)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -25,12 +23,6 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORTAGES)
-
-
-def wanted(error: BaseException) -> str:
-    """Return how much memory could not be had, as ` (20.00 MiB more)`; nothing where unsaid."""
-    found = _WANTED.search(str(error))
-    return f" ({found[1]} more)" if found else ""
 
 
 def micro_batch_size(training: TrainingSection) -> int:
