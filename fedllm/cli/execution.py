@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -10,14 +11,21 @@ from fedllm.cli.options import configuration, existing_run, say
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
 from fedllm.methods.table import check_names
-from fedllm.rounds.coordinate import advance_once, coordinate
-from fedllm.rounds.opening import open_run, resumed_config
+from fedllm.rounds.chaining import take_link, this_link
+from fedllm.rounds.coordinate import advance_while_possible, coordinate
+from fedllm.rounds.opening import close_run, open_run, resumed_config
 from fedllm.rounds.run import Run
+from fedllm.rounds.work import is_done
 from fedllm.scheduling.inline import Execute
 from fedllm.scheduling.seam import Scheduler
-from fedllm.scheduling.slurm_coordinator import holder_is_gone
+from fedllm.scheduling.slurm_coordinator import (
+    holder_is_gone,
+    refuse_second,
+    submit_coordinator,
+)
 from fedllm.scheduling.table import SCHEDULERS
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import RunRecord
 
 
 def default_run_dir(config_file: Path) -> Path:
@@ -26,13 +34,18 @@ def default_run_dir(config_file: Path) -> Path:
 
 
 def start(
-    config_file: Path, overrides: Sequence[str], run_dir: Path | None, *, take_over: bool = False
+    config_file: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    *,
+    take_over: bool = False,
+    unattended: bool = False,
 ) -> Path:
     """Run a configuration to its end, or go on where it stopped; return the run directory."""
     config = configuration(config_file, overrides)
     root = run_dir or default_run_dir(config_file)
     is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
-    run = opened(root, config, take_over=take_over)
+    run = opened(root, config, take_over=take_over, unattended=unattended)
     try:
         coordinate(run)
     except UserError as error:
@@ -50,13 +63,50 @@ def resume(root: Path, overrides: Sequence[str] = (), *, take_over: bool = False
     coordinate(opened(root, resumed_config(root, overrides), take_over=take_over))
 
 
-def advance_run(root: Path) -> bool:
+def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) -> tuple[Path, str]:
+    """Submit the coordinator of a configuration or of a run; return the run directory and the job.
+
+    Raises:
+        LeaseError: a coordinator waits, runs or holds the run.
+    """
+    root, config = configured(config_or_run, overrides, run_dir)
+    paths = RunPaths(root=root.resolve())
+    known = RunRecord.find(paths.run)
+    if known:
+        # before the lease: a link that starts meanwhile would find it held
+        refuse_second(paths, known.run_id)
+    run = opened(root, config)
+    close_run(run)
+    return root, submit_coordinator(run.paths, config, run.record.run_id)
+
+
+def configured(
+    config_or_run: Path, overrides: Sequence[str], run_dir: Path | None
+) -> tuple[Path, Config]:
+    """Return a run directory and its configuration, by either."""
+    if config_or_run.is_dir():
+        existing_run(config_or_run)
+        return config_or_run, resumed_config(config_or_run, overrides)
+    return run_dir or default_run_dir(config_or_run), configuration(config_or_run, overrides)
+
+
+def advance_run(config_or_run: Path, run_dir: Path | None) -> bool:
     """Take the steps of a run that are possible now; say whether it is done."""
-    existing_run(root)
-    return advance_once(opened(root, resumed_config(root, ())))
+    root, config = configured(config_or_run, (), run_dir)
+    if is_done(RunPaths(root=root.resolve()), config):
+        return True
+    return advance_while_possible(opened(root, config, unattended=True)) is None
 
 
-def opened(root: Path, config: Config, *, take_over: bool = False) -> Run:
+def advance_link(root: Path) -> bool:
+    """Be a link of a run's chained coordinator; say whether the run is done."""
+    paths = existing_run(root)
+    config = resumed_config(root, ())
+    chain = this_link(paths, config, say=say, wait=time.sleep)
+    return take_link(chain, lambda: opened(root, config, unattended=True))
+
+
+def opened(root: Path, config: Config, *, take_over: bool = False, unattended: bool = False) -> Run:
     """Open a run for coordination."""
     check_names(config.method.name, config.method.local)
     return open_run(
@@ -66,6 +116,7 @@ def opened(root: Path, config: Config, *, take_over: bool = False) -> Run:
         say=say,
         holder_is_gone=holder_is_gone,
         take_over=take_over,
+        unattended=unattended,
     )
 
 

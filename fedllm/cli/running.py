@@ -3,6 +3,9 @@
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,12 +24,22 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.config.loading import read_config
+from fedllm.config.models import Config
+from fedllm.errors import LeaseError
 from fedllm.reporting.summary import run_summary
 from fedllm.rounds.cancelling import cancel_jobs
-from fedllm.scheduling.slurm_coordinator import cancel_job, holder_is_gone
+from fedllm.scheduling.slurm_coordinator import (
+    cancel_job,
+    coordinator_jobs,
+    job_is_gone,
+)
 from fedllm.storage.lease import highest, process_is_gone
 from fedllm.storage.paths import RunPaths, cache_of
-from fedllm.storage.records import LeaseRecord
+from fedllm.storage.records import RunRecord
+
+ConfigOrRun = Annotated[
+    Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration, or a run to go on with.")
+]
 
 _LONGEST_PAUSE_SECONDS = 30.0
 
@@ -42,9 +55,10 @@ def run(
     run_dir: RunDir = None,
     set_: Overrides = None,
     take_over: TakeOver = False,
+    unattended: Annotated[bool, typer.Option("--unattended", hidden=True)] = False,
 ) -> None:
     """Run a configuration to its end; run it again to go on where it stopped."""
-    root = execution.start(config, set_ or [], run_dir, take_over=take_over)
+    root = execution.start(config, set_ or [], run_dir, take_over=take_over, unattended=unattended)
     say(run_summary(existing_run(root)))
 
 
@@ -54,16 +68,9 @@ def resume(run: RunFolder, set_: Overrides = None, take_over: TakeOver = False) 
     say(run_summary(existing_run(run)))
 
 
-def submit(config: ConfigFile, run_dir: RunDir = None, set_: Overrides = None) -> None:
+def submit(config: ConfigOrRun, run_dir: RunDir = None, set_: Overrides = None) -> None:
     """Submit the coordinator as a small Slurm job; it submits everything else."""
-    from fedllm.rounds.opening import close_run
-    from fedllm.scheduling.slurm_coordinator import submit_coordinator
-
-    loaded = configuration(config, set_ or [])
-    root = run_dir or execution.default_run_dir(config)
-    opened = execution.opened(root, loaded)
-    close_run(opened)
-    job = submit_coordinator(opened.paths.root, loaded, opened.record.run_id)
+    root, job = execution.submit(config, set_ or [], run_dir)
     say(f"coordinator job {job}; fedllm status {root}")
 
 
@@ -86,9 +93,24 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     say(f"{cut:,} rows truncated, {dropped:,} dropped without an answer")
 
 
-def advance(run: RunFolder, json_: AsJson = False) -> None:
+def advance(
+    run: ConfigOrRun,
+    run_dir: RunDir = None,
+    json_: AsJson = False,
+    chained: Annotated[
+        bool, typer.Option("--chained", help="As a Slurm job that leaves a successor waiting.")
+    ] = False,
+) -> None:
     """Take the steps that are possible now and return: for cron, or by hand."""
-    done = execution.advance_run(run)
+    if chained:
+        say("done" if execution.advance_link(run) else "not done yet")
+        return
+    try:
+        done = execution.advance_run(run, run_dir)
+    except LeaseError as error:
+        # as usual from cron as a step that is not possible yet
+        say(str(error))
+        raise typer.Exit(3) from error
     if json_:
         say_json({"done": done})
     else:
@@ -105,9 +127,10 @@ def cancel(
 ) -> None:
     """End a run's jobs and its coordinator, nothing else. Resume goes on."""
     paths = existing_run(run)
-    if not jobs_only:
-        say(_end_coordinator(paths))
     config = read_config(paths.config)
+    if not jobs_only:
+        told = [*_end_jobs(paths, config), *_end_holder(paths)]
+        say("\n".join(told) or "no coordinator is at work")
     scheduler = execution.make_scheduler(paths, config)
     try:
         ended = cancel_jobs(paths, config, scheduler)
@@ -116,27 +139,44 @@ def cancel(
     say(f"{ended} tasks cancelled" if ended else "no task was at work")
 
 
-def _end_coordinator(paths: RunPaths) -> str:
+def _end_jobs(paths: RunPaths, config: Config) -> Iterator[str]:
+    """End the jobs that coordinate or will, until none is left: a link submits another."""
+    if config.scheduler.kind != "slurm":
+        return
+    run_id = RunRecord.read(paths.run).run_id
+    while jobs := list(coordinator_jobs(run_id)):
+        # the last first: a successor starts when the one before it ends
+        for job in reversed(jobs):
+            yield _end_job(job)
+
+
+def _end_job(job: str) -> str:
+    cancel_job(job)
+    _await_end(partial(job_is_gone, job))
+    return f"coordinator job {job} cancelled"
+
+
+def _end_holder(paths: RunPaths) -> Iterator[str]:
+    """End who holds the run, a job that was submitted by hand or a process."""
     number, holder = highest(paths)
     if holder is None or paths.released(number).exists():
-        return "no coordinator is at work"
+        return
     if holder.slurm_job:
-        cancel_job(holder.slurm_job)
-        _await_end(holder)
-        return f"coordinator job {holder.slurm_job} cancelled"
+        if not job_is_gone(holder.slurm_job):
+            yield _end_job(holder.slurm_job)
+        return
     gone = process_is_gone(holder)
     if gone is None:
-        return f"coordinator {number} is on {holder.host}, pid {holder.pid}: end it there"
-    if not gone:
+        yield f"coordinator {number} is on {holder.host}, pid {holder.pid}: end it there"
+    elif not gone:
         os.kill(holder.pid, signal.SIGTERM)
-        _await_end(holder)
-        return f"coordinator {number} (pid {holder.pid}) told to stop"
-    return "no coordinator is at work"
+        _await_end(partial(process_is_gone, holder))
+        yield f"coordinator {number} (pid {holder.pid}) told to stop"
 
 
-def _await_end(holder: LeaseRecord) -> None:
+def _await_end(is_gone: Callable[[], bool | None]) -> None:
     """Wait for a coordinator that was told to stop: until then it may submit more."""
     seconds = 0.1
-    while not holder_is_gone(holder) and seconds < _LONGEST_PAUSE_SECONDS:
+    while not is_gone() and seconds < _LONGEST_PAUSE_SECONDS:
         time.sleep(seconds)
         seconds *= 2

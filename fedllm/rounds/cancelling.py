@@ -6,20 +6,21 @@ from fedllm.config.models import Config
 from fedllm.rounds.submissions import last_attempt, task_ids
 from fedllm.scheduling.seam import Scheduler, TaskState
 from fedllm.storage.paths import JobPaths, RunPaths
-from fedllm.storage.records import SubmissionRecord
+from fedllm.storage.records import JobsRecord, SubmissionRecord
 
 
 def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
     """Cancel every task of the run that is not gone; return how many there were."""
-    ids: list[str] = []
+    ids: dict[str, None] = {}
     for job in _submissions(paths, config):
-        recorded = task_ids(job)
-        if not recorded:
-            # submitted by a coordinator that died before it could record the ids
-            for array in SubmissionRecord.read(job.submission).arrays:
-                recorded += scheduler.find(array.name) or []
-        ids += recorded
-    states = scheduler.states(ids) if ids else {}
+        plan = SubmissionRecord.read(job.submission)
+        ids |= dict.fromkeys([*task_ids(job), *plan.adopted])
+        jobs = JobsRecord.find(job.jobs)
+        for array in plan.arrays:
+            if jobs is None or array.name not in jobs.ids:
+                # submitted by a coordinator that died before it could record the ids
+                ids |= dict.fromkeys(scheduler.find(array.name) or [])
+    states = scheduler.states(list(ids)) if ids else {}
     alive = [id_ for id_, state in states.items() if state is not TaskState.GONE]
     if alive:
         scheduler.cancel(alive)
@@ -31,7 +32,8 @@ def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
         yield paths.prepare_job(number)
     for round_number in range(config.rounds + 1):
         round_paths = paths.round(round_number)
-        if round_paths.record.exists():
+        # workers may linger after their round, until the next has found something for them
+        if round_paths.record.exists() and paths.round(round_number + 1).record.exists():
             continue
         for folder in (round_paths.attempt, round_paths.aggregate_job, round_paths.evaluation_job):
             yield from (folder(number) for number in range(1, last_attempt(folder) + 1))

@@ -1,4 +1,4 @@
-"""The resident coordinator: advance until the run is done."""
+"""The coordinator: advance until the run is done, or until others have to do their part."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,9 +10,14 @@ from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.rounds.work import Work, is_settling, work_of
+from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 
-_LONGEST_WAIT_SECONDS = 300.0
+LONGEST_WAIT_SECONDS = 300.0
+
+
+class Stopped(Incomplete):
+    """It was told to stop."""
 
 
 def coordinate(run: Run) -> None:
@@ -20,9 +25,9 @@ def coordinate(run: Run) -> None:
 
     Raises:
         FedllmError: it cannot go on.
-        Incomplete: it was told to stop; resume goes on.
+        Stopped: it was told to stop; resume goes on.
     """
-    with _stopping_on_signals():
+    with stopping_on_signals():
         try:
             redo_damaged_state(run)
             _advance_to_the_end(run)
@@ -30,38 +35,51 @@ def coordinate(run: Run) -> None:
             close_run(run)
 
 
-def advance_once(run: Run) -> bool:
-    """Advance a run by what is possible now, then close it; say whether it is done."""
+def advance_while_possible(run: Run) -> Work | None:
+    """Take every step that is possible without waiting for jobs, then close the run.
+
+    Waits only until files that may be on their way must have come: who comes later would have
+    to wait anew.
+
+    Returns:
+        What is at work now, or None if the run is done.
+    """
     try:
         redo_damaged_state(run)
-        return advance(run)
+        while not advance(run):
+            work = work_of(run)
+            if work.waits_for_room or (work.tasks and not is_settling(run)):
+                return work
+            run.scheduler.wait(run.config.scheduler.poll_seconds)
+        return None
     finally:
         close_run(run)
 
 
 def _advance_to_the_end(run: Run) -> None:
-    unreachable_seconds = run.config.scheduler.poll_seconds
+    pause_seconds = run.config.scheduler.poll_seconds
     while True:
         try:
             if advance(run):
                 return
-            unreachable_seconds = run.config.scheduler.poll_seconds
-            run.scheduler.wait(run.config.scheduler.poll_seconds)
-        except SchedulerUnreachable as error:
-            run.say(f"{error}; asking again in {unreachable_seconds:.0f} s")
-            run.scheduler.wait(unreachable_seconds)
-            unreachable_seconds = min(2 * unreachable_seconds, _LONGEST_WAIT_SECONDS)
+        except (SchedulerUnreachable, SchedulerFull) as error:
+            run.say(f"{error}; asking again in {pause_seconds:.0f} s")
+            run.scheduler.wait(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, LONGEST_WAIT_SECONDS)
+            continue
+        pause_seconds = run.config.scheduler.poll_seconds
+        run.scheduler.wait(pause_seconds)
 
 
 @contextmanager
-def _stopping_on_signals() -> Iterator[None]:
+def stopping_on_signals() -> Iterator[None]:
     """Turn the first SIGTERM or Ctrl-C into an orderly end; further ones do not disturb it."""
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         name = signal.Signals(number).name
         for other in handled:
             signal.signal(other, signal.SIG_IGN)
-        raise Incomplete(f"stopped by {name}; `fedllm resume` goes on")
+        raise Stopped(f"stopped by {name}; `fedllm resume` goes on")
 
     handled = (signal.SIGTERM, signal.SIGINT)
     before: dict[int, Callable[..., object] | int | None] = {}

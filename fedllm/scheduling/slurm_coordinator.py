@@ -1,42 +1,143 @@
-"""The coordinator as a Slurm job: submitted once, requeued by Slurm, known to the lease."""
+"""The coordinator's jobs on Slurm: one that requeues itself, or a chain; known to the lease."""
 
 import contextlib
 import os
 import shlex
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
 from fedllm.planning.classes import job_options
-from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.scheduling.seam import SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm_options import refusal, sbatch_flags
-from fedllm.scheduling.slurm_queue import named, squeue
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publish import storage_errors
-from fedllm.storage.records import LeaseRecord
+from fedllm.storage.records import CoordinatorJobRecord, LeaseRecord
 
 
-def submit_coordinator(run_root: Path, config: Config, run_id: str) -> str:
-    """Submit a small job that goes on with the run in `run_root`, and return its id.
+def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
+    """Submit a small job that goes on with a run, as `scheduler.coordinator` says; return its id.
 
-    The job is `slurm/coordinator.sbatch` with the options of `scheduler.sbatch.coordinator`; it
-    reads `config.yaml` of the run directory, which has to be there, and logs beside the rounds.
+    Its options are those of `scheduler.sbatch.coordinator`; it reads `config.yaml` of the run
+    directory, which has to be there, and logs beside the rounds.
 
     Raises:
         LeaseError: such a job waits or runs already.
         ConfigError: sbatch refuses an option; the message names its key.
+        SchedulerFull: limits on submitted jobs leave no room now.
         SchedulerUnreachable: slurmctld does not answer.
     """
-    paths = RunPaths(root=run_root.resolve())
-    name = f"fedllm-{run_id}-coordinator"
-    if there := _waiting_or_running(name):
+    refuse_second(paths, run_id)
+    if config.scheduler.coordinator == "chained":
+        return submit_link(paths, config, run_id)
+    words = [str(paths.config), "--run-dir", str(paths.root)]
+    job = _submit(paths, config, run_id, "coordinator", log="coordinator-%j.log", words=words)
+    CoordinatorJobRecord(job=job, mode="resident").publish(paths.coordinator_job)
+    return job
+
+
+def submit_link(
+    paths: RunPaths, config: Config, run_id: str, *, after: str | None = None, lost: int = 0
+) -> str:
+    """Submit a link of the chain, which starts once job `after` has ended; return its id.
+
+    Raises:
+        ConfigError: sbatch refuses an option; the message names its key.
+        SchedulerFull: limits on submitted jobs leave no room now.
+        SchedulerUnreachable: slurmctld does not answer.
+    """
+    options = [f"--dependency=afterany:{after},singleton"] if after else []
+    job = _submit(
+        paths, config, run_id, "chain", *options, log="chain.log", words=[str(paths.root)]
+    )
+    CoordinatorJobRecord(job=job, mode="chained", lost=lost).publish(paths.coordinator_job)
+    return job
+
+
+def refuse_second(paths: RunPaths, run_id: str) -> None:
+    """Refuse a second coordinator's job.
+
+    Raises:
+        LeaseError: one waits or runs.
+        SchedulerUnreachable: slurmctld cannot be asked now.
+    """
+    if there := list(coordinator_jobs(run_id)):
         raise LeaseError(
-            f"{run_root}: its coordinator waits or runs as Slurm job {there}; "
-            f"wait for it, or end it with: scancel {there}"
+            f"{paths.root}: its coordinator waits or runs as Slurm job {', '.join(there)}; wait "
+            f"for it, or end it with: fedllm cancel {paths.root}"
         )
+
+
+def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
+    """Return the coordinator's jobs that wait or run, the oldest first.
+
+    Raises:
+        SchedulerUnreachable: slurmctld cannot be asked now.
+    """
+    words = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={_name(run_id)}"]
+    try:
+        lines = call([*words, "-o", "%i|%T"]).splitlines()
+    except CommandRefused as error:
+        raise SchedulerUnreachable(f"squeue: {error}") from error
+    found = {}
+    for line in lines:
+        job, _, state = line.strip().partition("|")
+        found[job] = TaskState.WAITING if state == "PENDING" else TaskState.RUNNING
+    return dict(sorted(found.items(), key=lambda each: int(each[0])))
+
+
+def start_after(job: str, arrays: Sequence[str]) -> None:
+    """Have a link that waits start once all arrays have ended.
+
+    Raises:
+        SchedulerUnreachable: slurmctld does not answer.
+    """
+    _update(job, f"dependency=afterany:{':'.join(arrays)},singleton")
+
+
+def start_after_any(job: str, arrays: Sequence[str], *, minutes_after: tuple[str, int]) -> None:
+    """Have a link that waits start once one of the arrays has ended, or so long after a job began.
+
+    Raises:
+        SchedulerUnreachable: slurmctld does not answer.
+    """
+    # no `singleton`: it would be one more of the conditions that suffice
+    other, minutes = minutes_after
+    ended = [f"afterany:{array}" for array in arrays]
+    _update(job, f"dependency={'?'.join([*ended, f'after:{other}+{minutes}'])}")
+
+
+def start_later(job: str, seconds: float) -> None:
+    """Have a link that waits start once its predecessor has ended, but not before `seconds`.
+
+    Raises:
+        SchedulerUnreachable: slurmctld does not answer.
+    """
+    _update(job, f"StartTime=now+{max(1, round(seconds))}")
+
+
+def _update(job: str, change: str) -> None:
+    # refused for a job that has started or ended meanwhile: nothing is left to put off
+    with contextlib.suppress(CommandRefused):
+        call(["scontrol", "update", f"jobid={job}", change])
+
+
+def _name(run_id: str) -> str:
+    return f"fedllm-{run_id}-coordinator"
+
+
+def _submit(
+    paths: RunPaths,
+    config: Config,
+    run_id: str,
+    script: str,
+    *more: str,
+    log: str,
+    words: Sequence[str],
+) -> str:
     with storage_errors(paths.all_logs):
         paths.all_logs.mkdir(parents=True, exist_ok=True)
     section = config.scheduler
@@ -45,20 +146,20 @@ def submit_coordinator(run_root: Path, config: Config, run_id: str) -> str:
     environment = clean_environment(configured=flags)
     environment["FEDLLM_PYTHON"] = section.python or shlex.quote(sys.executable)
     environment["FEDLLM_SETUP"] = "\n".join(section.setup)
-    words = [
+    command = [
         "sbatch",
         "--parsable",
-        f"--job-name={name}",
-        f"--output={paths.all_logs / 'coordinator-%j.log'}",
+        f"--job-name={_name(run_id)}",
+        f"--comment=fedllm {script}: {run_id}",
+        f"--output={paths.all_logs / log}",
         *(f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()),
-        str(shipped("slurm/coordinator.sbatch")),
-        str(paths.config),
-        "--run-dir",
-        str(paths.root),
+        *more,
+        str(shipped(f"slurm/{script}.sbatch")),
+        *words,
     ]
     try:
         # on a cluster of clusters: `id;cluster`
-        return call(words, environment=environment).strip().partition(";")[0]
+        return call(command, environment=environment).strip().partition(";")[0]
     except CommandRefused as error:
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
 
@@ -93,15 +194,3 @@ def cancel_job(job: str) -> None:
     """
     with contextlib.suppress(CommandRefused):
         call(["scancel", "--quiet", job])
-
-
-def _waiting_or_running(name: str) -> str | None:
-    """Return the id of a job of ours named `name` that waits or runs.
-
-    Raises:
-        SchedulerUnreachable: slurmctld cannot be asked now.
-    """
-    try:
-        return next(iter(named(name, squeue("-o", "%i|%j"))), None)
-    except CommandRefused as error:
-        raise SchedulerUnreachable(f"squeue: {error}") from error

@@ -7,7 +7,7 @@ import pytest
 
 from fedllm.errors import FedllmError, RunDirectoryError, RunFailed, StorageFull, UserError
 from fedllm.reporting.status import run_status
-from fedllm.rounds.coordinate import advance_once
+from fedllm.rounds.coordinate import advance_while_possible
 from fedllm.rounds.opening import resumed_config
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
@@ -51,7 +51,7 @@ def test_advancing_a_run_that_is_done_changes_nothing(tmp_path: Path) -> None:
     complete(tmp_path / "run", Simulation())
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/rounds").rglob("*") if p.is_file()}
     again = Simulation()
-    assert advance_once(opened(tmp_path / "run", again))
+    assert advance_while_possible(opened(tmp_path / "run", again)) is None
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/rounds").rglob("*") if p.is_file()}
     assert before == after
     assert not again.trained

@@ -1,6 +1,7 @@
 """The coordinator's job on a real Slurm: started, requeued, ended, and known to the lease."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,20 @@ from fedllm.config.models import (
     TierSection,
 )
 from fedllm.errors import ConfigError, LeaseError
+from fedllm.scheduling.seam import TaskState
 from fedllm.scheduling.slurm_coordinator import (
     cancel_job,
+    coordinator_jobs,
     holder_is_gone,
     job_is_gone,
+    start_after,
+    start_after_any,
+    start_later,
     submit_coordinator,
 )
 from fedllm.storage.lease import boot_id, process_start_time
-from fedllm.storage.paths import shipped
-from fedllm.storage.records import LeaseRecord
+from fedllm.storage.paths import RunPaths, shipped
+from fedllm.storage.records import CoordinatorJobRecord, LeaseRecord
 from tests.slurm.cluster import Cluster, until
 
 pytestmark = pytest.mark.slurm
@@ -31,6 +37,7 @@ pytestmark = pytest.mark.slurm
 COORDINATOR = """#!/bin/bash
 echo "$BY_SETUP:" "${@:4}" >> "$TOLD/called"
 trap 'echo stopped >> "$TOLD/called"; exit 3' TERM
+[ "$(wc -l < "$TOLD/called")" -gt "${DIES:-0}" ] || kill -KILL $$
 sleep "${STAYS:-60}" & wait
 exit 3
 """
@@ -59,6 +66,10 @@ def configured(run_root: Path, **sbatch: Any) -> Config:
     return Config(clients=clients, scheduler=scheduler)
 
 
+def submitted(run_root: Path, config: Config, run_id: str) -> str:
+    return submit_coordinator(RunPaths(root=run_root), config, run_id)
+
+
 def calls(run_root: Path) -> list[str]:
     path = run_root.parent / "called"
     return path.read_text().splitlines() if path.exists() else []
@@ -68,31 +79,96 @@ def test_a_submitted_coordinator_runs_the_resolved_configuration_and_starts_agai
     run_root: Path, cluster: Cluster
 ) -> None:
     config = configured(run_root, time=30, partition="high")
-    job = submit_coordinator(run_root, config, "ab12")
+    job = submitted(run_root, config, "ab12")
+    noted = CoordinatorJobRecord.read(RunPaths(root=run_root).coordinator_job)
+    assert (noted.job, noted.mode) == (job, "resident")
     expected = f"set up: run {run_root}/config.yaml --run-dir {run_root}"
     until(lambda: calls(run_root) == [expected])
     asked = cluster.slurm("squeue", "-h", "-o", "%j|%P|%l")
     assert asked.strip() == "fedllm-ab12-coordinator|high|30:00"
     assert job_is_gone(job) is False
+    assert coordinator_jobs("ab12") == {job: TaskState.RUNNING}
+    assert coordinator_jobs("ab1") == {}
     with pytest.raises(LeaseError, match=f"its coordinator waits or runs as Slurm job {job}"):
-        submit_coordinator(run_root, config, "ab12")
+        submitted(run_root, config, "ab12")
     # what Slurm sends two minutes before the time limit
     cluster.slurm("scancel", "--batch", "--signal=USR2", job)
     log = run_root / "logs" / f"coordinator-{job}.log"
     until(lambda: "time is nearly over: requeued" in log.read_text())
     assert job_is_gone(job) is False
-    until(lambda: calls(run_root).count(expected) == 2)
+    # no person starts it this time
+    until(lambda: calls(run_root)[-1] == f"{expected} --unattended")
     cancel_job(job)
     until(lambda: job_is_gone(job))
     cancel_job(job)
 
 
 def test_a_cancelled_coordinator_is_told_to_stop(run_root: Path) -> None:
-    job = submit_coordinator(run_root, configured(run_root), "cd34")
+    job = submitted(run_root, configured(run_root), "cd34")
     until(lambda: calls(run_root))
     cancel_job(job)
     until(lambda: job_is_gone(job))
     assert calls(run_root)[-1] == "stopped"
+
+
+def test_a_killed_coordinator_starts_again_in_its_job_but_not_for_ever(
+    run_root: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIES", "1")
+    monkeypatch.setenv("STAYS", "0")
+    job = submitted(run_root, configured(run_root), "ab12")
+    until(lambda: job_is_gone(job))
+    expected = f"set up: run {run_root}/config.yaml --run-dir {run_root}"
+    assert calls(run_root) == [expected, f"{expected} --unattended"]
+    # the second said itself why it ended
+    assert exit_status(cluster, job) == 3 << 8
+    monkeypatch.setenv("DIES", "99")
+    job = submitted(run_root, configured(run_root), "ab12")
+    until(lambda: job_is_gone(job))
+    assert len(calls(run_root)) == 2 + 5
+    assert exit_status(cluster, job) == (128 + signal.SIGKILL) << 8
+
+
+def test_a_job_that_cannot_be_requeued_says_so_and_goes_on_while_it_may(
+    run_root: Path, cluster: Cluster
+) -> None:
+    job = submitted(run_root, configured(run_root, requeue=False), "ab12")
+    until(lambda: calls(run_root))
+    cluster.slurm("scancel", "--batch", "--signal=USR2", job)
+    log = run_root / "logs" / f"coordinator-{job}.log"
+    until(lambda: "not requeued (see above): ends with its time" in log.read_text())
+    assert job_is_gone(job) is False
+
+
+def test_a_link_starts_after_all_arrays_or_after_one_or_later_if_it_has_not_yet(
+    cluster: Cluster,
+) -> None:
+    def sbatch(*words: str) -> str:
+        return cluster.slurm("sbatch", "--parsable", "--output=/dev/null", *words).strip()
+
+    def asked(field: str) -> str:
+        return cluster.slurm("squeue", "-h", "-j", link, "-o", field).strip()
+
+    held = sbatch("--hold", "--job-name=link", "--wrap=true")
+    other = sbatch("--hold", "--array=0-1", "--wrap=true")
+    link = sbatch("--dependency=singleton", "--job-name=link", "--wrap=sleep 60")
+    start_after(link, [held, other])
+    expected = f"afterany:{held}(unfulfilled),afterany:{other}_*(unfulfilled),singleton"
+    assert asked("%E").startswith(expected)
+    start_after_any(link, [held, other], minutes_after=(held, 7))
+    assert f"afterany:{other}_*(unfulfilled)?after:{held}+7(unfulfilled)" in asked("%E")
+    cluster.slurm("scontrol", "release", other)
+    until(lambda: asked("%T") == "RUNNING")
+    # it runs already
+    start_later(link, 60)
+    later = sbatch("--dependency=singleton", "--wrap=true")
+    start_later(later, 60)
+    link = later
+    until(lambda: asked("%r") == "BeginTime")
+
+
+def exit_status(cluster: Cluster, job: str) -> int:
+    return int(cluster.slurm("squeue", "-h", "-t", "all", "-j", job, "-O", "exit_code:"))
 
 
 def test_the_script_finds_the_clone_it_lies_in_and_ends_as_the_run_did(
@@ -111,13 +187,12 @@ def test_the_script_finds_the_clone_it_lies_in_and_ends_as_the_run_did(
     job = cluster.slurm("sbatch", *words, environment=os.environ).strip()
     until(lambda: job_is_gone(job))
     assert calls(run_root) == ["by hand: run my config.yaml --set rounds=2"], log.read_text()
-    ended = cluster.slurm("squeue", "-h", "-t", "all", "-j", job, "-O", "State:|,exit_code:")
-    assert ended.strip() == f"FAILED|{3 << 8}"
+    assert exit_status(cluster, job) == 3 << 8
 
 
 def test_a_refused_option_is_named_with_its_key(run_root: Path) -> None:
     with pytest.raises(ConfigError, match=r"^scheduler\.sbatch\.coordinator\.partition: nope: "):
-        submit_coordinator(run_root, configured(run_root, partition="nope"), "ef56")
+        submitted(run_root, configured(run_root, partition="nope"), "ef56")
 
 
 def test_a_holder_is_gone_when_its_job_is_or_without_a_job_its_process(

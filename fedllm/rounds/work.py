@@ -1,0 +1,117 @@
+"""What of a run is at work now, so that whoever need not watch knows what to wait for."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fedllm.config.models import Config
+from fedllm.rounds.lingering import at_work
+from fedllm.rounds.run import Run
+from fedllm.rounds.submissions import active_tasks, known_tasks, last_attempt
+from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths
+from fedllm.storage.publish import age_seconds
+from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord
+
+# how often to look for enough updates while workers are still busy
+_LOOK_AGAIN_MINUTES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the next step of a run waits for.
+
+    Attributes:
+        tasks: the tasks that are at work on it.
+        waits_for_room: more are wanted than the limits on submitted jobs left room for.
+        look_again_minutes: when there may be more to do although tasks are still at work: None
+            if that cannot be.
+    """
+
+    tasks: tuple[str, ...]
+    waits_for_room: bool = False
+    look_again_minutes: int | None = None
+
+
+def work_of(run: Run) -> Work:
+    """Return what is at work; evaluations where nothing else is, as no other step needs them."""
+    return _work(run, _unfinished(run)) or _work(run, _unevaluated(run)) or Work(tasks=())
+
+
+def is_settling(run: Run) -> bool:
+    """Say whether something may be on its way that the next step waits for."""
+    now = time.monotonic()
+    return any(now - since < run.visibility_seconds for since in run.first_seen.values())
+
+
+def is_done(paths: RunPaths, config: Config) -> bool:
+    """Say whether all rounds of a run are done: then there is nothing to hold a lease for."""
+    return all(paths.round(number).record.exists() for number in range(config.rounds + 1))
+
+
+def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
+    tasks: list[str] = []
+    is_short = False
+    look_again: int | None = None
+    for paths in submissions:
+        is_short = is_short or _is_short(run, paths)
+        if isinstance(paths, AttemptPaths):
+            tasks += at_work(run, paths)
+            look_again = _look_again_minutes(run, RoundPaths(root=paths.root.parent.parent))
+        else:
+            tasks += active_tasks(run, known_tasks(run, paths))
+    if not tasks and not is_short:
+        return None
+    if is_short:
+        look_again = min(look_again or _LOOK_AGAIN_MINUTES, _LOOK_AGAIN_MINUTES)
+    return Work(tasks=tuple(tasks), waits_for_room=is_short, look_again_minutes=look_again)
+
+
+def _begun(run: Run) -> Iterator[RoundPaths]:
+    for number in range(run.config.rounds + 1):
+        paths = run.paths.round(number)
+        if not paths.root.exists():
+            return
+        if not paths.record.exists():
+            yield paths
+
+
+def _unfinished(run: Run) -> Iterator[JobPaths]:
+    """Return the last submission for each step before the next round."""
+    if not run.paths.prepared.exists():
+        yield from _last(run.paths.prepare_job)
+    for paths in _begun(run):
+        if paths.aggregate_record.exists():
+            continue
+        training = paths.number and not paths.collection.exists()
+        yield from _last(paths.attempt if training else paths.aggregate_job)
+
+
+def _unevaluated(run: Run) -> Iterator[JobPaths]:
+    for paths in _begun(run):
+        if not paths.evaluation_record.exists():
+            yield from _last(paths.evaluation_job)
+
+
+def _last(folder: Callable[[int], JobPaths]) -> Iterator[JobPaths]:
+    number = last_attempt(folder)
+    if number:
+        yield folder(number)
+
+
+def _is_short(run: Run, paths: JobPaths) -> bool:
+    """Say whether a submission wants more tasks than were submitted."""
+    plan = run.read(SubmissionRecord, paths.submission)
+    jobs = run.find(JobsRecord, paths.jobs)
+    wanted = sum(workers.tasks for workers in plan.workers.values())
+    unsent = {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
+    return bool(unsent) or wanted > sum(array.tasks for array in plan.arrays)
+
+
+def _look_again_minutes(run: Run, paths: RoundPaths) -> int | None:
+    minutes = run.config.clients.deadline_minutes
+    if minutes is not None:
+        left = minutes - age_seconds(paths.cohort) / 60.0
+        return math.ceil(left) if left > 0 else _LOOK_AGAIN_MINUTES
+    cohort = run.read(CohortRecord, paths.cohort)
+    return _LOOK_AGAIN_MINUTES if cohort.enough is not None else None

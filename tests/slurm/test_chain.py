@@ -1,0 +1,216 @@
+"""The chained coordinator: short jobs that hand a run on, whatever happens to one of them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fedllm.storage.lease import Lease, highest
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import CoordinatorJobRecord, RunRecord
+from tests.cli.commands import fedllm
+from tests.rounds.simulation import states
+from tests.slurm.cluster import Cluster, intercept, until
+from tests.slurm.runs import (
+    HELD,
+    ON_CLUSTER,
+    PATIENCE_SECONDS,
+    Begun,
+    arrays,
+    each_trained_once,
+    settings,
+    state_of,
+)
+
+pytestmark = pytest.mark.slurm
+
+CHAINED = ("scheduler.coordinator=chained", "rounds=2", *ON_CLUSTER)
+
+
+def submit(root: Path, *changes: str, path: str = os.environ["PATH"]) -> None:
+    """Submit the first link."""
+    done = fedllm("submit", root, *settings(*CHAINED, *changes), PATH=path)
+    assert done.returncode == 0, done.stderr
+
+
+def links(cluster: Cluster, root: Path, *states: str) -> list[str]:
+    """Return the links of a run's chain that are in such a state, the oldest first."""
+    name = f"fedllm-{RunRecord.read(RunPaths(root=root).run).run_id}-coordinator"
+    words = ("squeue", "-h", f"--name={name}", f"--states={','.join(states) or 'all'}")
+    return sorted(cluster.slurm(*words, "-o", "%i").split(), key=int)
+
+
+def await_end(cluster: Cluster, root: Path) -> list[str]:
+    """Wait until no link waits or runs; return all there were."""
+    until(lambda: not links(cluster, root, "PD", "R", "CG"), seconds=PATIENCE_SECONDS)
+    return links(cluster, root)
+
+
+def log(root: Path) -> str:
+    return (root / "logs" / "chain.log").read_text()
+
+
+def never_more_than_two(cluster: Cluster, jobs: Sequence[str]) -> bool:
+    """Say whether of any three links in a row the last was submitted when the first had ended."""
+    shown = [cluster.slurm("scontrol", "show", "job", "--oneliner", job) for job in jobs]
+    times = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in shown]
+    return all(
+        first["EndTime"] <= third["SubmitTime"]
+        for first, third in zip(times, times[2:], strict=False)
+    )
+
+
+def test_a_chain_makes_the_states_of_an_undisturbed_run_and_leaves_no_job(
+    begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
+) -> None:
+    root = begun.folder / "run"
+    words = ("submit", begun.tiny.config, "--run-dir", root)
+    submitted = fedllm(*words, *settings("evaluation.every=0", *CHAINED))
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = await_end(cluster, root)
+    assert states(root) == undisturbed, log(root)
+    # prepare, state 0, two rounds of training and aggregation, and one successor too many
+    assert len(jobs) == 8, log(root)
+    assert state_of(cluster, jobs[-2]) == "COMPLETED"
+    assert state_of(cluster, jobs[-1]) == "CANCELLED"
+    assert never_more_than_two(cluster, jobs)
+    assert each_trained_once(RunPaths(root=root).round(2))
+    # one start by a person
+    assert highest(RunPaths(root=root))[1].origin == 1
+
+
+def once(begun: Begun, command: str, words: str, doing: str) -> str:
+    """Return a PATH on which `command`, called with `words`, does something else, once."""
+    script = f'if [[ "$*" == *{words}* ]] && mkdir "{begun.folder}/once"; then {doing}; fi\n'
+    return intercept(begun.folder / "bin", command, f'{script}exec "$REAL" "$@"', os.environ)
+
+
+# what a link does first, last, and in between
+MOMENTS = {
+    "its successor is submitted, and not recorded": (
+        "sbatch",
+        "afterany:",
+        '"$REAL" "$@"; kill -9 $PPID; exit',
+    ),
+    "its arrays are submitted, and not recorded": (
+        "sbatch",
+        "fedllm-*-r0002-a01",
+        '"$REAL" "$@"; kill -9 $PPID; exit',
+    ),
+    "its arrays are recorded, its successor waits for itself": (
+        "scontrol",
+        "dependency=afterany:",
+        "kill -9 $PPID; exit",
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_link_killed_when(
+    moment: str, begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
+) -> None:
+    root = begun.run("run", rounds=1)
+    command, words, doing = MOMENTS[moment]
+    submit(root, path=once(begun, command, words, doing))
+    jobs = await_end(cluster, root)
+    assert (begun.folder / "once").exists()
+    assert state_of(cluster, jobs[0]) == "FAILED"
+    assert states(root) == undisturbed, log(root)
+    assert each_trained_once(RunPaths(root=root).round(2))
+    assert [len(ids) for ids in arrays(cluster, root, "r0002-a0").values()] == [1]
+    assert never_more_than_two(cluster, jobs)
+
+
+def test_a_link_that_is_requeued_and_one_that_is_cancelled_are_followed_by_one_that_goes_on(
+    begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
+) -> None:
+    root, wait = begun.run("run", rounds=1), begun.folder / "wait"
+    wait.touch()
+    # a link stays at its end
+    script = f'while [[ "$*" == *dependency* && -e "{wait}" ]]; do sleep 0.1; done; exec $REAL "$@"'
+    submit(root, HELD, path=intercept(begun.folder / "bin", "scontrol", script, os.environ))
+    first = until_stuck(cluster, root)
+    cluster.slurm("scontrol", "requeue", first)
+    until(lambda: highest(RunPaths(root=root))[0] > 3, seconds=PATIENCE_SECONDS)
+    # it found the successor that it had submitted
+    assert until_stuck(cluster, root) == first
+    second = links(cluster, root, "PD")[0]
+    cluster.slurm("scancel", first)
+    until(lambda: links(cluster, root, "R") == [second], seconds=PATIENCE_SECONDS)
+    wait.unlink()
+    ((array,),) = arrays(cluster, root, "r0002-a0").values()
+    until(lambda: len(links(cluster, root, "PD")) == 1 and not links(cluster, root, "R", "CG"))
+    cluster.slurm("scontrol", "release", array)
+    jobs = await_end(cluster, root)
+    assert states(root) == undisturbed, log(root)
+    assert never_more_than_two(cluster, jobs)
+
+
+def until_stuck(cluster: Cluster, root: Path) -> str:
+    """Wait until a link has submitted its array and its successor; return it."""
+    until(lambda: arrays(cluster, root, "r0002-a0"), seconds=PATIENCE_SECONDS)
+    until(lambda: len(links(cluster, root, "R")) == len(links(cluster, root, "PD")) == 1)
+    return links(cluster, root, "R")[0]
+
+
+def test_a_run_that_cannot_go_on_ends_its_chain(begun: Begun, cluster: Cluster) -> None:
+    root = begun.run("run", rounds=1)
+    submit(root, "scheduler.sbatch.client.partition=nope")
+    jobs = await_end(cluster, root)
+    assert [state_of(cluster, job) for job in jobs] == ["FAILED", "CANCELLED"]
+    assert "fedllm: scheduler.sbatch.client.partition: nope: refused by sbatch" in log(root)
+    # a chain whose links keep dying without a word
+    submit(root, "scheduler.sbatch.client.partition=low", "scheduler.sbatch.coordinator.hold=true")
+    (held,) = links(cluster, root, "PD")
+    noted = RunPaths(root=root).coordinator_job
+    assert CoordinatorJobRecord.read(noted) == CoordinatorJobRecord(job=held, mode="chained")
+    CoordinatorJobRecord(job=held, mode="chained", lost=10).publish(noted)
+    cluster.slurm("scontrol", "release", held)
+    assert await_end(cluster, root) == [*jobs, held]
+    assert state_of(cluster, held) == "FAILED"
+    assert "10 links of the chain in a row were killed before they could say why" in log(root)
+
+
+def test_cancel_ends_the_chain_and_the_tasks_of_its_run_and_of_no_other(
+    begun: Begun, cluster: Cluster
+) -> None:
+    root, other = begun.run("run", rounds=1), begun.run("other", rounds=1)
+    for each in (other, root):
+        submit(each, HELD)
+    for each in (other, root):
+        until(lambda each=each: arrays(cluster, each, "r0002-a0"), seconds=PATIENCE_SECONDS)
+        until(lambda each=each: not links(cluster, each, "R", "CG"), seconds=PATIENCE_SECONDS)
+    (second,) = links(cluster, root, "PD")
+    done = fedllm("cancel", root)
+    assert done.stdout == f"coordinator job {second} cancelled\n2 tasks cancelled\n", done.stderr
+    ((of_other,),) = arrays(cluster, other, "r0002-a0").values()
+    left = set(cluster.slurm("squeue", "-h", "-o", "%F").split())
+    assert left == {of_other, *links(cluster, other, "PD")}
+    assert "2 tasks" in fedllm("cancel", other).stdout
+    assert not cluster.slurm("squeue", "-h")
+
+
+def test_cron_advances_a_run_without_staying_and_leaves_it_to_whoever_holds_it(
+    begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
+) -> None:
+    root = begun.run("run", rounds=1)
+    fedllm("submit", root, *settings(*CHAINED, "scheduler.sbatch.coordinator.hold=true", HELD))
+    lease = Lease.acquire(RunPaths(root=root))
+    held = fedllm("advance", root)
+    assert held.returncode == 3
+    assert f"coordinator {lease.number} holds this run" in held.stdout
+    assert len(held.stdout.splitlines()) == 1
+    assert not held.stderr
+    lease.release()
+    assert fedllm("advance", root).stdout.splitlines()[-1] == "not done yet; advance again later"
+    ((array,),) = arrays(cluster, root, "r0002-a0").values()
+    cluster.slurm("scontrol", "release", array)
+    until(lambda: fedllm("advance", root).returncode == 0, seconds=PATIENCE_SECONDS)
+    number, last = highest(RunPaths(root=root))
+    assert last
+    assert last.origin == lease.number
+    assert states(root) == undisturbed
+    # done: cron goes on calling
+    assert fedllm("advance", root).stdout == "done\n"
+    assert highest(RunPaths(root=root))[0] == number
