@@ -23,6 +23,9 @@ class InlineScheduler:
         """One process, one slot."""
         return Capacity(free_slots=1, most_parallel=1, largest_array=sys.maxsize, resident=True)
 
+    def check(self, jobs: Sequence[Job]) -> None:
+        """There is nothing to refuse."""
+
     def submit(self, job: Job) -> list[str]:
         """Run every task of the array now."""
         ids = [f"inline-{next(self._numbers)}" for _ in range(job.tasks)]
@@ -46,6 +49,10 @@ class InlineScheduler:
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:  # noqa: ARG002
         """No task waits."""
         return {}
+
+    def trouble(self) -> str | None:
+        """Whoever runs the jobs here answers."""
+        return None
 
     def cancel(self, ids: Sequence[str]) -> None:
         """There is nothing to end."""

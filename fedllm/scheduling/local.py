@@ -66,7 +66,12 @@ class LocalScheduler:
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         """As many slots as there are workers."""
         slots = self.workers
-        return Capacity(free_slots=slots, most_parallel=slots, largest_array=sys.maxsize, resident=True)
+        return Capacity(
+            free_slots=slots, most_parallel=slots, largest_array=sys.maxsize, resident=True
+        )
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """There is nothing to refuse."""
 
     def submit(self, job: Job) -> list[str]:
         """Queue the tasks; free workers take them at once."""
@@ -96,6 +101,10 @@ class LocalScheduler:
         """Tasks wait for a free worker, and for nothing else."""
         waiting = {task.id for task in self._queue}
         return {id_: "a free worker" for id_ in ids if id_ in waiting}
+
+    def trouble(self) -> str | None:
+        """Whoever runs the jobs here answers."""
+        return None
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Forget waiting tasks and end the workers of running ones."""

@@ -54,6 +54,14 @@ class Scheduler(Protocol):
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
         """Return what there is room for, for tasks of these options, as far as it is known."""
 
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Ask whether jobs could be submitted as they are; submit nothing.
+
+        Raises:
+            ConfigError: not all of them; one line per problem, each names its key.
+            SchedulerUnreachable: it cannot be said now.
+        """
+
     def submit(self, job: Job) -> list[str]:
         """Submit an array and return its task ids in task order.
 
@@ -78,6 +86,9 @@ class Scheduler(Protocol):
 
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
         """Return what tasks that wait are waiting for, from the last answer about states."""
+
+    def trouble(self) -> str | None:
+        """Return why states are unknown now, in one sentence, or None if they are known."""
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks; those that are gone are passed over."""

@@ -15,23 +15,32 @@ from typing import Any
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from fedllm.config.models import SchedulerSection
-from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
+from fedllm.errors import ConfigError
+from fedllm.scheduling.seam import Capacity, Ending, Job, Option, SchedulerFull, TaskState
+from fedllm.scheduling.slurm_capacity import Surveyor
+from fedllm.scheduling.slurm_check import problems
 from fedllm.scheduling.slurm_commands import (
     CommandRefused,
     Commands,
     InstalledCommands,
+    Pace,
     clean_environment,
 )
+from fedllm.scheduling.slurm_exports import exports
 from fedllm.scheduling.slurm_options import (
-    TASK_DEFAULTS,
     WRITTEN_BY_SUBMITIT,
     Flags,
     refusal,
+    says_no_room,
     sbatch_flags,
+    task_defaults,
 )
 from fedllm.scheduling.slurm_queue import Queue
 from fedllm.storage.paths import shipped
 from fedllm.storage.publish import publish_bytes, storage_errors
+
+# sbatch in a time of `scheduler.query_seconds`
+_MOST_SUBMISSIONS = 10
 
 
 def log_of(log_folder: Path, task: str, *, process: int = 0) -> Path:
@@ -110,34 +119,83 @@ class SlurmScheduler:
     jobs_folder: Path = field(default_factory=lambda: shipped("jobs"))
     commands: Commands = field(default_factory=InstalledCommands)
     _queue: Queue = field(init=False)
+    _surveyor: Surveyor = field(init=False)
+    _pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
-        queue = Queue(query_seconds=self.section.query_seconds, commands=self.commands)
-        object.__setattr__(self, "_queue", queue)
+        seconds, commands = self.section.query_seconds, self.commands
+        pace = Pace(most=_MOST_SUBMISSIONS, seconds=seconds, commands=commands)
+        object.__setattr__(self, "_queue", Queue(query_seconds=seconds, commands=commands))
+        object.__setattr__(self, "_surveyor", Surveyor(query_seconds=seconds, commands=commands))
+        object.__setattr__(self, "_pace", pace)
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
-        """`scheduler.max_parallel`: Slurm starts fewer where the cluster is full."""
-        slots = self.section.max_parallel
-        return Capacity(free_slots=slots, most_parallel=slots, largest_array=1000)
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+        """Return what the limits and the idle resources of the cluster have room for.
+
+        What Slurm does not tell limits nothing but `scheduler.max_parallel`. Idle resources are
+        those of the moment: others' jobs that wait may come before.
+        """
+        flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
+        most = self.section.max_parallel
+        return self._surveyor.capacity(flags, queued=self._queue.queued(), max_parallel=most)
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Have sbatch test jobs, and find what it lets pass but Slurm never starts.
+
+        Raises:
+            ConfigError: one line per problem, each names its key.
+            SchedulerUnreachable: slurmctld does not answer.
+        """
+        found = [problem for job in jobs for problem in self._problems(job)]
+        if found:
+            raise ConfigError("\n".join(dict.fromkeys(found)))
+
+    def _problems(self, job: Job) -> list[str]:
+        try:
+            flags = self._flags(job)
+        except ConfigError as error:
+            return [str(error)]
+        survey = self._surveyor.survey(flags)
+        return list(
+            problems(
+                flags, section=self.section, program=job.program, survey=survey, test=self._test
+            )
+        )
 
     def submit(self, job: Job) -> list[str]:
         """Submit the array and return its task ids, `1234_0` first.
 
         Raises:
             ConfigError: sbatch refuses an option; the message names its key.
+            SchedulerFull: limits on submitted jobs leave no room now.
             SchedulerUnreachable: slurmctld does not answer; whether it took the array is unknown.
         """
         with storage_errors(job.log_folder):
             job.log_folder.mkdir(parents=True, exist_ok=True)
         flags = self._flags(job)
+        self._pace.wait()
         try:
             array = self._executor(job, flags).array_id(self._command(job))
         except CommandRefused as error:
+            if self._is_full(str(error), job):
+                raise SchedulerFull(f"sbatch: {error}") from error
             sbatch = self.section.sbatch
             raise refusal(str(error), flags, sbatch=sbatch, program=job.program) from error
         ids = [f"{array}_{number}" for number in range(job.tasks)]
         self._queue.expect(ids)
         return ids
+
+    def _is_full(self, said: str, job: Job) -> bool:
+        """Say whether a refusal means that there is no room now."""
+        answer = says_no_room(said)
+        if answer is not None:
+            return answer
+        room = self._surveyor.room(self._flags(job), queued=self._queue.queued(fresh=True))
+        return room is not None and room < job.tasks
+
+    def _test(self, words: Sequence[str], flags: Flags) -> None:
+        self._pace.wait()
+        self.commands.call(words, environment=clean_environment(configured=flags))
 
     def sbatch_text(self, job: Job) -> str:
         """Return the file that `submit` would give to sbatch; works without Slurm."""
@@ -163,6 +221,10 @@ class SlurmScheduler:
         """Return Slurm's reasons for tasks that wait, from its last answer about states."""
         return self._queue.waiting_for(ids)
 
+    def trouble(self) -> str | None:
+        """Return why nothing is known of states now: Slurm did not answer when last asked."""
+        return self._queue.trouble()
+
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks; those that are gone are passed over.
 
@@ -179,7 +241,7 @@ class SlurmScheduler:
         """Leave the jobs alone: they go on without a coordinator."""
 
     def _flags(self, job: Job) -> Flags:
-        defaults = {**TASK_DEFAULTS, "comment": f"fedllm {job.program}: {job.name}"}
+        defaults = {**task_defaults(job.options), "comment": f"fedllm {job.program}: {job.name}"}
         sbatch = self.section.sbatch
         return sbatch_flags(job.options, sbatch=sbatch, program=job.program, defaults=defaults)
 
@@ -199,7 +261,7 @@ class SlurmScheduler:
             "wckey": None,
             "stderr_to_stdout": True,
             "array_parallelism": job.parallel or self.section.max_parallel,
-            "setup": [*_exports(job), *self.section.setup],
+            "setup": [*exports(job), *self.section.setup],
             "srun_args": steps,
             "additional_parameters": flags,
         }
@@ -210,20 +272,3 @@ class SlurmScheduler:
             without=[flag for flag in WRITTEN_BY_SUBMITIT if flag not in flags],
             commands=self.commands,
         )
-
-
-def _exports(job: Job) -> list[str]:
-    """Return the lines that tell a task who it is and what it inherits, whatever `--export`."""
-    folder = shlex.quote(str(job.log_folder.resolve()))
-    inherited = {
-        name: value
-        for name, value in sorted(clean_environment().items())
-        if name.startswith("FEDLLM_")
-    }
-    if job.program != "prepare":
-        inherited["HF_HUB_OFFLINE"] = "1"
-    return [
-        'export FEDLLM_TASK="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
-        f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_0_log.out"',
-        *(f"export {name}={shlex.quote(value)}" for name, value in inherited.items()),
-    ]

@@ -3,24 +3,34 @@
 What is issued, and what is read of the answers; `Commands` is all that the rest goes through:
 
     sbatch FILE                                        `Submitted batch job 7`
+    sbatch --test-only --OPTION=VALUE ... --array=0-0 --wrap=true      exit status alone
     squeue --noheader --array --user=UID ...           one line per array task
-        -o %i|%T|%r                                    `7_3|PENDING|Priority`
+        -o %i|%T|%a|%q|%P|%r                           `7_3|PENDING|lab|normal|low|Priority`
         -t all -o %i|%j                                `7_3|name`, ended ones too
         -t all --jobs=7,8 -O JobArrayID:|,State:|,exit_code:|,NodeList:|
     sacct --noheader --parsable2 --allocations --starttime now-7days ...
         --name=NAME --user=UID -o JobID,JobName        `7_3|name` or `7_[4-9%2]|name`
         --duplicates --jobs=7,8 -o JobID,State,ExitCode,NodeList
     scancel --quiet 7_[0,1,4]
+    scontrol show config                               `MaxArraySize            = 1001`, once
+    scontrol --all --oneliner show partition           `PartitionName=low ... MaxTime=UNLIMITED`
+    sinfo --noheader --Node --partition=low -O ...     slurm_nodes.NODE_COLUMNS, each `NAME:|`
+    sacctmgr --noheader --parsable2 show ... format=   slurm_limits.*_COLUMNS; only where
+        user name=ME cluster=C withassoc               AccountingStorageEnforce says more than none
+        assoc user= cluster=C
+        qos
 """
 
 import os
 import subprocess
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from fedllm.errors import UserError
-from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 
 COMMAND_TIMEOUT_SECONDS = 120
 
@@ -52,6 +62,14 @@ _TRANSIENT = (
     "protocol authentication error",
     "slurmdbd",
 )
+# Words of sbatch at MaxJobCount; it sleeps and retries, then gives up.
+_NO_ROOM = (
+    "unable to accept job",
+    "job queue full",
+    "job creation temporarily disabled",
+    "unable to create job record",
+    "resource temporarily unavailable",
+)
 _NO_CLUSTER = ("configuration source", "unable to process configuration file")
 
 
@@ -72,12 +90,15 @@ class Commands(Protocol):
         """Return after so long."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class InstalledCommands:
     """The commands in PATH, and this machine's clock."""
 
+    timeout_seconds: float = COMMAND_TIMEOUT_SECONDS
+
     def call(self, words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
         """Run a command."""
-        return call(words, environment=environment)
+        return call(words, environment=environment, timeout_seconds=self.timeout_seconds)
 
     def monotonic(self) -> float:
         """Return this machine's monotonic clock."""
@@ -86,6 +107,23 @@ class InstalledCommands:
     def sleep(self, seconds: float) -> None:
         """Sleep."""
         time.sleep(seconds)
+
+
+class Pace:
+    """Lets at most `most` pass in any `seconds`."""
+
+    def __init__(self, *, most: int, seconds: float, commands: Commands) -> None:
+        self._seconds = seconds
+        self._commands = commands
+        self._passed: deque[float] = deque(maxlen=most)
+
+    def wait(self) -> None:
+        """Return when one more may pass."""
+        if len(self._passed) == self._passed.maxlen:
+            early = self._passed[0] + self._seconds - self._commands.monotonic()
+            if early > 0:
+                self._commands.sleep(early)
+        self._passed.append(self._commands.monotonic())
 
 
 def clean_environment(
@@ -108,11 +146,17 @@ def clean_environment(
     }
 
 
-def call(words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
+def call(
+    words: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    timeout_seconds: float = COMMAND_TIMEOUT_SECONDS,
+) -> str:
     """Run a Slurm command and return its output.
 
     Raises:
         UserError: the command is not installed, or knows of no cluster.
+        SchedulerFull: sbatch found no room for one more job in the whole cluster.
         SchedulerUnreachable: Slurm does not answer now.
         CommandRefused: Slurm answered, and refused.
     """
@@ -124,7 +168,7 @@ def call(words: Sequence[str], *, environment: Mapping[str, str] | None = None) 
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=COMMAND_TIMEOUT_SECONDS,
+            timeout=timeout_seconds,
             check=False,
         )
     except FileNotFoundError as error:
@@ -133,12 +177,27 @@ def call(words: Sequence[str], *, environment: Mapping[str, str] | None = None) 
             "scheduler.kind local does not"
         ) from error
     except subprocess.TimeoutExpired as error:
+        # sbatch tries again for minutes where it finds no room
+        said = bytes(error.stderr or b"").decode(errors="replace")
+        if any(text in said.lower() for text in _NO_ROOM):
+            raise SchedulerFull(f"{words[0]}: {_one_line(words[0], said)}") from error
         raise SchedulerUnreachable(
-            f"{words[0]}: no answer within {COMMAND_TIMEOUT_SECONDS} s; is slurmctld overloaded?"
+            f"{words[0]}: no answer within {timeout_seconds:.0f} s; is slurmctld overloaded?"
         ) from error
     if done.returncode == 0:
         return done.stdout
     raise _failure(words[0], done.stderr or done.stdout, done.returncode)
+
+
+def squeue(*words: str, commands: Commands | None = None) -> str:
+    """Ask for jobs of this user, one line per array task.
+
+    Raises:
+        SchedulerUnreachable: slurmctld cannot be asked now.
+        CommandRefused: it knows nothing of what was asked for.
+    """
+    ask = (commands or InstalledCommands()).call
+    return ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
 
 
 def _failure(command: str, said: str, status: int) -> Exception:
@@ -148,6 +207,8 @@ def _failure(command: str, said: str, status: int) -> Exception:
         return UserError(
             f"{command}: {message}; set SLURM_CONF or start from a host of the cluster"
         )
+    if command == "sbatch" and any(text in folded for text in _NO_ROOM):
+        return SchedulerFull(f"{command}: {message}")
     if any(text in folded for text in _TRANSIENT) or status < 0:
         return SchedulerUnreachable(f"{command}: {message}")
     return CommandRefused(message)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from fedllm.config.models import SbatchOptions, SbatchSection
 from fedllm.errors import ConfigError
 from fedllm.scheduling.seam import Option
+from fedllm.scheduling.slurm_text import minutes
 
 # An array task is one process on one node unless the options say more. Requeueing, appending to
 # logs, the warning before the end and a time limit are said explicitly: sites differ in theirs.
@@ -14,12 +15,17 @@ TASK_DEFAULTS: Mapping[str, Option] = {
     "time": 60,
     "requeue": True,
     "open-mode": "append",
-    "signal": "USR2@90",
 }
+_MOST_WARNING_SECONDS = 90
 # submitit writes these whether or not it is told to.
 WRITTEN_BY_SUBMITIT = ("nodes", "time", "signal", "open-mode")
 
 Flags = Mapping[str, str | int | float | bool]
+
+# Words of sbatch where a limit on submitted jobs leaves no room; older ones give only the text
+# that it has for all limits.
+_NO_ROOM = re.compile(r"(Assoc|QOS)(Max|Grp)Submit", re.IGNORECASE)
+_SOME_LIMIT = "violates accounting/qos policy"
 
 _OWNED = {
     "array": "the number of tasks and scheduler.max_parallel decide it",
@@ -32,6 +38,11 @@ _OWNED = {
 
 # Words of a refusal, and the options that they may be about.
 _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("maxwall", ("time", "qos", "account")),
+    ("maxcpu", ("cpus-per-task", "qos", "account")),
+    ("maxmem", ("mem", "mem-per-cpu", "qos", "account")),
+    ("maxgres", ("gres", "gpus", "gpus-per-node", "gpus-per-task", "qos", "account")),
+    ("maxnode", ("nodes", "qos", "account")),
     ("partition", ("partition", "account")),
     ("qos", ("qos",)),
     ("account", ("account", "partition")),
@@ -53,6 +64,18 @@ _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
 def flag_name(key: str) -> str:
     """Return the long flag of an option as users write it: `cpus_per_task`, `--cpus-per-task`."""
     return key.strip().removeprefix("--").replace("_", "-")
+
+
+def task_defaults(options: Mapping[str, Option]) -> Mapping[str, Option]:
+    """Return the defaults of a task with these options: it is warned well before its end."""
+    given = {flag_name(key): value for key, value in options.items()}
+    try:
+        limit = minutes({**TASK_DEFAULTS, **given}["time"])
+    except ValueError:
+        # sbatch says what is wrong with it
+        limit = None
+    seconds = limit * 60 / 3 if limit else _MOST_WARNING_SECONDS
+    return {**TASK_DEFAULTS, "signal": f"USR2@{max(1, min(_MOST_WARNING_SECONDS, int(seconds)))}"}
 
 
 def sbatch_flags(
@@ -90,6 +113,20 @@ def key_of(option: str, value: Option, *, sbatch: SbatchSection, program: str) -
             if flag_name(key) == option and configured == value:
                 return f"scheduler.sbatch.{name}.{key}"
     return f"scheduler.sbatch.{program}.{option}"
+
+
+def words_of(flags: Flags) -> list[str]:
+    """Return flags as words of a command line."""
+    return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
+
+
+def says_no_room(said: str) -> bool | None:
+    """Say whether sbatch refused for a limit on submitted jobs; None: it may be any limit."""
+    if _NO_ROOM.search(said):
+        return True
+    # reasons look like `QOSMaxWallDurationPerJobLimit`
+    has_reason = re.search(r"\b(Assoc|QOS)[A-Z]\w+", said) is not None
+    return None if _SOME_LIMIT in said.lower() and not has_reason else False
 
 
 def refusal(said: str, flags: Flags, *, sbatch: SbatchSection, program: str) -> ConfigError:

@@ -1,0 +1,104 @@
+"""How tasks ended, from Slurm's memory of minutes and its accounting; asked only at events."""
+
+from collections.abc import Sequence
+
+from fedllm.scheduling.seam import Ending, SchedulerUnreachable
+from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
+from fedllm.scheduling.slurm_ids import tasks_of
+
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_ACCOUNTING_WINDOW = "now-7days"
+_MOST_BACKOFF = 8
+
+
+class Endings:
+    """What is known of tasks that ended.
+
+    Args:
+        query_seconds: the least time between two questions for the same tasks; failures double it.
+        commands: Slurm's.
+    """
+
+    def __init__(self, *, query_seconds: float, commands: Commands) -> None:
+        self._query_seconds = query_seconds
+        self._commands = commands
+        self._known: dict[str, Ending] = {}
+        self._asked_in_vain: set[str] = set()
+        self._next_query = float("-inf")
+        self._failures = 0
+        self._has_accounting = True
+
+    def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
+        """Return how tasks ended that failed; one question for all, and news at once.
+
+        Tasks that nobody knew, and all of them while Slurm does not answer, are asked for again
+        after a while only.
+        """
+        unknown = {task for task in ids if task not in self._known}
+        is_due = self._commands.monotonic() >= self._next_query
+        has_news = not unknown <= self._asked_in_vain
+        if unknown and (is_due or (has_news and not self._failures)):
+            self._ask(unknown)
+        found = {task: self._known[task] for task in ids if task in self._known}
+        return {task: ending for task, ending in found.items() if ending.state != "COMPLETED"}
+
+    def accounting(self, *words: str) -> str:
+        """Ask sacct; a site without accounting, or one that does not answer, knows nothing."""
+        if not self._has_accounting:
+            return ""
+        words = ("--starttime", _ACCOUNTING_WINDOW, *words)
+        try:
+            return self._commands.call(
+                ["sacct", "--noheader", "--parsable2", "--allocations", *words]
+            )
+        except SchedulerUnreachable:
+            return ""
+        except CommandRefused as error:
+            self._has_accounting = "storage is disabled" not in str(error)
+            return ""
+
+    def _ask(self, unknown: set[str]) -> None:
+        for ask in (self._in_queue, self._in_accounting):
+            if unknown:
+                arrays = sorted({task.partition("_")[0] for task in unknown})
+                self._known |= ask(",".join(arrays))
+                unknown = unknown - self._known.keys()
+        self._asked_in_vain = unknown
+        pause = self._query_seconds * min(2**self._failures, _MOST_BACKOFF)
+        self._next_query = self._commands.monotonic() + pause
+
+    def _in_queue(self, arrays: str) -> dict[str, Ending]:
+        fields = "JobArrayID:|,State:|,exit_code:|,NodeList:|"
+        try:
+            said = squeue("-t", "all", f"--jobs={arrays}", "-O", fields, commands=self._commands)
+        except SchedulerUnreachable:
+            self._failures += 1
+            return {}
+        except CommandRefused:
+            # it forgot them
+            return {}
+        self._failures = 0
+        endings = {}
+        for line in said.splitlines():
+            task, state, status, node = line.split("|")[:4]
+            if state not in WAITING | {"RUNNING", "COMPLETING"}:
+                code = f"{int(status) >> 8}:{int(status) & 127}"
+                endings[task] = _ending(state, code, node)
+        return endings
+
+    def _in_accounting(self, arrays: str) -> dict[str, Ending]:
+        # --duplicates: also the earlier starts of a requeued task; the last line is the last start
+        words = ("--duplicates", f"--jobs={arrays}", "-o", "JobID,State,ExitCode,NodeList")
+        endings = {}
+        for line in self.accounting(*words).splitlines():
+            task, state, code, node = line.split("|")[:4]
+            if state not in WAITING | {"RUNNING"}:
+                for each in tasks_of(task):
+                    endings[each] = _ending(state, code, node)
+        return endings
+
+
+def _ending(state: str, code: str, node: str) -> Ending:
+    # accounting says by whom: `CANCELLED by 1000`
+    place = node if node != "None assigned" else ""
+    return Ending(state=state.partition(" ")[0], exit_code=code, node=place)

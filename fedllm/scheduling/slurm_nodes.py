@@ -1,0 +1,180 @@
+"""How many tasks would fit the idle resources of a cluster's nodes now.
+
+Pure: text of `sinfo` and options of sbatch in, a count out.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fedllm.scheduling.slurm_limits import Configuration, Partition
+from fedllm.scheduling.slurm_text import generic, hosts, mebibytes, rows, separated
+
+NODE_COLUMNS = (
+    *("NodeList", "StateLong", "CPUsState", "Threads", "Memory", "AllocMem", "Gres", "GresUsed"),
+    "Features",
+)
+# powered down or starting nodes of a cloud can take jobs too
+_USABLE = re.compile(r"(idle|mixed)[~#+]?")
+_FEATURES = re.compile(r"[\w.:-]+([&|][\w.:-]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What of a node is idle; GPUs by type."""
+
+    name: str
+    is_usable: bool
+    is_idle: bool
+    cpus: int
+    threads_per_core: int
+    memory_mib: float
+    features: frozenset[str]
+    gpus: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a task takes of each of its nodes; `memory_mib` None: all there is."""
+
+    nodes: int = 1
+    cpus: int = 1
+    whole_cores: bool = False
+    memory_mib: float | None = 0.0
+    gpus: Mapping[str, int] = field(default_factory=dict)
+    exclusive: bool = False
+    constraint: str = ""
+    only: frozenset[str] = frozenset()
+    without: frozenset[str] = frozenset()
+
+    def tres(self) -> dict[str, float]:
+        """Return what a task counts for in Slurm's accounting, as far as it is known."""
+        return {
+            "cpu": self.nodes * self.cpus,
+            "mem": self.nodes * (self.memory_mib or 0.0),
+            "node": self.nodes,
+            "gres/gpu": self.nodes * sum(self.gpus.values()),
+        }
+
+
+def nodes(said: str) -> list[Node]:
+    """Read `sinfo --Node` with the columns named here; a node of two partitions counts once."""
+    found = {row["NodeList"]: _node(row) for row in rows(said, NODE_COLUMNS)}
+    return list(found.values())
+
+
+def _node(row: Mapping[str, str]) -> Node:
+    used = generic(row["GresUsed"])
+    # allocated/idle/other/total
+    return Node(
+        name=row["NodeList"],
+        is_usable=_USABLE.fullmatch(row["StateLong"]) is not None,
+        is_idle=row["StateLong"].startswith("idle"),
+        cpus=int(row["CPUsState"].split("/")[1]),
+        threads_per_core=int(row["Threads"]),
+        memory_mib=float(row["Memory"]) - float(row["AllocMem"]),
+        features=frozenset(row["Features"].split(",")),
+        gpus={type_: all_ - used.get(type_, 0) for type_, all_ in generic(row["Gres"]).items()},
+    )
+
+
+def request(
+    flags: Mapping[str, object], configuration: Configuration, partition: Partition | None
+) -> Request:
+    """Return what sbatch options ask for.
+
+    Raises:
+        ValueError: an option that cannot be read.
+    """
+    count = int(str(flags.get("nodes", 1)).partition("-")[0])
+    tasks = int(str(flags.get("ntasks-per-node", 0))) or math.ceil(
+        int(str(flags.get("ntasks", count))) / count
+    )
+    gpus = _gpus(flags, nodes_=count, tasks=tasks)
+    cpus = tasks * int(str(flags.get("cpus-per-task", 1)))
+    cpus = max(cpus, sum(gpus.values()) * int(str(flags.get("cpus-per-gpu", 0))))
+    default = (partition.default_memory if partition else None) or configuration.default_memory
+    return Request(
+        nodes=count,
+        cpus=cpus,
+        whole_cores=any(name.startswith("CR_CORE") for name in configuration.selects),
+        memory_mib=_memory(
+            flags,
+            default,
+            cpus=cpus,
+            gpus=sum(gpus.values()),
+            counted=any("MEMORY" in name for name in configuration.selects),
+        ),
+        gpus=gpus,
+        exclusive="exclusive" in flags,
+        constraint=str(flags.get("constraint", "")),
+        only=frozenset(hosts(str(flags.get("nodelist", "")))),
+        without=frozenset(hosts(str(flags.get("exclude", "")))),
+    )
+
+
+def _gpus(flags: Mapping[str, object], *, nodes_: int, tasks: int) -> dict[str, int]:
+    """Return the GPUs of a node by type."""
+    if "gres" in flags:
+        return generic(str(flags["gres"]))
+    for option, of_node in (
+        ("gpus-per-node", 1.0),
+        ("gpus-per-task", float(tasks)),
+        ("gpus", 1 / nodes_),
+    ):
+        if option in flags:
+            asked = [part.rpartition(":") for part in separated(str(flags[option]))]
+            return {type_: math.ceil(int(many) * of_node) for type_, _, many in asked}
+    return {}
+
+
+def _memory(
+    flags: Mapping[str, object],
+    default: Mapping[str, object],
+    *,
+    cpus: int,
+    gpus: int,
+    counted: bool,
+) -> float | None:
+    """Return the memory of a node in MiB; without option or default a job gets all of it."""
+    for given in (flags, default):
+        for option, times in (("mem", 1), ("mem-per-cpu", cpus), ("mem-per-gpu", gpus)):
+            if option in given:
+                # `--mem=0` asks for all
+                return mebibytes(given[option]) * times or None
+    return None if counted else 0.0
+
+
+def fitting(found: Iterable[Node], asked: Request) -> int:
+    """Return how many tasks could start now."""
+    return sum(_fitting(node, asked) for node in found) // asked.nodes
+
+
+def _fitting(node: Node, asked: Request) -> int:
+    if not node.is_usable or not _is_meant(node, asked) or asked.cpus > node.cpus:
+        return 0
+    cpus = asked.cpus
+    if asked.whole_cores:
+        cpus = math.ceil(cpus / node.threads_per_core) * node.threads_per_core
+    fits = [node.cpus // cpus]
+    if asked.exclusive or asked.memory_mib is None:
+        fits.append(1 if node.is_idle else 0)
+    if asked.memory_mib:
+        fits.append(int(node.memory_mib // asked.memory_mib))
+    for type_, many in asked.gpus.items():
+        free = node.gpus.get(type_, 0) if type_ else sum(node.gpus.values())
+        fits.append(free // many if many else fits[0])
+    return max(0, min(fits))
+
+
+def _is_meant(node: Node, asked: Request) -> bool:
+    if node.name in asked.without or (asked.only and node.name not in asked.only):
+        return False
+    wanted = asked.constraint
+    # counts and brackets are Slurm's to understand
+    if not wanted or not _FEATURES.fullmatch(wanted) or {"&", "|"} <= set(wanted):
+        return True
+    if "|" in wanted:
+        return not node.features.isdisjoint(wanted.split("|"))
+    return node.features >= set(wanted.split("&"))

@@ -1,0 +1,103 @@
+"""Slurm's notations, read: times, sizes, lists of hosts and counts, rows of its tables."""
+
+import re
+from collections.abc import Iterator
+
+_UNITS = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
+_NO_LIMIT = {"", "UNLIMITED", "INFINITE", "NONE", "N/A", "-1", "NOT_SET", "PARTITION_LIMIT"}
+# the comma of `n[1,2]` and of `gpu:2(IDX:0,1)` separates nothing
+_COMMA = re.compile(r",(?![^\[]*\])(?![^(]*\))")
+
+
+def rows(said: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Return the lines of a table with `|` between its columns."""
+    for line in said.splitlines():
+        values = line.split("|")
+        if len(values) >= len(columns):
+            yield dict(zip(columns, (value.strip() for value in values), strict=False))
+
+
+def minutes(text: object) -> float | None:
+    """Return a time limit: `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30:00`; None: there is none.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    said = str(text).strip()
+    if said.upper() in _NO_LIMIT:
+        return None
+    days, dash, rest = said.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if len(parts) > 3:
+        raise ValueError(f"not a time limit: {said}")
+    if dash:
+        hours, mins, secs = [*parts, 0, 0][:3]
+    else:
+        hours, mins, secs = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return int(days or 0) * 1440 + hours * 60 + mins + secs / 60
+
+
+def mebibytes(text: object) -> float:
+    """Return a size as sbatch takes it: `4000`, `4000M`, `4G`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"([\d.]+)([KMGT]?)B?", str(text).strip().upper())
+    if match is None:
+        raise ValueError(f"not a size of memory: {text}")
+    return float(match[1]) * _UNITS[match[2] or "M"]
+
+
+def number(text: str) -> int | None:
+    """Return a limit on a count; None: there is none."""
+    return int(text) if text.isdecimal() else None
+
+
+def separated(text: str) -> list[str]:
+    """Return the parts of a list, outside of brackets and parentheses."""
+    return [part for part in _COMMA.split(text) if part and part != "(null)"]
+
+
+def hosts(text: str) -> set[str]:
+    """Return the names that `n[1-3,07],login` stands for."""
+    return {name for part in separated(text) for name in _expanded(part)}
+
+
+def _expanded(part: str) -> Iterator[str]:
+    match = re.fullmatch(r"([^\[]*)\[([\d,-]+)\](.*)", part)
+    if match is None:
+        yield part
+        return
+    for bounds in match[2].split(","):
+        first, _, last = bounds.partition("-")
+        for value in range(int(first), int(last or first) + 1):
+            yield from _expanded(f"{match[1]}{value:0{len(first)}d}{match[3]}")
+
+
+def counts(text: str) -> dict[str, float]:
+    """Return `cpu=64,mem=1T,gres/gpu=8` by name, memory in MiB."""
+    found = {}
+    for part in separated(text):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = mebibytes(value) if name == "mem" else float(value)
+        except ValueError:
+            continue
+    return found
+
+
+def generic(text: str, kind: str = "gpu") -> dict[str, int]:
+    """Return how many of a generic resource `gpu:a100:4(S:0-1),gpu:2` tells, by type ("": any).
+
+    Raises:
+        ValueError: a count is none.
+    """
+    found: dict[str, int] = {}
+    for part in separated(text):
+        name, *rest = part.partition("(")[0].replace("=", ":").removeprefix("gres/").split(":")
+        if name == kind:
+            value = rest.pop() if rest and rest[-1].isdecimal() else "1"
+            type_ = rest[0] if rest else ""
+            found[type_] = found.get(type_, 0) + int(value)
+    return found
