@@ -9,6 +9,7 @@ from fedllm.planning.federation import Federation
 from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
 from fedllm.rounds.finishing import finish_rounds
+from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import single_job
 from fedllm.rounds.training import train
@@ -34,6 +35,7 @@ def advance(run: Run) -> bool:
 def prepare(run: Run) -> Federation | None:
     """Have model and data prepared; return what they and the configuration fix."""
     if not run.paths.prepare_job(1).submission.exists():
+        check_jobs(run)
         section = run.config
         run.say(
             f"prepare: model {section.model.path}, data {section.data.path}; "
