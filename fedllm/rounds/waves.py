@@ -11,6 +11,9 @@ from fedllm.scheduling.seam import Capacity
 from fedllm.storage.paths import MOST_ENTRIES, AttemptPaths
 from fedllm.storage.records import ArrayRecord, SubmissionRecord
 
+# each leaves a log in the array's folder, beside its sbatch file
+_MOST_TASKS = MOST_ENTRIES - 1
+
 
 def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     """Submit what an attempt still misses of its workers, as far as there is room now.
@@ -53,7 +56,7 @@ def arrays_within(plan: SubmissionRecord, capacities: Mapping[str, Capacity]) ->
     limits = [count for count in free if count is not None]
     counts = next_arrays(
         left,
-        largest={name: capacities[name].largest_array for name in left},
+        largest={name: min(capacities[name].largest_array, _MOST_TASKS) for name in left},
         free_tasks=min(limits) if limits else None,
     )
     return [_array(plan, name, tasks) for name, tasks in counts.items()]

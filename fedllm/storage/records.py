@@ -200,8 +200,9 @@ class WorkersRecord(Record):
 class SubmissionRecord(Record):
     """The plan, written before anything is submitted.
 
-    `workers` are wanted per class: arrays are added, wave by wave, as the cluster's limits allow. `adopted` are tasks of the round before that linger for this one. With
-    `one_bundle` every task claims exactly one.
+    `workers` are wanted per class: arrays are added, wave by wave, as the cluster's limits allow.
+    `adopted` are tasks of the round before that linger for this one. With `one_bundle` every task
+    claims exactly one.
     """
 
     token: str

@@ -202,10 +202,10 @@ def _require_scales(update: Published) -> None:
 class _Folder:
     """A folder as it was listed last; `since` is when its time of change was seen first."""
 
-    names: frozenset[str]
-    modified_ns: int
-    since: float
-    listed: float
+    names: frozenset[str] = frozenset()
+    modified_ns: int = -1
+    since: float = 0.0
+    listed: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -232,7 +232,7 @@ class UpdateScanner:
     _published: dict[str, Published] = field(default_factory=dict)
     _duplicates: int = 0
     _failed: int = 0
-    _folders: dict[Path, _Folder] = field(default_factory=dict)
+    _folders: dict[str, _Folder] = field(default_factory=dict)
     _shapes: dict[frozenset[tuple[str, tuple[int, ...]]], Shapes] = field(default_factory=dict)
 
     def scan(self) -> Scan:
@@ -258,42 +258,45 @@ class UpdateScanner:
         )
 
     def forget(self, name: str) -> None:
-        """Read a file anew at the next scan."""
+        """Read a file anew at the next scan, if it is there."""
         if self._known.pop(name, None) is not None:
             self._recount()
         self._unread.discard(name)
-        self._folders.clear()
+        prefix = f"{name.rpartition('/')[0]}/" if "/" in name else ""
+        self._folders.pop(prefix, None)
 
     def _look(self) -> None:
         """Note the names of files that came and forget those that went."""
-        top = self._list(self.round.updates)
-        names = {name for name in top if _is_update(name)}
-        for shard in (name for name in top if name.isdigit()):
-            listed = self._list(self.round.updates / shard)
-            names |= {f"{shard}/{name}" for name in listed if _is_update(name)}
-        if gone := self._known.keys() - names:
-            for name in gone:
+        gone = self._list("")
+        for shard in [name for name in self._folders[""].names if name.isdigit()]:
+            gone |= self._list(f"{shard}/")
+        self._unread -= gone
+        if known := gone & self._known.keys():
+            for name in known:
                 del self._known[name]
             self._recount()
-        self._unread = names - self._known.keys()
 
-    def _list(self, folder: Path) -> frozenset[str]:
+    def _list(self, prefix: str) -> set[str]:
+        """List a folder if it may have changed; return the names that are gone."""
+        folder = self.round.updates / prefix
         try:
             modified_ns = folder.stat().st_mtime_ns
         except FileNotFoundError:
-            return frozenset()
+            modified_ns = 0
         now = time.monotonic()
-        last = self._folders.get(folder)
-        same = last is not None and last.modified_ns == modified_ns
-        if last and same and last.listed - last.since >= _TIME_OF_CHANGE_SECONDS:
-            return last.names
-        self._folders[folder] = _Folder(
+        last = self._folders.get(prefix) or _Folder()
+        same = last.modified_ns == modified_ns
+        if same and last.listed - last.since >= _TIME_OF_CHANGE_SECONDS:
+            return set()
+        found = self._folders[prefix] = _Folder(
             names=frozenset(_names(folder)),
             modified_ns=modified_ns,
-            since=last.since if last and same else now,
+            since=last.since if same else now,
             listed=now,
         )
-        return self._folders[folder].names
+        new = {f"{prefix}{name}" for name in found.names - last.names if _is_update(name)}
+        self._unread |= new - self._known.keys()
+        return {f"{prefix}{name}" for name in last.names - found.names}
 
     def _count(self, found: Iterable[Published]) -> None:
         for update in found:

@@ -235,6 +235,22 @@ def test_a_file_is_read_once_until_it_is_forgotten(paths: RoundPaths) -> None:
     assert not scans.scan().damaged
 
 
+def test_forgetting_one_file_leaves_the_others_as_they_are(paths: RoundPaths) -> None:
+    first = publish(paths, "a")
+    publish(paths, "b", bundle=1)
+    far = publish(paths, "c", bundle=150)
+    scans = scanner(paths)
+    assert set(scans.scan().published) == {"a", "b", "c"}
+    scans.forget(first.name)
+    scan = scans.scan()
+    assert (set(scan.published), scan.duplicates) == ({"a", "b", "c"}, 0)
+    far.unlink()
+    assert set(scans.scan().published) == {"a", "b"}
+    first.unlink()
+    publish(paths, "d", bundle=151)
+    assert set(scans.scan().published) == {"b", "d"}
+
+
 def test_a_damaged_file_is_read_again_for_it_may_be_on_its_way(paths: RoundPaths) -> None:
     path = publish(paths, "a")
     whole = path.read_bytes()
