@@ -11,8 +11,8 @@ from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
 
-# sustained, with a GPU and without one
-_TERAFLOPS = {True: 20.0, False: 0.03}
+# 10^12 operations a second that a worker sustains, with a GPU and without one
+TERAFLOPS = {True: 20.0, False: 0.03}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Federation:
             ranks=self.ranks,
             teraflops={
                 tier: section.worker_teraflops
-                or _TERAFLOPS[asks_for_gpus(tier_options(section.sbatch, tier))]
+                or TERAFLOPS[asks_for_gpus(tier_options(section.sbatch, tier))]
                 for tier in self.ranks
             },
         )

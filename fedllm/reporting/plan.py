@@ -1,117 +1,244 @@
 """The geometry of a round before anything is submitted."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fedllm.config.models import Config
-from fedllm.planning.bundles import cut_bundles
-from fedllm.planning.classes import tier_options
-from fedllm.planning.evaluation import choose
-from fedllm.planning.federation import plan_federation
+from fedllm.planning.capacity import Capacity
+from fedllm.planning.classes import asks_for_gpus, job_options
+from fedllm.planning.evaluation import choose, is_evaluated
+from fedllm.planning.federation import TERAFLOPS, Federation
+from fedllm.planning.workers import ClassPlan
+from fedllm.reporting.plan_files import FolderPlan, folders_of_round
+from fedllm.reporting.plan_time import SlotsPlan, round_seconds, startup_seconds, times_for_slots
 from fedllm.reporting.summary import update_bytes
-from fedllm.reporting.tables import size, text_table
-from fedllm.storage.records import PreparedRecord
+from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
+from fedllm.storage.records import CohortClient, PreparedRecord, SubmissionRecord
+
+_TERA = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayPlan:
-    """One array of workers."""
+    """The workers of a class: `arrays` of `tasks` in all, `parallel` at once, and their options."""
 
     worker_class: str
     tiers: tuple[str, ...]
-    tasks: int
-    bundles: int
     clients: int
-    options: dict[str, str | int | float | bool | None]
+    bundles: int
+    tasks: int
+    parallel: int
+    arrays: int
+    work_minutes: float
+    requested_minutes: float | None
+    cpus: int
+    gpus: int
+    memory: str
+    options: Mapping[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """A job that is one task, and how often a run submits it."""
+
+    kind: str
+    times: int
+    cpus: int
+    gpus: int
+    memory: str
+    options: Mapping[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """What the evaluations of a run score, each row at its client's and at the largest rank.
+
+    `seconds` of the largest one is estimated from the operations alone: generating is slower.
+    """
+
+    times: int
+    clients: int
+    rows: int
+    most_new_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What limits the queue; None: not known."""
+
+    largest_array: int | None = None
+    free_tasks: int | None = None
+    most_submitted: int | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What a round submits and writes; bytes and files are of round 1, whose cohort is drawn."""
+    """What a run submits and writes; a round is round 1, whose cohort is drawn."""
 
     rounds: int
     trainable_clients: int
     cohort: int
-    arrays: tuple[ArrayPlan, ...]
     tokens: float
+    arrays: tuple[ArrayPlan, ...]
+    jobs: tuple[JobPlan, ...]
+    waves: tuple[int, ...]
+    room: Room
+    tasks: int
+    bundles: int
+    round_minutes: float
+    job_starts_per_minute: float
+    startup_minutes: float
+    worker_hours: float
+    cpu_hours: float
+    gpu_hours: float
+    times: tuple[SlotsPlan, ...]
     update_bytes: int
-    update_files: int
-    evaluated_clients: int
-    evaluated_rows: int
+    bytes: int
+    files: int
+    folders: tuple[FolderPlan, ...]
+    evaluation: EvaluationPlan
 
 
-def plan_geometry(config: Config, prepared: PreparedRecord) -> Geometry:
-    """Plan the first round of a configuration."""
-    federation = plan_federation(config, prepared)
-    cohort = federation.cohort(1)
-    slots = {"inline": 1, "local": config.scheduler.workers}.get(
-        config.scheduler.kind, config.scheduler.max_parallel
-    )
-    work = cut_bundles(
-        cohort,
-        federation.classes,
-        slots=slots,
-        clients_per_bundle=config.scheduler.clients_per_bundle,
-    )
-    arrays = tuple(
-        ArrayPlan(
-            worker_class=name,
-            tiers=tuple(t for t, c in federation.classes.items() if c == name),
-            tasks=min(tasks, sum(b.worker_class == name for b in work.bundles)),
-            bundles=sum(b.worker_class == name for b in work.bundles),
-            clients=sum(len(b.clients) for b in work.bundles if b.worker_class == name),
-            options=tier_options(config.scheduler.sbatch, name),
-        )
-        for name, tasks in work.workers.items()
-    )
-    targets = choose(config, prepared, 1) if config.evaluation.every else []
+@dataclass(frozen=True, kw_only=True)
+class RealOptions:
+    """All sbatch options that are really set, per class of workers and per job of one task."""
+
+    classes: Mapping[str, Options] = field(default_factory=dict)
+    jobs: Mapping[str, Options] = field(default_factory=dict)
+
+
+def plan_geometry(
+    federation: Federation,
+    cohort: Sequence[CohortClient],
+    classes: Sequence[ClassPlan],
+    plan: SubmissionRecord,
+    *,
+    capacities: Mapping[str, Capacity],
+    waves: tuple[int, ...],
+    slots: Sequence[int],
+    room: Room,
+    options: RealOptions,
+) -> Geometry:
+    """Return what a run submits and writes.
+
+    Args:
+        federation: clients, tiers and classes.
+        cohort: who trains in the round.
+        classes: workers and bundles per class.
+        plan: the plan with all its arrays.
+        capacities: class -> what there is room for.
+        waves: tasks that go out together.
+        slots: numbers of free slots to tell the time for.
+        room: what limits the queue.
+        options: what sbatch is really told; empty where nothing goes to Slurm.
+    """
+    config, prepared = federation.config, federation.prepared
+    arrays = tuple(_array(federation, each, plan, options) for each in classes)
+    startup = startup_seconds(capacities)
+    seconds = round_seconds(classes, startup=startup, one_bundle=plan.one_bundle)
+    hours = [_worker_hours(each, startup, plan.one_bundle) for each in classes]
+    folders = folders_of_round(federation, cohort, plan)
+    tasks = sum(each.workers for each in classes)
+    evaluation = _evaluation(config, prepared)
+    # a round has an aggregation too, and its share of the evaluations
+    starts = tasks + 1 + evaluation.times / config.rounds
     return Geometry(
         rounds=config.rounds,
         trainable_clients=len(federation.roles.train),
         cohort=len(cohort),
-        arrays=arrays,
         tokens=sum(client.cost for client in cohort),
+        arrays=arrays,
+        jobs=_jobs(config, evaluation, options),
+        waves=waves,
+        room=room,
+        tasks=tasks,
+        bundles=len(plan.bundles),
+        round_minutes=seconds / 60,
+        job_starts_per_minute=60 * starts / seconds if seconds else 0.0,
+        startup_minutes=startup / 60,
+        worker_hours=sum(hours),
+        cpu_hours=sum(each * array.cpus for each, array in zip(hours, arrays, strict=True)),
+        gpu_hours=sum(each * array.gpus for each, array in zip(hours, arrays, strict=True)),
+        times=times_for_slots(
+            federation, cohort, capacities, {c.worker_class: c.options for c in classes}, slots
+        ),
         update_bytes=sum(
             update_bytes(federation.ranks[client.tier], prepared.modules) for client in cohort
         ),
-        update_files=len(work.bundles),
-        evaluated_clients=len(targets),
-        evaluated_rows=sum(len(target.rows) for target in targets),
+        bytes=sum(folder.bytes for folder in folders),
+        files=sum(folder.files for folder in folders),
+        folders=folders,
+        evaluation=evaluation,
     )
 
 
-def describe_plan(geometry: Geometry) -> str:
-    """Return a plan as text."""
-    rows = [
-        [
-            array.worker_class,
-            ",".join(array.tiers),
-            str(array.tasks),
-            str(array.bundles),
-            str(array.clients),
-            " ".join(_flags(array.options)) or "(site defaults)",
-        ]
-        for array in geometry.arrays
-    ]
-    header = ["class", "tiers", "array tasks", "bundles", "clients", "sbatch options"]
-    return "\n".join(
-        [
-            text_table("client arrays of a round", header, rows),
-            "",
-            f"{geometry.cohort} of {geometry.trainable_clients} clients a round, "
-            f"{geometry.rounds} rounds, about {geometry.tokens:,.0f} training tokens a round",
-            f"updates of a round: {size(geometry.update_bytes)} in {geometry.update_files} files",
-            f"evaluation of a round: {geometry.evaluated_clients} clients, "
-            f"{geometry.evaluated_rows} rows, each at its own and the largest rank",
-            "beside the arrays: one aggregate and one evaluate job a round, one coordinator",
-        ]
+def _array(
+    federation: Federation, each: ClassPlan, plan: SubmissionRecord, real: RealOptions
+) -> ArrayPlan:
+    name = each.worker_class
+    options = real.classes.get(name, {})
+    return ArrayPlan(
+        worker_class=name,
+        tiers=tuple(tier for tier, class_ in federation.classes.items() if class_ == name),
+        clients=sum(len(bundle.clients) for bundle in each.bundles),
+        bundles=len(each.bundles),
+        tasks=each.workers,
+        parallel=each.parallel,
+        arrays=sum(array.worker_class == name for array in plan.arrays),
+        work_minutes=each.seconds / each.workers / 60,
+        requested_minutes=each.minutes,
+        cpus=cpus_of(each.options),
+        gpus=gpus_of(each.options),
+        memory=memory_of(each.options),
+        options=options,
     )
 
 
-def _flags(options: Mapping[str, str | int | float | bool | None]) -> Iterator[str]:
-    for key, value in options.items():
-        flag = f"--{key.removeprefix('--').replace('_', '-')}"
-        if value is True:
-            yield flag
-        elif value is not None and value is not False:
-            yield f"{flag}={value}"
+def _worker_hours(each: ClassPlan, startup: float, one_bundle: bool) -> float:
+    # workers that wait for a slot find little left when they start
+    starts = len(each.bundles) if one_bundle else min(each.workers, each.parallel)
+    return (each.seconds + starts * startup) / 3600
+
+
+def _jobs(config: Config, evaluation: EvaluationPlan, real: RealOptions) -> tuple[JobPlan, ...]:
+    times = {"prepare": 1, "coordinator": 1, "aggregate": config.rounds + 1}
+    times["evaluate"] = evaluation.times
+    jobs = []
+    for kind in ("prepare", "coordinator", "aggregate", "evaluate"):
+        options = real.jobs.get(kind, {})
+        jobs.append(
+            JobPlan(
+                kind=kind,
+                times=times[kind],
+                cpus=cpus_of(options),
+                gpus=gpus_of(options),
+                memory=memory_of(options),
+                options=options,
+            )
+        )
+    return tuple(jobs)
+
+
+def _evaluation(config: Config, prepared: PreparedRecord) -> EvaluationPlan:
+    """Return the cost of evaluations; those that score most are the base's and the last."""
+    section = config.evaluation
+    scored = [n for n in range(config.rounds + 1) if is_evaluated(section, n, config.rounds)]
+    targets = choose(config, prepared, config.rounds) if scored else []
+    rows = sum(len(target.rows) for target in targets)
+    by_id = {client.id: client for client in prepared.clients}
+    tokens = 0.0
+    for target in targets:
+        client = by_id[target.client]
+        each = client.train_tokens / client.train_rows if client.train_rows else 0.0
+        tokens += len(target.rows) * (each + section.max_new_tokens)
+    gpus = asks_for_gpus(job_options(config.scheduler.sbatch, "evaluate"))
+    speed = _TERA * (config.scheduler.worker_teraflops or TERAFLOPS[gpus])
+    return EvaluationPlan(
+        times=len(scored),
+        clients=len(targets),
+        rows=rows,
+        most_new_tokens=2 * rows * section.max_new_tokens,
+        seconds=2 * tokens * 2.0 * prepared.model_parameters / speed,
+    )

@@ -7,7 +7,6 @@ import pytest
 
 from fedllm.reporting.comparison import compare, main
 from fedllm.reporting.metrics import by_group, by_tier, headline, mean_scores, write_metrics
-from fedllm.reporting.plan import describe_plan, plan_geometry
 from fedllm.reporting.summary import (
     RankSummary,
     last_evaluation,
@@ -25,7 +24,7 @@ from fedllm.storage.records import (
     RankQuality,
     RoundRecord,
 )
-from tests.planning.federations import MODULES, client, config_of, prepared_of
+from tests.planning.federations import MODULES
 from tests.reporting.runs import begin, draw, evaluation, prepare
 
 TIERS = {"a": "small", "b": "large", "d": "large"}
@@ -213,45 +212,6 @@ def test_a_comparison_prints_or_says_in_one_line_why_not(
         said = capsys.readouterr().err
         assert words in said
         assert len(said.splitlines()) == 1
-
-
-# --- plan
-
-
-def geometry_text(**changes: object) -> str:
-    clients = [client(str(n), test=2) for n in range(20)]
-    config = config_of(clients__cohort={"count": 10}, **changes)
-    return describe_plan(plan_geometry(config, prepared_of(clients)))
-
-
-def test_a_plan_shows_the_arrays_the_bytes_and_the_files_of_a_round() -> None:
-    sbatch = {
-        "default": {"account": "lab", "requeue": True, "mem": None, "exclusive": False},
-        "tiers": {"large": {"cpus_per_task": 4}},
-    }
-    text = geometry_text(
-        scheduler__kind="slurm", scheduler__max_parallel=4, scheduler__sbatch=sbatch
-    )
-    rows = [line.split() for line in text.splitlines()]
-    classes = {row[0]: row for row in rows if row[1:2] in (["small"], ["large"])}
-    assert classes["small"][-2:] == ["--account=lab", "--requeue"]
-    assert classes["large"][-1] == "--cpus-per-task=4"
-    assert sum(int(row[2]) for row in classes.values()) == 4
-    assert sum(int(row[4]) for row in classes.values()) == 10
-    assert "10 of 20 clients a round, 3 rounds, about 700 training tokens a round" in text
-    assert "evaluation of a round: 20 clients, 40 rows" in text
-
-
-def test_a_plan_of_one_process_is_one_task() -> None:
-    (row,) = (
-        line for line in geometry_text(scheduler__kind="inline").splitlines() if "site" in line
-    )
-    assert row.split()[:3] == ["small", "small,large", "1"]
-
-
-def test_a_plan_without_evaluation_scores_nobody() -> None:
-    text = geometry_text(scheduler__kind="local", evaluation__every=0)
-    assert "evaluation of a round: 0 clients, 0 rows" in text
 
 
 def test_an_evaluation_record_comes_back(tmp_path: Path) -> None:

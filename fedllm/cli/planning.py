@@ -1,0 +1,176 @@
+"""The command that says what a configuration would submit, and submits nothing."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.cli import execution
+from fedllm.cli.options import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    configuration,
+    fresh_folder,
+    say,
+    say_json,
+)
+from fedllm.config.models import Config, SbatchOptions
+from fedllm.errors import ConfigError, UserError
+from fedllm.planning.capacity import Capacity
+from fedllm.planning.classes import job_options
+from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
+from fedllm.reporting.plan_text import describe_plan
+from fedllm.reporting.usage import Options
+from fedllm.rounds.rehearsal import Rehearsal, rehearse, rehearsed_jobs
+from fedllm.scheduling.seam import Scheduler, SchedulerUnreachable
+from fedllm.scheduling.slurm_options import sbatch_flags
+from fedllm.storage.paths import MOST_ENTRIES, RunPaths, cache_of, shipped
+from fedllm.storage.publish import publish_bytes
+
+# what identifies a job is not what it asks for
+_IDENTITY = {"array", "job-name", "output", "comment"}
+_OPTION = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
+
+
+def plan(
+    config: ConfigFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write the sbatch files here.")
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", metavar="N", min=1, help="Plan for N free slots."),
+    ] = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """Print what a round submits, costs and writes, and how long it takes; submit nothing."""
+    from fedllm.steps.prepare import prepare as prepare_step
+
+    loaded = configuration(config, set_ or [])
+    if out is not None:
+        fresh_folder(out)
+    root = execution.default_run_dir(config)
+    prepared = prepare_step(loaded, cache_of(loaded.storage.cache, root))
+    run = RunPaths(root=root.resolve())
+    scheduler = execution.make_scheduler(run, loaded)
+
+    def capacity(options: SbatchOptions) -> Capacity:
+        room = _capacity(scheduler, options, loaded.scheduler.max_parallel)
+        if slots is None:
+            return room
+        return dataclasses.replace(room, free_slots=slots, most_parallel=slots)
+
+    try:
+        rehearsal = rehearse(loaded, prepared, run, capacity)
+    finally:
+        scheduler.close()
+    files = sbatch_files(loaded, rehearsal, run)
+    geometry = _geometry(loaded, rehearsal, files)
+    if json_:
+        say_json(dataclasses.asdict(geometry))
+    else:
+        say(describe_plan(geometry))
+    if out is None:
+        return
+    for name, text in files.items():
+        publish_bytes(out / f"{name}.sbatch", text.encode())
+        if not json_:
+            say(f"wrote {out / name}.sbatch")
+
+
+def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capacity:
+    """Return what there is room for; a plan is made on a laptop, too."""
+    try:
+        return scheduler.capacity(options)
+    except ConfigError:
+        raise
+    except (UserError, SchedulerUnreachable):
+        return Capacity(free_slots=most, most_parallel=most, largest_array=MOST_ENTRIES)
+
+
+def _geometry(config: Config, rehearsal: Rehearsal, files: Mapping[str, str]) -> Geometry:
+    most = max(room.most_parallel for room in rehearsal.capacities.values())
+    return plan_geometry(
+        rehearsal.federation,
+        rehearsal.cohort,
+        rehearsal.classes,
+        rehearsal.plan,
+        capacities=rehearsal.capacities,
+        waves=rehearsal.waves,
+        slots=sorted({max(1, most // 4), max(1, most // 2), most, 2 * most, 4 * most}),
+        room=_room(config, rehearsal),
+        options=_real_options(config, rehearsal, files) if files else RealOptions(),
+    )
+
+
+def sbatch_files(config: Config, rehearsal: Rehearsal, run: RunPaths) -> dict[str, str]:
+    """Return what would be given to sbatch, by job name; nothing where no cluster is used."""
+    if config.scheduler.kind != "slurm":
+        return {}
+    from fedllm.scheduling.slurm import SlurmScheduler
+
+    scheduler = SlurmScheduler(section=config.scheduler)
+    return {job.name: scheduler.sbatch_text(job) for job in rehearsed_jobs(rehearsal, run)}
+
+
+def _real_options(config: Config, rehearsal: Rehearsal, files: Mapping[str, str]) -> RealOptions:
+    """Return the options that stand in the files: defaults are among them."""
+    classes = {
+        array.worker_class: _options(files[array.name]) for array in reversed(rehearsal.plan.arrays)
+    }
+    arrays = {array.name for array in rehearsal.plan.arrays}
+    jobs = {name.split("-")[3]: _options(files[name]) for name in files if name not in arrays}
+    section = config.scheduler
+    script = "chain" if section.coordinator == "chained" else "coordinator"
+    flags = sbatch_flags(
+        job_options(section.sbatch, "coordinator"),
+        sbatch=section.sbatch,
+        program="coordinator",
+        defaults={},
+    )
+    text = shipped(f"slurm/{script}.sbatch").read_text(encoding="utf-8")
+    jobs["coordinator"] = {**_options(text), **flags}
+    return RealOptions(classes=classes, jobs=jobs)
+
+
+def _options(text: str) -> Options:
+    found = (_OPTION.fullmatch(line) for line in text.splitlines())
+    return {
+        match[1]: True if match[2] is None else match[2].strip("'\"")
+        for match in found
+        if match and match[1] not in _IDENTITY
+    }
+
+
+def _room(config: Config, rehearsal: Rehearsal) -> Room:
+    """Return what Slurm says of its limits, those that leave the least."""
+    if config.scheduler.kind != "slurm":
+        return Room(problem=f"scheduler.kind {config.scheduler.kind} has no queue")
+    from fedllm.scheduling.slurm_capacity import Surveyor
+    from fedllm.scheduling.slurm_commands import InstalledCommands
+
+    surveyor = Surveyor(commands=InstalledCommands(), query_seconds=config.scheduler.query_seconds)
+    surveys = [
+        surveyor.survey(
+            sbatch_flags(
+                workers.options, sbatch=config.scheduler.sbatch, program="client", defaults={}
+            )
+        )
+        for workers in rehearsal.plan.workers.values()
+    ]
+    sizes = [s.configuration.max_array_size for s in surveys if s.configuration]
+    if not sizes:
+        return Room(problem="Slurm does not answer here; planned as if there were none")
+    queued = [bound.most for survey in surveys for bound in survey.allowed.queued]
+    free = [room.free_tasks for room in rehearsal.capacities.values()]
+    known = [count for count in free if count is not None]
+    return Room(
+        largest_array=min(sizes),
+        most_submitted=min(queued, default=None),
+        free_tasks=min(known, default=None),
+    )

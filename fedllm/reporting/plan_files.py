@@ -1,0 +1,114 @@
+"""What a round writes, and where: counted by the same paths that the round will use."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.planning.federation import Federation
+from fedllm.reporting.summary import update_bytes
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import CohortClient, ModuleRecord, SubmissionRecord
+
+_FLOAT32_BYTES = 4
+# measured on runs: a claim, a progress record, a client's line in plan, cohort and collection
+_CLAIM_BYTES, _TASK_BYTES, _CLIENT_BYTES, _RECORDS_BYTES = 250, 500, 500, 4096
+# a client's line in a log, and what its task says besides
+_LOG_LINE_BYTES, _LOG_BYTES = 100, 2000
+# of an update: its record, and per module losses, norms, scales and the places of two tensors
+_UPDATE_CLIENT_BYTES, _UPDATE_MODULE_BYTES = 800, 350
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderPlan:
+    """A folder of a round: its files, entries of the largest folder in it, and estimated bytes."""
+
+    folder: str
+    files: int
+    largest_folder: int
+    bytes: int
+    note: str = ""
+
+
+def folders_of_round(
+    federation: Federation, cohort: Sequence[CohortClient], plan: SubmissionRecord
+) -> tuple[FolderPlan, ...]:
+    """Return what a round writes, folder by folder.
+
+    Args:
+        federation: clients, tiers and ranks.
+        cohort: who trains.
+        plan: the plan with all its arrays.
+    """
+    modules = federation.prepared.modules
+    run = RunPaths(root=Path())
+    paths = run.round(1)
+    attempt = paths.attempt(1)
+    tasks = [
+        (array, f"{number}_{task}")
+        for number, array in enumerate(plan.arrays, 1)
+        for task in range(array.tasks)
+    ]
+    sent = sum(update_bytes(federation.ranks[client.tier], modules) for client in cohort)
+    parts = [paths.update(attempt=1, bundle=b.number, part=0) for b in plan.bundles]
+    logs = [run.logs(1) / array.logs / f"{name}_0_log.out" for array, name in tasks]
+    scripts = [run.logs(1) / array.logs / f"{array.name}.sbatch" for array in plan.arrays]
+    at_once = min(len(cohort), sum(workers.parallel for workers in plan.workers.values()))
+    # adapter and, for AdamW, its two moments
+    each = 3 * sent // max(1, len(cohort))
+    jobs = [paths.aggregate_job(1), paths.evaluation_job(1)]
+    state = [paths.global_state, paths.aggregate_record]
+    scores = [paths.evaluation_record]
+    own = [paths.cohort, paths.collection, paths.record, attempt.submission, attempt.jobs]
+    state_bytes = _state_bytes(federation.largest_ranks, modules)
+    return (
+        _folder("claims", [attempt.claim(b.number) for b in plan.bundles], _CLAIM_BYTES),
+        _folder("tasks", [attempt.task(name) for _, name in tasks], _TASK_BYTES),
+        _folder(
+            "updates",
+            parts,
+            total=sent + len(cohort) * (_UPDATE_CLIENT_BYTES + _UPDATE_MODULE_BYTES * len(modules)),
+            note="a bundle longer than training.checkpoint_every_minutes comes in parts",
+        ),
+        _folder(
+            "checkpoints",
+            [paths.checkpoint(f"{n}") for n in range(at_once)],
+            each,
+            note="at most, of clients in training",
+        ),
+        _folder(
+            "logs",
+            [*logs, *scripts],
+            total=len(cohort) * _LOG_LINE_BYTES + len(tasks) * _LOG_BYTES,
+        ),
+        _folder("aggregate", [*state, *(jobs[0].submission, jobs[0].jobs)], total=state_bytes),
+        _folder("evaluation", [*scores, *(jobs[1].submission, jobs[1].jobs)], _RECORDS_BYTES),
+        _folder("records", own, total=len(cohort) * _CLIENT_BYTES + _RECORDS_BYTES),
+    )
+
+
+def _folder(
+    name: str, files: Iterable[Path], each: int = 0, *, total: int | None = None, note: str = ""
+) -> FolderPlan:
+    listed = list(files)
+    folders = Counter(path.parent for path in listed)
+    # folders are entries of theirs
+    for folder in list(folders):
+        if folder.parent in folders:
+            folders[folder.parent] += 1
+    return FolderPlan(
+        folder=name,
+        files=len(listed),
+        largest_folder=max(folders.values(), default=0),
+        bytes=len(listed) * each if total is None else total,
+        note=note,
+    )
+
+
+def _state_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
+    """Return the bytes of a server state: U, S and V of the largest rank in float32."""
+    values = sum(
+        rank * (modules[name].out_features + modules[name].in_features + 1)
+        for name, rank in ranks.items()
+    )
+    return _FLOAT32_BYTES * values

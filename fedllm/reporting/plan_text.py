@@ -1,0 +1,159 @@
+"""A plan in lines for people."""
+
+from collections.abc import Iterator
+
+from fedllm.reporting.plan import Geometry, Room
+from fedllm.reporting.status_text import duration
+from fedllm.reporting.tables import number, size, text_table
+from fedllm.reporting.usage import Options
+
+
+def describe_plan(plan: Geometry) -> str:
+    """Return a plan as text."""
+    return "\n".join(
+        [
+            _arrays(plan),
+            _jobs(plan),
+            "sbatch options, as they are really set",
+            *(f"  {a.worker_class}: {flags_text(a.options)}" for a in plan.arrays),
+            *(f"  {job.kind}: {flags_text(job.options)}" for job in plan.jobs),
+            "",
+            queue_line(plan),
+            *_costs(plan),
+            "",
+            _times(plan),
+            "",
+            _files(plan),
+        ]
+    )
+
+
+def _arrays(plan: Geometry) -> str:
+    rows = [
+        [
+            array.worker_class,
+            ",".join(array.tiers),
+            str(array.clients),
+            str(array.bundles),
+            str(array.tasks),
+            str(array.parallel),
+            str(array.arrays),
+            f"{array.work_minutes:.1f} min",
+            "-" if array.requested_minutes is None else f"{array.requested_minutes:.0f} min",
+            array.memory or "-",
+            str(array.cpus),
+            str(array.gpus),
+        ]
+        for array in plan.arrays
+    ]
+    header = ["class", "tiers", "clients", "bundles", "array tasks", "at once", "arrays"]
+    header += ["work each", "time limit", "memory", "CPUs", "GPUs"]
+    return text_table("client arrays of a round", header, rows) + "\n"
+
+
+def _jobs(plan: Geometry) -> str:
+    rows = [
+        [
+            job.kind,
+            str(job.times),
+            _time_limit(job.options),
+            job.memory or "-",
+            str(job.cpus),
+            str(job.gpus),
+        ]
+        for job in plan.jobs
+    ]
+    header = ["job of one task", "a run", "time limit", "memory", "CPUs", "GPUs"]
+    return text_table("beside them", header, rows) + "\n"
+
+
+def _time_limit(options: Options) -> str:
+    given = str(options.get("time", "-"))
+    return f"{given} min" if given.isdigit() else given
+
+
+def flags_text(options: Options) -> str:
+    """Return options as they are given to sbatch."""
+    return " ".join(_flags(options)) or "(none)"
+
+
+def _flags(options: Options) -> Iterator[str]:
+    for key, value in options.items():
+        flag = f"--{key.removeprefix('--').replace('_', '-')}"
+        if value is True:
+            yield flag
+        elif value is not None and value is not False:
+            yield f"{flag}={value}"
+
+
+def queue_line(plan: Geometry) -> str:
+    """Return in a line what limits the queue, and what that makes of the arrays."""
+    arrays = sum(array.arrays for array in plan.arrays)
+    if sum(plan.waves) < plan.tasks:
+        return f"{_limits(plan.room)}: no room for any of the {plan.tasks} tasks now"
+    if len(plan.waves) > 1:
+        sent = f"{plan.tasks} tasks go out in {len(plan.waves)} waves of up to {max(plan.waves)}"
+    else:
+        sent = f"{plan.tasks} tasks go out at once, in {arrays} array{'s' * (arrays != 1)}"
+    return f"{_limits(plan.room)}: {sent}"
+
+
+def _limits(room: Room) -> str:
+    if room.problem:
+        return f"limits unknown ({room.problem})"
+    parts = []
+    if room.largest_array is not None:
+        parts.append(f"MaxArraySize {room.largest_array}")
+    if room.most_submitted is not None:
+        parts.append(f"MaxSubmitJobs {room.most_submitted}")
+        if room.free_tasks is not None and room.free_tasks != room.most_submitted:
+            parts[-1] += f" (room for {room.free_tasks} tasks now)"
+    elif room.free_tasks is not None:
+        parts.append(f"MaxSubmitJobs leaves room for {room.free_tasks} tasks now")
+    else:
+        parts.append("no limit on submitted jobs")
+    return ", ".join(parts)
+
+
+def _costs(plan: Geometry) -> Iterator[str]:
+    yield (
+        f"{plan.cohort} of {plan.trainable_clients} clients a round, {plan.rounds} rounds, about "
+        f"{plan.tokens:,.0f} training tokens a round"
+    )
+    yield (
+        f"a round trains for about {duration(60 * plan.round_minutes)}, "
+        f"{duration(60 * plan.startup_minutes)} of it the start of workers; estimated from model "
+        "and data, rounds of a run are calibrated by the one before"
+    )
+    yield f"job starts: {plan.job_starts_per_minute:.1f} a minute"
+    yield _hours("a round", plan, 1)
+    yield _hours(f"{plan.rounds} rounds", plan, plan.rounds)
+    scored = plan.evaluation
+    yield (
+        f"evaluation: {scored.times} in all, the base's and the last of {scored.clients} clients, "
+        f"{scored.rows} rows, each at its own and the largest rank: up to "
+        f"{scored.most_new_tokens:,} new tokens, at least {duration(scored.seconds)}"
+    )
+
+
+def _hours(what: str, plan: Geometry, times: int) -> str:
+    gpu = f", {number(times * plan.gpu_hours, 2)} GPU hours" if plan.gpu_hours else ""
+    return (
+        f"{what}: {number(times * plan.worker_hours, 2)} worker hours, "
+        f"{number(times * plan.cpu_hours, 2)} CPU hours{gpu} of training"
+    )
+
+
+def _times(plan: Geometry) -> str:
+    rows = [[str(t.slots), str(t.tasks), duration(60 * t.minutes)] for t in plan.times]
+    header = ["free slots", "array tasks", "training"]
+    return text_table("a round on other numbers of slots", header, rows)
+
+
+def _files(plan: Geometry) -> str:
+    rows = [[f.folder, str(f.files), str(f.largest_folder), size(f.bytes)] for f in plan.folders]
+    rows.append(["all", str(plan.files), "", size(plan.bytes)])
+    header = ["folder", "files", "largest folder", "bytes"]
+    title = f"what a round writes (updates: {size(plan.update_bytes)} of tensors)"
+    notes = [f"{f.folder}: {f.note}" for f in plan.folders if f.note]
+    return "\n".join([text_table(title, header, rows), *notes])

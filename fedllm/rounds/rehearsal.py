@@ -1,0 +1,146 @@
+"""What the first round of a configuration would submit; nothing is submitted or written."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedllm.config.models import Config, SbatchOptions
+from fedllm.planning.capacity import Capacity
+from fedllm.planning.classes import job_options, tier_options
+from fedllm.planning.federation import Federation, plan_federation
+from fedllm.planning.workers import ClassPlan, plan_classes
+from fedllm.rounds.submissions import SingleProgram, job_of
+from fedllm.rounds.waves import arrays_within
+from fedllm.scheduling.seam import Job
+from fedllm.storage.paths import JobPaths, RunPaths
+from fedllm.storage.records import (
+    ArrayRecord,
+    CohortClient,
+    PreparedRecord,
+    SubmissionRecord,
+    WorkersRecord,
+)
+
+_RUN_ID = "plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """The first round as it would be submitted.
+
+    Attributes:
+        federation: clients, tiers and classes.
+        cohort: who would train.
+        classes: workers and bundles per class.
+        capacities: class -> what there is room for.
+        plan: the plan with the arrays of all waves.
+        waves: tasks of each wave.
+    """
+
+    federation: Federation
+    cohort: list[CohortClient]
+    classes: list[ClassPlan]
+    capacities: Mapping[str, Capacity]
+    plan: SubmissionRecord
+    waves: tuple[int, ...]
+
+
+def rehearse(
+    config: Config,
+    prepared: PreparedRecord,
+    run: RunPaths,
+    capacity: Callable[[SbatchOptions], Capacity],
+) -> Rehearsal:
+    """Plan the first round of a run in `run`.
+
+    Raises:
+        ConfigError: configuration, data and base model do not fit together.
+    """
+    federation = plan_federation(config, prepared)
+    cohort = federation.cohort(1)
+    names = sorted({federation.classes[client.tier] for client in cohort})
+    options = {name: tier_options(config.scheduler.sbatch, name) for name in names}
+    capacities = {name: capacity(given) for name, given in options.items()}
+    classes = plan_classes(
+        cohort,
+        federation.classes,
+        costs=federation.seed_costs(),
+        capacities=capacities,
+        options=options,
+        section=config.scheduler,
+    )
+    plan = SubmissionRecord(
+        token=f"fedllm-{_RUN_ID}-r0001-a01",
+        lease=0,
+        kind="client",
+        command=[str(run.round(1).attempt(1).root)],
+        arrays=[],
+        bundles=[bundle for each in classes for bundle in each.bundles],
+        workers={
+            each.worker_class: WorkersRecord(
+                tasks=each.workers,
+                parallel=each.parallel,
+                minutes=each.minutes,
+                options=each.options,
+            )
+            for each in classes
+        },
+        one_bundle=config.scheduler.clients_per_task != "auto",
+    )
+    waves = list(_waves(plan, capacities))
+    arrays = [array for wave in waves for array in wave]
+    return Rehearsal(
+        federation=federation,
+        cohort=cohort,
+        classes=classes,
+        capacities=capacities,
+        plan=plan.model_copy(update={"arrays": arrays}),
+        waves=tuple(sum(array.tasks for array in wave) for wave in waves),
+    )
+
+
+def _waves(
+    plan: SubmissionRecord, capacities: Mapping[str, Capacity]
+) -> Iterator[list[ArrayRecord]]:
+    """Yield the arrays that go out together; the next wave when all of one have ended."""
+    while True:
+        wave: list[ArrayRecord] = []
+        while arrays := arrays_within(plan, _less(capacities, sum(a.tasks for a in wave))):
+            wave += arrays
+            plan = plan.model_copy(update={"arrays": [*plan.arrays, *arrays]})
+        if not wave:
+            return
+        yield wave
+
+
+def _less(capacities: Mapping[str, Capacity], tasks: int) -> dict[str, Capacity]:
+    return {
+        name: room
+        if room.free_tasks is None
+        else replace(room, free_tasks=max(0, room.free_tasks - tasks))
+        for name, room in capacities.items()
+    }
+
+
+def rehearsed_jobs(rehearsal: Rehearsal, run: RunPaths) -> list[Job]:
+    """Return everything that the first round would submit, as the scheduler takes it."""
+    sbatch = rehearsal.federation.config.scheduler.sbatch
+    logs, first = run.logs(1), run.round(1)
+    jobs = [job_of(rehearsal.plan, array, logs) for array in rehearsal.plan.arrays]
+    steps: tuple[tuple[SingleProgram, Path, JobPaths, int], ...] = (
+        ("prepare", run.root, run.prepare_job(1), 0),
+        ("aggregate", first.root, first.aggregate_job(1), 1),
+        ("evaluate", first.root, first.evaluation_job(1), 1),
+    )
+    for kind, root, folder, number in steps:
+        token = f"fedllm-{_RUN_ID}-r{number:04d}-{kind}-01"
+        options = job_options(sbatch, kind)
+        plan = SubmissionRecord(
+            token=token,
+            lease=0,
+            kind=kind,
+            command=[str(root), "--job", str(folder.root)],
+            arrays=[ArrayRecord(name=token, worker_class=kind, tasks=1, options=options)],
+        )
+        jobs.append(job_of(plan, plan.arrays[0], run.logs(number)))
+    return jobs

@@ -1,0 +1,239 @@
+"""The geometry of a round: what is submitted, how long it takes, what it costs and writes."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fedllm.config.models import Config
+from fedllm.planning.capacity import Capacity
+from fedllm.planning.workers import STARTUP_SECONDS
+from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
+from fedllm.reporting.plan_text import describe_plan, flags_text, queue_line
+from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
+from fedllm.rounds.rehearsal import rehearse
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import ClientRecord, PreparedRecord
+from tests.planning.federations import client, config_of, prepared_of
+from tests.rounds.simulation import Simulation, complete
+from tests.rounds.simulation import config_of as simulated_config
+
+PLENTY = Capacity(free_slots=64, most_parallel=64, largest_array=400)
+TIERS = "scheduler__sbatch__tiers"
+
+
+def geometry(
+    config: Config,
+    capacity: Capacity = PLENTY,
+    *,
+    clients: int = 100,
+    slots: tuple[int, ...] = (),
+    room: Room | None = None,
+    options: RealOptions | None = None,
+) -> Geometry:
+    prepared = prepared_of([heavy(str(n)) for n in range(clients)])
+    prepared = prepared.model_copy(update={"model_parameters": 1_000_000_000})
+    found = rehearse(config, prepared, RunPaths(root=Path("/run")), lambda _options: capacity)
+    return plan_geometry(
+        found.federation,
+        found.cohort,
+        found.classes,
+        found.plan,
+        capacities=found.capacities,
+        waves=found.waves,
+        slots=slots,
+        room=room or Room(),
+        options=options or RealOptions(),
+    )
+
+
+def heavy(id_: str) -> ClientRecord:
+    """Return a client of a few hundred seconds with a model of a billion parameters."""
+    return client(id_, test=2).model_copy(update={"train_tokens": 1000 + 100 * int(id_)})
+
+
+def slurm_of(**changes: object) -> Config:
+    given: dict[str, object] = {
+        "scheduler__kind": "slurm",
+        "scheduler__worker_teraflops": 0.1,
+        "clients__cohort": {"count": 80},
+    }
+    return config_of(**(given | changes))
+
+
+def test_a_class_has_tasks_bundles_clients_time_memory_and_processors() -> None:
+    found = geometry(
+        slurm_of(
+            scheduler__sbatch={
+                "client": {"mem": "8G", "cpus_per_task": 4},
+                "tiers": {"large": {"gpus": "a100:2", "time": "1:00:00"}},
+            }
+        )
+    )
+    by_class = {array.worker_class: array for array in found.arrays}
+    assert set(by_class) == {"small", "large"}
+    assert sum(array.clients for array in found.arrays) == found.cohort == 80
+    assert sum(array.bundles for array in found.arrays) == found.bundles
+    assert sum(array.tasks for array in found.arrays) == found.tasks == sum(found.waves)
+    large = by_class["large"]
+    assert (large.cpus, large.gpus, large.memory, large.requested_minutes) == (4, 2, "8G", 60)
+    small = by_class["small"]
+    assert small.requested_minutes is not None
+    assert small.requested_minutes >= small.work_minutes + STARTUP_SECONDS / 60
+    assert found.gpu_hours > 0
+    assert found.cpu_hours == pytest.approx(4 * found.worker_hours)
+
+
+def test_more_slots_shorten_a_round_until_its_longest_client_is_all_there_is() -> None:
+    found = geometry(slurm_of(), slots=(1, 4, 16, 64, 10_000))
+    minutes = [time.minutes for time in found.times]
+    assert minutes == sorted(minutes, reverse=True)
+    assert minutes[0] > 3 * minutes[1]
+    longest = max(1000 + 100 * n for n in range(100)) * 4e9 / 1e11
+    assert minutes[-1] * 60 >= longest
+    assert found.times[-1].tasks > found.times[0].tasks
+
+
+def test_arrays_are_split_and_sent_in_waves_and_one_line_says_so() -> None:
+    tasks = slurm_of(scheduler__clients_per_task=1, clients__cohort={"count": 24})
+    split = geometry(
+        tasks,
+        Capacity(free_slots=64, most_parallel=64, largest_array=10),
+        room=Room(largest_array=10),
+    )
+    assert (split.tasks, len(split.waves)) == (24, 1)
+    # one task is one client; each class has arrays of at most ten
+    assert sum(array.arrays for array in split.arrays) == sum(
+        -(-array.tasks // 10) for array in split.arrays
+    )
+    assert queue_line(split).startswith("MaxArraySize 10, no limit on submitted jobs: 24 tasks go")
+    waves = geometry(
+        tasks,
+        Capacity(free_slots=64, most_parallel=64, largest_array=10, free_tasks=5),
+        room=Room(largest_array=10, most_submitted=5, free_tasks=5),
+    )
+    assert waves.waves == (5, 5, 5, 5, 4)
+    assert queue_line(waves) == (
+        "MaxArraySize 10, MaxSubmitJobs 5: 24 tasks go out in 5 waves of up to 5"
+    )
+    fewer = Room(largest_array=10, most_submitted=5, free_tasks=4)
+    assert "MaxSubmitJobs 5 (room for 4 tasks now): " in queue_line(
+        geometry(tasks, PLENTY, room=fewer)
+    )
+    full = Capacity(free_slots=0, most_parallel=64, largest_array=10, free_tasks=0)
+    assert queue_line(geometry(tasks, full)).endswith("no room for any of the 24 tasks now")
+    unknown = Room(problem="Slurm does not answer here")
+    assert queue_line(geometry(tasks, room=unknown)) == (
+        "limits unknown (Slurm does not answer here): 24 tasks go out at once, in 1 array"
+    )
+
+
+def test_a_task_for_each_client_starts_each_anew() -> None:
+    bundled = geometry(slurm_of())
+    single = geometry(slurm_of(scheduler__clients_per_task=1))
+    assert single.tasks == 80 > bundled.tasks
+    starts = (single.worker_hours - bundled.worker_hours) * 3600 / STARTUP_SECONDS
+    assert starts == pytest.approx(80 - sum(array.parallel for array in bundled.arrays))
+    assert single.job_starts_per_minute > bundled.job_starts_per_minute
+
+
+def test_workers_that_are_there_anyway_need_no_start() -> None:
+    resident = Capacity(free_slots=2, most_parallel=2, largest_array=400, resident=True)
+    found = geometry(slurm_of(), resident)
+    assert found.startup_minutes == 0
+    assert [array.requested_minutes for array in found.arrays] == [None]
+
+
+def test_files_and_folders_are_those_that_a_round_really_writes(tmp_path: Path) -> None:
+    config = simulated_config(rounds=1, scheduler__clients_per_bundle=1)
+    complete(tmp_path, Simulation(), config)
+    run = RunPaths(root=tmp_path)
+    prepared = PreparedRecord.read(run.prepared)
+    resident = Capacity(free_slots=1, most_parallel=1, largest_array=400, resident=True)
+    found = rehearse(config, prepared, run, lambda _options: resident)
+    planned = plan_geometry(
+        found.federation,
+        found.cohort,
+        found.classes,
+        found.plan,
+        capacities=found.capacities,
+        waves=found.waves,
+        slots=(),
+        room=Room(),
+        options=RealOptions(),
+    )
+    folders = {folder.folder: folder for folder in planned.folders}
+    first = run.round(1)
+    for name, place in (
+        ("claims", first.attempt(1).claims),
+        ("updates", first.updates),
+        ("aggregate", first.aggregate),
+    ):
+        written = [path for path in place.rglob("*") if path.is_file()]
+        assert folders[name].files == len(written), name
+        most = max(Counter(path.parent for path in written).values())
+        assert folders[name].largest_folder == most, name
+    bytes_of_updates = sum(path.stat().st_size for path in first.updates.iterdir())
+    assert planned.update_bytes < bytes_of_updates
+    assert folders["updates"].bytes == pytest.approx(bytes_of_updates, rel=0.5)
+    state = first.global_state.stat().st_size
+    assert folders["aggregate"].bytes == pytest.approx(state, rel=0.5)
+
+
+def test_no_folder_of_a_large_round_has_more_than_400_entries() -> None:
+    config = slurm_of(scheduler__clients_per_task=1, clients__cohort={"count": 2000})
+    found = geometry(config, clients=2000)
+    assert found.tasks == 2000
+    largest = {folder.folder: folder.largest_folder for folder in found.folders}
+    assert {name for name, entries in largest.items() if entries > 401} <= {"checkpoints"}
+    assert {folder.folder: folder.files for folder in found.folders}["updates"] == 2000
+
+
+def test_evaluations_are_counted_and_estimated() -> None:
+    found = geometry(slurm_of(rounds=10, evaluation__every=4)).evaluation
+    assert (found.times, found.clients, found.rows) == (4, 100, 200)
+    assert found.most_new_tokens == 2 * 200 * 128
+    assert found.seconds > 2 * 200 * 128 * 2e9 / 1e11
+    never = geometry(slurm_of(evaluation__every=0)).evaluation
+    assert (never.times, never.clients, never.seconds) == (0, 0, 0.0)
+
+
+def test_a_plan_says_all_options_that_are_set() -> None:
+    options = RealOptions(
+        classes={"small": {"nodes": "1", "requeue": True, "time": "60"}},
+        jobs={"aggregate": {"mem": "4G", "time": "20"}},
+    )
+    text = describe_plan(geometry(slurm_of(), options=options, slots=(8, 64)))
+    assert "  small: --nodes=1 --requeue --time=60" in text.splitlines()
+    assert "  aggregate: --mem=4G --time=20" in text.splitlines()
+    assert "80 of 100 clients a round, 3 rounds" in text
+    assert any(line.split()[:3] == ["aggregate", "4", "20"] for line in text.splitlines())
+    assert flags_text({"a": None, "b": False, "cpus_per_task": 2}) == "--cpus-per-task=2"
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        ({}, 0),
+        ({"gpus": 2}, 2),
+        ({"--gpus": "a100:3"}, 3),
+        ({"gpus_per_node": 4, "nodes": "2-4"}, 8),
+        ({"gpus-per-task": "1", "ntasks": 3}, 3),
+        ({"gres": "gpu:a100:2,shard:4"}, 2),
+        ({"gres": "gpu"}, 1),
+        ({"gres": "license:7"}, 0),
+        ({"gpus": "a100:1,h100:2"}, 3),
+        ({"gpus": None}, 0),
+    ],
+)
+def test_gpus_are_read_from_whichever_option_asks_for_them(options: Options, gpus: int) -> None:
+    assert gpus_of(options) == gpus
+
+
+def test_cpus_and_memory_are_read_in_their_own_words() -> None:
+    assert cpus_of({}) == 1
+    assert cpus_of({"cpus_per_task": 4, "ntasks_per_node": 2, "nodes": 2}) == 16
+    assert cpus_of({"cpus-per-task": "2", "ntasks": "3"}) == 6
+    assert memory_of({"mem": "24G"}) == "24G"
+    assert memory_of({"mem-per-cpu": "2G"}) == "2G per CPU"
+    assert memory_of({}) == ""

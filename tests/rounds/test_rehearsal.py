@@ -1,0 +1,68 @@
+"""A rehearsal names, job for job, what the first round submits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedllm.planning.capacity import Capacity
+from fedllm.rounds.coordinate import coordinate
+from fedllm.rounds.opening import open_run
+from fedllm.rounds.rehearsal import rehearse, rehearsed_jobs
+from fedllm.scheduling.inline import InlineScheduler
+from fedllm.scheduling.seam import Job, Option
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import PreparedRecord, RunRecord
+from tests.rounds.simulation import Simulation, config_of
+
+
+@dataclass(kw_only=True)
+class Recorder(InlineScheduler):
+    """Runs jobs inline, as a cluster with room for ten tasks would be asked to."""
+
+    taken: list[Job] = field(default_factory=list)
+
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+        memory = options.get("mem")
+        return Capacity(free_slots=10, most_parallel=10, largest_array=3 if memory else 10)
+
+    def submit(self, job: Job) -> list[str]:
+        self.taken.append(job)
+        return super().submit(job)
+
+
+def test_everything_that_the_first_round_submits_was_rehearsed(tmp_path: Path) -> None:
+    config = config_of(
+        rounds=1,
+        scheduler__kind="slurm",
+        scheduler__clients_per_bundle="auto",
+        scheduler__worker_teraflops=1e-9,
+        scheduler__sbatch={
+            "default": {"partition": "low"},
+            "tiers": {"large": {"mem": "3G"}},
+            "aggregate": {"time": 5},
+        },
+        storage__visibility_seconds=0.0,
+    )
+    scheduler = Recorder(execute=Simulation())
+    coordinate(
+        open_run(
+            tmp_path, config, make_scheduler=lambda _paths, _config: scheduler, say=lambda _: None
+        )
+    )
+    run = RunPaths(root=tmp_path)
+    found = rehearse(config, PreparedRecord.read(run.prepared), run, scheduler.capacity)
+    rehearsed = {job.name: job for job in rehearsed_jobs(found, run)}
+    run_id = RunRecord.read(run.run).run_id
+    submitted = {
+        name: replace(job, name=name)
+        for job in scheduler.taken
+        if (name := job.name.replace(run_id, "plan"))
+        and ("r0001" in name or job.program == "prepare")
+    }
+    assert {job.program for job in submitted.values()} == {
+        "prepare",
+        "client",
+        "aggregate",
+        "evaluate",
+    }
+    assert rehearsed == submitted
