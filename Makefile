@@ -1,4 +1,4 @@
-# make venv | quickstart | check | test | coverage | bench | slurm-packages
+# make venv | quickstart | check | test | chaos | coverage | bench | slurm-packages
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,13 +13,16 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 TORCH_INDEX ?=
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints-cpu.txt
 PYTEST_OPTIONS ?=
+# what `make chaos` does to a run, and when
+SEED ?= 1
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check test coverage bench slurm-packages slurm-notice
+.PHONY: help venv quickstart check test chaos coverage bench slurm-packages slurm-notice
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
 	@echo "make test            install what the tests need and run them"
+	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
 	@echo "make coverage        the tests again, with branch coverage"
 	@echo "make bench           the benchmarks of docs/benchmarks.md"
@@ -105,6 +108,11 @@ check-spelling:
 
 test: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
 	@.venv/bin/python -m pytest $(PYTEST_OPTIONS)
+
+# a campaign may be silent for minutes: it has its own patience
+chaos: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
+	@echo "chaos: SEED=$(SEED)"
+	@CHAOS_SEED=$(SEED) .venv/bin/python -m pytest tests/chaos -o faulthandler_timeout=0 $(PYTEST_OPTIONS)
 
 coverage: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
 	@.venv/bin/coverage erase

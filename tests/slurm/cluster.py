@@ -2,15 +2,19 @@
 
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 DEVCLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "devcluster"
+DAEMONS = "/usr/sbin:/sbin"
 NODES = 2
 # before any test changes PATH
 ENVIRONMENT = dict(os.environ)
@@ -58,6 +62,27 @@ class Cluster:
         done = subprocess.run(words, env=given, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
+
+
+def is_installed() -> bool:
+    """Say whether Slurm's daemons are there."""
+    return shutil.which("slurmctld", path=f"{os.environ['PATH']}:{DAEMONS}") is not None
+
+
+@contextmanager
+def running(*, accounting: bool, lines: str = "") -> Iterator[Cluster]:
+    """Start a cluster; stop it and remove everything it wrote at the end."""
+    # a short path: sockets lie in it; munge wants it open to all
+    folder = Path(tempfile.mkdtemp(prefix="fedllm-slurm-"))
+    folder.chmod(0o755)
+    port = free_ports(NODES + 2)
+    cluster = Cluster(root=folder / "c", port=port, accounting=accounting, lines=lines)
+    try:
+        cluster.devcluster("up")
+        yield cluster
+    finally:
+        cluster.devcluster("wipe")
+        shutil.rmtree(folder)
 
 
 def free_ports(count: int) -> int:

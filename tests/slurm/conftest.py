@@ -2,19 +2,16 @@
 
 import os
 import pwd
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.rounds.simulation import states
-from tests.slurm.cluster import NODES, Cluster, free_ports
+from tests.slurm.cluster import Cluster, is_installed, running
 from tests.slurm.runs import Begun
 from tests.tiny import Tiny
 
-DAEMONS = "/usr/sbin:/sbin"
 # Few tasks in an array, enforced limits, and a partition of one node for half an hour at most.
 LIMITS = """MaxArraySize=10
 AccountingStorageEnforce=associations,limits,qos
@@ -22,21 +19,12 @@ PartitionName=short Nodes=n1 MaxTime=30 State=UP"""
 
 
 def _cluster(*, accounting: bool, lines: str = "") -> Iterator[Cluster]:
-    if shutil.which("slurmctld", path=f"{os.environ['PATH']}:{DAEMONS}") is None:
+    if not is_installed():
         message = "Slurm is not installed: make slurm-packages"
         assert not os.environ.get("CI"), message
         pytest.skip(message)
-    # a short path: sockets lie in it; munge wants it open to all
-    folder = Path(tempfile.mkdtemp(prefix="fedllm-slurm-"))
-    folder.chmod(0o755)
-    port = free_ports(NODES + 2)
-    cluster = Cluster(root=folder / "c", port=port, accounting=accounting, lines=lines)
-    try:
-        cluster.devcluster("up")
+    with running(accounting=accounting, lines=lines) as cluster:
         yield cluster
-    finally:
-        cluster.devcluster("wipe")
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,154 @@
+"""The one run of `make chaos SEED=n`, and the quiet one that it is compared with.
+
+Without CHAOS_SEED, as in `make test`, only the plans are tested.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.chaos.campaign import Campaign
+from tests.chaos.coordinators import Command, environment_of
+from tests.chaos.plan import ROUNDS, draw
+from tests.chaos.report import report, summary
+from tests.cli.commands import in_process
+from tests.slurm.cluster import ENVIRONMENT, Cluster, is_installed, running
+from tests.slurm.runs import ON_CLUSTER
+from tests.tiny import Tiny, raw_config
+
+SEED = os.environ.get("CHAOS_SEED")
+collect_ignore = [] if SEED else ["test_chaos.py"]
+
+# two long faults at a time must find work left; broken nodes are the test's own doing
+ON_THREE_WORKERS = (
+    *ON_CLUSTER,
+    "scheduler.max_parallel=3",
+    "scheduler.worker_minutes_min=0.001",
+    "scheduler.node_failures=1000",
+    "scheduler.max_attempts=10",
+)
+DISK_MIB = 24
+_FINISHED = pytest.StashKey[Campaign]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aftermath:
+    """What a campaign left, and the states of the quiet run."""
+
+    campaign: Campaign
+    quiet: Path
+    cluster: Cluster
+
+
+def pytest_report_header() -> str | None:
+    """Say with which seed to see the same again."""
+    return f"chaos: SEED={SEED}" if SEED else None
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print all faults once more, by kind."""
+    campaign = config.stash.get(_FINISHED, None)
+    if campaign:
+        terminalreporter.section(f"chaos, SEED={SEED}")
+        terminalreporter.write_line(summary(campaign))
+
+
+@pytest.fixture(scope="session")
+def config_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clients a round, every state kept."""
+    raw = raw_config(tiny.model.parent)
+    raw |= {"rounds": ROUNDS, "evaluation": {"every": 0}}
+    raw["clients"] |= {"cohort": {"count": 6}}  # type: ignore[operator]
+    raw["storage"] |= {"keep_every": 1}  # type: ignore[operator]
+    path = tmp_path_factory.mktemp("configuration") / "chaos.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def quiet(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same run, made inline, that nothing disturbed."""
+    root = tmp_path_factory.mktemp("quiet") / "run"
+    done = in_process("run", config_file, "--run-dir", root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small file system of its own, seen by every node."""
+    if os.geteuid() != 0:
+        message = "not root: a small file system is mounted to be filled; run it as root"
+        assert not os.environ.get("CI"), message
+        pytest.skip(message)
+    folder = tmp_path_factory.mktemp("disk")
+    options = ("-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs")
+    subprocess.run(["mount", *options, str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A cluster without accounting that only this run uses."""
+    if not is_installed():
+        message = "Slurm is not installed: make slurm-packages"
+        assert not os.environ.get("CI"), message
+        pytest.skip(message)
+    with running(accounting=False) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def said(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Print a line at once, past pytest's capture."""
+    manager = pytestconfig.pluginmanager
+    capture, terminal = manager.getplugin("capturemanager"), manager.getplugin("terminalreporter")
+
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            terminal.write_line(line)
+
+    return say
+
+
+@pytest.fixture(scope="session")
+def aftermath(
+    pytestconfig: pytest.Config,
+    config_file: Path,
+    quiet: Path,
+    disk: Path,
+    cluster: Cluster,
+    said: Callable[[str], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Aftermath:
+    """Run the campaign of the seed."""
+    assert SEED is not None
+    folder = tmp_path_factory.mktemp("campaign")
+    plan = draw(int(SEED))
+    command = Command(
+        config=config_file,
+        changes=ON_THREE_WORKERS,
+        root=disk / "run",
+        cluster=cluster,
+        environment=environment_of(ENVIRONMENT, cluster, folder / "wires"),
+        log=folder / "coordinator.log",
+    )
+    campaign = Campaign(plan=plan, command=command, wires=folder / "wires", disk=disk, say=said)
+    pytestconfig.stash[_FINISHED] = campaign
+    said(f"chaos: SEED={SEED}, {len(plan.faults)} faults in {ROUNDS} rounds")
+    try:
+        campaign.run()
+    except BaseException:
+        said(report(campaign))
+        raise
+    return Aftermath(campaign=campaign, quiet=quiet, cluster=cluster)

@@ -1,0 +1,104 @@
+"""The coordinator of a run as a user has it: a process of a login node, or a Slurm job."""
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.cli.commands import FEDLLM
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.runs import settings
+
+_ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What begins a run and goes on with it."""
+
+    config: Path
+    changes: Sequence[str]
+    root: Path
+    cluster: Cluster
+    environment: Mapping[str, str]
+    log: Path
+
+    def words(self, verb: str, rounds: int) -> list[str]:
+        """Return the command line."""
+        run = [verb, str(self.config), "--run-dir", str(self.root)]
+        return [FEDLLM, *run, *settings(*self.changes, f"rounds={rounds}")]
+
+
+@dataclass(kw_only=True)
+class ProcessCoordinator:
+    """`fedllm run`, started again after each death."""
+
+    command: Command
+    rounds: int
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        """Begin, or go on."""
+        with self.command.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command.words("run", self.rounds),
+                env=dict(self.command.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def ending(self) -> str | None:
+        """Return the exit code once it ended."""
+        assert self.process is not None
+        code = self.process.poll()
+        return None if code is None else str(code)
+
+
+@dataclass(kw_only=True)
+class JobCoordinator:
+    """`fedllm submit`, submitted again once its job ended before the run."""
+
+    command: Command
+    rounds: int
+    jobs: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Submit; while Slurm still lists the job that ended, that is refused."""
+        until(self._submit, seconds=60)
+
+    def _submit(self) -> bool:
+        done = subprocess.run(
+            self.command.words("submit", self.rounds),
+            env=dict(self.command.environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        with self.command.log.open("a", encoding="utf-8") as log:
+            log.write(done.stdout + done.stderr)
+        if done.returncode:
+            assert "as Slurm job" in done.stderr or "holds this run" in done.stderr, done.stderr
+            return False
+        self.jobs.append(done.stdout.removeprefix("coordinator job ").partition(";")[0])
+        return True
+
+    def ending(self) -> str | None:
+        """Return `0`, or state and exit code of the job, once it neither waits nor runs."""
+        words = ("squeue", "-h", "-t", "all", "-j", self.jobs[-1], "-O", "State:|,exit_code:|")
+        state, status, _ = self.command.cluster.slurm(*words).split("|")
+        if state in _ACTIVE:
+            return None
+        return {"COMPLETED": "0", "FAILED": f"FAILED {int(status) >> 8}"}.get(state, state)
+
+
+Coordinator = ProcessCoordinator | JobCoordinator
+COORDINATORS = {"process": ProcessCoordinator, "job": JobCoordinator}
+
+
+def environment_of(given: Mapping[str, str], cluster: Cluster, wires: Path) -> dict[str, str]:
+    """Return the environment in which every Python of the run watches the wires."""
+    hook = Path(__file__).with_name("hook")
+    path = [str(hook), *filter(None, [given.get("PYTHONPATH")])]
+    told = {"SLURM_CONF": str(cluster.conf), "CHAOS_WIRES": str(wires)}
+    return {**given, **told, "PYTHONPATH": ":".join(path), "PYTHONUNBUFFERED": "1"}

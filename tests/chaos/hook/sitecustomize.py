@@ -1,0 +1,56 @@
+"""Stops or kills a process of a chaos run at a moment that a wire names.
+
+Python imports this module at its start from PYTHONPATH: the product has no fault points of its
+own. What a run publishes, claims and submits raises audit events; the first process that comes to
+the event of a wire trips it, says so in a file, and stops (SIGSTOP) or dies (SIGKILL) right there.
+"""
+
+import json
+import os
+import signal
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+FOLDER = os.environ.get("CHAOS_WIRES")
+# event -> which of its arguments says what it is about
+EVENTS = {"open": 0, "os.rename": 1, "subprocess.Popen": 1}
+
+
+def subject(event: str, arguments: tuple[object, ...]) -> str:
+    """Return the path or the command line that an event is about."""
+    told = arguments[EVENTS[event]]
+    if isinstance(told, list | tuple):
+        return " ".join(map(str, told))
+    return os.fsdecode(told) if isinstance(told, str | bytes | os.PathLike) else ""
+
+
+def watch(folder: Path) -> None:
+    """Come to a wire's event and be stopped or killed there, each wire once."""
+    wires = json.loads((folder / "wires.json").read_text(encoding="utf-8"))
+
+    def trip(wire: dict[str, str], about: str) -> bool:
+        told = {"pid": os.getpid(), "about": about, "task": os.environ.get("FEDLLM_TASK", "")}
+        told["node"] = os.environ.get("SLURMD_NODENAME", "")
+        mine = folder / f".{wire['id']}-{os.getpid()}"
+        mine.write_text(json.dumps(told), encoding="utf-8")
+        try:
+            os.link(mine, folder / f"{wire['id']}.tripped")
+        except FileExistsError:
+            return False
+        os.kill(os.getpid(), signal.SIGKILL if wire["act"] == "kill" else signal.SIGSTOP)
+        return True
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event not in EVENTS:
+            return
+        about = subject(event, arguments)
+        for wire in wires:
+            if wire["event"] == event and fnmatch(about, wire["pattern"]) and trip(wire, about):
+                return
+
+    sys.addaudithook(hook)
+
+
+if FOLDER:
+    watch(Path(FOLDER))
