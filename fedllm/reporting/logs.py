@@ -31,9 +31,10 @@ def _claimed_in(paths: RoundPaths, client: str) -> Path | None:
     number = 1
     newest: Path | None = None
     while (attempt := paths.attempt(number)).submission.exists():
-        for bundle in SubmissionRecord.read(attempt.submission).bundles:
+        bundles = SubmissionRecord.read(attempt.submission).bundles
+        for bundle in (bundle for bundle in bundles if client in bundle.clients):
             claim = ClaimRecord.find(attempt.claim(bundle.number))
-            if client in bundle.clients and claim and claim.log:
+            if claim and claim.log:
                 newest = Path(claim.log)
         number += 1
     return newest

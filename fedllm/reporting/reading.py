@@ -1,9 +1,11 @@
 """Records for someone who looks again and again: what did not change is not read again."""
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from fedllm.errors import RunDirectoryError
 from fedllm.storage.records import Record
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -33,9 +35,14 @@ class Records:
         return held[1]
 
     def all(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
-        """Return the records that there are."""
-        found = (self.find(kind, path) for path in paths)
-        return [record for record in found if record is not None]
+        """Return those of many records that can be read: the figures of one are not the truth."""
+        found = []
+        for path in paths:
+            with contextlib.suppress(RunDirectoryError):
+                record = self.find(kind, path)
+                if record is not None:
+                    found.append(record)
+        return found
 
 
 def written_at(path: Path) -> float | None:

@@ -2,6 +2,7 @@
 
 from fedllm.planning.evaluation import is_evaluated
 from fedllm.reporting.metrics import headline, write_metrics
+from fedllm.reporting.usage import round_usage
 from fedllm.rounds.retention import prune
 from fedllm.rounds.run import Run
 from fedllm.storage.records import (
@@ -46,6 +47,7 @@ def _finish(run: Run, number: int) -> None:
     collection = CollectionRecord.find(paths.collection)
     used = {update.file for update in collection.updates} if collection else set()
     late = sum(name not in used for name in update_files(paths))
+    usage = round_usage(paths)
     record = RoundRecord(
         round=number,
         lease=run.lease.number,
@@ -53,6 +55,10 @@ def _finish(run: Run, number: int) -> None:
         clients=len(collection.updates) if collection else 0,
         failed=len(collection.failed) if collection else 0,
         late=late,
+        tasks=usage.tasks,
+        busy_seconds=usage.busy_seconds,
+        allocated_seconds=usage.allocated_seconds,
+        gpu_seconds=usage.gpu_seconds,
     )
     run.publish(record, paths.record)
     evaluation = EvaluationRecord.find(paths.evaluation_record)

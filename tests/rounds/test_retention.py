@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedllm.config.models import Config
+from fedllm.reporting.status import run_status
 from fedllm.rounds.retention import best_round, prune, removable
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import AggregateRecord, EvaluationRecord, RoundRecord
+from fedllm.storage.records import AggregateRecord, EvaluationRecord, RoundRecord, TaskRecord
 from tests.reporting.runs import evaluation
 from tests.rounds.simulation import Simulation, complete, config_of, states
 
@@ -165,6 +166,38 @@ def test_a_pruned_run_goes_on_to_the_same_bits(run: RunPaths, tmp_path: Path) ->
     assert states(run.root)["0008"] == states(tmp_path / "straight")["0008"]
     assert len(run.metrics.read_text().splitlines()) == ROUNDS + 3
     assert all(RoundRecord.find(run.round(n).record) for n in range(ROUNDS + 3))
+
+
+def test_hours_used_are_known_after_the_records_of_tasks_are_gone(tmp_path: Path) -> None:
+    simulation = Simulation()
+
+    def note(program: str, target: Path) -> None:
+        if program != "aggregate" or target.name == "0000":
+            return
+        attempt = RunPaths(root=tmp_path).round(int(target.name)).attempt(1)
+        for task in ("7_0", "7_1"):
+            TaskRecord(
+                task=task,
+                node="n",
+                clients_done=2,
+                worker_class="small",
+                busy_seconds=900,
+                allocated_seconds=1000,
+                earlier_allocated_seconds=800,
+            ).publish(attempt.task(task))
+        write(attempt.task("7_2"), "damaged")
+
+    simulation.before = note
+    client = {"gpus": 2}
+    config = config_of(rounds=3, storage__keep_logs=1, scheduler__sbatch__client=client)
+    complete(tmp_path, simulation, config)
+    paths = RunPaths(root=tmp_path)
+    assert not paths.round(1).attempt(1).task_files()
+    record = RoundRecord.read(paths.round(1).record)
+    assert (record.tasks, record.busy_seconds) == (2, 1800)
+    assert (record.allocated_seconds, record.gpu_seconds) == (3600, 7200)
+    found = run_status(paths)
+    assert (found.task_hours, found.gpu_hours, found.array_efficiency) == (3.0, 6.0, 0.5)
 
 
 def test_the_best_round_is_that_of_the_evaluations_that_compare(tmp_path: Path) -> None:
