@@ -16,12 +16,11 @@ def let_group_write() -> None:
     os.umask(_NOT_FOR_OTHERS)
 
 
-def share_with_group(root: Path, group: str) -> None:
-    """Give a run directory to a group, with all that this process makes in it from now on.
+def group_number(group: str) -> int:
+    """Return the number of a group that this user is in.
 
     Raises:
         ConfigError: there is no such group, or this user is not in it.
-        RunDirectoryError: the directory belongs to somebody else and is not shared.
     """
     try:
         number = grp.getgrnam(group).gr_gid
@@ -29,6 +28,17 @@ def share_with_group(root: Path, group: str) -> None:
         raise ConfigError(f"storage.group: no group {group} on this machine; see `id`") from error
     if os.geteuid() != 0 and number not in {*os.getgroups(), os.getegid()}:
         raise ConfigError(f"storage.group: you are not in group {group}; see `id`")
+    return number
+
+
+def share_with_group(root: Path, group: str) -> None:
+    """Give a run directory to a group, with all that this process makes in it from now on.
+
+    Raises:
+        ConfigError: there is no such group, or this user is not in it.
+        RunDirectoryError: the directory belongs to somebody else and is not shared.
+    """
+    number = group_number(group)
     let_group_write()
     with storage_errors(root):
         make_folder(root)
