@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from fedllm.cli import adapters, inspection, looking, pruning, running
+from fedllm.cli import adapters, doctoring, inspection, looking, pruning, running
 from fedllm.errors import FedllmError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ def _options(
 
 running.register(app)
 looking.register(app)
+doctoring.register(app)
 pruning.register(app)
 inspection.register(app)
 adapters.register(app)

@@ -1,5 +1,6 @@
 """A node of the development cluster that does not see a folder, as one without a shared mount."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ def blind_node(cluster: Cluster, node: str, folder: Path) -> Iterator[None]:
         _await(cluster, node)
         yield
     finally:
+        # a job whose end is under way when its node goes would keep it for a minute
+        cluster.slurm("scancel", f"--nodelist={node}", f"--user={os.getuid()}")
+        until(lambda: not cluster.slurm("squeue", "--noheader", f"--nodelist={node}"))
         cluster.devcluster("crash-node", node)
         cluster.devcluster("start-node", node)
         _await(cluster, node)

@@ -1,10 +1,13 @@
 """What is wrong with a cluster or a run's place on it, said before or as soon as it can be."""
 
+import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import fedllm, one_line
+from tests.cli.commands import fedllm, in_process, one_line
 from tests.slurm.blindness import blind_node
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import ON_CLUSTER, settings
@@ -12,18 +15,94 @@ from tests.tiny import Tiny
 
 pytestmark = pytest.mark.slurm
 
+ON_N2 = "scheduler.sbatch.default.nodelist=n2"
+
+
+@pytest.fixture
+def hidden(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
+    """A folder that node n2 does not see."""
+    folder = tmp_path / "hidden"
+    folder.mkdir()
+    with blind_node(cluster, "n2", folder):
+        yield folder
+
+
+def findings(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, str]]:
+    """Return what a doctor found, by check."""
+    assert not done.stderr, done.stderr
+    return {each["check"]: each for each in json.loads(done.stdout)}
+
+
+def diagnosis(tiny: Tiny, root: Path, *changes: str) -> "subprocess.CompletedProcess[str]":
+    words = settings(*ON_CLUSTER, *changes)
+    return in_process("doctor", tiny.config, "--run-dir", root, "--json", *words)
+
 
 def test_a_run_directory_that_the_node_cannot_see_is_refused_in_one_line(
-    tiny: Tiny, cluster: Cluster, tmp_path: Path
+    tiny: Tiny, hidden: Path
 ) -> None:
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
     root = hidden / "run"
-    words = settings(*ON_CLUSTER, "scheduler.sbatch.default.nodelist=n2")
-    with blind_node(cluster, "n2", hidden):
-        done = fedllm("run", tiny.config, "--run-dir", root, *words)
+    done = fedllm("run", tiny.config, "--run-dir", root, *settings(*ON_CLUSTER, ON_N2))
     told = one_line(done)
     assert f"{root}: node n2 cannot see it" in told
     assert "fedllm doctor" in told
     # nothing to resume is left behind
     assert not root.exists()
+
+
+def test_a_doctor_names_the_directory_and_the_node_that_does_not_see_it(
+    tiny: Tiny, hidden: Path
+) -> None:
+    done = diagnosis(tiny, hidden / "run", ON_N2)
+    assert done.returncode == 2
+    failed = [each for each in findings(done).values() if each["level"] == "fail"]
+    (told,) = failed
+    assert told["check"] == f"node n2 (every kind of job): sees {hidden}"
+    assert "is another folder there" in told["found"]
+    assert "--run-dir" in told["change"]
+    assert not list(hidden.iterdir())
+
+
+@pytest.mark.parametrize("cluster", ["accounting"], indirect=True)
+def test_a_healthy_cluster_has_no_failures_and_nothing_is_left_on_it(
+    tiny: Tiny, cluster: Cluster, tmp_path: Path
+) -> None:
+    done = diagnosis(tiny, tmp_path / "run", f"storage.node_local={tmp_path}")
+    found = findings(done)
+    assert done.returncode == 0, found
+    node = next(name.partition(":")[0] for name in found if name.startswith("node "))
+    checked = ("packages", "GPUs", "processors", "storage.node_local", "Slurm's commands")
+    for check in (f"{node}: sees {tmp_path}", *(f"{node}: {check}" for check in checked)):
+        assert found[check]["level"] == "ok", found[check]
+    assert "22.05" in found["slurm"]["found"]
+    assert found["accounting"]["found"].startswith("slurmdbd")
+    assert found["preemption in low"]["found"].startswith("REQUEUE by partition_prio")
+    assert found["sbatch --test-only"]["found"] == "jobs of every kind would be taken"
+    assert not list(tmp_path.iterdir())
+    assert not cluster.slurm("squeue", "--noheader", "--states=PENDING,RUNNING")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_each_wrong_option_is_told_with_its_key_and_the_rest_is_looked_at(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    changes = ("scheduler.sbatch.aggregate.partition=nowhere", "scheduler.python=/no/python")
+    done = diagnosis(tiny, tmp_path / "run", *changes)
+    assert done.returncode == 2
+    failed = {k: each["found"] for k, each in findings(done).items() if each["level"] == "fail"}
+    refused = failed.pop("sbatch --test-only, aggregate")
+    assert refused.startswith("scheduler.sbatch.aggregate.partition: nowhere: refused by sbatch")
+    (python,) = failed.values()
+    assert "/no/python: No such file or directory" in python
+
+
+def test_a_full_cluster_is_said_with_slurms_reason_and_the_probe_is_withdrawn(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    words = ("--exclusive", "--nodes=2", "--time=5", "--output=/dev/null", "--wrap=sleep 300")
+    cluster.slurm("sbatch", *words)
+    done = fedllm("doctor", "--run-dir", tmp_path / "run", "--wait", "2")
+    assert done.returncode == 0, done.stderr
+    assert "no node within 2 s (Slurm's reason: " in done.stdout
+    assert "fedllm doctor --wait 3600" in done.stdout
+    assert "fedllm-doctor" not in cluster.slurm("squeue", "-h", "-o", "%j", "--states=PENDING")

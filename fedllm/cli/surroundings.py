@@ -1,0 +1,162 @@
+"""What can be looked at from here: folders, their group, and whether a run could start offline."""
+
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from fedllm.config.loading import read_config
+from fedllm.config.models import Config, StorageSection
+from fedllm.errors import ConfigError, FedllmError
+from fedllm.planning.federation import plan_federation
+from fedllm.reporting.summary import update_bytes
+from fedllm.reporting.tables import size
+from fedllm.storage.findings import Finding
+from fedllm.storage.hub import hub_key, is_hub_name
+from fedllm.storage.paths import RunPaths, cache_of
+from fedllm.storage.permissions import group_number
+from fedllm.storage.records import PreparedRecord
+from fedllm.storage.trials import existing, file_system, trial_folder, try_folder
+
+_OF_ONE_MACHINE = {"tmpfs", "ramfs", "overlay", "devtmpfs"}
+_MOSTLY_OF_ONE_MACHINE = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm", "/run")))
+_EMBEDDED = "embedded"
+# of updates, states and copies in the making, over what one round publishes
+_ROOM = 3
+
+
+def folder_findings(
+    root: Path, storage: StorageSection, *, on_cluster: bool, seen_from: Collection[str] = ()
+) -> Iterator[Finding]:
+    """Try the folders that a run and the cache would lie in.
+
+    Args:
+        root: the run directory, which need not exist.
+        storage: cache and group.
+        on_cluster: whether other machines have to see them.
+        seen_from: hosts whose probes did.
+    """
+    parents = {existing(root): "runs"}
+    cache = existing(cache_of(storage.cache, root).root)
+    parents[cache] = f"{parents[cache]} and cache" if cache in parents else "cache"
+    for parent, name in parents.items():
+        yield _tried(f"storage of {name}", parent)
+        if on_cluster:
+            yield _place(f"place of {name}", parent, seen_from)
+    yield _room(root)
+    yield _group(existing(root), storage.group)
+
+
+def _tried(check: str, parent: Path) -> Finding:
+    try:
+        with trial_folder(parent) as folder:
+            seconds = try_folder(folder)
+    except FedllmError as error:
+        change = "--run-dir or storage.cache: another directory"
+        return Finding(check=check, level="fail", found=str(error), change=change)
+    kind = file_system(parent) or "unknown file system"
+    found = f"{parent} ({kind}): rename, hard links and fsync hold, {1000 * seconds:.1f} ms a file"
+    return Finding(check=check, level="ok", found=found)
+
+
+def _place(check: str, parent: Path, seen_from: Collection[str]) -> Finding:
+    others = sorted(set(seen_from) - {os.uname().nodename})
+    if others:
+        return Finding(check=check, level="ok", found=f"{parent}: seen from {', '.join(others)}")
+    kind, real = file_system(parent), parent.resolve()
+    local = kind in _OF_ONE_MACHINE
+    if local or any(real.is_relative_to(folder) for folder in _MOSTLY_OF_ONE_MACHINE):
+        change = "--run-dir and storage.cache: a directory that all compute nodes share"
+        found = f"{parent} ({kind}) is this machine's own on most clusters"
+        return Finding(check=check, level="warn", found=found, change=change)
+    if seen_from:
+        found = f"{parent}: seen by a node on this machine; no other machine was asked"
+        return Finding(check=check, level="ok", found=found)
+    return Finding(check=check, level="not done", found=f"{parent}: no compute node looked at it")
+
+
+def _room(root: Path) -> Finding:
+    parent = existing(root)
+    free = shutil.disk_usage(parent).free
+    prepared = _prepared(root)
+    found = f"{size(free)} free in {parent}"
+    if prepared is None:
+        found += "; what a round writes is known once CONFIG is prepared"
+        return Finding(check="free space", level="ok" if free > 2**30 else "warn", found=found)
+    config, record = prepared
+    federation = plan_federation(config, record)
+    cohort = federation.cohort(1)
+    updates = sum(update_bytes(federation.ranks[client.tier], record.modules) for client in cohort)
+    found += f"; a round publishes updates of {size(updates)}"
+    if free < _ROOM * updates:
+        change = "make space, choose another --run-dir, or lower storage.keep_states"
+        return Finding(check="free space", level="fail", found=found, change=change)
+    return Finding(check="free space", level="ok", found=found)
+
+
+def _prepared(root: Path) -> tuple[Config, PreparedRecord] | None:
+    paths = RunPaths(root=root)
+    record = PreparedRecord.find(paths.prepared)
+    return (read_config(paths.config), record) if record else None
+
+
+def _group(parent: Path, group: str | None) -> Finding:
+    check = "group"
+    if group is None:
+        found = "storage.group is not set: runs are yours alone, or as your umask says"
+        return Finding(check=check, level="not done", found=found)
+    try:
+        number = group_number(group)
+    except ConfigError as error:
+        change = "storage.group: a group that `id` lists"
+        return Finding(check=check, level="fail", found=str(error), change=change)
+    there = parent.stat()
+    if there.st_gid == number and there.st_mode & stat.S_ISGID:
+        found = f"{parent} belongs to {group} and hands it on"
+        return Finding(check=check, level="ok", found=found)
+    found = f"you are in {group}; run directories are given to it when they are made"
+    if not there.st_mode & stat.S_IXGRP or (there.st_gid != number and not there.st_mode & 0o001):
+        change = f"chgrp {group} {parent} && chmod g+rxs {parent}"
+        found = f"{parent} is closed to {group}: it could not reach the runs in it"
+        return Finding(check=check, level="warn", found=found, change=change)
+    return Finding(check=check, level="ok", found=found)
+
+
+def readiness_findings(config: Config, root: Path) -> Iterator[Finding]:
+    """Say whether base and data are here, and whether a run would need the network."""
+    cache = cache_of(config.storage.cache, root)
+    found = _prepared(root)
+    if found is not None:
+        record = found[1]
+        gone = [path for path in (record.model_path, record.data_path) if not Path(path).exists()]
+        if gone:
+            told, change = f"{', '.join(gone)} is gone", "prepare again: fedllm prepare CONFIG"
+            yield Finding(check="prepared", level="fail", found=told, change=change)
+        else:
+            told = f"{root} is prepared: nothing needs the network"
+            yield Finding(check="prepared", level="ok", found=told)
+        return
+    sections = (
+        ("model.path", config.model.path, config.model.revision, cache.model),
+        ("data.path", config.data.path, config.data.revision, cache.data),
+    )
+    for key, path, revision, place in sections:
+        yield _source(key, path, place(hub_key(path, revision)))
+
+
+def _source(key: str, path: str, fetched: Path) -> Finding:
+    if path == _EMBEDDED:
+        return Finding(check=key, level="ok", found="embedded: made by prepare, without a network")
+    if Path(path).expanduser().exists():
+        return Finding(check=key, level="ok", found=f"{path} is here")
+    if fetched.is_dir():
+        return Finding(check=key, level="ok", found=f"{path} was fetched to {fetched}")
+    if is_hub_name(path):
+        change = "fetch it where the network is: fedllm prepare CONFIG"
+        found = f"{path} is not here; as a name of the Hugging Face hub it needs the network"
+        return Finding(check=key, level="warn", found=found, change=change)
+    change = f"{key}: a path that is there, or a name of the hub"
+    return Finding(
+        check=key, level="fail", found=f"{path}: no such file or directory", change=change
+    )

@@ -1,0 +1,174 @@
+"""What a cluster says of itself when a doctor asks: each question once, from settings to rights."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedllm.config.models import SchedulerSection
+from fedllm.errors import ConfigError, FedllmError
+from fedllm.planning.classes import classes_of, job_options, tier_options
+from fedllm.scheduling.slurm_capacity import Surveyor
+from fedllm.scheduling.slurm_check import problems
+from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm_options import (
+    Flags,
+    key_of,
+    sbatch_flags,
+    task_defaults,
+)
+from fedllm.storage.paths import shipped
+
+Settings = Mapping[str, str]
+
+_COORDINATORS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}
+_OPTION = re.compile(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobKind:
+    """Jobs of one kind and the options they are submitted with.
+
+    Args:
+        name: `client type1`, `aggregate`.
+        program: the section of `scheduler.sbatch` that its options come from.
+        flags: sbatch's flags.
+        section: the scheduler's configuration.
+    """
+
+    name: str
+    program: str
+    flags: Flags
+    section: SchedulerSection
+
+    def key(self, option: str) -> str:
+        """Return the configuration key that gave an option its value, or would."""
+        value = self.flags.get(option)
+        return key_of(option, value, sbatch=self.section.sbatch, program=self.program)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Slurm's settings: of the controller and per partition.
+
+    Attributes:
+        controller: `scontrol show config`.
+        partitions: name -> `scontrol show partition`.
+        accounting_problem: why the accounting cannot be asked; empty: it can, or there is none.
+    """
+
+    controller: Settings
+    partitions: Mapping[str, Settings]
+    accounting_problem: str = ""
+
+    @property
+    def accounting(self) -> str:
+        """The kind of accounting, empty: none."""
+        kind = self.controller.get("AccountingStorageType", "").rpartition("/")[2]
+        return "" if kind in {"none", "(null)"} else kind
+
+    def partitions_of(self, kind: JobKind) -> list[str]:
+        """Return the partitions that jobs of a kind may run in."""
+        site = clean_environment(configured=kind.flags).get("SBATCH_PARTITION")
+        named = kind.flags.get("partition") or site
+        if named:
+            return [name for name in str(named).split(",") if name in self.partitions]
+        return [name for name, p in self.partitions.items() if p.get("Default") == "YES"]
+
+
+def job_kinds(section: SchedulerSection, tiers: Mapping[str, object]) -> list[JobKind]:
+    """Return all kinds of jobs that a configuration submits; workers once per class of tiers.
+
+    Raises:
+        ConfigError: an option that fedllm decides itself.
+    """
+    sbatch = section.sbatch
+    classes = classes_of(sbatch, tiers)
+    named = {
+        f"client {', '.join(t for t, own in classes.items() if own == name)}": (
+            "client",
+            tier_options(sbatch, name),
+        )
+        for name in classes.values()
+    }
+    for program in ("prepare", "aggregate", "evaluate"):
+        named[program] = (program, job_options(sbatch, program))
+    kinds = []
+    for name, (program, options) in named.items():
+        defaults = task_defaults(options)
+        flags = sbatch_flags(options, sbatch=sbatch, program=program, defaults=defaults)
+        kinds.append(JobKind(name=name, program=program, flags=flags, section=section))
+    return [*kinds, _coordinator(section)]
+
+
+def _coordinator(section: SchedulerSection) -> JobKind:
+    written = shipped(_COORDINATORS[section.coordinator]).read_text(encoding="utf-8")
+    own = {name: value or True for name, value in _OPTION.findall(written)}
+    defaults = {name: own[name] for name in ("time", "requeue", "signal") if name in own}
+    flags = sbatch_flags(
+        job_options(section.sbatch, "coordinator"),
+        sbatch=section.sbatch,
+        program="coordinator",
+        defaults=defaults,
+    )
+    return JobKind(name="coordinator", program="coordinator", flags=flags, section=section)
+
+
+def ask_cluster() -> Cluster:
+    """Ask for the settings.
+
+    Raises:
+        UserError: Slurm's commands are not installed, or know of no cluster.
+        SchedulerUnreachable: slurmctld does not answer now.
+    """
+    controller = {}
+    for line in _asked("scontrol", "show", "config"):
+        key, equals, value = line.partition("=")
+        if equals:
+            controller[key.strip()] = value.strip()
+    partitions = {}
+    for line in _asked("scontrol", "--all", "--oneliner", "show", "partition"):
+        words = dict(word.partition("=")[::2] for word in line.split())
+        if name := words.get("PartitionName"):
+            partitions[name] = words
+    cluster = Cluster(controller=controller, partitions=partitions)
+    if not cluster.accounting:
+        return cluster
+    return Cluster(
+        controller=controller, partitions=partitions, accounting_problem=_accounting_problem()
+    )
+
+
+def refusals(kind: JobKind, surveyor: Surveyor) -> list[str]:
+    """Return why Slurm would refuse jobs of a kind, or never start them; nothing is submitted.
+
+    Raises:
+        SchedulerUnreachable: slurmctld does not answer now.
+    """
+    return list(
+        problems(
+            kind.flags,
+            section=kind.section,
+            program=kind.program,
+            survey=surveyor.survey(kind.flags),
+            test=_test,
+        )
+    )
+
+
+def _test(words: Sequence[str], flags: Flags) -> None:
+    call(words, environment=clean_environment(configured=flags))
+
+
+def _accounting_problem() -> str:
+    try:
+        call(["sacctmgr", "--noheader", "show", "cluster"])
+    except (CommandRefused, FedllmError) as error:
+        return str(error)
+    return ""
+
+
+def _asked(*words: str) -> list[str]:
+    try:
+        return call(words).splitlines()
+    except CommandRefused as error:
+        raise ConfigError(f"{words[0]}: {error}") from error

@@ -1,0 +1,278 @@
+"""A probe on a compute node: one short srun, spoken with over its pipes, never left behind."""
+
+import contextlib
+import math
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+from pydantic import ValidationError
+
+from fedllm.config.models import SchedulerSection
+from fedllm.errors import FedllmError, UserError
+from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm_options import Flags, words_of
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.trials import HERE, THERE, NodeRecord, Sight, SightRecord, seconds_until
+
+# What a batch job has and a step of seconds has not, or what decides its size.
+_NOT_OF_A_PROBE = {
+    *("requeue", "no-requeue", "open-mode", "signal", "time", "time-min", "deadline", "hold"),
+    *("begin", "dependency", "kill-on-invalid-dep", "mail-type", "mail-user", "comment", "nice"),
+    *("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "get-user-env", "export-file"),
+    *("wait-all-nodes", "batch", "parsable", "quiet", "verbose", "chdir", "export", "input"),
+}
+_SITE_DEFAULT = "SBATCH_"
+# Python's start, and torch from a slow file system
+_ANSWER_SECONDS = 300.0
+# a probe that was told all goes by itself
+_END_SECONDS = 5.0
+_START = "fedllm-probe-starts-on "
+
+_Found = TypeVar("_Found")
+_Told = TypeVar("_Told", NodeRecord, SightRecord)
+
+
+class ProbeFailed(FedllmError):
+    """A probe that came to no answer; the message says why."""
+
+
+class ProbeWaits(ProbeFailed):
+    """Slurm gave the probe no node in time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A probe of the node that tasks of certain options get.
+
+    Args:
+        section: the scheduler's configuration.
+        flags: sbatch's flags of these tasks.
+        folder: a folder for this probe alone, where runs will lie.
+        also: what else has to be there; only what is here counts.
+        node_local: `storage.node_local`.
+        visibility_seconds: how long files may take to be seen.
+        wait_seconds: how long Slurm may take to give it a node.
+    """
+
+    section: SchedulerSection
+    flags: Flags
+    folder: Path
+    also: tuple[Path, ...]
+    node_local: str | None
+    visibility_seconds: float
+    wait_seconds: float
+
+    def run(self) -> Sight:
+        """Run it and return what it found.
+
+        Raises:
+            ProbeWaits: no node in time; the message holds Slurm's reason.
+            ProbeFailed: no answer; the message says why.
+            UserError: srun is not installed.
+        """
+        name = f"fedllm-doctor-{uuid.uuid4().hex[:8]}"
+        with self._started(name) as step:
+            node = self._node(step, name)
+            answer = self._told(step, node, NodeRecord)
+            clock_seconds = answer.clock - time.time()
+            if answer.storage_problem:
+                return Sight(node=answer, clock_seconds=clock_seconds)
+            there = self.folder / THERE
+            seen_here = seconds_until(there.exists, patience=self.visibility_seconds)
+            publish_bytes(self.folder / HERE, b"{}")
+            step.say("look")
+            seen_there = self._told(step, node, SightRecord).seconds
+        return Sight(
+            node=answer,
+            clock_seconds=clock_seconds,
+            seen_here=seen_here,
+            seen_there=seen_there,
+        )
+
+    @property
+    def _patience(self) -> float:
+        return _ANSWER_SECONDS + self.visibility_seconds
+
+    @contextmanager
+    def _started(self, name: str) -> Iterator["_Step"]:
+        words = [*srun_words(self.flags, name, self._patience), "bash", "-c", self._script()]
+        try:
+            process = subprocess.Popen(
+                words,
+                env=_environment(self.flags),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        except FileNotFoundError as error:
+            raise UserError("srun: not found; the probe of a compute node needs it") from error
+        step = _Step(process)
+        try:
+            yield step
+        finally:
+            step.end()
+            # an srun that was killed may leave its allocation
+            with contextlib.suppress(FedllmError, CommandRefused):
+                call(["scancel", "--quiet", f"--name={name}", f"--user={os.getuid()}"])
+
+    def _script(self) -> str:
+        python = self.section.python or shlex.quote(sys.executable)
+        words = ["-m", "fedllm.steps.probe", str(self.folder)]
+        words += [f"--also={path}" for path in self.also if path.exists()]
+        words += [f"--patience={self.visibility_seconds}"]
+        words += [f"--node-local={self.node_local}"] if self.node_local else []
+        return "\n".join(
+            [
+                f'echo "{_START}${{SLURMD_NODENAME:-$(hostname)}}"',
+                *self.section.setup,
+                # what a job's program would import, not what lies in the working directory
+                "export PYTHONSAFEPATH=1",
+                f"exec {python} -u {shlex.join(words)}",
+            ]
+        )
+
+    def _node(self, step: "_Step", name: str) -> str:
+        """Return the node on which the probe starts, once it does."""
+        try:
+            return step.find(_started_on, self.wait_seconds)
+        except TimeoutError as error:
+            seconds = f"{self.wait_seconds:.0f} s"
+            raise ProbeWaits(f"no node within {seconds} ({_reason(name)})") from error
+
+    def _told(self, step: "_Step", node: str, kind: type[_Told]) -> _Told:
+        def parse(line: str) -> _Told | None:
+            try:
+                return kind.model_validate_json(line)
+            except ValidationError:
+                return None
+
+        try:
+            return step.find(parse, self._patience)
+        except TimeoutError as error:
+            raise ProbeFailed(f"node {node}: no answer within {self._patience:.0f} s") from error
+        except ProbeFailed as error:
+            raise ProbeFailed(f"node {node}: {error}") from error
+
+
+def srun_words(flags: Flags, name: str, seconds: float) -> list[str]:
+    """Return srun with those of sbatch's flags that choose and size a node."""
+    chosen = {flag: value for flag, value in flags.items() if flag not in _NOT_OF_A_PROBE}
+    return [
+        "srun",
+        *("--nodes=1", "--ntasks=1", f"--job-name={name}", "--kill-on-bad-exit=1"),
+        # the first line is waited for apart
+        f"--time={math.ceil(seconds / 60)}",
+        *words_of(chosen),
+    ]
+
+
+def probed(flags: Flags) -> tuple[tuple[str, str], ...]:
+    """Return what of the flags decides which node a probe gets: equal for one probe of both."""
+    return tuple(sorted((f, str(v)) for f, v in flags.items() if f not in _NOT_OF_A_PROBE))
+
+
+def _started_on(line: str) -> str | None:
+    return line.removeprefix(_START) if line.startswith(_START) else None
+
+
+def _environment(flags: Flags) -> dict[str, str]:
+    """Return srun's environment: a site's defaults have other names there than for sbatch."""
+    kept = clean_environment(configured=flags)
+    return {
+        name.replace(_SITE_DEFAULT, "SLURM_", 1) if name.startswith(_SITE_DEFAULT) else name: value
+        for name, value in kept.items()
+    }
+
+
+def _reason(name: str) -> str:
+    try:
+        words = ["squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}", "-o", "%r"]
+        said = call(words).strip()
+    except (FedllmError, CommandRefused):
+        said = ""
+    return f"Slurm's reason: {said}" if said else "Slurm says no reason"
+
+
+class _Step:
+    """A running srun: lines from it, with patience, and words to it."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._complaints: list[str] = []
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        self._in, self._out, self._err = process.stdin, process.stdout, process.stderr
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._out,), daemon=True),
+            threading.Thread(target=self._complaints.extend, args=(self._err,), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            self._lines.put(line.rstrip("\n"))
+        self._lines.put(None)
+
+    def find(self, parse: Callable[[str], _Found | None], seconds: float) -> _Found:
+        """Return the first line that means something; what `scheduler.setup` prints does not.
+
+        Raises:
+            TimeoutError: none came in time.
+            ProbeFailed: srun ended without it.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._lines.get(timeout=max(end - time.monotonic(), 0.001))
+            except queue.Empty as error:
+                raise TimeoutError from error
+            if line is None:
+                raise ProbeFailed(self._last_words())
+            found = parse(line)
+            if found is not None:
+                return found
+
+    def say(self, word: str) -> None:
+        """Give it a line."""
+        with contextlib.suppress(BrokenPipeError):
+            self._in.write(f"{word}\n")
+            self._in.flush()
+
+    def end(self) -> None:
+        """End it, whether or not it ever got a node."""
+        with contextlib.suppress(BrokenPipeError):
+            self._in.close()
+        try:
+            self._process.wait(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
+        for reader, stream in zip(self._readers, (self._out, self._err), strict=True):
+            reader.join(timeout=_END_SECONDS)
+            stream.close()
+
+    def _last_words(self) -> str:
+        for reader in self._readers:
+            reader.join(timeout=_END_SECONDS)
+        lines = [line.strip() for line in self._complaints if line.strip()]
+        own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: "))]
+        errors = [line for line in lines if "error: " in line]
+        # what the node's shell or Python said, else what Slurm did
+        told = (own or errors or lines)[-1:] or [f"exit status {self._process.wait()}"]
+        return told[0].removeprefix("srun: ").removeprefix("error: ")

@@ -1,0 +1,89 @@
+"""The command `doctor` where there is no cluster."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import in_process
+from tests.slurm.runs import settings
+from tests.tiny import Tiny
+
+
+def found(*words: object) -> tuple[int, dict[str, dict[str, str]]]:
+    """Return the exit code of a doctor and what it found, by check."""
+    done = in_process("doctor", *words, "--json")
+    assert not done.stderr, done.stderr
+    return done.returncode, {each["check"]: each for each in json.loads(done.stdout)}
+
+
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without Slurm's commands."""
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("kind", ["local", "inline"])
+def test_without_a_cluster_storage_and_paths_are_looked_at_and_the_rest_says_why_not(
+    tiny: Tiny, tmp_path: Path, kind: str
+) -> None:
+    words = ("--run-dir", tmp_path / "run", *settings(f"scheduler.kind={kind}"))
+    code, checks = found(tiny.config, *words)
+    assert code == 0
+    assert checks["configuration"]["level"] == "ok"
+    assert checks["model.path"]["found"] == f"{tiny.model} is here"
+    assert checks["slurm"]["level"] == "not done"
+    assert kind in checks["slurm"]["found"]
+    assert "hard links and fsync hold" in checks["storage of runs"]["found"]
+    assert "storage of cache" in checks
+    assert checks["group"]["level"] == "not done"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_every_problem_of_a_configuration_is_a_failure_and_the_rest_is_looked_at(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    words = ("--run-dir", tmp_path / "run", *settings("rounds=0", "training.epochs=0"))
+    done = in_process("doctor", tiny.config, *words)
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("fail      configuration: rounds: ") for line in lines)
+    assert any(line.startswith("fail      configuration: training.epochs: ") for line in lines)
+    assert any("storage of runs" in line for line in lines)
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_a_cluster_that_is_not_there_is_one_failure_and_what_it_keeps_from_being_done(
+    tmp_path: Path,
+) -> None:
+    code, checks = found("--run-dir", tmp_path / "run")
+    assert code == 2
+    assert checks["slurm"]["level"] == "fail"
+    assert "not found" in checks["slurm"]["found"]
+    assert checks["compute nodes"]["level"] == "not done"
+    assert [each["check"] for each in checks.values() if each["level"] == "fail"] == ["slurm"]
+
+
+def test_paths_and_names_that_are_not_here_are_told_with_their_keys(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    changes = ("model.path=owner/name", f"data.path={tmp_path / 'no'}", "storage.group=no-such")
+    words = ("--run-dir", tmp_path / "run", *settings("scheduler.kind=inline", *changes))
+    code, checks = found(tiny.config, *words)
+    assert code == 2
+    assert checks["model.path"]["level"] == "warn"
+    assert "fedllm prepare" in checks["model.path"]["change"]
+    assert checks["data.path"]["level"] == "fail"
+    assert checks["group"]["level"] == "fail"
+
+
+def test_of_a_prepared_run_the_room_for_a_round_is_known(tiny: Tiny, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    changes = ("scheduler.kind=inline", "rounds=1", "evaluation.every=0")
+    words = ("--run-dir", root, *settings(*changes))
+    assert in_process("run", tiny.config, *words).returncode == 0
+    code, checks = found(tiny.config, *words)
+    assert code == 0
+    assert checks["prepared"]["level"] == "ok"
+    assert "a round publishes updates of" in checks["free space"]["found"]

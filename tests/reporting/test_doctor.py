@@ -1,0 +1,124 @@
+"""What a doctor makes of what a compute node told, and how it says it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.reporting.doctor import Wanted, describe_findings, node_findings
+from fedllm.storage.findings import Finding
+from fedllm.storage.trials import NodeRecord, Sight
+
+RUNS = Path("/shared/runs")
+HERE = {"fedllm": "1.0", "torch": "2.9"}
+
+
+def judged(sight: dict[str, Any] | None = None, wanted: dict[str, Any] | None = None, **node: Any):
+    told = {
+        "node": "n7",
+        "host": "n7.big",
+        "clock": 0.0,
+        "python": "3.11.7 (/env/bin/python)",
+        "versions": HERE,
+        "broken": {},
+        "gpus": [],
+        "cpus": 4,
+        "memory_bytes": 2**30,
+        "refused": {},
+        "absent": [],
+        "storage_problem": "",
+        "local_bytes": None,
+        "local_problem": "",
+    }
+    times = {"clock_seconds": 0.2, "seen_here": 0.1, "seen_there": 0.3}
+    needs = {
+        "key": "scheduler.sbatch.client",
+        "cpus": 1,
+        "gpus": False,
+        "versions": HERE,
+        "visibility_seconds": 90.0,
+        "node_local": None,
+        "submits": False,
+    }
+    found = node_findings(
+        "client",
+        Sight(node=NodeRecord(**(told | node)), **(times | (sight or {}))),
+        Wanted(**(needs | (wanted or {}))),
+        RUNS,
+    )
+    return {each.check.removeprefix("node n7 (client): "): each for each in found}
+
+
+def test_a_good_node_has_nothing_to_change_and_what_was_not_asked_for_is_not_done() -> None:
+    found = judged()
+    assert [f.level for f in found.values()] == ["ok"] * 4 + ["not done", "ok"]
+    assert found["storage.node_local"].level == "not done"
+    assert not any(f.change for f in found.values())
+
+
+@pytest.mark.parametrize(
+    ("sight", "node", "level", "words"),
+    [
+        ({}, {"storage_problem": "/shared is not there"}, "fail", "/shared is not there"),
+        ({}, {"absent": ["/cache"]}, "fail", "does not have /cache"),
+        ({"seen_here": None}, {}, "fail", "not seen here within 90 s"),
+        ({"seen_there": None}, {}, "fail", "not seen there within 90 s"),
+        ({"seen_there": 60.0}, {}, "warn", "there after 60.0 s"),
+        ({"clock_seconds": -400.0}, {}, "ok", "400.0 s behind"),
+    ],
+)
+def test_what_a_node_sees_of_the_shared_storage(
+    sight: dict[str, Any], node: dict[str, Any], level: str, words: str
+) -> None:
+    finding = judged(sight, **node)[f"sees {RUNS}"]
+    assert finding.level == level
+    assert words in finding.found
+    assert bool(finding.change) is (level != "ok")
+
+
+def test_packages_that_differ_or_do_not_load_fail_with_their_names() -> None:
+    other = judged(versions={"fedllm": "1.0", "torch": "2.8"})["packages"]
+    assert (other.level, "torch 2.8 (here 2.9)" in other.found) == ("fail", True)
+    broken = judged(broken={"peft": "No module named 'peft'"})["packages"]
+    assert (broken.level, "No module named 'peft'" in broken.found) == ("fail", True)
+    assert "scheduler.python" in broken.change
+
+
+def test_a_gpu_that_was_asked_for_has_to_be_seen() -> None:
+    assert judged(wanted={"gpus": True})["GPUs"].level == "fail"
+    seen = judged(wanted={"gpus": True}, gpus=["H100", "H100"])["GPUs"]
+    assert (seen.level, seen.found) == ("ok", "2 x H100")
+
+
+def test_fewer_processors_than_a_task_asks_for_are_told() -> None:
+    assert judged(wanted={"cpus": 8})["processors"].level == "warn"
+
+
+def test_the_nodes_own_folder_has_to_be_writable_where_it_is_used() -> None:
+    wanted = {"node_local": "$TMPDIR"}
+    assert judged(wanted=wanted, local_bytes=2**31)["storage.node_local"].level == "ok"
+    refused = judged(wanted=wanted, local_problem="no TMPDIR")["storage.node_local"]
+    assert (refused.level, refused.found) == ("fail", "no TMPDIR")
+
+
+def test_commands_matter_only_where_the_coordinator_may_run() -> None:
+    refused = {"sbatch": "not found"}
+    assert judged(refused=refused)["Slurm's commands"].level == "ok"
+    told = judged(wanted={"submits": True}, refused=refused)["Slurm's commands"]
+    assert (told.level, "fedllm advance" in told.change) == ("warn", True)
+
+
+def test_findings_are_lines_with_what_to_change_below_and_a_sum() -> None:
+    text = describe_findings(
+        [
+            Finding(check="slurm", level="ok", found="there"),
+            Finding(check="runs", level="fail", found="unseen", change="--run-dir"),
+        ]
+    )
+    assert text.splitlines() == [
+        "ok    slurm: there",
+        "fail  runs: unseen",
+        "      -> --run-dir",
+        "",
+        "1 ok, 0 warn, 1 fail, 0 not done",
+    ]
