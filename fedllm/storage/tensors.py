@@ -1,9 +1,9 @@
 """Tensor files: safetensors written atomically, read lazily. The only storage file with torch."""
 
 import hashlib
+import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,16 +167,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: there is none.
         DamagedUpdateError: it is truncated, altered or not a checkpoint.
     """
-    with path.open("rb") as file:
-        header = read_whole(file)
-        content = bytearray(header.data_bytes)
-        file.seek(-header.data_bytes, os.SEEK_END)
-        file.readinto(content)
+    # read once: what is checked is what is gone on with
+    content = path.read_bytes()
+    header = read_whole(io.BytesIO(content))
     try:
         record = CheckpointRecord.model_validate_json(header.records)
     except ValidationError as error:
         raise DamagedUpdateError(f"its record is not valid ({error.error_count()})") from error
-    return Checkpoint(record=record, tensors=_views(header.layout, content))
+    tensors = bytearray(memoryview(content)[len(content) - header.data_bytes :])
+    return Checkpoint(record=record, tensors=_views(header.layout, tensors))
 
 
 def _views(layout: Mapping[str, Any], content: bytearray) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """What a client was trained to before its worker ended is not trained again."""
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -107,7 +108,7 @@ def in_a_process(
             *(sys.executable, trainer.__file__),
             *(str(attempt.root), client, str(out_of(attempt)), *options),
         ],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -369,3 +370,16 @@ def test_too_little_memory_is_one_line_that_names_client_micro_batch_and_keys(
     assert failed.returncode == 1, failed.stderr
     last = failed.stderr.splitlines()[-1]
     assert last == f"OutOfMemory: client {client}: memory ran out with micro-batches {told}"
+
+
+def test_an_error_that_is_not_of_memory_stays_what_it_is(
+    attempt: AttemptPaths, session: Session
+) -> None:
+    change_training(attempt, smaller_micro_batch=True, micro_batch_size=2)
+
+    def fail(step: int, _save: Save) -> None:
+        if step == 1:
+            raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        train(opened(attempt, session), before_step=fail)

@@ -55,6 +55,7 @@ def main() -> int:
     opened = ClientRound.open(attempt, LongRows() if told.long_rows else Session())
     opened.received(told.client)
     assert opened.slots.model
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
     if told.more_mib is not None:
         limit_memory(told.more_mib)
     try:
@@ -68,6 +69,8 @@ def main() -> int:
     except FedllmError as error:
         say(f"{type(error).__name__}: {error}")
         return error.exit_code
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
     told.out.write_bytes(pickle.dumps(as_plain(trained)))
     return 0
 
@@ -82,7 +85,7 @@ def limit_memory(more_mib: int) -> None:
     """Let the process have only so much memory more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (more_mib << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def as_plain(trained: Trained) -> tuple[dict[str, object], dict[str, list[object]]]:
