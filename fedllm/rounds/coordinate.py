@@ -58,6 +58,7 @@ def advance_while_possible(run: Run) -> Work | None:
 
 def _advance_to_the_end(run: Run) -> None:
     pause_seconds = run.config.scheduler.poll_seconds
+    trouble: str | None = None
     while True:
         try:
             if advance(run):
@@ -68,7 +69,18 @@ def _advance_to_the_end(run: Run) -> None:
             pause_seconds = min(2 * pause_seconds, LONGEST_WAIT_SECONDS)
             continue
         pause_seconds = run.config.scheduler.poll_seconds
+        trouble = _told(run, trouble)
         run.scheduler.wait(pause_seconds)
+
+
+def _told(run: Run, before: str | None) -> str | None:
+    """Say when the scheduler no longer answers about tasks, and when it does again."""
+    trouble = run.scheduler.trouble()
+    if trouble and not before:
+        run.say(f"{trouble}; until then tasks count as at work")
+    elif before and not trouble:
+        run.say("the scheduler answers again")
+    return trouble
 
 
 @contextmanager

@@ -57,13 +57,12 @@ def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
         is_short = is_short or _is_short(run, paths)
         if isinstance(paths, AttemptPaths):
             tasks += at_work(run, paths)
-            look_again = _look_again_minutes(run, RoundPaths(root=paths.root.parent.parent))
+            round_paths = RoundPaths(root=paths.root.parent.parent)
+            look_again = _look_again_minutes(run, round_paths, is_short=is_short)
         else:
             tasks += active_tasks(run, known_tasks(run, paths))
     if not tasks and not is_short:
         return None
-    if is_short:
-        look_again = min(look_again or _LOOK_AGAIN_MINUTES, _LOOK_AGAIN_MINUTES)
     return Work(tasks=tuple(tasks), waits_for_room=is_short, look_again_minutes=look_again)
 
 
@@ -108,10 +107,16 @@ def _is_short(run: Run, paths: JobPaths) -> bool:
     return bool(unsent) or wanted > sum(array.tasks for array in plan.arrays)
 
 
-def _look_again_minutes(run: Run, paths: RoundPaths) -> int | None:
-    minutes = run.config.clients.deadline_minutes
-    if minutes is not None:
-        left = minutes - age_seconds(paths.cohort) / 60.0
-        return math.ceil(left) if left > 0 else _LOOK_AGAIN_MINUTES
-    cohort = run.read(CohortRecord, paths.cohort)
-    return _LOOK_AGAIN_MINUTES if cohort.enough is not None else None
+def _look_again_minutes(run: Run, paths: RoundPaths, *, is_short: bool) -> int | None:
+    """Return when a round that trains may have more to do before its arrays end."""
+    found: list[int] = []
+    if is_short or run.read(CohortRecord, paths.cohort).enough is not None:
+        found.append(_LOOK_AGAIN_MINUTES)
+    deadline_minutes = run.config.clients.deadline_minutes
+    if deadline_minutes is not None:
+        left = deadline_minutes - age_seconds(paths.cohort) / 60.0
+        found.append(math.ceil(left) if left > 0 else _LOOK_AGAIN_MINUTES)
+    if linger_minutes := run.config.scheduler.linger_minutes:
+        # workers that are through stay: they do not tell by their end
+        found.append(max(1, int(linger_minutes / 2)))
+    return min(found, default=None)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
 from fedllm.planning.classes import job_options
-from fedllm.scheduling.seam import SchedulerUnreachable, TaskState
+from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
-from fedllm.scheduling.slurm_options import refusal, sbatch_flags
+from fedllm.scheduling.slurm_options import refusal, says_no_room, sbatch_flags
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publish import storage_errors
@@ -161,6 +161,8 @@ def _submit(
         # on a cluster of clusters: `id;cluster`
         return call(command, environment=environment).strip().partition(";")[0]
     except CommandRefused as error:
+        if says_no_room(str(error)):
+            raise SchedulerFull(f"sbatch: {error}") from error
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
 
 

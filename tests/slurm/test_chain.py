@@ -80,42 +80,35 @@ def test_a_chain_makes_the_states_of_an_undisturbed_run_and_leaves_no_job(
     assert highest(RunPaths(root=root))[1].origin == 1
 
 
-def once(begun: Begun, command: str, words: str, doing: str) -> str:
+def killing(done: Path, command: str, words: str, doing: str, *, path: str, after: Path) -> str:
     """Return a PATH on which `command`, called with `words`, does something else, once."""
-    script = f'if [[ "$*" == *{words}* ]] && mkdir "{begun.folder}/once"; then {doing}; fi\n'
-    return intercept(begun.folder / "bin", command, f'{script}exec "$REAL" "$@"', os.environ)
+    script = f"""
+if [[ -e "{after}" && "$*" == *{words}* ]] && mkdir "{done}"; then {doing}; exit; fi
+exec "$REAL" "$@"
+"""
+    return intercept(done.with_suffix(".bin"), command, script, {"PATH": path})
 
 
-# what a link does first, last, and in between
-MOMENTS = {
-    "its successor is submitted, and not recorded": (
-        "sbatch",
-        "afterany:",
-        '"$REAL" "$@"; kill -9 $PPID; exit',
-    ),
-    "its arrays are submitted, and not recorded": (
-        "sbatch",
-        "fedllm-*-r0002-a01",
-        '"$REAL" "$@"; kill -9 $PPID; exit',
-    ),
-    "its arrays are recorded, its successor waits for itself": (
-        "scontrol",
-        "dependency=afterany:",
-        "kill -9 $PPID; exit",
-    ),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_link_killed_when(
-    moment: str, begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
+def test_links_killed_first_last_and_in_between_are_followed_by_one_that_goes_on(
+    begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
 ) -> None:
-    root = begun.run("run", rounds=1)
-    command, words, doing = MOMENTS[moment]
-    submit(root, path=once(begun, command, words, doing))
+    root, path = begun.run("run", rounds=1), os.environ["PATH"]
+    kills = [
+        # its successor is submitted, and not recorded
+        ("first", "sbatch", "afterany:", '"$REAL" "$@"; kill -9 $PPID'),
+        # its arrays are submitted, and not recorded
+        ("second", "sbatch", "fedllm-*-r0002-a01", '"$REAL" "$@"; kill -9 $PPID'),
+        # its arrays are recorded, its successor waits for itself alone
+        ("third", "scontrol", "dependency=afterany:", "kill -9 $PPID"),
+    ]
+    after = begun.folder
+    for name, command, words, doing in kills:
+        done = begun.folder / name
+        path = killing(done, command, words, doing, path=path, after=after)
+        after = done
+    submit(root, path=path)
     jobs = await_end(cluster, root)
-    assert (begun.folder / "once").exists()
-    assert state_of(cluster, jobs[0]) == "FAILED"
+    assert [state_of(cluster, job) for job in jobs[:4]] == [*["FAILED"] * 3, "COMPLETED"], log(root)
     assert states(root) == undisturbed, log(root)
     assert each_trained_once(RunPaths(root=root).round(2))
     assert [len(ids) for ids in arrays(cluster, root, "r0002-a0").values()] == [1]

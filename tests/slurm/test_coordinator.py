@@ -94,7 +94,7 @@ def test_a_submitted_coordinator_runs_the_resolved_configuration_and_starts_agai
     # what Slurm sends two minutes before the time limit
     cluster.slurm("scancel", "--batch", "--signal=USR2", job)
     log = run_root / "logs" / f"coordinator-{job}.log"
-    until(lambda: "time is nearly over: requeued" in log.read_text())
+    until(lambda: "the job is about to end: requeued" in log.read_text())
     assert job_is_gone(job) is False
     # no person starts it this time
     until(lambda: calls(run_root)[-1] == f"{expected} --unattended")
