@@ -1,0 +1,213 @@
+"""How often Slurm is asked, and what is made of it when it does not answer or refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config.models import SbatchSection, SchedulerSection
+from fedllm.errors import ConfigError
+from fedllm.scheduling.seam import Job, SchedulerFull, SchedulerUnreachable, TaskState
+from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm_commands import CommandRefused, InstalledCommands
+from tests.scheduling.slurm_double import Answering
+
+LISTED = "7_0|RUNNING|lab|normal|low|None\n7_1|PENDING|lab|normal|low|Priority\n"
+AWAY = SchedulerUnreachable("squeue: Unable to contact slurm controller (connect failure)")
+
+
+@pytest.fixture
+def slurm() -> Answering:
+    return Answering()
+
+
+@pytest.fixture
+def scheduler(slurm: Answering) -> SlurmScheduler:
+    return SlurmScheduler(section=SchedulerSection(query_seconds=60), commands=slurm)
+
+
+def job(folder: Path, *, tasks: int = 1, **options: Any) -> Job:
+    return Job(
+        name="fedllm-x", program="client", argv=(), tasks=tasks, log_folder=folder, options=options
+    )
+
+
+def test_states_and_reasons_come_from_one_question_a_minute(
+    slurm: Answering, scheduler: SlurmScheduler
+) -> None:
+    slurm.answers["squeue"] = LISTED
+    ids = ["7_0", "7_1", "7_2"]
+    for now in range(0, 120, 10):
+        slurm.now = float(now)
+        assert [state.value for state in scheduler.states(ids).values()] == [
+            *("running", "waiting", "gone")
+        ]
+        assert scheduler.waiting_for(ids) == {"7_1": "Priority"}
+        assert scheduler.trouble() is None
+    assert len(slurm.asked) == 2
+
+
+def test_an_outage_is_told_and_asked_about_less_and_less(
+    slurm: Answering, scheduler: SlurmScheduler
+) -> None:
+    slurm.answers["squeue"] = AWAY
+    asked = []
+    for now in range(0, 3600, 10):
+        slurm.now = float(now)
+        before = len(slurm.asked)
+        assert scheduler.states(["7_0"]) == {"7_0": TaskState.UNKNOWN}
+        if len(slurm.asked) > before:
+            asked.append(now)
+            pause = {0: 120, 120: 240}.get(now, 480)
+            assert scheduler.trouble() == (
+                f"Slurm does not answer ({AWAY}); asking again in {pause} s"
+            )
+    assert asked == [0, 120, 360, *range(840, 3600, 480)]
+    slurm.answers["squeue"] = LISTED
+    slurm.now = 4000.0
+    assert scheduler.states(["7_0"]) == {"7_0": TaskState.RUNNING}
+    assert scheduler.trouble() is None
+
+
+def test_endings_of_all_tasks_are_one_question_and_news_are_asked_at_once(
+    slurm: Answering, scheduler: SlurmScheduler
+) -> None:
+    slurm.answers["squeue"] = "7_0|FAILED|256|n1|\n7_1|COMPLETED|0|n1|\n8_0|NODE_FAIL|0|n2|\n"
+    ended = scheduler.endings(["7_0", "7_1", "8_0"])
+    assert {task: str(ending) for task, ending in ended.items()} == {
+        "7_0": "FAILED, exit code 1:0 on n1",
+        "8_0": "NODE_FAIL, exit code 0:0 on n2",
+    }
+    scheduler.endings(["7_0", "7_1", "8_0"])
+    assert (slurm.count("squeue"), slurm.count("sacct ")) == (1, 0)
+    assert "--jobs=7,8" in slurm.asked[0]
+    # nobody knows this one: again only after a while, unless there are others
+    for _ in range(3):
+        assert scheduler.endings(["9_0"]) == {}
+    assert (slurm.count("squeue"), slurm.count("sacct ")) == (2, 1)
+    scheduler.endings(["9_0", "9_1"])
+    assert slurm.count("squeue") == 3
+    slurm.now = 61.0
+    slurm.answers["sacct "] = "9_[0-1]|CANCELLED by 5|0:0|None assigned\n"
+    assert set(scheduler.endings(["9_0", "9_1"])) == {"9_0", "9_1"}
+
+
+def test_endings_are_not_asked_for_again_and_again_while_slurm_is_away(
+    slurm: Answering, scheduler: SlurmScheduler
+) -> None:
+    slurm.answers["squeue"] = slurm.answers["sacct "] = AWAY
+    for number in range(10):
+        assert scheduler.endings([f"{number}_0"]) == {}
+    assert slurm.count("squeue") == 1
+    slurm.now = 121.0
+    slurm.answers["squeue"] = "3_0|FAILED|256|n1|\n"
+    assert set(scheduler.endings(["3_0"])) == {"3_0"}
+
+
+def test_a_site_without_accounting_is_asked_once(
+    slurm: Answering, scheduler: SlurmScheduler
+) -> None:
+    slurm.answers["squeue"] = ""
+    slurm.answers["sacct "] = CommandRefused("Slurm accounting storage is disabled")
+    assert scheduler.find("a") is None
+    assert scheduler.find("b") is None
+    assert scheduler.endings(["7_0"]) == {}
+    assert slurm.count("sacct ") == 1
+
+
+def test_no_more_than_ten_submissions_fall_into_a_minute(
+    slurm: Answering, scheduler: SlurmScheduler, tmp_path: Path
+) -> None:
+    times = []
+    for _ in range(25):
+        scheduler.submit(job(tmp_path))
+        times.append(slurm.now)
+    assert times == [0.0] * 10 + [60.0] * 10 + [120.0] * 5
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "AssocMaxSubmitJobLimit; Batch job submission failed: Job violates accounting/QOS policy "
+        "(job submit limit, user's size and/or time limits)",
+        "QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates accounting/QOS "
+        "policy (job submit limit, user's size and/or time limits)",
+    ],
+)
+def test_a_full_queue_is_no_fault_of_the_configuration(
+    said: str, slurm: Answering, scheduler: SlurmScheduler, tmp_path: Path
+) -> None:
+    slurm.answers["sbatch"] = CommandRefused(said)
+    with pytest.raises(SchedulerFull, match="SubmitJob"):
+        scheduler.submit(job(tmp_path))
+    # nothing to tell of when jobs are tested
+    scheduler.check([job(tmp_path)])
+
+
+def test_where_sbatch_gives_no_reason_the_limits_tell_whether_the_queue_is_full(
+    slurm: Answering, scheduler: SlurmScheduler, tmp_path: Path
+) -> None:
+    said = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, "
+    slurm.answers["sbatch"] = CommandRefused(said + "user's size and/or time limits)")
+    # 5 at most, one runs
+    with pytest.raises(SchedulerFull):
+        scheduler.submit(job(tmp_path, tasks=5))
+    with pytest.raises(ConfigError, match=r"^scheduler\.sbatch\.client\.account: lab: refused"):
+        scheduler.submit(job(tmp_path, tasks=4, account="lab"))
+
+
+def test_all_that_is_wrong_with_all_jobs_is_told_together(slurm: Answering, tmp_path: Path) -> None:
+    sbatch = SbatchSection(
+        default={"partition": "nope"}, client={"array": "0-3"}, prepare={"time": "soon"}
+    )
+    section = SchedulerSection(sbatch=sbatch)
+    scheduler = SlurmScheduler(section=section, commands=slurm)
+    slurm.answers["sbatch --test-only --nodes=1 --time=soon"] = CommandRefused(
+        "Invalid --time specification"
+    )
+    slurm.answers["sbatch"] = CommandRefused(
+        "invalid partition specified: nope; allocation failure: Invalid partition name specified"
+    )
+    prepare = Job(
+        name="p", program="prepare", argv=(), log_folder=tmp_path, options={"time": "soon"}
+    )
+    same = [job(tmp_path, partition="nope") for _ in range(3)]
+    with pytest.raises(ConfigError) as caught:
+        scheduler.check([prepare, *same, job(tmp_path, array="0-3")])
+    assert str(caught.value).splitlines() == [
+        "scheduler.sbatch.prepare.time: soon: refused by sbatch (Invalid --time specification); "
+        "change it",
+        "scheduler.sbatch.default.partition: nope: refused by sbatch (invalid partition "
+        "specified: nope; allocation failure: Invalid partition name specified); change it; "
+        "partitions here: high, low, short",
+        "scheduler.sbatch.client.array: set by fedllm itself (the number of tasks and "
+        "scheduler.max_parallel decide it); remove it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("sleep 60", SchedulerUnreachable),
+        # what sbatch says at MaxJobCount, and does for two minutes
+        (
+            "echo 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' "
+            ">&2; exec sleep 60",
+            SchedulerFull,
+        ),
+        (
+            "echo 'sbatch: error: Batch job submission failed: Resource temporarily unavailable' "
+            ">&2; exit 1",
+            SchedulerFull,
+        ),
+    ],
+)
+def test_a_call_returns_even_if_its_command_does_not(
+    script: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "sbatch"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(error):
+        InstalledCommands(timeout_seconds=1).call(["sbatch", "file"])
