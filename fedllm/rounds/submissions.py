@@ -251,7 +251,8 @@ def job_error(run: Run, paths: JobPaths, logs: Path, outcome: OutcomeRecord) -> 
     kind = run.read(SubmissionRecord, paths.submission).kind
     blind = unseen(run.paths.root, kind, outcome.endings, logs)
     if blind:
-        return UserError(blind)
+        # no job of a run that begins so would fare better; later it may be one node's mount
+        return UserError(blind) if kind == "prepare" else RunFailed(blind)
     return RunFailed(f"{kind} job ended early ({ended or 'it left no record'}); see {logs}")
 
 

@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm.scheduling.seam import Ending
-from fedllm.storage.records import EndingRecord
-
-Endings = Mapping[str, Ending] | Mapping[str, EndingRecord]
 
 # Slurm's word for a job that ended by itself; one that was cancelled in the queue leaves no log
 _BY_ITSELF = "FAILED"
 
 
-def nodes_without_sight(endings: Endings, logs: Path) -> list[str]:
+def nodes_without_sight(endings: Mapping[str, Ending], logs: Path) -> list[str]:
     """Return the nodes on which a task failed before it could open its log in `logs`.
 
     A log is opened before the first line of a job runs: a failed task without one could not reach
@@ -27,7 +24,7 @@ def nodes_without_sight(endings: Endings, logs: Path) -> list[str]:
     )
 
 
-def unseen(root: Path, kind: str, endings: Endings, logs: Path) -> str | None:
+def unseen(root: Path, kind: str, endings: Mapping[str, Ending], logs: Path) -> str | None:
     """Return one line when nodes could not see the run directory `root`, else None."""
     nodes = nodes_without_sight(endings, logs)
     if not nodes:
