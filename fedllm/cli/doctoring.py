@@ -29,7 +29,7 @@ from fedllm.scheduling.slurm_findings import (
     partition_findings,
 )
 from fedllm.scheduling.slurm_probe import Probe, ProbeWaits, probed
-from fedllm.storage.findings import Finding
+from fedllm.storage.findings import Finding, Level
 from fedllm.storage.paths import cache_of, shipped
 from fedllm.storage.publish import make_folder
 from fedllm.storage.trials import Sight, existing, installed, trial_folder
@@ -153,14 +153,16 @@ def _taken(kinds: Sequence[JobKind], surveyor: Surveyor) -> Generator[Finding, N
     taken = []
     for kind in kinds:
         check = f"sbatch --test-only, {kind.name}"
+        level: Level = "fail"
         try:
             lines = refusals(kind, surveyor)
         except FedllmError as error:
-            yield Finding(check=check, level="not done", found=str(error))
-            continue
-        for line in lines:
-            yield Finding(check=check, level="fail", found=line)
-        if not lines:
+            lines, level = [str(error)], "not done"
+        yield from (Finding(check=check, level=level, found=line) for line in lines)
+        if lines:
+            why = "sbatch has to take such jobs first"
+            yield Finding(check=f"compute node for {kind.name}", level="not done", found=why)
+        else:
             taken.append(kind)
     if taken:
         names = "jobs of every kind" if len(taken) == len(kinds) else _names(taken)
@@ -181,8 +183,6 @@ def _on_nodes(
     for kind in kinds:
         alike.setdefault(probed(kind.flags), []).append(kind)
     if not alike:
-        why = "sbatch takes none of the jobs"
-        yield Finding(check="compute nodes", level="not done", found=why)
         return
     parent = existing(patient.root)
     try:

@@ -35,7 +35,6 @@ _NOT_OF_A_PROBE = {
 _SITE_DEFAULT = "SBATCH_"
 # Python's start, and torch from a slow file system
 _ANSWER_SECONDS = 300.0
-# a probe that was told all goes by itself
 _END_SECONDS = 5.0
 _START = "fedllm-probe-starts-on "
 
@@ -120,10 +119,13 @@ class Probe:
         except FileNotFoundError as error:
             raise UserError("srun: not found; the probe of a compute node needs it") from error
         step = _Step(process)
+        patience = 0.0
         try:
             yield step
+            # one that was told all ends by itself
+            patience = _END_SECONDS
         finally:
-            step.end()
+            step.end(patience)
             # an srun that was killed may leave its allocation
             with contextlib.suppress(FedllmError, CommandRefused):
                 call(["scancel", "--quiet", f"--name={name}", f"--user={os.getuid()}"])
@@ -254,12 +256,12 @@ class _Step:
             self._in.write(f"{word}\n")
             self._in.flush()
 
-    def end(self) -> None:
-        """End it, whether or not it ever got a node."""
+    def end(self, patience: float) -> None:
+        """End it, whether or not it ever got a node, after so many seconds."""
         with contextlib.suppress(BrokenPipeError):
             self._in.close()
         try:
-            self._process.wait(timeout=_END_SECONDS)
+            self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self._process.terminate()
             self._process.wait()

@@ -1,10 +1,14 @@
 """The command `doctor` where there is no cluster."""
 
+import grp
 import json
 from pathlib import Path
 
 import pytest
 
+from fedllm.storage.hub import hub_key
+from fedllm.storage.paths import CachePaths, RunPaths
+from fedllm.storage.records import PreparedRecord
 from tests.cli.commands import in_process
 from tests.slurm.runs import settings
 from tests.tiny import Tiny
@@ -87,3 +91,36 @@ def test_of_a_prepared_run_the_room_for_a_round_is_known(tiny: Tiny, tmp_path: P
     assert code == 0
     assert checks["prepared"]["level"] == "ok"
     assert "a round publishes updates of" in checks["free space"]["found"]
+
+
+@pytest.mark.parametrize(("mode", "level"), [(0o2770, "ok"), (0o750, "ok"), (0o700, "warn")])
+def test_a_group_needs_a_way_to_the_runs(tiny: Tiny, tmp_path: Path, mode: int, level: str) -> None:
+    group = grp.getgrgid(tmp_path.stat().st_gid).gr_name
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    changes = ("scheduler.kind=inline", f"storage.group={group}")
+    _, checks = found(tiny.config, "--run-dir", shared / "run", *settings(*changes))
+    assert checks["group"]["level"] == level
+    assert (str(shared) in checks["group"]["change"]) is (level == "warn")
+
+
+def test_a_fetched_model_needs_no_network(tiny: Tiny, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    CachePaths(root=cache).model(hub_key("owner/name", None)).mkdir(parents=True)
+    changes = ("scheduler.kind=inline", "model.path=owner/name", f"storage.cache={cache}")
+    _, checks = found(tiny.config, "--run-dir", tmp_path / "run", *settings(*changes))
+    assert checks["model.path"]["level"] == "ok"
+    assert "was fetched to" in checks["model.path"]["found"]
+
+
+def test_a_prepared_run_whose_base_is_gone_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    words = ("--run-dir", root, *settings("scheduler.kind=inline", "evaluation.every=0"))
+    assert in_process("run", tiny.config, *words, *settings("rounds=1")).returncode == 0
+    prepared = PreparedRecord.read(RunPaths(root=root).prepared)
+    gone = prepared.model_copy(update={"model_path": str(tmp_path / "gone")})
+    gone.publish(RunPaths(root=root).prepared)
+    code, checks = found(tiny.config, *words)
+    assert code == 2
+    assert checks["prepared"]["level"] == "fail"

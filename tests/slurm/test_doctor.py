@@ -89,9 +89,11 @@ def test_each_wrong_option_is_told_with_its_key_and_the_rest_is_looked_at(
     changes = ("scheduler.sbatch.aggregate.partition=nowhere", "scheduler.python=/no/python")
     done = diagnosis(tiny, tmp_path / "run", *changes)
     assert done.returncode == 2
-    failed = {k: each["found"] for k, each in findings(done).items() if each["level"] == "fail"}
+    found = findings(done)
+    failed = {check: f["found"] for check, f in found.items() if f["level"] == "fail"}
     refused = failed.pop("sbatch --test-only, aggregate")
     assert refused.startswith("scheduler.sbatch.aggregate.partition: nowhere: refused by sbatch")
+    assert found["compute node for aggregate"]["level"] == "not done"
     (python,) = failed.values()
     assert "/no/python: No such file or directory" in python
 
@@ -106,3 +108,20 @@ def test_a_full_cluster_is_said_with_slurms_reason_and_the_probe_is_withdrawn(
     assert "no node within 2 s (Slurm's reason: " in done.stdout
     assert "fedllm doctor --wait 3600" in done.stdout
     assert "fedllm-doctor" not in cluster.slurm("squeue", "-h", "-o", "%j", "--states=PENDING")
+
+
+@pytest.mark.parametrize("cluster", ["limited"], indirect=True)
+def test_limits_and_rights_of_the_user_are_told(
+    tiny: Tiny, cluster: Cluster, tmp_path: Path
+) -> None:
+    changes = ("scheduler.sbatch.aggregate.account=denied", "scheduler.python=/no/python")
+    found = findings(diagnosis(tiny, tmp_path / "run", *changes))
+    limits = found["limits of account lab, QOS normal, partition low"]["found"]
+    assert "queued 5" in limits
+    assert "scheduler.sbatch.aggregate.account" in found["sbatch --test-only, aggregate"]["found"]
+    assert f"MaxArraySize {cluster_array_size(cluster)}" in found["arrays"]["found"]
+
+
+def cluster_array_size(cluster: Cluster) -> str:
+    said = cluster.slurm("scontrol", "show", "config")
+    return next(line.split()[-1] for line in said.splitlines() if line.startswith("MaxArraySize"))
