@@ -1,0 +1,124 @@
+"""A coordinator that stays says what it waits for; one that does not knows when to look again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedllm.rounds.advance import advance
+from fedllm.rounds.coordinate import advance_while_possible, coordinate
+from fedllm.rounds.work import Work, work_of
+from fedllm.scheduling.seam import Job, SchedulerUnreachable
+from fedllm.storage.lease import Lease
+from tests.rounds.cluster import HandMoved, hand_moved, paths_of
+from tests.rounds.simulation import Simulation
+
+
+class Silent(HandMoved):
+    """Does not answer for a while; its workers work when it was waited for long enough."""
+
+    def __init__(self, refused: int, troubles: Iterator[str | None]) -> None:
+        super().__init__(Simulation())
+        self.refused = refused
+        self.troubles = troubles
+        self.waited: list[float] = []
+
+    def submit(self, job: Job) -> list[str]:
+        if self.refused:
+            self.refused -= 1
+            raise SchedulerUnreachable("sbatch: no answer")
+        return super().submit(job)
+
+    def trouble(self) -> str | None:
+        return next(self.troubles)
+
+    def wait(self, seconds: float) -> None:
+        self.waited.append(seconds)
+        if len(self.waited) > 3:
+            self.work(*self.alive)
+
+
+@pytest.fixture
+def cluster() -> HandMoved:
+    return HandMoved(Simulation())
+
+
+def test_who_need_not_stay_waits_for_the_tasks_at_work(tmp_path: Path, cluster: HandMoved) -> None:
+    assert advance_while_possible(hand_moved(tmp_path, cluster)) == Work(tasks=tuple(cluster.alive))
+    ended, *left = cluster.alive
+    cluster.end("FAILED", ended)
+    # the first gave its lease back
+    assert advance_while_possible(hand_moved(tmp_path, cluster)) == Work(tasks=tuple(left))
+    cluster.work(*cluster.alive)
+    assert advance_while_possible(hand_moved(tmp_path, cluster)) is None
+    Lease.acquire(paths_of(tmp_path))
+
+
+def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    on_slurm = {"scheduler__kind": "slurm", "storage__visibility_seconds": 0.05}
+    advance_while_possible(hand_moved(tmp_path, cluster, **on_slurm))
+    cluster.end("FAILED", *cluster.alive)
+    # one who comes later would count anew
+    work = advance_while_possible(hand_moved(tmp_path, cluster, **on_slurm))
+    assert work is not None
+    assert set(work.tasks) == set(cluster.alive)
+    assert paths_of(tmp_path).round(1).last_attempt() == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "minutes"),
+    [
+        ({}, None),
+        ({"clients__deadline_minutes": 30}, 30),
+        # long past: enough updates may come any time
+        ({"clients__deadline_minutes": 1e-9, "clients__quorum": 1.0}, 5),
+        ({"clients__over_sample": 0.5}, 5),
+        # before workers that wait for the next round have gone
+        ({"scheduler__linger_minutes": 8}, 4),
+        ({"scheduler__linger_minutes": 0.5}, 1),
+        ({"scheduler__linger_minutes": 60, "clients__deadline_minutes": 20}, 20),
+    ],
+)
+def test_where_a_round_may_go_on_while_tasks_are_at_work_the_next_look_has_a_time(
+    tmp_path: Path, cluster: HandMoved, changes: dict[str, object], minutes: int | None
+) -> None:
+    work = advance_while_possible(hand_moved(tmp_path, cluster, **changes))
+    assert work is not None
+    assert work.tasks
+    assert work.look_again_minutes == minutes
+
+
+def test_workers_that_linger_are_not_waited_for(tmp_path: Path, cluster: HandMoved) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__linger_minutes=10)
+    assert not advance(run)
+    first, *others = cluster.alive
+    cluster.start(first)
+    cluster.note(first, "lingering")
+    assert set(work_of(run).tasks) == set(others)
+
+
+def test_tasks_that_found_no_room_are_waited_for_too(tmp_path: Path) -> None:
+    cluster = HandMoved(Simulation(), most_tasks=3)
+    work = advance_while_possible(hand_moved(tmp_path, cluster))
+    assert work == Work(tasks=tuple(cluster.alive), waits_for_room=True, look_again_minutes=5)
+    full = HandMoved(Simulation(), most_tasks=0)
+    none = advance_while_possible(hand_moved(tmp_path / "full", full))
+    assert none == Work(tasks=(), waits_for_room=True)
+
+
+def test_a_scheduler_that_does_not_answer_is_asked_again_ever_more_rarely(tmp_path: Path) -> None:
+    cluster = Silent(refused=3, troubles=iter([None] * 99))
+    heard: list[str] = []
+    coordinate(hand_moved(tmp_path, cluster, heard, scheduler__poll_seconds=1))
+    assert cluster.waited[:4] == [1, 2, 4, 1]
+    assert heard.count("sbatch: no answer; asking again in 4 s") == 1
+
+
+def test_when_it_falls_silent_and_when_it_answers_again_is_said_once(tmp_path: Path) -> None:
+    cluster = Silent(refused=0, troubles=iter([None, "no answer", "no answer", None]))
+    heard: list[str] = []
+    coordinate(hand_moved(tmp_path, cluster, heard))
+    told = [line for line in heard if "answer" in line]
+    assert told == ["no answer; until then tasks count as at work", "the scheduler answers again"]
