@@ -168,7 +168,7 @@ class SimulatedSlurm:
         return f"Submitted batch job {array.id}\n"
 
     def _require_room(self, tasks: int) -> None:
-        if tasks > self.max_array_size - 1:
+        if tasks > self.max_array_size:
             raise CommandRefused("Batch job submission failed: Invalid job array specification")
         queued = sum(task.state in _ALIVE for task in self._listed())
         if self.max_submit_jobs is not None and queued + tasks > self.max_submit_jobs:

@@ -174,19 +174,24 @@ def _configured_minutes(worker_class: str, options: SbatchOptions) -> float | No
 
 def next_arrays(
     wanted: Mapping[str, int], *, largest: Mapping[str, int], free_tasks: int | None
-) -> dict[str, int]:
-    """Return how many tasks each class may submit now, in one array each.
+) -> dict[str, list[int]]:
+    """Return the sizes of the arrays that each class may submit now.
 
     Args:
         wanted: class -> tasks that are still to be submitted.
         largest: class -> tasks that one array may have.
         free_tasks: tasks that limits on submitted jobs leave room for; None: any number.
     """
-    most = {name: min(count, largest[name]) for name, count in wanted.items() if count > 0}
-    if free_tasks is None or sum(most.values()) <= free_tasks:
-        return most
-    shares = largest_remainder({name: float(count) for name, count in most.items()}, free_tasks)
-    return {name: min(most[name], count) for name, count in shares.items() if count}
+    counts = {name: count for name, count in wanted.items() if count > 0}
+    if free_tasks is not None and sum(counts.values()) > free_tasks:
+        shares = {name: float(count) for name, count in counts.items()}
+        counts = largest_remainder(shares, free_tasks)
+    return {name: _split(count, largest[name]) for name, count in counts.items() if count}
+
+
+def _split(tasks: int, largest: int) -> list[int]:
+    whole, rest = divmod(tasks, largest)
+    return [largest] * whole + [rest] * bool(rest)
 
 
 def time_minutes(option: str | int | float | bool | None) -> float | None:

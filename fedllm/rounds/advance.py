@@ -25,7 +25,7 @@ def advance(run: Run) -> bool:
     federation = prepare(run)
     if federation is None:
         return False
-    for number in range(run.config.rounds + 1):
+    for number in range(run.watch.done, run.config.rounds + 1):
         if not advance_round(run, federation, number):
             break
         evaluate(run, number)

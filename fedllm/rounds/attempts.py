@@ -11,7 +11,8 @@ from fedllm.rounds.losses import excluded_nodes, options_after_losses
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import array_name, submit
 from fedllm.rounds.waves import next_wave
-from fedllm.storage.paths import RunPaths
+from fedllm.scheduling.seam import Capacity
+from fedllm.storage.paths import MOST_ENTRIES, RunPaths
 from fedllm.storage.records import (
     CohortClient,
     CohortRecord,
@@ -58,12 +59,17 @@ def start_attempt(
         command=[str(paths.attempt(number).root)],
         arrays=[],
         bundles=[bundle for each in classes for bundle in each.bundles],
-        workers={c.worker_class: _workers(c, len(adopted[c.worker_class])) for c in classes},
+        workers={
+            c.worker_class: workers_record(
+                c, capacities[c.worker_class], len(adopted[c.worker_class])
+            )
+            for c in classes
+        },
         adopted=[task for tasks in adopted.values() for task in tasks],
         one_bundle=run.config.scheduler.clients_per_task != "auto",
         excluded_nodes=excluded,
     )
-    plan = plan.model_copy(update={"arrays": next_wave(run, plan, capacities)})
+    plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
     run.say(_told(run, plan, len(missing), number))
     submit(run, paths.attempt(number), plan, run.paths.logs(cohort.round))
 
@@ -85,10 +91,13 @@ def _last_collection(paths: RunPaths, round_number: int) -> CollectionRecord | N
     return CollectionRecord.find(paths.round(round_number - 1).collection)
 
 
-def _workers(plan: ClassPlan, adopted: int) -> WorkersRecord:
+def workers_record(plan: ClassPlan, capacity: Capacity, adopted: int = 0) -> WorkersRecord:
+    """Return the workers of a class that are to be submitted, beside those taken over."""
     return WorkersRecord(
         tasks=plan.workers - adopted,
         parallel=max(1, plan.parallel - adopted),
+        # each leaves a log in the array's folder, beside its sbatch file
+        largest_array=min(capacity.largest_array, MOST_ENTRIES - 1),
         minutes=plan.minutes,
         options=plan.options,
     )

@@ -10,7 +10,13 @@ from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import is_mine, known_tasks, settle, was_preempted
 from fedllm.scheduling.seam import TaskState
 from fedllm.storage.paths import AttemptPaths, RoundPaths
-from fedllm.storage.records import JobsRecord, OutcomeRecord, SubmissionRecord, TaskRecord
+from fedllm.storage.records import (
+    ClaimRecord,
+    JobsRecord,
+    OutcomeRecord,
+    SubmissionRecord,
+    TaskRecord,
+)
 from fedllm.storage.updates import Scan
 
 # a node may be to blame for these; not for time, memory or preemption
@@ -28,10 +34,9 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
     if not run.watch.is_due(("silent", attempt.root), min(60.0, hung_seconds / 4)):
         return
     states = run.scheduler.states(known_tasks(run, attempt))
-    for task, state in states.items():
+    running = [task for task, state in states.items() if state is TaskState.RUNNING]
+    for task in [task for task in running if task not in run.watch.cancelled]:
         path = attempt.task(task)
-        if state is not TaskState.RUNNING or task in run.watch.cancelled:
-            continue
         silent = run.watch.silent_seconds(task, _modified_ns(path))
         record = TaskRecord.find(path) if silent >= hung_seconds else None
         if silent < hung_seconds or (record and record.state == "lingering"):
@@ -41,6 +46,37 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         run.watch.cancelled[task] = why
         run.say(f"{task}: {why}; cancelled, its clients train elsewhere")
         run.scheduler.cancel([task])
+
+
+def end_idle_workers(run: Run, attempt: AttemptPaths) -> None:
+    """Cancel tasks that wait in the queue once every bundle is taken by others.
+
+    They would start for nothing, and until then take room under the limits. A requeued task that
+    waits holds bundles: it stays.
+    """
+    if not run.watch.is_due(("idle", attempt.root), run.config.scheduler.query_seconds):
+        return
+    waiting, _ = idle_and_running(run, attempt)
+    plan = run.read(SubmissionRecord, attempt.submission)
+    if not waiting or len(attempt.claim_files()) < len(plan.bundles):
+        return
+    # every bundle has its claim now: they are read once
+    holders = run.watch.holders.get(attempt.root)
+    if holders is None:
+        holders = {ClaimRecord.read(path).task for path in attempt.claim_files()}
+        run.watch.holders[attempt.root] = holders
+    if idle := [task for task in waiting if task not in holders]:
+        run.lease.check()
+        run.scheduler.cancel(idle)
+
+
+def idle_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[str]]:
+    """Return the tasks of an attempt that wait in the queue, and those that may be at work."""
+    ids = known_tasks(run, attempt)
+    states = run.scheduler.states(ids) if ids else {}
+    waiting = [task for task, state in states.items() if state is TaskState.WAITING]
+    gone = {task for task, state in states.items() if state is TaskState.GONE}
+    return waiting, [task for task in ids if task not in gone and task not in waiting]
 
 
 def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:

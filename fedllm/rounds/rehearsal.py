@@ -1,7 +1,7 @@
 """What the first round of a configuration would submit; nothing is submitted or written."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config.models import Config, SbatchOptions
@@ -9,8 +9,9 @@ from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import job_options, tier_options
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
+from fedllm.rounds.attempts import workers_record
 from fedllm.rounds.submissions import SingleProgram, job_of
-from fedllm.rounds.waves import arrays_within
+from fedllm.rounds.waves import arrays_within, least
 from fedllm.scheduling.seam import Job
 from fedllm.storage.paths import JobPaths, RunPaths
 from fedllm.storage.records import (
@@ -18,7 +19,6 @@ from fedllm.storage.records import (
     CohortClient,
     PreparedRecord,
     SubmissionRecord,
-    WorkersRecord,
 )
 
 _RUN_ID = "plan"
@@ -77,12 +77,7 @@ def rehearse(
         arrays=[],
         bundles=[bundle for each in classes for bundle in each.bundles],
         workers={
-            each.worker_class: WorkersRecord(
-                tasks=each.workers,
-                parallel=each.parallel,
-                minutes=each.minutes,
-                options=each.options,
-            )
+            each.worker_class: workers_record(each, capacities[each.worker_class])
             for each in classes
         },
         one_bundle=config.scheduler.clients_per_task != "auto",
@@ -103,23 +98,10 @@ def _waves(
     plan: SubmissionRecord, capacities: Mapping[str, Capacity]
 ) -> Iterator[list[ArrayRecord]]:
     """Yield the arrays that go out together; the next wave when all of one have ended."""
-    while True:
-        wave: list[ArrayRecord] = []
-        while arrays := arrays_within(plan, _less(capacities, sum(a.tasks for a in wave))):
-            wave += arrays
-            plan = plan.model_copy(update={"arrays": [*plan.arrays, *arrays]})
-        if not wave:
-            return
+    room = least([capacity.free_tasks for capacity in capacities.values()])
+    while wave := arrays_within(plan, room):
+        plan = plan.model_copy(update={"arrays": [*plan.arrays, *wave]})
         yield wave
-
-
-def _less(capacities: Mapping[str, Capacity], tasks: int) -> dict[str, Capacity]:
-    return {
-        name: room
-        if room.free_tasks is None
-        else replace(room, free_tasks=max(0, room.free_tasks - tasks))
-        for name, room in capacities.items()
-    }
 
 
 def rehearsed_jobs(rehearsal: Rehearsal, run: RunPaths) -> list[Job]:

@@ -7,7 +7,13 @@ from fedllm.planning.cohorts import quorum_size
 from fedllm.planning.federation import Federation
 from fedllm.rounds.attempts import start_attempt
 from fedllm.rounds.lingering import at_work
-from fedllm.rounds.losses import close_attempt, end_silent_workers, fruitless
+from fedllm.rounds.losses import (
+    close_attempt,
+    end_idle_workers,
+    end_silent_workers,
+    fruitless,
+    idle_and_running,
+)
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import error_of, is_mine
 from fedllm.rounds.waves import send_waves
@@ -95,23 +101,29 @@ def _goes_on(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
     """Say whether an attempt has workers that train, or will have."""
     everything_sent = send_waves(run, attempt, run.paths.logs(cohort.round))
     end_silent_workers(run, attempt)
+    if everything_sent:
+        end_idle_workers(run, attempt)
     return bool(at_work(run, attempt)) or not everything_sent
 
 
 def _end_stragglers(
     run: Run, paths: RoundPaths, number: int, cohort: CohortRecord, scan: Scan
 ) -> None:
-    """End workers whose clients the round goes on without; those that linger are of use yet."""
-    if len(scan.published) == len(cohort.clients) or not number:
+    """End workers that a round needs no more; those that linger or end by themselves may stay."""
+    attempt = paths.attempt(number)
+    if not number:
         return
-    alive = at_work(run, paths.attempt(number))
-    if alive and not run.config.scheduler.linger_minutes:
+    waiting, running = idle_and_running(run, attempt)
+    late = len(scan.published) < len(cohort.clients)
+    if late:
+        run.say(
+            f"round {cohort.round}: goes on with {scan.valid} of {len(cohort.clients)} clients; "
+            f"{len(running)} tasks were at work"
+        )
+    ended = waiting + (running if late and not run.config.scheduler.linger_minutes else [])
+    if ended:
         run.lease.check()
-        run.scheduler.cancel(alive)
-    run.say(
-        f"round {cohort.round}: goes on with {scan.valid} of {len(cohort.clients)} clients; "
-        f"{len(alive)} tasks were at work"
-    )
+        run.scheduler.cancel(ended)
 
 
 def _missing(cohort: CohortRecord, scan: Scan) -> list[CohortClient]:

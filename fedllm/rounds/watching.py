@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedllm.storage.records import CohortRecord, PreparedRecord
 
@@ -17,7 +18,9 @@ class Watch:
 
     cancelled: dict[str, str] = field(default_factory=dict)
     content: PreparedRecord | None = None
+    done: int = 0
     attempts: dict[int, int] = field(default_factory=dict)
+    holders: dict[Path, set[str]] = field(default_factory=dict)
     no_room: set[str] = field(default_factory=set)
     _tiers: tuple[CohortRecord, Mapping[str, str]] | None = None
     _next: dict[object, float] = field(default_factory=dict)

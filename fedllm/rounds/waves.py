@@ -4,15 +4,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.workers import next_arrays
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import all_sent, submit
-from fedllm.scheduling.seam import Capacity
+from fedllm.rounds.submissions import active_tasks, all_sent, submit
 from fedllm.storage.paths import MOST_ENTRIES, AttemptPaths
-from fedllm.storage.records import ArrayRecord, SubmissionRecord
-
-# each leaves a log in the array's folder, beside its sbatch file
-_MOST_TASKS = MOST_ENTRIES - 1
+from fedllm.storage.records import ArrayRecord, JobsRecord, SubmissionRecord
 
 
 def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
@@ -26,12 +23,12 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     plan = run.read(SubmissionRecord, attempt.submission)
     if not any(_left(plan).values()):
         return True
-    # each look costs questions to the scheduler and a listing of claims
+    # each look costs a listing of claims, and may cost a question to the scheduler
     if not run.watch.is_due(("wave", attempt.root), run.config.scheduler.query_seconds):
         return False
     if not _unclaimed(plan, attempt):
         return True
-    arrays = next_wave(run, plan)
+    arrays = next_wave(run, plan, _alive(run, attempt))
     if arrays:
         more = plan.model_copy(update={"arrays": [*plan.arrays, *arrays]})
         submit(run, attempt, more, logs)
@@ -40,44 +37,66 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
 
 
 def next_wave(
-    run: Run, plan: SubmissionRecord, capacities: Mapping[str, Capacity] | None = None
+    run: Run, plan: SubmissionRecord, alive: Mapping[str, int] | None = None
 ) -> list[ArrayRecord]:
-    """Return the arrays to submit next, one for each class that has workers left to submit."""
-    if capacities is None:
-        left = [name for name, count in _left(plan).items() if count]
-        capacities = {name: run.scheduler.capacity(plan.workers[name].options) for name in left}
-    return arrays_within(plan, capacities)
+    """Return the arrays to submit next; `alive` are the tasks of earlier ones that did not end."""
+    wanted = _wanted(plan, alive or {})
+    rooms = [run.scheduler.room(plan.workers[name].options) for name in wanted]
+    return arrays_within(plan, least(rooms), alive)
 
 
-def arrays_within(plan: SubmissionRecord, capacities: Mapping[str, Capacity]) -> list[ArrayRecord]:
-    """Return the arrays that there is room for, one for each class that misses workers."""
-    left = {name: count for name, count in _left(plan).items() if count}
-    free = [capacities[name].free_tasks for name in left]
-    limits = [count for count in free if count is not None]
-    counts = next_arrays(
-        left,
-        largest={name: min(capacities[name].largest_array, _MOST_TASKS) for name in left},
-        free_tasks=min(limits) if limits else None,
+def arrays_within(
+    plan: SubmissionRecord, free_tasks: int | None, alive: Mapping[str, int] | None = None
+) -> list[ArrayRecord]:
+    """Return the arrays that there is room for.
+
+    The first of a class wait behind their `%N`, which shares out what may run at once. Later ones
+    have as many tasks as may start beside those that are alive.
+    """
+    wanted = _wanted(plan, alive or {})
+    sizes = next_arrays(
+        wanted,
+        largest={name: plan.workers[name].largest_array for name in wanted},
+        free_tasks=free_tasks,
     )
-    return [_array(plan, name, tasks) for name, tasks in counts.items()]
+    return [array for name, tasks in sizes.items() for array in _arrays(plan, name, tasks)]
 
 
-def _array(plan: SubmissionRecord, worker_class: str, tasks: int) -> ArrayRecord:
+def least(limits: list[int | None]) -> int | None:
+    """Return the smallest limit, None where there is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _wanted(plan: SubmissionRecord, alive: Mapping[str, int]) -> dict[str, int]:
+    wanted: dict[str, int] = {}
+    for name, left in _left(plan).items():
+        earlier = [array for array in plan.arrays if array.worker_class == name]
+        running = sum(min(a.parallel or a.tasks, alive.get(a.name, 0)) for a in earlier)
+        most = plan.workers[name].parallel - running if earlier else left
+        if min(left, most) > 0:
+            wanted[name] = min(left, most)
+    return wanted
+
+
+def _arrays(plan: SubmissionRecord, worker_class: str, sizes: list[int]) -> list[ArrayRecord]:
     workers = plan.workers[worker_class]
-    number = sum(array.worker_class == worker_class for array in plan.arrays)
-    name = f"{plan.token}-{worker_class}-{number}"
+    first = sum(array.worker_class == worker_class for array in plan.arrays)
     many = sum(w.tasks for w in plan.workers.values()) > MOST_ENTRIES // 2
-    # `%N` is per array: the arrays of a class share what may run at once
-    share = -(-workers.parallel * tasks // max(1, workers.tasks))
-    return ArrayRecord(
-        name=name,
-        worker_class=worker_class,
-        tasks=tasks,
-        options=workers.options,
-        minutes=workers.minutes,
-        parallel=max(1, min(tasks, share)),
-        logs=name.removeprefix(f"{plan.token}-") if many else "",
-    )
+    # `%N` is per array: those of a class share what may run at once
+    shares = {str(n): float(size) for n, size in enumerate(sizes)}
+    parallel = largest_remainder(shares, min(workers.parallel, sum(sizes)))
+    return [
+        ArrayRecord(
+            name=f"{plan.token}-{worker_class}-{number}",
+            worker_class=worker_class,
+            tasks=tasks,
+            options=workers.options,
+            minutes=workers.minutes,
+            parallel=max(1, parallel[str(place)]),
+            logs=f"{worker_class}-{number}" if many else "",
+        )
+        for place, (number, tasks) in enumerate(enumerate(sizes, first))
+    ]
 
 
 def _left(plan: SubmissionRecord) -> dict[str, int]:
@@ -86,6 +105,12 @@ def _left(plan: SubmissionRecord) -> dict[str, int]:
     for array in plan.arrays:
         sent[array.worker_class] += array.tasks
     return {name: max(0, w.tasks - sent[name]) for name, w in plan.workers.items()}
+
+
+def _alive(run: Run, attempt: AttemptPaths) -> dict[str, int]:
+    """Return array -> tasks that did not end."""
+    jobs = run.find(JobsRecord, attempt.jobs)
+    return {name: len(active_tasks(run, ids)) for name, ids in jobs.ids.items()} if jobs else {}
 
 
 def _unclaimed(plan: SubmissionRecord, attempt: AttemptPaths) -> bool:

@@ -26,6 +26,10 @@ class InlineScheduler:
     def check(self, jobs: Sequence[Job]) -> None:
         """There is nothing to refuse."""
 
+    def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
+        """Nothing limits the queue."""
+        return None
+
     def submit(self, job: Job) -> list[str]:
         """Run every task of the array now."""
         ids = [f"inline-{next(self._numbers)}" for _ in range(job.tasks)]

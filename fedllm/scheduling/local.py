@@ -73,6 +73,10 @@ class LocalScheduler:
     def check(self, jobs: Sequence[Job]) -> None:
         """There is nothing to refuse."""
 
+    def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
+        """Nothing limits the queue."""
+        return None
+
     def submit(self, job: Job) -> list[str]:
         """Queue the tasks; free workers take them at once."""
         numbers = itertools.islice(self._numbers, job.tasks)

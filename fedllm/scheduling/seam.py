@@ -54,6 +54,9 @@ class Scheduler(Protocol):
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
         """Return what there is room for, for tasks of these options, as far as it is known."""
 
+    def room(self, options: Mapping[str, Option]) -> int | None:
+        """Return how many tasks may be submitted now; None: no limit is known."""
+
     def check(self, jobs: Sequence[Job]) -> None:
         """Ask whether jobs could be submitted as they are; submit nothing.
 

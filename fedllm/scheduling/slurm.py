@@ -17,7 +17,7 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.scheduling.seam import Capacity, Ending, Job, Option, SchedulerFull, TaskState
-from fedllm.scheduling.slurm_capacity import Surveyor
+from fedllm.scheduling.slurm_capacity import Surveyor, spare
 from fedllm.scheduling.slurm_check import problems
 from fedllm.scheduling.slurm_commands import (
     CommandRefused,
@@ -138,6 +138,11 @@ class SlurmScheduler:
         flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
         most = self.section.max_parallel
         return self._surveyor.capacity(flags, queued=self._queue.queued(), max_parallel=most)
+
+    def room(self, options: Mapping[str, Option]) -> int | None:
+        """Return how many tasks MaxSubmitJobs and its like leave room for beside what is queued."""
+        flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
+        return spare(self._surveyor.room(flags, queued=self._queue.queued()))
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Have sbatch test jobs, and find what it lets pass but Slurm never starts.

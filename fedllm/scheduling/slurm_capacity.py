@@ -4,6 +4,7 @@ import os
 import pwd
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from fedllm.errors import UserError
 from fedllm.scheduling import slurm_limits, slurm_nodes
@@ -20,11 +21,15 @@ from fedllm.scheduling.slurm_limits import (
     Place,
 )
 from fedllm.scheduling.slurm_nodes import NODE_COLUMNS, Request
+from fedllm.storage.paths import MOST_ENTRIES
 
 # a folder of logs and their sbatch files stays small
-LARGEST_ARRAY = 400
+LARGEST_ARRAY = MOST_ENTRIES
 # one job more than arrays take: aggregation and evaluation need a place in the queue too
 _KEPT = 1
+# in multiples and parts of `scheduler.query_seconds`
+_LIMITS_LAST = 10
+_MOMENTS = 10
 _WITH_LIMITS = {"limits", "qos", "safe"}
 
 
@@ -57,7 +62,7 @@ class Survey:
 
 
 class Surveyor:
-    """Asks Slurm about its limits: each question at most once in `query_seconds`.
+    """Asks Slurm about its limits, each question once in a while; idle resources, when it plans.
 
     What cannot be learned limits nothing: sbatch has the last word.
     """
@@ -69,7 +74,7 @@ class Surveyor:
 
     def survey(self, flags: Mapping[str, object]) -> Survey:
         """Return what limits a job of these sbatch options."""
-        said = self._ask("scontrol", "show", "config", lasting=True)
+        said = self._ask("scontrol", "show", "config", lasts=inf)
         listed = self._ask("scontrol", "--all", "--oneliner", "show", "partition") if said else None
         if said is None or listed is None:
             return Survey(configuration=None)
@@ -118,7 +123,7 @@ class Surveyor:
             free_slots=most if fits is None else min(most, fits),
             most_parallel=most,
             largest_array=max(1, min(size for size in sizes if size is not None)),
-            free_tasks=None if free is None else max(0, free - _KEPT),
+            free_tasks=spare(free),
             most_minutes=found.most_minutes,
         )
 
@@ -132,7 +137,9 @@ class Surveyor:
         columns = ",".join(f"{column}:|" for column in NODE_COLUMNS)
         where = ",".join(partition.name for partition in found.partitions)
         only = [f"--partition={where}"] if where else []
-        said = self._ask("sinfo", "--noheader", "--Node", *only, "-O", columns)
+        # one answer for the classes of a plan
+        moment = self._query_seconds / _MOMENTS
+        said = self._ask("sinfo", "--noheader", "--Node", *only, "-O", columns, lasts=moment)
         if said is None:
             return None
         try:
@@ -156,7 +163,7 @@ class Surveyor:
         words = ("--noheader", "--parsable2", "show", kind, *which, f"format={','.join(columns)}")
         return self._ask("sacctmgr", *words)
 
-    def _ask(self, *words: str, lasting: bool = False) -> str | None:
+    def _ask(self, *words: str, lasts: float | None = None) -> str | None:
         now = self._commands.monotonic()
         until, said = self._answers.get(words, (now, None))
         if now < until:
@@ -165,9 +172,14 @@ class Surveyor:
             said = self._commands.call(words)
         except (SchedulerUnreachable, CommandRefused, UserError):
             said = None
-        lasts = lasting and said is not None
-        self._answers[words] = (float("inf") if lasts else now + self._query_seconds, said)
+        seconds = _LIMITS_LAST * self._query_seconds if lasts is None else lasts
+        self._answers[words] = (now + (self._query_seconds if said is None else seconds), said)
         return said
+
+
+def spare(room: int | None) -> int | None:
+    """Return how many of the tasks that there is room for may be workers."""
+    return None if room is None else max(0, room - _KEPT)
 
 
 def _named(flags: Mapping[str, object]) -> Place:

@@ -189,10 +189,11 @@ class ArrayRecord(Record):
 
 
 class WorkersRecord(Record):
-    """The workers that an attempt wants of a class: tasks in all, and at once."""
+    """The workers that an attempt wants of a class: tasks in all, at once, and in one array."""
 
     tasks: int
     parallel: int
+    largest_array: int = 1
     minutes: float | None = None
     options: dict[str, str | int | float | bool | None] = {}
 

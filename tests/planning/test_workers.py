@@ -171,10 +171,11 @@ def test_times_are_read_as_sbatch_reads_them(option: str | int | None, minutes: 
 
 def test_arrays_are_split_at_their_largest_size_and_at_the_room_in_the_queue() -> None:
     largest = {"a": 10, "b": 10}
-    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=None) == {"a": 10, "b": 3}
-    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=20) == {"a": 10, "b": 3}
-    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=5) == {"a": 4, "b": 1}
-    assert next_arrays({"a": 25, "b": 3}, largest=largest, free_tasks=0) == {}
+    wanted = {"a": 25, "b": 3}
+    assert next_arrays(wanted, largest=largest, free_tasks=None) == {"a": [10, 10, 5], "b": [3]}
+    assert next_arrays(wanted, largest=largest, free_tasks=28) == {"a": [10, 10, 5], "b": [3]}
+    assert next_arrays(wanted, largest=largest, free_tasks=5) == {"a": [4], "b": [1]}
+    assert next_arrays(wanted, largest=largest, free_tasks=0) == {}
     assert next_arrays({"a": 0}, largest=largest, free_tasks=None) == {}
 
 
@@ -189,7 +190,9 @@ def test_waves_submit_every_task_in_the_end(
     left = dict(wanted)
     for _ in range(200):
         wave = next_arrays(left, largest=dict.fromkeys(left, largest), free_tasks=free)
-        assert sum(wave.values()) <= (math.inf if free is None else free)
-        assert all(0 < count <= min(largest, left[name]) for name, count in wave.items())
-        left = {name: count - wave.get(name, 0) for name, count in left.items()}
+        sent = {name: sum(sizes) for name, sizes in wave.items()}
+        assert sum(sent.values()) <= (math.inf if free is None else free)
+        assert all(0 < size <= largest for sizes in wave.values() for size in sizes)
+        assert all(count <= left[name] for name, count in sent.items())
+        left = {name: count - sent.get(name, 0) for name, count in left.items()}
     assert not any(left.values()) or free == 0

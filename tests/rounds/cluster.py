@@ -30,11 +30,16 @@ class HandMoved:
         self._numbers = itertools.count(1)
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
-        del options
-        free = None if self.most_tasks is None else self.most_tasks - len(self.alive)
         return Capacity(
-            free_slots=100, most_parallel=100, largest_array=self.largest_array, free_tasks=free
+            free_slots=100,
+            most_parallel=100,
+            largest_array=self.largest_array,
+            free_tasks=self.room(options),
         )
+
+    def room(self, options: Mapping[str, Option]) -> int | None:
+        del options
+        return None if self.most_tasks is None else self.most_tasks - len(self.alive)
 
     def submit(self, job: Job) -> list[str]:
         if self.most_tasks is not None and len(self.alive) + job.tasks > self.most_tasks:
