@@ -1,5 +1,7 @@
 """The file given to sbatch, and what is said when sbatch refuses it; no Slurm is needed."""
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +9,27 @@ import pytest
 
 from fedllm.config.models import SbatchSection, SchedulerSection
 from fedllm.errors import ConfigError
-from fedllm.scheduling.seam import Job
+from fedllm.scheduling.seam import Job, Program
 from fedllm.scheduling.slurm import SlurmScheduler
 from fedllm.scheduling.slurm_commands import clean_environment
 from fedllm.scheduling.slurm_options import TASK_DEFAULTS, refusal, sbatch_flags
 
 
-def text_of(options: dict[str, Any], *, tasks: int = 3, **scheduler: Any) -> list[str]:
+def text_of(
+    options: dict[str, Any],
+    *,
+    tasks: int = 3,
+    parallel: int | None = None,
+    program: Program = "client",
+    **scheduler: Any,
+) -> list[str]:
     section = SchedulerSection(python="/env/bin/python", **scheduler)
     job = Job(
         name="fedllm-x-r0001-a01-small-0",
-        program="client",
+        program=program,
         argv=("/run/rounds/0001/attempts/01", "--class", "small"),
         tasks=tasks,
+        parallel=parallel,
         log_folder=Path("/run/logs/0001"),
         options=options,
     )
@@ -48,6 +58,67 @@ def test_the_file_runs_our_program_as_a_throttled_array_with_everything_explicit
     assert command.endswith(
         " /env/bin/python -u /jobs/client.py /run/rounds/0001/attempts/01 --class small"
     )
+
+
+def test_an_array_has_a_throttle_of_its_own() -> None:
+    assert "#SBATCH --array=0-2%2" in text_of({}, parallel=2, max_parallel=40)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [(1, 20), (3, 60), ("4:30", 90), ("00:02:00", 40), (240, 90), (0, 90), ("soon", 90)],
+)
+def test_a_task_is_warned_well_before_its_end_however_short_it_is(
+    time: object, seconds: int
+) -> None:
+    assert f"#SBATCH --signal=USR2@{seconds}" in text_of({"time": time})
+
+
+def exported(lines: list[str], environment: dict[str, str]) -> dict[str, str]:
+    """Run what comes before the program; return what the program would find."""
+    command = next(number for number, line in enumerate(lines) if line.startswith("srun"))
+    script = "\n".join([*lines[1:command], "env -0"])
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if "=" in entry)
+
+
+def test_caches_lie_on_the_disk_of_the_node_unless_somebody_decided_otherwise(
+    tmp_path: Path,
+) -> None:
+    there = {"TMPDIR": str(tmp_path), "CUDA_CACHE_PATH": "/mine"}
+    setup = ("export TRITON_CACHE_DIR=/by/setup",)
+    found = exported(text_of({}, setup=setup), there)
+    scratch = tmp_path / f"fedllm-{os.getuid()}"
+    assert {name: found[name] for name in ("HF_HOME", "XDG_CACHE_HOME")} == {
+        "HF_HOME": f"{scratch}/huggingface",
+        "XDG_CACHE_HOME": f"{scratch}/cache",
+    }
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == f"{scratch}/inductor"
+    assert found["TORCH_EXTENSIONS_DIR"] == f"{scratch}/torch_extensions"
+    assert found["CUDA_CACHE_PATH"] == "/mine"
+    assert found["TRITON_CACHE_DIR"] == "/by/setup"
+    assert scratch.stat().st_mode & 0o777 == 0o700
+    # what `prepare` fetched before stays of use
+    assert "HF_HOME" not in exported(text_of({}, program="prepare"), there)
+    job = {"SLURM_TMPDIR": str(tmp_path / "job"), **there}
+    (tmp_path / "job").mkdir()
+    assert exported(text_of({}), job)["HF_HOME"].startswith(str(tmp_path / "job" / "fedllm-"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_folder_that_somebody_else_made_is_not_used(tmp_path: Path) -> None:
+    scratch = tmp_path / "fedllm-0"
+    scratch.mkdir()
+    os.chown(scratch, 65534, 65534)
+    found = exported(text_of({}), {"TMPDIR": str(tmp_path)})["TRITON_CACHE_DIR"]
+    assert not found.startswith(str(scratch))
+    assert found.startswith(str(tmp_path))
 
 
 def test_one_task_is_an_array_too() -> None:
