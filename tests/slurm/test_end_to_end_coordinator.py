@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def wait_for_array(cluster: Cluster, root: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("cluster", ["accounting"], indirect=True)
-def test_a_submitted_coordinator_refuses_others_and_goes_on_to_the_end_when_requeued(
+def test_a_submitted_coordinator_refuses_others_and_goes_on_when_requeued_and_when_killed(
     begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
 ) -> None:
     root, config = begun.folder / "run", begun.tiny.config
@@ -59,6 +60,14 @@ def test_a_submitted_coordinator_refuses_others_and_goes_on_to_the_end_when_requ
     lease, _ = highest(RunPaths(root=root))
     cluster.slurm("scontrol", "requeue", job)
     until(lambda: highest(RunPaths(root=root))[0] > lease, seconds=PATIENCE_SECONDS)
+    requeued, holder = highest(RunPaths(root=root))
+    assert holder
+    os.kill(holder.pid, signal.SIGKILL)
+    until(lambda: highest(RunPaths(root=root))[0] > requeued, seconds=PATIENCE_SECONDS)
+    _, holder = highest(RunPaths(root=root))
+    assert holder
+    # all of them the same start by a person
+    assert (holder.slurm_job, holder.origin) == (job, lease)
     cluster.slurm("scontrol", "release", array)
     until(lambda: state_of(cluster, job) not in {"PENDING", "RUNNING"}, seconds=PATIENCE_SECONDS)
     assert state_of(cluster, job) == "COMPLETED", logs(root)
