@@ -20,6 +20,7 @@ from fedllm.errors import DataError
 from fedllm.reporting.logs import client_log, newest_logs, tail
 from fedllm.reporting.status import StatusReader
 from fedllm.reporting.status_text import headline, status_text
+from fedllm.scheduling.slurm_advice import advice
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +40,7 @@ def status(
     if watch and json_:
         raise typer.BadParameter("--watch is for people: leave out --json")
     paths = existing_run(run)
-    reader = StatusReader(paths, gone=rarely_gone(paths), ask=ask_about(paths))
+    reader = StatusReader(paths, gone=rarely_gone(paths), ask=ask_about(paths), advice=advice)
     if watch:
         follow(reader.read, lambda found: status_text(run, found), headline)
     elif json_:

@@ -6,17 +6,24 @@ from dataclasses import dataclass, field, replace
 
 from fedllm.reporting.reading import Records, written_at
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.records import CollectionRecord, RoundRecord, TierMix
+from fedllm.storage.records import CollectionRecord, RoundRecord
 
 RECENT_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierShare:
+    """Clients of a tier that a round drew, and those whose updates it used."""
+
+    drawn: int
+    used: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
     """A round's speed: `seconds` from its draw to its state (or now), training's share of them.
 
-    `tiers` is drawn and used clients per tier: a round that does not wait for all takes more of
-    the fast ones.
+    A round that does not wait for all clients takes more of the fast `tiers`.
     """
 
     round: int
@@ -26,7 +33,7 @@ class Pace:
     training_seconds: float
     clients_per_minute: float
     tokens_per_second: float
-    tiers: Mapping[str, TierMix] = field(default_factory=dict)
+    tiers: Mapping[str, TierShare] = field(default_factory=dict)
     tasks: int = 0
     gpu_hours: float = 0.0
     array_efficiency: float | None = None
@@ -69,7 +76,8 @@ def pace_of_round(records: Records, paths: RoundPaths) -> Pace | None:
         seconds=max(0.0, ended - drawn),
         training_seconds=max(0.0, collected - drawn),
     )
-    pace = replace(pace, tiers=dict(collection.tiers))
+    mix = collection.tiers.items()
+    pace = replace(pace, tiers={t: TierShare(drawn=m.drawn, used=m.used) for t, m in mix})
     record = records.find(RoundRecord, paths.record)
     if record is None:
         return pace
