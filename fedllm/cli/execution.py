@@ -14,6 +14,7 @@ from fedllm.methods.table import check_names
 from fedllm.rounds.chaining import take_link, this_link
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.opening import close_run, open_run, resumed_config
+from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import is_done
 from fedllm.scheduling.inline import Execute
@@ -76,7 +77,12 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
         # before the lease: a link that starts meanwhile would find it held
         refuse_second(paths, known.run_id)
     run = opened(root, config)
-    close_run(run)
+    try:
+        if not run.paths.prepared.exists():
+            # the coordinator would find out too, but say it in a log
+            check_jobs(run)
+    finally:
+        close_run(run)
     return root, submit_coordinator(run.paths, config, run.record.run_id)
 
 

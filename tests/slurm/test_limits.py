@@ -155,3 +155,13 @@ def test_all_that_would_be_refused_is_told_together(
         "scheduler.sbatch.client.constraint",
     ]
     assert known(cluster) == before
+
+
+def test_a_coordinator_whose_jobs_would_be_refused_is_not_submitted_either(
+    tiny: Tiny, cluster: Cluster, tmp_path: Path
+) -> None:
+    before = known(cluster)
+    words = settings(*ON_CLUSTER, "scheduler.sbatch.client.partition=nope")
+    done = in_process("submit", tiny.config, "--run-dir", tmp_path / "run", *words)
+    assert one_line(done).startswith("fedllm: scheduler.sbatch.client.partition: nope: refused by")
+    assert known(cluster) == before
