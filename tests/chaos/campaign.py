@@ -22,8 +22,13 @@ PATIENCE_SECONDS = 900.0
 _TICK_SECONDS = 0.1
 # so long slurmctld is away at least
 _AWAY_SECONDS = 4.0
-# SIGKILL by the test; stopped in good order by the SIGTERM of a preemption
-_JOB_ENDINGS = {"FAILED 137", "FAILED 3", "NODE_FAIL", "PREEMPTED"}
+# how a coordinator may end before the run does
+_ENDINGS = {
+    "process": {"-9"},
+    # SIGKILL by the test; stopped in good order by the SIGTERM of a preemption
+    "job": {"FAILED 137", "FAILED 3", "NODE_FAIL", "PREEMPTED"},
+    "chain": set[str](),
+}
 
 # what a fault does from its trip on; it returns what was hit, once it landed
 Handling = Generator[None, None, str]
@@ -148,8 +153,7 @@ class Campaign:
         if ending == "0":
             assert self.paths.round(leg.last_round).record.exists(), "ended before the run did"
             return True
-        expected = {"-9"} if leg.mode == "process" else _JOB_ENDINGS
-        assert ending in expected, f"the coordinator ended with {ending}"
+        assert ending in _ENDINGS[leg.mode], f"the coordinator ended with {ending}"
         self._coordinator.start()
         return False
 

@@ -31,6 +31,8 @@ ON_THREE_WORKERS = (
     "scheduler.worker_minutes_min=0.001",
     "scheduler.node_failures=1000",
     "scheduler.max_attempts=10",
+    # at every step
+    "training.checkpoint_every_minutes=1e-6",
 )
 DISK_MIB = 24
 _FINISHED = pytest.StashKey[Campaign]()
@@ -62,10 +64,11 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def config_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six clients a round, every state kept."""
+    """Six clients of six steps a round, every state kept."""
     raw = raw_config(tiny.model.parent)
     raw |= {"rounds": ROUNDS, "evaluation": {"every": 0}}
     raw["clients"] |= {"cohort": {"count": 6}}  # type: ignore[operator]
+    raw["training"] |= {"max_steps": 6}  # type: ignore[operator]
     raw["storage"] |= {"keep_every": 1}  # type: ignore[operator]
     path = tmp_path_factory.mktemp("configuration") / "chaos.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")

@@ -1,10 +1,12 @@
-"""The coordinator of a run as a user has it: a process of a login node, or a Slurm job."""
+"""The coordinator of a run as a user has it: a process of a login node, a job, or a chain."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import RunRecord
 from tests.cli.commands import FEDLLM
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.runs import settings
@@ -23,10 +25,10 @@ class Command:
     environment: Mapping[str, str]
     log: Path
 
-    def words(self, verb: str, rounds: int) -> list[str]:
+    def words(self, verb: str, rounds: int, *changes: str) -> list[str]:
         """Return the command line."""
         run = [verb, str(self.config), "--run-dir", str(self.root)]
-        return [FEDLLM, *run, *settings(*self.changes, f"rounds={rounds}")]
+        return [FEDLLM, *run, *settings(*self.changes, *changes, f"rounds={rounds}")]
 
 
 @dataclass(kw_only=True)
@@ -61,6 +63,7 @@ class JobCoordinator:
 
     command: Command
     rounds: int
+    kind: str = "resident"
     jobs: list[str] = field(default_factory=list)
 
     def start(self) -> None:
@@ -69,7 +72,7 @@ class JobCoordinator:
 
     def _submit(self) -> bool:
         done = subprocess.run(
-            self.command.words("submit", self.rounds),
+            self.command.words("submit", self.rounds, f"scheduler.coordinator={self.kind}"),
             env=dict(self.command.environment),
             capture_output=True,
             text=True,
@@ -92,8 +95,29 @@ class JobCoordinator:
         return {"COMPLETED": "0", "FAILED": f"FAILED {int(status) >> 8}"}.get(state, state)
 
 
+@dataclass(kw_only=True)
+class ChainCoordinator(JobCoordinator):
+    """`fedllm submit` once: links follow each other, whatever ends one of them."""
+
+    kind: str = "chained"
+
+    def ending(self) -> str | None:
+        """Return `0` once the run is done and no link is left; a chain that broke says so."""
+        paths = RunPaths(root=self.command.root)
+        # looked at first: a link may end between the two
+        done = paths.round(self.rounds).record.exists()
+        name = f"fedllm-{RunRecord.read(paths.run).run_id}-coordinator"
+        if self.command.cluster.slurm("squeue", "-h", f"--name={name}", "-o", "%i").strip():
+            return None
+        return "0" if done else "no link left"
+
+
 Coordinator = ProcessCoordinator | JobCoordinator
-COORDINATORS = {"process": ProcessCoordinator, "job": JobCoordinator}
+COORDINATORS: dict[str, type[Coordinator]] = {
+    "process": ProcessCoordinator,
+    "job": JobCoordinator,
+    "chain": ChainCoordinator,
+}
 
 
 def environment_of(given: Mapping[str, str], cluster: Cluster, wires: Path) -> dict[str, str]:

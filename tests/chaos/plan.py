@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-ROUNDS = 5
+ROUNDS = 6
 FEWEST_FAULTS = 15
-_EXTRA_FAULTS = 7
+_EXTRA_FAULTS = 9
+MODES = ("process", "job", "chain")
 
 
 class Kind(StrEnum):
@@ -41,6 +42,11 @@ CLAIM = Moment(
     # the folder is synced once a claim was won
     event="open",
     pattern="*/rounds/{round}/attempts/*/claims",
+)
+CHECKPOINT = Moment(
+    words="a worker in the midst of a client writes its checkpoint",
+    event="os.rename",
+    pattern="*/rounds/{round}/checkpoints/*.safetensors",
 )
 UPDATE = Moment(
     words="a worker publishes an update",
@@ -99,17 +105,17 @@ ROUND_RECORD = Moment(
 )
 
 _IN_ORDER = (
-    *(COHORT, SBATCH, IDS, CLAIM, UPDATE, COLLECTION),
+    *(COHORT, SBATCH, IDS, CLAIM, CHECKPOINT, UPDATE, COLLECTION),
     *(AGGREGATION_PLAN, AGGREGATION_SBATCH, AGGREGATION_IDS, STATE, STATE_RECORD, ROUND_RECORD),
 )
-_OF_WORKERS = (CLAIM, UPDATE)
+_OF_WORKERS = (CLAIM, CHECKPOINT, UPDATE)
 MOMENTS: dict[Kind, tuple[Moment, ...]] = {
-    Kind.KILL_TASK: (CLAIM, UPDATE, STATE_RECORD),
+    Kind.KILL_TASK: (*_OF_WORKERS, STATE_RECORD),
     Kind.CANCEL_TASK: _OF_WORKERS,
     Kind.CRASH_NODE: _OF_WORKERS,
     Kind.PREEMPT: _OF_WORKERS,
     Kind.RESTART_SLURMCTLD: _OF_WORKERS,
-    Kind.FILL_DISK: (CLAIM, AGGREGATION_PLAN),
+    Kind.FILL_DISK: (CLAIM, CHECKPOINT, AGGREGATION_PLAN),
     Kind.KILL_BEFORE_SBATCH: (SBATCH, AGGREGATION_SBATCH),
     Kind.KILL_BEFORE_IDS: (IDS, AGGREGATION_IDS),
     Kind.KILL_COLLECTING: (COLLECTION,),
@@ -118,9 +124,8 @@ MOMENTS: dict[Kind, tuple[Moment, ...]] = {
 }
 # they take long: at most one a round
 _LONG = (Kind.CRASH_NODE, Kind.PREEMPT, Kind.RESTART_SLURMCTLD, Kind.FILL_DISK)
-# they end every task of a node: none of them may be waiting for a fault of its own
-_OF_WHOLE_NODES = (Kind.CRASH_NODE, Kind.PREEMPT)
 _SHORT = tuple(kind for kind in Kind if kind not in _LONG)
+_RESTRICTED = (Kind.CANCEL_TASK, Kind.KILL_AGGREGATING)
 # the others stop their process until what has to happen has happened
 _KILLED_BY_THE_WIRE = (
     Kind.KILL_TASK,
@@ -157,7 +162,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """Some rounds under one kind of coordinator."""
+    """Some rounds under one kind of coordinator: a `process`, a `job`, or a `chain` of jobs."""
 
     mode: str
     last_round: int
@@ -180,24 +185,19 @@ class Plan:
 
 
 def draw(seed: int) -> Plan:
-    """Draw legs and faults: every kind at least once, at least two faults in every round."""
+    """Draw legs and faults: every kind at least once, about as many in every round."""
     chance = random.Random(seed)
-    modes = ["process", "job"]
-    chance.shuffle(modes)
-    half = chance.choice([2, 3])
-    legs = [Leg(mode=modes[0], last_round=half), Leg(mode=modes[1], last_round=ROUNDS)]
-    mode_of = {n: legs[0].mode if n <= half else legs[1].mode for n in range(1, ROUNDS + 1)}
+    modes = chance.sample(MODES, len(MODES))
+    each = ROUNDS // len(MODES)
+    legs = [Leg(mode=mode, last_round=each * n) for n, mode in enumerate(modes, 1)]
+    mode_of = {number: modes[(number - 1) // each] for number in range(1, ROUNDS + 1)}
     placed = _long_ones(chance, mode_of)
-    whole_nodes = {number for kind, number in placed if kind in _OF_WHOLE_NODES}
-    short = [*_SHORT, *chance.sample(_SHORT, _EXTRA_FAULTS)]
+    short = [*_SHORT, *_SHORT, *chance.sample(_SHORT, _EXTRA_FAULTS - len(_SHORT))]
     chance.shuffle(short)
     # the most restricted first
-    for kind in sorted(short, key=lambda kind: kind is not Kind.CANCEL_TASK):
-        taken = {number for placed_kind, number in placed if placed_kind is kind}
-        if kind is Kind.CANCEL_TASK:
-            taken |= whole_nodes
+    for kind in sorted(short, key=lambda kind: kind not in _RESTRICTED):
         full = Counter(number for _, number in placed)
-        free = [number for number in mode_of if number not in taken]
+        free = [n for n in mode_of if (kind, n) not in placed and _may_be(kind, n, mode_of, placed)]
         placed.append((kind, min(free, key=lambda n: (full[n], chance.random()))))
     drawn = [(round_, chance.choice(MOMENTS[kind]), kind) for kind, round_ in placed]
     drawn.sort(key=lambda fault: (fault[0], _IN_ORDER.index(fault[1])))
@@ -214,3 +214,13 @@ def _long_ones(chance: random.Random, mode_of: dict[int, str]) -> list[tuple[Kin
     others = [n for n in mode_of if n != disk]
     rest = [kind for kind in _LONG if kind is not Kind.FILL_DISK]
     return [(Kind.FILL_DISK, disk), *zip(rest, chance.sample(others, len(rest)), strict=True)]
+
+
+def _may_be(
+    kind: Kind, number: int, mode_of: dict[int, str], placed: Sequence[tuple[Kind, int]]
+) -> bool:
+    if kind is Kind.CANCEL_TASK:
+        # what ends every task of a node would end the one that waits to be cancelled
+        return not any((other, number) in placed for other in (Kind.CRASH_NODE, Kind.PREEMPT))
+    # no link of a chain is there while a job runs
+    return kind is not Kind.KILL_AGGREGATING or mode_of[number] != "chain"

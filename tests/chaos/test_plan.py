@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tests.chaos.plan import FEWEST_FAULTS, ROUNDS, Kind, draw
+from tests.chaos.plan import FEWEST_FAULTS, MODES, ROUNDS, Kind, draw
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -15,6 +15,7 @@ def test_every_seed_brings_every_kind_of_fault_into_every_round(seed: int) -> No
     rounds = Counter(fault.round for fault in plan.faults)
     assert len(rounds) == ROUNDS >= 4
     assert max(rounds.values()) - min(rounds.values()) <= 1
+    assert {leg.mode for leg in plan.legs} == set(MODES)
     assert plan.legs[-1].last_round == ROUNDS
 
 
