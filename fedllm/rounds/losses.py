@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedllm.config.models import SbatchOptions
-from fedllm.planning.classes import with_more_memory
+from fedllm.errors import OutOfMemory
+from fedllm.planning.classes import asks_for_gpus, with_more_memory
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import is_mine, known_tasks, settle, was_preempted
 from fedllm.scheduling.seam import TaskState
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     ClaimRecord,
+    ErrorRecord,
     JobsRecord,
     OutcomeRecord,
     SubmissionRecord,
@@ -183,13 +185,16 @@ def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bo
     endings = close_attempt(run, attempt).endings
     plan = run.read(SubmissionRecord, attempt.submission)
     jobs = run.find(JobsRecord, attempt.jobs)
-    tasks = [
-        task
-        for array in plan.arrays
-        if array.worker_class == worker_class and jobs
-        for task in jobs.ids.get(array.name, [])
-    ]
-    return any(endings[task].state == _OUT_OF_MEMORY for task in tasks if task in endings)
+    mine = [a for a in plan.arrays if a.worker_class == worker_class]
+    tasks = {task for array in mine if jobs for task in jobs.ids.get(array.name, [])}
+    if any(endings[task].state == _OUT_OF_MEMORY for task in tasks if task in endings):
+        return True
+    # on a GPU it is the GPU's memory that ran out, which no option of a job enlarges
+    if any(asks_for_gpus(array.options) for array in mine):
+        return False
+    told = {path: ErrorRecord.read(path) for path in attempt.task_errors()}
+    own = {attempt.task_error(task) for task in tasks}
+    return any(e.kind == OutOfMemory.__name__ for path, e in told.items() if path in own)
 
 
 def _round_of(attempt: AttemptPaths) -> RoundPaths:

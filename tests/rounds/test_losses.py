@@ -7,7 +7,13 @@ import pytest
 from fedllm.errors import RunFailed
 from fedllm.rounds.advance import advance
 from fedllm.rounds.run import Run
-from fedllm.storage.records import CollectionRecord, OutcomeRecord, SubmissionRecord
+from fedllm.storage.records import (
+    ClaimRecord,
+    CollectionRecord,
+    ErrorRecord,
+    OutcomeRecord,
+    SubmissionRecord,
+)
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
 from tests.rounds.simulation import Simulation
 
@@ -104,6 +110,20 @@ def test_out_of_memory_asks_for_more_memory_each_time(tmp_path: Path, cluster: H
     lose(run, cluster, "OUT_OF_MEMORY")
     assert [job.options["mem"] for job in cluster.arrays] == ["10G", "15G", "23G"]
     assert "class small: out of memory; asking for mem 15G" in say
+
+
+@pytest.mark.parametrize(("gpus", "second"), [({}, "15G"), ({"gpus": 1}, "10G")])
+def test_a_process_that_lacked_memory_counts_unless_it_was_a_gpus(
+    tmp_path: Path, cluster: HandMoved, gpus: dict[str, int], second: str
+) -> None:
+    options = {"client": {"mem": "10G", **gpus}}
+    run = hand_moved(tmp_path, cluster, scheduler__sbatch=options)
+    assert not advance(run)
+    attempt = paths_of(tmp_path).round(1).attempt(1)
+    error = ErrorRecord(kind="OutOfMemory", message="memory ran out", exit_code=1)
+    error.publish(attempt.task_error(next(iter(cluster.alive))))
+    lose(run, cluster, "FAILED")
+    assert [job.options["mem"] for job in cluster.arrays] == ["10G", second]
 
 
 def test_out_of_memory_without_a_limit_to_raise_names_the_key(
@@ -240,3 +260,33 @@ def test_memory_is_raised_for_the_class_that_ran_out_of_it(
     assert {job.name.split("-")[-2]: job.options["mem"] for job in cluster.arrays[2:]} == {
         "large": "6G"
     }
+
+
+def test_waiting_tasks_leave_the_queue_once_every_bundle_is_taken_but_for_those_that_hold_one(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster)
+    assert not advance(run)
+    attempt = paths_of(tmp_path).round(1).attempt(1)
+    working, requeued, *idle = cluster.alive
+    cluster.start(working)
+    for bundle, task in enumerate([working, working, requeued]):
+        claim = ClaimRecord(bundle=bundle, task=task, node="n1")
+        assert claim.publish_once(attempt.claim(bundle))
+    assert not advance(run)
+    assert cluster.cancelled == []
+    assert ClaimRecord(bundle=3, task=working, node="n1").publish_once(attempt.claim(3))
+    assert not advance(run)
+    assert cluster.cancelled == idle
+    assert set(cluster.alive) == {working, requeued}
+
+
+def test_a_complete_round_leaves_nobody_waiting(tmp_path: Path, cluster: HandMoved) -> None:
+    run = hand_moved(tmp_path, cluster, rounds=2)
+    assert not advance(run)
+    first, second, *others = cluster.alive
+    cluster.start(second)
+    cluster.work(first)
+    assert not advance(run)
+    assert cluster.cancelled == others
+    assert second in cluster.alive
