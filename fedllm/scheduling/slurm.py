@@ -7,7 +7,7 @@ the task itself writes.
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,21 +151,36 @@ class SlurmScheduler:
             ConfigError: one line per problem, each names its key.
             SchedulerUnreachable: slurmctld does not answer.
         """
-        found = [problem for job in jobs for problem in self._problems(job)]
+        refused: dict[tuple[str, ...], CommandRefused | None] = {}
+
+        def test(words: Sequence[str], flags: Flags) -> None:
+            # jobs of equal options differ in their comment alone
+            key = tuple(word for word in words if not word.startswith("--comment="))
+            if key not in refused:
+                refused[key] = self._refused(words, flags)
+            if error := refused[key]:
+                raise error
+
+        found = [problem for job in jobs for problem in self._problems(job, test)]
         if found:
             raise ConfigError("\n".join(dict.fromkeys(found)))
 
-    def _problems(self, job: Job) -> list[str]:
+    def _problems(self, job: Job, test: Callable[[Sequence[str], Flags], None]) -> list[str]:
         try:
             flags = self._flags(job)
         except ConfigError as error:
             return [str(error)]
         survey = self._surveyor.survey(flags)
-        return list(
-            problems(
-                flags, section=self.section, program=job.program, survey=survey, test=self._test
-            )
-        )
+        section, program = self.section, job.program
+        return list(problems(flags, section=section, program=program, survey=survey, test=test))
+
+    def _refused(self, words: Sequence[str], flags: Flags) -> CommandRefused | None:
+        self._pace.wait()
+        try:
+            self.commands.call(words, environment=clean_environment(configured=flags))
+        except CommandRefused as error:
+            return error
+        return None
 
     def submit(self, job: Job) -> list[str]:
         """Submit the array and return its task ids, `1234_0` first.
@@ -197,10 +212,6 @@ class SlurmScheduler:
             return answer
         room = self._surveyor.room(self._flags(job), queued=self._queue.queued(fresh=True))
         return room is not None and room < job.tasks
-
-    def _test(self, words: Sequence[str], flags: Flags) -> None:
-        self._pace.wait()
-        self.commands.call(words, environment=clean_environment(configured=flags))
 
     def sbatch_text(self, job: Job) -> str:
         """Return the file that `submit` would give to sbatch; works without Slurm."""

@@ -185,6 +185,15 @@ def test_all_that_is_wrong_with_all_jobs_is_told_together(slurm: Answering, tmp_
     ]
 
 
+def test_jobs_of_equal_options_are_tested_once(
+    slurm: Answering, scheduler: SlurmScheduler, tmp_path: Path
+) -> None:
+    scheduler.check([job(tmp_path, mem=1), job(tmp_path, mem=2), job(tmp_path, mem=1)])
+    assert slurm.count("sbatch --test-only") == 2
+    scheduler.check([job(tmp_path, mem=1)])
+    assert slurm.count("sbatch --test-only") == slurm.count("sbatch") == 3
+
+
 @pytest.mark.parametrize(
     ("script", "error"),
     [
