@@ -51,11 +51,12 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the signals back, and pass on one that came to a handler of the caller."""
+        """Give the signals back, and pass on what came to handlers of the caller."""
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
-        if self.received is not None and callable(self._before.get(self.received)):
-            os.kill(os.getpid(), self.received)
+        for number in self._all:
+            if callable(self._before.get(number)):
+                os.kill(os.getpid(), number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
