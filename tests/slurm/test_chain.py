@@ -25,6 +25,7 @@ from tests.slurm.runs import (
 
 pytestmark = pytest.mark.slurm
 
+AWAY = "Unable to contact slurm controller"
 CHAINED = ("scheduler.coordinator=chained", "rounds=2", *ON_CLUSTER)
 
 
@@ -100,6 +101,7 @@ def test_links_killed_first_last_and_in_between_are_followed_by_one_that_goes_on
         ("second", "sbatch", "fedllm-*-r0002-a01", '"$REAL" "$@"; kill -9 $PPID'),
         # its arrays are recorded, its successor waits for itself alone
         ("third", "scontrol", "dependency=afterany:", "kill -9 $PPID"),
+        ("fourth", "scontrol", "dependency=afterany:", f"echo {AWAY} >&2; exit 1"),
     ]
     after = begun.folder
     for name, command, words, doing in kills:
@@ -109,6 +111,7 @@ def test_links_killed_first_last_and_in_between_are_followed_by_one_that_goes_on
     submit(root, path=path)
     jobs = await_end(cluster, root)
     assert [state_of(cluster, job) for job in jobs[:4]] == [*["FAILED"] * 3, "COMPLETED"], log(root)
+    assert f"{AWAY}; asking again in 0 s" in log(root)
     assert states(root) == undisturbed, log(root)
     assert each_trained_once(RunPaths(root=root).round(2))
     assert [len(ids) for ids in arrays(cluster, root, "r0002-a0").values()] == [1]
@@ -195,6 +198,12 @@ def test_cron_advances_a_run_without_staying_and_leaves_it_to_whoever_holds_it(
     assert f"coordinator {lease.number} holds this run" in held.stdout
     assert len(held.stdout.splitlines()) == 1
     assert not held.stderr
+    # so does a link, and leaves its successor
+    (link,) = links(cluster, root, "PD")
+    cluster.slurm("scontrol", "release", link)
+    until(lambda: state_of(cluster, link) == "COMPLETED", seconds=PATIENCE_SECONDS)
+    assert f"coordinator {lease.number} holds this run" in log(root)
+    assert len(links(cluster, root, "PD")) == 1
     lease.release()
     assert fedllm("advance", root).stdout.splitlines()[-1] == "not done yet; advance again later"
     ((array,),) = arrays(cluster, root, "r0002-a0").values()
