@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.rounds.chaining import Chain
 from fedllm.storage.lease import Lease, highest
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 from tests.cli.commands import fedllm
-from tests.rounds.simulation import states
+from tests.rounds.simulation import config_of, states
 from tests.slurm.cluster import Cluster, intercept, until
 from tests.slurm.runs import (
     HELD,
@@ -216,3 +217,37 @@ def test_cron_advances_a_run_without_staying_and_leaves_it_to_whoever_holds_it(
     # done: cron goes on calling
     assert fedllm("advance", root).stdout == "done\n"
     assert highest(RunPaths(root=root))[0] == number
+
+
+def test_a_link_keeps_one_successor_and_waits_until_no_other_runs(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    def named(*words: str) -> str:
+        name = "--job-name=fedllm-ab12-coordinator"
+        return cluster.slurm("sbatch", "--parsable", "--output=/dev/null", name, *words).strip()
+
+    def end_the_other(_seconds: float) -> None:
+        cluster.slurm("scancel", running)
+        until(lambda: state_of(cluster, running) == "CANCELLED")
+
+    running = named("--wrap=sleep 60")
+    until(lambda: state_of(cluster, running) == "RUNNING")
+    # a stalled sbatch of a killed link landed late
+    successor, surplus = named("--hold", "--wrap=true"), named("--hold", "--wrap=true")
+    chain = Chain(
+        paths=RunPaths(root=tmp_path),
+        config=config_of(),
+        run_id="ab12",
+        job="999999",
+        say=print,
+        wait=end_the_other,
+    )
+    assert chain.successor() == successor
+    assert state_of(cluster, surplus) == "CANCELLED"
+    assert state_of(cluster, running) == "CANCELLED"
+    noted = CoordinatorJobRecord.read(chain.paths.coordinator_job)
+    assert noted == CoordinatorJobRecord(job=successor, mode="chained", lost=1)
+    chain.ends_orderly(successor)
+    assert CoordinatorJobRecord.read(chain.paths.coordinator_job).lost == 0
+    chain.end()
+    assert state_of(cluster, successor) == "CANCELLED"
