@@ -185,6 +185,57 @@ def test_all_that_is_wrong_with_all_jobs_is_told_together(slurm: Answering, tmp_
     ]
 
 
+def test_a_check_says_so_when_slurm_is_away(
+    slurm: Answering, scheduler: SlurmScheduler, tmp_path: Path
+) -> None:
+    slurm.answers = dict.fromkeys(slurm.answers, AWAY)
+    with pytest.raises(SchedulerUnreachable):
+        scheduler.check([job(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"partition": "short", "time": "0-01:00"},
+            "scheduler.sbatch.client.time: 0-01:00: partition short allows 30 minutes; "
+            "ask for no more",
+        ),
+        (
+            {"qos": "big", "time": 121},
+            "scheduler.sbatch.client.time: 121: partition low with QOS big allows 120 minutes; "
+            "ask for no more",
+        ),
+        ({"partition": "short", "time": 30}, None),
+        ({"partition": "short", "time": None}, None),
+    ],
+)
+def test_a_time_that_no_partition_allows_is_told_though_sbatch_takes_it(
+    options: dict[str, Any], told: str | None, scheduler: SlurmScheduler, tmp_path: Path
+) -> None:
+    if told is None:
+        scheduler.check([job(tmp_path, **options)])
+        return
+    with pytest.raises(ConfigError) as caught:
+        scheduler.check([job(tmp_path, **options)])
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("Invalid account or account/partition combination specified", "may use: lab, root"),
+        ("Invalid qos specification", "may use: big, normal"),
+    ],
+)
+def test_a_refusal_names_what_there_is_instead(
+    said: str, hint: str, slurm: Answering, scheduler: SlurmScheduler, tmp_path: Path
+) -> None:
+    slurm.answers["sbatch"] = CommandRefused(said)
+    with pytest.raises(ConfigError, match=hint):
+        scheduler.check([job(tmp_path)])
+
+
 def test_jobs_of_equal_options_are_tested_once(
     slurm: Answering, scheduler: SlurmScheduler, tmp_path: Path
 ) -> None:

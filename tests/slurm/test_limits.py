@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.parametrize("cluster", ["limited"],
 
 @pytest.fixture
 def scheduler(cluster: Cluster) -> SlurmScheduler:  # noqa: ARG001
-    return SlurmScheduler(section=SchedulerSection(query_seconds=1e-6, max_parallel=64))
+    return SlurmScheduler(section=SchedulerSection(query_seconds=0.2, max_parallel=64))
 
 
 @pytest.fixture
