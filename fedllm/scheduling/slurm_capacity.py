@@ -151,7 +151,11 @@ class Surveyor:
         if configuration.enforced.isdisjoint({*_WITH_LIMITS, "associations"}):
             return None
         here = f"cluster={configuration.cluster}"
-        user = f"name={pwd.getpwuid(os.getuid()).pw_name}"
+        try:
+            user = f"name={pwd.getpwuid(os.getuid()).pw_name}"
+        except KeyError:
+            # a container that knows no users
+            return None
         users = self._table("user", USER_COLUMNS, user, here, "withassoc")
         accounts = self._table("assoc", ACCOUNT_COLUMNS, "user=", here)
         qos = self._table("qos", QOS_COLUMNS)

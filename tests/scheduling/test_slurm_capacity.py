@@ -217,3 +217,12 @@ def test_slurm_is_asked_once_in_a_while() -> None:
 def test_an_option_of_our_own_is_refused_here_too() -> None:
     with pytest.raises(ConfigError, match="set by fedllm itself"):
         capacity(array="0-3")
+
+
+def test_a_container_that_knows_no_users_asks_for_no_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)
+    slurm = Answering()
+    assert capacity(slurm).free_tasks is None
+    assert slurm.count("sacctmgr") == 0
