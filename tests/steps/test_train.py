@@ -8,15 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-import yaml
 
-from fedllm.cli.execution import start
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import RunDirectoryError, UserError
 from fedllm.steps.identity import TaskIdentity, task_identity
@@ -26,104 +22,24 @@ from fedllm.steps.replay import replay
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.steps.train import STOPPED, work
-from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client, shipped
+from fedllm.storage.paths import AttemptPaths, RunPaths, shipped
 from fedllm.storage.records import (
-    BundleRecord,
     CohortRecord,
     ErrorRecord,
     SubmissionRecord,
     TaskRecord,
-    UpdateRecord,
 )
-from fedllm.storage.tensors import TensorFile
-from fedllm.storage.updates import read_update
-from tests.tiny import Tiny
-
-ME = TaskIdentity(task="7_1", node="node-1", log="worker.log")
-OTHER = TaskIdentity(task="7_2", node="node-2", log="other.log")
-
-Update = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def nobody_else_handles_sigterm() -> Iterator[None]:
-    """Coverage does, by ending the process: a worker passes the signal on."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture(scope="module")
-def done(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One undisturbed round."""
-    overrides = ["rounds=1", "evaluation.every=5", "scheduler.clients_per_bundle=2"]
-    return start(tiny.config, overrides, tmp_path_factory.mktemp("done") / "run")
-
-
-@pytest.fixture(scope="module")
-def session() -> Session:
-    return Session()
-
-
-@pytest.fixture
-def attempt(done: Path, tmp_path: Path) -> AttemptPaths:
-    """The same round, planned but not yet trained."""
-    root = tmp_path / "run"
-    shutil.copytree(done, root)
-    paths = RunPaths(root=root).round(1)
-    attempt = paths.attempt(1)
-    for folder in (paths.updates, paths.aggregate, attempt.claims, attempt.tasks):
-        shutil.rmtree(folder, ignore_errors=True)
-    for record in (paths.collection, paths.record, attempt.jobs):
-        record.unlink()
-    return attempt
-
-
-def round_of(attempt: AttemptPaths) -> RoundPaths:
-    return RoundPaths(root=attempt.root.parent.parent)
-
-
-def files(attempt: AttemptPaths) -> list[str]:
-    return sorted(path.name for path in round_of(attempt).updates.glob("*.safetensors"))
-
-
-def updates(paths: RoundPaths) -> dict[str, tuple[UpdateRecord, Update]]:
-    found: dict[str, tuple[UpdateRecord, Update]] = {}
-    for path in sorted(paths.updates.glob("*.safetensors")):
-        file = TensorFile(path)
-        for published in read_update(path):
-            encoded = encode_client(published.record.client)
-            names = [f"{encoded}|{name}" for name in published.shapes]
-            assert published.record.client not in found
-            found[published.record.client] = (
-                published.record,
-                {name: file.get(name) for name in names},
-            )
-    return found
-
-
-def assert_same_bits(paths: RoundPaths, done: Path, clients: Iterable[str] | None = None) -> None:
-    found, expected = updates(paths), updates(RunPaths(root=done).round(1))
-    assert set(found) == set(expected if clients is None else clients)
-    for client, (record, tensors) in found.items():
-        other, others = expected[client]
-        assert record.losses == other.losses
-        assert tensors.keys() == others.keys()
-        assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
-
-
-def plan(attempt: AttemptPaths, bundles: list[list[str]], worker_class: str = "small") -> None:
-    submission = SubmissionRecord.read(attempt.submission)
-    records = [
-        BundleRecord(number=n, worker_class=worker_class, clients=clients, cost=float(n))
-        for n, clients in enumerate(bundles)
-    ]
-    submission.model_copy(update={"bundles": records}).publish(attempt.submission)
-
-
-def cohort(attempt: AttemptPaths) -> list[str]:
-    submission = SubmissionRecord.read(attempt.submission)
-    return [client for bundle in submission.bundles for client in bundle.clients]
+from tests.steps.attempts import (
+    ME,
+    OTHER,
+    assert_same_bits,
+    change_config,
+    cohort,
+    files,
+    plan,
+    round_of,
+    updates,
+)
 
 
 def test_bits_do_not_depend_on_bundles_order_or_process(
@@ -294,13 +210,6 @@ def test_a_damaged_state_is_named_and_recorded(
     error = ErrorRecord.read(attempt.task_error(ME.task))
     assert (error.kind, error.exit_code, error.log) == ("RunDirectoryError", 2, ME.log)
     assert not files(attempt)
-
-
-def change_config(attempt: AttemptPaths, section: str, **keys: object) -> None:
-    config = RunPaths(root=round_of(attempt).root.parent.parent).config
-    raw = yaml.safe_load(config.read_text())
-    raw[section] |= keys
-    config.write_text(yaml.safe_dump(raw))
 
 
 def test_what_another_node_wrote_may_become_visible_late(
