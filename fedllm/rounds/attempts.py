@@ -1,7 +1,8 @@
 """One plan for all that a round still misses: who trains it, where, in which bundles."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from fedllm.config.models import SbatchOptions
 from fedllm.planning.classes import tier_options
 from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.federation import Federation
@@ -12,7 +13,7 @@ from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import array_name, submit
 from fedllm.rounds.waves import next_wave
 from fedllm.scheduling.seam import Capacity
-from fedllm.storage.paths import MOST_ENTRIES, RunPaths
+from fedllm.storage.paths import MOST_ENTRIES, RoundPaths, RunPaths
 from fedllm.storage.records import (
     CohortClient,
     CohortRecord,
@@ -50,8 +51,7 @@ def start_attempt(
         section=run.config.scheduler,
         startup_seconds=_startup_seconds(run.paths, cohort.round),
     )
-    lingering = lingering_workers(run, paths)
-    adopted = {c.worker_class: lingering.get(c.worker_class, [])[: c.workers] for c in classes}
+    adopted = _adopted(run, paths, classes, options, excluded)
     plan = SubmissionRecord(
         token=array_name(run, cohort.round, f"a{number:02d}"),
         lease=run.lease.number,
@@ -72,6 +72,33 @@ def start_attempt(
     plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
     run.say(_told(run, plan, len(missing), number))
     submit(run, paths.attempt(number), plan, run.paths.logs(cohort.round))
+
+
+def _adopted(
+    run: Run,
+    paths: RoundPaths,
+    classes: Sequence[ClassPlan],
+    options: Mapping[str, SbatchOptions],
+    excluded_nodes: Sequence[str],
+) -> dict[str, list[str]]:
+    """Return class -> workers to take over: none where they have less memory than is needed."""
+    lingering = lingering_workers(run, paths, excluded_nodes=excluded_nodes)
+    sbatch = run.config.scheduler.sbatch
+    unchanged = {
+        name
+        for name, given in options.items()
+        if _without_exclude(given) == _without_exclude(tier_options(sbatch, name))
+    }
+    return {
+        each.worker_class: lingering.get(each.worker_class, [])[: each.workers]
+        if each.worker_class in unchanged
+        else []
+        for each in classes
+    }
+
+
+def _without_exclude(options: SbatchOptions) -> SbatchOptions:
+    return {key: value for key, value in options.items() if key.removeprefix("--") != "exclude"}
 
 
 def measured_costs(paths: RunPaths, federation: Federation, round_number: int) -> CostModel:
@@ -103,9 +130,7 @@ def workers_record(plan: ClassPlan, capacity: Capacity, adopted: int = 0) -> Wor
     )
 
 
-def _excluding(
-    options: dict[str, str | int | float | bool | None], nodes: Sequence[str]
-) -> dict[str, str | int | float | bool | None]:
+def _excluding(options: SbatchOptions, nodes: Sequence[str]) -> SbatchOptions:
     given = next((key for key in options if key.removeprefix("--") == "exclude"), "exclude")
     return {**options, given: ",".join([*filter(None, [str(options.get(given) or "")]), *nodes])}
 

@@ -1,7 +1,7 @@
 """Workers that stayed after a round: the next one takes them over instead of queueing anew."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import known_tasks
@@ -10,7 +10,9 @@ from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import SubmissionRecord, TaskRecord
 
 
-def lingering_workers(run: Run, paths: RoundPaths) -> Mapping[str, list[str]]:
+def lingering_workers(
+    run: Run, paths: RoundPaths, *, excluded_nodes: Collection[str]
+) -> Mapping[str, list[str]]:
     """Return class -> running tasks of earlier attempts that have nothing to do."""
     found: dict[str, list[str]] = defaultdict(list)
     if not run.config.scheduler.linger_minutes:
@@ -23,7 +25,8 @@ def lingering_workers(run: Run, paths: RoundPaths) -> Mapping[str, list[str]]:
     }
     running = set(_running(run, [task for a in attempts for task in workers_of(run, a)]))
     for task, record in sorted(records.items()):
-        if task in running and record.state == "lingering":
+        is_free = task in running and record.state == "lingering"
+        if is_free and record.node not in excluded_nodes:
             found[record.worker_class].append(task)
     return found
 

@@ -20,6 +20,8 @@ _MOST_WARNING_SECONDS = 90
 # submitit writes these whether or not it is told to.
 WRITTEN_BY_SUBMITIT = ("nodes", "time", "signal", "open-mode")
 
+_HEARD = {"USR1", "USR2", "TERM", "10", "12", "15"}
+
 Flags = Mapping[str, str | int | float | bool]
 
 # Words of sbatch where a limit on submitted jobs leaves no room; older ones give only the text
@@ -99,11 +101,25 @@ def sbatch_flags(
             where = key_of(name, value, sbatch=sbatch, program=program)
             raise ConfigError(f"{where}: set by fedllm itself ({_OWNED[name]}); remove it")
         chosen[name] = value
+    _require_signal(chosen.get("signal"), sbatch=sbatch, program=program)
     if chosen.get("requeue") is False:
         chosen["no-requeue"] = True
     return {
         name: value for name, value in chosen.items() if value is not None and value is not False
     }
+
+
+def _require_signal(given: Option, *, sbatch: SbatchSection, program: str) -> None:
+    """Refuse a warning that a worker would not hear, or would die of."""
+    if program != "client" or given is None or given is False:
+        return
+    name = str(given).partition("@")[0].upper().removeprefix("R:").removeprefix("SIG")
+    if name not in _HEARD:
+        where = key_of("signal", given, sbatch=sbatch, program=program)
+        raise ConfigError(
+            f"{where}: got {given}; a worker hears USR1, USR2 or TERM, sent to it and not to its "
+            "batch script (B:)"
+        )
 
 
 def key_of(option: str, value: Option, *, sbatch: SbatchSection, program: str) -> str:

@@ -290,3 +290,20 @@ def test_a_complete_round_leaves_nobody_waiting(tmp_path: Path, cluster: HandMov
     assert not advance(run)
     assert cluster.cancelled == others
     assert second in cluster.alive
+
+
+def test_workers_with_too_little_memory_or_on_a_broken_node_are_not_taken_over(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    options = {"client": {"mem": "10G"}}
+    linger = {"scheduler__linger_minutes": 5, "scheduler__sbatch": options}
+    run = hand_moved(tmp_path, cluster, **linger)
+    assert not advance(run)
+    staying, lost, *others = cluster.alive
+    cluster.start(staying)
+    cluster.note(staying, "lingering")
+    cluster.end("COMPLETED", *others)
+    cluster.end("OUT_OF_MEMORY", lost)
+    assert not advance(run)
+    plan = SubmissionRecord.read(paths_of(tmp_path).round(1).attempt(2).submission)
+    assert (plan.adopted, plan.workers["small"].options["mem"]) == ([], "15G")

@@ -74,6 +74,13 @@ def test_a_task_is_warned_well_before_its_end_however_short_it_is(
     assert f"#SBATCH --signal=USR2@{seconds}" in text_of({"time": time})
 
 
+@pytest.mark.parametrize("signal", ["INT@60", "B:USR2@60"])
+def test_a_warning_that_a_worker_would_not_hear_is_refused(signal: str) -> None:
+    with pytest.raises(ConfigError, match=rf"client.signal: got {signal}; a worker hears USR1"):
+        text_of({"signal": signal})
+    assert "#SBATCH --signal=SIGUSR1@60" in text_of({"signal": "SIGUSR1@60"})
+
+
 def exported(lines: list[str], environment: dict[str, str]) -> dict[str, str]:
     """Run what comes before the program; return what the program would find."""
     command = next(number for number, line in enumerate(lines) if line.startswith("srun"))
