@@ -250,8 +250,8 @@ class Campaign:
         self._disk_is_full = True
         filler = self.disk / "filler"
         _fill(filler)
-        trip.go_on()
         said = self.command.log.stat().st_size
+        trip.go_on()
         while (ending := self._coordinator.ending()) in {None, "-9"}:
             if ending:
                 # another fault's moment came first: it goes on where the disk is still full
