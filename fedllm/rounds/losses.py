@@ -7,8 +7,10 @@ from pathlib import Path
 from fedllm.config.models import SbatchOptions
 from fedllm.errors import OutOfMemory
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
+from fedllm.rounds.lingering import workers_of
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import is_mine, known_tasks, settle, was_preempted
+from fedllm.rounds.waves import has_unclaimed
 from fedllm.scheduling.seam import TaskState
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
@@ -30,12 +32,17 @@ _MEMORY_GROWTH = 1.5
 def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
     """Cancel running tasks whose progress has not changed for `scheduler.hung_minutes`.
 
-    Counted on this coordinator's own clock; a worker that lingers has nothing to say.
+    Counted on this coordinator's own clock; a worker that lingers has nothing to say. Workers
+    that were taken over are watched as its own are.
+
+    Raises:
+        SchedulerUnreachable: one could not be cancelled; it is looked at again.
     """
     hung_seconds = 60.0 * run.config.scheduler.hung_minutes
     if not run.watch.is_due(("silent", attempt.root), min(60.0, hung_seconds / 4)):
         return
-    states = run.scheduler.states(known_tasks(run, attempt))
+    ids = workers_of(run, attempt)
+    states = run.scheduler.states(ids) if ids else {}
     running = [task for task, state in states.items() if state is TaskState.RUNNING]
     for task in [task for task in running if task not in run.watch.cancelled]:
         path = attempt.task(task)
@@ -45,9 +52,10 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
             continue
         doing = f"client {record.client}, step {record.step}" if record else "nothing begun"
         why = f"no progress for {silent / 60:.1f} minutes ({doing})"
+        run.lease.check()
+        run.scheduler.cancel([task])
         run.watch.cancelled[task] = why
         run.say(f"{task}: {why}; cancelled, its clients train elsewhere")
-        run.scheduler.cancel([task])
 
 
 def end_idle_workers(run: Run, attempt: AttemptPaths) -> None:
@@ -59,12 +67,14 @@ def end_idle_workers(run: Run, attempt: AttemptPaths) -> None:
     if not run.watch.is_due(("idle", attempt.root), run.config.scheduler.query_seconds):
         return
     waiting, _ = idle_and_running(run, attempt)
-    plan = run.read(SubmissionRecord, attempt.submission)
-    if not waiting or len(attempt.claim_files()) < len(plan.bundles):
+    if not waiting:
         return
-    # every bundle has its claim now: they are read once
     holders = run.watch.holders.get(attempt.root)
     if holders is None:
+        plan = run.read(SubmissionRecord, attempt.submission)
+        if has_unclaimed(run, attempt, {bundle.worker_class for bundle in plan.bundles}):
+            return
+        # every bundle has its claim now: they are read once
         holders = {ClaimRecord.read(path).task for path in attempt.claim_files()}
         run.watch.holders[attempt.root] = holders
     if idle := [task for task in waiting if task not in holders]:
@@ -77,8 +87,8 @@ def idle_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[s
     ids = known_tasks(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
     waiting = [task for task, state in states.items() if state is TaskState.WAITING]
-    gone = {task for task, state in states.items() if state is TaskState.GONE}
-    return waiting, [task for task in ids if task not in gone and task not in waiting]
+    over = {TaskState.WAITING, TaskState.GONE}
+    return waiting, [task for task, state in states.items() if state not in over]
 
 
 def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:

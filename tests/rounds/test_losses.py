@@ -1,5 +1,6 @@
 """Silent workers, broken nodes, memory, preemption: what counts and what follows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from fedllm.errors import RunFailed
 from fedllm.rounds.advance import advance
 from fedllm.rounds.run import Run
+from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.storage.records import (
     ClaimRecord,
     CollectionRecord,
@@ -50,6 +52,45 @@ def test_a_silent_worker_is_ended_and_its_clients_train_elsewhere(
     assert outcome.cancelled.keys() == {silent}
     cluster.work(*cluster.alive)
     assert advance(run)
+
+
+def test_a_silent_worker_whose_end_slurm_did_not_hear_of_is_ended_later(
+    tmp_path: Path, cluster: HandMoved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__hung_minutes=NOW)
+    assert not advance(run)
+    silent = next(iter(cluster.alive))
+    cluster.start(silent)
+    cluster.note(silent, "training")
+    assert not advance(run)
+
+    def unreachable(ids: Sequence[str]) -> None:
+        raise SchedulerUnreachable(f"scancel {ids}: no answer")
+
+    with monkeypatch.context() as away:
+        away.setattr(cluster, "cancel", unreachable)
+        with pytest.raises(SchedulerUnreachable):
+            advance(run)
+    assert not advance(run)
+    assert cluster.cancelled == [silent]
+
+
+def test_a_silent_worker_that_was_taken_over_is_ended_too(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    changes = {"scheduler__hung_minutes": NOW, "scheduler__linger_minutes": 5}
+    run = hand_moved(tmp_path, cluster, rounds=2, **changes)
+    assert not advance(run)
+    staying, *others = cluster.alive
+    cluster.start(staying)
+    cluster.note(staying, "lingering")
+    cluster.work(*others)
+    assert not advance(run)
+    plan = SubmissionRecord.read(paths_of(tmp_path).round(2).attempt(1).submission)
+    assert plan.adopted == [staying]
+    for _ in range(2):
+        assert not advance(run)
+    assert cluster.cancelled == [staying]
 
 
 def test_a_worker_that_makes_progress_waits_or_lingers_is_left_alone(
