@@ -197,6 +197,10 @@ def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bo
     jobs = run.find(JobsRecord, attempt.jobs)
     mine = [a for a in plan.arrays if a.worker_class == worker_class]
     tasks = {task for array in mine if jobs for task in jobs.ids.get(array.name, [])}
+    for task in plan.adopted:
+        record = run.find(TaskRecord, attempt.task(task))
+        if record and record.worker_class == worker_class:
+            tasks.add(task)
     if any(endings[task].state == _OUT_OF_MEMORY for task in tasks if task in endings):
         return True
     # on a GPU it is the GPU's memory that ran out, which no option of a job enlarges

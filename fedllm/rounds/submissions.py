@@ -222,7 +222,9 @@ def settle(
     known = run.find(OutcomeRecord, paths.outcome)
     if known:
         return known
-    endings = run.scheduler.endings(known_tasks(run, paths))
+    plan = run.find(SubmissionRecord, paths.submission)
+    adopted = plan.adopted if plan else []
+    endings = run.scheduler.endings([*known_tasks(run, paths), *adopted])
     outcome = OutcomeRecord(
         endings={
             id_: EndingRecord(state=e.state, exit_code=e.exit_code, node=e.node, log=e.log)

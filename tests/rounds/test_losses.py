@@ -1,5 +1,6 @@
 """Silent workers, broken nodes, memory, preemption: what counts and what follows."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -348,3 +349,26 @@ def test_workers_with_too_little_memory_or_on_a_broken_node_are_not_taken_over(
     assert not advance(run)
     plan = SubmissionRecord.read(paths_of(tmp_path).round(1).attempt(2).submission)
     assert (plan.adopted, plan.workers["small"].options["mem"]) == ([], "15G")
+
+
+def test_a_worker_that_was_taken_over_and_ran_out_of_memory_counts_as_one_of_its_class(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    options = {"client": {"mem": "10G"}}
+    linger = {"scheduler__linger_minutes": 5, "scheduler__sbatch": options}
+    run = hand_moved(tmp_path, cluster, rounds=2, **linger)
+    assert not advance(run)
+    staying, *others = cluster.alive
+    cluster.start(staying)
+    cluster.note(staying, "lingering")
+    cluster.work(*others)
+    assert not advance(run)
+    attempt = paths_of(tmp_path).round(2).attempt(1)
+    job, state = cluster.alive[staying]
+    cluster.alive[staying] = (dataclasses.replace(job, argv=(str(attempt.root),)), state)
+    cluster.note(staying, "training")
+    cluster.end("COMPLETED", *(task for task in cluster.alive if task != staying))
+    cluster.end("OUT_OF_MEMORY", staying)
+    assert not advance(run)
+    assert OutcomeRecord.read(attempt.outcome).endings[staying].state == "OUT_OF_MEMORY"
+    assert cluster.arrays[-1].options["mem"] == "15G"
