@@ -27,7 +27,7 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
     frozen = CollectionRecord.find(paths.collection)
     if frozen:
         return frozen
-    before = _replaced(paths)
+    before = replaced_clients(run, paths)
     updates: list[CollectedUpdate] = []
     failed: dict[str, str] = {}
     environments: list[dict[str, str]] = []
@@ -128,10 +128,10 @@ def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
     return None if found and found[0].sha256 == sha256 else "not the file that was collected"
 
 
-def _replaced(paths: RoundPaths) -> set[str] | None:
+def replaced_clients(run: Run, paths: RoundPaths) -> set[str] | None:
     """Return the clients of the first collection that was replaced, if any was."""
     first = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
-    record = CollectionRecord.find(first)
+    record = run.find(CollectionRecord, first)
     return {update.client for update in record.updates} if record else None
 
 

@@ -6,6 +6,7 @@ from fedllm.errors import FedllmError, Incomplete, RunFailed, UserError
 from fedllm.planning.cohorts import quorum_size
 from fedllm.planning.federation import Federation
 from fedllm.rounds.attempts import start_attempt
+from fedllm.rounds.collecting import replaced_clients
 from fedllm.rounds.lingering import at_work
 from fedllm.rounds.losses import (
     close_attempt,
@@ -44,7 +45,9 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
         close_attempt(run, attempt)
         if is_enough(run, cohort, scan, paths) or not _may_retry(run, attempt, scan, cohort):
             return scan
-    start_attempt(run, federation, cohort, _missing(cohort, scan), number + 1)
+    wanted = replaced_clients(run, paths)
+    missing = [c for c in _missing(cohort, scan) if wanted is None or c.id in wanted]
+    start_attempt(run, federation, cohort, missing, number + 1)
     run.watch.attempts[cohort.round] = number + 1
     # an inline scheduler is through by now
     scan = scan_updates(run, federation, cohort)
@@ -55,10 +58,13 @@ def is_enough(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundPaths) -> 
     """Say whether a round needs no further update.
 
     All clients sent one, or as many valid ones came as the cohort was to have, or the quorum did
-    by the deadline.
+    by the deadline. A round whose collection was replaced needs the same clients again.
     """
     if len(scan.published) == len(cohort.clients):
         return True
+    before = replaced_clients(run, paths)
+    if before is not None:
+        return before <= scan.published.keys()
     if cohort.enough is not None and scan.valid >= cohort.enough:
         return True
     minutes = run.config.clients.deadline_minutes

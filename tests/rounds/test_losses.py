@@ -10,6 +10,7 @@ from fedllm.errors import RunFailed
 from fedllm.rounds.advance import advance
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     ClaimRecord,
     CollectionRecord,
@@ -372,3 +373,37 @@ def test_a_worker_that_was_taken_over_and_ran_out_of_memory_counts_as_one_of_its
     assert not advance(run)
     assert OutcomeRecord.read(attempt.outcome).endings[staying].state == "OUT_OF_MEMORY"
     assert cluster.arrays[-1].options["mem"] == "15G"
+
+
+@pytest.mark.parametrize("ends_by", ["over-sampling", "a deadline"])
+def test_a_round_that_did_not_wait_takes_the_same_clients_again_after_damage(
+    tmp_path: Path, cluster: HandMoved, ends_by: str
+) -> None:
+    changes: dict[str, object] = {"clients__over_sample": 0.5}
+    if ends_by == "a deadline":
+        changes = {"clients__quorum": 2, "clients__deadline_minutes": NOW}
+    cluster.simulation.limit = 4 if ends_by == "over-sampling" else 3
+    first: list[CollectionRecord] = []
+
+    def damage_one_and_let_a_late_one_come(program: str, target: Path) -> None:
+        if program != "aggregate" or target.name == "0000" or first:
+            return
+        cluster.simulation.limit = None
+        victim = min(target.glob("updates/*.safetensors"))
+        first.append(CollectionRecord.read(RoundPaths(root=target).collection))
+        attempt = AttemptPaths(root=target / "attempts" / "01", number=1)
+        cluster.simulation.work(attempt, "small", "9_9")
+        cluster.simulation.work(attempt, "large", "9_9")
+        victim.write_bytes(b"")
+
+    cluster.simulation.before = damage_one_and_let_a_late_one_come
+    run = hand_moved(tmp_path, cluster, **changes)
+    assert not advance(run)
+    cluster.work(*cluster.alive)
+    for _ in range(10):
+        if advance(run):
+            break
+        cluster.work(*cluster.alive)
+    again = CollectionRecord.read(paths_of(tmp_path).round(1).collection)
+    assert again.replaces == 1
+    assert [u.client for u in again.updates] == [u.client for u in first[0].updates]
