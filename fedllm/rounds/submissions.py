@@ -1,5 +1,6 @@
 """Write the plan, then submit; find again what was submitted before a coordinator died."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -24,9 +25,8 @@ SingleProgram = Literal["prepare", "aggregate", "evaluate"]
 
 def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> None:
     """Publish the plan, submit its arrays and record their ids."""
-    new = not paths.submission.exists()
     run.publish(plan, paths.submission)
-    _send(run, paths, plan, logs, search=False, withdraw=new)
+    _send(run, paths, plan, logs, search=False)
 
 
 def is_active(run: Run, paths: JobPaths, logs: Path) -> bool:
@@ -49,7 +49,7 @@ def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
     # what found no room was not submitted: no need to look for it
     search = not unsent <= run.watch.no_room
     if search or run.watch.is_due(paths.root, run.config.scheduler.query_seconds):
-        return _send(run, paths, plan, logs, search=search, withdraw=jobs is None)
+        return _send(run, paths, plan, logs, search=search)
     return False
 
 
@@ -73,9 +73,7 @@ def _tasks(jobs: JobsRecord | None) -> list[str]:
     return [id_ for ids in jobs.ids.values() for id_ in ids] if jobs else []
 
 
-def _send(
-    run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool, withdraw: bool
-) -> bool:
+def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool) -> bool:
     jobs = run.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
     room = True
@@ -91,10 +89,12 @@ def _send(
         room = False
         if array.name not in run.watch.no_room:
             run.say(f"{array.name}: waits for room in the queue ({error})")
-            run.watch.no_room.add(array.name)
+        rest = [array.name for array in plan.arrays if array.name not in ids]
+        # once looked for, nobody needs to look for them again
+        ids |= {name: found for name in rest if search and (found := run.scheduler.find(name))}
+        run.watch.no_room |= set(rest) - ids.keys()
     except ConfigError:
-        if withdraw:
-            _withdraw(run, paths, plan, ids)
+        _withdraw(run, paths, plan, ids)
         raise
     if room or ids:
         run.publish(JobsRecord(ids=ids), paths.jobs)
@@ -104,14 +104,17 @@ def _send(
 def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, list[str]]) -> None:
     """Let go of what the scheduler refused: the next plan is made of the mended configuration.
 
-    Arrays that it took before stay, and of the plan what concerns them.
+    Arrays that it took before and workers that were taken over stay, and of the plan what concerns
+    them.
     """
-    if not ids:
+    if not ids and not plan.adopted:
         run.lease.check()
         paths.root.rename(aside(paths.root, "refused"))
         return
     arrays = [array for array in plan.arrays if array.name in ids]
-    sent = {array.worker_class: array.tasks for array in arrays}
+    sent = Counter[str]()
+    for array in arrays:
+        sent[array.worker_class] += array.tasks
     workers = {
         name: each.model_copy(update={"tasks": sent[name]})
         for name, each in plan.workers.items()

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
+from fedllm.errors import ConfigError
 from fedllm.rounds.advance import advance
 from fedllm.rounds.opening import close_run
+from fedllm.scheduling.seam import Job, SchedulerFull
 from fedllm.storage.records import JobsRecord, SubmissionRecord
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
 from tests.rounds.simulation import Simulation, complete, config_of, states
@@ -59,6 +63,52 @@ def test_a_full_queue_is_not_asked_again_and_again(tmp_path: Path) -> None:
         assert not advance(run)
     assert (cluster.jobs, cluster.finds) == ([], 0)
     assert sum("waits for room" in line for line in say) == 1
+
+
+def test_of_several_arrays_that_find_no_room_none_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = HandMoved(Simulation(), largest_array=1)
+    submit, asked = cluster.submit, list[str]()
+
+    def full(job: Job) -> list[str]:
+        if job.program != "client":
+            return submit(job)
+        asked.append(job.name)
+        raise SchedulerFull("too many jobs in the cluster")
+
+    monkeypatch.setattr(cluster, "submit", full)
+    run = hand_moved(tmp_path / "run", cluster, scheduler__query_seconds=1000)
+    for _ in range(5):
+        assert not advance(run)
+    # the first of four, when it was planned and once more
+    assert (len(set(asked)), len(asked), cluster.finds) == (1, 2, 0)
+
+
+def test_a_wave_that_is_refused_leaves_its_clients_to_the_mended_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"clients__cohort__count": 8, "rounds": 1}
+    cluster = HandMoved(Simulation(), most_tasks=3)
+    run = hand_moved(tmp_path / "run", cluster, **changes)
+    assert not advance(run)
+    cluster.end("COMPLETED", *list(cluster.alive)[:2])
+
+    def refuse(job: Job) -> list[str]:
+        raise ConfigError(f"partition: closed: {job.name}")
+
+    with monkeypatch.context() as closed:
+        closed.setattr(cluster, "submit", refuse)
+        with pytest.raises(ConfigError, match="closed"):
+            advance(run)
+    close_run(run)
+    cluster.end("COMPLETED", *cluster.alive)
+    mended = {"scheduler__sbatch": {"client": {"partition": "open"}}}
+    run = hand_moved(tmp_path / "run", cluster, **changes, **mended)
+    assert not advance(run)
+    assert cluster.arrays[-1].options["partition"] == "open"
+    cluster.work(*cluster.alive)
+    assert advance(run)
 
 
 def test_another_coordinator_goes_on_with_the_waves(tmp_path: Path) -> None:
