@@ -32,8 +32,9 @@ def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
         yield paths.prepare_job(number)
     for round_number in range(config.rounds + 1):
         round_paths = paths.round(round_number)
-        # workers may linger after their round, until the next has found something for them
-        if round_paths.record.exists() and paths.round(round_number + 1).record.exists():
+        # workers may end after their round, or linger for any later one
+        is_past = round_paths.record.exists() and paths.round(round_number + 1).record.exists()
+        if is_past and not config.scheduler.linger_minutes:
             continue
         for folder in (round_paths.attempt, round_paths.aggregate_job, round_paths.evaluation_job):
             yield from (folder(number) for number in range(1, last_attempt(folder) + 1))

@@ -53,6 +53,17 @@ def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
     return False
 
 
+def find_unrecorded(run: Run, paths: JobPaths) -> None:
+    """Record the ids of arrays whose coordinator died before it could; submit nothing."""
+    plan = run.read(SubmissionRecord, paths.submission)
+    jobs = run.find(JobsRecord, paths.jobs)
+    ids = dict(jobs.ids) if jobs else {}
+    unsent = {array.name for array in plan.arrays} - ids.keys() - run.watch.no_room
+    found = {name: tasks for name in sorted(unsent) if (tasks := run.scheduler.find(name))}
+    if found:
+        run.publish(JobsRecord(ids=ids | found), paths.jobs)
+
+
 def active_tasks(run: Run, ids: list[str]) -> list[str]:
     """Return those of the tasks that may still be at work."""
     states = run.scheduler.states(ids) if ids else {}

@@ -16,7 +16,7 @@ from fedllm.rounds.losses import (
     idle_and_running,
 )
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import error_of, is_mine
+from fedllm.rounds.submissions import error_of, find_unrecorded, is_mine
 from fedllm.rounds.waves import send_waves
 from fedllm.storage.paths import AttemptPaths, RoundPaths, aside
 from fedllm.storage.publish import age_seconds
@@ -119,6 +119,7 @@ def _end_stragglers(
     attempt = paths.attempt(number)
     if not number:
         return
+    find_unrecorded(run, attempt)
     waiting, running = idle_and_running(run, attempt)
     late = len(scan.published) < len(cohort.clients)
     if late:

@@ -8,6 +8,8 @@ import pytest
 
 from fedllm.errors import RunFailed
 from fedllm.rounds.advance import advance
+from fedllm.rounds.cancelling import cancel_jobs
+from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.storage.paths import AttemptPaths, RoundPaths
@@ -333,6 +335,38 @@ def test_a_complete_round_leaves_nobody_waiting(tmp_path: Path, cluster: HandMov
     assert not advance(run)
     assert cluster.cancelled == others
     assert second in cluster.alive
+
+
+def test_tasks_whose_ids_were_never_recorded_leave_the_queue_with_their_round_too(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster, rounds=2)
+    assert not advance(run)
+    first, *others = cluster.alive
+    cluster.work(first)
+    # as a coordinator leaves it that is killed right after sbatch
+    close_run(run)
+    paths_of(tmp_path).round(1).attempt(1).jobs.unlink()
+    run = hand_moved(tmp_path, cluster, rounds=2)
+    assert not advance(run)
+    assert cluster.cancelled == others
+
+
+def test_cancel_ends_a_worker_that_lingers_since_an_earlier_round(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster, rounds=3, scheduler__linger_minutes=5)
+    assert not advance(run)
+    staying, *others = cluster.alive
+    cluster.start(staying)
+    cluster.note(staying, "ended")
+    cluster.work(*others)
+    assert not advance(run)
+    cluster.work(*(task for task in cluster.alive if task != staying))
+    assert not advance(run)
+    assert paths_of(tmp_path).round(2).record.exists()
+    cancel_jobs(run.paths, run.config, cluster)
+    assert cluster.alive == {}
 
 
 def test_workers_with_too_little_memory_or_on_a_broken_node_are_not_taken_over(
