@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedllm.config.models import SbatchOptions
-from fedllm.errors import OutOfMemory
+from fedllm.errors import Incomplete, OutOfMemory
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
 from fedllm.rounds.lingering import workers_of
 from fedllm.rounds.run import Run
@@ -25,6 +25,8 @@ from fedllm.storage.updates import Scan
 
 # a node may be to blame for these; not for time, memory or preemption
 _A_NODES_FAULT = {"FAILED", "NODE_FAIL", "BOOT_FAIL"}
+# Slurm calls it FAILED where a worker ended as it was told to, before its time or preemption
+_AS_TOLD = f"{Incomplete.exit_code}:0"
 _OUT_OF_MEMORY = "OUT_OF_MEMORY"
 _MEMORY_GROWTH = 1.5
 
@@ -153,7 +155,11 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     for number in range(1, attempts + 1):
         attempt = paths.attempt(number)
         endings = close_attempt(run, attempt).endings.values()
-        failures.update(e.node for e in endings if e.state in _A_NODES_FAULT and e.node)
+        failures.update(
+            e.node
+            for e in endings
+            if e.state in _A_NODES_FAULT and e.exit_code != _AS_TOLD and e.node
+        )
         ran |= {TaskRecord.read(path).node for path in attempt.task_files()}
     broken = {node for node, count in failures.items() if count >= _most(run)}
     ran |= set(failures)

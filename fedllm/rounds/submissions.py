@@ -253,8 +253,15 @@ def settle(
 
 
 def was_preempted(outcome: OutcomeRecord) -> bool:
-    """Say whether preemption alone ended it: that never counts against the retries."""
-    states = {ending.state for ending in outcome.endings.values()}
+    """Say whether preemption alone ended it: that never counts against the retries.
+
+    Beside it tasks may have left the queue that were not needed, but none for being silent.
+    """
+    states = {
+        ending.state
+        for task, ending in outcome.endings.items()
+        if ending.state != "CANCELLED" or task in outcome.cancelled
+    }
     return states == {"PREEMPTED"}
 
 

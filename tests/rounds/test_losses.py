@@ -11,7 +11,7 @@ from fedllm.rounds.advance import advance
 from fedllm.rounds.cancelling import cancel_jobs
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.scheduling.seam import Ending, SchedulerUnreachable
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     ClaimRecord,
@@ -146,6 +146,18 @@ def test_time_and_preemption_are_no_fault_of_a_node(tmp_path: Path, cluster: Han
     assert "exclude" not in cluster.arrays[1].options
 
 
+def test_workers_that_end_as_they_are_told_are_no_fault_of_a_node(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster)
+    assert not advance(run)
+    told = list(cluster.alive)
+    cluster.end("FAILED", *told)
+    cluster.ended |= {task: Ending(state="FAILED", exit_code="3:0", node="n1") for task in told}
+    assert not advance(run)
+    assert "exclude" not in cluster.arrays[1].options
+
+
 def test_out_of_memory_asks_for_more_memory_each_time(tmp_path: Path, cluster: HandMoved) -> None:
     say: list[str] = []
     options = {"client": {"mem": "10G"}}
@@ -199,6 +211,24 @@ def test_preemption_never_counts(tmp_path: Path, cluster: HandMoved) -> None:
         lose(run, cluster, "PREEMPTED")
     cluster.work(*cluster.alive)
     assert advance(run)
+
+
+def test_preemption_does_not_count_where_others_were_not_needed_but_silence_does(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__max_attempts=1)
+    for _ in range(3):
+        assert not advance(run)
+        preempted, *idle = cluster.alive
+        cluster.cancel(idle)
+        cluster.end("PREEMPTED", preempted)
+    assert not advance(run)
+    preempted, silent, *idle = cluster.alive
+    cluster.cancel([silent, *idle])
+    run.watch.cancelled[silent] = "no progress"
+    cluster.end("PREEMPTED", preempted)
+    with pytest.raises(RunFailed):
+        advance(run)
 
 
 def test_a_checkpoint_that_came_further_is_progress(tmp_path: Path, cluster: HandMoved) -> None:
