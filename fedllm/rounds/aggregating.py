@@ -77,6 +77,8 @@ def redo_damaged_state(run: Run) -> None:
     run.lease.check()
     if paths.global_state.exists():
         paths.global_state.rename(aside(paths.global_state, "damaged"))
+    # the record last: killed in between, this is done again
+    if paths.aggregate_attempts.exists():
+        paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
     paths.aggregate_record.rename(aside(paths.aggregate_record, "replaced"))
-    paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
     run.say(f"{paths.global_state}: {problem}; aggregated again")

@@ -106,14 +106,17 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
         problem = _problem(paths, name, sha256)
         if problem:
             problems[name] = problem
+    if problems:
+        run.lease.check()
     for name, problem in problems.items():
         run.say(f"round {paths.number}: {paths.updates / name}: {problem}; its clients train again")
         if (paths.updates / name).exists():
             (paths.updates / name).rename(aside(paths.updates / name, "damaged"))
     if problems:
-        run.lease.check()
+        # the collection last: killed in between, what was said of the old one is not told again
+        if paths.aggregate_attempts.exists():
+            paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
         paths.collection.rename(aside(paths.collection, "replaced"))
-        paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
         run.scanners.clear()
     return bool(problems)
 

@@ -7,8 +7,9 @@ import pytest
 
 from fedllm.errors import FedllmError, RunDirectoryError, RunFailed, StorageFull, UserError
 from fedllm.reporting.status import run_status
-from fedllm.rounds.coordinate import advance_while_possible
-from fedllm.rounds.opening import resumed_config
+from fedllm.rounds.coordinate import advance_while_possible, coordinate
+from fedllm.rounds.opening import open_run, resumed_config
+from fedllm.scheduling.inline import InlineScheduler
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
     CollectionRecord,
@@ -143,6 +144,44 @@ def test_a_damaged_update_is_named_and_its_clients_train_again(
     assert any("01-000-00.safetensors" in line for line in said)
     trained = [client for number, client in simulation.trained if number == 1]
     assert len(trained) == 6
+
+
+def test_a_coordinator_killed_while_it_sets_a_collection_aside_goes_on(
+    tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = Simulation()
+
+    def damage_one(program: str, target: Path) -> None:
+        victim = next(iter(sorted(target.glob("updates/01-000-00.safetensors"))), None)
+        if program == "aggregate" and victim:
+            victim.write_bytes(b"")
+            simulation.before = lambda _program, _target: None
+
+    simulation.before = damage_one
+    rename, moved = Path.rename, list[str]()
+
+    def killed_after_the_second(path: Path, target: Path) -> Path:
+        if ".replaced-" in target.name:
+            moved.append(path.name)
+        if moved and len(moved) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "rename", killed_after_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            complete(tmp_path / "run", simulation)
+    assert len(moved) == 2
+    # not by a person: what went wrong before would still count
+    run = open_run(
+        tmp_path / "run",
+        config_of(),
+        make_scheduler=lambda _paths, _config: InlineScheduler(execute=simulation),
+        say=print,
+        unattended=True,
+    )
+    coordinate(run)
+    assert states(tmp_path / "run") == undisturbed
 
 
 def test_a_worker_that_publishes_nothing_is_tried_again(
