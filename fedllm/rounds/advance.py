@@ -22,6 +22,7 @@ def advance(run: Run) -> bool:
     Raises:
         FedllmError: the run cannot go on, with the exit code that says why.
     """
+    run.watch.training_seconds = None
     federation = prepare(run)
     if federation is None:
         return False

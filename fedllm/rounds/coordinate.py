@@ -1,5 +1,6 @@
 """The coordinator: advance until the run is done, or until others have to do their part."""
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from fedllm.rounds.work import Work, is_settling, work_of
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 
 LONGEST_WAIT_SECONDS = 300.0
+_COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 
 class Stopped(Incomplete):
@@ -27,7 +29,7 @@ def coordinate(run: Run) -> None:
         FedllmError: it cannot go on.
         Stopped: it was told to stop; resume goes on.
     """
-    with stopping_on_signals():
+    with stopping_on_signals(), _rare_garbage_collection():
         try:
             redo_damaged_state(run)
             _advance_to_the_end(run)
@@ -70,7 +72,25 @@ def _advance_to_the_end(run: Run) -> None:
             continue
         pause_seconds = run.config.scheduler.poll_seconds
         trouble = _told(run, trouble)
-        run.scheduler.wait(pause_seconds)
+        run.scheduler.wait(_pause_seconds(run))
+
+
+@contextmanager
+def _rare_garbage_collection() -> Iterator[None]:
+    """Let the collector pass over what lives for a round anyway: thousands of clients' records."""
+    before = gc.get_threshold()
+    gc.set_threshold(*_COLLECTION_THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _pause_seconds(run: Run) -> float:
+    """Return when to look again: of long training at most a hundredth of its time is lost."""
+    section = run.config.scheduler
+    trained = run.watch.training_seconds or 0.0
+    return max(section.poll_seconds, min(section.query_seconds, trained / 100))
 
 
 def _told(run: Run, before: str | None) -> str | None:

@@ -16,7 +16,7 @@ from fedllm.config.loading import (
     result_fingerprint,
 )
 from fedllm.config.models import Config
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
@@ -65,7 +65,11 @@ def open_run(
 def close_run(run: Run) -> None:
     """End the scheduler's processes and give the lease back."""
     run.scheduler.close()
-    run.lease.release()
+    try:
+        run.lease.release()
+    except FedllmError as error:
+        # a full disk, say: what it stopped first is the error to raise
+        run.say(f"the lease was not given back: {error}")
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,9 @@ from fedllm.storage.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
 from fedllm.storage.updates import Published, Scan, shape_problem
 
+# the longest pause between looks at workers, in multiples of `scheduler.query_seconds`
+_MOST_QUERIES = 5
+
 
 def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None:
     """Make progress on the round's updates; return them once the round may go on without more.
@@ -39,6 +42,7 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     if number:
         attempt = paths.attempt(number)
         if _goes_on(run, attempt, cohort) or not run.settled(attempt.root):
+            run.watch.training_seconds = run.watch.training_seconds_of(attempt.root)
             return None
         # what was published while the tasks were found gone
         scan = scan_updates(run, federation, cohort)
@@ -105,11 +109,26 @@ def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
 
 def _goes_on(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
     """Say whether an attempt has workers that train, or will have."""
+    if not run.watch.is_due(("workers", attempt.root), _pause_seconds(run, attempt)):
+        return True
     everything_sent = send_waves(run, attempt, run.paths.logs(cohort.round))
     end_silent_workers(run, attempt)
     if everything_sent:
         end_idle_workers(run, attempt)
-    return bool(at_work(run, attempt)) or not everything_sent
+    goes_on = bool(at_work(run, attempt)) or not everything_sent
+    if not goes_on:
+        run.watch.look_again(("workers", attempt.root))
+    return goes_on
+
+
+def _pause_seconds(run: Run, attempt: AttemptPaths) -> float:
+    """Return how long the scheduler's answers last: of long training a hundredth of its time."""
+    section = run.config.scheduler
+    if section.kind != "slurm":
+        return 0.0
+    trained = run.watch.training_seconds_of(attempt.root)
+    # half a query's time, so that other pauses of a query are not doubled
+    return max(section.query_seconds / 2, min(_MOST_QUERIES * section.query_seconds, trained / 100))
 
 
 def _end_stragglers(

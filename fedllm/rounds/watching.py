@@ -21,6 +21,8 @@ class Watch:
     done: int = 0
     attempts: dict[int, int] = field(default_factory=dict)
     holders: dict[Path, set[str]] = field(default_factory=dict)
+    unclaimed: dict[tuple[Path, str], list[int]] = field(default_factory=dict)
+    training_seconds: float | None = None
     no_room: set[str] = field(default_factory=set)
     _tiers: tuple[CohortRecord, Mapping[str, str]] | None = None
     _next: dict[object, float] = field(default_factory=dict)
@@ -32,6 +34,10 @@ class Watch:
             self._tiers = cohort, {client.id: client.tier for client in cohort.clients}
         return self._tiers[1]
 
+    def training_seconds_of(self, attempt: Path) -> float:
+        """Return for how long an attempt has been watched."""
+        return self.silent_seconds(str(attempt), "training")
+
     def is_due(self, what: object, seconds: float) -> bool:
         """Say whether to do something now that is done every `seconds`."""
         now = time.monotonic()
@@ -39,6 +45,10 @@ class Watch:
             return False
         self._next[what] = now + seconds
         return True
+
+    def look_again(self, what: object) -> None:
+        """Have what is done every so often be due."""
+        self._next.pop(what, None)
 
     def is_new(self, what: object) -> bool:
         """Say whether this is asked for the first time."""

@@ -1,13 +1,13 @@
 """The arrays of an attempt: as many tasks at a time as the cluster's limits leave room for."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.workers import next_arrays
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import active_tasks, all_sent, submit
+from fedllm.rounds.submissions import active_tasks, all_sent, known_tasks, submit
 from fedllm.storage.paths import MOST_ENTRIES, AttemptPaths
 from fedllm.storage.records import ArrayRecord, JobsRecord, SubmissionRecord
 
@@ -23,10 +23,10 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     plan = run.read(SubmissionRecord, attempt.submission)
     if not any(_left(plan).values()):
         return True
-    # each look costs a listing of claims, and may cost a question to the scheduler
+    # each look may cost a question to the scheduler
     if not run.watch.is_due(("wave", attempt.root), run.config.scheduler.query_seconds):
         return False
-    if not _unclaimed(plan, attempt):
+    if not has_unclaimed(run, attempt, [name for name, count in _left(plan).items() if count]):
         return True
     arrays = next_wave(run, plan, _alive(run, attempt))
     if arrays:
@@ -110,11 +110,23 @@ def _left(plan: SubmissionRecord) -> dict[str, int]:
 def _alive(run: Run, attempt: AttemptPaths) -> dict[str, int]:
     """Return array -> tasks that did not end."""
     jobs = run.find(JobsRecord, attempt.jobs)
-    return {name: len(active_tasks(run, ids)) for name, ids in jobs.ids.items()} if jobs else {}
+    alive = set(active_tasks(run, known_tasks(run, attempt)))
+    return {name: len(alive.intersection(ids)) for name, ids in jobs.ids.items()} if jobs else {}
 
 
-def _unclaimed(plan: SubmissionRecord, attempt: AttemptPaths) -> bool:
-    """Say whether a class that misses workers has bundles that nobody took."""
-    classes = {name for name, count in _left(plan).items() if count}
-    taken = {int(path.stem) for path in attempt.claim_files()}
-    return any(b.worker_class in classes and b.number not in taken for b in plan.bundles)
+def has_unclaimed(run: Run, attempt: AttemptPaths, classes: Iterable[str]) -> bool:
+    """Say whether there are bundles of these classes that nobody took.
+
+    A claim stays: each is looked for until it is there, and not again.
+    """
+    plan = run.read(SubmissionRecord, attempt.submission)
+    for name in classes:
+        unseen = run.watch.unclaimed.get((attempt.root, name))
+        if unseen is None:
+            unseen = [b.number for b in plan.bundles if b.worker_class == name]
+            run.watch.unclaimed[attempt.root, name] = unseen
+        while unseen and attempt.claim(unseen[-1]).exists():
+            unseen.pop()
+        if unseen:
+            return True
+    return False

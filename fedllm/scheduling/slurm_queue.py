@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
@@ -31,11 +31,13 @@ class Queue:
         self._submitted_since: set[str] = set()
         self._waiting_for: dict[str, str] = {}
         self._places: Counter[Place] = Counter()
+        self._told: tuple[list[str], dict[str, TaskState]] = [], {}
         self._trouble: str | None = None
         self._ended = Endings(query_seconds=query_seconds, commands=commands)
 
     def expect(self, ids: Iterable[str]) -> None:
         """Remember tasks that the last answer cannot know yet: they are not gone."""
+        self._told = [], {}
         self._submitted_since.update(ids)
 
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
@@ -46,8 +48,13 @@ class Queue:
         self._ask_if_due()
         if self._listed is None:
             return dict.fromkeys(ids, TaskState.UNKNOWN)
-        absent = dict.fromkeys(self._submitted_since, TaskState.WAITING)
-        return {task: self._listed.get(task) or absent.get(task) or TaskState.GONE for task in ids}
+        asked = [*ids]
+        # the same tasks are asked about again and again, and news come once a minute
+        if asked != self._told[0]:
+            known = {**dict.fromkeys(self._submitted_since, TaskState.WAITING), **self._listed}
+            gone = TaskState.GONE
+            self._told = asked, {task: known.get(task, gone) for task in asked}
+        return dict(self._told[1])
 
     def queued(self, *, fresh: bool = False) -> Counter[Place] | None:
         """Return how many tasks of this user are queued or running in each place; None: unknown.
@@ -86,16 +93,22 @@ class Queue:
 
     def _hear(self, lines: Sequence[str]) -> None:
         self._submitted_since.clear()
-        self._listed = {}
+        self._told = [], {}
         self._waiting_for = {}
         self._places.clear()
+        # most lines differ in the task alone
+        alike: dict[str, list[str]] = defaultdict(list)
         for line in lines:
-            task, state, account, qos, partition, reason = line.split("|", 5)
+            task, _, rest = line.partition("|")
+            alike[rest].append(task)
+        self._listed = {}
+        for rest, tasks in alike.items():
+            state, account, qos, partition, reason = rest.split("|", 4)
             waits = state in WAITING
-            self._listed[task] = TaskState.WAITING if waits else TaskState.RUNNING
-            self._places[Place(account=account, qos=qos, partition=partition)] += 1
+            self._listed |= dict.fromkeys(tasks, TaskState.WAITING if waits else TaskState.RUNNING)
+            self._places[Place(account=account, qos=qos, partition=partition)] += len(tasks)
             if waits:
-                self._waiting_for[task] = reason
+                self._waiting_for |= dict.fromkeys(tasks, reason)
 
     def _pause_seconds(self) -> float:
         return self._query_seconds * float(min(2**self._failures, _MOST_BACKOFF))
