@@ -173,19 +173,31 @@ def _configured_minutes(worker_class: str, options: SbatchOptions) -> float | No
 
 
 def next_arrays(
-    wanted: Mapping[str, int], *, largest: Mapping[str, int], free_tasks: int | None
+    wanted: Mapping[str, int],
+    *,
+    largest: Mapping[str, int],
+    rooms: Mapping[str, int | None],
 ) -> dict[str, list[int]]:
     """Return the sizes of the arrays that each class may submit now.
 
     Args:
         wanted: class -> tasks that are still to be submitted.
         largest: class -> tasks that one array may have.
-        free_tasks: tasks that limits on submitted jobs leave room for; None: any number.
+        rooms: class -> tasks that limits on submitted jobs leave room for; None: any number.
+            Classes of equal room share it, and what one takes is taken from those with more.
     """
     counts = {name: count for name, count in wanted.items() if count > 0}
-    if free_tasks is not None and sum(counts.values()) > free_tasks:
-        shares = {name: float(count) for name, count in counts.items()}
-        counts = largest_remainder(shares, free_tasks)
+    limited: dict[int, list[str]] = {}
+    for name in counts:
+        room = rooms[name]
+        if room is not None:
+            limited.setdefault(room, []).append(name)
+    taken = 0
+    for room, names in sorted(limited.items()):
+        shares = {name: float(counts[name]) for name in names}
+        if sum(shares.values()) > room - taken:
+            counts |= largest_remainder(shares, max(0, room - taken))
+        taken += sum(counts[name] for name in names)
     return {name: _split(count, largest[name]) for name, count in counts.items() if count}
 
 

@@ -8,7 +8,7 @@ from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.federation import Federation
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
 from fedllm.rounds.lingering import lingering_workers
-from fedllm.rounds.losses import excluded_nodes, options_after_losses
+from fedllm.rounds.losses import excluded_nodes, memory_factor, with_memory
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import array_name, submit
 from fedllm.rounds.waves import next_wave
@@ -34,9 +34,10 @@ def start_attempt(
     paths = run.paths.round(cohort.round)
     present = {federation.classes[client.tier] for client in missing}
     sbatch = run.config.scheduler.sbatch
+    factors = {name: memory_factor(run, paths, number - 1, name) for name in sorted(present)}
     options = {
-        name: options_after_losses(run, paths, number - 1, name, tier_options(sbatch, name))
-        for name in sorted(present)
+        name: with_memory(run, name, tier_options(sbatch, name), factor)
+        for name, factor in factors.items()
     }
     excluded = excluded_nodes(run, paths, number - 1)
     if excluded:
@@ -61,7 +62,10 @@ def start_attempt(
         bundles=[bundle for each in classes for bundle in each.bundles],
         workers={
             c.worker_class: workers_record(
-                c, capacities[c.worker_class], len(adopted[c.worker_class])
+                c,
+                capacities[c.worker_class],
+                adopted=len(adopted[c.worker_class]),
+                memory_factor=factors[c.worker_class],
             )
             for c in classes
         },
@@ -118,13 +122,16 @@ def _last_collection(paths: RunPaths, round_number: int) -> CollectionRecord | N
     return CollectionRecord.find(paths.round(round_number - 1).collection)
 
 
-def workers_record(plan: ClassPlan, capacity: Capacity, adopted: int = 0) -> WorkersRecord:
+def workers_record(
+    plan: ClassPlan, capacity: Capacity, *, adopted: int = 0, memory_factor: float = 1.0
+) -> WorkersRecord:
     """Return the workers of a class that are to be submitted, beside those taken over."""
     return WorkersRecord(
         tasks=plan.workers - adopted,
         parallel=max(1, plan.parallel - adopted),
         # each leaves a log in the array's folder, beside its sbatch file
         largest_array=min(capacity.largest_array, MOST_ENTRIES - 1),
+        memory_factor=memory_factor,
         minutes=plan.minutes,
         options=plan.options,
     )

@@ -1,5 +1,7 @@
 """Freeze what a round uses, before anything is computed from it."""
 
+from statistics import median_high
+
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_size
 from fedllm.rounds.run import Run
@@ -88,10 +90,11 @@ def _told(collection: CollectionRecord) -> str:
 
 
 def _startup_seconds(paths: RoundPaths) -> float | None:
-    """Return what the slowest worker of a round needed before it trained, where it is known."""
+    """Return what a worker of a round needed before it trained, where it is known: the median."""
     attempts = (paths.attempt(number) for number in range(1, paths.last_attempt() + 1))
     records = [TaskRecord.read(path) for attempt in attempts for path in attempt.task_files()]
-    return max((r.startup_seconds for r in records if r.startup_seconds), default=None)
+    known = [record.startup_seconds for record in records if record.startup_seconds]
+    return median_high(known) if known else None
 
 
 def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:

@@ -141,7 +141,7 @@ def fruitless(run: Run, attempt: AttemptPaths, scan: Scan) -> int:
 def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     """Return nodes that no worker should run on: each failed `scheduler.node_failures` tasks.
 
-    Where all nodes that ran anything fail so, it is not the nodes.
+    Where no other node ran anything, it may not be the node.
     """
     before: set[str] = set()
     if paths.number > 1:
@@ -160,10 +160,12 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
             for e in endings
             if e.state in _A_NODES_FAULT and e.exit_code != _AS_TOLD and e.node
         )
-        ran |= {TaskRecord.read(path).node for path in attempt.task_files()}
+        ran |= _nodes(attempt)
     broken = {node for node, count in failures.items() if count >= _most(run)}
-    ran |= set(failures)
-    if len(ran) > 1 and not ran - broken:
+    if paths.number > 1 and broken:
+        earlier = paths.before
+        ran |= {n for a in range(earlier.last_attempt()) for n in _nodes(earlier.attempt(a + 1))}
+    if not (ran | set(failures)) - broken:
         broken = set()
     for node in sorted(broken - before):
         if run.watch.is_new(("excluded", node)):
@@ -175,17 +177,37 @@ def _most(run: Run) -> int:
     return run.config.scheduler.node_failures
 
 
-def options_after_losses(
-    run: Run, paths: RoundPaths, attempts: int, worker_class: str, options: SbatchOptions
+def _nodes(attempt: AttemptPaths) -> set[str]:
+    """Return the nodes on which workers of an attempt began."""
+    return {TaskRecord.read(path).node for path in attempt.task_files()}
+
+
+def memory_factor(run: Run, paths: RoundPaths, attempts: int, worker_class: str) -> float:
+    """Return how much more memory than configured a class needs: what ran out before is told.
+
+    It grows with every attempt that ran out of it, and stays for the rounds that follow.
+    """
+    if not attempts and paths.number == 1:
+        return 1.0
+    last = paths if attempts else paths.before
+    number = attempts or last.last_attempt()
+    if not number:
+        return 1.0
+    attempt = last.attempt(number)
+    plan = run.find(SubmissionRecord, attempt.submission)
+    workers = plan.workers.get(worker_class) if plan else None
+    factor = workers.memory_factor if workers else 1.0
+    ran_out = attempt.outcome.exists() and _ran_out_of_memory(run, attempt, worker_class)
+    return factor * _MEMORY_GROWTH if ran_out else factor
+
+
+def with_memory(
+    run: Run, worker_class: str, options: SbatchOptions, factor: float
 ) -> SbatchOptions:
-    """Return a class's options with more memory for every attempt that ran out of it."""
-    times = sum(
-        _ran_out_of_memory(run, paths.attempt(number), worker_class)
-        for number in range(1, attempts + 1)
-    )
-    if not times:
+    """Return a class's options with `factor` times the memory, and say so."""
+    if factor == 1.0:
         return options
-    grown = with_more_memory(options, _MEMORY_GROWTH**times)
+    grown = with_more_memory(options, factor)
     if grown is None:
         run.say(
             f"class {worker_class}: out of memory, and no `mem` to raise; set "

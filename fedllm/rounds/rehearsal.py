@@ -11,7 +11,7 @@ from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.attempts import workers_record
 from fedllm.rounds.submissions import SingleProgram, job_of
-from fedllm.rounds.waves import arrays_within, least
+from fedllm.rounds.waves import arrays_within
 from fedllm.scheduling.seam import Job
 from fedllm.storage.paths import JobPaths, RunPaths
 from fedllm.storage.records import (
@@ -98,8 +98,8 @@ def _waves(
     plan: SubmissionRecord, capacities: Mapping[str, Capacity]
 ) -> Iterator[list[ArrayRecord]]:
     """Yield the arrays that go out together; the next wave when all of one have ended."""
-    room = least([capacity.free_tasks for capacity in capacities.values()])
-    while wave := arrays_within(plan, room):
+    rooms = {name: capacity.free_tasks for name, capacity in capacities.items()}
+    while wave := arrays_within(plan, rooms):
         plan = plan.model_copy(update={"arrays": [*plan.arrays, *wave]})
         yield wave
 

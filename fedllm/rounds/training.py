@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fedllm.errors import FedllmError, Incomplete, RunFailed, UserError
+from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError
 from fedllm.planning.cohorts import quorum_size
 from fedllm.planning.federation import Federation
 from fedllm.rounds.attempts import start_attempt
@@ -167,7 +167,9 @@ def _may_retry(run: Run, attempt: AttemptPaths, scan: Scan, cohort: CohortRecord
         FedllmError: what a task said, when it is for the user to change, or attempts are used up.
     """
     error = _told(run, attempt)
-    if isinstance(error, UserError | Incomplete):
+    brought = any(u.record.attempt == attempt.number for u in scan.published.values())
+    # where others of the attempt trained it may be one node's fault; a full disk is everybody's
+    if isinstance(error, UserError | Incomplete) and (_is_full(attempt) or not brought):
         raise error
     if fruitless(run, attempt, scan) < run.config.scheduler.max_attempts:
         return True
@@ -181,6 +183,11 @@ def _may_retry(run: Run, attempt: AttemptPaths, scan: Scan, cohort: CohortRecord
         f"round {cohort.round}: no update from {missing} after {attempt.number} attempts"
         f"{f' ({ended})' if ended else ''}; see {logs}"
     )
+
+
+def _is_full(attempt: AttemptPaths) -> bool:
+    errors = map(ErrorRecord.read, attempt.task_errors())
+    return any(error.kind == StorageFull.__name__ for error in errors)
 
 
 def _told(run: Run, attempt: AttemptPaths) -> FedllmError | None:

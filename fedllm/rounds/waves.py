@@ -41,14 +41,16 @@ def next_wave(
 ) -> list[ArrayRecord]:
     """Return the arrays to submit next; `alive` are the tasks of earlier ones that did not end."""
     wanted = _wanted(plan, alive or {})
-    rooms = [run.scheduler.room(plan.workers[name].options) for name in wanted]
-    return arrays_within(plan, least(rooms), alive)
+    rooms = {name: run.scheduler.room(plan.workers[name].options) for name in wanted}
+    return arrays_within(plan, rooms, alive)
 
 
 def arrays_within(
-    plan: SubmissionRecord, free_tasks: int | None, alive: Mapping[str, int] | None = None
+    plan: SubmissionRecord,
+    rooms: Mapping[str, int | None],
+    alive: Mapping[str, int] | None = None,
 ) -> list[ArrayRecord]:
-    """Return the arrays that there is room for.
+    """Return the arrays that there is room for; `rooms` are of the classes.
 
     The first of a class wait behind their `%N`, which shares out what may run at once. Later ones
     have as many tasks as may start beside those that are alive.
@@ -57,14 +59,9 @@ def arrays_within(
     sizes = next_arrays(
         wanted,
         largest={name: plan.workers[name].largest_array for name in wanted},
-        free_tasks=free_tasks,
+        rooms=rooms,
     )
     return [array for name, tasks in sizes.items() for array in _arrays(plan, name, tasks)]
-
-
-def least(limits: list[int | None]) -> int | None:
-    """Return the smallest limit, None where there is none."""
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _wanted(plan: SubmissionRecord, alive: Mapping[str, int]) -> dict[str, int]:

@@ -128,9 +128,13 @@ class BundleTraining:
 
 
 def is_over(attempt: AttemptPaths) -> bool:
-    """Say whether nobody waits for an attempt: its round is done, or a later one has its rest."""
+    """Say whether nobody waits for an attempt: its round is collected, or a later one trains."""
     paths = RoundPaths(root=attempt.root.parents[1])
-    return paths.record.exists() or paths.attempt(attempt.number + 1).submission.exists()
+    return (
+        paths.collection.exists()
+        or paths.record.exists()
+        or paths.attempt(attempt.number + 1).submission.exists()
+    )
 
 
 def _told(record: UpdateRecord) -> str:

@@ -29,6 +29,11 @@ def patiently(read: Callable[[], T], seconds: float) -> T:
         except FileNotFoundError as error:
             problem = RunDirectoryError(f"{error.filename}: missing; resume the run")
             problem.__cause__ = error
+        except OSError as error:
+            # ESTALE is what NFS says of a file that was replaced meanwhile
+            what = (error.strerror or str(error)).lower()
+            problem = RunDirectoryError(f"{error.filename}: {what}; resume the run")
+            problem.__cause__ = error
         except RunDirectoryError as error:
             problem = error
         if time.monotonic() >= deadline:

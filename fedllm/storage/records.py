@@ -189,11 +189,15 @@ class ArrayRecord(Record):
 
 
 class WorkersRecord(Record):
-    """The workers that an attempt wants of a class: tasks in all, at once, and in one array."""
+    """The workers that an attempt wants of a class: tasks in all, at once, and in one array.
+
+    `memory_factor` is how many times the configured memory their options ask for.
+    """
 
     tasks: int
     parallel: int
     largest_array: int = 1
+    memory_factor: float = 1.0
     minutes: float | None = None
     options: dict[str, str | int | float | bool | None] = {}
 

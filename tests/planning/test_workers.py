@@ -170,13 +170,19 @@ def test_times_are_read_as_sbatch_reads_them(option: str | int | None, minutes: 
 
 
 def test_arrays_are_split_at_their_largest_size_and_at_the_room_in_the_queue() -> None:
-    largest = {"a": 10, "b": 10}
     wanted = {"a": 25, "b": 3}
-    assert next_arrays(wanted, largest=largest, free_tasks=None) == {"a": [10, 10, 5], "b": [3]}
-    assert next_arrays(wanted, largest=largest, free_tasks=28) == {"a": [10, 10, 5], "b": [3]}
-    assert next_arrays(wanted, largest=largest, free_tasks=5) == {"a": [4], "b": [1]}
-    assert next_arrays(wanted, largest=largest, free_tasks=0) == {}
-    assert next_arrays({"a": 0}, largest=largest, free_tasks=None) == {}
+
+    def sizes(a: int | None, b: int | None) -> dict[str, list[int]]:
+        return next_arrays(wanted, largest={"a": 10, "b": 10}, rooms={"a": a, "b": b})
+
+    everything = {"a": [10, 10, 5], "b": [3]}
+    assert sizes(None, None) == sizes(28, 28) == sizes(None, 3) == everything
+    assert sizes(5, 5) == {"a": [4], "b": [1]}
+    assert sizes(0, 0) == {}
+    # a class of a full QOS holds up nobody else, and who has more room shares it
+    assert sizes(0, None) == sizes(0, 9) == {"b": [3]}
+    assert sizes(20, 2) == {"a": [10, 8], "b": [2]}
+    assert next_arrays({"a": 0}, largest={"a": 1}, rooms={"a": None}) == {}
 
 
 @given(
@@ -189,7 +195,9 @@ def test_waves_submit_every_task_in_the_end(
 ) -> None:
     left = dict(wanted)
     for _ in range(200):
-        wave = next_arrays(left, largest=dict.fromkeys(left, largest), free_tasks=free)
+        wave = next_arrays(
+            left, largest=dict.fromkeys(left, largest), rooms=dict.fromkeys(left, free)
+        )
         sent = {name: sum(sizes) for name, sizes in wave.items()}
         assert sum(sent.values()) <= (math.inf if free is None else free)
         assert all(0 < size <= largest for sizes in wave.values() for size in sizes)

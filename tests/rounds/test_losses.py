@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.errors import RunFailed
+from fedllm.errors import RunFailed, UserError
 from fedllm.rounds.advance import advance
 from fedllm.rounds.cancelling import cancel_jobs
 from fedllm.rounds.opening import close_run
@@ -120,9 +120,12 @@ def test_a_node_that_fails_several_tasks_is_excluded_and_said(
     changes = {"scheduler__sbatch": {"client": {"exclude": "n7"}}}
     run = hand_moved(tmp_path, cluster, say, rounds=2, **changes)
     assert not advance(run)
+    elsewhere = next(iter(cluster.alive))
+    cluster.note(elsewhere, "ended")
+    cluster.end("COMPLETED", elsewhere)
     lose(run, cluster, "FAILED", node="n3")
     assert cluster.arrays[1].options["exclude"] == "n7,n3"
-    assert "node n3: 4 tasks failed there; excluded from now on" in say
+    assert "node n3: 3 tasks failed there; excluded from now on" in say
     cluster.work(*cluster.alive)
     # the next round begins without it
     assert not advance(run)
@@ -137,6 +140,49 @@ def test_where_all_nodes_fail_it_is_not_the_nodes(tmp_path: Path, cluster: HandM
     cluster.end("FAILED", three, four, node="n2")
     assert not advance(run)
     assert "exclude" not in cluster.arrays[1].options
+
+
+def test_the_only_node_that_ran_anything_is_not_excluded(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster)
+    assert not advance(run)
+    lose(run, cluster, "FAILED", node="n3")
+    assert "exclude" not in cluster.arrays[1].options
+
+
+def test_memory_that_was_raised_stays_raised_in_the_next_round(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    options = {"client": {"mem": "10G"}}
+    run = hand_moved(tmp_path, cluster, rounds=3, scheduler__sbatch=options)
+    assert not advance(run)
+    lose(run, cluster, "OUT_OF_MEMORY")
+    for _ in range(2):
+        cluster.work(*cluster.alive)
+        assert not advance(run)
+    assert [job.options["mem"] for job in cluster.arrays] == ["10G", "15G", "15G", "15G"]
+
+
+def test_what_one_task_says_stops_no_run_whose_other_tasks_train(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    cluster.simulation.limit = 2
+    run = hand_moved(tmp_path, cluster, rounds=1)
+    assert not advance(run)
+    broken, working, *others = cluster.alive
+    attempt = paths_of(tmp_path).round(1).attempt(1)
+    error = ErrorRecord(kind="UserError", message="no such model here", exit_code=2)
+    error.publish(attempt.task_error(broken))
+    cluster.work(working)
+    cluster.end("FAILED", broken, *others)
+    assert not advance(run)
+    # an attempt that brings nothing tells it
+    again = paths_of(tmp_path).round(1).attempt(2)
+    error.publish(again.task_error(next(iter(cluster.alive))))
+    cluster.end("FAILED", *cluster.alive)
+    with pytest.raises(UserError, match="no such model here"):
+        advance(run)
 
 
 def test_time_and_preemption_are_no_fault_of_a_node(tmp_path: Path, cluster: HandMoved) -> None:
