@@ -324,7 +324,6 @@ class UpdateRecord(Record):
     micro_batch_size: int | None = None
     resumed_at: list[int] = []
     earlier_environments: list[dict[str, str]] = []
-    processes_per_task: int = 1
     environment: dict[str, str] = {}
     node: str = ""
     task: str = ""
