@@ -20,6 +20,7 @@ from fedllm.rounds.work import is_done
 from fedllm.scheduling.inline import Execute
 from fedllm.scheduling.seam import Scheduler
 from fedllm.scheduling.slurm_coordinator import (
+    check_coordinator,
     holder_is_gone,
     refuse_second,
     submit_coordinator,
@@ -76,6 +77,7 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
     if known:
         # before the lease: a link that starts meanwhile would find it held
         refuse_second(paths, known.run_id)
+    check_coordinator(config.scheduler)
     run = opened(root, config)
     try:
         if not run.paths.prepared.exists():

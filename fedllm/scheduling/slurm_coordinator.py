@@ -2,20 +2,64 @@
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 
-from fedllm.config.models import Config
-from fedllm.errors import LeaseError, UserError
+from fedllm.config.models import Config, SchedulerSection
+from fedllm.errors import ConfigError, LeaseError, UserError
 from fedllm.planning.classes import job_options
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
-from fedllm.scheduling.slurm_options import refusal, says_no_room, sbatch_flags
+from fedllm.scheduling.slurm_capacity import Surveyor
+from fedllm.scheduling.slurm_check import problems
+from fedllm.scheduling.slurm_commands import (
+    CommandRefused,
+    InstalledCommands,
+    call,
+    clean_environment,
+)
+from fedllm.scheduling.slurm_options import Flags, refusal, says_no_room, sbatch_flags
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publish import storage_errors
 from fedllm.storage.records import CoordinatorJobRecord, LeaseRecord
+
+_SCRIPTS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}
+_OPTION = re.compile(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", re.MULTILINE)
+
+
+def coordinator_flags(section: SchedulerSection) -> Flags:
+    """Return the options of the coordinator's job: the configured ones, over those of its script.
+
+    Raises:
+        ConfigError: an option that fedllm sets itself.
+    """
+    written = shipped(_SCRIPTS[section.coordinator]).read_text(encoding="utf-8")
+    own = {name: value or True for name, value in _OPTION.findall(written)}
+    defaults = {name: own[name] for name in ("time", "requeue", "signal") if name in own}
+    options = job_options(section.sbatch, "coordinator")
+    return sbatch_flags(options, sbatch=section.sbatch, program="coordinator", defaults=defaults)
+
+
+def check_coordinator(section: SchedulerSection) -> None:
+    """Refuse a coordinator's job that Slurm would refuse, or take and never start.
+
+    Raises:
+        ConfigError: a line for everything that is wrong, with its key.
+        SchedulerUnreachable: slurmctld does not answer.
+    """
+
+    def test(words: Sequence[str], flags: Flags) -> None:
+        call(words, environment=clean_environment(configured=flags))
+
+    flags = coordinator_flags(section)
+    surveyor = Surveyor(commands=InstalledCommands(), query_seconds=section.query_seconds)
+    found = problems(
+        flags, section=section, program="coordinator", survey=surveyor.survey(flags), test=test
+    )
+    if told := "\n".join(found):
+        raise ConfigError(told)
 
 
 def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:

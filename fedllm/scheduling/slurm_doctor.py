@@ -1,6 +1,5 @@
 """What a cluster says of itself when a doctor asks: each question once, from settings to rights."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,18 +9,15 @@ from fedllm.planning.classes import classes_of, job_options, tier_options
 from fedllm.scheduling.slurm_capacity import Surveyor
 from fedllm.scheduling.slurm_check import problems
 from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm_coordinator import coordinator_flags
 from fedllm.scheduling.slurm_options import (
     Flags,
     key_of,
     sbatch_flags,
     task_defaults,
 )
-from fedllm.storage.paths import shipped
 
 Settings = Mapping[str, str]
-
-_COORDINATORS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}
-_OPTION = re.compile(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +97,7 @@ def job_kinds(section: SchedulerSection, tiers: Mapping[str, object]) -> list[Jo
 
 
 def _coordinator(section: SchedulerSection) -> JobKind:
-    written = shipped(_COORDINATORS[section.coordinator]).read_text(encoding="utf-8")
-    own = {name: value or True for name, value in _OPTION.findall(written)}
-    defaults = {name: own[name] for name in ("time", "requeue", "signal") if name in own}
-    flags = sbatch_flags(
-        job_options(section.sbatch, "coordinator"),
-        sbatch=section.sbatch,
-        program="coordinator",
-        defaults=defaults,
-    )
+    flags = coordinator_flags(section)
     return JobKind(name="coordinator", program="coordinator", flags=flags, section=section)
 
 

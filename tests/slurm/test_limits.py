@@ -136,6 +136,21 @@ def test_what_slurm_would_refuse_or_never_start_is_one_line_and_nothing_is_submi
     assert not root.exists()
 
 
+def test_a_coordinator_that_would_wait_for_ever_is_not_submitted(
+    tiny: Tiny, cluster: Cluster, tmp_path: Path
+) -> None:
+    before = known(cluster)
+    root = tmp_path / "run"
+    changes = settings(*ON_CLUSTER, "scheduler.sbatch.coordinator.partition=short")
+    done = in_process("submit", tiny.config, "--run-dir", root, *changes)
+    assert one_line(done).removeprefix("fedllm: ") == (
+        "scheduler.sbatch.coordinator.time: 1-00:00:00: partition short allows 30 minutes; "
+        "ask for no more"
+    )
+    assert known(cluster) == before
+    assert not root.exists()
+
+
 def test_all_that_would_be_refused_is_told_together(
     tiny: Tiny, cluster: Cluster, tmp_path: Path
 ) -> None:
