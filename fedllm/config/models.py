@@ -241,8 +241,14 @@ class SchedulerSection(Section):
 
     @model_validator(mode="after")
     def _one_bundle_size(self) -> "SchedulerSection":
-        if "auto" not in {self.clients_per_bundle, self.clients_per_task}:
-            raise ValueError("give `clients_per_bundle` or `clients_per_task`, not both")
+        bundle, task = self.clients_per_bundle, self.clients_per_task
+        if "auto" not in {bundle, task}:
+            _tell(
+                [
+                    f"scheduler.clients_per_task: got {task} beside clients_per_bundle {bundle}; "
+                    "give one of them and leave the other `auto`"
+                ]
+            )
         return self
 
 

@@ -188,10 +188,12 @@ class StatusReader:
     ) -> tuple[str, str]:
         """Return the run's state, and who coordinates it or will."""
         state, where = "stopped", "none"
-        if holder is not None and not self._paths.released(number).exists():
+        holds = holder is not None and not self._paths.released(number).exists()
+        if holder is not None and holds:
             state, where = self._holder_state(holder, answers), _place(holder)
         job = self._submitted()
-        if job is None or (holder is not None and holder.slurm_job == job):
+        # a job that gave its lease back may wait to go on: it was preempted, say
+        if job is None or (holder is not None and holds and holder.slurm_job == job):
             return state, where
         if answers.states.get(job) not in {WAITING, RUNNING}:
             return state, where

@@ -426,3 +426,11 @@ def test_the_order_of_assignments_says_nothing() -> None:
         for pairs in ("a: small, b: large", "b: large, a: small")
     )
     assert result_fingerprint(one) == result_fingerprint(other)
+
+
+def test_two_sizes_of_bundles_are_told_by_their_keys(tmp_path: Path) -> None:
+    text = SMALL + "scheduler: {clients_per_task: 1, clients_per_bundle: 2}\n"
+    assert problems(tmp_path, text) == [
+        "scheduler.clients_per_task: got 1 beside clients_per_bundle 2; give one of them and leave "
+        "the other `auto`"
+    ]
