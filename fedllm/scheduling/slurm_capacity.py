@@ -183,10 +183,7 @@ class Surveyor:
 
 def spare(room: int | None) -> int | None:
     """Return how many of the tasks that there is room for may be workers."""
-    if room is None:
-        return None
-    # with room for a single task the others wait for it
-    return max(0, room - _KEPT) if room > 1 else max(0, room)
+    return None if room is None else max(0, room - _KEPT)
 
 
 def _named(flags: Mapping[str, object]) -> Place:
