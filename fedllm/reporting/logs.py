@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.paths import RoundPaths, RunPaths, attempts_of
 from fedllm.storage.records import ClaimRecord, SubmissionRecord
 
 _TAIL_BYTES = 1 << 16
@@ -28,15 +28,13 @@ def client_log(paths: RunPaths, rounds: int, client: str) -> Path | None:
 
 
 def _claimed_in(paths: RoundPaths, client: str) -> Path | None:
-    number = 1
     newest: Path | None = None
-    while (attempt := paths.attempt(number)).submission.exists():
+    for attempt in attempts_of(paths.attempt):
         bundles = SubmissionRecord.read(attempt.submission).bundles
         for bundle in (bundle for bundle in bundles if client in bundle.clients):
             claim = ClaimRecord.find(attempt.claim(bundle.number))
             if claim and claim.log:
                 newest = Path(claim.log)
-        number += 1
     return newest
 
 

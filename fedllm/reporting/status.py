@@ -20,7 +20,7 @@ from fedllm.reporting.queue import (
 from fedllm.reporting.reading import Records, written_at
 from fedllm.reporting.usage import Usage, round_usage
 from fedllm.storage.lease import HolderIsGone, highest, process_is_gone
-from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths
+from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.records import (
     CohortRecord,
     CoordinatorJobRecord,
@@ -288,10 +288,7 @@ def _submissions(run: RunPaths, rounds: Sequence[RoundPaths]) -> Iterator[JobPat
         if paths.root.exists():
             folders += [paths.attempt, paths.aggregate_job, paths.evaluation_job]
     for folder in folders:
-        number = 1
-        while (job := folder(number)).submission.exists():
-            yield job
-            number += 1
+        yield from attempts_of(folder)
 
 
 def _failed(sent: Mapping[str, Sent]) -> tuple[FailedClient, ...]:

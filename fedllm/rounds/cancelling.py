@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from fedllm.config.models import Config
-from fedllm.rounds.submissions import last_attempt, task_ids
+from fedllm.rounds.submissions import task_ids
 from fedllm.scheduling.seam import Scheduler, TaskState
-from fedllm.storage.paths import JobPaths, RunPaths
+from fedllm.storage.paths import JobPaths, RunPaths, attempts_of
 from fedllm.storage.records import JobsRecord, SubmissionRecord
 
 
@@ -28,8 +28,7 @@ def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
 
 
 def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
-    for number in range(1, last_attempt(paths.prepare_job) + 1):
-        yield paths.prepare_job(number)
+    yield from attempts_of(paths.prepare_job)
     for round_number in range(config.rounds + 1):
         round_paths = paths.round(round_number)
         # workers may end after their round, or linger for any later one
@@ -37,4 +36,4 @@ def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
         if is_past and not config.scheduler.linger_minutes:
             continue
         for folder in (round_paths.attempt, round_paths.aggregate_job, round_paths.evaluation_job):
-            yield from (folder(number) for number in range(1, last_attempt(folder) + 1))
+            yield from attempts_of(folder)

@@ -5,7 +5,7 @@ from statistics import median_high
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_size
 from fedllm.rounds.run import Run
-from fedllm.storage.paths import RoundPaths, aside
+from fedllm.storage.paths import RoundPaths, aside, attempts_of
 from fedllm.storage.records import (
     CohortRecord,
     CollectedUpdate,
@@ -91,7 +91,7 @@ def _told(collection: CollectionRecord) -> str:
 
 def _startup_seconds(paths: RoundPaths) -> float | None:
     """Return what a worker of a round needed before it trained, where it is known: the median."""
-    attempts = (paths.attempt(number) for number in range(1, paths.last_attempt() + 1))
+    attempts = attempts_of(paths.attempt)
     records = [TaskRecord.read(path) for attempt in attempts for path in attempt.task_files()]
     known = [record.startup_seconds for record in records if record.startup_seconds]
     return median_high(known) if known else None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import known_tasks
 from fedllm.scheduling.seam import TaskState
-from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of
 from fedllm.storage.records import SubmissionRecord, TaskRecord
 
 
@@ -17,7 +17,7 @@ def lingering_workers(
     found: dict[str, list[str]] = defaultdict(list)
     if not run.config.scheduler.linger_minutes:
         return found
-    attempts = list(_attempts(paths))
+    attempts = [*attempts_of(paths.before.attempt), *attempts_of(paths.attempt)]
     records = {
         record.task: record
         for attempt in attempts
@@ -55,9 +55,3 @@ def _lingers(run: Run, attempt: AttemptPaths, task: str, state: TaskState) -> bo
 def _running(run: Run, ids: list[str]) -> Iterator[str]:
     states = run.scheduler.states(ids) if ids else {}
     return (task for task, state in states.items() if state is TaskState.RUNNING)
-
-
-def _attempts(paths: RoundPaths) -> Iterator[AttemptPaths]:
-    for each in (paths.before, paths):
-        for number in range(1, each.last_attempt() + 1):
-            yield each.attempt(number)

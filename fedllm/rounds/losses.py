@@ -12,7 +12,7 @@ from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import is_mine, known_tasks, settle, was_preempted
 from fedllm.rounds.waves import has_unclaimed
 from fedllm.scheduling.seam import TaskState
-from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of
 from fedllm.storage.records import (
     ClaimRecord,
     ErrorRecord,
@@ -145,11 +145,8 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     """
     before: set[str] = set()
     if paths.number > 1:
-        earlier = paths.before
-        number = earlier.last_attempt()
-        if number:
-            plan = run.find(SubmissionRecord, earlier.attempt(number).submission)
-            before = set(plan.excluded_nodes) if plan else set()
+        for last in attempts_of(paths.before.attempt)[-1:]:
+            before = set(run.read(SubmissionRecord, last.submission).excluded_nodes)
     failures: Counter[str] = Counter()
     ran: set[str] = set()
     for number in range(1, attempts + 1):
@@ -163,8 +160,7 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
         ran |= _nodes(attempt)
     broken = {node for node, count in failures.items() if count >= _most(run)}
     if paths.number > 1 and broken:
-        earlier = paths.before
-        ran |= {n for a in range(earlier.last_attempt()) for n in _nodes(earlier.attempt(a + 1))}
+        ran = ran.union(*map(_nodes, attempts_of(paths.before.attempt)))
     if not (ran | set(failures)) - broken:
         broken = set()
     for node in sorted(broken - before):

@@ -10,7 +10,7 @@ from fedllm.planning.classes import job_options
 from fedllm.rounds.run import Run
 from fedllm.rounds.visibility import unseen
 from fedllm.scheduling.seam import Job, SchedulerFull, TaskState
-from fedllm.storage.paths import JobPaths, aside
+from fedllm.storage.paths import JobPaths, aside, attempts_of
 from fedllm.storage.records import (
     ArrayRecord,
     EndingRecord,
@@ -182,7 +182,7 @@ def single_job(
     if done.exists():
         return
     logs = run.paths.logs(round_number)
-    number = last_attempt(folder)
+    number = len(attempts_of(folder))
     if number:
         paths = folder(number)
         if is_active(run, paths, logs) or not run.settled(paths.root) or done.exists():
@@ -204,14 +204,6 @@ def single_job(
         arrays=[ArrayRecord(name=token, worker_class=kind, tasks=1, options=options)],
     )
     submit(run, paths, plan, logs)
-
-
-def last_attempt(folder: Callable[[int], JobPaths]) -> int:
-    """Return the number of the last attempt whose plan exists, 0 if none."""
-    number = 0
-    while folder(number + 1).submission.exists():
-        number += 1
-    return number
 
 
 def is_mine(run: Run, paths: JobPaths) -> bool:

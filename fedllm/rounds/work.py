@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fedllm.config.models import Config
 from fedllm.rounds.lingering import at_work
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import active_tasks, known_tasks, last_attempt
-from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths
+from fedllm.rounds.submissions import active_tasks, known_tasks
+from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.publish import age_seconds
 from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord
 
@@ -93,9 +93,7 @@ def _unevaluated(run: Run) -> Iterator[JobPaths]:
 
 
 def _last(folder: Callable[[int], JobPaths]) -> Iterator[JobPaths]:
-    number = last_attempt(folder)
-    if number:
-        yield folder(number)
+    yield from attempts_of(folder)[-1:]
 
 
 def _is_short(run: Run, paths: JobPaths) -> bool:

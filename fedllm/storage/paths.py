@@ -4,8 +4,10 @@ import base64
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fedllm.errors import UserError
 
@@ -86,6 +88,17 @@ class JobPaths:
         return self.root / "outcome.json"
 
 
+AnyJob = TypeVar("AnyJob", bound=JobPaths)
+
+
+def attempts_of(folder: Callable[[int], AnyJob]) -> list[AnyJob]:
+    """Return the attempts whose plans exist, the first one first; `folder` gives attempt 1, 2..."""
+    found: list[AnyJob] = []
+    while (job := folder(len(found) + 1)).submission.exists():
+        found.append(job)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttemptPaths(JobPaths):
     """One plan for all that a round still misses."""
@@ -162,10 +175,7 @@ class RoundPaths:
 
     def last_attempt(self) -> int:
         """Return the number of the last training attempt whose plan exists, 0 if none."""
-        number = 0
-        while self.attempt(number + 1).submission.exists():
-            number += 1
-        return number
+        return len(attempts_of(self.attempt))
 
     @property
     def before(self) -> "RoundPaths":
