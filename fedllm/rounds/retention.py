@@ -95,8 +95,7 @@ def _accounts(
         path.stem for each in newer for attempt in _attempts(each) for path in attempt.task_files()
     }
     for folder in folders:
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        kept, gone = _split(files, lambda path: _task_of(path) in at_work)
+        kept, gone = _split(_files(folder), lambda path: _task_of(path) in at_work)
         yield from gone if kept else [folder]
 
 
@@ -137,11 +136,16 @@ def _existing(*paths: Path) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
+def _files(folder: Path) -> list[Path]:
+    """Return the files below a folder, sorted; folders that another removes meanwhile have none."""
+    return sorted(Path(place) / name for place, _, names in os.walk(folder) for name in names)
+
+
 def _files_bytes(path: Path) -> int:
     total = 0
-    for each in (path, *path.rglob("*")):
+    for each in _files(path) if path.is_dir() else [path]:
         with contextlib.suppress(FileNotFoundError):
-            total += each.stat().st_size if each.is_file() else 0
+            total += each.stat().st_size
     return total
 
 
