@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedllm.config.models import SbatchOptions, SbatchSection
+from fedllm.planning.sbatch_options import by_flag, flag_name
 
 JobKind = Literal["prepare", "coordinator", "aggregate", "evaluate"]
 
@@ -33,7 +34,7 @@ def classes_of(section: SbatchSection, tiers: Mapping[str, object]) -> dict[str,
 
 def asks_for_gpus(options: SbatchOptions) -> bool:
     """Say whether tasks of these options run on a GPU."""
-    given = {key.removeprefix("--").replace("_", "-"): value for key, value in options.items()}
+    given = by_flag(options)
     if any(given.get(key) for key in ("gpus", "gpus-per-node", "gpus-per-task")):
         return True
     return "gpu" in str(given.get("gres") or "")
@@ -46,8 +47,7 @@ def with_more_memory(options: SbatchOptions, factor: float) -> SbatchOptions | N
     """Return options that ask for `factor` times the memory; None where they name none."""
     grown = dict(options)
     for key, value in options.items():
-        name = key.removeprefix("--").replace("_", "-")
         parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(value).strip(), re.IGNORECASE)
-        if name in _MEMORY_OPTIONS and parts and float(parts[1]):
+        if flag_name(key) in _MEMORY_OPTIONS and parts and float(parts[1]):
             grown[key] = f"{math.ceil(float(parts[1]) * factor)}{parts[2].upper()}"
     return None if grown == options else grown

@@ -10,6 +10,7 @@ from fedllm.planning.bundles import cut_bundles
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.costs import CostModel
 from fedllm.planning.quotas import largest_remainder
+from fedllm.planning.sbatch_options import by_flag, time_minutes
 from fedllm.storage.records import BundleRecord, CohortClient
 
 # Loading the base and whatever a cluster's start-up takes, before anything was timed.
@@ -156,20 +157,18 @@ def _minutes(seconds: float, costs: CostModel, room: Capacity, section: Schedule
 
 
 def _has_time(options: SbatchOptions) -> bool:
-    return any(key.removeprefix("--") in {"time", "t"} for key in options)
+    return not {"time", "t"}.isdisjoint(by_flag(options))
 
 
 def _configured_minutes(worker_class: str, options: SbatchOptions) -> float | None:
-    for key, value in options.items():
-        if key.removeprefix("--") == "time":
-            try:
-                return time_minutes(value)
-            except ValueError as error:
-                raise ConfigError(
-                    f"scheduler.sbatch: time of class {worker_class}: got {value!r}, need minutes "
-                    "or [days-]hours:minutes:seconds"
-                ) from error
-    return None
+    given = by_flag(options).get("time")
+    try:
+        return time_minutes(given)
+    except ValueError as error:
+        raise ConfigError(
+            f"scheduler.sbatch: time of class {worker_class}: got {given!r}, need minutes "
+            "or [days-]hours:minutes:seconds"
+        ) from error
 
 
 def next_arrays(
@@ -204,30 +203,3 @@ def next_arrays(
 def _split(tasks: int, largest: int) -> list[int]:
     whole, rest = divmod(tasks, largest)
     return [largest] * whole + [rest] * bool(rest)
-
-
-def time_minutes(option: str | int | float | bool | None) -> float | None:
-    """Return the minutes that sbatch's `time` stands for; None: no limit.
-
-    sbatch takes minutes, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`,
-    `days-hours:minutes` and `days-hours:minutes:seconds`.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if isinstance(option, bool) or option is None:
-        return None
-    text = str(option).strip()
-    if text.upper() in {"UNLIMITED", "INFINITE", "0", "-1"}:
-        return None
-    days, dash, rest = text.rpartition("-")
-    parts = [float(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = (*parts, 0.0, 0.0)[:3]
-        return float(days) * 1440 + hours * 60 + minutes + seconds / 60
-    if len(parts) == 1:
-        return parts[0]
-    if len(parts) == 2:
-        return parts[0] + parts[1] / 60
-    hours, minutes, seconds = parts
-    return hours * 60 + minutes + seconds / 60

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from fedllm.planning.sbatch_options import by_flag
 from fedllm.reporting.plan import Geometry, Room
 from fedllm.reporting.status_text import duration
 from fedllm.reporting.tables import number, size, text_table
@@ -78,8 +79,8 @@ def flags_text(options: Options) -> str:
 
 
 def _flags(options: Options) -> Iterator[str]:
-    for key, value in options.items():
-        flag = f"--{key.removeprefix('--').replace('_', '-')}"
+    for name, value in by_flag(options).items():
+        flag = f"--{name}"
         if value is True:
             yield flag
         elif value is not None and value is not False:

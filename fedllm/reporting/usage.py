@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedllm.planning.sbatch_options import by_flag
 from fedllm.reporting.reading import Records
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import SubmissionRecord, TaskRecord
@@ -74,7 +75,7 @@ def gpus_of_classes(plan: SubmissionRecord) -> dict[str, int]:
 
 def gpus_of(options: Options) -> int:
     """Return how many GPUs a task of these sbatch options has."""
-    given = _plain(options)
+    given = by_flag(options)
     nodes, processes = _count(given.get("nodes")), _count(given.get("ntasks"))
     for name, times in (("gpus", 1), ("gpus-per-node", nodes), ("gpus-per-task", processes)):
         if given.get(name):
@@ -85,7 +86,7 @@ def gpus_of(options: Options) -> int:
 
 def cpus_of(options: Options) -> int:
     """Return how many CPUs a task of these sbatch options asks for."""
-    given = _plain(options)
+    given = by_flag(options)
     nodes = _count(given.get("nodes"))
     processes = given.get("ntasks") or nodes * _count(given.get("ntasks-per-node"))
     return _count(processes) * _count(given.get("cpus-per-task"))
@@ -93,7 +94,7 @@ def cpus_of(options: Options) -> int:
 
 def memory_of(options: Options) -> str:
     """Return the memory that these sbatch options ask for, in their own words."""
-    given = _plain(options)
+    given = by_flag(options)
     if given.get("mem"):
         return str(given["mem"])
     per = [
@@ -102,11 +103,6 @@ def memory_of(options: Options) -> str:
         if given.get(f"mem-per-{unit}")
     ]
     return per[0] if per else ""
-
-
-def _plain(options: Options) -> dict[str, str | int | float | bool | None]:
-    """Return options by their long names, however the user wrote them."""
-    return {key.removeprefix("--").replace("_", "-"): value for key, value in options.items()}
 
 
 def _is_gpu(resource: str) -> bool:

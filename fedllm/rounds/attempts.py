@@ -6,6 +6,7 @@ from fedllm.config.models import SbatchOptions
 from fedllm.planning.classes import tier_options
 from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.federation import Federation
+from fedllm.planning.sbatch_options import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
 from fedllm.rounds.lingering import lingering_workers
 from fedllm.rounds.losses import excluded_nodes, memory_factor, with_memory
@@ -102,7 +103,7 @@ def _adopted(
 
 
 def _without_exclude(options: SbatchOptions) -> SbatchOptions:
-    return {key: value for key, value in options.items() if key.removeprefix("--") != "exclude"}
+    return {key: value for key, value in options.items() if flag_name(key) != "exclude"}
 
 
 def measured_costs(paths: RunPaths, federation: Federation, round_number: int) -> CostModel:
@@ -138,7 +139,7 @@ def workers_record(
 
 
 def _excluding(options: SbatchOptions, nodes: Sequence[str]) -> SbatchOptions:
-    given = next((key for key in options if key.removeprefix("--") == "exclude"), "exclude")
+    given = next((key for key in options if flag_name(key) == "exclude"), "exclude")
     return {**options, given: ",".join([*filter(None, [str(options.get(given) or "")]), *nodes])}
 
 

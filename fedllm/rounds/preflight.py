@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fedllm.planning.classes import classes_of, job_options, tier_options
+from fedllm.planning.sbatch_options import by_flag
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Job, Option
-from fedllm.scheduling.slurm_options import flag_name
 
 _SINGLE: tuple[Literal["prepare", "aggregate", "evaluate"], ...] = (
     "prepare",
@@ -34,7 +34,7 @@ def _jobs(run: Run) -> Iterator[Job]:
     for name in dict.fromkeys(classes_of(section, run.config.clients.tiers).values()):
         # without a configured one the time limit follows from the work, and fits the partition
         limit: dict[str, Option] = {"time": None}
-        options = {flag_name(key): value for key, value in tier_options(section, name).items()}
+        options = by_flag(tier_options(section, name))
         yield Job(
             name=f"fedllm-{name}",
             program="client",

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from fedllm.config.models import SchedulerSection
+from fedllm.planning.sbatch_options import time_minutes
 from fedllm.scheduling.slurm_capacity import Survey
 from fedllm.scheduling.slurm_commands import CommandRefused
 from fedllm.scheduling.slurm_options import Flags, key_of, refusal, says_no_room, words_of
-from fedllm.scheduling.slurm_text import minutes
 
 
 def problems(
@@ -50,7 +50,7 @@ def problems(
 
 def _is_longer(time: object, most: float) -> bool:
     try:
-        limit = minutes(time) if time is not None else None
+        limit = time_minutes(time) if time is not None else None
     except ValueError:
         return False
     return limit is not None and limit > most

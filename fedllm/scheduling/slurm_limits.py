@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedllm.scheduling.slurm_text import counts, minutes, number, rows
+from fedllm.planning.sbatch_options import time_minutes
+from fedllm.scheduling.slurm_text import counts, number, rows
 
 # columns as they are asked for
 USER_COLUMNS = (
@@ -141,7 +142,7 @@ def partitions(said: str) -> dict[str, Partition]:
             found[name] = Partition(
                 name=name,
                 is_default=words.get("Default") == "YES",
-                most_minutes=minutes(words.get("MaxTime", "")),
+                most_minutes=time_minutes(words.get("MaxTime", "")),
                 qos=words.get("QoS", "").replace("N/A", ""),
                 default_memory=_default_memory(words),
             )
@@ -186,7 +187,7 @@ def _association_limits(row: Mapping[str, str]) -> Limits:
         queued=number(row.get("MaxSubmitJobs", "")),
         group_running=number(row["GrpJobs"]),
         group_queued=number(row["GrpSubmitJobs"]),
-        minutes=minutes(row["MaxWall"]),
+        minutes=time_minutes(row["MaxWall"]),
         group_tres=counts(row["GrpTRES"]),
     )
 
@@ -199,7 +200,7 @@ def _qos_limits(row: Mapping[str, str]) -> Limits:
         account_queued=number(row["MaxSubmitPA"]),
         group_running=number(row["GrpJobs"]),
         group_queued=number(row["GrpSubmit"]),
-        minutes=minutes(row["MaxWall"]),
+        minutes=time_minutes(row["MaxWall"]),
         user_tres=counts(row["MaxTRESPU"]),
         account_tres=counts(row["MaxTRESPA"]),
         group_tres=counts(row["GrpTRES"]),

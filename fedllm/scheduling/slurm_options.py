@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 
 from fedllm.config.models import SbatchOptions, SbatchSection
 from fedllm.errors import ConfigError
+from fedllm.planning.sbatch_options import by_flag, flag_name, time_minutes
 from fedllm.scheduling.seam import Option
-from fedllm.scheduling.slurm_text import minutes
 
 # An array task is one process on one node unless the options say more. Requeueing, appending to
 # logs, the warning before the end and a time limit are said explicitly: sites differ in theirs.
@@ -63,16 +63,11 @@ _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def flag_name(key: str) -> str:
-    """Return the long flag of an option as users write it: `cpus_per_task`, `--cpus-per-task`."""
-    return key.strip().removeprefix("--").replace("_", "-")
-
-
 def task_defaults(options: Mapping[str, Option]) -> Mapping[str, Option]:
     """Return the defaults of a task with these options: it is warned well before its end."""
-    given = {flag_name(key): value for key, value in options.items()}
+    given = by_flag(options)
     try:
-        limit = minutes({**TASK_DEFAULTS, **given}["time"])
+        limit = time_minutes({**TASK_DEFAULTS, **given}["time"])
     except ValueError:
         # sbatch says what is wrong with it
         limit = None

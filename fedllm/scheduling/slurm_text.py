@@ -1,10 +1,9 @@
-"""Slurm's notations, read: times, sizes, lists of hosts and counts, rows of its tables."""
+"""Slurm's notations, read: sizes, lists of hosts and counts, rows of its tables."""
 
 import re
 from collections.abc import Iterator
 
 _UNITS = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
-_NO_LIMIT = {"", "UNLIMITED", "INFINITE", "NONE", "N/A", "-1", "NOT_SET", "PARTITION_LIMIT"}
 # the comma of `n[1,2]` and of `gpu:2(IDX:0,1)` separates nothing
 _COMMA = re.compile(r",(?![^\[]*\])(?![^(]*\))")
 
@@ -15,26 +14,6 @@ def rows(said: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
         values = line.split("|")
         if len(values) >= len(columns):
             yield dict(zip(columns, (value.strip() for value in values), strict=False))
-
-
-def minutes(text: object) -> float | None:
-    """Return a time limit: `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30:00`; None: there is none.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    said = str(text).strip()
-    if said.upper() in _NO_LIMIT:
-        return None
-    days, dash, rest = said.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if len(parts) > 3:
-        raise ValueError(f"not a time limit: {said}")
-    if dash:
-        hours, mins, secs = [*parts, 0, 0][:3]
-    else:
-        hours, mins, secs = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return int(days or 0) * 1440 + hours * 60 + mins + secs / 60
 
 
 def mebibytes(text: object) -> float:

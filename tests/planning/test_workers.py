@@ -10,7 +10,7 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.costs import SECONDS_PER_CLIENT, CostModel
-from fedllm.planning.workers import ClassPlan, next_arrays, plan_classes, time_minutes
+from fedllm.planning.workers import ClassPlan, next_arrays, plan_classes
 from fedllm.storage.records import CohortClient
 
 CLASSES = {"t1": "t1", "t2": "t1", "t3": "t3"}
@@ -149,24 +149,6 @@ def test_a_configured_time_limit_is_taken_as_it_is() -> None:
 def test_lingering_workers_ask_for_the_time_to_linger_too() -> None:
     plan = planned(clients_of("t1", 1, 0.1), linger_minutes=20, target_minutes=30)["t1"]
     assert plan.minutes == 50
-
-
-@pytest.mark.parametrize(
-    ("option", "minutes"),
-    [
-        (90, 90.0),
-        ("90", 90.0),
-        ("90:30", 90.5),
-        ("2:00:00", 120.0),
-        ("1-0", 1440.0),
-        ("1-12:30", 2190.0),
-        ("1-00:00:30", 1440.5),
-        ("UNLIMITED", None),
-        (None, None),
-    ],
-)
-def test_times_are_read_as_sbatch_reads_them(option: str | int | None, minutes: float) -> None:
-    assert time_minutes(option) == minutes
 
 
 def test_arrays_are_split_at_their_largest_size_and_at_the_room_in_the_queue() -> None:

@@ -3,32 +3,7 @@
 import pytest
 
 from fedllm.scheduling.slurm_ids import expressions, tasks_of, whole_arrays
-from fedllm.scheduling.slurm_text import counts, generic, hosts, mebibytes, minutes
-
-
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        (90, 90),
-        ("90", 90),
-        ("1:30", 1.5),
-        ("2:00:00", 120),
-        ("1-12", 2160),
-        ("1-12:30", 2190),
-        ("7-00:00:30", 10080.5),
-        ("UNLIMITED", None),
-        ("infinite", None),
-        ("", None),
-    ],
-)
-def test_time_limits_are_minutes(said: object, meant: float | None) -> None:
-    assert minutes(said) == meant
-
-
-@pytest.mark.parametrize("said", ["soon", "1:2:3:4", "1-"])
-def test_what_is_no_time_limit_is_told(said: str) -> None:
-    with pytest.raises(ValueError, match=r"not a time limit|invalid literal"):
-        minutes(said)
+from fedllm.scheduling.slurm_text import counts, generic, hosts, mebibytes
 
 
 def test_sizes_are_mebibytes_unless_they_say_otherwise() -> None:
