@@ -1,6 +1,6 @@
 """One plan for all that a round still misses: who trains it, where, in which bundles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fedllm.config.models import SbatchOptions
 from fedllm.planning.classes import tier_options
@@ -14,7 +14,7 @@ from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import array_name, submit
 from fedllm.rounds.waves import next_wave
 from fedllm.scheduling.seam import Capacity
-from fedllm.storage.paths import MOST_ENTRIES, RoundPaths, RunPaths
+from fedllm.storage.paths import MOST_ENTRIES
 from fedllm.storage.records import (
     CohortClient,
     CohortRecord,
@@ -40,20 +40,29 @@ def start_attempt(
         name: with_memory(run, name, tier_options(sbatch, name), factor)
         for name, factor in factors.items()
     }
+    unraised = {name for name, given in options.items() if given == tier_options(sbatch, name)}
     excluded = excluded_nodes(run, paths, number - 1)
     if excluded:
         options = {name: _excluding(given, excluded) for name, given in options.items()}
     capacities = {name: run.scheduler.capacity(given) for name, given in options.items()}
+    before = run.find(CollectionRecord, paths.before.collection)
     classes = plan_classes(
         missing,
         federation.classes,
-        costs=measured_costs(run.paths, federation, cohort.round),
+        costs=_measured_costs(federation, before),
         capacities=capacities,
         options=options,
         section=run.config.scheduler,
-        startup_seconds=_startup_seconds(run.paths, cohort.round),
+        startup_seconds=_startup_seconds(before),
     )
-    adopted = _adopted(run, paths, classes, options, excluded)
+    lingering = lingering_workers(run, paths, excluded_nodes=excluded)
+    # those that run have no more memory than they were given
+    adopted = {
+        each.worker_class: lingering.get(each.worker_class, [])[: each.workers]
+        if each.worker_class in unraised
+        else []
+        for each in classes
+    }
     plan = SubmissionRecord(
         token=array_name(run, cohort.round, f"a{number:02d}"),
         lease=run.lease.number,
@@ -75,52 +84,19 @@ def start_attempt(
         excluded_nodes=excluded,
     )
     plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
-    run.say(_told(run, plan, len(missing), number))
+    run.say(f"round {cohort.round}/{run.config.rounds}: {_told(plan, len(missing), number)}")
     submit(run, paths.attempt(number), plan, run.paths.logs(cohort.round))
 
 
-def _adopted(
-    run: Run,
-    paths: RoundPaths,
-    classes: Sequence[ClassPlan],
-    options: Mapping[str, SbatchOptions],
-    excluded_nodes: Sequence[str],
-) -> dict[str, list[str]]:
-    """Return class -> workers to take over: none where they have less memory than is needed."""
-    lingering = lingering_workers(run, paths, excluded_nodes=excluded_nodes)
-    sbatch = run.config.scheduler.sbatch
-    unchanged = {
-        name
-        for name, given in options.items()
-        if _without_exclude(given) == _without_exclude(tier_options(sbatch, name))
-    }
-    return {
-        each.worker_class: lingering.get(each.worker_class, [])[: each.workers]
-        if each.worker_class in unchanged
-        else []
-        for each in classes
-    }
-
-
-def _without_exclude(options: SbatchOptions) -> SbatchOptions:
-    return {key: value for key, value in options.items() if flag_name(key) != "exclude"}
-
-
-def measured_costs(paths: RunPaths, federation: Federation, round_number: int) -> CostModel:
-    """Return how long clients take, by what the last round before this one took."""
-    collection = _last_collection(paths, round_number)
+def _measured_costs(federation: Federation, before: CollectionRecord | None) -> CostModel:
+    """Return how long clients take, by what the round before took."""
     seeded = federation.seed_costs()
-    return calibrate(seeded, collection.tiers) if collection else seeded
+    return calibrate(seeded, before.tiers) if before else seeded
 
 
-def _startup_seconds(paths: RunPaths, round_number: int) -> float:
-    collection = _last_collection(paths, round_number)
-    measured = collection.startup_seconds if collection else None
+def _startup_seconds(before: CollectionRecord | None) -> float:
+    measured = before.startup_seconds if before else None
     return STARTUP_SECONDS if measured is None else measured
-
-
-def _last_collection(paths: RunPaths, round_number: int) -> CollectionRecord | None:
-    return CollectionRecord.find(paths.round(round_number - 1).collection)
 
 
 def workers_record(
@@ -143,7 +119,7 @@ def _excluding(options: SbatchOptions, nodes: Sequence[str]) -> SbatchOptions:
     return {**options, given: ",".join([*filter(None, [str(options.get(given) or "")]), *nodes])}
 
 
-def _told(run: Run, plan: SubmissionRecord, clients: int, number: int) -> str:
+def _told(plan: SubmissionRecord, clients: int, number: int) -> str:
     workers = sum(each.tasks for each in plan.workers.values())
     sent = sum(array.tasks for array in plan.arrays)
     lines = (
@@ -153,9 +129,4 @@ def _told(run: Run, plan: SubmissionRecord, clients: int, number: int) -> str:
         f"attempt {number}" if number > 1 else "",
         f"not on {', '.join(plan.excluded_nodes)}" if plan.excluded_nodes else "",
     )
-    return f"{_where(run, plan)}: {'; '.join(filter(None, lines))}"
-
-
-def _where(run: Run, plan: SubmissionRecord) -> str:
-    number = int(plan.token.rpartition("-a")[0].rpartition("-r")[2])
-    return f"round {number}/{run.config.rounds}"
+    return "; ".join(filter(None, lines))
