@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm.aggregation.decomposition import Problem
 from fedllm.aggregation.routes import route_for, truncated_svd
 from fedllm.lora.factors import Factors, stack
 
@@ -94,7 +95,7 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         "wanted": asked.wanted,
         "device": asked.device,
         "threads": torch.get_num_threads(),
-        "route": route_for(out=out, in_=in_, stacked_rank=sum(ranks)),
+        "route": route_for(Problem(out=out, in_=in_, stacked_rank=sum(ranks), rank=asked.wanted)),
         "seconds": seconds,
         "median_seconds": medians,
         "times_faster": medians["dense"] / medians["ours"],

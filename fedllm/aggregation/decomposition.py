@@ -1,19 +1,37 @@
 """What a route returns, and the last step that all routes share.
 
-Legend: O out, I in, K wanted rank.
+Legend: G modules, O out, I in, R stacked rank, K wanted rank.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fedllm.lora.spectral import Spectral
 
+Partial: TypeAlias = Mapping[str, Tensor]  # what a block of clients comes to: part -> (G, ...)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """How near the triplets are to the best ones of their number.
+
+    `residual_energy` is the squared Frobenius norm of what they leave out. It exceeds the
+    smallest possible one by at most the share `relative_excess` of that smallest, with
+    probability at least `1 - failure_probability` over the route's own random draws (0: certain).
+    """
+
+    residual_energy: float
+    relative_excess: float
+    failure_probability: float = 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decomposition:
-    """Leading singular triplets, the energy of the whole matrix, and the route taken.
+    """Leading singular triplets, the energy of the whole matrix, the route and its certificate.
 
     `total_energy` is the squared Frobenius norm, so that what was left out is known without the
     triplets that were not computed.
@@ -22,13 +40,68 @@ class Decomposition:
     spectral: Spectral
     total_energy: float
     route: str
+    certificate: Certificate
 
 
-def on_left_basis(q_OK: Tensor, p_KI: Tensor) -> Spectral:
-    """Return the triplets of `W` within the orthonormal columns `q_OK`, from `p_KI = q^T W`.
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is to be decomposed, for each of some modules of one shape.
+
+    Attributes:
+        out: rows of the weight.
+        in_: columns of the weight.
+        stacked_rank: the sum of all clients' ranks.
+        rank: how many triplets are wanted.
+        exact: direct routes in float64 only.
+        tolerance: the largest relative excess of an iterative route's residual energy.
+    """
+
+    out: int
+    in_: int
+    stacked_rank: int
+    rank: int
+    exact: bool = False
+    tolerance: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where an iterative route begins: a seed, and right singular vectors thought to be near."""
+
+    seed: int = 0
+    near_GKI: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """A way from blocks of factors to triplets.
+
+    Attributes:
+        fold: `b_GOR`, `a_GRI` and each column's amount (G, R) -> what the block comes to. A block
+            is folded by itself, so that it can be done again, or ahead, without the others.
+        decompose: the blocks' partial results in their order -> triplets, module by module.
+    """
+
+    fold: Callable[[Tensor, Tensor, Tensor], Partial]
+    decompose: Callable[[Iterable[Partial], Problem, Start], list[Decomposition]]
+
+
+def on_left_basis(q_GOK: Tensor, p_GKI: Tensor) -> Spectral:
+    """Return the triplets of `W` within the orthonormal columns `q_GOK`, from `p_GKI = q^T W`.
 
     Rayleigh-Ritz: the Gram matrix that found the basis squares the singular values and loses
     half of their digits; `W` itself, applied once more, gives them back.
     """
-    rotation_KK, s_K, vh_KI = torch.linalg.svd(p_KI, full_matrices=False)
-    return Spectral(u_OR=q_OK @ rotation_KK, s_R=s_K, vh_RI=vh_KI)
+    rotation_GKK, s_GK, vh_GKI = torch.linalg.svd(p_GKI, full_matrices=False)
+    return Spectral(u_OR=q_GOK @ rotation_GKK, s_R=s_GK, vh_RI=vh_GKI)
+
+
+def turned(spectral: Spectral) -> Spectral:
+    """Return the triplets of the transposed matrix."""
+    return Spectral(u_OR=spectral.vh_RI.mT, s_R=spectral.s_R, vh_RI=spectral.u_OR.mT)
+
+
+def each_of(spectral: Spectral) -> list[Spectral]:
+    """Return the triplets of G modules one by one."""
+    parts = zip(spectral.u_OR, spectral.s_R, spectral.vh_RI, strict=True)
+    return [Spectral(u_OR=u_OR, s_R=s_R, vh_RI=vh_RI) for u_OR, s_R, vh_RI in parts]

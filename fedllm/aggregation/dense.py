@@ -1,27 +1,81 @@
 """The dense route: one product, then the leading triplets through the Gram of its narrow side.
 
-Legend: O out, I in, R stacked rank, K wanted rank; O >= I, R >= I.
+Legend: G modules, O out, I in, R stacked rank, K wanted rank.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Decomposition, on_left_basis
-from fedllm.lora.spectral import Spectral
+from fedllm.aggregation.decomposition import (
+    Certificate,
+    Decomposition,
+    Partial,
+    Problem,
+    Route,
+    Start,
+    each_of,
+    on_left_basis,
+    turned,
+)
 
 
-def dense(b_OR: Tensor, a_RI: Tensor, rank: int) -> Decomposition:
-    """Return the leading triplets of `b_OR @ a_RI`, both float64.
+def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
+    """Return a block's weighted sum of products, float64."""
+    return {"W": b_GOR.double() @ a_GRI.double().mul(amounts_GR[..., None])}
 
-    Only `rank` triplets are wanted: an eigendecomposition of W^T W (I x I) finds their right
-    space for less than a full SVD.
+
+def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> list[Decomposition]:
+    """Return the leading triplets of the sum.
+
+    Only `rank` triplets are wanted: an eigendecomposition of W^T W finds their right space for
+    less than a full SVD.
     """
-    w_OI = b_OR @ a_RI
-    vectors_II = torch.linalg.eigh(w_OI.mT @ w_OI).eigenvectors
-    q_IK = vectors_II[:, -rank:].flip(1)
-    turned = on_left_basis(q_IK, (w_OI @ q_IK).mT)
-    return Decomposition(
-        spectral=Spectral(u_OR=turned.vh_RI.mT, s_R=turned.s_R, vh_RI=turned.u_OR.mT),
-        total_energy=float(w_OI.square().sum()),
-        route="dense",
+    del start  # nothing is drawn
+    w_GOI = summed(partials)
+    wide = problem.out < problem.in_
+    tall = w_GOI.mT if wide else w_GOI
+    gram = tall.mT @ tall
+    values, vectors = torch.linalg.eigh(gram)
+    basis = vectors[..., -min(problem.rank, vectors.shape[-1]) :].flip(-1)
+    found = on_left_basis(basis, (tall @ basis).mT)
+    triplets = found if wide else turned(found)
+    energies = w_GOI.square().sum((-2, -1)).tolist()
+    return [
+        Decomposition(
+            spectral=spectral,
+            total_energy=energy,
+            route="dense",
+            certificate=direct_certificate(energy, spectral.s_R, own),
+        )
+        for spectral, energy, own in zip(each_of(triplets), energies, values, strict=True)
+    ]
+
+
+def summed(partials: Iterable[Partial]) -> Tensor:
+    """Return the sum of the blocks' products, added up in their order."""
+    blocks = iter(partials)
+    first = next(blocks)["W"]
+    total = None
+    for block in blocks:
+        # the first may belong to a cache
+        total = first + block["W"] if total is None else total.add_(block["W"])
+    return first if total is None else total
+
+
+def direct_certificate(energy: float, s_K: Tensor, values_N: Tensor) -> Certificate:
+    """Return how good triplets from a whole spectrum are.
+
+    Args:
+        energy: the squared Frobenius norm.
+        s_K: the singular values found.
+        values_N: all eigenvalues of the Gram matrix, in any order.
+    """
+    del values_N
+    return Certificate(
+        residual_energy=max(0.0, energy - float(s_K.square().sum())), relative_excess=0.0
     )
+
+
+DENSE = Route(fold=fold, decompose=decompose)

@@ -1,16 +1,38 @@
-"""The factored route: the SVD of `b_OR @ a_RI` at the cost of its stacked rank, never formed.
+"""The factored route: the SVD of a sum of products at the cost of its stacked rank, never formed.
 
-Legend: O out, I in, R stacked rank, K wanted rank; O >= I > R.
+Legend: G modules, O out, I in, R stacked rank (of a block, then of all), K wanted rank.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Decomposition, on_left_basis
+from fedllm.aggregation.decomposition import (
+    Decomposition,
+    Partial,
+    Problem,
+    Route,
+    Start,
+    each_of,
+    on_left_basis,
+    turned,
+)
+from fedllm.aggregation.dense import direct_certificate
 
 
-def factored(b_OR: Tensor, a_RI: Tensor, rank: int) -> Decomposition:
-    """Return the leading triplets of `b_OR @ a_RI`, both float64.
+def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
+    """Return a block's factors in float64, the amounts shared between them."""
+    shares_GR = amounts_GR.abs().sqrt()
+    signed_GR = torch.copysign(shares_GR, amounts_GR)
+    return {
+        "B": b_GOR.double().mul(shares_GR[:, None, :]),
+        "A": a_GRI.double().mul(signed_GR[..., None]),
+    }
+
+
+def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> list[Decomposition]:
+    """Return the leading triplets of the sum of the blocks' products.
 
     With A^T = Q T (QR, of which only T is needed) the left singular vectors are those of B T^T,
     and its Gram matrix T (B^T B) T^T is R x R. The narrow side goes through QR, which stays
@@ -18,13 +40,30 @@ def factored(b_OR: Tensor, a_RI: Tensor, rank: int) -> Decomposition:
     sizes (both are column-wise backward stable); the tall side through its Gram matrix, which
     costs half of a QR. The Gram matrix has a floor of 1e-8 sigma_1, far below what lives.
     """
-    t_RR = torch.linalg.qr(a_RI.mT, mode="r").R
-    gram_RR = t_RR @ (b_OR.mT @ b_OR) @ t_RR.mT
-    vectors_RR = torch.linalg.eigh(gram_RR).eigenvectors
-    leading_RK = vectors_RR[:, -rank:].flip(1)  # eigh sorts from the smallest
-    q_OK = torch.linalg.qr(b_OR @ (t_RR.mT @ leading_RK)).Q
-    return Decomposition(
-        spectral=on_left_basis(q_OK, (q_OK.mT @ b_OR) @ a_RI),
-        total_energy=max(0.0, float(gram_RR.trace())),
-        route="factored",
-    )
+    del start  # nothing is drawn
+    blocks = list(partials)
+    b_GOR = torch.cat([block["B"] for block in blocks], dim=2)
+    a_GRI = torch.cat([block["A"] for block in blocks], dim=1)
+    wide = problem.out < problem.in_
+    tall, flat = (a_GRI.mT, b_GOR.mT) if wide else (b_GOR, a_GRI)
+    t_GRR = torch.linalg.qr(flat.mT, mode="r").R
+    gram_GRR = t_GRR @ (tall.mT @ tall) @ t_GRR.mT
+    values_GR, vectors_GRR = torch.linalg.eigh(gram_GRR)
+    kept = min(problem.rank, vectors_GRR.shape[-1])
+    leading_GRK = vectors_GRR[..., -kept:].flip(-1)  # eigh sorts from the smallest
+    basis = torch.linalg.qr(tall @ (t_GRR.mT @ leading_GRK)).Q
+    found = on_left_basis(basis, (basis.mT @ tall) @ flat)
+    triplets = turned(found) if wide else found
+    energies = gram_GRR.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0.0).tolist()
+    return [
+        Decomposition(
+            spectral=spectral,
+            total_energy=energy,
+            route="factored",
+            certificate=direct_certificate(energy, spectral.s_R, own),
+        )
+        for spectral, energy, own in zip(each_of(triplets), energies, values_GR, strict=True)
+    ]
+
+
+FACTORED = Route(fold=fold, decompose=decompose)

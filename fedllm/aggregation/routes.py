@@ -1,52 +1,91 @@
-"""From a stacked sum of products to its leading singular triplets, by the route its shape asks for.
+"""From blocks of clients' factors to the leading singular triplets of their weighted sum.
 
-Legend: O out, I in, R stacked rank, K wanted rank. The sum is `b_OR @ a_RI`.
+Blocks are folded one by one, each by itself, and then decomposed together, by the route that
+their shapes ask for, for all modules of one shape at once. All values are finite: whoever reads
+updates sees to that.
+
+Legend: G modules, O out, I in, R stacked rank, C clients, K wanted rank.
 """
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-from torch import Tensor
+import torch
 
-from fedllm.aggregation.decomposition import Decomposition
-from fedllm.aggregation.dense import dense
-from fedllm.aggregation.factored import factored
-from fedllm.lora.factors import Stacked
-from fedllm.lora.spectral import Spectral, with_fixed_signs
+from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Route, Start
+from fedllm.aggregation.dense import DENSE
+from fedllm.aggregation.factored import FACTORED
+from fedllm.lora.factors import Block, Stacked
+from fedllm.lora.spectral import with_fixed_signs
 
-Route: TypeAlias = Callable[[Tensor, Tensor, int], Decomposition]
-
-ROUTES: Mapping[str, Route] = {"factored": factored, "dense": dense}
+ROUTES: Mapping[str, Route] = {"factored": FACTORED, "dense": DENSE}
 
 
-def route_for(*, out: int, in_: int, stacked_rank: int) -> str:
-    """Return the name of the route, from shapes alone: a rerun takes the same one."""
-    return "factored" if stacked_rank < min(out, in_) else "dense"
+def route_for(problem: Problem) -> str:
+    """Return the name of the route, from shapes and configuration alone: a rerun takes the same."""
+    return "factored" if problem.stacked_rank < min(problem.out, problem.in_) else "dense"
+
+
+def is_summed(route: str) -> bool:
+    """Say whether a block comes to less than its factors: only then folding ahead saves work."""
+    return route != "factored"
+
+
+def fold(block: Block, problem: Problem) -> Partial:
+    """Return what a block's weighted sum of products comes to on the problem's route."""
+    amounts_GC = block.weights_GC * block.scales_GC
+    amounts_GR = amounts_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
+    route = ROUTES[route_for(problem)]
+    return route.fold(block.b_GOR, block.a_GRI, amounts_GR.to(block.a_GRI.device))
+
+
+def decompose(
+    partials: Iterable[Partial], problem: Problem, *, total: float, start: Start | None = None
+) -> list[Decomposition]:
+    """Return the leading triplets of the sum of `partials` over `total`, module by module.
+
+    At most min(rank, O, I, R) triplets, sorted, orthonormal also where singular values are zero,
+    with fixed signs; the total energy is that of the whole sum. The same bits for the same
+    partials, thread count and kind of device.
+
+    Args:
+        partials: of the blocks in the clients' order, each as `fold` returns it.
+        problem: the same as `fold` was given.
+        total: what the weights of all blocks sum to.
+        start: where an iterative route begins.
+    """
+    route = ROUTES[route_for(problem)]
+    found = route.decompose(partials, problem, start or Start())
+    return [_divided(each, total) for each in found]
 
 
 def truncated_svd(stacked: Stacked, *, rank: int) -> Decomposition:
-    """Return the leading `rank` singular triplets of `b_OR @ a_RI` in float64.
+    """Return the leading `rank` singular triplets of `b_OR @ a_RI`, by a direct route in float64.
 
-    At most min(rank, O, I, R) triplets, sorted, orthonormal also where singular values are zero,
-    with fixed signs; the total energy is that of the whole sum. Singular values and the
-    truncated product agree with a dense float64 SVD to 1e-7 of the largest singular value where
-    the summands do not cancel. The same bits for the same thread count.
+    Singular values and the truncated product agree with a dense float64 SVD to 1e-7 of the
+    largest singular value where the summands do not cancel.
     """
     assert rank >= 1, f"rank {rank}"
-    b_OR, a_RI = stacked.b_OR, stacked.a_RI
-    out, in_ = b_OR.shape[0], a_RI.shape[1]
-    route = ROUTES[route_for(out=out, in_=in_, stacked_rank=stacked.rank)]
-    # routes are written for tall weights: the narrow side is the cheap one to factorise
-    found = route(b_OR, a_RI, rank) if out >= in_ else _turned(route(a_RI.mT, b_OR.mT, rank))
-    return Decomposition(
-        spectral=with_fixed_signs(found.spectral),
-        total_energy=found.total_energy,
-        route=found.route,
+    b_GOR, a_GRI = stacked.b_OR[None], stacked.a_RI[None]
+    problem = Problem(
+        out=b_GOR.shape[1], in_=a_GRI.shape[2], stacked_rank=stacked.rank, rank=rank, exact=True
     )
+    block = Block(
+        a_GRI=a_GRI,
+        b_GOR=b_GOR,
+        ranks=(stacked.rank,),
+        scales_GC=torch.ones(1, 1, dtype=torch.float64),
+        weights_GC=torch.ones(1, 1, dtype=torch.float64),
+    )
+    return decompose([fold(block, problem)], problem, total=1.0)[0]
 
 
-def _turned(found: Decomposition) -> Decomposition:
-    turned = Spectral(
-        u_OR=found.spectral.vh_RI.mT, s_R=found.spectral.s_R, vh_RI=found.spectral.u_OR.mT
+def _divided(found: Decomposition, total: float) -> Decomposition:
+    signed = with_fixed_signs(found.spectral)
+    residual = found.certificate.residual_energy / total**2
+    return replace(
+        found,
+        spectral=replace(signed, s_R=signed.s_R / total),
+        total_energy=found.total_energy / total**2,
+        certificate=replace(found.certificate, residual_energy=residual),
     )
-    return Decomposition(spectral=turned, total_energy=found.total_energy, route=found.route)

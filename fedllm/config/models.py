@@ -188,10 +188,25 @@ class MethodSection(Section):
 
 
 class AggregationSection(Section):
-    """Where and with how many threads the server aggregates."""
+    """Where, how exactly and after which checks the server aggregates."""
 
-    device: Annotated[str, Field(json_schema_extra=EXECUTION)] = "auto"
+    device: Annotated[str | tuple[str, ...], Field(json_schema_extra=EXECUTION)] = "auto"
     threads: PositiveInt = 1
+    exact: bool = False
+    tolerance: PositiveFloat = 1e-4
+    block_clients: PositiveInt = 32
+    fold_ahead: Annotated[bool, Field(json_schema_extra=EXECUTION)] = False
+    outliers: Literal["keep", "clip", "reject"] = "keep"
+    outlier_factor: Annotated[float, Field(gt=1)] = 10.0
+
+    @model_validator(mode="after")
+    def _norms_are_known_when_folding(self) -> "AggregationSection":
+        if self.fold_ahead and self.outliers != "keep":
+            raise ValueError(
+                f"fold_ahead with outliers: {self.outliers}, whose median needs all clients' "
+                "norms first: set fold_ahead: false, or outliers: keep"
+            )
+        return self
 
 
 class EvaluationSection(Section):

@@ -69,6 +69,21 @@ Adapter: TypeAlias = Mapping[str, Factors]  # module -> its factors
 
 
 @dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some clients' factors of G modules of one shape, side by side in the clients' order.
+
+    `a_GRI` and `b_GOR` hold the factors as they were sent, R the sum of the clients' `ranks`;
+    `scales_GC` and `weights_GC` are float64 on the CPU, C clients; weights are not normalised.
+    """
+
+    a_GRI: Tensor
+    b_GOR: Tensor
+    ranks: tuple[int, ...]
+    scales_GC: Tensor
+    weights_GC: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stacked:
     """A weighted sum of products as one product, `b_OR @ a_RI`, in float64."""
 

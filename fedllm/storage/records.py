@@ -331,7 +331,10 @@ class UpdateRecord(Record):
 
 
 class CollectedUpdate(Record):
-    """A client's update as the round uses it; the weight is its rows, not yet normalised."""
+    """A client's update as the round uses it; the weight is its rows, not yet normalised.
+
+    `clipped` are the modules whose change is scaled down, and the factor that it is scaled by.
+    """
 
     client: str
     tier: str
@@ -339,6 +342,7 @@ class CollectedUpdate(Record):
     file: str
     sha256: str
     weight: float
+    clipped: dict[str, float] = {}
 
 
 class TierMix(Record):
@@ -376,13 +380,27 @@ class RankQuality(Record):
 
 
 class ModuleDiagnostics(Record):
-    """Spectrum of one module's aggregated update."""
+    """Spectrum of one module's aggregated update, and how far it can be trusted.
+
+    `residual_energy` is what the recorded triplets leave out of `total_energy`, both squared
+    Frobenius norms. `relative_excess` is how much larger it is than the smallest that any
+    triplets of that number could leave, at most, with probability `1 - failure_probability`.
+    `beyond_smallest_rank` is the share of energy that the smallest rank of a client misses;
+    `overlap` the mean squared cosine between the leading right singular spaces (of the smallest
+    rank) of this round and the one before.
+    """
 
     route: str
     stacked_rank: int
     total_energy: float
     spectrum: list[float]
     ranks: list[RankQuality]
+    residual_energy: float = 0.0
+    relative_excess: float = 0.0
+    failure_probability: float = 0.0
+    effective_rank: float = 0.0
+    beyond_smallest_rank: float = 0.0
+    overlap: float | None = None
 
 
 class AggregateRecord(Record):
@@ -395,6 +413,7 @@ class AggregateRecord(Record):
     seconds: float
     clients: int
     device: str
+    stages: dict[str, float] = {}
     modules: dict[str, ModuleDiagnostics] = {}
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.aggregation.decomposition import Decomposition
+from fedllm.aggregation.decomposition import Decomposition, Problem
 from fedllm.aggregation.routes import route_for, truncated_svd
 from fedllm.lora.factors import Factors, Stacked, stack
 from fedllm.lora.spectral import Spectral
@@ -126,5 +126,5 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 
 def test_the_route_follows_from_shapes_alone() -> None:
-    assert route_for(out=256, in_=704, stacked_rank=255) == "factored"
-    assert route_for(out=256, in_=704, stacked_rank=256) == "dense"
+    assert route_for(Problem(out=256, in_=704, stacked_rank=255, rank=8)) == "factored"
+    assert route_for(Problem(out=256, in_=704, stacked_rank=256, rank=8)) == "dense"
