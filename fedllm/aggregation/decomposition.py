@@ -4,7 +4,7 @@ Legend: G modules, O out, I in, R stacked rank, K wanted rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -105,3 +105,15 @@ def each_of(spectral: Spectral) -> list[Spectral]:
     """Return the triplets of G modules one by one."""
     parts = zip(spectral.u_OR, spectral.s_R, spectral.vh_RI, strict=True)
     return [Spectral(u_OR=u_OR, s_R=s_R, vh_RI=vh_RI) for u_OR, s_R, vh_RI in parts]
+
+
+def in_units(found: Decomposition, unit: float) -> Decomposition:
+    """Return the decomposition of `unit` times the matrix."""
+    spectral = replace(found.spectral, s_R=found.spectral.s_R * unit)
+    residual = found.certificate.residual_energy * unit**2
+    return replace(
+        found,
+        spectral=spectral,
+        total_energy=found.total_energy * unit**2,
+        certificate=replace(found.certificate, residual_energy=residual),
+    )

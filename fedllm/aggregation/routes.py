@@ -12,18 +12,35 @@ from dataclasses import replace
 
 import torch
 
-from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Route, Start
+from fedllm.aggregation.decomposition import (
+    Decomposition,
+    Partial,
+    Problem,
+    Route,
+    Start,
+    in_units,
+)
 from fedllm.aggregation.dense import DENSE
 from fedllm.aggregation.factored import FACTORED
+from fedllm.aggregation.iterative import ITERATIVE
+from fedllm.aggregation.subspace import width
 from fedllm.lora.factors import Block, Stacked
 from fedllm.lora.spectral import with_fixed_signs
 
-ROUTES: Mapping[str, Route] = {"factored": FACTORED, "dense": DENSE}
+ROUTES: Mapping[str, Route] = {"factored": FACTORED, "iterative": ITERATIVE, "dense": DENSE}
+
+# shares of the narrow side, where a route's time was measured to cross the next one's
+_FEW_RANKS, _FEW_WANTED = 0.4, 0.4
+_LARGE_SIDE = 512
 
 
 def route_for(problem: Problem) -> str:
     """Return the name of the route, from shapes and configuration alone: a rerun takes the same."""
-    return "factored" if problem.stacked_rank < min(problem.out, problem.in_) else "dense"
+    narrow = min(problem.out, problem.in_)
+    large = narrow >= _LARGE_SIDE and problem.stacked_rank > _FEW_RANKS * narrow
+    if large and not problem.exact and width(problem.rank, narrow) <= _FEW_WANTED * narrow:
+        return "iterative"
+    return "factored" if problem.stacked_rank < narrow else "dense"
 
 
 def is_summed(route: str) -> bool:
@@ -56,7 +73,10 @@ def decompose(
     """
     route = ROUTES[route_for(problem)]
     found = route.decompose(partials, problem, start or Start())
-    return [_divided(each, total) for each in found]
+    return [
+        in_units(replace(each, spectral=with_fixed_signs(each.spectral)), 1 / total)
+        for each in found
+    ]
 
 
 def truncated_svd(stacked: Stacked, *, rank: int) -> Decomposition:
@@ -78,14 +98,3 @@ def truncated_svd(stacked: Stacked, *, rank: int) -> Decomposition:
         weights_GC=torch.ones(1, 1, dtype=torch.float64),
     )
     return decompose([fold(block, problem)], problem, total=1.0)[0]
-
-
-def _divided(found: Decomposition, total: float) -> Decomposition:
-    signed = with_fixed_signs(found.spectral)
-    residual = found.certificate.residual_energy / total**2
-    return replace(
-        found,
-        spectral=replace(signed, s_R=signed.s_R / total),
-        total_energy=found.total_energy / total**2,
-        certificate=replace(found.certificate, residual_energy=residual),
-    )

@@ -1,0 +1,140 @@
+"""The iterative route: one float32 product, of which only the leading triplets are searched for.
+
+Legend: G modules, O out, I in, R stacked rank, M long side, N narrow side, K wanted rank.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregation import dense
+from fedllm.aggregation.bounds import FAILURE_PROBABILITY
+from fedllm.aggregation.decomposition import (
+    Certificate,
+    Decomposition,
+    Partial,
+    Problem,
+    Route,
+    Start,
+    each_of,
+    in_units,
+    turned,
+)
+from fedllm.aggregation.subspace import Asked, Found, gram, orthonormal, search
+from fedllm.errors import AdapterError
+from fedllm.lora.spectral import Spectral
+
+_RANKS = 2048  # of which scaled copies are held at once
+_LARGEST_PEAK = 2.0**20
+_SMALL = 1e-3  # of the largest singular value
+
+
+def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
+    """Return a block's weighted sum of products, float32, some ranks at a time."""
+    amounts_GR1 = amounts_GR[..., None].float()
+    total: Tensor | None = None
+    for b, a, amounts in zip(
+        torch.split(b_GOR, _RANKS, dim=2),
+        torch.split(a_GRI, _RANKS, dim=1),
+        torch.split(amounts_GR1, _RANKS, dim=1),
+        strict=True,
+    ):
+        scaled = a.float() * amounts
+        total = b.float() @ scaled if total is None else total.baddbmm_(b.float(), scaled)
+    assert total is not None, "a block of no ranks"
+    return {"W": total}
+
+
+def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> list[Decomposition]:
+    """Return the leading triplets of the sum, good enough for the problem's tolerance.
+
+    Modules that a search for all of them together does not serve are searched alone. Where that
+    does not get there in time either (as where many singular values about the wanted last one
+    are equal), the direct way is taken and named.
+    """
+    w_GOI, units_G = _scaled(dense.summed(partials))
+    found = _decomposed(w_GOI, problem, start)
+    return [in_units(each, unit) for each, unit in zip(found, units_G.tolist(), strict=True)]
+
+
+def _decomposed(w_GOI: Tensor, problem: Problem, start: Start) -> list[Decomposition]:
+    wide = problem.out < problem.in_
+    w_GMN = w_GOI.mT if wide else w_GOI
+    energy_G = w_GMN.norm(dim=-1).double().square().sum(-1)
+    found = search(
+        w_GMN,
+        Asked(rank=problem.rank, tolerance=problem.tolerance, energy_G=energy_G),
+        near_GNJ=_near(w_GOI, start, problem),
+        draws=torch.Generator().manual_seed(start.seed),
+    )
+    if found is not None:
+        tall = _triplets(found)
+        return _told(turned(tall) if wide else tall, energy_G, found)
+    if len(w_GOI) == 1:
+        return dense.decompose([{"W": w_GOI.double()}], problem, start)
+    alone = [_decomposed(w_GOI[i, None], problem, _of_module(start, i)) for i in range(len(w_GOI))]
+    return [each for one in alone for each in one]
+
+
+def _of_module(start: Start, place: int) -> Start:
+    near_GKI = None if start.near_GKI is None else start.near_GKI[place, None]
+    return Start(seed=start.seed, near_GKI=near_GKI)
+
+
+def _told(triplets: Spectral, energy_G: Tensor, found: Found) -> list[Decomposition]:
+    numbers = zip(
+        energy_G.tolist(), found.residual_G.tolist(), found.relative_excess_G.tolist(), strict=True
+    )
+    return [
+        Decomposition(
+            spectral=spectral,
+            total_energy=energy,
+            route="iterative",
+            certificate=Certificate(
+                residual_energy=residual,
+                relative_excess=excess,
+                failure_probability=FAILURE_PROBABILITY,
+            ),
+        )
+        for spectral, (energy, residual, excess) in zip(each_of(triplets), numbers, strict=True)
+    ]
+
+
+def _scaled(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return matrices whose squares of squares float32 can hold, and their units, powers of 2."""
+    peak_G = torch.linalg.vector_norm(w_GOI, ord=torch.inf, dim=(-2, -1)).double()
+    if not bool(torch.isfinite(peak_G).all()):
+        raise AdapterError(
+            "the sum of the updates' products does not fit float32: "
+            "lower the learning rate, leave the diverged update out, or set aggregation.exact"
+        )
+    far_G = (peak_G > 0) & ((peak_G > _LARGEST_PEAK) | (peak_G < 1 / _LARGEST_PEAK))
+    if not bool(far_G.any()):
+        return w_GOI, torch.ones_like(peak_G)
+    units_G = torch.where(far_G, torch.exp2(peak_G.clamp(min=1e-300).log2().floor()), 1.0)
+    return (w_GOI.double() / units_G[:, None, None]).float(), units_G
+
+
+def _near(w_GOI: Tensor, start: Start, problem: Problem) -> Tensor:
+    """Return vectors of the narrow side from right singular vectors, none where none are known."""
+    if start.near_GKI is None:
+        return w_GOI.new_zeros(w_GOI.shape[0], min(problem.out, problem.in_), 0)
+    near_GIK = start.near_GKI[:, : problem.rank].to(w_GOI).mT
+    return w_GOI @ near_GIK if problem.out < problem.in_ else near_GIK
+
+
+def _triplets(found: Found) -> Spectral:
+    """Return triplets from right vectors and W times them, which rounding has turned a little."""
+    values_GK, turn_GKK = torch.linalg.eigh(gram(found.y_GMK))
+    turn_GKK = turn_GKK.flip(-1)
+    s_GK = values_GK.flip(-1).clamp(min=0.0).sqrt()
+    inverse_GK = torch.where(s_GK > 0, 1 / s_GK, 0.0)
+    u_GMK = found.y_GMK @ (turn_GKK * inverse_GK[:, None, :]).float()
+    if bool((s_GK[:, -1] <= _SMALL * s_GK[:, 0]).any()):
+        u_GMK = orthonormal(u_GMK)  # what is small beside the first has kept some of it
+    vh_GKN = (found.x_GNK.double() @ turn_GKK).float().mT
+    return Spectral(u_OR=u_GMK, s_R=s_GK.float(), vh_RI=vh_GKN)
+
+
+ITERATIVE = Route(fold=fold, decompose=decompose)
