@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedllm.storage.checked import LENGTH_BYTES, METADATA, RECORDS
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import Record
-from fedllm.storage.updates import LENGTH_BYTES, METADATA, RECORDS, update_files
+from fedllm.storage.updates import update_files
 
 _METADATA_COMES_FIRST = f'{{"{METADATA}":'
 

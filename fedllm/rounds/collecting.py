@@ -5,6 +5,7 @@ from statistics import median_high
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_size
 from fedllm.rounds.run import Run
+from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths, aside, attempts_of
 from fedllm.storage.records import (
     CohortRecord,
@@ -13,7 +14,7 @@ from fedllm.storage.records import (
     TaskRecord,
     TierMix,
 )
-from fedllm.storage.updates import DamagedUpdateError, Published, Scan, read_update
+from fedllm.storage.updates import Published, Scan, read_update
 
 
 def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:

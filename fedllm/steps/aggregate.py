@@ -15,6 +15,7 @@ from fedllm.methods.table import build_method
 from fedllm.model.device import resolve_device
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.steps.state import read_state
+from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -26,7 +27,7 @@ from fedllm.storage.records import (
     UpdateRecord,
 )
 from fedllm.storage.tensors import TensorFile, write_tensors
-from fedllm.storage.updates import DamagedUpdateError, read_update, tensor_name
+from fedllm.storage.updates import read_update, tensor_name
 
 
 def method_of(config: Config) -> Method:

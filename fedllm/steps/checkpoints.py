@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedllm.lora.factors import Adapter
+from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.checkpoints import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
-from fedllm.storage.updates import DamagedUpdateError
 from fedllm.training.progress import Progress
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fedllm.lora.factors import Adapter
 from fedllm.steps.client import ClientRound, Trained
+from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.tensors import publish_update
-from fedllm.storage.updates import DamagedUpdateError, read_records, update_files
+from fedllm.storage.updates import read_records, update_files
 
 
 class Publisher:

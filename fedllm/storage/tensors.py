@@ -2,36 +2,32 @@
 
 import hashlib
 import io
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from fedllm.errors import RunDirectoryError
-from fedllm.storage.checkpoints import CheckpointRecord
-from fedllm.storage.publish import publishing
-from fedllm.storage.records import UpdateRecord
-from fedllm.storage.updates import (
-    DIGEST,
+from fedllm.errors import AdapterError, RunDirectoryError
+from fedllm.storage.checked import (
     DTYPE_BYTES,
-    HEADER_ALIGNMENT_BYTES,
-    LENGTH_BYTES,
-    METADATA,
-    RECORDS,
     DamagedUpdateError,
-    digest_of,
-    layout_text,
+    Header,
+    Layout,
+    read_checked_header,
     read_whole,
-    records_text,
-    tensor_name,
 )
+from fedllm.storage.checkpoints import CheckpointRecord
+from fedllm.storage.placing import HashedPlaces, Places, placing, placing_checked
+from fedllm.storage.records import UpdateRecord
+from fedllm.storage.updates import records_text, tensor_name, updates_in
 
 _DTYPES = {
     torch.float64: "F64",
@@ -53,6 +49,52 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A tensor that is to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """Return the plan of a tensor that is there already."""
+        return cls(shape=tuple(tensor.shape), dtype=tensor.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorWriter:
+    """A file whose tensors are written as they are made, in any order, by several threads."""
+
+    planned: Mapping[str, Planned]
+    places: Places
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor, once.
+
+        Raises:
+            StorageFull: no space or quota is left.
+        """
+        here = tensor.detach().cpu().contiguous()
+        assert Planned.of(here) == self.planned[name], f"{name}: {Planned.of(here)} unplanned"
+        self.places.write(name, _bytes_of(here))
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the file of `writing_tensors`, after its block."""
+        assert isinstance(self.places, HashedPlaces), "files of records are known by their header"
+        return self.places.sha256
+
+
+@contextmanager
+def writing_tensors(
+    path: Path, planned: Mapping[str, Planned], metadata: Mapping[str, str]
+) -> Iterator[TensorWriter]:
+    """Publish the tensors that the block writes as safetensors, all or nothing."""
+    with placing(path, _layout(planned), metadata) as places:
+        yield TensorWriter(planned=planned, places=places)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> str:
@@ -60,9 +102,11 @@ def write_tensors(
 
     The same tensors and metadata give the same bytes: safetensors' own writer shuffles metadata.
     """
-    named = _in_file_order(tensors)
-    header = {**_layout(named), METADATA: dict(sorted(metadata.items()))}
-    return _publish(path, [_encoded(header), *map(_bytes_of, named.values())])
+    planned = {name: Planned.of(tensor) for name, tensor in tensors.items()}
+    with writing_tensors(path, planned, metadata) as writer:
+        for name in _in_file_order(planned):
+            writer.write(name, tensors[name])
+    return writer.sha256
 
 
 class TensorFile:
@@ -122,6 +166,79 @@ class TensorFile:
         }
 
 
+class CheckedFile:
+    """A file of records and tensors, mapped into memory: nothing is copied, each tensor is checked.
+
+    The map goes with the last of its views. Whoever changes a view changes no file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Map the file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedUpdateError: it is truncated, or its header was altered.
+        """
+        self.path = path
+        with path.open("rb") as file:
+            self.header: Header = read_checked_header(file)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def view(self, name: str) -> torch.Tensor:
+        """Return a tensor as it lies in the file, its digest not compared."""
+        return _view(self.header, name, self._map)
+
+    def check(self, name: str) -> None:
+        """Compare a tensor with its digest, which other threads need not wait for.
+
+        Raises:
+            DamagedUpdateError: it was altered.
+        """
+        begin, end = self.header.place(name)
+        with memoryview(self._map) as content, content[begin:end] as data:
+            digest = hashlib.sha256(data).hexdigest()
+        if digest != self.header.digests[name]:
+            raise DamagedUpdateError(f"the checksum of {name} does not match")
+
+
+class UpdateFile:
+    """An update file that was collected; its tensors are views of the file, checked one by one."""
+
+    def __init__(self, path: Path, sha256: str) -> None:
+        """Map the file, by its header the one whose checksum was collected.
+
+        Raises:
+            AdapterError: it is missing, truncated or another file.
+        """
+        self.path = path
+        try:
+            self._file = CheckedFile(path)
+            found = updates_in(path.name, self._file.header)
+        except (DamagedUpdateError, FileNotFoundError) as error:
+            raise AdapterError(f"{path}: damaged update ({error})") from error
+        if self._file.header.digest != sha256:
+            raise AdapterError(f"{path}: not the file that was collected")
+        self.records: Mapping[str, UpdateRecord] = {u.record.client: u.record for u in found}
+
+    def view(self, client: str, module: str, factor: str) -> torch.Tensor:
+        """Return a factor (`A` (R, I) or `B` (O, R)) as it lies in the file, not yet checked."""
+        return self._file.view(tensor_name(client, module, factor))
+
+    def check(self, client: str, module: str, factor: str) -> None:
+        """Compare a factor with its digest.
+
+        Raises:
+            AdapterError: it was altered.
+        """
+        try:
+            self._file.check(tensor_name(client, module, factor))
+        except DamagedUpdateError as error:
+            raise AdapterError(
+                f"{self.path}: damaged update (client {client}: the checksum of {module} {factor} "
+                "does not match)"
+            ) from error
+
+
 def publish_update(
     path: Path,
     records: Sequence[UpdateRecord],
@@ -168,73 +285,63 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DamagedUpdateError: it is truncated, altered or not a checkpoint.
     """
     # read once: what is checked is what is gone on with
-    content = path.read_bytes()
+    content = bytearray(path.read_bytes())
     header = read_whole(io.BytesIO(content))
     try:
         record = CheckpointRecord.model_validate_json(header.records)
     except ValidationError as error:
         raise DamagedUpdateError(f"its record is not valid ({error.error_count()})") from error
-    tensors = bytearray(memoryview(content)[len(content) - header.data_bytes :])
-    return Checkpoint(record=record, tensors=_views(header.layout, tensors))
+    tensors = {name: _view(header, name, content) for name in header.layout}
+    return Checkpoint(record=record, tensors=tensors)
 
 
-def _views(layout: Mapping[str, Any], content: bytearray) -> dict[str, torch.Tensor]:
-    """Return the tensors that lie in `content`: nothing is copied."""
-    return {
-        name: torch.frombuffer(
-            content,
-            dtype=_TORCH_DTYPES[entry["dtype"]],
-            count=math.prod(entry["shape"]),
-            offset=entry["data_offsets"][0],
-        ).reshape(entry["shape"])
-        for name, entry in layout.items()
-    }
+@contextmanager
+def writing_checked(
+    path: Path, records: str, planned: Mapping[str, Planned]
+) -> Iterator[TensorWriter]:
+    """Publish records and the tensors that the block writes under one checksum, all or nothing."""
+    with placing_checked(path, _layout(planned), records) as places:
+        yield TensorWriter(planned=planned, places=places)
 
 
-def _publish_checked(path: Path, text: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Publish tensors and what the records say of them under one checksum."""
-    named = _in_file_order(tensors)
-    layout = _layout(named)
-    digest = digest_of(text, layout_text(layout), map(_bytes_of, named.values()))
-    header = {METADATA: {RECORDS: text, DIGEST: digest}, **layout}
-    _publish(path, [_encoded(header), *map(_bytes_of, named.values())])
+def _publish_checked(path: Path, records: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    planned = {name: Planned.of(tensor) for name, tensor in tensors.items()}
+    with writing_checked(path, records, planned) as writer:
+        for name in _in_file_order(planned):
+            writer.write(name, tensors[name])
 
 
-def _in_file_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _view(header: Header, name: str, content: bytearray | mmap.mmap) -> torch.Tensor:
+    """Return the tensor that lies in `content`: nothing is copied."""
+    entry = header.layout[name]
+    dtype, shape = _TORCH_DTYPES[entry["dtype"]], entry["shape"]
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(
+        content, dtype=dtype, count=math.prod(shape), offset=header.place(name)[0]
+    ).reshape(shape)
+
+
+def _in_file_order(planned: Mapping[str, Planned]) -> list[str]:
     """Return tensors as they lie in a file: wide types first, so that all are aligned."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    return {name: tensors[name].detach().cpu().contiguous() for name in order}
+    return sorted(planned, key=lambda name: (-planned[name].dtype.itemsize, name))
 
 
-def _layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
+def _layout(planned: Mapping[str, Planned]) -> Layout:
     layout: dict[str, object] = {}
     end = 0
-    for name, tensor in tensors.items():
-        dtype = _DTYPES[tensor.dtype]
-        begin, end = end, end + tensor.numel() * DTYPE_BYTES[dtype]
+    for name in _in_file_order(planned):
+        plan = planned[name]
+        dtype = _DTYPES[plan.dtype]
+        begin, end = end, end + math.prod(plan.shape) * DTYPE_BYTES[dtype]
         layout[name] = {
             "dtype": dtype,
-            "shape": list(tensor.shape),
+            "shape": list(plan.shape),
             "data_offsets": [begin, end],
         }
     return layout
 
 
-def _encoded(header: Mapping[str, object]) -> bytes:
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % HEADER_ALIGNMENT_BYTES)
-    return len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's memory: nothing is copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _publish(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    with publishing(path) as beside, beside.open("wb") as file:
-        for piece in pieces:
-            digest.update(piece)
-            file.write(piece)
-    return digest.hexdigest()

@@ -1,27 +1,24 @@
 """Published updates read without torch: header, layout, checksum, shapes."""
 
-import hashlib
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedllm.storage.checked import (
+    DamagedUpdateError,
+    Header,
+    read_header,
+    read_whole,
+)
 from fedllm.storage.paths import RoundPaths, encode_client
 from fedllm.storage.records import UpdateRecord
 
-METADATA, RECORDS, DIGEST = "__metadata__", "records", "sha256"
-LENGTH_BYTES = HEADER_ALIGNMENT_BYTES = 8
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
-DTYPE_BYTES |= {"BOOL": 1}
 _FLOATS = ("F64", "F32", "BF16", "F16")
-_CHUNK_BYTES = 1 << 20
 # the coarsest time of change that file systems give folders: a file may come within it unseen
 _TIME_OF_CHANGE_SECONDS = 2.0
 _RECORDS = TypeAdapter(list[UpdateRecord])
@@ -57,10 +54,6 @@ class Scan:
         return len(self.published) - self.failed
 
 
-class DamagedUpdateError(Exception):
-    """An update file that is truncated, altered or not an update."""
-
-
 def tensor_name(client: str, module: str, factor: str) -> str:
     """Return the name of a tensor in an update file: encoded client, module and `A` or `B`."""
     return f"{encode_client(client)}|{module}|{factor}"
@@ -69,29 +62,6 @@ def tensor_name(client: str, module: str, factor: str) -> str:
 def records_text(records: Sequence[UpdateRecord]) -> str:
     """Return the records of an update file as the one text that is checksummed."""
     return _RECORDS.dump_json(list(records)).decode()
-
-
-def layout_text(layout: Mapping[str, Any]) -> str:
-    """Return names, types, shapes and places of tensors as the one text that is checksummed."""
-    return json.dumps(layout, sort_keys=True, separators=(",", ":"))
-
-
-def digest_of(records: str, layout: str, data: Iterable[bytes | memoryview]) -> str:
-    """Return the checksum of an update file: SHA-256 of records, layout and tensor bytes."""
-    digest = hashlib.sha256(f"{records}\0{layout}\0".encode())
-    for piece in data:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """The header of a file of records and tensors; `layout` holds the tensors."""
-
-    records: str
-    digest: str
-    layout: Mapping[str, Any]
-    data_bytes: int
 
 
 def read_update(path: Path) -> list[Published]:
@@ -103,20 +73,7 @@ def read_update(path: Path) -> list[Published]:
     """
     with path.open("rb") as file:
         header = read_whole(file)
-    return _published(path.name, header)
-
-
-def read_whole(file: BinaryIO) -> Header:
-    """Read the header of a file of records and tensors and check its checksum.
-
-    Raises:
-        DamagedUpdateError: it is truncated, altered or no such file.
-    """
-    header = _read_header(file)
-    data = iter(lambda: file.read(_CHUNK_BYTES), b"")
-    if digest_of(header.records, layout_text(header.layout), data) != header.digest:
-        raise DamagedUpdateError("checksum does not match")
-    return header
+    return updates_in(path.name, header)
 
 
 def read_records(path: Path) -> list[UpdateRecord]:
@@ -127,46 +84,16 @@ def read_records(path: Path) -> list[UpdateRecord]:
         DamagedUpdateError: it is truncated or not an update file.
     """
     with path.open("rb") as file:
-        header = _read_header(file)
-    return [update.record for update in _published(path.name, header)]
+        header = read_header(file)
+    return [update.record for update in updates_in(path.name, header)]
 
 
-def _read_header(file: BinaryIO) -> Header:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    count = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    try:
-        raw = json.loads(file.read(count) if count < size else b"")
-        metadata = raw.pop(METADATA)
-        if not isinstance(metadata[RECORDS], str):
-            raise TypeError("records are a text")
-        header = Header(
-            records=metadata[RECORDS],
-            digest=metadata[DIGEST],
-            layout=raw,
-            data_bytes=_data_bytes(raw),
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedUpdateError("its header cannot be read") from error
-    whole = LENGTH_BYTES + count + header.data_bytes
-    if size != whole:
-        raise DamagedUpdateError(f"{size} bytes, its header says {whole}")
-    file.seek(LENGTH_BYTES + count)
-    return header
+def updates_in(name: str, header: Header) -> list[Published]:
+    """Return the updates of file `name`, whose header was read.
 
-
-def _data_bytes(layout: Mapping[str, Any]) -> int:
-    """Return how many bytes of tensors follow, which must lie one after the other."""
-    end = 0
-    for entry in sorted(layout.values(), key=lambda entry: entry["data_offsets"]):
-        begin, after = entry["data_offsets"]
-        if begin != end or after - begin != math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]:
-            raise ValueError("tensors overlap or leave gaps")
-        end = after
-    return end
-
-
-def _published(name: str, header: Header) -> list[Published]:
+    Raises:
+        DamagedUpdateError: its records are not those of updates.
+    """
     try:
         records = _RECORDS.validate_json(header.records)
     except ValidationError as error:

@@ -15,11 +15,11 @@ from fedllm.cli.execution import start
 from fedllm.steps.client import ClientRound, Save, Trained
 from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.session import Session
+from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.checkpoints import CheckpointRecord
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
-from fedllm.storage.updates import DamagedUpdateError
 from tests.steps import trainer
 from tests.steps.trainer import as_plain
 from tests.tiny import Tiny

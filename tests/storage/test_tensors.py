@@ -1,8 +1,12 @@
 """Tensor files: the same bytes for the same tensors, whole or absent, read one by one."""
 
 import hashlib
+import itertools
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.tensors import TensorFile, sha256_of, write_tensors
+from fedllm.storage.checked import DamagedUpdateError
+from fedllm.storage.tensors import (
+    CheckedFile,
+    Planned,
+    TensorFile,
+    TensorWriter,
+    sha256_of,
+    write_tensors,
+    writing_checked,
+    writing_tensors,
+)
 from tests.storage.mounts import python_on_tmpfs
 
 TENSORS = {
@@ -125,11 +139,112 @@ def test_a_damaged_file_or_a_missing_tensor_is_named(tmp_path: Path) -> None:
         TensorFile(tmp_path / "none")
 
 
+def planned_of(tensors: dict[str, torch.Tensor]) -> dict[str, Planned]:
+    return {name: Planned.of(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(TENSORS)))
+def test_tensors_may_be_written_in_any_order(tmp_path: Path, order: tuple[str, ...]) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    expected = write_tensors(one, TENSORS, {"method": "flexlora"})
+    with writing_tensors(other, planned_of(TENSORS), {"method": "flexlora"}) as writer:
+        for name in order:
+            assert not other.exists()
+            writer.write(name, TENSORS[name])
+    assert writer.sha256 == expected == sha256_of(other)
+    assert other.read_bytes() == one.read_bytes()
+
+
+def test_several_threads_may_write_at_once(tmp_path: Path) -> None:
+    # tensors of more than a chunk, of types of unequal width, and one without values
+    kinds = [torch.float32, torch.bfloat16, torch.float64]
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        f"m{number}.A": torch.randn(600, 700, generator=draw).to(kinds[number % 3])
+        for number in range(24)
+    }
+    tensors["none"] = torch.ones(0, 3)
+    expected = write_tensors(tmp_path / "one", tensors, {})
+    names = list(tensors)
+    for seed in range(3):
+        random.Random(seed).shuffle(names)
+        path = tmp_path / "other"
+        with (
+            writing_tensors(path, planned_of(tensors), {}) as writer,
+            ThreadPoolExecutor(6) as pool,
+        ):
+            list(pool.map(lambda name: writer.write(name, tensors[name]), names))
+        assert writer.sha256 == expected == sha256_of(path)
+        with (
+            writing_checked(tmp_path / f"checked{seed}", "[]", planned_of(tensors)) as writer,
+            ThreadPoolExecutor(6) as pool,
+        ):
+            list(pool.map(lambda name: writer.write(name, tensors[name]), names))
+    files = {(tmp_path / f"checked{seed}").read_bytes() for seed in range(3)}
+    assert len(files) == 1
+
+
+def test_a_file_that_is_not_finished_is_not_published(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    for kind in (writing_tensors(path, planned_of(TENSORS), {}), half_checked(path)):
+        with pytest.raises(AssertionError, match=r"m\.B was never written"), kind as writer:
+            writer.write("m.A", TENSORS["m.A"])
+            writer.write("m.sub.A", TENSORS["m.sub.A"])
+    with pytest.raises(KeyError), writing_tensors(path, planned_of(TENSORS), {}) as writer:
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def half_checked(path: Path) -> AbstractContextManager[TensorWriter]:
+    return writing_checked(path, "[]", planned_of(TENSORS))
+
+
+def test_what_was_not_planned_or_is_written_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    for tensor in (torch.ones(3, 2), torch.ones(2, 3).double()):
+        with (
+            pytest.raises(AssertionError, match="unplanned"),
+            writing_tensors(path, planned_of(TENSORS), {}) as writer,
+        ):
+            writer.write("m.A", tensor)
+    with (
+        pytest.raises(AssertionError, match="written twice"),
+        writing_tensors(path, planned_of(TENSORS), {}) as writer,
+    ):
+        writer.write("m.A", TENSORS["m.A"])
+        writer.write("m.A", TENSORS["m.A"])
+    assert not path.exists()
+
+
+def test_checked_tensors_are_views_of_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    tensors = {**TENSORS, "none": torch.ones(0, 3), "wide": torch.ones(2, dtype=torch.float64)}
+    with writing_checked(path, "records", planned_of(tensors)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    file = CheckedFile(path)
+    assert file.header.records == "records"
+    whole = path.read_bytes()
+    for name, tensor in load_file(path).items():
+        assert torch.equal(file.view(name), tensor)
+        file.check(name)
+    file.view("m.A").zero_()
+    assert path.read_bytes() == whole
+    place, _ = file.header.place("m.B")
+    with path.open("r+b") as raw:
+        raw.seek(place)
+        raw.write(b"\1")
+    altered = CheckedFile(path)
+    altered.check("m.A")
+    with pytest.raises(DamagedUpdateError, match=r"the checksum of m\.B does not match"):
+        altered.check("m.B")
+
+
 FULL = """
 import torch
 from pathlib import Path
 from fedllm.errors import StorageFull
-from fedllm.storage.tensors import publish_update, write_tensors
+from fedllm.storage.tensors import Planned, publish_update, write_tensors, writing_checked
 from tests.storage.samples import record_of
 folder = Path({folder!r})
 big = torch.ones(300, 300)
@@ -139,6 +254,15 @@ except StorageFull as error:
     print(error)
 try:
     publish_update(folder / "u.safetensors", [record_of("a")], {{"a": {{"m": (big, big)}}}})
+except StorageFull as error:
+    print(error)
+try:
+    with writing_checked(folder / "f.safetensors", "[]", {{"m": Planned.of(big)}}) as writer:
+        try:
+            writer.write("m", big)
+        except StorageFull as error:
+            print(error)
+            raise
 except StorageFull as error:
     print(error)
 print(list(folder.iterdir()))
@@ -151,5 +275,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [line.partition(";")[0] for line in said] == [
         f"{folder}/global.safetensors: no space left on device",
         f"{folder}/u.safetensors: no space left on device",
+        f"{folder}/f.safetensors: no space left on device",
+        f"{folder}/f.safetensors: no space left on device",
         "[]",
     ]

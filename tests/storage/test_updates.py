@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedllm.errors import AdapterError
+from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import UpdateRecord
-from fedllm.storage.tensors import TensorFile, publish_update
+from fedllm.storage.tensors import TensorFile, UpdateFile, publish_update
 from fedllm.storage.updates import (
-    DamagedUpdateError,
     UpdateScanner,
     read_records,
     read_update,
@@ -51,6 +52,68 @@ def test_an_update_is_read_as_it_was_published(paths: RoundPaths) -> None:
             for factor, tensor in zip("AB", pair, strict=True)
         }
         assert shape_problem(update, RANKS, SIDES) is None
+
+
+def test_a_collected_file_is_known_by_its_header_and_checked_tensor_by_tensor(
+    paths: RoundPaths,
+) -> None:
+    path = publish(paths, *CLIENTS)
+    sha256 = read_update(path)[0].sha256
+    file = UpdateFile(path, sha256)
+    assert file.records == {client: record_of(client) for client in CLIENTS}
+    for client in CLIENTS:
+        for module, pair in tensors_of(client).items():
+            for factor, tensor in zip("AB", pair, strict=True):
+                assert torch.equal(file.view(client, module, factor), tensor)
+                file.check(client, module, factor)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    # what lies last is told; the rest is as it was sent
+    last = UpdateFile(path, sha256)
+    altered = [
+        (client, module, factor)
+        for client in CLIENTS
+        for module in RANKS
+        for factor in "AB"
+        if is_altered(last, client, module, factor)
+    ]
+    assert altered == [("task/7 ü", "layers.0.up_proj", "B")]
+    with pytest.raises(
+        AdapterError,
+        match=rf"{path.name}: damaged update \(client task/7 ü: the checksum of "
+        r"layers\.0\.up_proj B does not match\)",
+    ):
+        last.check("task/7 ü", "layers.0.up_proj", "B")
+
+
+def is_altered(file: UpdateFile, client: str, module: str, factor: str) -> bool:
+    try:
+        file.check(client, module, factor)
+    except AdapterError:
+        return True
+    return False
+
+
+def test_a_file_in_the_place_of_a_collected_one_is_refused_by_its_header(
+    paths: RoundPaths,
+) -> None:
+    path = publish(paths, "a")
+    sha256 = read_update(path)[0].sha256
+    rewritten(path, lambda header: header["__metadata__"].update(records="[]"))
+    with pytest.raises(AdapterError, match="header's checksum does not match"):
+        UpdateFile(path, sha256)
+    # another training of the same client: only values differ
+    draw = {m: (a + 1, b) for m, (a, b) in tensors_of("a").items()}
+    publish_update(path, [record_of("a")], {"a": draw})
+    with pytest.raises(AdapterError, match="not the file that was collected"):
+        UpdateFile(path, sha256)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(AdapterError, match="bytes, its header says"):
+        UpdateFile(path, sha256)
+    path.unlink()
+    with pytest.raises(AdapterError, match=r"damaged update .*No such file"):
+        UpdateFile(path, sha256)
 
 
 def test_a_client_that_failed_sends_a_record_and_no_tensors(paths: RoundPaths) -> None:
@@ -117,6 +180,8 @@ NAME = tensor_name(CLIENTS[0], "layers.0.q_proj", "A")
         lambda _: {"__metadata__": {"records": "[]"}},
         lambda header: header["__metadata__"].update(records=["not", "text"]),
         lambda header: header.pop("__metadata__") and None,
+        lambda header: header["__metadata__"].update(tensors=""),
+        lambda header: header["__metadata__"].update(records="\ud800"),
         lambda header: header[NAME].update(data_offsets=[]),
         lambda header: header[NAME].update(data_offsets=[0, 8]),
         lambda header: header[NAME].update(data_offsets="48"),
