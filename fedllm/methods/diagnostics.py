@@ -31,4 +31,7 @@ def diagnose(
         ranks=tuple(rows),
         stacked_rank=stacked_rank,
         route=decomposition.route,
+        residual_energy=decomposition.certificate.residual_energy,
+        relative_excess=decomposition.certificate.relative_excess,
+        failure_probability=decomposition.certificate.failure_probability,
     )

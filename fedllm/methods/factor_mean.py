@@ -4,23 +4,26 @@ What FedAvg (McMahan et al., https://arxiv.org/abs/1602.05629) and FedIT (Zhang 
 https://arxiv.org/abs/2305.05644) do with LoRA adapters. The product of the means is not the mean
 of the products: the baseline that FlexLoRA is compared with.
 
-Legend: O out, I in, R rank of the state and of every client.
+Legend: G modules, C clients, O out, I in, R rank of the state and of every client.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedllm.aggregation.decomposition import Partial, Problem
 from fedllm.aggregation.routes import truncated_svd
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Factors, ModuleShape, initial_a, scale_of, stack
+from fedllm.lora.factors import Block, Factors, ModuleShape, initial_a, scale_of, stack
 from fedllm.methods.diagnostics import diagnose
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ModuleUpdates
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.state import carried
-from fedllm.methods.weights import shares
+from fedllm.methods.weights import amounts
+
+_SUMS = torch.float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,38 +68,64 @@ class FactorMean(Method):
         return Factors(a_RI=state["A"], b_OR=state["B"], scale=self._scale(rank))
 
     def weigh(self, rows: Sequence[float]) -> list[float]:
-        """Return n_i / n."""
-        return shares(rows)
+        """Return n_i."""
+        return amounts(rows)
 
-    def aggregate_module(
-        self,
-        *,
-        module: str,
-        state: ModuleState,
-        updates: ModuleUpdates,
-        weights: Sequence[float],
-        ranks: Sequence[int],
-    ) -> ModuleAggregate:
-        """Return sum_i p_i A_i and sum_i p_i B_i; the diagnostics are those of their product.
+    def fold(self, block: Block, problem: Problem) -> Partial:
+        """Return sum_i n_i A_i and sum_i n_i B_i of the block.
 
         A client whose scale is not the state's has the difference folded into its B.
         """
-        del state  # an update is the client's whole adapter
-        read = list(updates)
-        shapes = sorted({(item.shape.out, item.shape.in_, item.rank) for item in read})
-        if len(shapes) != 1 or {shapes[0][2]} != set(ranks):
+        held = sorted({rank for rank in block.ranks if rank})
+        if held and held != [problem.rank]:
             raise AdapterError(
-                f"{module}: factor_mean needs adapters of one shape and rank, got (out, in, rank) "
-                f"{shapes} for rank {sorted(set(ranks))}: use flexlora"
+                "factor_mean needs adapters of one shape and rank, got ranks "
+                f"{', '.join(map(str, held))} for rank {problem.rank}: use flexlora"
             )
-        rank = shapes[0][2]
-        scale = self._scale(rank)
-        weighted = list(zip(read, weights, strict=True))
-        a_RI = _weighted_sum([item.a_RI for item in read], weights)
-        b_OR = _weighted_sum(
-            [item.b_OR for item in read], [p * (item.scale / scale) for item, p in weighted]
-        )
-        stacked = stack([Factors(a_RI=a_RI, b_OR=b_OR, scale=scale)], [1.0])
+        a_GRI = block.a_GRI.new_zeros(len(block.a_GRI), problem.rank, problem.in_, dtype=_SUMS)
+        b_GOR = block.b_GOR.new_zeros(len(block.b_GOR), problem.out, problem.rank, dtype=_SUMS)
+        weights_GC = block.weights_GC.to(a_GRI.device)
+        scaled_GC = weights_GC * block.scales_GC.to(a_GRI.device) / self._scale(problem.rank)
+        end = 0
+        for client, rank in enumerate(block.ranks):
+            begin, end = end, end + rank
+            if rank:
+                a_GRI += weights_GC[:, client, None, None] * block.a_GRI[:, begin:end]
+                b_GOR += scaled_GC[:, client, None, None] * block.b_GOR[:, :, begin:end]
+        return {"A": a_GRI, "B": b_GOR}
+
+    def finish(
+        self,
+        modules: Sequence[str],
+        *,
+        problem: Problem,
+        partials: Iterable[Partial],
+        total: float,
+        before: Sequence[ModuleState],
+        ranks: Sequence[int],
+    ) -> list[ModuleAggregate]:
+        """Return sum_i p_i A_i and sum_i p_i B_i; the diagnostics are those of their product."""
+        del before  # an update is the client's whole adapter
+        if set(ranks) != {problem.rank}:
+            raise AdapterError(
+                f"{modules[0]}: factor_mean has one rank for all, got {sorted(set(ranks))}"
+            )
+        blocks = iter(partials)
+        first = next(blocks)
+        a_GRI, b_GOR = first["A"].clone(), first["B"].clone()
+        for block in blocks:
+            a_GRI += block["A"]
+            b_GOR += block["B"]
+        return [
+            self._aggregate(module, a_RI / total, b_OR / total, ranks)
+            for module, a_RI, b_OR in zip(modules, a_GRI, b_GOR, strict=True)
+        ]
+
+    def _aggregate(
+        self, module: str, a_RI: Tensor, b_OR: Tensor, ranks: Sequence[int]
+    ) -> ModuleAggregate:
+        rank = a_RI.shape[0]
+        stacked = stack([Factors(a_RI=a_RI, b_OR=b_OR, scale=self._scale(rank))], [1.0])
         return ModuleAggregate(
             state=carried(module, {"A": a_RI, "B": b_OR}),
             diagnostics=diagnose(truncated_svd(stacked, rank=rank), ranks=ranks, stacked_rank=rank),
@@ -109,11 +138,3 @@ class FactorMean(Method):
 
     def _scale(self, rank: int) -> float:
         return scale_of(alpha=self.alpha, scaling=self.scaling, rank=rank)
-
-
-def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return the weighted sum in float64, added up in the order given."""
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)
-    return total

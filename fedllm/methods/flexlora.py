@@ -4,24 +4,26 @@ Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous 
 Resources", NeurIPS 2024, https://arxiv.org/abs/2402.11505: dW = sum_i (n_i / n) s_i B_i A_i,
 U S V^T = SVD(dW), and a client of rank r receives A = V_r^T, B = U_r diag(S_r) / s_r.
 
-Legend: O out, I in, R rank of the state (the largest that anyone needs).
+Legend: G modules, K triplets, O out, I in, R rank of the state (the largest that anyone needs).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.routes import truncated_svd
+from fedllm.aggregation import routes
+from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Start
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Factors, ModuleShape, initial_a, scale_of, stack
+from fedllm.lora.factors import Block, Factors, ModuleShape, initial_a, scale_of
 from fedllm.lora.spectral import Spectral, to_factors, with_live_directions
 from fedllm.methods.diagnostics import diagnose
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ModuleUpdates
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.state import carried
-from fedllm.methods.weights import shares
+from fedllm.methods.weights import amounts
+from fedllm.planning.seeding import seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +62,45 @@ class FlexLora(Method):
         return to_factors(spectral, rank=rank, scale=scale)
 
     def weigh(self, rows: Sequence[float]) -> list[float]:
-        """Return n_i / n."""
-        return shares(rows)
+        """Return n_i."""
+        return amounts(rows)
 
-    def aggregate_module(
+    def fold(self, block: Block, problem: Problem) -> Partial:
+        """Return the block's weighted sum of products, as the problem's route holds it."""
+        return routes.fold(block, problem)
+
+    def finish(
         self,
+        modules: Sequence[str],
         *,
-        module: str,
-        state: ModuleState,
-        updates: ModuleUpdates,
-        weights: Sequence[float],
+        problem: Problem,
+        partials: Iterable[Partial],
+        total: float,
+        before: Sequence[ModuleState],
         ranks: Sequence[int],
+    ) -> list[ModuleAggregate]:
+        """Return the leading triplets of the weighted sums of products, all able to train."""
+        # an update is the client's whole adapter: the state it began from is within
+        start = Start(seed=seed_of(self.seed, "aggregation", modules[0]), near_GKI=_near(before))
+        found = routes.decompose(partials, problem, total=total, start=start)
+        return [
+            self._aggregate(module, each, problem=problem, ranks=ranks)
+            for module, each in zip(modules, found, strict=True)
+        ]
+
+    def _aggregate(
+        self, module: str, found: Decomposition, *, problem: Problem, ranks: Sequence[int]
     ) -> ModuleAggregate:
-        """Return the leading triplets of the weighted sum of products, all able to train."""
-        del state  # an update is the client's whole adapter: the state it began from is within
-        stacked = stack(updates, weights)
-        shape = ModuleShape(out=stacked.b_OR.shape[0], in_=stacked.a_RI.shape[1])
-        found = truncated_svd(stacked, rank=max(ranks))
+        shape = ModuleShape(out=problem.out, in_=problem.in_)
         live = with_live_directions(
             found.spectral,
-            rank=max(ranks),
+            rank=problem.rank,
             seeded_a=lambda rank: initial_a(seed=self.seed, module=module, rank=rank, shape=shape),
         )
         return ModuleAggregate(
             state=carried(module, {"U": live.u_OR, "S": live.s_R, "Vh": live.vh_RI}),
             diagnostics=diagnose(
-                replace(found, spectral=live), ranks=ranks, stacked_rank=stacked.rank
+                replace(found, spectral=live), ranks=ranks, stacked_rank=problem.stacked_rank
             ),
         )
 
@@ -93,3 +108,10 @@ class FlexLora(Method):
         """Return None: the base stays as it is."""
         del state
         return None
+
+
+def _near(before: Sequence[ModuleState]) -> Tensor | None:
+    """Return the modules' right singular vectors, unless one has none yet."""
+    if not all("Vh" in state and bool(state["S"].any()) for state in before):
+        return None
+    return torch.stack([state["Vh"] for state in before])

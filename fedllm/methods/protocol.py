@@ -1,28 +1,21 @@
 """What a federated method is: the seam between the maths and everything that carries it.
 
 A method is made with keyword settings only (`seed`, `alpha`, `scaling` and its own options) and
-holds no state: state in, state out, module by module. Legend: O out, I in, R rank.
+holds no state: state in, state out. Clients' updates come in blocks, for some modules of one shape
+at once: `fold` says what one block comes to, `finish` makes the new states of all blocks together.
+Legend: G modules, C clients, O out, I in, R rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
-from fedllm.lora.factors import Factors, ModuleShape
+from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.lora.factors import Block, Factors, ModuleShape
 
 ModuleState: TypeAlias = Mapping[str, Tensor]  # part -> tensor: one module of the server's state
-
-
-class ModuleUpdates(Protocol):
-    """The cohort's updates of one module, read when iterated, in canonical client order."""
-
-    def __len__(self) -> int:
-        """How many clients' updates there are."""
-
-    def __iter__(self) -> Iterator[Factors]:
-        """Yield each client's factors of this module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +35,20 @@ class RankDiagnostics:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleDiagnostics:
-    """How one module was aggregated: leading singular values, energy, errors per rank."""
+    """How one module was aggregated: leading singular values, energy, errors per rank.
+
+    `stacked_rank` is that of the problem; the certificate's fields are those of
+    `aggregation.decomposition.Certificate`.
+    """
 
     spectrum: tuple[float, ...]
     total_energy: float
     ranks: tuple[RankDiagnostics, ...]
     stacked_rank: int
     route: str
+    residual_energy: float
+    relative_excess: float
+    failure_probability: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,28 +88,52 @@ class Method(Protocol):
         """
 
     def weigh(self, rows: Sequence[float]) -> list[float]:
-        """Return the clients' weights, which sum to 1, from the training rows each one used.
+        """Return the clients' weights from the training rows that each one used.
+
+        They need not sum to 1, and each follows from its own client alone: a client that is left
+        out changes no other's weight.
 
         Raises:
-            DataError: nothing to weigh by.
+            DataError: rows that no weight follows from.
         """
 
-    def aggregate_module(
-        self,
-        *,
-        module: str,
-        state: ModuleState,
-        updates: ModuleUpdates,
-        weights: Sequence[float],
-        ranks: Sequence[int],
-    ) -> ModuleAggregate:
-        """Return the state after the round, from the state before it and the clients' updates.
+    def fold(self, block: Block, problem: Problem) -> Partial:
+        """Return what a block of clients comes to, for each of its G modules.
 
-        `weights` are the updates' own, in their order; `ranks` are all that anyone receives of
-        this module: the new state has room for the largest.
+        A block is folded by itself, and may be long before the others. Its tensors lie in
+        buffers that the next block fills: the result holds nothing of them.
+
+        Args:
+            block: rank 0 is a client without these modules: it counts as zero.
+            problem: the shape and the largest rank that anyone receives.
 
         Raises:
             AdapterError: updates that cannot be combined.
+        """
+
+    def finish(
+        self,
+        modules: Sequence[str],
+        *,
+        problem: Problem,
+        partials: Iterable[Partial],
+        total: float,
+        before: Sequence[ModuleState],
+        ranks: Sequence[int],
+    ) -> list[ModuleAggregate]:
+        """Return the states after the round, one per module.
+
+        Args:
+            modules: the names of the G modules.
+            problem: the same as `fold` was given.
+            partials: of the blocks, in the clients' order; may be read lazily, and once.
+            total: what the weights of all clients sum to.
+            before: the modules' states before the round.
+            ranks: all that anyone receives of these modules: the new states have room for the
+                largest.
+
+        Raises:
+            AdapterError: a state that cannot be carried.
         """
 
     def base_delta(self, state: ModuleState) -> Tensor | None:

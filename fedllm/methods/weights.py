@@ -1,4 +1,7 @@
-"""Clients' weights from what each one trained on."""
+"""Clients' weights from what each one trained on (FedAvg, arXiv 1602.05629): its rows.
+
+They are divided by their sum at the end, so that a client that is left out changes no other's.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +9,25 @@ from collections.abc import Sequence
 from fedllm.errors import DataError
 
 
-def shares(amounts: Sequence[float]) -> list[float]:
-    """Return `amounts` over their sum: what FedAvg weighs clients by (arXiv 1602.05629).
+def amounts(rows: Sequence[float]) -> list[float]:
+    """Return `rows` as weights, not normalised.
 
     Raises:
-        DataError: an amount is negative or not finite, or they sum to zero.
+        DataError: an amount is negative or not finite.
     """
-    for place, amount in enumerate(amounts):
+    for place, amount in enumerate(rows):
         if not (math.isfinite(amount) and amount >= 0):
             raise DataError(f"weight {place + 1} is {amount}: need a finite number >= 0")
-    total = math.fsum(amounts)
+    return [float(amount) for amount in rows]
+
+
+def total_of(weights: Sequence[float]) -> float:
+    """Return what weights sum to, whatever their order.
+
+    Raises:
+        DataError: they sum to zero.
+    """
+    total = math.fsum(weights)
     if total == 0:
-        raise DataError(f"all {len(amounts)} weights are zero: at least one must be above")
-    return [amount / total for amount in amounts]
+        raise DataError(f"all {len(weights)} weights are zero: at least one must be above")
+    return total

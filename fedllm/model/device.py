@@ -1,5 +1,7 @@
 """Where tensors live."""
 
+from collections.abc import Sequence
+
 import torch
 
 from fedllm.errors import ConfigError
@@ -20,3 +22,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: got {name!r}, no GPU is visible here; use auto or cpu")
     return device
+
+
+def resolve_devices(names: str | Sequence[str]) -> tuple[torch.device, ...]:
+    """Return the devices that a key names: one, or a list.
+
+    Raises:
+        ConfigError: one is not there, or none is named.
+    """
+    found = tuple(resolve_device(name) for name in ([names] if isinstance(names, str) else names))
+    if not found:
+        raise ConfigError("device: got an empty list, need at least one of auto, cpu, cuda, cuda:N")
+    return found

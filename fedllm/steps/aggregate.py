@@ -1,33 +1,33 @@
 """The aggregation job: a frozen collection of updates to the next server state."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from fedllm.aggregation.groups import Group, ModuleRanks, blocks_of, group_modules
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.errors import AdapterError
-from fedllm.lora.factors import Factors, ModuleShape
+from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.table import build_method
-from fedllm.model.device import resolve_device
+from fedllm.methods.weights import total_of
+from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.steps.collected import CollectedUpdates
+from fedllm.steps.engine import Engine
 from fedllm.steps.state import read_state
-from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
-    CollectedUpdate,
+    CohortRecord,
     CollectionRecord,
     ModuleDiagnostics,
     PreparedRecord,
     RankQuality,
-    UpdateRecord,
 )
-from fedllm.storage.tensors import TensorFile, write_tensors
-from fedllm.storage.updates import read_update, tensor_name
+from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
 
 
 def method_of(config: Config) -> Method:
@@ -55,126 +55,109 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     torch.set_num_threads(config.aggregation.threads)
     federation = plan_federation(config, PreparedRecord.read(run.prepared))
     method = method_of(config)
-    device = resolve_device(config.aggregation.device)
-    num_clients = 0
-    if paths.number:
-        collection = CollectionRecord.read(paths.collection)
-        updates = CollectedUpdates.open(paths, collection, device)
-        before = read_state(run.round(paths.number - 1))
-        results = dict(_aggregate(method, federation, before, updates))
-        states = {module: result.state for module, result in results.items()}
-        num_clients = len(collection.updates)
-    else:
-        results = {}
-        states = dict(_start(method, federation))
-    tensors = {
-        f"{module}.{part}": tensor.cpu()
-        for module, state in states.items()
-        for part, tensor in state.items()
-    }
+    devices = resolve_devices(config.aggregation.device)
+    planned = _planned(method, federation)
+    with writing_tensors(paths.global_state, planned, {"method": config.method.name}) as writer:
+        output = _Output(writer=writer, modules={})
+        if paths.number:
+            stages, clients = _aggregate(paths, federation, method, devices, output)
+        else:
+            stages, clients = {}, 0
+            for module, state in _start(method, federation):
+                output.write(module, state)
     record = AggregateRecord(
         round=paths.number,
         method=config.method.name,
         rank=federation.largest_ranks,
-        sha256=write_tensors(paths.global_state, tensors, {"method": config.method.name}),
+        sha256=writer.sha256,
         seconds=time.perf_counter() - started,
-        clients=num_clients,
-        device=str(device),
-        modules={module: _recorded(result) for module, result in results.items()},
+        clients=clients,
+        device=", ".join(map(str, devices)),
+        stages=stages,
+        modules={m: output.modules[m] for m in federation.prepared.modules if m in output.modules},
     )
     record.publish(paths.aggregate_record)
     return record
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectedUpdates:
-    """The updates of a collection, read module by module by memory map, in its order."""
-
-    updates: list[CollectedUpdate]
-    files: Mapping[str, TensorFile]
-    records: Mapping[str, UpdateRecord]
-    device: torch.device
-
-    @classmethod
-    def open(
-        cls, paths: RoundPaths, collection: CollectionRecord, device: torch.device
-    ) -> "CollectedUpdates":
-        """Open the files of a collection and check that they are those that were frozen."""
-        records: dict[str, UpdateRecord] = {}
-        files: dict[str, TensorFile] = {}
-        for name, sha256 in {u.file: u.sha256 for u in collection.updates}.items():
-            path = paths.updates / name
-            try:
-                found = read_update(path)
-            except (DamagedUpdateError, FileNotFoundError) as error:
-                raise AdapterError(f"{path}: damaged update ({error})") from error
-            if found[0].sha256 != sha256:
-                raise AdapterError(f"{path}: not the file that was collected")
-            records |= {update.record.client: update.record for update in found}
-            files[name] = TensorFile(path)
-        return cls(updates=collection.updates, files=files, records=records, device=device)
-
-    def of(self, module: str) -> "UpdatesOfModule":
-        """Return the cohort's factors of one module."""
-        return UpdatesOfModule(source=self, module=module)
-
-    def factors(self, update: CollectedUpdate, module: str) -> Factors:
-        """Read one client's factors of one module.
-
-        Raises:
-            AdapterError: a value is not finite.
-        """
-        file = self.files[update.file]
-        pair = [file.get(tensor_name(update.client, module, part)) for part in "AB"]
-        for part, tensor in zip("AB", pair, strict=True):
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(
-                    f"{file.path}: client {update.client} sent a non-finite value in "
-                    f"{module} {part}"
-                )
-        return Factors(
-            a_RI=pair[0].to(self.device),
-            b_OR=pair[1].to(self.device),
-            scale=self.records[update.client].scales[module],
+def groups_of(federation: Federation, cohort: CohortRecord) -> list[Group]:
+    """Return the groups in which a cohort's modules are aggregated, whoever is left out of it."""
+    section = federation.config.aggregation
+    modules = {
+        module: ModuleRanks(
+            shape=_shape(federation, module),
+            clients=tuple(cohort.ranks[client.tier][module] for client in cohort.clients),
+            received=tuple(sorted({ranks[module] for ranks in cohort.ranks.values()})),
         )
+        for module in federation.prepared.modules
+    }
+    return group_modules(
+        modules,
+        block_clients=section.block_clients,
+        exact=section.exact,
+        tolerance=section.tolerance,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdatesOfModule:
-    """One module's factors of every client, read when iterated."""
+class _Output:
+    """The state as it is written, and what is recorded of each module."""
 
-    source: CollectedUpdates
-    module: str
+    writer: TensorWriter
+    modules: dict[str, ModuleDiagnostics]
 
-    def __len__(self) -> int:
-        """How many clients there are."""
-        return len(self.source.updates)
+    def take(self, module: str, result: ModuleAggregate) -> None:
+        self.write(module, result.state)
+        self.modules[module] = _recorded(result)
 
-    def __iter__(self) -> Iterator[Factors]:
-        """Read the clients' factors in canonical order."""
-        return (self.source.factors(update, self.module) for update in self.source.updates)
+    def write(self, module: str, state: ModuleState) -> None:
+        for part, tensor in state.items():
+            self.writer.write(f"{module}.{part}", tensor)
 
 
 def _aggregate(
-    method: Method, federation: Federation, before: TensorFile, updates: CollectedUpdates
-) -> Iterator[tuple[str, ModuleAggregate]]:
-    weights = method.weigh([update.weight for update in updates.updates])
-    for module in federation.prepared.modules:
-        result = method.aggregate_module(
-            module=module,
-            state=before.module(module),
-            updates=updates.of(module),
-            weights=weights,
-            ranks=sorted({ranks[module] for ranks in federation.ranks.values()}),
+    paths: RoundPaths,
+    federation: Federation,
+    method: Method,
+    devices: tuple[torch.device, ...],
+    output: _Output,
+) -> tuple[dict[str, float], int]:
+    """Aggregate a collection; return the seconds of each stage and the number of clients."""
+    collection = CollectionRecord.read(paths.collection)
+    cohort = CohortRecord.read(paths.cohort)
+    weights = method.weigh([update.weight for update in collection.updates])
+    updates = CollectedUpdates.open(paths, collection, cohort, weights)
+    previous = RunPaths(root=paths.root.parents[1]).round(paths.number - 1)
+    with read_state(previous) as before:
+        engine = Engine(
+            method=method,
+            source=updates,
+            blocks=blocks_of(list(updates.updates), federation.config.aggregation.block_clients),
+            total=total_of(weights),
+            before=before.module,
+            take=output.take,
+            devices=devices,
         )
-        yield module, result
+        return engine.run(groups_of(federation, cohort)), len(weights)
+
+
+def _planned(method: Method, federation: Federation) -> dict[str, Planned]:
+    return {
+        f"{module}.{part}": Planned(shape=tuple(shape))
+        for module, rank in federation.largest_ranks.items()
+        for part, shape in method.parts(_shape(federation, module), rank).items()
+    }
 
 
 def _start(method: Method, federation: Federation) -> Iterator[tuple[str, ModuleState]]:
     for module, rank in federation.largest_ranks.items():
-        record = federation.prepared.modules[module]
-        shape = ModuleShape(out=record.out_features, in_=record.in_features)
+        shape = _shape(federation, module)
         yield module, method.start_module(module=module, shape=shape, rank=rank)
+
+
+def _shape(federation: Federation, module: str) -> ModuleShape:
+    record = federation.prepared.modules[module]
+    return ModuleShape(out=record.out_features, in_=record.in_features)
 
 
 def _recorded(result: ModuleAggregate) -> ModuleDiagnostics:
@@ -184,6 +167,9 @@ def _recorded(result: ModuleAggregate) -> ModuleDiagnostics:
         stacked_rank=found.stacked_rank,
         total_energy=found.total_energy,
         spectrum=list(found.spectrum),
+        residual_energy=found.residual_energy,
+        relative_excess=found.relative_excess,
+        failure_probability=found.failure_probability,
         ranks=[
             RankQuality(
                 rank=quality.rank,

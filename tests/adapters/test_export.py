@@ -25,6 +25,7 @@ from fedllm.storage.records import AggregateRecord, PreparedRecord
 from fedllm.storage.tensors import write_tensors
 from tests.adapters.mounting import mounted
 from tests.adapters.peft_folders import deltas, unknown_keys
+from tests.methods import aggregating
 from tests.tiny import Tiny, raw_config
 
 RANKS = {"attention": 4, "mlp": 6, "other": 4}
@@ -74,9 +75,7 @@ def aggregate(paths: RunPaths, prepared: PreparedRecord, number: int) -> None:
             )
             for _ in range(2)
         ]
-        state = method.aggregate_module(
-            module=module, state={}, updates=updates, weights=[0.25, 0.75], ranks=[rank]
-        ).state
+        state = aggregating.aggregate(method, updates, [0.25, 0.75], [rank]).state
         tensors |= {f"{module}.{part}": tensor for part, tensor in state.items()}
     home = paths.round(number)
     AggregateRecord(

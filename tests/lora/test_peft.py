@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedllm.lora.factors import Factors, delta, scale_of
 from fedllm.methods.flexlora import FlexLora
+from tests.methods.aggregating import aggregate
 
 
 class Tiny(nn.Module):
@@ -81,9 +82,7 @@ def test_mixed_ranks_alphas_and_scalings_average_as_pefts_deltas(
     )
     method = FlexLora(seed=0, alpha=16.0, scaling="rslora")
     updates = [factors_of(adapted, module, name) for name in CONFIGS]
-    state = method.aggregate_module(
-        module=module, state={}, updates=updates, weights=weights, ranks=[4, 9]
-    ).state
-    full = method.module_adapter(module=module, state=state, rank=9)
+    state = aggregate(method, updates, weights, [4, 9]).state
+    full = method.module_adapter(module="m", state=state, rank=9)
     assert full.scale == 16.0 / 3
     torch.testing.assert_close(delta(full), mean, rtol=1e-5, atol=1e-5)

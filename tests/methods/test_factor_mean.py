@@ -10,6 +10,7 @@ from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.protocol import Method, ModuleAggregate
 from tests.lora.adapters import random_factors
+from tests.methods.aggregating import aggregate
 
 METHOD: Method = FactorMean(seed=3, alpha=16.0)
 SHAPE = ModuleShape(out=10, in_=7)
@@ -20,9 +21,7 @@ def client(seed: int, *, rank: int = 4, scale: float = 4.0) -> Factors:
 
 
 def aggregated(updates: list[Factors], weights: list[float], ranks: list[int]) -> ModuleAggregate:
-    return METHOD.aggregate_module(
-        module="m", state={}, updates=updates, weights=weights, ranks=ranks
-    )
+    return aggregate(METHOD, updates, weights, ranks)
 
 
 @settings(max_examples=25, deadline=None)
@@ -31,7 +30,7 @@ def test_a_and_b_are_averaged_separately(rows: list[int]) -> None:
     weights = METHOD.weigh([n + 1 for n in rows])
     updates = [client(seed) for seed in range(len(rows))]
     result = aggregated(updates, weights, [4])
-    pairs = list(zip(updates, weights, strict=True))
+    pairs = [(u, w / sum(weights)) for u, w in zip(updates, weights, strict=True)]
     torch.testing.assert_close(
         result.state["A"], torch.stack([p * u.a_RI for u, p in pairs]).sum(0)
     )
@@ -82,20 +81,26 @@ def test_mixed_ranks_are_refused_with_the_key_and_the_remedy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("updates", "ranks"),
+    ("updates", "ranks", "words"),
     [
-        ([client(1), client(2, rank=3)], [4]),
-        ([client(1), random_factors(1, out=10, in_=6, rank=4)], [4]),
-        ([client(1)], [3]),
-        ([client(1)], [3, 4]),
-        ([], [4]),
+        ([client(1), client(2, rank=3)], [4], "of one shape and rank, got ranks 3, 4 for rank 4"),
+        ([client(1)], [3], "got ranks 4 for rank 3"),
+        ([client(1)], [3, 4], r"m: factor_mean has one rank for all, got \[3, 4\]"),
     ],
 )
-def test_updates_that_have_no_mean_are_refused_by_module(
-    updates: list[Factors], ranks: list[int]
+def test_updates_that_have_no_mean_are_refused(
+    updates: list[Factors], ranks: list[int], words: str
 ) -> None:
-    with pytest.raises(AdapterError, match=r"^m: factor_mean needs adapters of one shape and rank"):
+    with pytest.raises(AdapterError, match=words):
         aggregated(updates, [1.0] * len(updates), ranks)
+
+
+def test_a_client_without_the_module_counts_as_zero() -> None:
+    sent = client(1)
+    nothing = Factors(a_RI=torch.zeros(0, 7), b_OR=torch.zeros(10, 0), scale=4.0)
+    state = aggregated([nothing, sent, nothing], [1.0, 1.0, 2.0], [4]).state
+    torch.testing.assert_close(state["A"], 0.25 * sent.a_RI)
+    torch.testing.assert_close(state["B"], 0.25 * sent.b_OR)
 
 
 def test_the_state_gives_only_its_own_rank() -> None:

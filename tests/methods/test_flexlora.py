@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedllm.aggregation.decomposition import Problem
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
+from fedllm.lora.factors import Block, Factors, ModuleShape, delta, initial_a
 from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from tests.lora.adapters import Cohort, cohorts, random_factors
+from tests.methods.aggregating import aggregate, block_of
 
 METHOD: Method = FlexLora(seed=3, alpha=16.0)
 SHAPE = ModuleShape(out=10, in_=7)
@@ -18,9 +20,7 @@ FLOAT32 = 2e-6  # relative rounding of a state carried in float32
 
 
 def aggregated(cohort: Cohort, ranks: list[int], method: Method = METHOD) -> ModuleAggregate:
-    return method.aggregate_module(
-        module="m", state={}, updates=cohort.factors, weights=cohort.weights, ranks=ranks
-    )
+    return aggregate(method, cohort.factors, cohort.weights, ranks)
 
 
 def received(state: ModuleState, rank: int, method: Method = METHOD) -> Factors:
@@ -154,4 +154,50 @@ def test_any_mix_of_ranks_works_and_the_base_stays() -> None:
     assert METHOD.refuse([{"attention": 2, "mlp": 8}, {"attention": 200, "mlp": 30}]) is None
     state: dict[str, Tensor] = {}
     assert METHOD.base_delta(state) is None
-    assert METHOD.weigh([1, 3]) == [0.25, 0.75]
+    assert METHOD.weigh([1, 3]) == [1.0, 3.0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(cohort=cohorts(largest_side=12), factor=st.sampled_from([0.001, 3.0, 1e6]))
+def test_only_the_weights_proportions_matter(cohort: Cohort, factor: float) -> None:
+    full = cohort.shape.largest_rank
+    scaled = Cohort(factors=cohort.factors, weights=[factor * w for w in cohort.weights])
+    one, other = (received(aggregated(each, [full]).state, full) for each in (cohort, scaled))
+    assert float((delta(one) - delta(other)).norm()) <= FLOAT32 * cohort.size() + 1e-37
+
+
+def test_modules_of_one_shape_are_aggregated_together_as_each_alone() -> None:
+    modules = [
+        [random_factors(10 * m + c, out=10, in_=7, rank=2) for c in range(3)] for m in (1, 2)
+    ]
+    problem = Problem(out=10, in_=7, stacked_rank=6, rank=4)
+    blocks = [block_of(factors, [1.0, 2.0, 3.0]) for factors in modules]
+    together = Block(
+        a_GRI=torch.cat([block.a_GRI for block in blocks]),
+        b_GOR=torch.cat([block.b_GOR for block in blocks]),
+        ranks=blocks[0].ranks,
+        scales_GC=torch.cat([block.scales_GC for block in blocks]),
+        weights_GC=torch.cat([block.weights_GC for block in blocks]),
+    )
+    found = METHOD.finish(
+        ["m", "n"],
+        problem=problem,
+        partials=[METHOD.fold(together, problem)],
+        total=6.0,
+        before=[{}, {}],
+        ranks=[4],
+    )
+    for result, factors in zip(found, modules, strict=True):
+        alone = aggregate(METHOD, factors, [1.0, 2.0, 3.0], [4], block_clients=3)
+        torch.testing.assert_close(result.state["S"], alone.state["S"])
+        torch.testing.assert_close(
+            delta(received(result.state, 4)), delta(received(alone.state, 4))
+        )
+
+
+def test_what_was_found_before_changes_nothing_on_a_direct_route() -> None:
+    cohort = Cohort(factors=[random_factors(1, out=10, in_=7, rank=4)], weights=[1.0])
+    fresh = aggregated(cohort, [4]).state
+    for before in (METHOD.start_module(module="m", shape=SHAPE, rank=4), fresh):
+        again = aggregate(METHOD, cohort.factors, cohort.weights, [4], before=before).state
+        assert all(torch.equal(again[part], fresh[part]) for part in fresh)

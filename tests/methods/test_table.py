@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.methods.table import METHODS, build_method, check_names, method_class
-from fedllm.methods.weights import shares
+from fedllm.methods.weights import amounts, total_of
 
 
 class Demanding(FlexLora):
@@ -56,8 +57,8 @@ def test_a_method_of_ones_own_is_named_by_its_path() -> None:
         ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
         ("fedllm.methods.flexlora:Nothing", "has no attribute 'Nothing'"),
         (":Class", "cannot import ':Class'"),
-        ("fedllm.methods.local:LocalRule", "lacks aggregate_module, base_delta, kind"),
-        ("fedllm.methods.table:METHODS", "lacks aggregate_module"),
+        ("fedllm.methods.local:LocalRule", "lacks base_delta, finish, fold, kind"),
+        ("fedllm.methods.table:METHODS", "lacks base_delta"),
     ],
 )
 def test_a_method_that_is_none_is_refused_in_one_line(name: str, message: str) -> None:
@@ -93,14 +94,25 @@ def test_the_optimizer_follows_from_the_local_rule() -> None:
         LOCAL_RULES["fedit"].eps = 1.0  # type: ignore[misc]
 
 
-@given(st.lists(st.integers(0, 10**6), min_size=1).filter(any))
-def test_shares_sum_to_one_and_keep_proportions(rows: list[int]) -> None:
-    weights = shares(rows)
-    assert math.fsum(weights) == pytest.approx(1.0, abs=1e-15)
-    assert weights == [pytest.approx(n / sum(rows)) for n in rows]
+@given(st.lists(st.integers(0, 10**6)))
+def test_a_weight_follows_from_its_own_client_alone(rows: list[int]) -> None:
+    assert amounts(rows) == [amounts([n])[0] for n in rows]
+    assert amounts(rows) == rows
 
 
-@pytest.mark.parametrize("rows", [[], [0, 0], [1, -1], [1, math.nan], [math.inf]])
+@given(st.lists(st.floats(0, 1e6), min_size=1).filter(any), st.randoms())
+def test_the_total_is_the_same_in_any_order(weights: list[float], draw: random.Random) -> None:
+    shuffled = draw.sample(weights, len(weights))
+    assert total_of(shuffled) == total_of(weights) == math.fsum(weights)
+
+
+@pytest.mark.parametrize("rows", [[1, -1], [1, math.nan], [math.inf]])
 def test_weights_that_mean_nothing_are_refused(rows: list[float]) -> None:
     with pytest.raises(DataError, match="weight"):
-        shares(rows)
+        amounts(rows)
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0]])
+def test_weights_that_are_all_zero_are_refused(weights: list[float]) -> None:
+    with pytest.raises(DataError, match="weights are zero"):
+        total_of(weights)

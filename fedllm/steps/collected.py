@@ -1,0 +1,74 @@
+"""The updates of a frozen collection as the engine reads them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from fedllm.storage.paths import RoundPaths
+from fedllm.storage.records import CohortRecord, CollectedUpdate, CollectionRecord
+from fedllm.storage.tensors import UpdateFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectedUpdates:
+    """A collection's updates by their clients' places in the cohort, and what each one counts."""
+
+    updates: Mapping[int, CollectedUpdate]
+    weights: Mapping[int, float]
+    files: Mapping[str, UpdateFile]
+
+    @classmethod
+    def open(
+        cls,
+        paths: RoundPaths,
+        collection: CollectionRecord,
+        cohort: CohortRecord,
+        weights: list[float],
+    ) -> Self:
+        """Open the files of a collection, by their headers those that were frozen.
+
+        Raises:
+            AdapterError: one is missing, damaged or another file.
+        """
+        files = {update.file: update.sha256 for update in collection.updates}
+        places = {client.id: place for place, client in enumerate(cohort.clients)}
+        mine = [places[update.client] for update in collection.updates]
+        return cls(
+            updates=dict(zip(mine, collection.updates, strict=True)),
+            weights=dict(zip(mine, weights, strict=True)),
+            files={n: UpdateFile(paths.updates / n, sha256) for n, sha256 in files.items()},
+        )
+
+    def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
+        """Return A (R, I) and B (O, R) as they lie in the file."""
+        update, file = self._of(client)
+        return file.view(update.client, module, "A"), file.view(update.client, module, "B")
+
+    def check(self, client: int, module: str, part: str) -> None:
+        """Compare A or B with its digest.
+
+        Raises:
+            AdapterError: it was altered.
+        """
+        update, file = self._of(client)
+        file.check(update.client, module, part)
+
+    def scale(self, client: int, module: str) -> float:
+        """Return the scale that the client trained with."""
+        update, file = self._of(client)
+        return file.records[update.client].scales[module]
+
+    def weight(self, client: int, module: str) -> float:
+        """Return the client's weight, times what its change of the module is clipped to."""
+        return self.weights[client] * self.updates[client].clipped.get(module, 1.0)
+
+    def name(self, client: int, module: str, part: str) -> str:
+        """Return the file, the client, the module and the factor."""
+        update, file = self._of(client)
+        return f"{file.path}: client {update.client}: {module} {part}"
+
+    def _of(self, client: int) -> tuple[CollectedUpdate, UpdateFile]:
+        update = self.updates[client]
+        return update, self.files[update.file]

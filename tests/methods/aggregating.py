@@ -1,0 +1,50 @@
+"""One module's updates through a method, as the engine gives them to it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedllm.aggregation.decomposition import Problem
+from fedllm.lora.factors import Block, Factors
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+
+
+def block_of(factors: Sequence[Factors], weights: Sequence[float]) -> Block:
+    """Return the block of some clients' factors of one module."""
+    return Block(
+        a_GRI=torch.cat([item.a_RI for item in factors])[None],
+        b_GOR=torch.cat([item.b_OR for item in factors], dim=1)[None],
+        ranks=tuple(item.rank for item in factors),
+        scales_GC=torch.tensor([[item.scale for item in factors]], dtype=torch.float64),
+        weights_GC=torch.tensor([list(weights)], dtype=torch.float64),
+    )
+
+
+def aggregate(
+    method: Method,
+    factors: Sequence[Factors],
+    weights: Sequence[float],
+    ranks: Sequence[int],
+    *,
+    before: ModuleState | None = None,
+    block_clients: int = 2,
+) -> ModuleAggregate:
+    """Return what the clients' updates of the module `m` come to."""
+    problem = Problem(
+        out=factors[0].shape.out,
+        in_=factors[0].shape.in_,
+        stacked_rank=sum(item.rank for item in factors),
+        rank=max(ranks),
+    )
+    blocks = [
+        block_of(factors[begin : begin + block_clients], weights[begin : begin + block_clients])
+        for begin in range(0, len(factors), block_clients)
+    ]
+    return method.finish(
+        ["m"],
+        problem=problem,
+        partials=[method.fold(block, problem) for block in blocks],
+        total=sum(weights),
+        before=[before or {}],
+        ranks=ranks,
+    )[0]
