@@ -1,8 +1,10 @@
 """Commands that write adapters and models for other programs: aggregate, export."""
 
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ from fedllm.cli.options import (
 from fedllm.errors import AdapterError
 
 if TYPE_CHECKING:
-    from fedllm.steps.combine import Combined, CombinedInput, CombineRequest, RankWish
+    from fedllm.steps.combine import Combined, CombinedInput, CombineRequest, RankWish, Tell
 
 _NAMED = 3  # modules that a line names before it counts
 
@@ -57,6 +59,17 @@ def aggregate(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="T", help="float32, bfloat16 or float16.")
     ] = "float32",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Direct decompositions in float64 only.")
+    ] = False,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            metavar="E",
+            help="How much more energy than the best may be left out, as a share of that.",
+        ),
+    ] = 1e-4,
     json_: AsJson = False,
 ) -> None:
     """Combine PEFT adapters of any ranks into one that PEFT loads."""
@@ -70,8 +83,11 @@ def aggregate(
         method=method,
         device=device,
         dtype=dtype,
+        exact=exact,
+        tolerance=tolerance,
     )
-    combined = combine_adapters(request, watch=_progress)
+    with _progress() as tell:
+        combined = combine_adapters(request, tell=tell)
     if json_:
         say_json(_combined_json(request, combined))
     else:
@@ -142,13 +158,34 @@ def _rank(text: str | None) -> "RankWish":
         raise AdapterError(f"--rank: got {text!r}, need a number >= 1, or full") from error
 
 
-def _progress(modules: Sequence[str]) -> Iterable[str]:
+@contextmanager
+def _progress() -> Iterator["Tell"]:
+    """Show how many modules are done: a bar on a terminal, now and then a line in a log."""
     if not sys.stderr.isatty():
-        return modules
+        yield _Lines().tell
+        return
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    return track(modules, description="modules", console=Console(stderr=True), transient=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("modules", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Progress as lines."""
+
+    def __init__(self, pause_seconds: float = 10.0) -> None:
+        self._pause_seconds = pause_seconds
+        self._began = self._last = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        """Write a line unless the last one is too recent."""
+        now = time.monotonic()
+        if now - self._last >= self._pause_seconds:
+            self._last = now
+            sys.stderr.write(f"{done} of {total} modules after {now - self._began:.0f} s\n")
+            sys.stderr.flush()
 
 
 def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str]:
@@ -167,8 +204,23 @@ def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str
         f"{_span(ranks)} in {len(ranks)} modules; energy kept {combined.energy_kept:.6f} "
         f"(least: {least:.6f} in {worst})"
     )
+    lines += [_certificate(combined), f"seconds: {_stages(combined)}"]
     lines.append(f"{request.out}: PEFT adapter, {request.dtype}")
     return lines
+
+
+def _certificate(combined: "Combined") -> str:
+    routes = Counter(module.route for module in combined.modules.values())
+    taken = ", ".join(f"{route} ({count})" for route, count in sorted(routes.items()))
+    return (
+        f"route {taken}; what is lost exceeds the least possible by at most "
+        f"{combined.relative_excess:.1e} of it (failure probability "
+        f"{combined.failure_probability:.0e})"
+    )
+
+
+def _stages(combined: "Combined") -> str:
+    return ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in combined.seconds.items())
 
 
 def _missing(entry: "CombinedInput") -> str:
@@ -192,6 +244,9 @@ def _combined_json(request: "CombineRequest", combined: "Combined") -> dict[str,
         "dtype": request.dtype,
         "base_model": combined.base_model,
         "energy_kept": combined.energy_kept,
+        "relative_excess": combined.relative_excess,
+        "failure_probability": combined.failure_probability,
+        "seconds": dict(combined.seconds),
         "adapters": [
             {
                 "path": str(entry.folder),
@@ -202,7 +257,13 @@ def _combined_json(request: "CombineRequest", combined: "Combined") -> dict[str,
             for entry in combined.inputs
         ],
         "modules": {
-            name: {"rank": module.rank, "energy_kept": module.energy_kept}
+            name: {
+                "rank": module.rank,
+                "energy_kept": module.energy_kept,
+                "route": module.route,
+                "relative_excess": module.relative_excess,
+                "failure_probability": module.failure_probability,
+            }
             for name, module in combined.modules.items()
         },
     }

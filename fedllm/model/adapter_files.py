@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors, ModuleShape
 from fedllm.model.adapter_config import CONFIG, AdapterConfig, pattern_of, read_adapter_config
 from fedllm.storage.publish import publish_bytes
-from fedllm.storage.tensors import TensorFile, write_tensors
+from fedllm.storage.tensors import Planned, TensorFile, TensorWriter, writing_tensors
 
 TENSORS = "adapter_model.safetensors"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -104,8 +105,12 @@ class FactorsOnDisk(Mapping[str, Factors]):
         return Factors(
             a_RI=self._read(names["A"]),
             b_OR=self._read(names["B"]),
-            scale=self._config.scale(module),
+            scale=self.scale(module),
         )
+
+    def __contains__(self, module: object) -> bool:
+        # a mapping's own would read the factors
+        return module in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -120,6 +125,19 @@ class FactorsOnDisk(Mapping[str, Factors]):
     def rank(self, module: str) -> int:
         """Return the module's rank without reading the factors."""
         return self._config.rank(module)
+
+    def scale(self, module: str) -> float:
+        """Return the scale of the module's product."""
+        return self._config.scale(module)
+
+    def views(self, module: str) -> tuple[Tensor, Tensor]:
+        """Return A (R, I) and B (O, R) as they lie in the file: nothing is read or checked yet."""
+        names = self._names[module]
+        return self._file.get(names["A"]), self._file.get(names["B"])
+
+    def name(self, module: str, part: str) -> str:
+        """Return how a message names `A` or `B` of a module: the folder and the tensor."""
+        return f"{self._file.path.parent}: {self._names[module][part]}"
 
     def _checked_shape(self, module: str) -> ModuleShape:
         names, where = self._names[module], self._file.path.parent
@@ -173,33 +191,90 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     return PeftAdapter(folder=folder, config=config, factors=FactorsOnDisk(file, config))
 
 
-def write_peft_adapter(
-    folder: Path, adapter: Adapter, *, about: PeftDescription, dtype: torch.dtype = torch.float32
-) -> None:
-    """Write an adapter folder that PEFT loads, the configuration last.
+@dataclass(frozen=True, kw_only=True)
+class PlannedModule:
+    """A module of an adapter that is to be written."""
+
+    shape: ModuleShape
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftWriter:
+    """An adapter whose modules are written as they are made, in any order."""
+
+    writer: TensorWriter
+    dtype: torch.dtype
+    scales: dict[str, float]
+
+    def write(self, module: str, factors: Factors) -> None:
+        """Write one module.
+
+        Raises:
+            AdapterError: a value does not fit `dtype`.
+        """
+        for part, factor in (("A", factors.a_RI), ("B", factors.b_OR)):
+            name = _tensor(module, part)
+            tensor = factor.to("cpu", self.dtype)
+            if not bool(torch.isfinite(tensor).all()):
+                raise AdapterError(f"{name}: does not fit {self.dtype}; use float32")
+            self.writer.write(name, tensor)
+        self.scales[module] = factors.scale
+
+
+@contextmanager
+def writing_peft_adapter(
+    folder: Path,
+    modules: Mapping[str, PlannedModule],
+    *,
+    about: PeftDescription,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[PeftWriter]:
+    """Write an adapter folder that PEFT loads from what the block writes, the configuration last.
 
     PEFT computes a module's scale from alpha and rank: alphas are chosen so that it gets that of
     the factors.
+    """
+    assert modules, "an adapter without modules"
+    planned: dict[str, Planned] = {}
+    for module, plan in modules.items():
+        planned[_tensor(module, "A")] = Planned(shape=(plan.rank, plan.shape.in_), dtype=dtype)
+        planned[_tensor(module, "B")] = Planned(shape=(plan.shape.out, plan.rank), dtype=dtype)
+    with writing_tensors(folder / TENSORS, planned, {"format": "pt"}) as writer:
+        adapter = PeftWriter(writer=writer, dtype=dtype, scales={})
+        yield adapter
+    ranks = {module: plan.rank for module, plan in modules.items()}
+    content = json.dumps(_peft_fields(ranks, adapter.scales, about), indent=2, ensure_ascii=False)
+    publish_bytes(folder / CONFIG, f"{content}\n".encode())
+
+
+def write_peft_adapter(
+    folder: Path, adapter: Adapter, *, about: PeftDescription, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write an adapter that is in memory as a folder that PEFT loads.
 
     Raises:
         AdapterError: a value does not fit `dtype`.
     """
-    assert adapter, "an adapter without modules"
-    tensors: dict[str, Tensor] = {}
-    for module, factors in adapter.items():
-        for part, factor in (("A", factors.a_RI), ("B", factors.b_OR)):
-            name = f"{_PREFIX}{module}.lora_{part}.weight"
-            tensors[name] = factor.to("cpu", dtype)
-            if not bool(torch.isfinite(tensors[name]).all()):
-                raise AdapterError(f"{name}: does not fit {dtype}; use float32")
-    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
-    content = json.dumps(_peft_fields(adapter, about), indent=2, ensure_ascii=False)
-    publish_bytes(folder / CONFIG, f"{content}\n".encode())
+    modules = {
+        module: PlannedModule(shape=factors.shape, rank=factors.rank)
+        for module, factors in adapter.items()
+    }
+    with writing_peft_adapter(folder, modules, about=about, dtype=dtype) as writer:
+        for module, factors in adapter.items():
+            writer.write(module, factors)
 
 
-def _peft_fields(adapter: Adapter, about: PeftDescription) -> dict[str, Any]:
-    ranks = {module: factors.rank for module, factors in adapter.items()}
-    alphas = {module: _alpha(factors, about.rslora) for module, factors in adapter.items()}
+def _tensor(module: str, part: str) -> str:
+    return f"{_PREFIX}{module}.lora_{part}.weight"
+
+
+def _peft_fields(
+    ranks: Mapping[str, int], scales: Mapping[str, float], about: PeftDescription
+) -> dict[str, Any]:
+    alphas = {
+        module: _alpha(scales[module], rank, rslora=about.rslora) for module, rank in ranks.items()
+    }
     # the largest rank is what other programs make room for
     largest = max(ranks, key=lambda module: ranks[module])
     return {
@@ -222,11 +297,11 @@ def _peft_fields(adapter: Adapter, about: PeftDescription) -> dict[str, Any]:
     }
 
 
-def _alpha(factors: Factors, rslora: bool) -> float:
-    """Return the alpha from which PEFT computes the factors' scale, whole where it can be."""
-    divisor = math.sqrt(factors.rank) if rslora else factors.rank
-    alpha = factors.scale * divisor
-    return round(alpha) if round(alpha) / divisor == factors.scale else alpha
+def _alpha(scale: float, rank: int, *, rslora: bool) -> float:
+    """Return the alpha from which PEFT computes a scale, whole where it can be."""
+    divisor = math.sqrt(rank) if rslora else rank
+    alpha = scale * divisor
+    return round(alpha) if round(alpha) / divisor == scale else alpha
 
 
 def _factor_names(file: TensorFile) -> dict[str, dict[str, str]]:

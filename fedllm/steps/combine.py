@@ -1,32 +1,39 @@
 """PEFT adapters of any ranks into one: what a round aggregates, from folders that users have."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
+from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Factors, ModuleShape
-from fedllm.methods.protocol import Method
+from fedllm.lora.factors import ModuleShape
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.table import build_method
+from fedllm.methods.weights import total_of
 from fedllm.model.adapter_config import CONFIG, AdapterConfig
 from fedllm.model.adapter_files import (
     DTYPES,
     PeftAdapter,
     PeftDescription,
+    PeftWriter,
+    PlannedModule,
     read_peft_adapter,
-    write_peft_adapter,
+    writing_peft_adapter,
 )
-from fedllm.model.device import resolve_device
+from fedllm.model.device import resolve_devices
+from fedllm.steps.engine import Engine
 from fedllm.storage.outputs import filling
 
 RankWish: TypeAlias = int | Literal["full"] | None
-Watch: TypeAlias = Callable[[Sequence[str]], Iterable[str]]
+Tell: TypeAlias = Callable[[int, int], None]  # how many modules are done, of how many
 
 _SEED = 0  # of directions in which nothing was trained
+_BLOCK_ADAPTERS = 32
 _RESTRICTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -44,7 +51,8 @@ class CombineRequest:
 
     `rank` is a number, `full` (the stacked ranks: nothing is lost), or None: the largest that an
     input has, module by module. No module gets more than its smaller side. `dtype` is one of
-    `DTYPES`; `out` is a new or empty folder.
+    `DTYPES`; `out` is a new or empty folder; `exact` and `tolerance` are as in
+    `aggregation.decomposition.Problem`.
     """
 
     adapters: Sequence[WeightedAdapter]
@@ -53,6 +61,8 @@ class CombineRequest:
     method: str = "flexlora"
     device: str = "auto"
     dtype: str = "float32"
+    exact: bool = False
+    tolerance: float = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +79,18 @@ class CombinedInput:
 class CombinedModule:
     """A module of the result: its rank, whether its smaller side set it, and what it keeps.
 
-    `energy_kept` is a share of `energy`, the squared Frobenius norm of the weighted mean.
+    `energy_kept` is a share of `energy`, the squared Frobenius norm of the weighted mean. The
+    energy that it loses exceeds the least possible by at most the share `relative_excess` of that
+    least, but for `failure_probability`.
     """
 
     rank: int
     capped: bool
     energy: float
     energy_kept: float
+    route: str
+    relative_excess: float
+    failure_probability: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +100,7 @@ class Combined:
     base_model: str | None
     inputs: tuple[CombinedInput, ...]
     modules: Mapping[str, CombinedModule]
+    seconds: Mapping[str, float]
 
     @property
     def energy_kept(self) -> float:
@@ -93,16 +109,26 @@ class Combined:
         kept = math.fsum(module.energy * module.energy_kept for module in self.modules.values())
         return kept / total if total else 1.0
 
+    @property
+    def relative_excess(self) -> float:
+        """The largest of any module."""
+        return max(module.relative_excess for module in self.modules.values())
 
-def combine_adapters(request: CombineRequest, *, watch: Watch = iter) -> Combined:
+    @property
+    def failure_probability(self) -> float:
+        """How likely at most it is that any module exceeds its own."""
+        return math.fsum(module.failure_probability for module in self.modules.values())
+
+
+def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Combined:
     """Write the weighted mean of the adapters' changes as one PEFT adapter.
 
-    All headers are checked before anything is computed; factors are read module by module, so
-    that never more than one module of all adapters is in memory.
+    All headers are checked before anything is computed. Factors are read, and the result is
+    written, a few modules at a time: all adapters together may be larger than the memory.
 
     Args:
         request: what to combine.
-        watch: is given the modules and yields them (a progress bar).
+        tell: is told how many modules are done, first that none is.
 
     Raises:
         AdapterError: adapters that cannot be read or combined.
@@ -117,81 +143,122 @@ def combine_adapters(request: CombineRequest, *, watch: Watch = iter) -> Combine
     shapes = _shapes(adapters)
     # alpha = 2r: a scale of 2 at every rank, which PEFT gets exactly from alpha and rank
     method = build_method(request.method, seed=_SEED, alpha=2.0, scaling="proportional")
-    shares = method.weigh([item.weight for item in request.adapters])
-    mean = _Mean(
-        adapters=adapters, shares=shares, method=method, device=resolve_device(request.device)
-    )
-    factors: dict[str, Factors] = {}
-    modules: dict[str, CombinedModule] = {}
-    with filling(request.out, last=CONFIG) as folder:
-        for module in watch(list(shapes)):
-            factors[module], modules[module] = mean.of(module, shapes[module], request.rank)
-        about = _description([adapter.config for adapter in adapters], list(shapes))
-        write_peft_adapter(folder, factors, about=about, dtype=dtype)
+    weights = method.weigh([item.weight for item in request.adapters])
+    total = total_of(weights)
+    source = _Adapters(adapters=adapters, weights=weights)
+    ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}
+    devices = resolve_devices(request.device)
+    about = _description([adapter.config for adapter in adapters], list(shapes))
+    planned = {
+        module: PlannedModule(shape=found.shape, rank=found.received[0])
+        for module, found in ranks.items()
+    }
+    with (
+        filling(request.out, last=CONFIG) as folder,
+        writing_peft_adapter(folder, planned, about=about, dtype=dtype) as writer,
+    ):
+        output = _Output(
+            method=method, writer=writer, ranks=ranks, wish=request.rank, tell=tell, modules={}
+        )
+        output.told()
+        engine = Engine(
+            method=method,
+            source=source,
+            blocks=blocks_of(range(len(adapters)), _BLOCK_ADAPTERS),
+            total=total,
+            before=output.before,
+            take=output.take,
+            devices=devices,
+        )
+        groups = group_modules(
+            ranks,
+            block_clients=_BLOCK_ADAPTERS,
+            exact=request.exact,
+            tolerance=request.tolerance,
+        )
+        seconds = engine.run(groups)
     return Combined(
         base_model=about.base_model,
-        inputs=tuple(_input(*pair, shapes) for pair in zip(adapters, shares, strict=True)),
-        modules=modules,
+        inputs=tuple(
+            _input(adapter, weight / total, shapes)
+            for adapter, weight in zip(adapters, weights, strict=True)
+        ),
+        modules={module: output.modules[module] for module in shapes},
+        seconds=seconds,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Mean:
-    """The weighted mean, module by module."""
+class _Adapters:
+    """The adapters as the engine reads them."""
 
     adapters: Sequence[PeftAdapter]
-    shares: Sequence[float]
-    method: Method
-    device: torch.device
+    weights: Sequence[float]
 
-    def of(self, module: str, shape: ModuleShape, wish: RankWish) -> tuple[Factors, CombinedModule]:
-        """Return one module of the result; an adapter without it counts as zero."""
-        having = [
-            (adapter, share)
-            for adapter, share in zip(self.adapters, self.shares, strict=True)
-            if module in adapter.factors
-        ]
-        held = [adapter.factors.rank(module) for adapter, _ in having]
-        rank = min(wanted := _wanted(wish, held), shape.largest_rank)
-        result = self.method.aggregate_module(
-            module=module,
-            state=self.method.start_module(module=module, shape=shape, rank=rank),
-            updates=_OnDevice([adapter for adapter, _ in having], module, self.device),
-            weights=[share for _, share in having],
-            ranks=[rank],
-        )
+    def ranks(self, module: str, shape: ModuleShape, wish: RankWish) -> ModuleRanks:
+        """Return each adapter's rank of a module, 0 where it lacks it, and that of the result."""
+        held = [a.factors.rank(module) if module in a.factors else 0 for a in self.adapters]
+        rank = min(_wanted(wish, held), shape.largest_rank)
+        return ModuleRanks(shape=shape, clients=tuple(held), received=(rank,))
+
+    def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
+        """Return A (R, I) and B (O, R) as they lie in the file."""
+        return self.adapters[client].factors.views(module)
+
+    def check(self, client: int, module: str, part: str) -> None:
+        """Return: PEFT keeps no checksums."""
+
+    def scale(self, client: int, module: str) -> float:
+        """Return the scale that PEFT gives."""
+        return self.adapters[client].factors.scale(module)
+
+    def weight(self, client: int, module: str) -> float:
+        """Return the adapter's weight, the same for all its modules."""
+        del module
+        return self.weights[client]
+
+    def name(self, client: int, module: str, part: str) -> str:
+        """Return the folder and the tensor."""
+        return self.adapters[client].factors.name(module, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """The result as it is written, and what is told of it."""
+
+    method: Method
+    writer: PeftWriter
+    ranks: Mapping[str, ModuleRanks]
+    wish: RankWish
+    tell: Tell | None
+    modules: dict[str, CombinedModule]
+
+    def before(self, module: str) -> ModuleState:
+        """Return the start: nothing was aggregated before."""
+        ranks = self.ranks[module]
+        return self.method.start_module(module=module, shape=ranks.shape, rank=ranks.received[0])
+
+    def take(self, module: str, result: ModuleAggregate) -> None:
         if self.method.base_delta(result.state) is not None:
             raise AdapterError(f"--method {self.method.name}: changes the base, not only adapters")
-        return (
-            self.method.module_adapter(module=module, state=result.state, rank=rank),
-            CombinedModule(
-                rank=rank,
-                capped=wanted > rank,
-                energy=result.diagnostics.total_energy,
-                energy_kept=result.diagnostics.ranks[0].energy_kept,
-            ),
+        ranks, found = self.ranks[module], result.diagnostics
+        rank = ranks.received[0]
+        factors = self.method.module_adapter(module=module, state=result.state, rank=rank)
+        self.writer.write(module, factors)
+        self.modules[module] = CombinedModule(
+            rank=rank,
+            capped=_wanted(self.wish, ranks.clients) > rank,
+            energy=found.total_energy,
+            energy_kept=found.ranks[0].energy_kept,
+            route=found.route,
+            relative_excess=found.relative_excess,
+            failure_probability=found.failure_probability,
         )
+        self.told()
 
-
-@dataclass(frozen=True)
-class _OnDevice:
-    """One module's factors of the adapters that have it, read when iterated."""
-
-    adapters: Sequence[PeftAdapter]
-    module: str
-    device: torch.device
-
-    def __len__(self) -> int:
-        return len(self.adapters)
-
-    def __iter__(self) -> Iterator[Factors]:
-        for adapter in self.adapters:
-            factors = adapter.factors[self.module]
-            yield Factors(
-                a_RI=factors.a_RI.to(self.device),
-                b_OR=factors.b_OR.to(self.device),
-                scale=factors.scale,
-            )
+    def told(self) -> None:
+        if self.tell:
+            self.tell(len(self.modules), len(self.ranks))
 
 
 def _wanted(wish: RankWish, held: Sequence[int]) -> int:
@@ -209,6 +276,8 @@ def _dtype(name: str) -> torch.dtype:
 def _check_numbers(request: CombineRequest) -> None:
     if isinstance(request.rank, int) and request.rank < 1:
         raise AdapterError(f"--rank: got {request.rank}, need >= 1, or full")
+    if not (math.isfinite(request.tolerance) and request.tolerance > 0):
+        raise AdapterError(f"--tolerance: got {request.tolerance:g}, need a number > 0")
     for item in request.adapters:
         if not (math.isfinite(item.weight) and item.weight >= 0):
             raise AdapterError(

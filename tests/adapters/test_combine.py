@@ -283,11 +283,11 @@ def test_a_diverged_adapter_is_named_and_takes_the_half_written_result_with_it(
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     tensors[name][0, 0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(AdapterError, match=f"{diverged}: {name} holds NaN"):
+    with pytest.raises(AdapterError, match=rf"^{diverged}: {name} holds nan at \[0, 0\]"):
         combine([zoo["plain"], diverged], tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AdapterError, match="NaN"):
+    with pytest.raises(AdapterError, match="nan"):
         combine([zoo["plain"], diverged], tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -40,7 +41,12 @@ def test_weights_are_normalised_and_printed_with_what_was_lost(
     assert f"{zoo['plain']} counts as zero where it has no adapter" in lines[2]
     assert "model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj" in lines[2]
     assert lines[3].startswith("rank 2 in 6 modules; energy kept 0.")
-    assert lines[4] == f"{out}: PEFT adapter, float32"
+    assert lines[4] == (
+        "route factored (6); what is lost exceeds the least possible by at most 0.0e+00 of it "
+        "(failure probability 0e+00)"
+    )
+    assert re.fullmatch(r"seconds: read \d.*, fold \d.*, decompose \d.*, write \d.*", lines[5])
+    assert lines[6] == f"{out}: PEFT adapter, float32"
 
 
 def test_full_states_the_ranks_that_result(
@@ -73,7 +79,11 @@ def test_json_holds_everything_that_is_printed(
         "model.layers.0.mlp.gate_proj",
         "model.layers.1.mlp.gate_proj",
     ]
-    assert found["modules"]["model.layers.0.mlp.gate_proj"]["rank"] == 4
+    gate = found["modules"]["model.layers.0.mlp.gate_proj"]
+    assert (gate["rank"], gate["route"], gate["failure_probability"]) == (4, "factored", 0.0)
+    assert found["relative_excess"] == max(m["relative_excess"] for m in found["modules"].values())
+    assert found["failure_probability"] == 0.0
+    assert set(found["seconds"]) == {"read", "fold", "decompose", "write"}
     assert found["out"] == str(out)
 
 
@@ -106,6 +116,8 @@ def test_a_path_is_split_at_its_last_colon_and_only_before_a_number(
         (["{plain}", "--method", "flexlra"], "did you mean flexlora"),
         (["{plain}", "{rslora}", "--method", "factor_mean"], "factor_mean needs"),
         (["{plain}", "--device", "gpu"], "'gpu'"),
+        (["{plain}", "--tolerance", "0"], "--tolerance: got 0, need a number > 0"),
+        (["{plain}", "--tolerance", "nan"], "--tolerance: got nan"),
         (["{plain}", "nowhere"], "nowhere: no such folder"),
     ],
 )
