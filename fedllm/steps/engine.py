@@ -7,7 +7,7 @@ give the bits of one.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
 
@@ -65,9 +65,9 @@ class Engine:
                 for number, worker in enumerate(workers)
             ]
             try:
-                seconds = [future.result() for future in running]
+                seconds = [future.result() for future in as_completed(running)]
             except BaseException:
-                stop.set()
+                stop.set()  # whatever it was: the others need not go on
                 raise
         return {stage: sum(each[stage] for each in seconds) for stage in STAGES}
 
@@ -126,17 +126,21 @@ class _Worker:
         self, group: Group, feed: Feed, seconds: "defaultdict[str, float]"
     ) -> Iterator[Partial]:
         for _ in self._blocks(group):
-            with feed.block() as block:
-                if self.stop.is_set():
-                    raise InterruptedError("another device failed")
-                started = time.perf_counter()
-                try:
-                    partial = self.engine.method.fold(block, group.problem)
-                except AdapterError as error:
-                    raise AdapterError(f"{group.modules[0]}: {error}") from error
-                self._synchronize()
-                seconds["fold"] += time.perf_counter() - started
-            yield partial
+            # without a name for it: what is summed up must not wait here for the next one
+            yield self._fold(group, feed, seconds)
+
+    def _fold(self, group: Group, feed: Feed, seconds: "defaultdict[str, float]") -> Partial:
+        with feed.block() as block:
+            if self.stop.is_set():
+                raise CancelledError
+            started = time.perf_counter()
+            try:
+                partial = self.engine.method.fold(block, group.problem)
+            except AdapterError as error:
+                raise AdapterError(f"{group.modules[0]}: {error}") from error
+            self._synchronize()
+            seconds["fold"] += time.perf_counter() - started
+        return partial
 
     def _portions(self, groups: Iterable[Group]) -> list[Portion]:
         return [

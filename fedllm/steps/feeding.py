@@ -195,7 +195,7 @@ class Feed:
         name, factor = next(bad)
         row, column = (~torch.isfinite(factor)).nonzero()[0].tolist()
         return AdapterError(
-            f"{name} holds {float(factor[row, column])} at [{row}, {column}]; leave this update out"
+            f"{name} holds {float(factor[row, column])} at [{row}, {column}]; leave it out"
         )
 
 

@@ -1,0 +1,175 @@
+"""A round whose updates are collected, made without training: random factors in real files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.config.loading import dump_config, validate
+from fedllm.lora.factors import Factors
+from fedllm.planning.federation import plan_federation
+from fedllm.planning.seeding import seed_of
+from fedllm.steps.aggregate import aggregate_round
+from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.records import (
+    ClientRecord,
+    CohortClient,
+    CohortRecord,
+    CollectedUpdate,
+    CollectionRecord,
+    ModuleRecord,
+    PreparedRecord,
+    UpdateRecord,
+)
+from fedllm.storage.tensors import publish_update
+from fedllm.storage.updates import read_update
+
+RANKS = {"small": 2, "large": 5}
+MODULES = {"a.q": (12, 12), "b.q": (12, 12), "a.up": (20, 12), "a.down": (12, 20)}
+
+
+def make_round(
+    root: Path,
+    *,
+    clients: int = 7,
+    modules: Mapping[str, tuple[int, int]] = MODULES,
+    ranks: Mapping[str, int] = RANKS,
+    dtype: torch.dtype = torch.float32,
+    clients_per_file: int = 2,
+    **aggregation: Any,
+) -> RoundPaths:
+    """Make a run with its state before training and a collected round 1."""
+    run = RunPaths(root=root)
+    config = validate(
+        {
+            "model": {"path": "nowhere"},
+            "data": {"path": "nowhere"},
+            "clients": {
+                "tiers": {tier: {"ranks": rank} for tier, rank in ranks.items()},
+                "cohort": {"count": clients},
+                "dev": 0,
+                "unseen": 0,
+            },
+            "aggregation": {"block_clients": 2, "device": "cpu", **aggregation},
+        }
+    )
+    publish_bytes(run.config, dump_config(config).encode())
+    prepared = PreparedRecord(
+        model_fingerprint="base",
+        model_path="nowhere",
+        data_fingerprint="data",
+        data_path="nowhere",
+        model_parameters=1,
+        modules={
+            name: ModuleRecord(out_features=out, in_features=in_, kind="other")
+            for name, (out, in_) in modules.items()
+        },
+        clients=[
+            ClientRecord(id=f"client/{n}", category="", train_rows=10 + n, test_rows=0)
+            for n in range(clients)
+        ],
+    )
+    prepared.publish(run.prepared)
+    state = aggregate_round(run.round(0))
+    federation = plan_federation(config, prepared)
+    paths = run.round(1)
+    cohort = CohortRecord(
+        round=1,
+        lease=1,
+        base_fingerprint="base",
+        data_fingerprint="data",
+        state_sha256=state.sha256,
+        ranks={tier: dict(each) for tier, each in federation.ranks.items()},
+        clients=federation.cohort(1),
+    )
+    cohort.publish(paths.cohort)
+    for number in range(0, clients, clients_per_file):
+        chosen = cohort.clients[number : number + clients_per_file]
+        publish_update(
+            paths.update(attempt=1, bundle=number // clients_per_file, part=0),
+            [_record(client, modules) for client in chosen],
+            {client.id: _factors(client, modules, ranks[client.tier], dtype) for client in chosen},
+        )
+    collect(paths)
+    return paths
+
+
+def collect(
+    paths: RoundPaths,
+    *,
+    without: Sequence[int] = (),
+    clipped: Mapping[int, Mapping[str, float]] | None = None,
+) -> None:
+    """Freeze the round's updates but for those of some places in the cohort."""
+    cohort = CohortRecord.read(paths.cohort)
+    found = {
+        update.record.client: update
+        for file in sorted(paths.updates.glob("*.safetensors"))
+        for update in read_update(file)
+    }
+    updates = [
+        CollectedUpdate(
+            client=client.id,
+            tier=client.tier,
+            attempt=1,
+            file=found[client.id].file,
+            sha256=found[client.id].sha256,
+            weight=float(found[client.id].record.rows),
+            clipped=dict((clipped or {}).get(place, {})),
+        )
+        for place, client in enumerate(cohort.clients)
+        if place not in without
+    ]
+    CollectionRecord(round=1, lease=1, updates=updates).publish(paths.collection)
+
+
+def sent(
+    paths: RoundPaths, module: str, dtype: torch.dtype = torch.float32
+) -> list[tuple[Factors, float]]:
+    """Return what each client of the cohort sent of a module, and its rows."""
+    run = RunPaths(root=paths.root.parents[1])
+    cohort = CohortRecord.read(paths.cohort)
+    prepared = PreparedRecord.read(run.prepared)
+    modules = {n: (m.out_features, m.in_features) for n, m in prepared.modules.items()}
+    pairs = []
+    for client in cohort.clients:
+        rank = cohort.ranks[client.tier][module]
+        a, b = _factors(client, modules, rank, dtype)[module]
+        record = _record(client, modules)
+        factors = Factors(a_RI=a, b_OR=b, scale=record.scales[module])
+        pairs.append((factors, float(record.rows)))
+    return pairs
+
+
+def _record(client: CohortClient, modules: Mapping[str, object]) -> UpdateRecord:
+    return UpdateRecord(
+        run_id="run",
+        round=1,
+        client=client.id,
+        attempt=1,
+        bundle=0,
+        base_fingerprint="base",
+        rows=seed_of(client.id) % 50 + 1,
+        steps=1,
+        tokens=1,
+        loss_tokens=1,
+        losses=[1.0],
+        seconds=0.0,
+        step_seconds=0.0,
+        peak_memory_bytes=0,
+        scales={name: 1.0 + 0.5 * len(client.tier) for name in modules},
+    )
+
+
+def _factors(
+    client: CohortClient, modules: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor]]:
+    found = {}
+    for name, (out, in_) in modules.items():
+        draw = torch.Generator().manual_seed(seed_of(client.id, name))
+        a = torch.randn(rank, in_, generator=draw).to(dtype)
+        found[name] = (a, torch.randn(out, rank, generator=draw).to(dtype))
+    return found
