@@ -1,25 +1,54 @@
 """Groups of modules through a method, block by block, on one device or several.
 
 Groups are dealt to the devices in turn. What a group comes to depends on neither: two CPU devices
-give the bits of one.
+give the bits of one. Nor does it matter when a block was folded: `folded` makes its result ahead of
+time, and an engine that finds it there does not read the block again.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fedllm.aggregation.decomposition import Partial
 from fedllm.aggregation.groups import Group
 from fedllm.errors import AdapterError
+from fedllm.lora.factors import Block
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.steps.feeding import Feed, Portion, Source
+from fedllm.steps.feeding import Feed, Key, Portion, Source
 
 STAGES = ("read", "fold", "decompose", "write")
+
+
+class Kept(Protocol):
+    """What blocks of groups came to that were folded before."""
+
+    def has(self, group: Group, clients: tuple[int, ...]) -> bool:
+        """Say whether there is a result of the same updates and weights."""
+
+    def take(self, group: Group, clients: tuple[int, ...]) -> Partial | None:
+        """Return it, on the CPU, or None where it was damaged: the block is folded anew."""
+
+
+def folded(
+    method: Method, source: Source, portions: Sequence[Portion], device: torch.device
+) -> Iterator[Partial]:
+    """Yield what each portion comes to, on the CPU, the next one being read meanwhile.
+
+    Raises:
+        AdapterError: factors that cannot be combined, by client and module.
+    """
+    with Feed(source, portions, device) as feed:
+        for portion in portions:
+            with feed.block() as block:
+                partial = _on(torch.device("cpu"), _fold(method, block, portion.group))
+            yield partial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +63,7 @@ class Engine:
         before: returns a module's state before.
         take: is given each module's name and result as soon as it is there, one at a time.
         devices: on which to compute; a device that is named twice is used twice.
+        kept: blocks that need not be folded any more.
     """
 
     method: Method
@@ -43,6 +73,7 @@ class Engine:
     before: Callable[[str], ModuleState]
     take: Callable[[str, ModuleAggregate], None]
     devices: Sequence[torch.device]
+    kept: Kept | None = None
 
     def run(self, groups: Sequence[Group]) -> dict[str, float]:
         """Aggregate all groups; return the seconds of each stage.
@@ -71,6 +102,14 @@ class Engine:
                 raise
         return {stage: sum(each[stage] for each in seconds) for stage in STAGES}
 
+    def portions(self, group: Group) -> list[Portion]:
+        """Return what is read of a group: the blocks that have anything of it, in their order."""
+        return [
+            Portion(group=group, clients=block)
+            for block in self.blocks
+            if any(group.clients[client] for client in block)
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Worker:
@@ -90,9 +129,15 @@ class _Worker:
             torch.cuda.set_device(self.device)
         seconds: defaultdict[str, float] = defaultdict(float)
         written: Future[None] | None = None
-        with Feed(self.engine.source, self._portions(groups), self.device) as feed:
+        portions = {group.modules: self.engine.portions(group) for group in groups}
+        # asked once: what is read and what is not must not change in between
+        every = [portion for each in portions.values() for portion in each]
+        ready = {portion.key for portion in every if self._has(portion)}
+        todo = [portion for portion in every if portion.key not in ready]
+        with Feed(self.engine.source, todo, self.device) as feed:
             for group in groups:
-                found = self._aggregate(group, feed, seconds)
+                partials = self._partials(portions[group.modules], ready, feed, seconds)
+                found = self._aggregate(group, partials, seconds)
                 if written is not None:
                     written.result()
                 written = self.writer.submit(self._hand_on, group, found, seconds)
@@ -102,14 +147,11 @@ class _Worker:
         return seconds
 
     def _aggregate(
-        self, group: Group, feed: Feed, seconds: "defaultdict[str, float]"
+        self, group: Group, partials: Iterator[Partial], seconds: "defaultdict[str, float]"
     ) -> list[ModuleAggregate]:
-        before = [
-            {part: tensor.to(self.device) for part, tensor in self.engine.before(module).items()}
-            for module in group.modules
-        ]
+        before = [_on(self.device, self.engine.before(module)) for module in group.modules]
         started = time.perf_counter()
-        blocks = _Timed(self._partials(group, feed, seconds))
+        blocks = _Timed(partials)
         found = self.engine.method.finish(
             group.modules,
             problem=group.problem,
@@ -123,35 +165,39 @@ class _Worker:
         return found
 
     def _partials(
-        self, group: Group, feed: Feed, seconds: "defaultdict[str, float]"
+        self,
+        portions: Iterable[Portion],
+        ready: Set[Key],
+        feed: Feed,
+        seconds: "defaultdict[str, float]",
     ) -> Iterator[Partial]:
-        for _ in self._blocks(group):
+        for portion in portions:
             # without a name for it: what is summed up must not wait here for the next one
-            yield self._fold(group, feed, seconds)
+            if portion.key in ready:
+                yield self._kept(portion)
+            else:
+                yield self._folded(portion.group, feed, seconds)
 
-    def _fold(self, group: Group, feed: Feed, seconds: "defaultdict[str, float]") -> Partial:
+    def _has(self, portion: Portion) -> bool:
+        kept = self.engine.kept
+        return kept is not None and kept.has(portion.group, portion.clients)
+
+    def _kept(self, portion: Portion) -> Partial:
+        assert self.engine.kept is not None
+        partial = self.engine.kept.take(portion.group, portion.clients)
+        if partial is None:
+            partial = next(folded(self.engine.method, self.engine.source, [portion], self.device))
+        return _on(self.device, partial)
+
+    def _folded(self, group: Group, feed: Feed, seconds: "defaultdict[str, float]") -> Partial:
         with feed.block() as block:
             if self.stop.is_set():
                 raise CancelledError
             started = time.perf_counter()
-            try:
-                partial = self.engine.method.fold(block, group.problem)
-            except AdapterError as error:
-                raise AdapterError(f"{group.modules[0]}: {error}") from error
+            partial = _fold(self.engine.method, block, group)
             self._synchronize()
             seconds["fold"] += time.perf_counter() - started
         return partial
-
-    def _portions(self, groups: Iterable[Group]) -> list[Portion]:
-        return [
-            Portion(group=group, clients=clients)
-            for group in groups
-            for clients in self._blocks(group)
-        ]
-
-    def _blocks(self, group: Group) -> list[tuple[int, ...]]:
-        """Return the blocks that have anything of a group."""
-        return [b for b in self.engine.blocks if any(group.clients[client] for client in b)]
 
     def _hand_on(
         self, group: Group, found: Sequence[ModuleAggregate], seconds: "defaultdict[str, float]"
@@ -164,6 +210,17 @@ class _Worker:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+
+def _fold(method: Method, block: Block, group: Group) -> Partial:
+    try:
+        return method.fold(block, group.problem)
+    except AdapterError as error:
+        raise AdapterError(f"{group.modules[0]}: {error}") from error
+
+
+def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 class _Timed(Iterator[Partial]):

@@ -2,18 +2,25 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from fedllm.aggregation.decomposition import Partial
+from fedllm.aggregation.groups import Group, blocks_of
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, ConfigError
 from fedllm.lora.factors import Factors
+from fedllm.methods.protocol import ModuleAggregate
 from fedllm.planning.federation import plan_federation
-from fedllm.steps.aggregate import aggregate_round, groups_of
+from fedllm.steps.aggregate import aggregate_round, groups_of, method_of
+from fedllm.steps.collected import CollectedUpdates
+from fedllm.steps.engine import Engine, folded
+from fedllm.steps.feeding import Key, Portion
 from fedllm.steps.state import read_state
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.publish import publish_bytes
@@ -85,6 +92,84 @@ def test_two_devices_give_the_bits_of_one(tmp_path: Path) -> None:
     assert (two.device, five.device) == ("cpu, cpu", "cpu, cpu, cpu, cpu, cpu")
     assert one.sha256 == two.sha256 == five.sha256
     assert one.modules == two.modules == five.modules
+
+
+class Folded:
+    """Blocks' results that were folded before; None where one was damaged since."""
+
+    def __init__(self, partials: Mapping[Key, Partial | None]) -> None:
+        self.partials = partials
+        self.taken: set[Key] = set()
+
+    def has(self, group: Group, clients: tuple[int, ...]) -> bool:
+        return (group.modules, clients) in self.partials
+
+    def take(self, group: Group, clients: tuple[int, ...]) -> Partial | None:
+        self.taken.add((group.modules, clients))
+        return self.partials[group.modules, clients]
+
+
+class Unread(CollectedUpdates):
+    """Updates of which some clients' must not be read any more."""
+
+    unreadable: ClassVar[set[int]] = set()
+
+    def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
+        assert client not in self.unreadable
+        return super().factors(client, module)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_blocks_folded_before_give_the_same_bits_and_are_not_read_again(
+    tmp_path: Path, exact: bool
+) -> None:
+    paths = make_round(tmp_path / "run", exact=exact)
+    run = RunPaths(root=paths.root.parents[1])
+    config = read_config(run.config)
+    cohort = CohortRecord.read(paths.cohort)
+    groups = groups_of(plan_federation(config, PreparedRecord.read(run.prepared)), cohort)
+    collection = CollectionRecord.read(paths.collection)
+    weights = [update.weight for update in collection.updates]
+    source = Unread.open(paths, collection, cohort, weights)
+    cpu = torch.device("cpu")
+
+    def states(kept: Folded | None) -> dict[str, ModuleAggregate]:
+        found: dict[str, ModuleAggregate] = {}
+        engine = Engine(
+            method=method_of(config),
+            source=source,
+            blocks=blocks_of(list(source.updates), 2),
+            total=sum(weights),
+            before=lambda _module: {},
+            take=found.__setitem__,
+            devices=[cpu, cpu],
+            kept=kept,
+        )
+        engine.run(groups)
+        return found
+
+    now = states(None)
+    portions = [
+        Portion(group=group, clients=block)
+        for group in groups
+        for block in blocks_of(list(source.updates), 2)[:2]
+    ]
+    partials = list(folded(method_of(config), source, portions, cpu))
+    kept = Folded({p.key: each for p, each in zip(portions, partials, strict=True)})
+    Unread.unreadable = {0, 1, 2, 3}
+    try:
+        same_bits(states(kept), now)
+    finally:
+        Unread.unreadable = set()
+    assert kept.taken == {portion.key for portion in portions}
+    same_bits(states(Folded(dict.fromkeys(kept.partials))), now)
+
+
+def same_bits(found: Mapping[str, ModuleAggregate], wanted: Mapping[str, ModuleAggregate]) -> None:
+    assert found.keys() == wanted.keys()
+    for module, result in wanted.items():
+        assert all(torch.equal(found[module].state[part], t) for part, t in result.state.items())
+        assert found[module].diagnostics == result.diagnostics
 
 
 def test_groups_and_blocks_stay_whoever_is_left_out(tmp_path: Path) -> None:
