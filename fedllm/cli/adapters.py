@@ -1,10 +1,8 @@
 """Commands that write adapters and models for other programs: aggregate, export."""
 
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +17,17 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.cli.progress import modules_done
 from fedllm.errors import AdapterError
 
 if TYPE_CHECKING:
-    from fedllm.steps.combine import Combined, CombinedInput, CombineRequest, RankWish, Tell
+    from fedllm.steps.combine import (
+        Combined,
+        CombinedInput,
+        CombinedModule,
+        CombineRequest,
+        RankWish,
+    )
 
 _NAMED = 3  # modules that a line names before it counts
 
@@ -86,7 +91,7 @@ def aggregate(
         exact=exact,
         tolerance=tolerance,
     )
-    with _progress() as tell:
+    with modules_done() as tell:
         combined = combine_adapters(request, tell=tell)
     if json_:
         say_json(_combined_json(request, combined))
@@ -158,36 +163,6 @@ def _rank(text: str | None) -> "RankWish":
         raise AdapterError(f"--rank: got {text!r}, need a number >= 1, or full") from error
 
 
-@contextmanager
-def _progress() -> Iterator["Tell"]:
-    """Show how many modules are done: a bar on a terminal, now and then a line in a log."""
-    if not sys.stderr.isatty():
-        yield _Lines().tell
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("modules", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-class _Lines:
-    """Progress as lines."""
-
-    def __init__(self, pause_seconds: float = 10.0) -> None:
-        self._pause_seconds = pause_seconds
-        self._began = self._last = time.monotonic()
-
-    def tell(self, done: int, total: int) -> None:
-        """Write a line unless the last one is too recent."""
-        now = time.monotonic()
-        if now - self._last >= self._pause_seconds:
-            self._last = now
-            sys.stderr.write(f"{done} of {total} modules after {now - self._began:.0f} s\n")
-            sys.stderr.flush()
-
-
 def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str]:
     lines = [
         f"weight {entry.share:.4f}  rank {entry.largest_rank:>4}  {entry.folder}"
@@ -204,19 +179,28 @@ def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str
         f"{_span(ranks)} in {len(ranks)} modules; energy kept {combined.energy_kept:.6f} "
         f"(least: {least:.6f} in {worst})"
     )
-    lines += [_certificate(combined), f"seconds: {_stages(combined)}"]
+    lines += [*_certificates(combined), f"seconds: {_stages(combined)}"]
     lines.append(f"{request.out}: PEFT adapter, {request.dtype}")
     return lines
 
 
-def _certificate(combined: "Combined") -> str:
-    routes = Counter(module.route for module in combined.modules.values())
-    taken = ", ".join(f"{route} ({count})" for route, count in sorted(routes.items()))
-    return (
-        f"route {taken}; what is lost exceeds the least possible by at most "
-        f"{combined.relative_excess:.1e} of it (failure probability "
-        f"{combined.failure_probability:.0e})"
-    )
+def _certificates(combined: "Combined") -> list[str]:
+    """Return a line for the modules of each shape, ranks and route: what the result is worth."""
+    alike: dict[str, list[CombinedModule]] = {}
+    for module in combined.modules.values():
+        sizes = f"{module.shape.out}x{module.shape.in_}, rank {module.stacked_rank}"
+        what = f"{sizes} to {module.rank}: route {module.route}"
+        alike.setdefault(what, []).append(module)
+    return [f"{len(modules)} of {what}, {_surplus(modules)}" for what, modules in alike.items()]
+
+
+def _surplus(modules: "Sequence[CombinedModule]") -> str:
+    excess = max(module.relative_excess for module in modules)
+    failure = max(module.failure_probability for module in modules)
+    if not excess:
+        return "what is lost is the least possible"
+    sure = f" (failure probability {failure:.0e})" if failure else ""
+    return f"what is lost exceeds the least possible by at most {excess:.1e} of it{sure}"
 
 
 def _stages(combined: "Combined") -> str:
@@ -244,8 +228,6 @@ def _combined_json(request: "CombineRequest", combined: "Combined") -> dict[str,
         "dtype": request.dtype,
         "base_model": combined.base_model,
         "energy_kept": combined.energy_kept,
-        "relative_excess": combined.relative_excess,
-        "failure_probability": combined.failure_probability,
         "seconds": dict(combined.seconds),
         "adapters": [
             {
@@ -260,6 +242,7 @@ def _combined_json(request: "CombineRequest", combined: "Combined") -> dict[str,
             name: {
                 "rank": module.rank,
                 "energy_kept": module.energy_kept,
+                "stacked_rank": module.stacked_rank,
                 "route": module.route,
                 "relative_excess": module.relative_excess,
                 "failure_probability": module.failure_probability,

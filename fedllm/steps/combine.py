@@ -81,9 +81,11 @@ class CombinedModule:
 
     `energy_kept` is a share of `energy`, the squared Frobenius norm of the weighted mean. The
     energy that it loses exceeds the least possible by at most the share `relative_excess` of that
-    least, but for `failure_probability`.
+    least, but for `failure_probability`. `stacked_rank` is the sum of the inputs' ranks.
     """
 
+    shape: ModuleShape
+    stacked_rank: int
     rank: int
     capped: bool
     energy: float
@@ -108,16 +110,6 @@ class Combined:
         total = math.fsum(module.energy for module in self.modules.values())
         kept = math.fsum(module.energy * module.energy_kept for module in self.modules.values())
         return kept / total if total else 1.0
-
-    @property
-    def relative_excess(self) -> float:
-        """The largest of any module."""
-        return max(module.relative_excess for module in self.modules.values())
-
-    @property
-    def failure_probability(self) -> float:
-        """How likely at most it is that any module exceeds its own."""
-        return math.fsum(module.failure_probability for module in self.modules.values())
 
 
 def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Combined:
@@ -246,6 +238,8 @@ class _Output:
         factors = self.method.module_adapter(module=module, state=result.state, rank=rank)
         self.writer.write(module, factors)
         self.modules[module] = CombinedModule(
+            shape=ranks.shape,
+            stacked_rank=sum(ranks.clients),
             rank=rank,
             capped=_wanted(self.wish, ranks.clients) > rank,
             energy=found.total_energy,

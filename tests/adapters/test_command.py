@@ -2,13 +2,17 @@
 
 import json
 import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedllm.cli.main import run
+from fedllm.cli.progress import Lines
 from tests.adapters.mounting import mounted
 from tests.adapters.peft_folders import deltas
 
@@ -41,12 +45,45 @@ def test_weights_are_normalised_and_printed_with_what_was_lost(
     assert f"{zoo['plain']} counts as zero where it has no adapter" in lines[2]
     assert "model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj" in lines[2]
     assert lines[3].startswith("rank 2 in 6 modules; energy kept 0.")
-    assert lines[4] == (
-        "route factored (6); what is lost exceeds the least possible by at most 0.0e+00 of it "
-        "(failure probability 0e+00)"
+    least = "what is lost is the least possible"
+    assert lines[4:7] == [
+        f"2 of 24x16, rank 4 to 2: route factored, {least}",
+        f"2 of 16x16, rank 6 to 2: route factored, {least}",
+        f"2 of 8x16, rank 6 to 2: route factored, {least}",
+    ]
+    assert re.fullmatch(r"seconds: read \d.*, fold \d.*, decompose \d.*, write \d.*", lines[7])
+    assert lines[8] == f"{out}: PEFT adapter, float32"
+
+
+def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(pause_seconds=0.0)
+    lines.tell(0, 6)
+    lines.tell(4, 6)
+    seldom = Lines(pause_seconds=60.0)
+    seldom.tell(5, 6)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "0 of 6 modules after 0 s\n4 of 6 modules after 0 s\n"
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(zoo: dict[str, Path], out: Path) -> None:
+    ours, theirs = pty.openpty()
+    program = "import sys; from fedllm.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "aggregate", zoo["plain"], "--out", out],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+        text=True,
+        check=True,
+        timeout=60,
     )
-    assert re.fullmatch(r"seconds: read \d.*, fold \d.*, decompose \d.*, write \d.*", lines[5])
-    assert lines[6] == f"{out}: PEFT adapter, float32"
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "modules" in shown
+    assert "100%" in shown
+    assert done.stdout.endswith("PEFT adapter, float32\n")
 
 
 def test_full_states_the_ranks_that_result(
@@ -80,9 +117,8 @@ def test_json_holds_everything_that_is_printed(
         "model.layers.1.mlp.gate_proj",
     ]
     gate = found["modules"]["model.layers.0.mlp.gate_proj"]
-    assert (gate["rank"], gate["route"], gate["failure_probability"]) == (4, "factored", 0.0)
-    assert found["relative_excess"] == max(m["relative_excess"] for m in found["modules"].values())
-    assert found["failure_probability"] == 0.0
+    assert (gate["rank"], gate["stacked_rank"], gate["route"]) == (4, 4, "factored")
+    assert (gate["relative_excess"], gate["failure_probability"]) == (0.0, 0.0)
     assert set(found["seconds"]) == {"read", "fold", "decompose", "write"}
     assert found["out"] == str(out)
 
