@@ -1,17 +1,20 @@
 """Published updates read without torch: header, layout, checksum, shapes."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedllm.storage.checked import (
     DamagedUpdateError,
     Header,
+    read_checked_header,
     read_header,
     read_whole,
 )
@@ -40,12 +43,13 @@ class Published:
 class Scan:
     """What a folder of updates holds: the first update of every client, and bad files.
 
-    `failed` of the published ones say that the client's training failed.
+    `duplicates` are further updates of the same clients; `failed` of the published ones say that
+    the client's training failed.
     """
 
     published: Mapping[str, Published]
     damaged: Mapping[str, str]
-    duplicates: int
+    duplicates: Sequence[Published]
     failed: int = 0
 
     @property
@@ -88,41 +92,77 @@ def read_records(path: Path) -> list[UpdateRecord]:
     return [update.record for update in updates_in(path.name, header)]
 
 
+def read_scanned(path: Path, sha256: str) -> list[UpdateRecord]:
+    """Read the records of the update file that was scanned with this checksum, by its header.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedUpdateError: it is truncated, altered or another file by now.
+    """
+    with path.open("rb") as file:
+        header = read_checked_header(file)
+    if header.digest != sha256:
+        raise DamagedUpdateError("not the file that was scanned")
+    return [update.record for update in updates_in(path.name, header)]
+
+
 def updates_in(name: str, header: Header) -> list[Published]:
     """Return the updates of file `name`, whose header was read.
 
     Raises:
-        DamagedUpdateError: its records are not those of updates.
+        DamagedUpdateError: its records are not those of updates, or do not fit its tensors; names
+            client, module and value.
     """
     try:
         records = _RECORDS.validate_json(header.records)
     except ValidationError as error:
         raise DamagedUpdateError(f"its records are not valid ({error.error_count()})") from error
-    by_client: dict[str, dict[str, tuple[int, ...]]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if encode_client(record.client) in tensors:
+            raise DamagedUpdateError(f"client {record.client} has two records")
+        tensors[encode_client(record.client)] = {}
     for tensor, entry in header.layout.items():
-        if entry["dtype"] not in _FLOATS:
-            raise DamagedUpdateError(f"{tensor} is of type {entry['dtype']}")
         encoded, _, rest = tensor.partition("|")
-        by_client.setdefault(encoded, {})[rest] = tuple(entry["shape"])
-    updates = [
-        Published(
-            record=record,
-            file=name,
-            sha256=header.digest,
-            shapes=by_client.get(encode_client(record.client), {}),
-        )
-        for record in records
-    ]
-    for update in updates:
-        _require_scales(update)
-    return updates
+        if encoded not in tensors:
+            raise DamagedUpdateError(f"{tensor} is of a client without a record")
+        tensors[encoded][rest] = entry
+    return [_published(name, header, r, tensors[encode_client(r.client)]) for r in records]
 
 
-def _require_scales(update: Published) -> None:
-    for tensor in update.shapes:
-        module = tensor.rpartition("|")[0]
-        if module not in update.record.scales:
-            raise DamagedUpdateError(f"client {update.record.client} says no scale for {module}")
+def _published(
+    name: str, header: Header, record: UpdateRecord, tensors: Mapping[str, Any]
+) -> Published:
+    types = {tensor: entry["dtype"] for tensor, entry in tensors.items()}
+    problem = _type_problem(types) or _number_problem(record, types)
+    if problem:
+        raise DamagedUpdateError(f"client {record.client}: {problem}")
+    shapes = {tensor: tuple(entry["shape"]) for tensor, entry in tensors.items()}
+    return Published(record=record, file=name, sha256=header.digest, shapes=shapes)
+
+
+def _type_problem(types: Mapping[str, str]) -> str | None:
+    """Say which tensor is of no type that can be aggregated, or which pair disagrees."""
+    for tensor, dtype in types.items():
+        module, _, factor = tensor.rpartition("|")
+        if dtype not in _FLOATS:
+            return f"{module} {factor} is of type {dtype}, need one of {', '.join(_FLOATS)}"
+        other = types.get(f"{module}|A", dtype)
+        if dtype != other:
+            return f"{module} {factor} is of type {dtype}, its A of type {other}: need one type"
+    return None
+
+
+def _number_problem(record: UpdateRecord, tensors: Iterable[str]) -> str | None:
+    """Say which module's recorded scale or norms cannot be used; a failed update has no tensors."""
+    for module in sorted({tensor.rpartition("|")[0] for tensor in tensors}):
+        scale = record.scales.get(module)
+        if scale is None or not math.isfinite(scale):
+            return f"{module} has the scale {scale}, need a finite number"
+        norms = record.norms.get(module)
+        if norms is not None and not all(0 <= norm < math.inf for norm in norms):
+            return f"{module} has the norms {norms} of A and B, need finite numbers >= 0"
+    return None
 
 
 @dataclass(kw_only=True)
@@ -159,7 +199,7 @@ class UpdateScanner:
     _known: dict[str, list[Published]] = field(default_factory=dict)
     _unread: set[str] = field(default_factory=set)
     _published: dict[str, Published] = field(default_factory=dict)
-    _duplicates: int = 0
+    _duplicates: list[Published] = field(default_factory=list)
     _failed: int = 0
     _folders: dict[str, _Folder] = field(default_factory=dict)
     _shapes: dict[frozenset[tuple[str, tuple[int, ...]]], Shapes] = field(default_factory=dict)
@@ -182,7 +222,7 @@ class UpdateScanner:
         return Scan(
             published=MappingProxyType(self._published),
             damaged=damaged,
-            duplicates=self._duplicates,
+            duplicates=tuple(self._duplicates),
             failed=self._failed,
         )
 
@@ -232,7 +272,7 @@ class UpdateScanner:
     def _count(self, found: Iterable[Published]) -> None:
         for update in found:
             if update.record.client in self._published:
-                self._duplicates += 1
+                self._duplicates.append(update)
                 continue
             self._published[update.record.client] = update
             self._failed += update.record.status == "failed"
@@ -240,15 +280,15 @@ class UpdateScanner:
     def _recount(self) -> None:
         # a new mapping: scans that were given out keep what they saw
         self._published = {}
-        self._duplicates = self._failed = 0
+        self._duplicates = []
+        self._failed = 0
         for name in sorted(self._known):
             self._count(self._known[name])
 
     def _read(self, name: str) -> list[Published]:
         found = read_update(self.round.updates / name)
         for update in found:
-            self._refuse_foreign(update.record)
-            if problem := self.problem(update):
+            if problem := self._foreign_problem(update.record) or self.problem(update):
                 raise DamagedUpdateError(f"client {update.record.client}: {problem}")
         return [replace(self._small(update), file=name) for update in found]
 
@@ -257,13 +297,13 @@ class UpdateScanner:
         record = update.record.model_copy(update={"scales": {}, "norms": {}})
         return replace(update, record=record, shapes=shapes)
 
-    def _refuse_foreign(self, record: UpdateRecord) -> None:
-        if record.run_id != self.run_id:
-            raise DamagedUpdateError(f"it belongs to run {record.run_id}")
-        if record.round != self.round.number:
-            raise DamagedUpdateError(f"it belongs to round {record.round}")
-        if record.base_fingerprint != self.base_fingerprint:
-            raise DamagedUpdateError("it was trained on another base model")
+    def _foreign_problem(self, record: UpdateRecord) -> str | None:
+        wanted = (self.run_id, self.round.number, self.base_fingerprint)
+        found = (record.run_id, record.round, record.base_fingerprint)
+        for what, is_, need in zip(("run", "round", "base model"), found, wanted, strict=True):
+            if is_ != need:
+                return f"it is of {what} {is_}, need {need}"
+        return None
 
 
 def update_files(paths: RoundPaths) -> list[str]:
@@ -312,3 +352,10 @@ def shape_problem(
             return f"{name.replace('|', ' ')} has shape {update.shapes.get(name)}, need {shape}"
     extra = sorted(set(update.shapes) - set(expected))
     return f"{extra[0].replace('|', ' ')} was not asked for" if extra else None
+
+
+def norm_problem(update: Published) -> str | None:
+    """Say which module's norms an update does not record, or None."""
+    modules = {tensor.rpartition("|")[0] for tensor in update.shapes}
+    missing = sorted(modules - update.record.norms.keys())
+    return f"{missing[0]} has no norms of A and B in its record" if missing else None

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import TensorFile, UpdateFile, publish_update
 from fedllm.storage.updates import (
     UpdateScanner,
+    norm_problem,
     read_records,
+    read_scanned,
     read_update,
     shape_problem,
     tensor_name,
@@ -213,24 +216,104 @@ def test_another_tensor_file_is_not_an_update(paths: RoundPaths) -> None:
     rewritten(path, lambda header: header["__metadata__"].update(records="[]"))
     with pytest.raises(DamagedUpdateError, match="checksum"):
         read_update(path)
-    assert read_records(path) == []
+    with pytest.raises(DamagedUpdateError, match="of a client without a record"):
+        read_records(path)
     rewritten(path, lambda header: header["__metadata__"].update(records='[{"client": "a"}]'))
     with pytest.raises(DamagedUpdateError, match="records are not valid"):
         read_records(path)
 
 
-def test_tensors_that_are_not_numbers_with_a_fraction_are_refused(paths: RoundPaths) -> None:
+def send(paths: RoundPaths, client: str, pair: tuple[torch.Tensor, torch.Tensor]) -> Path:
     path = paths.update(attempt=1, bundle=0, part=0)
-    pair = (torch.ones(2, 6, dtype=torch.int32), torch.ones(4, 2))
-    publish_update(path, [record_of("a")], {"a": {"layers.0.q_proj": pair}})
-    with pytest.raises(DamagedUpdateError, match="is of type I32"):
+    publish_update(path, [record_of(client)], {client: {"layers.0.q_proj": pair}})
+    return path
+
+
+def test_tensors_that_are_not_numbers_with_a_fraction_are_refused(paths: RoundPaths) -> None:
+    path = send(paths, "a", (torch.ones(2, 6, dtype=torch.int32), torch.ones(4, 2)))
+    words = r"client a: layers\.0\.q_proj A is of type I32, need one of F64, F32, BF16, F16"
+    with pytest.raises(DamagedUpdateError, match=words):
         read_update(path)
 
 
-def test_a_module_without_a_scale_is_refused(paths: RoundPaths) -> None:
-    path = publish(paths, "a", scales={"layers.0.q_proj": 2.0})
-    with pytest.raises(DamagedUpdateError, match=r"client a says no scale for layers\.0\.up_proj"):
+def test_factors_of_two_types_are_refused(paths: RoundPaths) -> None:
+    path = send(paths, "a", (torch.ones(2, 6), torch.ones(4, 2, dtype=torch.bfloat16)))
+    words = r"client a: layers\.0\.q_proj B is of type BF16, its A of type F32: need one type"
+    with pytest.raises(DamagedUpdateError, match=words):
         read_update(path)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        assert read_update(
+            send(paths, "a", (torch.ones(2, 6).to(dtype), torch.ones(4, 2).to(dtype)))
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scales": {"layers.0.q_proj": 2.0}}, "layers.0.up_proj has the scale None"),
+        (
+            {"scales": dict.fromkeys(RANKS, float("nan"))},
+            "layers.0.q_proj has the scale nan, need a finite number",
+        ),
+        (
+            {"norms": {"layers.0.up_proj": (1.0, float("nan"))}},
+            "layers.0.up_proj has the norms (1.0, nan) of A and B, need finite numbers >= 0",
+        ),
+        (
+            {"norms": {"layers.0.q_proj": (float("inf"), 1.0)}},
+            "layers.0.q_proj has the norms (inf, 1.0) of A and B",
+        ),
+        ({"norms": {"layers.0.q_proj": (1.0, -1.0)}}, "layers.0.q_proj has the norms (1.0, -1.0)"),
+    ],
+)
+def test_scales_and_norms_that_cannot_be_used_are_refused(
+    paths: RoundPaths, changes: dict[str, object], words: str
+) -> None:
+    path = publish(paths, "a", **changes)
+    with pytest.raises(DamagedUpdateError, match=re.escape(f"client a: {words}")):
+        read_update(path)
+    assert scanner(paths).scan().damaged.keys() == {path.name}
+
+
+def test_a_failed_client_may_record_norms_that_are_not_finite(paths: RoundPaths) -> None:
+    path = paths.update(attempt=1, bundle=0, part=0)
+    norms = {"layers.0.q_proj": (float("nan"), 1.0)}
+    publish_update(path, [record_of("a", status="failed", reason="diverged", norms=norms)], {})
+    assert set(scanner(paths).scan().published) == {"a"}
+
+
+def test_missing_norms_are_named(paths: RoundPaths) -> None:
+    (whole,) = read_update(publish(paths, "a"))
+    assert norm_problem(whole) is None
+    (update,) = read_update(publish(paths, "a", norms={"layers.0.q_proj": (1.0, 1.0)}))
+    assert norm_problem(update) == "layers.0.up_proj has no norms of A and B in its record"
+
+
+def test_tensors_need_the_record_of_their_client(paths: RoundPaths) -> None:
+    path = paths.update(attempt=1, bundle=0, part=0)
+    publish_update(path, [record_of("a")], {c: tensors_of(c) for c in ("a", "b")})
+    words = r"b\|layers\.0\.q_proj\|A is of a client without a record"
+    with pytest.raises(DamagedUpdateError, match=words):
+        read_update(path)
+
+
+def test_two_records_of_one_client_in_a_file_are_refused(paths: RoundPaths) -> None:
+    path = paths.update(attempt=1, bundle=0, part=0)
+    records = [record_of("a"), record_of("b"), record_of("a", rows=70)]
+    publish_update(path, records, {c: tensors_of(c) for c in "ab"})
+    with pytest.raises(DamagedUpdateError, match="client a has two records"):
+        read_update(path)
+
+
+def test_a_scanned_file_is_read_again_by_its_header_if_it_is_still_the_same(
+    paths: RoundPaths,
+) -> None:
+    path = publish(paths, *CLIENTS)
+    sha256 = read_update(path)[0].sha256
+    assert read_scanned(path, sha256) == [record_of(client) for client in CLIENTS]
+    publish(paths, *CLIENTS, rows=8)
+    with pytest.raises(DamagedUpdateError, match="not the file that was scanned"):
+        read_scanned(path, sha256)
 
 
 def test_negative_rows_are_no_record(paths: RoundPaths) -> None:
@@ -247,7 +330,7 @@ def test_negative_rows_are_no_record(paths: RoundPaths) -> None:
 
 def test_without_a_folder_nothing_is_published(paths: RoundPaths) -> None:
     scan = scanner(paths).scan()
-    assert (scan.published, scan.damaged, scan.duplicates) == ({}, {}, 0)
+    assert (scan.published, scan.damaged, scan.duplicates) == ({}, {}, ())
 
 
 def test_a_scan_finds_what_is_published_and_passes_over_what_is_beside(paths: RoundPaths) -> None:
@@ -264,9 +347,9 @@ def test_a_scan_finds_what_is_published_and_passes_over_what_is_beside(paths: Ro
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"run_id": "other"}, "it belongs to run other"),
-        ({"round": 4}, "it belongs to round 4"),
-        ({"base_fingerprint": "other"}, "it was trained on another base model"),
+        ({"run_id": "other"}, "client a: it is of run other, need run"),
+        ({"round": 4}, "client a: it is of round 4, need 3"),
+        ({"base_fingerprint": "other"}, "client a: it is of base model other, need base"),
     ],
 )
 def test_foreign_updates_are_named_and_not_published(
@@ -281,9 +364,9 @@ def test_foreign_updates_are_named_and_not_published(
 
 def test_of_duplicates_the_first_counts_and_the_others_are_counted(paths: RoundPaths) -> None:
     first = publish(paths, *CLIENTS)
-    publish(paths, CLIENTS[1], attempt=2)
+    second = publish(paths, CLIENTS[1], attempt=2)
     scan = scanner(paths).scan()
-    assert scan.duplicates == 1
+    assert [(u.record.client, u.file) for u in scan.duplicates] == [(CLIENTS[1], second.name)]
     assert {update.file for update in scan.published.values()} == {first.name}
 
 
@@ -308,7 +391,7 @@ def test_forgetting_one_file_leaves_the_others_as_they_are(paths: RoundPaths) ->
     assert set(scans.scan().published) == {"a", "b", "c"}
     scans.forget(first.name)
     scan = scans.scan()
-    assert (set(scan.published), scan.duplicates) == ({"a", "b", "c"}, 0)
+    assert (set(scan.published), scan.duplicates) == ({"a", "b", "c"}, ())
     far.unlink()
     assert set(scans.scan().published) == {"a", "b"}
     first.unlink()
