@@ -88,9 +88,8 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
         cohort = draw(run, federation, number)
         if not paths.collection.exists():
             scan = train(run, federation, cohort)
-            if scan is None:
+            if scan is None or collect(run, cohort, scan) is None:
                 return False
-            collect(run, cohort, scan)
     return aggregate(run, number) is not None
 
 

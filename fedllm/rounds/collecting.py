@@ -1,9 +1,11 @@
 """Freeze what a round uses, before anything is computed from it."""
 
+from collections.abc import Mapping, Sequence
 from statistics import median_high
 
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_size
+from fedllm.rounds.outliers import Checked, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths, aside, attempts_of
@@ -17,11 +19,11 @@ from fedllm.storage.records import (
 from fedllm.storage.updates import Published, Scan, read_update
 
 
-def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
-    """Freeze the round's valid updates in the cohort's order.
+def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | None:
+    """Freeze the round's valid updates in the cohort's order; None: look at the files again.
 
     What arrives later is late: counted, never mixed in. Where an earlier collection was replaced
-    because a file was damaged, the same clients are taken again.
+    because a file was damaged, the same clients are taken again, clipped as they were.
 
     Raises:
         RunFailed: fewer valid updates than the quorum; names clients, reasons and logs.
@@ -30,22 +32,19 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
     frozen = CollectionRecord.find(paths.collection)
     if frozen:
         return frozen
-    before = replaced_clients(run, paths)
-    updates: list[CollectedUpdate] = []
-    failed: dict[str, str] = {}
-    environments: list[dict[str, str]] = []
-    for client in cohort.clients:
-        found = scan.published.get(client.id)
-        if found is None or (before is not None and client.id not in before):
-            continue
-        if found.record.status == "failed":
-            failed[client.id] = f"{found.record.reason} (log {found.record.log})"
-            continue
-        updates.append(_collected(found, client.tier))
-        for environment in (found.record.environment, *found.record.earlier_environments):
-            if environment not in environments:
-                environments.append(environment)
+    first = replaced_collection(run, paths)
+    taken = _taken(cohort, scan, {u.client for u in first.updates} if first else None)
+    updates = [_collected(taken[c.id], c.tier) for c in cohort.clients if c.id in taken]
+    try:
+        checked = _as_before(first, updates) if first else check_outliers(run, paths, updates)
+    except UnreadableUpdateError as error:
+        # it was whole when it was scanned: the next scan finds what it is now
+        run.say(f"round {cohort.round}: {error}")
+        run.scanners[cohort.round].forget(error.file)
+        return None
+    updates, failed = checked.updates, {**checked.rejected, **_failures(cohort, scan)}
     _require_quorum(run, cohort, len(updates), failed)
+    environments = _environments([taken[update.client] for update in updates])
     collection = CollectionRecord(
         round=cohort.round,
         lease=run.lease.number,
@@ -57,14 +56,66 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord:
         tiers=tier_mix(cohort, scan, {update.client for update in updates}),
         startup_seconds=_startup_seconds(paths),
     )
-    run.say(f"round {cohort.round}: collected {_told(collection)}")
-    if len(environments) > 1:
-        run.say(
-            f"round {cohort.round}: clients trained in {len(environments)} environments, so "
-            "a rerun need not be bit-identical; collection.json lists them"
-        )
+    _tell(run, collection, scan, checked.rejected)
     run.publish(collection, paths.collection)
     return collection
+
+
+def _taken(cohort: CohortRecord, scan: Scan, before: set[str] | None) -> dict[str, Published]:
+    """Return the valid updates, of a replaced collection those of its clients."""
+    found = {c.id: scan.published[c.id] for c in cohort.clients if c.id in scan.published}
+    return {
+        client: update
+        for client, update in found.items()
+        if update.record.status == "ok" and (before is None or client in before)
+    }
+
+
+def _failures(cohort: CohortRecord, scan: Scan) -> dict[str, str]:
+    """Return why clients failed to train."""
+    found = [scan.published[c.id].record for c in cohort.clients if c.id in scan.published]
+    return {
+        record.client: f"{record.reason} (log {record.log})"
+        for record in found
+        if record.status == "failed"
+    }
+
+
+def _as_before(first: CollectionRecord, updates: Sequence[CollectedUpdate]) -> Checked:
+    """Treat a replaced collection's clients as it did: with others left out the median differs."""
+    clips = {update.client: update.clipped for update in first.updates}
+    return Checked(
+        updates=[clipped(update, clips[update.client]) for update in updates],
+        rejected=first.failed,
+    )
+
+
+def _environments(taken: Sequence[Published]) -> list[dict[str, str]]:
+    """Return the different environments that clients trained in, in the order they are met."""
+    found: list[dict[str, str]] = []
+    for update in taken:
+        for environment in (update.record.environment, *update.record.earlier_environments):
+            if environment not in found:
+                found.append(environment)
+    return found
+
+
+def _tell(run: Run, collection: CollectionRecord, scan: Scan, rejected: Mapping[str, str]) -> None:
+    number = collection.round
+    for update in scan.duplicates:
+        counts = scan.published[update.record.client].file
+        run.say(
+            f"round {number}: {update.file}: client {update.record.client} sent another update; "
+            f"that of {counts} counts"
+        )
+    for client, why in rejected.items():
+        run.say(f"round {number}: {client} is left out: {why}")
+    run.say(f"round {number}: collected {_told(collection)}")
+    if len(collection.environments) > 1:
+        run.say(
+            f"round {number}: clients trained in {len(collection.environments)} environments, so "
+            "a rerun need not be bit-identical; collection.json lists them"
+        )
 
 
 def tier_mix(cohort: CohortRecord, scan: Scan, used: set[str]) -> dict[str, TierMix]:
@@ -135,10 +186,15 @@ def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
     return None if found and found[0].sha256 == sha256 else "not the file that was collected"
 
 
+def replaced_collection(run: Run, paths: RoundPaths) -> CollectionRecord | None:
+    """Return the first collection that was replaced, if any was."""
+    first = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
+    return run.find(CollectionRecord, first)
+
+
 def replaced_clients(run: Run, paths: RoundPaths) -> set[str] | None:
     """Return the clients of the first collection that was replaced, if any was."""
-    first = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
-    record = run.find(CollectionRecord, first)
+    record = replaced_collection(run, paths)
     return {update.client for update in record.updates} if record else None
 
 

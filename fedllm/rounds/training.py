@@ -21,7 +21,7 @@ from fedllm.rounds.waves import send_waves
 from fedllm.storage.paths import AttemptPaths, RoundPaths, aside
 from fedllm.storage.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
-from fedllm.storage.updates import Published, Scan, shape_problem
+from fedllm.storage.updates import Published, Scan, norm_problem, shape_problem
 
 # the longest pause between looks at workers, in multiples of `scheduler.query_seconds`
 _MOST_QUERIES = 5
@@ -87,7 +87,9 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
         tier = tiers.get(update.record.client)
         if tier is None:
             return "it is not in the cohort"
-        return shape_problem(update, cohort.ranks[tier], sides)
+        problem = shape_problem(update, cohort.ranks[tier], sides)
+        needed = run.config.aggregation.outliers != "keep"
+        return problem or (norm_problem(update) if needed else None)
 
     scanner = run.scanner(cohort, problem)
     scan = scanner.scan()

@@ -68,7 +68,8 @@ def config_of(**changes: object) -> Config:
 class Simulation:
     """The callable behind an inline scheduler; `diverging` clients send what is not finite.
 
-    After `limit` clients none is trained any more.
+    After `limit` clients none is trained any more. `loud` clients' changes are that many times as
+    large; `spoil` changes what clients record.
     """
 
     def __init__(self, diverging: Sequence[str] = (), log: Callable[[str], None] = print) -> None:
@@ -78,6 +79,8 @@ class Simulation:
         self.data_fingerprint = "data"
         self.misshapen = 0
         self.limit: int | None = None
+        self.loud: dict[str, float] = {}
+        self.spoil: Callable[[UpdateRecord], UpdateRecord] = lambda record: record
         self.before: Callable[[str, Path], int | None] = lambda _program, _target: None
 
     def __call__(self, program: str, argv: Sequence[str], task: str, log: Path) -> int:
@@ -189,9 +192,10 @@ class Simulation:
             rank = cohort.ranks[tier][name] + (self.misshapen > 0)
             a_RI = torch.randn(rank, module.in_features, generator=draw)
             b_OR = torch.randn(module.out_features, rank, generator=draw)
-            tensors[name] = (a_RI, b_OR)
+            tensors[name] = (a_RI, self.loud.get(client, 1.0) * b_OR)
         self.misshapen = max(0, self.misshapen - 1)
-        return record, tensors
+        norms = {name: (float(a.norm()), float(b.norm())) for name, (a, b) in tensors.items()}
+        return self.spoil(record.model_copy(update={"norms": norms})), tensors
 
     def evaluate(self, paths: RoundPaths) -> None:
         """Publish scores that say nothing."""

@@ -1,6 +1,7 @@
 """The story of a run, its failures and its recovery, without a language model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from fedllm.reporting.status import run_status
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.opening import open_run, resumed_config
 from fedllm.scheduling.inline import InlineScheduler
-from fedllm.storage.paths import RunPaths
+from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import (
     CollectionRecord,
     ErrorRecord,
@@ -280,3 +281,24 @@ def test_an_update_of_the_wrong_shape_is_not_counted(
     complete(root, simulation)
     assert states(root) == undisturbed
     assert any("has shape" in line for line in said)
+
+
+class SendingTwice(Simulation):
+    """A simulation whose first bundle of a round is published once more, by another name."""
+
+    def work(self, attempt: AttemptPaths, worker_class: str, task: str) -> None:
+        super().work(attempt, worker_class, task)
+        for path in attempt.root.parents[1].glob("updates/01-000-00.safetensors"):
+            shutil.copy(path, path.with_name("01-000-01.safetensors"))
+
+
+def test_an_update_that_came_twice_is_told_and_counts_once(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    said = list[str]()
+    complete(tmp_path / "run", SendingTwice(log=said.append))
+    assert states(tmp_path / "run") == undisturbed
+    told = [line for line in said if "sent another update" in line]
+    assert len(told) == 4
+    assert told[0].startswith("round 1: 01-000-01.safetensors: client ")
+    assert told[0].endswith("that of 01-000-00.safetensors counts")
