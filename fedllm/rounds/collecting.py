@@ -16,7 +16,7 @@ from fedllm.storage.records import (
     TaskRecord,
     TierMix,
 )
-from fedllm.storage.updates import Published, Scan, read_update
+from fedllm.storage.updates import Published, Scan, check_update
 
 
 def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | None:
@@ -152,7 +152,8 @@ def _startup_seconds(paths: RoundPaths) -> float | None:
 def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
     """Put a collection aside whose files cannot be read as they were frozen.
 
-    The damaged files are set aside too; their clients train again and, being functions of their
+    Asked once an aggregation failed, for it reads every tensor: scans read headers alone. The
+    damaged files are set aside too; their clients train again and, being functions of their
     identity, send the same update.
     """
     collection = CollectionRecord.read(paths.collection)
@@ -178,7 +179,7 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
 
 def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
     try:
-        found = read_update(paths.updates / name)
+        found = check_update(paths.updates / name)
     except FileNotFoundError:
         return "missing"
     except DamagedUpdateError as error:

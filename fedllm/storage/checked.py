@@ -70,12 +70,34 @@ def metadata_of(records: str, layout: Layout, digests: Mapping[str, str]) -> dic
     }
 
 
-def read_header(file: BinaryIO) -> Header:
-    """Read the header of a file, whose checksum is not compared.
+def read_checked_header(file: BinaryIO) -> Header:
+    """Read the header of a file: its checksum tells which file it is, its digests are not compared.
 
     Raises:
-        DamagedUpdateError: it is truncated or no such file.
+        DamagedUpdateError: it is truncated, altered or no such file.
     """
+    header = _read_header(file)
+    if digest_of(header.records, header.layout, header.digests) != header.digest:
+        raise DamagedUpdateError("its header's checksum does not match")
+    return header
+
+
+def read_whole(file: BinaryIO) -> Header:
+    """Read a file and compare everything in it with its checksum.
+
+    Raises:
+        DamagedUpdateError: it is truncated, altered or no such file.
+    """
+    header = read_checked_header(file)
+    for name in sorted(header.layout, key=header.place):
+        begin, end = header.place(name)
+        file.seek(begin)
+        if _digest_of_next(file, end - begin) != header.digests[name]:
+            raise DamagedUpdateError(f"the checksum of {name} does not match")
+    return header
+
+
+def _read_header(file: BinaryIO) -> Header:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     count = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -97,33 +119,6 @@ def read_header(file: BinaryIO) -> Header:
     whole = header.begin + header.data_bytes
     if size != whole:
         raise DamagedUpdateError(f"{size} bytes, its header says {whole}")
-    return header
-
-
-def read_checked_header(file: BinaryIO) -> Header:
-    """Read the header of a file: its checksum tells which file it is, its digests are not compared.
-
-    Raises:
-        DamagedUpdateError: it is truncated, altered or no such file.
-    """
-    header = read_header(file)
-    if digest_of(header.records, header.layout, header.digests) != header.digest:
-        raise DamagedUpdateError("its header's checksum does not match")
-    return header
-
-
-def read_whole(file: BinaryIO) -> Header:
-    """Read a file and compare everything in it with its checksum.
-
-    Raises:
-        DamagedUpdateError: it is truncated, altered or no such file.
-    """
-    header = read_checked_header(file)
-    for name in sorted(header.layout, key=header.place):
-        begin, end = header.place(name)
-        file.seek(begin)
-        if _digest_of_next(file, end - begin) != header.digests[name]:
-            raise DamagedUpdateError(f"the checksum of {name} does not match")
     return header
 
 

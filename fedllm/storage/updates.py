@@ -15,7 +15,6 @@ from fedllm.storage.checked import (
     DamagedUpdateError,
     Header,
     read_checked_header,
-    read_header,
     read_whole,
 )
 from fedllm.storage.paths import RoundPaths, encode_client
@@ -69,7 +68,27 @@ def records_text(records: Sequence[UpdateRecord]) -> str:
 
 
 def read_update(path: Path) -> list[Published]:
-    """Read the records of one update file and check that it is whole.
+    """Read the records of one update file by its header alone: its tensors stay unread.
+
+    The header's checksum covers the digests of the tensors, so it tells which file this is;
+    whoever reads a tensor compares it with its digest.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedUpdateError: it is truncated, its header was altered, or it is no update file.
+    """
+    with path.open("rb") as file:
+        header = read_checked_header(file)
+    return updates_in(path.name, header)
+
+
+def read_records(path: Path) -> list[UpdateRecord]:
+    """Read the records of one update file as `read_update` does."""
+    return [update.record for update in read_update(path)]
+
+
+def check_update(path: Path) -> list[Published]:
+    """Read one update file to its end and compare every tensor with its digest.
 
     Raises:
         FileNotFoundError: there is none.
@@ -78,32 +97,6 @@ def read_update(path: Path) -> list[Published]:
     with path.open("rb") as file:
         header = read_whole(file)
     return updates_in(path.name, header)
-
-
-def read_records(path: Path) -> list[UpdateRecord]:
-    """Read the records of one update file by its header alone: its tensors stay unread.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DamagedUpdateError: it is truncated or not an update file.
-    """
-    with path.open("rb") as file:
-        header = read_header(file)
-    return [update.record for update in updates_in(path.name, header)]
-
-
-def read_scanned(path: Path, sha256: str) -> list[UpdateRecord]:
-    """Read the records of the update file that was scanned with this checksum, by its header.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DamagedUpdateError: it is truncated, altered or another file by now.
-    """
-    with path.open("rb") as file:
-        header = read_checked_header(file)
-    if header.digest != sha256:
-        raise DamagedUpdateError("not the file that was scanned")
-    return [update.record for update in updates_in(path.name, header)]
 
 
 def updates_in(name: str, header: Header) -> list[Published]:
@@ -181,9 +174,10 @@ class _Folder:
 class UpdateScanner:
     """Scans a round's updates; a look costs what is new, whatever the round has already.
 
-    Files that were read once are not read again, folders that did not change are not listed
-    again. What is kept of an update is small: without scales and norms, which are many in number
-    and which the aggregation reads from the files.
+    Of a file the header alone is read, and once; folders that did not change are not listed again.
+    Tensors that were altered are for the aggregation to find, which reads each of them anyway. What
+    is kept of an update is small: without scales and norms, which are many in number and which the
+    aggregation reads from the files.
 
     Args:
         round: the round.

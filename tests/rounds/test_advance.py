@@ -147,6 +147,30 @@ def test_a_damaged_update_is_named_and_its_clients_train_again(
     assert len(trained) == 6
 
 
+def test_tensors_altered_before_they_are_collected_are_found_by_the_aggregation(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    said, altered = list[str](), set[Path]()
+
+    class Altering(Simulation):
+        def work(self, attempt: AttemptPaths, worker_class: str, task: str) -> None:
+            super().work(attempt, worker_class, task)
+            sent = attempt.root.parents[1] / "updates/01-000-00.safetensors"
+            if sent.exists() and sent not in altered:
+                altered.add(sent)
+                content = sent.read_bytes()
+                sent.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    simulation = Altering(log=said.append)
+    complete(tmp_path / "run", simulation)
+    assert states(tmp_path / "run") == undisturbed
+    told = [line for line in said if "its clients train again" in line]
+    assert len(told) == 2  # once a round
+    assert all("the checksum of" in line for line in told)
+    # the scan took them as they were
+    assert sum("collected all 4 clients" in line for line in said) == 4
+
+
 def test_a_coordinator_killed_while_it_sets_a_collection_aside_goes_on(
     tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

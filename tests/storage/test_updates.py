@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ import pytest
 import torch
 
 from fedllm.errors import AdapterError
-from fedllm.storage.checked import DamagedUpdateError
+from fedllm.storage.checked import (
+    DIGEST,
+    DIGESTS,
+    METADATA,
+    RECORDS,
+    DamagedUpdateError,
+    digest_of,
+    read_whole,
+)
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import TensorFile, UpdateFile, publish_update
 from fedllm.storage.updates import (
+    Published,
     UpdateScanner,
-    norm_problem,
+    check_update,
     read_records,
     read_scanned,
     read_update,
@@ -41,6 +51,7 @@ def scanner(paths: RoundPaths) -> UpdateScanner:
 def test_an_update_is_read_as_it_was_published(paths: RoundPaths) -> None:
     path = publish(paths, *CLIENTS)
     found = read_update(path)
+    assert found == check_update(path)
     assert [update.record for update in found] == [record_of(client) for client in CLIENTS]
     assert read_records(path) == [update.record for update in found]
     with TensorFile(path) as file:
@@ -144,21 +155,52 @@ def test_a_truncated_file_is_damaged_wherever_it_ends(paths: RoundPaths) -> None
 def test_an_altered_byte_is_found_wherever_it_is(paths: RoundPaths) -> None:
     path = publish(paths, CLIENTS[0])
     whole = path.read_bytes()
-    before = read_update(path)
+    before = check_update(path)
+    tensors_begin = 8 + int.from_bytes(whole[:8], "little")
     flips = random.Random(0)
     with path.open("r+b", buffering=0) as file:
         for place, byte in enumerate(whole):
             # a letter of the other case, one bit, or any other byte
             flipped = flips.choice([0x20, 1 << flips.randrange(8), flips.randrange(1, 256)])
             os.pwrite(file.fileno(), bytes([byte ^ flipped]), place)
-            try:
-                found = read_update(path)
-            except DamagedUpdateError:
-                found = []
+            found, by_header = unless_damaged(check_update, path), unless_damaged(read_update, path)
             # the padding of the header says nothing
             assert not found or (found == before and byte == ord(" "))
+            assert by_header == (before if place >= tensors_begin else found)
             os.pwrite(file.fileno(), bytes([byte]), place)
-    assert read_update(path) == before
+    assert check_update(path) == before
+
+
+def unless_damaged(read: Callable[[Path], list[Published]], path: Path) -> list[Published]:
+    try:
+        return read(path)
+    except DamagedUpdateError:
+        return []
+
+
+def test_a_scan_reads_headers_and_leaves_tensors_to_the_aggregation(paths: RoundPaths) -> None:
+    path = publish(paths, "a")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    scan = scanner(paths).scan()
+    assert (set(scan.published), scan.damaged) == ({"a"}, {})
+    with pytest.raises(DamagedUpdateError, match=r"the checksum of a\|.* does not match"):
+        check_update(path)
+
+
+def resealed(path: Path, records: Callable[[str], str]) -> None:
+    """Change the records of an update file and make its checksum fit."""
+
+    def change(header: dict[str, Any]) -> None:
+        metadata = header.pop(METADATA)
+        layout, text = dict(header), records(metadata[RECORDS])
+        names, digests = sorted(layout), metadata[DIGESTS]
+        each = {name: digests[64 * n : 64 * n + 64] for n, name in enumerate(names)}
+        header[METADATA] = metadata | {RECORDS: text, DIGEST: digest_of(text, layout, each)}
+
+    rewritten(path, change)
+    with path.open("rb") as file:
+        read_whole(file)
 
 
 def rewritten(path: Path, change: Any) -> Path:
@@ -215,10 +257,10 @@ def test_another_tensor_file_is_not_an_update(paths: RoundPaths) -> None:
     path = publish(paths, "a")
     rewritten(path, lambda header: header["__metadata__"].update(records="[]"))
     with pytest.raises(DamagedUpdateError, match="checksum"):
-        read_update(path)
-    with pytest.raises(DamagedUpdateError, match="of a client without a record"):
         read_records(path)
-    rewritten(path, lambda header: header["__metadata__"].update(records='[{"client": "a"}]'))
+    resealed(path, lambda _: "[]")
+    assert read_records(path) == []
+    resealed(path, lambda _: '[{"client": "a"}]')
     with pytest.raises(DamagedUpdateError, match="records are not valid"):
         read_records(path)
 
@@ -318,12 +360,7 @@ def test_a_scanned_file_is_read_again_by_its_header_if_it_is_still_the_same(
 
 def test_negative_rows_are_no_record(paths: RoundPaths) -> None:
     path = publish(paths, "a")
-    rewritten(
-        path,
-        lambda header: header["__metadata__"].update(
-            records=header["__metadata__"]["records"].replace('"rows":7', '"rows":-7')
-        ),
-    )
+    resealed(path, lambda records: records.replace('"rows":7', '"rows":-7'))
     with pytest.raises(DamagedUpdateError, match="records are not valid"):
         read_records(path)
 
