@@ -111,5 +111,47 @@ def truncation_error(*, total_energy: float, s_R: Tensor, rank: int) -> float:
     return math.sqrt(max(0.0, total_energy - _energy(s_R, rank)))
 
 
+def effective_rank(*, total_energy: float, s_R: Tensor) -> float:
+    """Return over how many directions the energy spreads: exp of its Shannon entropy.
+
+    The exponential is that of Roy & Vetterli (EUSIPCO 2007, "The effective rank"), the shares are
+    those of the energy, sigma^2 over its sum, as Alter et al. (PNAS 97, 2000) take them: what was
+    not computed is known by its energy alone. It counts as directions as large as the last one
+    that was computed, the fewest that can hold it: the result is at most the whole spectrum's.
+    Between 1 and the rank; 0 where there is no energy.
+    """
+    energies_R = s_R.double().square()
+    total = max(total_energy, float(energies_R.sum()))
+    shares_R = energies_R / total if total else energies_R
+    shares_R = shares_R[shares_R > 0]
+    if not len(shares_R):
+        return 0.0
+    tail = max(0.0, 1.0 - float(shares_R.sum()))
+    entropy = -float((shares_R * shares_R.log()).sum()) - tail * math.log(float(shares_R[-1]))
+    return math.exp(entropy)
+
+
+def alive_directions(spectral: Spectral) -> Tensor:
+    """Return the right singular vectors of the directions that live, none where all S is zero."""
+    return spectral.vh_RI[spectral.s_R > DEAD_BELOW * spectral.s_R[:1]]
+
+
+def overlap(one_RI: Tensor, other_RI: Tensor, *, rank: int) -> float | None:
+    """Return the mean squared cosine of the angles between two leading right singular spaces.
+
+    1 where the spaces of the first `rank` vectors are the same, `rank` / I on average for random
+    ones. None where either has fewer.
+
+    Args:
+        one_RI: orthonormal rows, from the largest singular value; of any number.
+        other_RI: the same of another change.
+        rank: the dimension of both spaces.
+    """
+    if min(len(one_RI), len(other_RI)) < rank:
+        return None
+    cosines_RR = one_RI[:rank].double() @ other_RI[:rank].to(one_RI.device).double().mT
+    return min(1.0, float(cosines_RR.square().sum()) / rank)
+
+
 def _energy(s_R: Tensor, rank: int) -> float:
     return float(s_R[:rank].double().square().sum())

@@ -3,15 +3,35 @@
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from fedllm.aggregation.decomposition import Decomposition
-from fedllm.lora.spectral import energy_kept, truncation_error
+from fedllm.lora.spectral import (
+    alive_directions,
+    effective_rank,
+    energy_kept,
+    overlap,
+    truncation_error,
+)
 from fedllm.methods.protocol import ModuleDiagnostics, RankDiagnostics
 
 
 def diagnose(
-    decomposition: Decomposition, *, ranks: Sequence[int], stacked_rank: int
+    decomposition: Decomposition,
+    *,
+    ranks: Sequence[int],
+    stacked_rank: int,
+    before: Tensor | None = None,
 ) -> ModuleDiagnostics:
-    """Return the spectrum and, for each of `ranks` once and ascending, what it keeps."""
+    """Return the spectrum and, for each of `ranks` once and ascending, what it keeps.
+
+    Args:
+        decomposition: of the aggregated change.
+        ranks: what anyone receives.
+        stacked_rank: of the problem.
+        before: (K, I), the right singular vectors of the change before the round that live, from
+            the largest singular value.
+    """
     s_R, energy = decomposition.spectral.s_R, decomposition.total_energy
     norm = math.sqrt(energy)
     rows = []
@@ -25,6 +45,7 @@ def diagnose(
                 relative_error=error / norm if norm else 0.0,
             )
         )
+    alive_RI = alive_directions(decomposition.spectral)
     return ModuleDiagnostics(
         spectrum=tuple(s_R.tolist()),
         total_energy=energy,
@@ -34,4 +55,7 @@ def diagnose(
         residual_energy=decomposition.certificate.residual_energy,
         relative_excess=decomposition.certificate.relative_excess,
         failure_probability=decomposition.certificate.failure_probability,
+        effective_rank=effective_rank(total_energy=energy, s_R=s_R),
+        beyond_smallest_rank=1.0 - rows[0].energy_kept,
+        overlap=None if before is None else overlap(alive_RI, before, rank=rows[0].rank),
     )

@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.decomposition import Decomposition, Partial, Problem
 from fedllm.aggregation.routes import truncated_svd
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Block, Factors, ModuleShape, initial_a, scale_of, stack
+from fedllm.lora.spectral import alive_directions
 from fedllm.methods.diagnostics import diagnose
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.state import carried
@@ -105,11 +106,11 @@ class FactorMean(Method):
         ranks: Sequence[int],
     ) -> list[ModuleAggregate]:
         """Return sum_i p_i A_i and sum_i p_i B_i; the diagnostics are those of their product."""
-        del before  # an update is the client's whole adapter
         if set(ranks) != {problem.rank}:
             raise AdapterError(
                 f"{modules[0]}: factor_mean has one rank for all, got {sorted(set(ranks))}"
             )
+        # an update is the client's whole adapter: the state before is only compared with
         blocks = iter(partials)
         first = next(blocks)
         a_GRI, b_GOR = first["A"].clone(), first["B"].clone()
@@ -117,19 +118,27 @@ class FactorMean(Method):
             a_GRI += block["A"]
             b_GOR += block["B"]
         return [
-            self._aggregate(module, a_RI / total, b_OR / total, ranks)
-            for module, a_RI, b_OR in zip(modules, a_GRI, b_GOR, strict=True)
+            self._aggregate(module, {"A": a_RI / total, "B": b_OR / total}, ranks, state)
+            for module, a_RI, b_OR, state in zip(modules, a_GRI, b_GOR, before, strict=True)
         ]
 
     def _aggregate(
-        self, module: str, a_RI: Tensor, b_OR: Tensor, ranks: Sequence[int]
+        self, module: str, mean: ModuleState, ranks: Sequence[int], before: ModuleState
     ) -> ModuleAggregate:
-        rank = a_RI.shape[0]
-        stacked = stack([Factors(a_RI=a_RI, b_OR=b_OR, scale=self._scale(rank))], [1.0])
         return ModuleAggregate(
-            state=carried(module, {"A": a_RI, "B": b_OR}),
-            diagnostics=diagnose(truncated_svd(stacked, rank=rank), ranks=ranks, stacked_rank=rank),
+            state=carried(module, mean),
+            diagnostics=diagnose(
+                self._product(mean),
+                ranks=ranks,
+                stacked_rank=mean["A"].shape[0],
+                before=alive_directions(self._product(before).spectral),
+            ),
         )
+
+    def _product(self, pair: ModuleState) -> Decomposition:
+        rank = pair["A"].shape[0]
+        factors = Factors(a_RI=pair["A"], b_OR=pair["B"], scale=self._scale(rank))
+        return truncated_svd(stack([factors], [1.0]), rank=rank)
 
     def base_delta(self, state: ModuleState) -> Tensor | None:
         """Return None: the base stays as it is."""

@@ -18,7 +18,7 @@ from fedllm.aggregation import routes
 from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Start
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Block, Factors, ModuleShape, initial_a, scale_of
-from fedllm.lora.spectral import Spectral, to_factors, with_live_directions
+from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
 from fedllm.methods.diagnostics import diagnose
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.state import carried
@@ -53,7 +53,7 @@ class FlexLora(Method):
 
     def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
         """Return the best approximation of the state at `rank`, all of S in B."""
-        spectral = Spectral(u_OR=state["U"], s_R=state["S"], vh_RI=state["Vh"])
+        spectral = _spectral(state)
         if rank > spectral.rank:
             raise AdapterError(
                 f"{module}: rank {rank} asked of a state of rank {spectral.rank}: ask for less"
@@ -84,12 +84,18 @@ class FlexLora(Method):
         start = Start(seed=seed_of(self.seed, "aggregation", modules[0]), near_GKI=_near(before))
         found = routes.decompose(partials, problem, total=total, start=start)
         return [
-            self._aggregate(module, each, problem=problem, ranks=ranks)
-            for module, each in zip(modules, found, strict=True)
+            self._aggregate(module, each, problem=problem, ranks=ranks, before=state)
+            for module, each, state in zip(modules, found, before, strict=True)
         ]
 
     def _aggregate(
-        self, module: str, found: Decomposition, *, problem: Problem, ranks: Sequence[int]
+        self,
+        module: str,
+        found: Decomposition,
+        *,
+        problem: Problem,
+        ranks: Sequence[int],
+        before: ModuleState,
     ) -> ModuleAggregate:
         shape = ModuleShape(out=problem.out, in_=problem.in_)
         live = with_live_directions(
@@ -100,7 +106,10 @@ class FlexLora(Method):
         return ModuleAggregate(
             state=carried(module, {"U": live.u_OR, "S": live.s_R, "Vh": live.vh_RI}),
             diagnostics=diagnose(
-                replace(found, spectral=live), ranks=ranks, stacked_rank=problem.stacked_rank
+                replace(found, spectral=live),
+                ranks=ranks,
+                stacked_rank=problem.stacked_rank,
+                before=alive_directions(_spectral(before)),
             ),
         )
 
@@ -110,8 +119,12 @@ class FlexLora(Method):
         return None
 
 
+def _spectral(state: ModuleState) -> Spectral:
+    return Spectral(u_OR=state["U"], s_R=state["S"], vh_RI=state["Vh"])
+
+
 def _near(before: Sequence[ModuleState]) -> Tensor | None:
     """Return the modules' right singular vectors, unless one has none yet."""
-    if not all("Vh" in state and bool(state["S"].any()) for state in before):
+    if not all(bool(state["S"].any()) for state in before):
         return None
     return torch.stack([state["Vh"] for state in before])

@@ -38,7 +38,10 @@ class ModuleDiagnostics:
     """How one module was aggregated: leading singular values, energy, errors per rank.
 
     `stacked_rank` is that of the problem; the certificate's fields are those of
-    `aggregation.decomposition.Certificate`.
+    `aggregation.decomposition.Certificate`. `beyond_smallest_rank` is the share of the energy
+    that the smallest of `ranks` misses, `effective_rank` and `overlap` (with the state before, in
+    the leading space of the smallest of `ranks`) are those of `lora.spectral`; `overlap` is None
+    where one of the two has a dead direction there, as all have before the first round.
     """
 
     spectrum: tuple[float, ...]
@@ -49,6 +52,9 @@ class ModuleDiagnostics:
     residual_energy: float
     relative_excess: float
     failure_probability: float
+    effective_rank: float
+    beyond_smallest_rank: float
+    overlap: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from fedllm.config.loading import read_config
 from fedllm.errors import FedllmError, RunDirectoryError, UserError
+from fedllm.reporting.spectra import last_spectra_table, rank_table
 from fedllm.reporting.summary import (
     bytes_table,
     last_evaluation,
-    rank_table,
     scores_by_tier,
 )
 from fedllm.reporting.tables import number, text_table
-from fedllm.storage.paths import RunPaths
+from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
     CohortRecord,
@@ -61,7 +61,7 @@ def compare(runs: Mapping[str, Path]) -> str:
         )
         for title, key in _SCORES
     ]
-    return "\n\n".join([*tables, *_last_tables(list(runs.values())[-1])])
+    return "\n\n".join([*tables, *_last_tables(runs)])
 
 
 def _tiers_of_all(evaluations: Sequence[EvaluationRecord]) -> dict[str, str]:
@@ -81,13 +81,20 @@ def _in_tiers(evaluation: EvaluationRecord, tiers: Mapping[str, str]) -> Evaluat
     return evaluation.model_copy(update={"clients": clients})
 
 
-def _last_tables(root: Path) -> list[str]:
-    paths = RunPaths(root=root)
-    last = paths.round(read_config(paths.config).rounds)
+def _last_tables(runs: Mapping[str, Path]) -> list[str]:
+    """Return tables about the last round of every run, and of the last run."""
+    ends = {name: _last_round(RunPaths(root=root)) for name, root in runs.items()}
+    records = {name: AggregateRecord.read(end.aggregate_record) for name, end in ends.items()}
+    last, prepared = list(runs)[-1], RunPaths(root=list(runs.values())[-1]).prepared
     return [
-        rank_table(AggregateRecord.read(last.aggregate_record)),
-        bytes_table(CohortRecord.read(last.cohort), PreparedRecord.read(paths.prepared)),
+        rank_table(records[last]),
+        last_spectra_table(records),
+        bytes_table(CohortRecord.read(ends[last].cohort), PreparedRecord.read(prepared)),
     ]
+
+
+def _last_round(paths: RunPaths) -> RoundPaths:
+    return paths.round(read_config(paths.config).rounds)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedllm.reporting.spectra import metrics_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (
@@ -82,6 +83,7 @@ def write_metrics(paths: RunPaths) -> None:
         aggregated = AggregateRecord.find(round_paths.aggregate_record)
         if aggregated:
             row["aggregate_seconds"] = aggregated.seconds
+            row |= metrics_of(aggregated)
         evaluation = EvaluationRecord.find(round_paths.evaluation_record)
         if evaluation:
             row["evaluation_complete"] = evaluation.complete

@@ -1,10 +1,10 @@
 """What a run achieved, as tables from its records."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from fedllm.config.loading import read_config
 from fedllm.reporting.metrics import Mean, by_group, by_tier, mean_scores
+from fedllm.reporting.spectra import rank_table, spectra_table
 from fedllm.reporting.tables import number, size, text_table
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
@@ -17,16 +17,6 @@ from fedllm.storage.records import (
 
 _FLOAT32_BYTES = 4
 ALL = "all"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankSummary:
-    """One rank over all modules of a round: energy kept and relative truncation error."""
-
-    rank: int
-    modules: int
-    energy_kept: float
-    truncation_error: float
 
 
 def scores_by_tier(evaluation: EvaluationRecord) -> dict[str, Mean]:
@@ -43,32 +33,6 @@ def last_evaluation(paths: RunPaths, rounds: int) -> EvaluationRecord | None:
         if found:
             return found
     return None
-
-
-def rank_summaries(record: AggregateRecord) -> list[RankSummary]:
-    """Return energy kept and truncation error per rank, over all modules of a round.
-
-    Energies of modules add up: a module counts by the energy of its change.
-    """
-    kept: dict[int, float] = {}
-    total: dict[int, float] = {}
-    modules: dict[int, int] = {}
-    for module in record.modules.values():
-        for quality in module.ranks:
-            rank = quality.rank
-            kept[rank] = kept.get(rank, 0.0) + quality.energy_kept * module.total_energy
-            modules[rank] = modules.get(rank, 0) + 1
-            total[rank] = total.get(rank, 0.0) + module.total_energy
-    shares = {rank: kept[rank] / total[rank] if total[rank] else 1.0 for rank in sorted(kept)}
-    return [
-        RankSummary(
-            rank=rank,
-            modules=modules[rank],
-            energy_kept=share,
-            truncation_error=max(0.0, 1.0 - share) ** 0.5,
-        )
-        for rank, share in shares.items()
-    ]
 
 
 def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
@@ -91,6 +55,9 @@ def run_summary(paths: RunPaths) -> str:
     aggregated = AggregateRecord.find(paths.round(config.rounds).aggregate_record)
     if aggregated:
         parts.append(rank_table(aggregated))
+    spectra = spectra_table(paths, config.rounds)
+    if spectra:
+        parts.append(spectra)
     cohort = CohortRecord.find(paths.round(config.rounds).cohort)
     prepared = PreparedRecord.find(paths.prepared)
     if cohort and prepared:
@@ -122,16 +89,6 @@ def _arrow(before: Mean | None, after: Mean) -> list[str]:
         (f"{number(getattr(before, name))} -> " if before else "") + number(getattr(after, name))
         for name in names
     ]
-
-
-def rank_table(record: AggregateRecord) -> str:
-    """Return energy kept and truncation error per rank as a table."""
-    rows = [
-        [str(s.rank), str(s.modules), f"{100 * s.energy_kept:.2f} %", number(s.truncation_error, 4)]
-        for s in rank_summaries(record)
-    ]
-    title = f"round {record.round}: what an adapter of each rank keeps of the aggregated update"
-    return text_table(title, ["rank", "modules", "energy kept", "relative truncation error"], rows)
 
 
 def bytes_table(cohort: CohortRecord, prepared: PreparedRecord) -> str:

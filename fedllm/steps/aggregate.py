@@ -213,6 +213,9 @@ def _recorded(result: ModuleAggregate) -> ModuleDiagnostics:
         residual_energy=found.residual_energy,
         relative_excess=found.relative_excess,
         failure_probability=found.failure_probability,
+        effective_rank=found.effective_rank,
+        beyond_smallest_rank=found.beyond_smallest_rank,
+        overlap=found.overlap,
         ranks=[
             RankQuality(
                 rank=quality.rank,

@@ -1,5 +1,7 @@
 """Laws of the spectral form: slices, signs, directions that can train."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,10 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape, delta, initial_a
 from fedllm.lora.spectral import (
     Spectral,
+    alive_directions,
+    effective_rank,
     energy_kept,
+    overlap,
     to_factors,
     truncate,
     truncation_error,
@@ -145,3 +150,68 @@ def test_energy_and_error_are_those_of_the_part_left_out() -> None:
 def test_no_energy_is_all_kept() -> None:
     assert energy_kept(total_energy=0.0, s_R=torch.zeros(2), rank=1) == 1.0
     assert truncation_error(total_energy=0.0, s_R=torch.zeros(2), rank=1) == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12).map(lambda s: sorted(s, reverse=True)),
+    st.integers(1, 12),
+    st.sampled_from([1.0, 1e-12, 1e12]),
+)
+def test_the_effective_rank_is_at_most_that_of_the_whole_spectrum(
+    values: list[float], kept: int, unit: float
+) -> None:
+    s = torch.tensor(values, dtype=torch.float64)
+    total = float(s.square().sum())
+    shares = s.square() / total
+    whole = math.exp(-float((shares * shares.log()).sum()))
+    assert effective_rank(total_energy=total, s_R=s) == pytest.approx(whole)
+    assert 1 - 1e-9 <= whole <= len(values) + 1e-9
+    short = effective_rank(total_energy=total, s_R=s[:kept])
+    assert short <= whole * (1 + 1e-9)
+    assert effective_rank(total_energy=unit**2 * total, s_R=unit * s[:kept]) == pytest.approx(short)
+
+
+def test_what_was_not_computed_counts_as_directions_of_the_last_ones_size() -> None:
+    assert effective_rank(total_energy=4.0, s_R=torch.ones(4)) == pytest.approx(4.0)
+    # four of eight equal ones: the rest is as it is taken to be
+    assert effective_rank(total_energy=8.0, s_R=torch.ones(4)) == pytest.approx(8.0)
+    assert effective_rank(total_energy=1.0, s_R=torch.tensor([1.0, 0.0])) == pytest.approx(1.0)
+    assert effective_rank(total_energy=1.0 - 1e-9, s_R=torch.ones(1)) == pytest.approx(1.0)
+
+
+def test_no_energy_has_no_effective_rank() -> None:
+    assert effective_rank(total_energy=0.0, s_R=torch.zeros(3)) == 0.0
+
+
+def test_a_direction_too_small_for_a_share_counts_for_nothing() -> None:
+    s = torch.tensor([1e100, 1e-100], dtype=torch.float64)
+    assert effective_rank(total_energy=1e200, s_R=s) == pytest.approx(1.0)
+
+
+def test_the_overlap_is_that_of_spaces_not_of_vectors() -> None:
+    draws = torch.Generator().manual_seed(0)
+    rows, _ = torch.linalg.qr(torch.randn(9, 6, generator=draws, dtype=torch.float64))
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=draws, dtype=torch.float64))
+    one = rows.mT
+    assert overlap(one, turn @ one[:3], rank=3) == pytest.approx(1.0)
+    assert overlap(one[:3], one[3:], rank=3) == pytest.approx(0.0, abs=1e-12)
+    angle = math.pi / 6
+    tilted = math.cos(angle) * one[0] + math.sin(angle) * one[5]
+    mixed = torch.stack([one[1], tilted])
+    assert overlap(one, mixed, rank=2) == pytest.approx((1 + math.cos(angle) ** 2) / 2)
+    assert overlap(mixed, one.float(), rank=2) == pytest.approx(overlap(one, mixed, rank=2))
+
+
+def test_spaces_of_fewer_directions_have_no_overlap() -> None:
+    eye = torch.eye(4)
+    assert overlap(eye[:1], eye, rank=2) is None
+    assert overlap(eye, eye[:1], rank=2) is None
+    assert overlap(eye, eye[:0], rank=1) is None
+
+
+def test_only_directions_that_live_are_compared() -> None:
+    spectral = Spectral(u_OR=torch.eye(3), s_R=torch.tensor([2.0, 1e-3, 1e-6]), vh_RI=torch.eye(3))
+    assert torch.equal(alive_directions(spectral), torch.eye(3)[:2])
+    nothing = Spectral(u_OR=torch.zeros(3, 3), s_R=torch.zeros(3), vh_RI=torch.eye(3))
+    assert len(alive_directions(nothing)) == 0

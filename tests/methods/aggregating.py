@@ -30,9 +30,10 @@ def aggregate(
     block_clients: int = 2,
 ) -> ModuleAggregate:
     """Return what the clients' updates of the module `m` come to."""
+    shape = factors[0].shape
     problem = Problem(
-        out=factors[0].shape.out,
-        in_=factors[0].shape.in_,
+        out=shape.out,
+        in_=shape.in_,
         stacked_rank=sum(item.rank for item in factors),
         rank=max(ranks),
     )
@@ -45,6 +46,6 @@ def aggregate(
         problem=problem,
         partials=[method.fold(block, problem) for block in blocks],
         total=sum(weights),
-        before=[before or {}],
+        before=[before or method.start_module(module="m", shape=shape, rank=max(ranks))],
         ranks=ranks,
     )[0]

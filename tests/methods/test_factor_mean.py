@@ -108,3 +108,16 @@ def test_the_state_gives_only_its_own_rank() -> None:
     for rank in (3, 5):
         with pytest.raises(AdapterError, match=f"^m: rank {rank} asked .* ask for 4"):
             METHOD.module_adapter(module="m", state=state, rank=rank)
+
+
+def test_the_overlap_is_that_of_the_products_of_two_rounds() -> None:
+    first = aggregated([client(1)], [1.0], [4])
+    assert first.diagnostics.overlap is None
+    # the same product, of other factors
+    turned = Factors(a_RI=2 * client(1).a_RI.flip(0), b_OR=client(1).b_OR.flip(1) / 2, scale=4.0)
+    again = aggregate(METHOD, [turned], [1.0], [4], before=first.state)
+    assert again.diagnostics.overlap == pytest.approx(1.0)
+    other = aggregate(METHOD, [client(2)], [1.0], [4], before=first.state)
+    rows = [torch.linalg.svd(delta(client(seed))).Vh[:4] for seed in (1, 2)]
+    expected = float((rows[0] @ rows[1].mT).square().sum()) / 4
+    assert other.diagnostics.overlap == pytest.approx(expected)

@@ -184,7 +184,7 @@ def test_modules_of_one_shape_are_aggregated_together_as_each_alone() -> None:
         problem=problem,
         partials=[METHOD.fold(together, problem)],
         total=6.0,
-        before=[{}, {}],
+        before=[METHOD.start_module(module=m, shape=SHAPE, rank=4) for m in "mn"],
         ranks=[4],
     )
     for result, factors in zip(found, modules, strict=True):
@@ -201,3 +201,45 @@ def test_what_was_found_before_changes_nothing_on_a_direct_route() -> None:
     for before in (METHOD.start_module(module="m", shape=SHAPE, rank=4), fresh):
         again = aggregate(METHOD, cohort.factors, cohort.weights, [4], before=before).state
         assert all(torch.equal(again[part], fresh[part]) for part in fresh)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cohort=cohorts(largest_side=12), data=st.data())
+def test_the_diagnostics_are_those_of_the_weighted_mean(
+    cohort: Cohort, data: st.DataObject
+) -> None:
+    largest = data.draw(st.integers(1, cohort.shape.largest_rank), label="largest rank")
+    smallest = data.draw(st.integers(1, largest), label="smallest rank")
+    found = aggregated(cohort, [largest, smallest]).diagnostics
+    s = torch.linalg.svdvals(cohort.dense())
+    energy = float(s.square().sum())
+    assert found.total_energy == pytest.approx(energy, rel=1e-9, abs=1e-12 * cohort.size() ** 2)
+    assert [row.rank for row in found.ranks] == sorted({smallest, largest})
+    beyond = float(s[smallest:].square().sum()) / energy if energy else 0.0
+    noise = 1e-9 * cohort.size() ** 2 / energy if energy else 0.0
+    assert found.beyond_smallest_rank == pytest.approx(beyond, abs=1e-9 + noise)
+    assert 0 <= found.effective_rank <= cohort.shape.largest_rank + 1e-6
+    assert bool(found.effective_rank) == bool(found.spectrum[0])
+    left_out = float(s[largest:].square().sum())
+    assert found.residual_energy == pytest.approx(left_out, abs=1e-9 * cohort.size() ** 2)
+    assert found.overlap is None  # nothing was trained before
+
+
+def test_the_overlap_with_the_round_before_is_of_the_smallest_ranks_space() -> None:
+    one, two = (random_factors(seed, out=10, in_=7, rank=5) for seed in (1, 2))
+    first = aggregate(METHOD, [one], [1.0], [2, 5])
+    same = aggregate(METHOD, [one], [7.0], [2, 5], before=first.state)
+    assert same.diagnostics.overlap == pytest.approx(1.0, abs=1e-5)
+    other = aggregate(METHOD, [two], [1.0], [2, 5], before=first.state)
+    leading = [torch.linalg.svd(delta(sent)).Vh[:2] for sent in (one, two)]
+    expected = float((leading[0] @ leading[1].mT).square().sum()) / 2
+    assert other.diagnostics.overlap == pytest.approx(expected, abs=1e-5)
+
+
+def test_dead_directions_have_no_overlap() -> None:
+    poor = random_factors(1, out=10, in_=7, rank=1)
+    rich = random_factors(2, out=10, in_=7, rank=5)
+    of_poor, of_rich = (aggregate(METHOD, [sent], [1.0], [2, 5]) for sent in (poor, rich))
+    for sent, before in ((rich, of_poor), (poor, of_rich)):
+        found = aggregate(METHOD, [sent], [1.0], [2, 5], before=before.state)
+        assert found.diagnostics.overlap is None

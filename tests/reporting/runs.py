@@ -8,12 +8,15 @@ from fedllm.storage.lease import Lease
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (
+    AggregateRecord,
     BundleRecord,
     ClaimRecord,
     ClientScores,
     CohortClient,
     CohortRecord,
     EvaluationRecord,
+    ModuleDiagnostics,
+    RankQuality,
     RunRecord,
     Scores,
     SubmissionRecord,
@@ -108,4 +111,36 @@ def evaluation(
             )
             for id_, score in scores.items()
         ],
+    )
+
+
+def module(energy: float, *, overlap: float | None = None, **kept: float) -> ModuleDiagnostics:
+    """Return a module's numbers: `r2=0.75` is the share that rank 2 keeps."""
+    return ModuleDiagnostics(
+        route="gram",
+        stacked_rank=8,
+        total_energy=energy,
+        spectrum=[1.0],
+        ranks=[
+            RankQuality(rank=int(rank[1:]), energy_kept=share, truncation_error=0.0)
+            for rank, share in kept.items()
+        ],
+        residual_energy=energy / 8,
+        relative_excess=energy / 1000,
+        effective_rank=1.5 * energy,
+        beyond_smallest_rank=1.0 - next(iter(kept.values())),
+        overlap=overlap,
+    )
+
+
+def aggregated(number: int, *modules: ModuleDiagnostics) -> AggregateRecord:
+    return AggregateRecord(
+        round=number,
+        method="flexlora",
+        rank={},
+        sha256="",
+        seconds=2.0,
+        clients=4,
+        device="cpu",
+        modules={str(n): m for n, m in enumerate(modules)},
     )

@@ -8,9 +8,7 @@ import pytest
 from fedllm.reporting.comparison import compare, main
 from fedllm.reporting.metrics import by_group, by_tier, headline, mean_scores, write_metrics
 from fedllm.reporting.summary import (
-    RankSummary,
     last_evaluation,
-    rank_summaries,
     run_summary,
     score_table,
     scores_by_tier,
@@ -18,42 +16,13 @@ from fedllm.reporting.summary import (
 )
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
-    AggregateRecord,
     EvaluationRecord,
-    ModuleDiagnostics,
-    RankQuality,
     RoundRecord,
 )
 from tests.planning.federations import MODULES
-from tests.reporting.runs import begin, draw, evaluation, prepare
+from tests.reporting.runs import aggregated, begin, draw, evaluation, module, prepare
 
 TIERS = {"a": "small", "b": "large", "d": "large"}
-
-
-def module(energy: float, **kept: float) -> ModuleDiagnostics:
-    return ModuleDiagnostics(
-        route="gram",
-        stacked_rank=8,
-        total_energy=energy,
-        spectrum=[1.0],
-        ranks=[
-            RankQuality(rank=int(rank[1:]), energy_kept=share, truncation_error=0.0)
-            for rank, share in kept.items()
-        ],
-    )
-
-
-def aggregated(number: int, *modules: ModuleDiagnostics) -> AggregateRecord:
-    return AggregateRecord(
-        round=number,
-        method="flexlora",
-        rank={},
-        sha256="",
-        seconds=2.0,
-        clients=4,
-        device="cpu",
-        modules={str(n): m for n, m in enumerate(modules)},
-    )
 
 
 def finished(root: Path, losses: dict[str, float], tiers: dict[str, str] = TIERS) -> RunPaths:
@@ -63,7 +32,8 @@ def finished(root: Path, losses: dict[str, float], tiers: dict[str, str] = TIERS
     draw(paths, 1)
     for number in (0, 1):
         here = paths.round(number)
-        aggregated(number, module(1.0, r2=0.75)).publish(here.aggregate_record)
+        modules = [module(1.0, r2=0.75)] if number else []
+        aggregated(number, *modules).publish(here.aggregate_record)
         scores = losses if number else dict.fromkeys(losses, 9.0)
         evaluation(number, scores, tiers).publish(here.evaluation_record)
         RoundRecord(round=number, lease=1, state_sha256="", clients=4).publish(here.record)
@@ -110,18 +80,9 @@ def test_metrics_are_a_line_per_round_that_is_done_rebuilt_from_the_records(
     assert (rows[1]["dev_loss"], rows[1]["dev_exact_match"]) == (2.0, 0.5)
     assert (rows[1]["aggregate_seconds"], rows[1]["evaluation_complete"]) == (2.0, True)
     assert "dev_loss" not in rows[2]
-
-
-def test_energies_of_modules_add_up() -> None:
-    found = rank_summaries(aggregated(1, module(3.0, r2=1.0, r8=1.0), module(1.0, r2=0.0, r8=0.5)))
-    assert found == [
-        RankSummary(rank=2, modules=2, energy_kept=0.75, truncation_error=0.5),
-        RankSummary(rank=8, modules=2, energy_kept=0.875, truncation_error=0.125**0.5),
-    ]
-    nothing = rank_summaries(aggregated(1, module(0.0, r2=0.0)))
-    assert nothing == [RankSummary(rank=2, modules=1, energy_kept=1.0, truncation_error=0.0)]
-    rounded = rank_summaries(aggregated(1, module(1.0, r2=1.0 + 1e-12)))
-    assert rounded[0].truncation_error == 0.0
+    assert (rows[1]["beyond_smallest_rank"], rows[1]["energy_kept_rank_2"]) == (0.25, 0.75)
+    assert rows[1]["overlap"] is None
+    assert "energy_kept_rank_2" not in rows[0]
 
 
 def test_a_client_sends_both_factors_in_float32() -> None:
@@ -144,6 +105,8 @@ def test_a_run_ends_with_scores_ranks_bytes_and_what_to_try_next(tmp_path: Path)
     assert "scores as deployed, base -> round 1 (mean over clients)" in lines
     assert any(line.split()[:4] == ["small", "1", "9.000", "->"] for line in lines)
     assert any(line.split() == ["2", "1", "75.00", "%", "0.5000"] for line in lines)
+    assert "how the aggregated update spreads" in text
+    assert any(line.split() == ["1", "1.50", "25.00", "%", "-"] for line in lines)
     assert "what a client sends per round" in text
     assert f"fedllm resume {tmp_path} --set rounds=3" in text
 
@@ -183,6 +146,11 @@ def test_runs_are_compared_on_the_clients_that_all_have_scored_in_the_tiers_of_t
     one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0, "only one": 100.0})
     two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0, "only two": 100.0}, {"a": "x", "b": "y"})
     loss = compare({"one": one.root, "two": two.root}).split("\n\n")[0]
+    text = compare({"one": one.root, "two": two.root})
+    assert "how the last aggregated update spreads" in text
+    spread = [line.split() for line in text.splitlines()]
+    assert ["one", "1.50", "25.00", "%", "-"] in spread
+    assert ["two", "1.50", "25.00", "%", "-"] in spread
     assert [line.split() for line in loss.splitlines()[1:]] == [
         ["tier", "base", "one", "two"],
         ["x", "9.000", "1.000", "3.000"],
