@@ -13,6 +13,7 @@ from fedllm.rounds.opening import open_run, resumed_config
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import (
+    AggregateRecord,
     CollectionRecord,
     ErrorRecord,
     RoundRecord,
@@ -41,6 +42,29 @@ def test_a_run_draws_trains_collects_aggregates_and_evaluates_every_round(tmp_pa
         assert RoundRecord.read(paths.round(number).record).clients == 4
     assert len(paths.metrics.read_text().splitlines()) == 3
     assert run_status(paths).state == "done"
+
+
+def test_every_round_records_how_its_update_spreads_and_overlaps_the_one_before(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "run"
+    complete(root, Simulation())
+    paths = RunPaths(root=root)
+    first, second = (AggregateRecord.read(paths.round(n).aggregate_record) for n in (1, 2))
+    assert all(module.overlap is None for module in first.modules.values())
+    for record in (first, second):
+        for module in record.modules.values():
+            assert module.ranks[0].rank == 2
+            assert module.beyond_smallest_rank == pytest.approx(1 - module.ranks[0].energy_kept)
+            # more than two directions of random factors, and at most the stack's
+            assert 2 < module.effective_rank <= module.stacked_rank
+            left_out = module.total_energy - sum(s**2 for s in module.spectrum)
+            assert module.residual_energy == pytest.approx(left_out, rel=1e-6)
+    assert all(0 < module.overlap < 1 for module in second.modules.values() if module.overlap)
+    assert all(module.overlap is not None for module in second.modules.values())
+    rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert [row.get("overlap") is None for row in rows] == [True, True, False]
+    assert rows[2]["energy_kept_rank_2"] == pytest.approx(1 - rows[2]["beyond_smallest_rank"])
 
 
 def test_a_client_without_training_rows_is_never_drawn(tmp_path: Path) -> None:
