@@ -173,6 +173,24 @@ def test_modules_side_by_side_are_as_each_alone(name: str, out: int, in_: int, r
         )
 
 
+@every_route
+def test_modules_without_energy_or_of_other_sizes_leave_their_neighbours_alone(name: str) -> None:
+    modules = [
+        Cohort(
+            factors=[
+                random_factors(c + 3, out=40, in_=24, rank=6, size=size, distinct=distinct)
+                for c in range(5)
+            ],
+            weights=[1.0] * 5,
+        )
+        for size, distinct in ((1.0, None), (0.0, None), (1e-9, None), (1e9, None), (1.0, 1))
+    ]
+    partials = partials_of(name, blocks_of(modules, [3, 2]))
+    found = ROUTES[name].decompose(partials, problem_of(modules[0], 4), Start(seed=7))
+    for each, cohort in zip(found, modules, strict=True):
+        agrees(name, each, cohort.dense(), cohort.size(), 4)
+
+
 # --- seeded cases
 
 
