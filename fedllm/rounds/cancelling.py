@@ -35,5 +35,10 @@ def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
         is_past = round_paths.record.exists() and paths.round(round_number + 1).record.exists()
         if is_past and not config.scheduler.linger_minutes:
             continue
-        for folder in (round_paths.attempt, round_paths.aggregate_job, round_paths.evaluation_job):
+        for folder in (
+            round_paths.attempt,
+            round_paths.fold_job,
+            round_paths.aggregate_job,
+            round_paths.evaluation_job,
+        ):
             yield from attempts_of(folder)

@@ -1,7 +1,7 @@
 """Write the plan, then submit; find again what was submitted before a coordinator died."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -193,17 +193,45 @@ def single_job(
             if isinstance(error, UserError | Incomplete) or _is_last(run, folder, number):
                 raise error
             run.say(f"{error}; trying again")
-    paths = folder(number + 1)
-    token = array_name(run, round_number, f"{kind}-{number + 1:02d}")
+    submit_single(
+        run,
+        kind=kind,
+        paths=folder(number + 1),
+        step=f"{kind}-{number + 1:02d}",
+        arguments=[str(target)],
+        round_number=round_number,
+    )
+
+
+def submit_single(
+    run: Run,
+    *,
+    kind: SingleProgram,
+    paths: JobPaths,
+    step: str,
+    arguments: Sequence[str],
+    round_number: int,
+) -> None:
+    """Plan and submit a job that is one task.
+
+    Args:
+        run: the run.
+        kind: which program.
+        paths: of this attempt.
+        step: for its name.
+        arguments: what the program is called with.
+        round_number: for its name and logs.
+    """
+    token = array_name(run, round_number, step)
     options = job_options(run.config.scheduler.sbatch, kind)
     plan = SubmissionRecord(
         token=token,
         lease=run.lease.number,
         kind=kind,
-        command=[str(target), "--job", str(paths.root)],
+        command=[*arguments, "--job", str(paths.root)],
         arrays=[ArrayRecord(name=token, worker_class=kind, tasks=1, options=options)],
     )
-    submit(run, paths, plan, logs)
+    submit(run, paths, plan, run.paths.logs(round_number))
 
 
 def is_mine(run: Run, paths: JobPaths) -> bool:

@@ -54,7 +54,7 @@ def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
     is_short = False
     look_again: int | None = None
     for paths in submissions:
-        is_short = is_short or _is_short(run, paths)
+        is_short = is_short or lacks_workers(run, paths)
         if isinstance(paths, AttemptPaths):
             tasks += at_work(run, paths)
             round_paths = RoundPaths(root=paths.root.parent.parent)
@@ -96,7 +96,7 @@ def _last(folder: Callable[[int], JobPaths]) -> Iterator[JobPaths]:
     yield from attempts_of(folder)[-1:]
 
 
-def _is_short(run: Run, paths: JobPaths) -> bool:
+def lacks_workers(run: Run, paths: JobPaths) -> bool:
     """Say whether a submission wants more tasks than were submitted."""
     plan = run.read(SubmissionRecord, paths.submission)
     jobs = run.find(JobsRecord, paths.jobs)
@@ -108,7 +108,8 @@ def _is_short(run: Run, paths: JobPaths) -> bool:
 def _look_again_minutes(run: Run, paths: RoundPaths, *, is_short: bool) -> int | None:
     """Return when a round that trains may have more to do before its arrays end."""
     found: list[int] = []
-    if is_short or run.read(CohortRecord, paths.cohort).enough is not None:
+    is_cut_short = run.read(CohortRecord, paths.cohort).enough is not None
+    if is_short or is_cut_short or run.config.aggregation.fold_ahead:
         found.append(_LOOK_AGAIN_MINUTES)
     deadline_minutes = run.config.clients.deadline_minutes
     if deadline_minutes is not None:

@@ -1,7 +1,7 @@
 """The aggregation job: a frozen collection of updates to the next server state."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from fedllm.methods.table import build_method
 from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.steps.ahead import Ahead, Folding, fold_blocks
 from fedllm.steps.collected import CollectedUpdates
 from fedllm.steps.engine import Engine
 from fedllm.steps.state import read_state
@@ -26,6 +27,7 @@ from fedllm.storage.records import (
     ModuleDiagnostics,
     PreparedRecord,
     RankQuality,
+    RunRecord,
 )
 from fedllm.storage.tensors import TensorFile, write_tensors
 from fedllm.storage.updates import check_update, tensor_name
@@ -61,9 +63,9 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     with writing_tensors(paths.global_state, planned, {"method": config.method.name}) as writer:
         output = _Output(writer=writer, modules={})
         if paths.number:
-            stages, clients = _aggregate(paths, federation, method, devices, output)
+            done = _aggregate(paths, federation, method, devices, output)
         else:
-            stages, clients = {}, 0
+            done = _Done(stages={}, clients=0, folded_ahead=[])
             for module, state in _start(method, federation):
                 output.write(module, state)
     record = AggregateRecord(
@@ -72,10 +74,11 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
         rank=federation.largest_ranks,
         sha256=writer.sha256,
         seconds=time.perf_counter() - started,
-        clients=clients,
+        clients=done.clients,
         device=", ".join(map(str, devices)),
-        stages=stages,
+        stages=done.stages,
         modules={m: output.modules[m] for m in federation.prepared.modules if m in output.modules},
+        folded_ahead=done.folded_ahead,
     )
     record.publish(paths.aggregate_record)
     return record
@@ -158,30 +161,73 @@ class _Output:
             self.writer.write(f"{module}.{part}", tensor)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """Seconds per stage, the number of clients, and the blocks that were folded ahead."""
+
+    stages: dict[str, float]
+    clients: int
+    folded_ahead: list[int]
+
+
+def fold_ahead(paths: RoundPaths, blocks: Sequence[int]) -> list[int]:
+    """Fold blocks of a round before it is collected; return those that were.
+
+    Raises:
+        AdapterError: a block could not be folded; the others were.
+    """
+    run = RunPaths(root=paths.root.parent.parent)
+    config = read_config(run.config)
+    torch.set_num_threads(config.aggregation.threads)
+    federation = plan_federation(config, PreparedRecord.read(run.prepared))
+    devices = resolve_devices(config.aggregation.device)
+    folding = _folding(paths, federation, method_of(config), devices)
+    return fold_blocks(folding, blocks, RunRecord.read(run.run).run_id)
+
+
+def _folding(
+    paths: RoundPaths, federation: Federation, method: Method, devices: tuple[torch.device, ...]
+) -> Folding:
+    cohort = CohortRecord.read(paths.cohort)
+    return Folding(
+        paths=paths,
+        config=federation.config,
+        cohort=cohort,
+        method=method,
+        groups=groups_of(federation, cohort),
+        devices=devices,
+    )
+
+
 def _aggregate(
     paths: RoundPaths,
     federation: Federation,
     method: Method,
     devices: tuple[torch.device, ...],
     output: _Output,
-) -> tuple[dict[str, float], int]:
-    """Aggregate a collection; return the seconds of each stage and the number of clients."""
+) -> _Done:
+    """Aggregate a collection."""
+    section = federation.config.aggregation
     collection = CollectionRecord.read(paths.collection)
-    cohort = CohortRecord.read(paths.cohort)
+    folding = _folding(paths, federation, method, devices)
     weights = method.weigh([update.weight for update in collection.updates])
-    updates = CollectedUpdates.open(paths, collection, cohort, weights)
+    updates = CollectedUpdates.open(paths, collection, folding.cohort, weights)
+    ahead = Ahead.open(folding, updates.updates) if section.fold_ahead else None
     previous = RunPaths(root=paths.root.parents[1]).round(paths.number - 1)
     with read_state(previous) as before:
         engine = Engine(
             method=method,
             source=updates,
-            blocks=blocks_of(list(updates.updates), federation.config.aggregation.block_clients),
+            blocks=blocks_of(list(updates.updates), section.block_clients),
             total=total_of(weights),
             before=before.module,
             take=output.take,
             devices=devices,
+            kept=ahead,
         )
-        return engine.run(groups_of(federation, cohort)), len(weights)
+        stages = engine.run(folding.groups)
+    folded = sorted(ahead.files) if ahead else []
+    return _Done(stages=stages, clients=len(weights), folded_ahead=folded)
 
 
 def _planned(method: Method, federation: Federation) -> dict[str, Planned]:

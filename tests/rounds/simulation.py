@@ -19,7 +19,7 @@ from fedllm.rounds.coordinate import coordinate
 from fedllm.rounds.opening import open_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.inline import InlineScheduler
-from fedllm.steps.aggregate import aggregate_round
+from fedllm.steps.aggregate import aggregate_round, fold_ahead
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     ClaimRecord,
@@ -68,8 +68,7 @@ def config_of(**changes: object) -> Config:
 class Simulation:
     """The callable behind an inline scheduler; `diverging` clients send what is not finite.
 
-    After `limit` clients none is trained any more. `loud` clients' changes are that many times as
-    large; `spoil` changes what clients record.
+    After `limit` clients none is trained any more, and of bundles the `only` ones alone.
     """
 
     def __init__(self, diverging: Sequence[str] = (), log: Callable[[str], None] = print) -> None:
@@ -79,15 +78,15 @@ class Simulation:
         self.data_fingerprint = "data"
         self.misshapen = 0
         self.limit: int | None = None
-        self.loud: dict[str, float] = {}
-        self.spoil: Callable[[UpdateRecord], UpdateRecord] = lambda record: record
+        self.only: set[str] | None = None
         self.before: Callable[[str, Path], int | None] = lambda _program, _target: None
 
     def __call__(self, program: str, argv: Sequence[str], task: str, log: Path) -> int:
         """Run a program as the compute side would."""
         del log
         target = Path(argv[0])
-        early = self.before(program, target)
+        fold = argv[argv.index("--fold") + 1] if "--fold" in argv else None
+        early = self.before("fold" if fold else program, target)
         if early is not None:
             return early
         if program == "prepare":
@@ -95,6 +94,8 @@ class Simulation:
         elif program == "client":
             attempt = AttemptPaths(root=target, number=int(target.name))
             self.work(attempt, argv[argv.index("--class") + 1], task)
+        elif fold:
+            fold_ahead(RoundPaths(root=target), [int(block) for block in fold.split(",")])
         elif program == "aggregate":
             return self.aggregate(RoundPaths(root=target))
         else:
@@ -131,6 +132,8 @@ class Simulation:
         tiers = {client.id: client.tier for client in cohort.clients}
         for bundle in SubmissionRecord.read(attempt.submission).bundles:
             if bundle.worker_class != worker_class or len(self.trained) == self.limit:
+                continue
+            if self.only is not None and not self.only.issuperset(bundle.clients):
                 continue
             claim = ClaimRecord(bundle=bundle.number, task=task, node="here")
             if not claim.publish_once(attempt.claim(bundle.number)):

@@ -22,6 +22,7 @@ from fedllm.storage.records import (
     CollectionRecord,
     ModuleRecord,
     PreparedRecord,
+    RunRecord,
     UpdateRecord,
 )
 from fedllm.storage.tensors import publish_update
@@ -39,6 +40,7 @@ def make_round(
     ranks: Mapping[str, int] = RANKS,
     dtype: torch.dtype = torch.float32,
     clients_per_file: int = 2,
+    method: str = "flexlora",
     **aggregation: Any,
 ) -> RoundPaths:
     """Make a run with its state before training and a collected round 1."""
@@ -53,10 +55,12 @@ def make_round(
                 "dev": 0,
                 "unseen": 0,
             },
+            "method": {"name": method},
             "aggregation": {"block_clients": 2, "device": "cpu", **aggregation},
         }
     )
     publish_bytes(run.config, dump_config(config).encode())
+    RunRecord(run_id="run", result_fingerprint="", versions={}).publish(run.run)
     prepared = PreparedRecord(
         model_fingerprint="base",
         model_path="nowhere",
