@@ -8,6 +8,7 @@ from fedllm.errors import ConfigError
 from fedllm.rounds.advance import advance
 from fedllm.rounds.cancelling import cancel_jobs
 from fedllm.rounds.run import Run
+from fedllm.rounds.work import work_of
 from fedllm.scheduling.seam import Job, SchedulerFull, SchedulerUnreachable, TaskState
 from fedllm.storage.paths import attempts_of
 from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, ErrorRecord
@@ -267,6 +268,20 @@ def test_a_coordinator_that_starts_anew_goes_on_with_the_job_there_is(
     cluster.work(*cluster.folding)
     record = finish(cluster, again)
     assert (record.folded_ahead, record.sha256) == ([1], one_shot)
+
+
+def test_a_chained_coordinator_looks_in_between_and_waits_for_workers_alone(
+    tmp_path: Path, cluster: Folding
+) -> None:
+    run = opened(tmp_path, cluster)
+    advance(run)
+    train_block(cluster, run, 1)
+    advance(run)
+    (folding,) = cluster.folding
+    work = work_of(run)
+    assert work.look_again_minutes == 5
+    assert set(work.tasks) == set(cluster.workers)
+    assert folding not in work.tasks
 
 
 def test_a_run_that_is_cancelled_ends_the_job_that_folds_too(
