@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,8 +93,8 @@ class Feed:
         for _ in range(3 if on_gpu else 2):
             self._free.put(buffer_for(device))
         # where the CPU does the arithmetic its cores are for that
-        readers = min(_MOST_READERS, len(os.sched_getaffinity(0))) if on_gpu else 1
-        self._readers = ThreadPoolExecutor(readers)
+        readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
+        self._readers = ThreadPoolExecutor(readers) if on_gpu else None
         self._thread = threading.Thread(target=self._fill_all, daemon=True)
 
     def __enter__(self) -> Self:
@@ -107,7 +107,8 @@ class Feed:
         self._stopped = True
         self._free.put(None)  # wakes a thread that waits for a buffer
         self._thread.join()
-        self._readers.shutdown()
+        if self._readers:
+            self._readers.shutdown()
 
     @contextmanager
     def block(self) -> Iterator[Block]:
@@ -145,41 +146,48 @@ class Feed:
             self._filled.put(error)
 
     def _fill(self, buffer: Buffer, portion: Portion) -> "_Filled":
-        modules = portion.group.modules
-        places = [
-            (g, c) for c, rank in enumerate(portion.ranks) if rank for g in range(len(modules))
-        ]
-        pairs = [self._announced(portion, g, c) for g, c in places]
-        dtypes = {tensor.dtype for pair in pairs for tensor in pair}
+        modules, ranks = portion.group.modules, portion.ranks
+        having = [c for c, rank in enumerate(ranks) if rank]
+        pairs = {c: [self._announced(portion, c, ranks[c], m) for m in modules] for c in having}
+        dtypes = {tensor.dtype for each in pairs.values() for pair in each for tensor in pair}
         layout = Layout(
             modules=len(modules),
             problem=portion.group.problem,
-            ranks=portion.ranks,
+            ranks=ranks,
             dtype=reduce(torch.promote_types, dtypes),
         )
         targets = buffer.lay_out(layout)
 
-        def copy(place: tuple[int, int], pair: tuple[Tensor, Tensor]) -> None:
-            g, c = place
-            for part, target, tensor in zip("AB", targets[c], pair, strict=True):
-                target[g].copy_(tensor)
-                self._source.check(portion.clients[c], modules[g], part)
+        def copy(c: int) -> None:
+            for g, module in enumerate(modules):
+                for part, target, tensor in zip("AB", targets[c], pairs[c][g], strict=True):
+                    target[g].copy_(tensor)
+                    self._source.check(portion.clients[c], module, part)
 
-        for _ in self._readers.map(copy, places, pairs):
+        for _ in self._readers.map(copy, having) if self._readers else map(copy, having):
             pass
         buffer.send()
-        scales_GC = torch.ones(len(modules), len(portion.ranks), dtype=torch.float64)
-        weights_GC = torch.zeros_like(scales_GC)
-        for g, c in places:
-            client, module = portion.clients[c], modules[g]
-            scales_GC[g, c] = self._source.scale(client, module)
-            weights_GC[g, c] = self._source.weight(client, module)
-        return _Filled(portion=portion, buffer=buffer, scales_GC=scales_GC, weights_GC=weights_GC)
+        return _Filled(
+            portion=portion,
+            buffer=buffer,
+            scales_GC=self._of_each(portion, self._source.scale, without=1.0),
+            weights_GC=self._of_each(portion, self._source.weight, without=0.0),
+        )
 
-    def _announced(self, portion: Portion, g: int, c: int) -> tuple[Tensor, Tensor]:
+    def _of_each(
+        self, portion: Portion, number: Callable[[int, str], float], *, without: float
+    ) -> Tensor:
+        """Return a number of each module and client (G, C), `without` where one has none."""
+        having = list(zip(portion.clients, portion.ranks, strict=True))
+        rows = [
+            [number(client, module) if rank else without for client, rank in having]
+            for module in portion.group.modules
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def _announced(self, portion: Portion, c: int, rank: int, module: str) -> tuple[Tensor, Tensor]:
         """Return a client's factors of a module, which have the shapes that they should."""
-        module, client, rank = portion.group.modules[g], portion.clients[c], portion.ranks[c]
-        problem = portion.group.problem
+        problem, client = portion.group.problem, portion.clients[c]
         pair = self._source.factors(client, module)
         shapes = ((rank, problem.in_), (problem.out, rank))
         for part, tensor, shape in zip("AB", pair, shapes, strict=True):
