@@ -1,7 +1,5 @@
 """The aggregation job: what it reads once, what it refuses, and that it holds a few modules."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -26,6 +24,7 @@ from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, PreparedRecord
 from fedllm.storage.tensors import UpdateFile, publish_update
+from tests.anonymous import peak_bytes
 from tests.lora.adapters import dense_sum
 from tests.steps.collection import MODULES, collect, make_round, sent
 
@@ -258,40 +257,6 @@ def altered(
 
 
 # --- memory
-
-
-PEAK = """
-import sys, threading, time
-from pathlib import Path
-
-def anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-
-def watch() -> None:
-    while True:
-        peaks.append(max(peaks.pop(), anonymous()))
-        time.sleep(0.001)
-
-{imports}
-torch.set_num_threads(1)
-torch.linalg.eigh(torch.eye(8) @ torch.eye(8))  # what libraries allocate once
-before = anonymous()
-peaks = [before]
-threading.Thread(target=watch, daemon=True).start()
-{work}
-print(max(peaks) - before)
-"""
-
-
-def peak_bytes(imports: str, work: str) -> int:
-    """Return by how much the anonymous memory of a process of its own grew at its peak."""
-    code = PEAK.format(imports=imports, work=work)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
-    )
-    return int(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
