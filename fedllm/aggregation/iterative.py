@@ -21,7 +21,7 @@ from fedllm.aggregation.decomposition import (
     in_units,
     turned,
 )
-from fedllm.aggregation.subspace import Asked, Found, gram, orthonormal, search
+from fedllm.aggregation.subspace import Asked, Found, gram, search
 from fedllm.errors import AdapterError
 from fedllm.lora.spectral import Spectral
 
@@ -132,9 +132,19 @@ def _triplets(found: Found) -> Spectral:
     inverse_GK = torch.where(s_GK > 0, 1 / s_GK, 0.0)
     u_GMK = found.y_GMK @ (turn_GKK * inverse_GK[:, None, :]).float()
     if bool((s_GK[:, -1] <= _SMALL * s_GK[:, 0]).any()):
-        u_GMK = orthonormal(u_GMK)  # what is small beside the first has kept some of it
+        u_GMK = _beside_those_before(u_GMK)
     vh_GKN = (found.x_GNK.double() @ turn_GKK).float().mT
     return Spectral(u_OR=u_GMK, s_R=s_GK.float(), vh_RI=vh_GKN)
+
+
+def _beside_those_before(u_GMK: Tensor) -> Tensor:
+    """Return the columns made orthonormal one after the other.
+
+    Rounding left some of the large ones in the small ones, and a zero one has no direction.
+    """
+    q_GMK, r_GKK = torch.linalg.qr(u_GMK.double())
+    turned_G1K = (r_GKK.diagonal(dim1=-2, dim2=-1) < 0)[:, None, :]
+    return torch.where(turned_G1K, -q_GMK, q_GMK).float()
 
 
 ITERATIVE = Route(fold=fold, decompose=decompose)

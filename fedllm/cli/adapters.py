@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
 
 _NAMED = 3  # modules that a line names before it counts
+_ROUNDING = 1e-9  # of what is lost: less is not worth telling
 
 
 def register(app: typer.Typer) -> None:
@@ -197,7 +198,7 @@ def _certificates(combined: "Combined") -> list[str]:
 def _surplus(modules: "Sequence[CombinedModule]") -> str:
     excess = max(module.relative_excess for module in modules)
     failure = max(module.failure_probability for module in modules)
-    if not excess:
+    if excess < _ROUNDING:
         return "what is lost is the least possible"
     sure = f" (failure probability {failure:.0e})" if failure else ""
     return f"what is lost exceeds the least possible by at most {excess:.1e} of it{sure}"
