@@ -134,17 +134,18 @@ def test_blocks_folded_before_give_the_same_bits_and_are_not_read_again(
 
     def states(kept: Folded | None) -> dict[str, ModuleAggregate]:
         found: dict[str, ModuleAggregate] = {}
-        engine = Engine(
-            method=method_of(config),
-            source=source,
-            blocks=blocks_of(list(source.updates), 2),
-            total=sum(weights),
-            before=lambda _module: {},
-            take=found.__setitem__,
-            devices=[cpu, cpu],
-            kept=kept,
-        )
-        engine.run(groups)
+        with read_state(run.round(0)) as before:
+            engine = Engine(
+                method=method_of(config),
+                source=source,
+                blocks=blocks_of(list(source.updates), 2),
+                total=sum(weights),
+                before=before.module,
+                take=found.__setitem__,
+                devices=[cpu, cpu],
+                kept=kept,
+            )
+            engine.run(groups)
         return found
 
     now = states(None)
