@@ -60,6 +60,26 @@ def test_folded_ahead_or_not_the_bits_are_the_same(
     assert found.sha256 == one_shot(tmp_path / "other", method)
 
 
+def test_large_modules_that_are_searched_have_the_same_bits_too(tmp_path: Path) -> None:
+    found = {}
+    for ahead in (True, False):
+        paths = make_round(
+            tmp_path / str(ahead),
+            clients=10,
+            modules={"a.q": (520, 516)},
+            ranks={"small": 60, "large": 70},
+            block_clients=5,
+            fold_ahead=ahead,
+        )
+        if ahead:
+            paths.collection.unlink()
+            assert fold_ahead(paths, [0, 1]) == [0, 1]
+        found[ahead] = aggregated(paths)
+        assert found[ahead].modules["a.q"].route.startswith("iterative")
+    assert found[True].folded_ahead == [0, 1]
+    assert found[True].sha256 == found[False].sha256
+
+
 def test_what_is_folded_ahead_is_not_folded_again(tmp_path: Path) -> None:
     paths = uncollected(tmp_path / "run")
     fold_ahead(paths, BLOCKS)
