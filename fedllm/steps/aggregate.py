@@ -18,6 +18,7 @@ from fedllm.planning.federation import Federation, plan_federation
 from fedllm.steps.ahead import Ahead, Folding, fold_blocks
 from fedllm.steps.collected import CollectedUpdates
 from fedllm.steps.engine import Engine
+from fedllm.steps.patience import patience_seconds
 from fedllm.steps.state import read_state
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
@@ -211,7 +212,8 @@ def _aggregate(
     collection = CollectionRecord.read(paths.collection)
     folding = _folding(paths, federation, method, devices)
     weights = method.weigh([update.weight for update in collection.updates])
-    updates = CollectedUpdates.open(paths, collection, folding.cohort, weights)
+    patience = patience_seconds(federation.config)
+    updates = CollectedUpdates.open(paths, collection, folding.cohort, weights, patience)
     ahead = Ahead.open(folding, updates.updates) if section.fold_ahead else None
     previous = RunPaths(root=paths.root.parents[1]).round(paths.number - 1)
     with read_state(previous) as before:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from torch import Tensor
 
+from fedllm.steps.patience import patiently
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import CohortRecord, CollectedUpdate, CollectionRecord
 from fedllm.storage.tensors import UpdateFile
@@ -26,19 +28,25 @@ class CollectedUpdates:
         collection: CollectionRecord,
         cohort: CohortRecord,
         weights: list[float],
+        patience: float = 0.0,
     ) -> Self:
         """Open the files of a collection, by their headers those that were frozen.
+
+        What another node wrote may be on its way: only after `patience` seconds is it damaged.
 
         Raises:
             AdapterError: one is missing, damaged or another file.
         """
-        files = {update.file: update.sha256 for update in collection.updates}
+        files = {
+            name: patiently(partial(UpdateFile, paths.updates / name, sha256), patience)
+            for name, sha256 in {u.file: u.sha256 for u in collection.updates}.items()
+        }
         places = {client.id: place for place, client in enumerate(cohort.clients)}
         mine = [places[update.client] for update in collection.updates]
         return cls(
             updates=dict(zip(mine, collection.updates, strict=True)),
             weights=dict(zip(mine, weights, strict=True)),
-            files={n: UpdateFile(paths.updates / n, sha256) for n, sha256 in files.items()},
+            files=files,
         )
 
     def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fedllm.config.models import Config
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import AdapterError, RunDirectoryError, UserError
 
 T = TypeVar("T")
 _RETRY_SECONDS = 1.0
@@ -21,7 +21,9 @@ def patiently(read: Callable[[], T], seconds: float) -> T:
 
     Raises:
         RunDirectoryError: it is.
+        AdapterError: it is an update, and is.
     """
+    problem: UserError
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -34,7 +36,7 @@ def patiently(read: Callable[[], T], seconds: float) -> T:
             what = (error.strerror or str(error)).lower()
             problem = RunDirectoryError(f"{error.filename}: {what}; resume the run")
             problem.__cause__ = error
-        except RunDirectoryError as error:
+        except (RunDirectoryError, AdapterError) as error:
             problem = error
         if time.monotonic() >= deadline:
             raise problem
