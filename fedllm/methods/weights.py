@@ -25,9 +25,24 @@ def total_of(weights: Sequence[float]) -> float:
     """Return what weights sum to, whatever their order.
 
     Raises:
-        DataError: they sum to zero.
+        DataError: they sum to zero, or to more than a number holds.
     """
-    total = math.fsum(weights)
+    try:
+        total = math.fsum(weights)
+    except OverflowError as error:
+        raise DataError(
+            f"{len(weights)} weights sum to more than a number holds: divide all by the largest"
+        ) from error
     if total == 0:
         raise DataError(f"all {len(weights)} weights are zero: at least one must be above")
     return total
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Return weights over their sum: sizes that a square still holds.
+
+    Raises:
+        DataError: as `total_of`.
+    """
+    total = total_of(weights)
+    return [weight / total for weight in weights]

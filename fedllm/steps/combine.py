@@ -14,7 +14,7 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.table import build_method
-from fedllm.methods.weights import total_of
+from fedllm.methods.weights import shares, total_of
 from fedllm.model.adapter_config import CONFIG, AdapterConfig
 from fedllm.model.adapter_files import (
     DTYPES,
@@ -135,8 +135,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
     shapes = _shapes(adapters)
     # alpha = 2r: a scale of 2 at every rank, which PEFT gets exactly from alpha and rank
     method = build_method(request.method, seed=_SEED, alpha=2.0, scaling="proportional")
-    weights = method.weigh([item.weight for item in request.adapters])
-    total = total_of(weights)
+    weights = shares(method.weigh([item.weight for item in request.adapters]))
     source = _Adapters(adapters=adapters, weights=weights)
     ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}
     devices = resolve_devices(request.device)
@@ -157,7 +156,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
             method=method,
             source=source,
             blocks=blocks_of(range(len(adapters)), _BLOCK_ADAPTERS),
-            total=total,
+            total=total_of(weights),
             before=output.before,
             take=output.take,
             devices=devices,
@@ -172,8 +171,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
     return Combined(
         base_model=about.base_model,
         inputs=tuple(
-            _input(adapter, weight / total, shapes)
-            for adapter, weight in zip(adapters, weights, strict=True)
+            _input(adapter, share, shapes) for adapter, share in zip(adapters, weights, strict=True)
         ),
         modules={module: output.modules[module] for module in shapes},
         seconds=seconds,

@@ -311,6 +311,24 @@ def test_weights_that_sum_to_zero_are_refused(zoo: dict[str, Path], tmp_path: Pa
         combine([zoo["plain"], zoo["rslora"]], tmp_path / "out", [0.0, 0.0])
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e200, 1e307])
+def test_weights_of_any_size_count_by_their_proportions(
+    llama: Path, zoo: dict[str, Path], tmp_path: Path, size: float
+) -> None:
+    folders = [zoo["plain"], zoo["rslora"]]
+    combine(folders, tmp_path / "usual", [1.0, 3.0])
+    combined = combine(folders, tmp_path / "out", [size, 3.0 * size])
+    assert [entry.share for entry in combined.inputs] == pytest.approx([0.25, 0.75])
+    usual = deltas(llama, tmp_path / "usual")
+    for module, found in deltas(llama, tmp_path / "out").items():
+        torch.testing.assert_close(found, usual[module])
+
+
+def test_weights_beyond_all_numbers_are_refused(zoo: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sum to more than a number holds"):
+        combine([zoo["plain"], zoo["rslora"]], tmp_path / "out", [1.5e308, 1.5e308])
+
+
 def test_a_method_that_changes_the_base_is_refused(zoo: dict[str, Path], tmp_path: Path) -> None:
     method = "tests.adapters.shifting:Shifting"
     with pytest.raises(AdapterError, match="changes the base"):
