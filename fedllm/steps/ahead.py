@@ -10,7 +10,7 @@ Legend: G modules, O out, I in, R stacked rank of a block, C clients.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from pydantic import ValidationError
@@ -61,7 +61,7 @@ class Folding:
     groups: Sequence[Group]
     devices: Sequence[torch.device]
 
-    @property
+    @cached_property
     def made_with(self) -> str:
         """A fingerprint: two that agree fold the same updates to the same bits."""
         kinds = [_kind(device) for device in self.devices]
