@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fedllm.aggregation.orthogonal import NEARLY_ORTHOGONAL, triangle
 from fedllm.lora.spectral import Spectral
 
 Partial: TypeAlias = Mapping[str, Tensor]  # what a block of clients comes to: part -> (G, ...)
@@ -92,7 +93,14 @@ def on_left_basis(q_GOK: Tensor, p_GKI: Tensor) -> Spectral:
     Rayleigh-Ritz: the Gram matrix that found the basis squares the singular values and loses
     half of their digits; `W` itself, applied once more, gives them back.
     """
-    rotation_GKK, s_GK, vh_GKI = torch.linalg.svd(p_GKI, full_matrices=False)
+    t_GKK = triangle(p_GKI.mT, NEARLY_ORTHOGONAL)
+    if t_GKK is None:
+        rotation_GKK, s_GK, vh_GKI = torch.linalg.svd(p_GKI, full_matrices=False)
+    else:
+        # the rows are nearly the triplets' own: p = T^T Q^T, and T is small
+        rotation_GKK, s_GK, small_GKK = torch.linalg.svd(t_GKK.mT)
+        rows = torch.linalg.solve_triangular(t_GKK.mT, p_GKI, upper=False)
+        vh_GKI = small_GKK @ rows
     return Spectral(u_OR=q_GOK @ rotation_GKK, s_R=s_GK, vh_RI=vh_GKI)
 
 

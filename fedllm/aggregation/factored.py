@@ -3,7 +3,7 @@
 Legend: G modules, O out, I in, R stacked rank (of a block, then of all), K wanted rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from fedllm.aggregation.decomposition import (
     turned,
 )
 from fedllm.aggregation.dense import direct_certificate
+from fedllm.aggregation.orthogonal import orthonormal, triangle
+
+_INDEPENDENT = 1e-2  # what is left of a column of unit length beside those before it
 
 
 def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
@@ -26,8 +29,8 @@ def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
     shares_GR = amounts_GR.abs().sqrt()
     signed_GR = torch.copysign(shares_GR, amounts_GR)
     return {
-        "B": b_GOR.double().mul(shares_GR[:, None, :]),
-        "A": a_GRI.double().mul(signed_GR[..., None]),
+        "B": b_GOR.to(torch.float64, copy=True).mul_(shares_GR[:, None, :]),
+        "A": a_GRI.to(torch.float64, copy=True).mul_(signed_GR[..., None]),
     }
 
 
@@ -35,23 +38,23 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     """Return the leading triplets of the sum of the blocks' products.
 
     With A^T = Q T (QR, of which only T is needed) the left singular vectors are those of B T^T,
-    and its Gram matrix T (B^T B) T^T is R x R. The narrow side goes through QR, which stays
-    exact for dependent columns (a Cholesky factor would not) and for factors of very unequal
-    sizes (both are column-wise backward stable); the tall side through its Gram matrix, which
-    costs half of a QR. The Gram matrix has a floor of 1e-8 sigma_1, far below what lives.
+    and its Gram matrix T (B^T B) T^T is R x R. The tall side goes through its Gram matrix, which
+    costs half of a QR; that has a floor of 1e-8 sigma_1, far below what lives.
     """
     del start  # nothing is drawn
     blocks = list(partials)
-    b_GOR = torch.cat([block["B"] for block in blocks], dim=2)
-    a_GRI = torch.cat([block["A"] for block in blocks], dim=1)
+    b_GOR = _side_by_side([block["B"] for block in blocks], 2)
+    a_GRI = _side_by_side([block["A"] for block in blocks], 1)
     wide = problem.out < problem.in_
     tall, flat = (a_GRI.mT, b_GOR.mT) if wide else (b_GOR, a_GRI)
-    t_GRR = torch.linalg.qr(flat.mT, mode="r").R
+    t_GRR = triangle(flat.mT, _INDEPENDENT)
+    if t_GRR is None:
+        t_GRR = torch.linalg.qr(flat.mT, mode="r").R
     gram_GRR = t_GRR @ (tall.mT @ tall) @ t_GRR.mT
     values_GR, vectors_GRR = torch.linalg.eigh(gram_GRR)
     kept = min(problem.rank, vectors_GRR.shape[-1])
     leading_GRK = vectors_GRR[..., -kept:].flip(-1)  # eigh sorts from the smallest
-    basis = torch.linalg.qr(tall @ (t_GRR.mT @ leading_GRK)).Q
+    basis = orthonormal(tall @ (t_GRR.mT @ leading_GRK))
     found = on_left_basis(basis, (basis.mT @ tall) @ flat)
     triplets = turned(found) if wide else found
     energies = gram_GRR.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0.0).tolist()
@@ -64,6 +67,10 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
         )
         for spectral, energy, own in zip(each_of(triplets), energies, values_GR, strict=True)
     ]
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 FACTORED = Route(fold=fold, decompose=decompose)
