@@ -80,7 +80,8 @@ class Route:
     Attributes:
         fold: `b_GOR`, `a_GRI` and each column's amount (G, R) -> what the block comes to. A block
             is folded by itself, so that it can be done again, or ahead, without the others.
-        decompose: the blocks' partial results in their order -> triplets, module by module.
+        decompose: the blocks' partial results in their order -> triplets, module by module; the
+            partial results are used up.
     """
 
     fold: Callable[[Tensor, Tensor, Tensor], Partial]

@@ -54,14 +54,12 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
 
 
 def summed(partials: Iterable[Partial]) -> Tensor:
-    """Return the sum of the blocks' products, added up in their order."""
+    """Return the sum of the blocks' products, added up in their order, in the first one's place."""
     blocks = iter(partials)
-    first = next(blocks)["W"]
-    total = None
+    total = next(blocks)["W"]
     for block in blocks:
-        # the first may belong to a cache
-        total = first + block["W"] if total is None else total.add_(block["W"])
-    return first if total is None else total
+        total += block["W"]
+    return total
 
 
 def direct_certificate(energy: float, s_K: Tensor, values_N: Tensor) -> Certificate:

@@ -26,7 +26,7 @@ from fedllm.errors import AdapterError
 from fedllm.lora.spectral import Spectral
 
 _RANKS = 2048  # of which scaled copies are held at once
-_LARGEST_PEAK = 2.0**20
+_LARGEST_ENERGY = 2.0**48
 _SMALL = 1e-3  # of the largest singular value
 
 
@@ -61,7 +61,7 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
 def _decomposed(w_GOI: Tensor, problem: Problem, start: Start) -> list[Decomposition]:
     wide = problem.out < problem.in_
     w_GMN = w_GOI.mT if wide else w_GOI
-    energy_G = w_GMN.norm(dim=-1).double().square().sum(-1)
+    energy_G = _energies(w_GOI)
     found = search(
         w_GMN,
         Asked(rank=problem.rank, tolerance=problem.tolerance, energy_G=energy_G),
@@ -101,18 +101,25 @@ def _told(triplets: Spectral, energy_G: Tensor, found: Found) -> list[Decomposit
     ]
 
 
+def _energies(w_GOI: Tensor) -> Tensor:
+    rows_GO = torch.linalg.vector_norm(w_GOI, dim=-1)
+    return rows_GO.double().square().sum(-1)
+
+
 def _scaled(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
     """Return matrices whose squares of squares float32 can hold, and their units, powers of 2."""
+    energy_G = _energies(w_GOI)
+    units_G = torch.ones_like(energy_G)
+    if bool(((energy_G < _LARGEST_ENERGY) & (energy_G > 1 / _LARGEST_ENERGY)).all()):
+        return w_GOI, units_G
     peak_G = torch.linalg.vector_norm(w_GOI, ord=torch.inf, dim=(-2, -1)).double()
     if not bool(torch.isfinite(peak_G).all()):
         raise AdapterError(
             "the sum of the updates' products does not fit float32: "
             "lower the learning rate, leave the diverged update out, or set aggregation.exact"
         )
-    far_G = (peak_G > 0) & ((peak_G > _LARGEST_PEAK) | (peak_G < 1 / _LARGEST_PEAK))
-    if not bool(far_G.any()):
-        return w_GOI, torch.ones_like(peak_G)
-    units_G = torch.where(far_G, torch.exp2(peak_G.clamp(min=1e-300).log2().floor()), 1.0)
+    powers_G = torch.exp2(peak_G.clamp(min=torch.finfo(torch.float64).tiny).log2().floor())
+    units_G = torch.where(peak_G > 0, powers_G, units_G)
     return (w_GOI.double() / units_G[:, None, None]).float(), units_G
 
 

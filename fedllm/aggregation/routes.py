@@ -66,7 +66,7 @@ def decompose(
     partials, thread count and kind of device.
 
     Args:
-        partials: of the blocks in the clients' order, each as `fold` returns it.
+        partials: of the blocks in the clients' order, each as `fold` returns it; used up.
         problem: the same as `fold` was given.
         total: what the weights of all blocks sum to.
         start: where an iterative route begins.

@@ -25,7 +25,7 @@ _AMPLIFICATION = 1e4
 _LARGEST_DEGREE = 12
 _NOISE = 1e-12  # of the largest Ritz value
 _NEARLY_DEPENDENT = 1e-3  # what is left of a column of unit length beside those before it
-_ROWS = 1024  # at a time, which stay in a cache
+_ROWS = 512  # at a time, which stay in a cache
 _DIFFERENCE_TELLS = 1e-3  # of the energy
 _RESOLUTION = 1e-11  # of the energy: what float32 sums cannot tell from nothing
 _TINY = torch.finfo(torch.float32).tiny
@@ -262,11 +262,12 @@ class _Quick:
         """Return the products with W - y a^T, y = W a."""
         if not is_fast_at_bfloat16(w_GMN.device):
             return cls(low_GMN=w_GMN, aside_GNA=aside_GNA)
-        low_GMN = w_GMN.bfloat16()
-        if aside_GNA.shape[2]:
-            parts = [torch.split(whole, _ROWS, dim=1) for whole in (low_GMN, w_GMN, y_GMA)]
-            for low, w, y in zip(*parts, strict=True):
-                low.copy_(torch.baddbmm(w, y, aside_GNA.mT, alpha=-1))
+        if not aside_GNA.shape[2]:
+            return cls(low_GMN=w_GMN.bfloat16(), aside_GNA=aside_GNA)
+        low_GMN = torch.empty_like(w_GMN, dtype=torch.bfloat16)
+        parts = [torch.split(whole, _ROWS, dim=1) for whole in (low_GMN, w_GMN, y_GMA)]
+        for low, w, y in zip(*parts, strict=True):
+            low.copy_(torch.baddbmm(w, y, aside_GNA.mT, alpha=-1))
         return cls(low_GMN=low_GMN, aside_GNA=aside_GNA)
 
     def __call__(self, x_GNA: Tensor) -> Tensor:
