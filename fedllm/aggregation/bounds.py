@@ -21,6 +21,7 @@ _CLEAR = 1e-12  # of the largest Ritz value: smaller gaps are rounding
 _PROBES = 16
 _CHI_SQUARE = 1.45  # P(chi-square of 16 degrees of freedom < 1.45) < 1e-6
 _STEPS, _STEPS_A_LOOK = 24, 4
+_ENDED = 100.0  # roundings
 
 
 def gap_bound(theta_GL: Tensor, residuals_GLL: Tensor, rest_G: Tensor, rank: int) -> Tensor:
@@ -66,6 +67,7 @@ def norm_ranges(apply: Apply, basis_GNL: Tensor, draws: torch.Generator) -> Iter
     norms_GP = now.double().norm(dim=1)
     now = now / norms_GP[:, None, :].to(now.dtype)
     before = torch.zeros_like(now)
+    largest_GP = torch.zeros_like(norms_GP)
     alphas: list[Tensor] = []
     betas = [torch.zeros_like(norms_GP)]
     for step in range(1, _STEPS + 1):
@@ -73,8 +75,12 @@ def norm_ranges(apply: Apply, basis_GNL: Tensor, draws: torch.Generator) -> Iter
         alphas.append((grown * now).sum(1, dtype=torch.float64))
         grown = grown - now * alphas[-1][:, None, :].to(now.dtype)
         betas.append(grown.double().norm(dim=1))
-        before = now
-        now = grown / betas[-1][:, None, :].to(now.dtype).clamp(min=torch.finfo(now.dtype).tiny)
+        # where all of a probe's directions are found the next one would be rounding
+        largest_GP = torch.maximum(largest_GP, alphas[-1].abs() + betas[-1])
+        ended_GP = betas[-1] <= _ENDED * torch.finfo(now.dtype).eps * largest_GP
+        betas[-1] = torch.where(ended_GP, 0.0, betas[-1])
+        inverse_GP = torch.where(ended_GP, 0.0, 1 / betas[-1])
+        before, now = now, grown * inverse_GP[:, None, :].to(now.dtype)
         if step % _STEPS_A_LOOK == 0:
             yield _range(torch.stack(alphas, -1), torch.stack(betas[1:], -1), norms_GP)
 

@@ -102,7 +102,7 @@ def _told(triplets: Spectral, energy_G: Tensor, found: Found) -> list[Decomposit
 
 
 def _energies(w_GOI: Tensor) -> Tensor:
-    rows_GO = torch.linalg.vector_norm(w_GOI, dim=-1)
+    rows_GO: Tensor = torch.linalg.vector_norm(w_GOI, dim=-1)
     return rows_GO.double().square().sum(-1)
 
 

@@ -1,0 +1,188 @@
+"""The search for leading triplets, on spectra of every kind, against dense float64 SVDs.
+
+Legend: G modules, M long side, N narrow side, K wanted rank.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedllm.aggregation import subspace
+from fedllm.aggregation.bounds import gap_bound, norm_ranges
+from fedllm.aggregation.decomposition import Decomposition, Problem, Start
+from fedllm.aggregation.iterative import decompose
+from fedllm.aggregation.subspace import gram, orthonormal
+from fedllm.errors import AdapterError
+
+LONG, NARROW, RANK = 640, 520, 40
+
+SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
+    "slow": lambda j: j.rsqrt(),
+    "harmonic": lambda j: 1 / j,
+    "steep": lambda j: torch.exp(-j / 8),
+    "floor": lambda j: (1 / j.square() + 1e-3).sqrt(),
+    "step": lambda j: torch.where(j <= RANK, 1.0, 0.01),
+    "step before": lambda j: torch.where(j <= RANK // 2, 1.0, 0.01),
+    "low rank": lambda j: torch.where(j <= RANK, 1 / j, 0.0),
+    "lower rank": lambda j: torch.where(j <= RANK // 3, 1 / j, 0.0),
+    "equal": lambda j: torch.ones_like(j),
+    "one": lambda j: torch.where(j == 1, 1.0, 0.0),
+    "zero": lambda j: torch.zeros_like(j),
+}
+
+
+def matrix(spectrum: str, *, long: int = LONG, narrow: int = NARROW, seed: int = 0) -> Tensor:
+    draws = torch.Generator().manual_seed(seed)
+    if spectrum == "normal":
+        return torch.randn(long, narrow, generator=draws)
+    u = torch.linalg.qr(torch.randn(long, narrow, generator=draws, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(narrow, narrow, generator=draws, dtype=torch.float64)).Q
+    s = SPECTRA[spectrum](torch.arange(1, narrow + 1, dtype=torch.float64))
+    return ((u * s) @ v.mT).float()
+
+
+def found_in(
+    w_GOI: Tensor, *, tolerance: float = 1e-4, start: Start | None = None, rank: int = RANK
+) -> list[Decomposition]:
+    problem = Problem(
+        out=w_GOI.shape[1], in_=w_GOI.shape[2], stacked_rank=9999, rank=rank, tolerance=tolerance
+    )
+    return decompose([{"W": w_GOI.clone()}], problem, start or Start())
+
+
+def is_as_good_as_it_says(found: Decomposition, w_OI: Tensor, tolerance: float) -> None:
+    s_N = torch.linalg.svdvals(w_OI.double())
+    energy = float(s_N.square().sum())
+    rounding = 1e-11 * energy
+    best = float(s_N[RANK:].square().sum())
+    u, s, vh = (part.double() for part in vars(found.spectral).values())
+    left = float((w_OI.double() - (u * s) @ vh).square().sum())
+    certificate = found.certificate
+    assert left <= (1 + certificate.relative_excess) * best + rounding
+    assert certificate.relative_excess <= tolerance
+    assert certificate.residual_energy == pytest.approx(left, rel=1e-3, abs=rounding)
+    assert found.total_energy == pytest.approx(energy, rel=1e-6)
+    eye = torch.eye(RANK, dtype=torch.float64)
+    for rows in (u.mT, vh):
+        assert float((rows @ rows.mT - eye).abs().max()) < 1e-5
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subspace, "is_fast_at_bfloat16", lambda _device: request.param)
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("spectrum", [*SPECTRA, "normal"])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_the_certificate_holds_on_every_spectrum(spectrum: str, tolerance: float) -> None:
+    w_OI = matrix(spectrum)
+    (found,) = found_in(w_OI[None], tolerance=tolerance)
+    is_as_good_as_it_says(found, w_OI, tolerance)
+    # many equal values at the wanted rank leave no gap to find
+    assert found.route == ("dense" if spectrum in ("equal", "step before") else "iterative")
+    certain = found.route == "dense"
+    assert found.certificate.failure_probability == (0.0 if certain else 1e-6)
+
+
+@pytest.mark.usefixtures("precision")
+def test_wide_matrices_and_modules_of_every_kind_side_by_side() -> None:
+    kinds = ["normal", "steep", "zero", "harmonic", "equal"]
+    w_GOI = torch.stack([matrix(kind, seed=n) for n, kind in enumerate(kinds)])
+    for w in (w_GOI, w_GOI.mT.contiguous()):
+        for each, w_OI in zip(found_in(w), w, strict=True):
+            is_as_good_as_it_says(each, w_OI, 1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-12, 1e12, 1e18])
+def test_the_size_of_the_change_does_not_matter(size: float) -> None:
+    w_OI = matrix("harmonic")
+    (found,), (same,) = found_in((w_OI * size)[None]), found_in(w_OI[None])
+    torch.testing.assert_close(found.spectral.s_R.double() / size, same.spectral.s_R.double())
+    assert found.certificate.relative_excess <= 1e-4
+    assert found.total_energy == pytest.approx(same.total_energy * size**2, rel=1e-6)
+
+
+def test_what_does_not_fit_float32_is_refused() -> None:
+    with pytest.raises(AdapterError, match="does not fit float32"):
+        found_in(torch.full((1, LONG, NARROW), math.inf))
+
+
+def test_a_start_nearby_saves_steps_and_changes_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filtered = subspace._filtered
+    steps: list[int] = []
+    monkeypatch.setattr(subspace, "_filtered", lambda *given: steps.append(1) or filtered(*given))
+    before = matrix("slow")
+    now = before + 0.02 * before.norm() / math.sqrt(before.numel()) * matrix("normal", seed=5)
+    (cold,) = found_in(now[None], tolerance=1e-6)
+    cold_steps = len(steps)
+    (near,) = found_in(before[None])
+    steps.clear()
+    start = Start(seed=3, near_GKI=near.spectral.vh_RI[None])
+    (warm,) = found_in(now[None], tolerance=1e-6, start=start)
+    assert len(steps) <= cold_steps
+    torch.testing.assert_close(warm.spectral.s_R, cold.spectral.s_R, rtol=1e-4, atol=0)
+    # a start that misleads is found out
+    away = Start(seed=3, near_GKI=torch.eye(NARROW)[None, :RANK])
+    (misled,) = found_in(now[None], tolerance=1e-6, start=away)
+    is_as_good_as_it_says(misled, now, 1e-6)
+
+
+@pytest.mark.parametrize("spectrum", ["normal", "harmonic", "floor", "equal", "one", "zero"])
+def test_a_norm_lies_within_every_range_that_is_found_for_it(spectrum: str) -> None:
+    w_MN = matrix(spectrum).double()
+    basis = torch.linalg.qr(matrix("normal", long=NARROW, narrow=30, seed=9).double()).Q
+    beside = w_MN - (w_MN @ basis) @ basis.mT
+    norm = float(torch.linalg.matrix_norm(beside, ord=2) ** 2)
+    for seed in range(20):
+        draws = torch.Generator().manual_seed(seed)
+        ranges = list(norm_ranges(lambda x: w_MN.mT @ (w_MN @ x), basis[None], draws))
+        assert len(ranges) > 2
+        for found in ranges:
+            assert float(found.least_G) <= norm * (1 + 1e-9)
+            assert float(found.most_G) >= norm * (1 - 1e-9)
+        widths = [float(r.most_G - r.least_G) for r in ranges]
+        assert widths[-1] <= 0.1 * norm + 1e-30
+        assert widths[-1] <= widths[0]
+
+
+def test_a_gap_bounds_what_the_best_could_hold_for_any_basis() -> None:
+    g = matrix("harmonic").double()
+    gram_NN = g.mT @ g
+    values = torch.linalg.eigvalsh(gram_NN).flip(0)
+    draws = torch.Generator().manual_seed(1)
+    leading = torch.linalg.eigh(gram_NN).eigenvectors.flip(1)[:, :60]
+    for noise in (0.0, 1e-4, 1e-3, 1e-2):
+        drawn = torch.randn(NARROW, 60, generator=draws, dtype=torch.float64)
+        x = torch.linalg.qr(leading + noise * drawn).Q
+        theta, turn = torch.linalg.eigh(x.mT @ gram_NN @ x)
+        x, theta = x @ turn.flip(1), theta.flip(0)
+        r = gram_NN @ x - x * theta
+        r -= x @ (x.mT @ r)
+        rest = torch.eye(NARROW, dtype=torch.float64) - x @ x.mT
+        norm = torch.linalg.matrix_norm(rest @ gram_NN @ rest, ord=2)
+        bound = gap_bound(theta[None], (r.mT @ r)[None], norm[None], RANK)
+        best = float(values[:RANK].sum())
+        assert float(bound) >= best * (1 - 1e-12)
+        assert noise or float(bound) <= best * (1 + 1e-12)
+    assert gap_bound(theta[None], (r.mT @ r)[None], theta[None, 0], RANK).isinf().all()
+
+
+def test_bases_are_orthonormal_whatever_the_columns() -> None:
+    draws = torch.Generator().manual_seed(2)
+    columns = torch.randn(2, 200, 30, generator=draws)
+    graded = columns * torch.logspace(0, -12, 30)
+    dependent = torch.cat([columns[..., :15], columns[..., :15] + 1e-5 * columns[..., 15:]], -1)
+    for x in (columns, graded, dependent, columns[..., :1].expand(-1, -1, 30), 0 * columns):
+        basis = orthonormal(x)
+        eye = torch.eye(30, dtype=torch.float64)
+        products = basis.double().mT @ basis.double()
+        assert float((products - eye).abs().max()) < 2e-6
+    torch.testing.assert_close(
+        gram(graded), graded.double().mT @ graded.double(), rtol=1e-4, atol=1e-4
+    )
