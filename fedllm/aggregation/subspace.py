@@ -19,14 +19,14 @@ from fedllm.aggregation.bounds import Apply, gap_bound, norm_ranges
 
 # of the wanted rank: what is carried beside it, whose gap to it speeds everything
 _EXTRA, _LEAST_EXTRA = 0.6, 8
-_FILTERS = 5
+_POWERS, _FILTERS = 3, 5
 _SET_ASIDE_ABOVE = 20.0  # times the lowest Ritz value
 _AMPLIFICATION = 1e4
 _LARGEST_DEGREE = 12
 _NOISE = 1e-12  # of the largest Ritz value
 _NEARLY_DEPENDENT = 1e-3  # what is left of a column of unit length beside those before it
 _ROWS = 512  # at a time, which stay in a cache
-_DIFFERENCE_TELLS = 1e-3  # of the energy
+_DIFFERENCE_TELLS = 3e-5  # of the energy
 _RESOLUTION = 1e-11  # of the energy: what float32 sums cannot tell from nothing
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -71,9 +71,6 @@ def search(
         draws: what is drawn.
     """
     ritz = _Ritz.of(w_GMN, _begun(w_GMN, width(asked.rank, w_GMN.shape[2]), near_GNJ, draws))
-    if ritz.number_aside:
-        # beside the largest directions the smaller wanted ones drowned in the start's rounding
-        ritz = _Ritz.of(w_GMN, orthonormal(_back(w_GMN, ritz.y_GML)))
     for _ in range(_FILTERS):
         ritz = _Ritz.of(w_GMN, _filtered(w_GMN, ritz))
         left_G = _left(w_GMN, ritz, asked)
@@ -172,7 +169,10 @@ def _begun(w_GMN: Tensor, number: int, near_GNJ: Tensor, draws: torch.Generator)
     drawn = torch.randn(modules, narrow, number - near_GNJ.shape[2], generator=draws)
     drawn = drawn.to(w_GMN.device) / math.sqrt(narrow)
     begun = torch.cat([near_GNJ.to(drawn), drawn], dim=2)
-    return orthonormal(_Quick.beside(w_GMN, begun[..., :0], begun[..., :0])(begun))
+    quick = _Quick.beside(w_GMN, begun[..., :0], begun[..., :0])
+    for _ in range(_POWERS):
+        begun = orthonormal(quick(begun))
+    return begun
 
 
 def _filtered(w_GMN: Tensor, ritz: _Ritz) -> Tensor:

@@ -191,12 +191,18 @@ class CheckedFile:
     def check(self, name: str) -> None:
         """Compare a tensor with its digest, which other threads need not wait for.
 
+        It is taken to be read by then: its pages no longer count as this process's memory.
+
         Raises:
             DamagedUpdateError: it was altered.
         """
         begin, end = self.header.place(name)
         with memoryview(self._map) as content, content[begin:end] as data:
             digest = hashlib.sha256(data).hexdigest()
+        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        if (count := (end - begin) // mmap.PAGESIZE) > 0:
+            # whoever reads them again finds them in the page cache
+            self._map.madvise(mmap.MADV_DONTNEED, begin, count * mmap.PAGESIZE)
         if digest != self.header.digests[name]:
             raise DamagedUpdateError(f"the checksum of {name} does not match")
 
