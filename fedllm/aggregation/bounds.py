@@ -15,13 +15,13 @@ from torch import Tensor
 
 Apply = Callable[[Tensor], Tensor]  # X (G, N, P) -> W^T W X
 
-FAILURE_PROBABILITY = 1e-6
+FAILURE_PROBABILITY = 1e-7
 
 _CLEAR = 1e-12  # of the largest Ritz value: smaller gaps are rounding
 _PROBES = 16
-_CHI_SQUARE = 1.45  # P(chi-square of 16 degrees of freedom < 1.45) < 1e-6
+_CHI_SQUARE = 1.06  # P(chi-square of 16 degrees of freedom < 1.06) < 1e-7
 _STEPS, _STEPS_A_LOOK = 24, 4
-_ENDED = 100.0  # roundings
+_ENDED, _NOTHING = 100.0, 1e-30  # in roundings, absolute
 
 
 def gap_bound(theta_GL: Tensor, residuals_GLL: Tensor, rest_G: Tensor, rank: int) -> Tensor:
@@ -65,7 +65,7 @@ def norm_ranges(apply: Apply, basis_GNL: Tensor, draws: torch.Generator) -> Iter
     probes = torch.randn(shape, generator=draws, dtype=basis_GNL.dtype).to(basis_GNL.device)
     now = _beside(probes, basis_GNL)
     norms_GP = now.double().norm(dim=1)
-    now = now / norms_GP[:, None, :].to(now.dtype)
+    now = now / norms_GP[:, None, :].to(now.dtype).clamp(min=_NOTHING)
     before = torch.zeros_like(now)
     largest_GP = torch.zeros_like(norms_GP)
     alphas: list[Tensor] = []
@@ -77,7 +77,8 @@ def norm_ranges(apply: Apply, basis_GNL: Tensor, draws: torch.Generator) -> Iter
         betas.append(grown.double().norm(dim=1))
         # where all of a probe's directions are found the next one would be rounding
         largest_GP = torch.maximum(largest_GP, alphas[-1].abs() + betas[-1])
-        ended_GP = betas[-1] <= _ENDED * torch.finfo(now.dtype).eps * largest_GP
+        least_GP = (_ENDED * torch.finfo(now.dtype).eps * largest_GP).clamp(min=_NOTHING)
+        ended_GP = betas[-1] <= least_GP
         betas[-1] = torch.where(ended_GP, 0.0, betas[-1])
         inverse_GP = torch.where(ended_GP, 0.0, 1 / betas[-1])
         before, now = now, grown * inverse_GP[:, None, :].to(now.dtype)

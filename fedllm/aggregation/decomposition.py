@@ -13,6 +13,8 @@ from torch import Tensor
 from fedllm.aggregation.orthogonal import NEARLY_ORTHOGONAL, triangle
 from fedllm.lora.spectral import Spectral
 
+RESOLUTION = 1e-11  # of the energy: what float32 sums cannot tell from nothing
+
 Partial: TypeAlias = Mapping[str, Tensor]  # what a block of clients comes to: part -> (G, ...)
 
 
@@ -23,6 +25,9 @@ class Certificate:
     `residual_energy` is the squared Frobenius norm of what they leave out. It exceeds the
     smallest possible one by at most the share `relative_excess` of that smallest, with
     probability at least `1 - failure_probability` over the route's own random draws (0: certain).
+    What is left out is measured on the sum as the route formed it, in float64 or, on the
+    iterative route, in float32, of which `RESOLUTION` of the whole energy says nothing: where no
+    more is left out, `relative_excess` is 0.
     """
 
     residual_energy: float

@@ -59,6 +59,7 @@ def summed(partials: Iterable[Partial]) -> Tensor:
     total = next(blocks)["W"]
     for block in blocks:
         total += block["W"]
+        del block  # the next one may be made meanwhile
     return total
 
 

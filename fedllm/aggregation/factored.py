@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fedllm.aggregation import dense
 from fedllm.aggregation.decomposition import (
     Decomposition,
     Partial,
@@ -18,10 +19,10 @@ from fedllm.aggregation.decomposition import (
     on_left_basis,
     turned,
 )
-from fedllm.aggregation.dense import direct_certificate
 from fedllm.aggregation.orthogonal import orthonormal, triangle
 
 _INDEPENDENT = 1e-2  # what is left of a column of unit length beside those before it
+_CANCELLED = 1e-6  # of the product of the parts' energies
 
 
 def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
@@ -50,23 +51,32 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     t_GRR = triangle(flat.mT, _INDEPENDENT)
     if t_GRR is None:
         t_GRR = torch.linalg.qr(flat.mT, mode="r").R
-    gram_GRR = t_GRR @ (tall.mT @ tall) @ t_GRR.mT
+    tall_GRR = tall.mT @ tall
+    gram_GRR = t_GRR @ tall_GRR @ t_GRR.mT
+    energy_G = _trace(gram_GRR).clamp(min=0.0)
+    parts_G = t_GRR.square().sum((-2, -1)) * _trace(tall_GRR)
+    if bool((energy_G < _CANCELLED * parts_G).any()):
+        # the sum is small beside its parts, whose rounding the Gram matrix has: form it
+        return dense.decompose([{"W": b_GOR @ a_GRI}], problem, Start())
     values_GR, vectors_GRR = torch.linalg.eigh(gram_GRR)
     kept = min(problem.rank, vectors_GRR.shape[-1])
     leading_GRK = vectors_GRR[..., -kept:].flip(-1)  # eigh sorts from the smallest
     basis = orthonormal(tall @ (t_GRR.mT @ leading_GRK))
     found = on_left_basis(basis, (basis.mT @ tall) @ flat)
-    triplets = turned(found) if wide else found
-    energies = gram_GRR.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0.0).tolist()
+    triplets, energies = turned(found) if wide else found, energy_G.tolist()
     return [
         Decomposition(
             spectral=spectral,
             total_energy=energy,
             route="factored",
-            certificate=direct_certificate(energy, spectral.s_R, own),
+            certificate=dense.direct_certificate(energy, spectral.s_R, own),
         )
         for spectral, energy, own in zip(each_of(triplets), energies, values_GR, strict=True)
     ]
+
+
+def _trace(square_GRR: Tensor) -> Tensor:
+    return square_GRR.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -21,12 +21,13 @@ from fedllm.aggregation.decomposition import (
     in_units,
     turned,
 )
-from fedllm.aggregation.subspace import Asked, Found, gram, search
+from fedllm.aggregation.subspace import FILTERS, Asked, Found, gram, search
 from fedllm.errors import AdapterError
 from fedllm.lora.spectral import Spectral
+from fedllm.planning.seeding import seed_of
 
 _RANKS = 2048  # of which scaled copies are held at once
-_LARGEST_ENERGY = 2.0**48
+_LEAST_ENERGY, _LARGEST_ENERGY = 2.0**-16, 2.0**48
 _SMALL = 1e-3  # of the largest singular value
 
 
@@ -67,6 +68,7 @@ def _decomposed(w_GOI: Tensor, problem: Problem, start: Start) -> list[Decomposi
         Asked(rank=problem.rank, tolerance=problem.tolerance, energy_G=energy_G),
         near_GNJ=_near(w_GOI, start, problem),
         draws=torch.Generator().manual_seed(start.seed),
+        probes=torch.Generator().manual_seed(seed_of(start.seed, "probes", *energy_G.tolist())),
     )
     if found is not None:
         tall = _triplets(found)
@@ -94,7 +96,8 @@ def _told(triplets: Spectral, energy_G: Tensor, found: Found) -> list[Decomposit
             certificate=Certificate(
                 residual_energy=residual,
                 relative_excess=excess,
-                failure_probability=FAILURE_PROBABILITY,
+                # a module may have been searched for twice: with others, then alone
+                failure_probability=2 * FILTERS * FAILURE_PROBABILITY,
             ),
         )
         for spectral, (energy, residual, excess) in zip(each_of(triplets), numbers, strict=True)
@@ -110,13 +113,13 @@ def _scaled(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
     """Return matrices whose squares of squares float32 can hold, and their units, powers of 2."""
     energy_G = _energies(w_GOI)
     units_G = torch.ones_like(energy_G)
-    if bool(((energy_G < _LARGEST_ENERGY) & (energy_G > 1 / _LARGEST_ENERGY)).all()):
+    if bool(((energy_G < _LARGEST_ENERGY) & (energy_G > _LEAST_ENERGY)).all()):
         return w_GOI, units_G
     peak_G = torch.linalg.vector_norm(w_GOI, ord=torch.inf, dim=(-2, -1)).double()
     if not bool(torch.isfinite(peak_G).all()):
         raise AdapterError(
             "the sum of the updates' products does not fit float32: "
-            "lower the learning rate, leave the diverged update out, or set aggregation.exact"
+            "lower the learning rate, or sum in float64 (aggregation.exact: true, --exact)"
         )
     powers_G = torch.exp2(peak_G.clamp(min=torch.finfo(torch.float64).tiny).log2().floor())
     units_G = torch.where(peak_G > 0, powers_G, units_G)

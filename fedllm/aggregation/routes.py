@@ -32,13 +32,15 @@ ROUTES: Mapping[str, Route] = {"factored": FACTORED, "iterative": ITERATIVE, "de
 # shares of the narrow side, where a route's time was measured to cross the next one's
 _FEW_RANKS, _FEW_WANTED = 0.4, 0.4
 _LARGE_SIDE = 512
+_FLOAT32_TELLS = 1e-6  # relative excess of a residual
 
 
 def route_for(problem: Problem) -> str:
     """Return the name of the route, from shapes and configuration alone: a rerun takes the same."""
     narrow = min(problem.out, problem.in_)
+    precise = problem.exact or problem.tolerance < _FLOAT32_TELLS
     large = narrow >= _LARGE_SIDE and problem.stacked_rank > _FEW_RANKS * narrow
-    if large and not problem.exact and width(problem.rank, narrow) <= _FEW_WANTED * narrow:
+    if large and not precise and width(problem.rank, narrow) <= _FEW_WANTED * narrow:
         return "iterative"
     return "factored" if problem.stacked_rank < narrow else "dense"
 

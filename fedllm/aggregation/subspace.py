@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.bounds import Apply, gap_bound, norm_ranges
+from fedllm.aggregation.decomposition import RESOLUTION
 
 # of the wanted rank: what is carried beside it, whose gap to it speeds everything
 _EXTRA, _LEAST_EXTRA = 0.6, 8
-_POWERS, _FILTERS = 3, 5
+_POWERS, FILTERS = 3, 5
 _SET_ASIDE_ABOVE = 20.0  # times the lowest Ritz value
 _AMPLIFICATION = 1e4
-_LARGEST_DEGREE = 12
+_SMALLEST_DEGREE, _LARGEST_DEGREE = 2, 12
+_PLAINLY_ABOVE, _OVERGROWN = 1.0 + 1e-6, 1e10
 _NOISE = 1e-12  # of the largest Ritz value
 _NEARLY_DEPENDENT = 1e-3  # what is left of a column of unit length beside those before it
 _ROWS = 512  # at a time, which stay in a cache
-_DIFFERENCE_TELLS = 3e-5  # of the energy
-_RESOLUTION = 1e-11  # of the energy: what float32 sums cannot tell from nothing
+_DIFFERENCE_TELLS = 1e-4  # of the energy
+_ROUNDING = 2e-7  # of each of the wanted energies
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -60,21 +62,32 @@ def width(rank: int, narrow: int) -> int:
 
 
 def search(
-    w_GMN: Tensor, asked: Asked, *, near_GNJ: Tensor, draws: torch.Generator
+    w_GMN: Tensor,
+    asked: Asked,
+    *,
+    near_GNJ: Tensor,
+    draws: torch.Generator,
+    probes: torch.Generator,
 ) -> Found | None:
     """Return triplets that are as good as asked, or None if that takes too long.
+
+    Each of at most `FILTERS` certificates fails with `bounds.FAILURE_PROBABILITY`.
 
     Args:
         w_GMN: float32, not narrower than long.
         asked: what is enough.
         near_GNJ: vectors that the wanted ones are thought to be near, at most K.
-        draws: what is drawn.
+        draws: what the start is drawn from.
+        probes: what certificates are drawn from, apart from all that chose the vectors.
     """
     ritz = _Ritz.of(w_GMN, _begun(w_GMN, width(asked.rank, w_GMN.shape[2]), near_GNJ, draws))
-    for _ in range(_FILTERS):
-        ritz = _Ritz.of(w_GMN, _filtered(w_GMN, ritz))
+    for _ in range(FILTERS):
+        basis_GNL = _filtered(w_GMN, ritz)
+        if not bool(torch.isfinite(basis_GNL).all()):
+            return None
+        ritz = _Ritz.of(w_GMN, basis_GNL)
         left_G = _left(w_GMN, ritz, asked)
-        excess_G = _relative_excess(w_GMN, ritz, left_G, asked, draws)
+        excess_G = _relative_excess(w_GMN, ritz, left_G, asked, probes)
         if bool((excess_G <= asked.tolerance).all()):
             return Found(
                 x_GNK=ritz.x_GNL[..., : asked.rank],
@@ -178,9 +191,11 @@ def _begun(w_GMN: Tensor, number: int, near_GNJ: Tensor, draws: torch.Generator)
 def _filtered(w_GMN: Tensor, ritz: _Ritz) -> Tensor:
     """Return a basis in which all that is below the lowest Ritz values has faded."""
     aside = ritz.number_aside
-    ratio = float((ritz.theta_GL[:, aside] / ritz.cut_G).max())
-    growth = math.acosh(max(1.0 + 1e-6, 2 * ratio - 1))
-    degree = max(2, min(_LARGEST_DEGREE, math.ceil(math.acosh(_AMPLIFICATION) / growth)))
+    ratio = float((ritz.theta_GL[:, aside] / ritz.cut).max())
+    degree = _SMALLEST_DEGREE
+    if ratio > _PLAINLY_ABOVE:  # otherwise all that is wanted is set aside, and the rest is noise
+        degree = math.ceil(math.acosh(_AMPLIFICATION) / math.acosh(2 * ratio - 1))
+        degree = max(_SMALLEST_DEGREE, min(_LARGEST_DEGREE, degree))
     kept_GMA = ritz.y_GML[..., :aside]
     quick = _Quick.beside(w_GMN, ritz.x_GNL[..., :aside], kept_GMA)
     # T_0 and T_1, then T_{d+1}(G) = (4 / cut G - 2) T_d(G) - T_{d-1}(G)
@@ -188,6 +203,8 @@ def _filtered(w_GMN: Tensor, ritz: _Ritz) -> Tensor:
     before = ritz.x_GNL[..., aside:]
     now = quick(before).div_(half_G11).sub_(before)
     for _ in range(degree - 1):
+        if not float(now.abs().max()) < _OVERGROWN:
+            break  # what is left beside the vectors set aside is rounding
         grown = quick(now).div_(half_G11 / 2).sub_(now, alpha=2).sub_(before)
         before, now = now, grown
     return orthonormal(torch.cat([_back(w_GMN, kept_GMA), now], dim=2))
@@ -211,40 +228,66 @@ def _left(w_GMN: Tensor, ritz: _Ritz, asked: Asked) -> Tensor:
 
 
 def _relative_excess(
-    w_GMN: Tensor, ritz: _Ritz, left_G: Tensor, asked: Asked, draws: torch.Generator
+    w_GMN: Tensor, ritz: _Ritz, left_G: Tensor, asked: Asked, probes: torch.Generator
 ) -> Tensor:
     """Return at most how much less could be left out, infinite once it is plainly not enough."""
-    kept_G = ritz.theta_GL[:, : asked.rank].sum(-1)
-    r_GNL = _back(w_GMN, ritz.y_GML) - ritz.x_GNL * ritz.theta_GL[:, None, :].float()
-    r_GNL = r_GNL - ritz.x_GNL @ (ritz.x_GNL.mT @ r_GNL)
-    residuals_GLL = gram(r_GNL)
-
-    def relative(rest_G: Tensor) -> Tensor:
-        best_G = gap_bound(ritz.theta_GL, residuals_GLL, rest_G, asked.rank)
-        excess_G = (best_G - kept_G).clamp(min=0.0)
-        optimal_G = left_G - excess_G
-        bounded_G = torch.where(optimal_G > 0, excess_G / optimal_G, torch.inf)
-        return torch.where(left_G <= _RESOLUTION * asked.energy_G, 0.0, bounded_G)
-
-    # the norm of the rest will hardly be found to be less than the lowest Ritz value
+    bound = _Bound.of(w_GMN, ritz, left_G, asked)
     last_G, lowest_G = ritz.theta_GL[:, asked.rank - 1], ritz.theta_GL[:, -1]
-    hoped_G = relative(lowest_G)
+    if bool(bound.done_G.all()) or ritz.theta_GL.shape[1] == w_GMN.shape[2]:
+        return bound(torch.zeros_like(lowest_G))  # nothing is left, or there is no rest
+    # the norm of the rest will hardly be found to be less than the lowest Ritz value
+    hoped_G = bound(lowest_G)
     unknown_G = torch.full_like(hoped_G, torch.inf)
     if bool((hoped_G > asked.tolerance).any()):
         return unknown_G
-    done_G = hoped_G == 0.0
-    if bool(done_G.all()):
-        return hoped_G
     # the excess grows at least as the gap shrinks
-    needed_G = torch.where(done_G, -torch.inf, (last_G - lowest_G) * hoped_G / asked.tolerance)
-    for rest in norm_ranges(_exactly(w_GMN), ritz.x_GNL, draws):
+    needed_G = (last_G - lowest_G) * hoped_G / asked.tolerance
+    needed_G = torch.where(bound.done_G, -torch.inf, needed_G)
+    for rest in norm_ranges(_exactly(w_GMN), ritz.x_GNL, probes):
         if bool((last_G - rest.least_G < needed_G).any()):
             break
         if bool((last_G - rest.most_G >= needed_G).all()):
-            excess_G = relative(rest.most_G)
+            excess_G = bound(rest.most_G)
             if bool((excess_G <= asked.tolerance).all()):
                 return excess_G
     return unknown_G
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """The relative excess as it follows from a bound of the norm of the rest."""
+
+    ritz: _Ritz
+    rank: int
+    residuals_GLL: Tensor
+    left_G: Tensor
+    rounding_G: Tensor
+    done_G: Tensor
+
+    @classmethod
+    def of(cls, w_GMN: Tensor, ritz: _Ritz, left_G: Tensor, asked: Asked) -> "_Bound":
+        """Return that of the Ritz vectors."""
+        r_GNL = _back(w_GMN, ritz.y_GML) - ritz.x_GNL * ritz.theta_GL[:, None, :].float()
+        r_GNL = r_GNL - ritz.x_GNL @ (ritz.x_GNL.mT @ r_GNL)
+        wanted_G = asked.rank * ritz.theta_GL[:, asked.rank - 1]
+        return cls(
+            ritz=ritz,
+            rank=asked.rank,
+            residuals_GLL=gram(r_GNL),
+            left_G=left_G,
+            # what float32 vectors lose, several times what was ever seen
+            rounding_G=_ROUNDING * wanted_G + RESOLUTION / 10 * asked.energy_G,
+            done_G=left_G <= RESOLUTION * asked.energy_G,
+        )
+
+    def __call__(self, rest_G: Tensor) -> Tensor:
+        """Return the bound where the norm of the rest is at most `rest_G`."""
+        theta_GL = self.ritz.theta_GL
+        best_G = gap_bound(theta_GL, self.residuals_GLL, rest_G, self.rank)
+        excess_G = (best_G - theta_GL[:, : self.rank].sum(-1)).clamp(min=0.0) + self.rounding_G
+        optimal_G = self.left_G - excess_G
+        bounded_G = torch.where(optimal_G > 0, excess_G / optimal_G, torch.inf)
+        return torch.where(self.done_G, 0.0, bounded_G)
 
 
 @dataclass(frozen=True, kw_only=True)

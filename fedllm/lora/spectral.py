@@ -96,19 +96,15 @@ def with_live_directions(
     )
 
 
-def energy_kept(*, total_energy: float, s_R: Tensor, rank: int) -> float:
-    """Return the share of `total_energy` (the squared Frobenius norm) in the leading `rank`.
+def energy_left(*, residual_energy: float, s_R: Tensor, rank: int) -> float:
+    """Return the energy (squared Frobenius norm) that the leading `rank` triplets leave out.
 
-    1 where there is no energy: nothing was lost.
+    Args:
+        residual_energy: what all of them leave out.
+        s_R: their singular values.
+        rank: how many of them are kept.
     """
-    if total_energy == 0.0:
-        return 1.0
-    return min(1.0, _energy(s_R, rank) / total_energy)
-
-
-def truncation_error(*, total_energy: float, s_R: Tensor, rank: int) -> float:
-    """Return the Frobenius norm of what the leading `rank` leave out, exact to 1e-8 of the norm."""
-    return math.sqrt(max(0.0, total_energy - _energy(s_R, rank)))
+    return residual_energy + float(s_R[rank:].double().square().sum())
 
 
 def effective_rank(*, total_energy: float, s_R: Tensor) -> float:
@@ -151,7 +147,3 @@ def overlap(one_RI: Tensor, other_RI: Tensor, *, rank: int) -> float | None:
         return None
     cosines_RR = one_RI[:rank].double() @ other_RI[:rank].to(one_RI.device).double().mT
     return min(1.0, float(cosines_RR.square().sum()) / rank)
-
-
-def _energy(s_R: Tensor, rank: int) -> float:
-    return float(s_R[:rank].double().square().sum())

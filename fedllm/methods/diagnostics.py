@@ -9,9 +9,8 @@ from fedllm.aggregation.decomposition import Decomposition
 from fedllm.lora.spectral import (
     alive_directions,
     effective_rank,
-    energy_kept,
+    energy_left,
     overlap,
-    truncation_error,
 )
 from fedllm.methods.protocol import ModuleDiagnostics, RankDiagnostics
 
@@ -33,16 +32,17 @@ def diagnose(
             the largest singular value.
     """
     s_R, energy = decomposition.spectral.s_R, decomposition.total_energy
-    norm = math.sqrt(energy)
+    residual = decomposition.certificate.residual_energy
     rows = []
     for rank in sorted(set(ranks)):
-        error = truncation_error(total_energy=energy, s_R=s_R, rank=rank)
+        left = energy_left(residual_energy=residual, s_R=s_R, rank=rank)
+        share = min(1.0, left / energy) if energy else 0.0
         rows.append(
             RankDiagnostics(
                 rank=rank,
-                energy_kept=energy_kept(total_energy=energy, s_R=s_R, rank=rank),
-                truncation_error=error,
-                relative_error=error / norm if norm else 0.0,
+                energy_kept=1.0 - share,
+                truncation_error=math.sqrt(left),
+                relative_error=math.sqrt(share),
             )
         )
     alive_RI = alive_directions(decomposition.spectral)
@@ -52,7 +52,7 @@ def diagnose(
         ranks=tuple(rows),
         stacked_rank=stacked_rank,
         route=decomposition.route,
-        residual_energy=decomposition.certificate.residual_energy,
+        residual_energy=residual,
         relative_excess=decomposition.certificate.relative_excess,
         failure_probability=decomposition.certificate.failure_probability,
         effective_rank=effective_rank(total_energy=energy, s_R=s_R),

@@ -14,11 +14,10 @@ from fedllm.lora.spectral import (
     Spectral,
     alive_directions,
     effective_rank,
-    energy_kept,
+    energy_left,
     overlap,
     to_factors,
     truncate,
-    truncation_error,
     with_fixed_signs,
     with_live_directions,
 )
@@ -138,18 +137,13 @@ def test_more_than_the_state_holds_is_refused() -> None:
             truncate(start, rank)
 
 
-def test_energy_and_error_are_those_of_the_part_left_out() -> None:
+def test_what_is_left_is_the_residual_and_all_smaller_triplets() -> None:
     s = torch.tensor([2.0, 1.0, 0.5])
-    total = float(s.square().sum()) + 0.75  # more energy than the triplets hold
-    assert energy_kept(total_energy=total, s_R=s, rank=2) == pytest.approx(5 / 6)
-    assert truncation_error(total_energy=total, s_R=s, rank=2) == pytest.approx(1.0)
-    assert truncation_error(total_energy=5.0, s_R=s, rank=3) == 0.0
-    assert energy_kept(total_energy=5.0, s_R=s, rank=3) == 1.0
-
-
-def test_no_energy_is_all_kept() -> None:
-    assert energy_kept(total_energy=0.0, s_R=torch.zeros(2), rank=1) == 1.0
-    assert truncation_error(total_energy=0.0, s_R=torch.zeros(2), rank=1) == 0.0
+    assert energy_left(residual_energy=0.75, s_R=s, rank=2) == pytest.approx(1.0)
+    assert energy_left(residual_energy=0.75, s_R=s, rank=3) == 0.75
+    # far below what a difference of energies could tell
+    assert energy_left(residual_energy=1e-30, s_R=s, rank=3) == 1e-30
+    assert energy_left(residual_energy=0.0, s_R=torch.zeros(2), rank=1) == 0.0
 
 
 @settings(max_examples=60, deadline=None)
