@@ -6,6 +6,7 @@ FedllmError
 │   ├── DataError: training data or a client that is not as described
 │   ├── ModelError: a base model that is missing or unsuitable
 │   ├── AdapterError: an adapter that cannot be read or combined
+│   │   └── BadUpdate: values that are not finite; an aggregation is possible without them
 │   ├── RunDirectoryError: a run directory of another run, or one that cannot be written
 │   └── LeaseError: another coordinator holds the run
 ├── RunFailed (exit 1): the run cannot go on (quorum missed, a job that fails again and again)
@@ -13,6 +14,8 @@ FedllmError
 └── Incomplete (exit 3): `fedllm resume` will go on
     └── StorageFull: no space or quota left
 """
+
+from collections.abc import Mapping
 
 
 class FedllmError(Exception):
@@ -41,6 +44,19 @@ class ModelError(UserError):
 
 class AdapterError(UserError):
     """An adapter cannot be read, or adapters cannot be combined."""
+
+
+class BadUpdate(AdapterError):
+    """Adapters hold values that no aggregation can use; without them it may go on.
+
+    `places` says what is wrong with each, by its number in what is aggregated: of a round its
+    client's place in the cohort.
+    """
+
+    def __init__(self, message: str, places: Mapping[int, str]) -> None:
+        """Keep whose they are."""
+        super().__init__(message)
+        self.places = dict(places)
 
 
 class RunDirectoryError(UserError):

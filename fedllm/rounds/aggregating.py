@@ -4,7 +4,7 @@ import hashlib
 
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.evaluation import is_evaluated
-from fedllm.rounds.collecting import reopen_if_damaged
+from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import single_job
 from fedllm.storage.paths import aside
@@ -16,7 +16,7 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
 
     Raises:
         FedllmError: the job cannot succeed. A damaged update is not that: its clients train
-            again.
+            again. Nor is one that holds what is not finite: its client is left out.
     """
     paths = run.paths.round(number)
     try:
@@ -29,7 +29,7 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
             round_number=number,
         )
     except FedllmError:
-        if not number or not reopen_if_damaged(run, paths):
+        if not number or not (leave_out_bad(run, paths) or reopen_if_damaged(run, paths)):
             raise
     return AggregateRecord.find(paths.aggregate_record)
 

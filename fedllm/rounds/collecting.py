@@ -8,11 +8,12 @@ from fedllm.planning.cohorts import quorum_size
 from fedllm.rounds.outliers import Checked, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
-from fedllm.storage.paths import RoundPaths, aside, attempts_of
+from fedllm.storage.paths import JobPaths, RoundPaths, aside, attempts_of
 from fedllm.storage.records import (
     CohortRecord,
     CollectedUpdate,
     CollectionRecord,
+    ErrorRecord,
     TaskRecord,
     TierMix,
 )
@@ -23,7 +24,8 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
     """Freeze the round's valid updates in the cohort's order; None: look at the files again.
 
     What arrives later is late: counted, never mixed in. Where an earlier collection was replaced
-    because a file was damaged, the same clients are taken again, clipped as they were.
+    because a file was damaged, the same clients are taken again, clipped as they were, but for
+    those whose values no aggregation can use.
 
     Raises:
         RunFailed: fewer valid updates than the quorum; names clients, reasons and logs.
@@ -169,12 +171,45 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
         if (paths.updates / name).exists():
             (paths.updates / name).rename(aside(paths.updates / name, "damaged"))
     if problems:
-        # the collection last: killed in between, what was said of the old one is not told again
-        if paths.aggregate_attempts.exists():
-            paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
-        paths.collection.rename(aside(paths.collection, "replaced"))
-        run.scanners.clear()
+        _replace(run, paths)
     return bool(problems)
+
+
+def leave_out_bad(run: Run, paths: RoundPaths) -> bool:
+    """Put a collection aside whose aggregation said which clients' updates cannot be used.
+
+    What it said stays beside it, so whoever collects anew leaves them out: the same update would
+    come if they trained again. The quorum decides whether the round goes on.
+    """
+    bad = _bad_clients(run, paths)
+    collection = CollectionRecord.read(paths.collection)
+    if not any(update.client in bad for update in collection.updates):
+        return False
+    run.lease.check()
+    _replace(run, paths)
+    return True
+
+
+def _bad_clients(run: Run, paths: RoundPaths) -> dict[str, str]:
+    """Return the clients whose updates stopped an aggregation of the round, and why."""
+    attempts = paths.aggregate_attempts
+    places: dict[int, str] = {}
+    for told in sorted(
+        attempts.parent.glob(f"{attempts.name}*/*/{JobPaths(root=attempts).error.name}")
+    ):
+        places |= run.read(ErrorRecord, told).bad_places
+    if not places:
+        return {}
+    clients = run.read(CohortRecord, paths.cohort).clients
+    return {clients[place].id: why for place, why in places.items()}
+
+
+def _replace(run: Run, paths: RoundPaths) -> None:
+    # the collection last: killed in between, what was said of the old one is not told again
+    if paths.aggregate_attempts.exists():
+        paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
+    paths.collection.rename(aside(paths.collection, "replaced"))
+    run.scanners.clear()
 
 
 def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
@@ -188,13 +223,18 @@ def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
 
 
 def replaced_collection(run: Run, paths: RoundPaths) -> CollectionRecord | None:
-    """Return the first collection that was replaced, if any was."""
-    first = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
-    return run.find(CollectionRecord, first)
+    """Return the first collection that was replaced, if any was, without clients left out since."""
+    path = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
+    first = run.find(CollectionRecord, path)
+    bad = _bad_clients(run, paths) if first else {}
+    if not first or not bad:
+        return first
+    kept = [update for update in first.updates if update.client not in bad]
+    return first.model_copy(update={"updates": kept, "failed": {**first.failed, **bad}})
 
 
 def replaced_clients(run: Run, paths: RoundPaths) -> set[str] | None:
-    """Return the clients of the first collection that was replaced, if any was."""
+    """Return the clients that a replaced collection is to have again, if any was replaced."""
     record = replaced_collection(run, paths)
     return {update.client for update in record.updates} if record else None
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.groups import Group
-from fedllm.errors import AdapterError
+from fedllm.errors import AdapterError, BadUpdate
 from fedllm.lora.factors import Block
 from fedllm.steps.buffers import Buffer, Layout, buffer_for
 
@@ -115,7 +115,8 @@ class Feed:
         """Give the next portion's block; afterwards its memory is filled with another.
 
         Raises:
-            AdapterError: factors that are not what was announced, or a value that is not finite.
+            AdapterError: factors that are not what was announced.
+            BadUpdate: a value is not finite.
         """
         filled = self._filled.get()
         if isinstance(filled, BaseException):
@@ -199,20 +200,19 @@ class Feed:
                 )
         return pair
 
-    def _not_finite(self, filled: "_Filled") -> AdapterError:
+    def _not_finite(self, filled: "_Filled") -> BadUpdate:
         portion = filled.portion
-        bad = (
-            (self._source.name(client, module, part), factor_G[g])
-            for client, pair in zip(portion.clients, filled.buffer.targets(), strict=True)
-            for g, module in enumerate(portion.group.modules)
-            for part, factor_G in zip("AB", pair, strict=True)
-            if not _is_finite(factor_G[g])
-        )
-        name, factor = next(bad)
-        row, column = (~torch.isfinite(factor)).nonzero()[0].tolist()
-        return AdapterError(
-            f"{name} holds {float(factor[row, column])} at [{row}, {column}]; leave it out"
-        )
+        found: dict[int, str] = {}
+        for client, pair in zip(portion.clients, filled.buffer.targets(), strict=True):
+            for g, module in enumerate(portion.group.modules):
+                for part, factor_G in zip("AB", pair, strict=True):
+                    if client in found or _is_finite(factor_G[g]):
+                        continue
+                    row, column = (~torch.isfinite(factor_G[g])).nonzero()[0].tolist()
+                    value = float(factor_G[g][row, column])
+                    name = self._source.name(client, module, part)
+                    found[client] = f"{name} holds {value} at [{row}, {column}]"
+        return BadUpdate(f"{next(iter(found.values()))}; leave it out", found)
 
 
 @dataclass(frozen=True, kw_only=True)

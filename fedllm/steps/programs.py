@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from fedllm.errors import FedllmError, UserError
+from fedllm.errors import BadUpdate, FedllmError, UserError
 from fedllm.steps.identity import task_identity
 from fedllm.steps.log import say
 from fedllm.steps.session import Session
@@ -190,6 +190,7 @@ def _record(
         message=str(error) or type(error).__name__,
         exit_code=exit_code,
         log=identity.log,
+        bad_places=error.places if isinstance(error, BadUpdate) else {},
     )
     path = _error_path(program, arguments, identity.task)
     try:

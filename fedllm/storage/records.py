@@ -229,12 +229,17 @@ class JobsRecord(Record):
 
 
 class ErrorRecord(Record):
-    """Why a job stopped."""
+    """Why a job stopped.
+
+    `bad_places` are the places in the cohort of clients without whose updates an aggregation may
+    go on, and what is wrong with these.
+    """
 
     kind: str
     message: str
     exit_code: int
     log: str = ""
+    bad_places: dict[int, str] = {}
 
 
 class ClaimRecord(Record):

@@ -12,14 +12,15 @@ import torch
 
 from fedllm.config.loading import read_config, validate
 from fedllm.config.models import Config
-from fedllm.errors import FedllmError
 from fedllm.planning.evaluation import choose
 from fedllm.planning.seeding import seed_of
 from fedllm.rounds.coordinate import coordinate
 from fedllm.rounds.opening import open_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.inline import InlineScheduler
-from fedllm.steps.aggregate import aggregate_round, fold_ahead
+from fedllm.steps.aggregate import fold_ahead
+from fedllm.steps.programs import run as run_program
+from fedllm.steps.session import Session
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     ClaimRecord,
@@ -68,7 +69,9 @@ def config_of(**changes: object) -> Config:
 class Simulation:
     """The callable behind an inline scheduler; `diverging` clients send what is not finite.
 
-    After `limit` clients none is trained any more, and of bundles the `only` ones alone.
+    After `limit` clients none is trained any more, and of bundles the `only` ones alone. `loud`
+    clients' changes are that many times as large, `poisoned` ones' hold what is not
+    finite; `spoil` changes what clients record.
     """
 
     def __init__(self, diverging: Sequence[str] = (), log: Callable[[str], None] = print) -> None:
@@ -78,6 +81,9 @@ class Simulation:
         self.data_fingerprint = "data"
         self.misshapen = 0
         self.limit: int | None = None
+        self.loud: dict[str, float] = {}
+        self.poisoned: set[str] = set()
+        self.spoil: Callable[[UpdateRecord], UpdateRecord] = lambda record: record
         self.only: set[str] | None = None
         self.before: Callable[[str, Path], int | None] = lambda _program, _target: None
 
@@ -97,7 +103,8 @@ class Simulation:
         elif fold:
             fold_ahead(RoundPaths(root=target), [int(block) for block in fold.split(",")])
         elif program == "aggregate":
-            return self.aggregate(RoundPaths(root=target))
+            # leaves an error where a coordinator looks for it
+            return run_program("aggregate", argv, session=Session())
         else:
             self.evaluate(RoundPaths(root=target))
         return 0
@@ -148,14 +155,6 @@ class Simulation:
                     {record.client: tensors for record, tensors in results if tensors},
                 )
 
-    def aggregate(self, paths: RoundPaths) -> int:
-        """Run the real aggregation and answer as its program does."""
-        try:
-            aggregate_round(paths)
-        except FedllmError as error:
-            return error.exit_code
-        return 0
-
     def train(
         self,
         run: RunRecord,
@@ -198,6 +197,9 @@ class Simulation:
             tensors[name] = (a_RI, self.loud.get(client, 1.0) * b_OR)
         self.misshapen = max(0, self.misshapen - 1)
         norms = {name: (float(a.norm()), float(b.norm())) for name, (a, b) in tensors.items()}
+        if client in self.poisoned:
+            # what its record says stays plausible: a scan takes it
+            tensors["layer.up_proj"][0][0, 1] = torch.nan
         return self.spoil(record.model_copy(update={"norms": norms})), tensors
 
     def evaluate(self, paths: RoundPaths) -> None:

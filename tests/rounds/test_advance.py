@@ -146,6 +146,110 @@ def test_a_quorum_lets_the_round_go_on_without_a_diverged_client(tmp_path: Path)
     assert len(collection.updates) == 3
 
 
+def poisoned(folder: Path, count: int = 1) -> tuple[Simulation, list[str]]:
+    """Have clients of the first round send values that are not finite, as valid updates."""
+    probe = Simulation()
+    complete(folder / "probe", probe, config_of(rounds=1))
+    clients = sorted(client for _, client in probe.trained)[:count]
+    simulation = Simulation()
+    simulation.poisoned = set(clients)
+    return simulation, clients
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_client_whose_values_are_not_finite_is_left_out_where_the_quorum_allows(
+    tmp_path: Path, count: int
+) -> None:
+    simulation, clients = poisoned(tmp_path, count)
+    said = list[str]()
+    simulation.log = said.append
+    config = config_of(clients__quorum=2, rounds=1, aggregation__block_clients=1)
+    complete(tmp_path / "run", simulation, config)
+    assert len(simulation.trained) == 4  # nobody trained again
+    collection = CollectionRecord.read(RunPaths(root=tmp_path / "run").round(1).collection)
+    assert list(collection.failed) == clients
+    assert collection.replaces == count
+    assert sum(mix.used for mix in collection.tiers.values()) == 4 - count
+    for client in clients:
+        told = f"client {client}: layer.up_proj A holds nan at [0, 1]"
+        assert told in collection.failed[client]
+        assert any(f"{client} is left out: " in line and told in line for line in said)
+    without = Simulation(diverging=clients)
+    complete(tmp_path / "other", without, config)
+    assert states(tmp_path / "run")["0001"] == states(tmp_path / "other")["0001"]
+
+
+def test_clients_of_one_block_that_are_not_finite_are_left_out_together(tmp_path: Path) -> None:
+    simulation, clients = poisoned(tmp_path, 2)
+    complete(tmp_path / "run", simulation, config_of(clients__quorum=2, rounds=1))
+    collection = CollectionRecord.read(RunPaths(root=tmp_path / "run").round(1).collection)
+    assert list(collection.failed) == clients
+    assert collection.replaces == 1
+
+
+def test_values_that_are_not_finite_end_a_run_below_its_quorum_however_often_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    simulation, (client,) = poisoned(tmp_path)
+    for _ in range(2):
+        words = f"3 of 4 clients.*quorum needs 4; {client}: .*layer.up_proj A holds nan"
+        with pytest.raises(RunFailed, match=words):
+            complete(tmp_path / "run", simulation)
+
+
+@pytest.mark.parametrize("unattended", [True, False])
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_coordinator_killed_while_it_leaves_a_client_out_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, unattended: bool
+) -> None:
+    simulation, clients = poisoned(tmp_path)
+    config = config_of(clients__quorum=3, rounds=1)
+    rename, moved = Path.rename, list[str]()
+
+    def killed(path: Path, target: Path) -> Path:
+        if ".replaced-" in target.name:
+            moved.append(path.name)
+            if len(moved) == killed_at:
+                raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            complete(tmp_path / "run", simulation, config)
+    run = open_run(
+        tmp_path / "run",
+        config,
+        make_scheduler=lambda _paths, _config: InlineScheduler(execute=simulation),
+        say=print,
+        unattended=unattended,
+    )
+    coordinate(run)
+    collection = CollectionRecord.read(run.paths.round(1).collection)
+    assert list(collection.failed) == clients
+    assert len(collection.updates) == 3
+
+
+def test_a_client_that_was_left_out_stays_out_when_an_update_is_damaged_later(
+    tmp_path: Path,
+) -> None:
+    simulation, clients = poisoned(tmp_path)
+    aggregations = 0
+
+    def damage_at_the_second(program: str, target: Path) -> None:
+        nonlocal aggregations
+        aggregations += program == "aggregate" and target.name == "0001"
+        if aggregations == 2:
+            max(target.glob("updates/*.safetensors")).write_bytes(b"")
+            simulation.before = lambda _program, _target: None
+
+    simulation.before = damage_at_the_second
+    complete(tmp_path / "run", simulation, config_of(clients__quorum=3, rounds=1))
+    collection = CollectionRecord.read(RunPaths(root=tmp_path / "run").round(1).collection)
+    assert (collection.replaces, list(collection.failed)) == (2, clients)
+    assert len(collection.updates) == 3
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "foreign", "empty"])
 def test_a_damaged_update_is_named_and_its_clients_train_again(
     tmp_path: Path, undisturbed: dict[str, str], damage: str
