@@ -94,7 +94,11 @@ def _last_tables(runs: Mapping[str, Path]) -> list[str]:
 
 
 def _last_round(paths: RunPaths) -> RoundPaths:
-    return paths.round(read_config(paths.config).rounds)
+    """Return the newest round that has a state: a run need not be through."""
+    number = read_config(paths.config).rounds
+    while number and not paths.round(number).aggregate_record.exists():
+        number -= 1
+    return paths.round(number)
 
 
 def main(arguments: Sequence[str]) -> int:

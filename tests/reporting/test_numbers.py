@@ -159,6 +159,15 @@ def test_runs_are_compared_on_the_clients_that_all_have_scored_in_the_tiers_of_t
     ]
 
 
+def test_a_run_that_is_not_through_is_compared_by_its_last_state(tmp_path: Path) -> None:
+    one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0})
+    two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0})
+    through = compare({"one": one.root, "two": two.root})
+    begin(two.root, rounds=3)
+    draw(two, 2)
+    assert compare({"one": one.root, "two": two.root}) == through
+
+
 def test_a_comparison_prints_or_says_in_one_line_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
