@@ -91,8 +91,7 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
             scan = train(run, federation, cohort)
             if scan is None or collect(run, cohort, scan) is None:
                 return False
-            collect(run, cohort, scan)
-            end_folding(run, number)
+        end_folding(run, number)
     return aggregate(run, number) is not None
 
 

@@ -10,11 +10,19 @@ from collections.abc import Sequence
 from fedllm.errors import ConfigError
 from fedllm.planning.classes import job_options
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import is_active, known_tasks, settle, submit_single
+from fedllm.rounds.submissions import (
+    find_unrecorded,
+    is_active,
+    is_mine,
+    known_tasks,
+    settle,
+    submit_single,
+    was_preempted,
+)
 from fedllm.rounds.work import lacks_workers
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
 from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of
-from fedllm.storage.records import CohortRecord, ErrorRecord, SubmissionRecord
+from fedllm.storage.records import CohortRecord, ErrorRecord, OutcomeRecord, SubmissionRecord
 from fedllm.storage.updates import Scan
 
 _OPTION = "--fold"
@@ -27,10 +35,16 @@ def fold_ahead(run: Run, cohort: CohortRecord, scan: Scan) -> None:
         return
     jobs = attempts_of(paths.fold_job)
     try:
-        if not jobs or _was_of_use(run, paths, jobs[-1]):
-            asked = {block for job in jobs for block in _blocks(run, job)}
+        for last in jobs[-1:]:
+            if is_active(run, last, run.paths.logs(paths.number)):
+                return
+            _close(run, paths, last)
+        ended = [job for job in jobs if not _was_lost(run, job)]
+        if not ended or _was_of_use(run, paths, ended[-1]):
+            asked = {block for job in ended for block in _blocks(run, job)}
             complete = complete_blocks(cohort, scan, run.config.aggregation.block_clients)
-            _submit(run, paths, len(jobs) + 1, [b for b in complete if b not in asked])
+            wanted = [b for b in complete if b not in asked and not paths.fold(b).exists()]
+            _submit(run, paths, len(jobs) + 1, wanted)
     except (SchedulerFull, SchedulerUnreachable):
         # at the next look, where there is one
         return
@@ -40,8 +54,12 @@ def fold_ahead(run: Run, cohort: CohortRecord, scan: Scan) -> None:
 
 
 def end_folding(run: Run, number: int) -> None:
-    """End a job that folds ahead of an aggregation which begins now."""
-    for job in attempts_of(run.paths.round(number).fold_job)[-1:]:
+    """End a job that folds ahead of an aggregation which is about to begin."""
+    paths = run.paths.round(number)
+    if attempts_of(paths.aggregate_job):
+        return
+    for job in attempts_of(paths.fold_job)[-1:]:
+        find_unrecorded(run, job)
         ids = known_tasks(run, job)
         states = run.scheduler.states(ids) if ids else {}
         # a process of a local run stays, with all that it has loaded
@@ -49,7 +67,9 @@ def end_folding(run: Run, number: int) -> None:
         if run.config.scheduler.kind != "slurm":
             ends = {TaskState.WAITING}
         if left := [task for task, state in states.items() if state in ends]:
-            run.lease.check()
+            # first why: should the round train once more, the job did not fail
+            why = "the aggregation began"
+            run.publish(OutcomeRecord(cancelled=dict.fromkeys(left, why)), job.outcome)
             run.scheduler.cancel(left)
 
 
@@ -70,19 +90,30 @@ def _is_due(run: Run, paths: RoundPaths) -> bool:
     return run.watch.is_due(("fold", paths.root), pause_seconds)
 
 
+def _close(run: Run, paths: RoundPaths, job: JobPaths) -> None:
+    """Record how a job that is over ended; what went wrong is told once."""
+    if job.outcome.exists():
+        return
+    outcome = settle(run, job)
+    told = ErrorRecord.find(job.error)
+    ended = [f"{task}: {ending}" for task, ending in outcome.endings.items()]
+    if (told or ended) and not _was_lost(run, job):
+        run.say(
+            f"round {paths.number}: folding blocks ahead failed "
+            f"({told.message if told else '; '.join(ended)}); the aggregation folds them"
+        )
+
+
+def _was_lost(run: Run, job: JobPaths) -> bool:
+    """Say whether the end of a job says nothing of its blocks: they may be asked for again.
+
+    Preemption ended it, a coordinator did, or a person started the run again since.
+    """
+    outcome = settle(run, job)
+    return not is_mine(run, job) or was_preempted(outcome) or bool(outcome.cancelled)
+
+
 def _was_of_use(run: Run, paths: RoundPaths, job: JobPaths) -> bool:
-    """Say whether a job has ended and folded any block; what went wrong is told once."""
-    if is_active(run, job, run.paths.logs(paths.number)):
-        return False
-    if not job.outcome.exists():
-        outcome = settle(run, job)
-        told = ErrorRecord.find(job.error)
-        ended = [f"{task}: {ending}" for task, ending in outcome.endings.items()]
-        if told or ended:
-            run.say(
-                f"round {paths.number}: folding blocks ahead failed "
-                f"({told.message if told else '; '.join(ended)}); the aggregation folds them"
-            )
     return any(paths.fold(block).exists() for block in _blocks(run, job))
 
 

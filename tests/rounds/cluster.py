@@ -121,7 +121,12 @@ class HandMoved:
 
 
 def hand_moved(
-    root: Path, cluster: HandMoved, say: list[str] | None = None, **changes: object
+    root: Path,
+    cluster: HandMoved,
+    say: list[str] | None = None,
+    *,
+    unattended: bool = False,
+    **changes: object,
 ) -> Run:
     """Open a run of the simulated federation on a hand-moved cluster."""
     config: Config = config_of(
@@ -135,7 +140,13 @@ def hand_moved(
         }
     )
     heard = [] if say is None else say
-    return open_run(root, config, make_scheduler=lambda _paths, _config: cluster, say=heard.append)
+    return open_run(
+        root,
+        config,
+        make_scheduler=lambda _paths, _config: cluster,
+        say=heard.append,
+        unattended=unattended,
+    )
 
 
 def paths_of(root: Path) -> RunPaths:

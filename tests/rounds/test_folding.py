@@ -7,9 +7,11 @@ import pytest
 from fedllm.errors import ConfigError
 from fedllm.rounds.advance import advance
 from fedllm.rounds.cancelling import cancel_jobs
+from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import work_of
 from fedllm.scheduling.seam import Job, SchedulerFull, SchedulerUnreachable, TaskState
+from fedllm.steps.aggregate import fold_ahead as steps_fold_ahead
 from fedllm.storage.paths import attempts_of
 from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, ErrorRecord
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
@@ -60,8 +62,15 @@ def cluster() -> Folding:
     return Folding(Simulation())
 
 
-def opened(root: Path, cluster: Folding, said: list[str] | None = None, **changes: object) -> Run:
-    return hand_moved(root, cluster, said, **{**FOLDS, **changes})
+def opened(
+    root: Path,
+    cluster: Folding,
+    said: list[str] | None = None,
+    *,
+    unattended: bool = False,
+    **changes: object,
+) -> Run:
+    return hand_moved(root, cluster, said, unattended=unattended, **{**FOLDS, **changes})
 
 
 def train_block(cluster: Folding, run: Run, block: int) -> None:
@@ -166,9 +175,107 @@ def test_a_job_that_fails_is_told_once_and_no_other_is_submitted(
     told = [line for line in said if "ahead" in line]
     assert len(told) == 1
     assert words in told[0]
+    # a coordinator that takes over neither tells it again nor asks again
+    close_run(run)
+    run = opened(tmp_path, cluster, said, unattended=True)
+    advance(run)
+    assert [line for line in said if "ahead" in line] == told
     record = finish(cluster, run)
     assert cluster.asked == ["0"]
     assert (record.folded_ahead, record.sha256) == ([], one_shot)
+
+
+def test_a_job_that_was_preempted_is_not_told_and_its_blocks_are_asked_again(
+    tmp_path: Path, cluster: Folding, one_shot: str
+) -> None:
+    said: list[str] = []
+    run = opened(tmp_path, cluster, said)
+    advance(run)
+    train_block(cluster, run, 0)
+    advance(run)
+    cluster.end("PREEMPTED", *cluster.folding)
+    train_block(cluster, run, 1)
+    advance(run)
+    assert cluster.asked == ["0", "0,1"]
+    cluster.work(*cluster.folding)
+    record = finish(cluster, run)
+    assert (record.folded_ahead, record.sha256) == ([0, 1], one_shot)
+    assert not [line for line in said if "ahead" in line]
+
+
+def test_blocks_that_a_preempted_job_did_fold_are_not_asked_again(
+    tmp_path: Path, cluster: Folding
+) -> None:
+    run = opened(tmp_path, cluster)
+    advance(run)
+    train_block(cluster, run, 0)
+    advance(run)
+    steps_fold_ahead(run.paths.round(1), [0])
+    cluster.end("PREEMPTED", *cluster.folding)
+    train_block(cluster, run, 1)
+    advance(run)
+    assert cluster.asked == ["0", "1"]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_job_that_the_coordinator_ended_did_not_fail_and_its_blocks_are_asked_again(
+    tmp_path: Path, cluster: Folding, restarted: bool
+) -> None:
+    said: list[str] = []
+    run = opened(tmp_path, cluster, said)
+    advance(run)
+    train_block(cluster, run, 0)
+    advance(run)
+    (first,) = cluster.folding
+
+    def damage(program: str, target: Path) -> None:
+        if program == "aggregate" and target.name == "0001":
+            max((target / "updates").glob("*.safetensors")).write_bytes(b"")
+            cluster.simulation.before = lambda _program, _target: None
+
+    cluster.simulation.before = damage
+    cluster.work(*cluster.workers)
+    replaced = run.paths.round(1).collection.with_name("collection.json.replaced-1")
+    while not replaced.exists():
+        advance(run)
+    assert cluster.cancelled == [first]
+    if restarted:
+        close_run(run)
+        run = opened(tmp_path, cluster, said, unattended=True)
+    advance(run)
+    advance(run)
+    assert cluster.asked[0] == "0"
+    assert "0" in cluster.asked[1].split(",")
+    assert not [line for line in said if "ahead" in line]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_job_left_by_a_coordinator_that_was_killed_after_collecting_is_ended(
+    tmp_path: Path, cluster: Folding, one_shot: str, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    run = opened(tmp_path, cluster)
+    advance(run)
+    train_block(cluster, run, 0)
+    advance(run)
+    (folding,) = cluster.folding
+    publish = CollectionRecord.publish
+
+    def killed(record: CollectionRecord, path: Path) -> None:
+        publish(record, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CollectionRecord, "publish", killed)
+        cluster.work(*cluster.workers)
+        with pytest.raises(KeyboardInterrupt):
+            advance(run)
+    close_run(run)
+    if not recorded:
+        run.paths.round(1).fold_job(1).jobs.unlink()
+    assert cluster.cancelled == []
+    record = finish(cluster, opened(tmp_path, cluster))
+    assert cluster.cancelled == [folding]
+    assert record.sha256 == one_shot
 
 
 def test_where_nothing_is_worth_it_one_job_finds_that_out(tmp_path: Path, cluster: Folding) -> None:
