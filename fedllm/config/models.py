@@ -4,6 +4,7 @@ A section marked `EXECUTION` may change on resume; everything else decides the r
 frozen with the first round. Single keys are marked the same way.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 EXECUTION: dict[str, Any] = {"kind": "execution"}
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 # the type of an error whose message is whole lines, each with its own key
 TOLD = "told"
 
@@ -29,6 +31,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 RankSpec = PositiveInt | dict[str, PositiveInt]
 SbatchOptions = dict[str, str | int | float | bool | None]
+
+
+def _tell(lines: Sequence[str]) -> None:
+    if lines:
+        raise PydanticCustomError(TOLD, "{lines}", {"lines": "\n".join(lines)})
 
 
 class Section(BaseModel):
@@ -200,6 +207,15 @@ class AggregationSection(Section):
     outlier_factor: Annotated[float, Field(gt=1)] = 10.0
 
     @model_validator(mode="after")
+    def _devices_are_named(self) -> "AggregationSection":
+        names = (self.device,) if isinstance(self.device, str) else self.device
+        wrong = [f"got {name!r}" for name in names if not _DEVICE.fullmatch(name)]
+        if not names:
+            wrong = ["got an empty list, need at least one"]
+        _tell([f"aggregation.device: {each}; need auto, cpu, cuda or cuda:N" for each in wrong])
+        return self
+
+    @model_validator(mode="after")
     def _norms_are_known_when_folding(self) -> "AggregationSection":
         if self.fold_ahead and self.outliers != "keep":
             raise ValueError(
@@ -302,8 +318,3 @@ class Config(Section):
         where = "scheduler.sbatch.tiers"
         _tell([f"{where}.{tier}: no such tier; need one of {names}" for tier in unknown])
         return self
-
-
-def _tell(lines: Sequence[str]) -> None:
-    if lines:
-        raise PydanticCustomError(TOLD, "{lines}", {"lines": "\n".join(lines)})

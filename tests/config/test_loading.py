@@ -428,6 +428,31 @@ def test_the_order_of_assignments_says_nothing() -> None:
     assert result_fingerprint(one) == result_fingerprint(other)
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[]", "got an empty list, need at least one"),
+        ("[cpu, banana]", "got 'banana'"),
+        ("cuda:x", "got 'cuda:x'"),
+        ("''", "got ''"),
+        ("CPU", "got 'CPU'"),
+    ],
+)
+def test_a_device_of_the_aggregation_that_is_none_is_told_by_its_key(
+    tmp_path: Path, value: str, words: str
+) -> None:
+    (line,) = problems(tmp_path, SMALL + f"aggregation: {{device: {value}}}\n")
+    assert line == f"aggregation.device: {words}; need auto, cpu, cuda or cuda:N"
+
+
+@pytest.mark.parametrize("value", ["auto", "cpu", "cuda", "cuda:1", "[cuda:0, cuda:10]", "[cpu]"])
+def test_devices_of_the_aggregation_are_one_or_a_list(tmp_path: Path, value: str) -> None:
+    config = loaded(tmp_path, SMALL + f"aggregation: {{device: {value}}}\n")
+    assert config.aggregation.device == (
+        tuple(parse_yaml(value.encode(), "here")) if value.startswith("[") else value
+    )
+
+
 def test_two_sizes_of_bundles_are_told_by_their_keys(tmp_path: Path) -> None:
     text = SMALL + "scheduler: {clients_per_task: 1, clients_per_bundle: 2}\n"
     assert problems(tmp_path, text) == [
