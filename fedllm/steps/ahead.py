@@ -38,7 +38,9 @@ from fedllm.storage.records import (
     FoldRecord,
 )
 from fedllm.storage.tensors import CheckedFile, Planned, writing_checked
+from fedllm.storage.trials import installed
 from fedllm.storage.updates import UpdateScanner
+from fedllm.training.environment import processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class Folding:
             groups,
             kinds[:1] if len(set(kinds)) == 1 else kinds,
             torch.__version__,
+            dict(installed()).get("fedllm"),
         )
 
     def record(self, block: int, updates: Iterable[CollectedUpdate]) -> FoldRecord:
@@ -259,4 +262,4 @@ def _num_bytes(planned: Planned) -> int:
 def _kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return torch.backends.cpu.get_cpu_capability()
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"

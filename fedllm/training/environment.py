@@ -16,7 +16,7 @@ def environment(training: TrainingSection, device: str) -> dict[str, str]:
     """Return what must be equal for updates to be bit-identical."""
     return {
         **_versions(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": str(training.threads),
         "precision": training.precision,
         "device": _device_name(device),
@@ -29,7 +29,8 @@ def _versions() -> dict[str, str]:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """Return this machine's processor: mathematics libraries choose their kernels by it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

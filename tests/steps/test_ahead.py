@@ -313,6 +313,22 @@ def test_the_program_folds_where_it_is_told_to(
     assert run_program("aggregate", [str(paths.root), "--fold", "x"], session=Session()) == 2
 
 
+@pytest.mark.parametrize("what", ["the processor", "fedllm's version"])
+def test_blocks_folded_on_another_processor_or_by_another_version_are_folded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    paths = uncollected(tmp_path / "run")
+    with monkeypatch.context() as elsewhere:
+        if what == "the processor":
+            elsewhere.setattr("fedllm.steps.ahead.processor", lambda: "another", raising=False)
+        else:
+            other = {"fedllm": "0.0"}
+            elsewhere.setattr("fedllm.steps.ahead.installed", other.items, raising=False)
+        fold_ahead(paths, BLOCKS)
+    assert aggregated(paths).folded_ahead == []
+    assert fold_ahead(uncollected(tmp_path / "here"), BLOCKS) == BLOCKS
+
+
 def test_a_client_that_counts_more_has_its_block_folded_again(tmp_path: Path) -> None:
     paths = uncollected(tmp_path / "run")
     fold_ahead(paths, BLOCKS)
