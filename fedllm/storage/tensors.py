@@ -1,15 +1,17 @@
 """Tensor files: safetensors written atomically, read lazily. The only storage file with torch."""
 
+import ctypes
 import hashlib
 import io
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import torch
 from pydantic import ValidationError
@@ -40,6 +42,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_C = ctypes.CDLL(None)
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
@@ -166,6 +169,32 @@ class TensorFile:
         }
 
 
+class _Map:
+    """A file's content in memory; no descriptor is kept, however many files are mapped.
+
+    Python's own map keeps one, up to 3.12.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        # the file whose header was read, whatever its name stands for by now
+        opened, size = f"/proc/self/fd/{file.fileno()}", os.fstat(file.fileno()).st_size
+        storage = torch.UntypedStorage.from_file(opened, shared=False, nbytes=size)
+        assert isinstance(storage, torch.UntypedStorage)
+        self._address = storage.data_ptr()
+        self.content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+
+    def digest(self, begin: int, end: int) -> bytes:
+        """Return the SHA-256 of some bytes; their pages no longer count as the process's memory."""
+        with self.content[begin:end] as data:
+            found = hashlib.sha256(data).digest()
+        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        if (count := (end - begin) // mmap.PAGESIZE) > 0:
+            # whoever reads them again finds them in the page cache
+            place, size = self._address + begin, count * mmap.PAGESIZE
+            _C.madvise(ctypes.c_void_p(place), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        return found
+
+
 class CheckedFile:
     """A file of records and tensors, mapped into memory: nothing is copied, each tensor is checked.
 
@@ -182,11 +211,11 @@ class CheckedFile:
         self.path = path
         with path.open("rb") as file:
             self.header: Header = read_checked_header(file)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = _Map(file)
 
     def view(self, name: str) -> torch.Tensor:
         """Return a tensor as it lies in the file, its digest not compared."""
-        return _view(self.header, name, self._map)
+        return _view(self.header, name, self._map.content)
 
     def check(self, name: str) -> None:
         """Compare a tensor with its digest, which other threads need not wait for.
@@ -196,14 +225,7 @@ class CheckedFile:
         Raises:
             DamagedUpdateError: it was altered.
         """
-        begin, end = self.header.place(name)
-        with memoryview(self._map) as content, content[begin:end] as data:
-            digest = hashlib.sha256(data).hexdigest()
-        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        if (count := (end - begin) // mmap.PAGESIZE) > 0:
-            # whoever reads them again finds them in the page cache
-            self._map.madvise(mmap.MADV_DONTNEED, begin, count * mmap.PAGESIZE)
-        if digest != self.header.digests[name]:
+        if self._map.digest(*self.header.place(name)).hex() != self.header.digests[name]:
             raise DamagedUpdateError(f"the checksum of {name} does not match")
 
 
@@ -317,7 +339,7 @@ def _publish_checked(path: Path, records: str, tensors: Mapping[str, torch.Tenso
             writer.write(name, tensors[name])
 
 
-def _view(header: Header, name: str, content: bytearray | mmap.mmap) -> torch.Tensor:
+def _view(header: Header, name: str, content: bytearray | memoryview) -> torch.Tensor:
     """Return the tensor that lies in `content`: nothing is copied."""
     entry = header.layout[name]
     dtype, shape = _TORCH_DTYPES[entry["dtype"]], entry["shape"]
