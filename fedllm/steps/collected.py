@@ -64,13 +64,17 @@ class CollectedUpdates:
         file.check(update.client, module, part)
 
     def scale(self, client: int, module: str) -> float:
-        """Return the scale that the client trained with."""
+        """Return the scale that the client trained with, times what its change is clipped to.
+
+        Not the weight: that counts A and B of a factor mean alike, and sums to the total.
+        """
         update, file = self._of(client)
-        return file.records[update.client].scales[module]
+        return file.records[update.client].scales[module] * update.clipped.get(module, 1.0)
 
     def weight(self, client: int, module: str) -> float:
-        """Return the client's weight, times what its change of the module is clipped to."""
-        return self.weights[client] * self.updates[client].clipped.get(module, 1.0)
+        """Return the client's weight, the same for all modules."""
+        del module
+        return self.weights[client]
 
     def name(self, client: int, module: str, part: str) -> str:
         """Return the file, the client, the module and the factor."""

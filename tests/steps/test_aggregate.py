@@ -84,6 +84,26 @@ def test_a_clipped_change_counts_less_in_its_module_alone(tmp_path: Path) -> Non
     holds_the_best_of(paths, "b.q", mean(sent(paths, "b.q")))
 
 
+def test_a_factor_mean_clips_the_products_scale_and_leaves_a_as_it_is(tmp_path: Path) -> None:
+    ranks = {"small": 3, "large": 3}
+    paths = make_round(tmp_path / "run", method="factor_mean", ranks=ranks)
+    collect(paths, clipped={1: {"a.q": 0.25}})
+    aggregate_round(paths)
+    method = method_of(read_config(RunPaths(root=paths.root.parents[1]).config))
+    pairs = sent(paths, "a.q")
+    total = sum(rows for _, rows in pairs)
+    with read_state(paths) as file:
+        state = file.module("a.q")
+    scale = method.module_adapter(module="a.q", state=state, rank=3).scale
+    a_RI = sum(rows / total * sent.a_RI for sent, rows in pairs)
+    b_OR = sum(
+        (0.25 if place == 1 else 1) * rows / total * sent.scale / scale * sent.b_OR
+        for place, (sent, rows) in enumerate(pairs)
+    )
+    torch.testing.assert_close(state["A"], a_RI)
+    torch.testing.assert_close(state["B"], b_OR)
+
+
 def test_two_devices_give_the_bits_of_one(tmp_path: Path) -> None:
     one = aggregate_round(make_round(tmp_path / "one"))
     two = aggregate_round(make_round(tmp_path / "two", device=["cpu", "cpu"]))
