@@ -10,17 +10,21 @@ from fedllm.errors import ConfigError
 def resolve_device(name: str) -> torch.device:
     """Return the device that a `device` key names; `auto` is the GPU where there is one.
 
+    A GPU is returned with its number, without which it cannot be made the current one.
+
     Raises:
         ConfigError: it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device: got {name!r}, need auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: got {name!r}, no GPU is visible here; use auto or cpu")
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
