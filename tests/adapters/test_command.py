@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedllm.cli.main import run
 from fedllm.cli.progress import Lines
@@ -53,6 +54,26 @@ def test_weights_are_normalised_and_printed_with_what_was_lost(
     ]
     assert re.fullmatch(r"seconds: read \d.*, fold \d.*, decompose \d.*, write \d.*", lines[7])
     assert lines[8] == f"{out}: PEFT adapter, float32"
+
+
+@pytest.mark.parametrize("first", ["plain", "diverged"])
+def test_a_value_that_is_not_finite_is_told_where_another_adapter_lacks_the_module(
+    zoo: dict[str, Path],
+    out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    first: str,
+) -> None:
+    folder = shutil.copytree(zoo["rslora"], tmp_path / "diverged")
+    path = folder / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.mlp.gate_proj.lora_B.weight"
+    tensors = load_file(path)
+    tensors[name][3, 1] = float("nan")
+    save_file(tensors, path)
+    folders = sorted([zoo["plain"], folder], key=lambda each: each.name != first)
+    said = refused(capsys, "aggregate", *folders, "--out", out)
+    assert f"{folder}: {name} holds nan at [3, 1]" in said
+    assert not out.exists()
 
 
 def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
