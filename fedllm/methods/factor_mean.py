@@ -111,12 +111,7 @@ class FactorMean(Method):
                 f"{modules[0]}: factor_mean has one rank for all, got {sorted(set(ranks))}"
             )
         # an update is the client's whole adapter: the state before is only compared with
-        blocks = iter(partials)
-        first = next(blocks)
-        a_GRI, b_GOR = first["A"].clone(), first["B"].clone()
-        for block in blocks:
-            a_GRI += block["A"]
-            b_GOR += block["B"]
+        a_GRI, b_GOR = _summed(partials)
         return [
             self._aggregate(module, {"A": a_RI / total, "B": b_OR / total}, ranks, state)
             for module, a_RI, b_OR, state in zip(modules, a_GRI, b_GOR, before, strict=True)
@@ -147,3 +142,19 @@ class FactorMean(Method):
 
     def _scale(self, rank: int) -> float:
         return scale_of(alpha=self.alpha, scaling=self.scaling, rank=rank)
+
+
+def _summed(partials: Iterable[Partial]) -> tuple[Tensor, Tensor]:
+    """Return the sums of A and of B, in the place of the first ones.
+
+    No block is held while the next one is made.
+    """
+    blocks = iter(partials)
+    block = next(blocks)
+    a_GRI, b_GOR = block["A"], block["B"]
+    del block
+    for block in blocks:
+        a_GRI += block["A"]
+        b_GOR += block["B"]
+        del block
+    return a_GRI, b_GOR

@@ -1,16 +1,20 @@
 """Laws of the factor mean."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from fedllm.aggregation.decomposition import Partial, Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.protocol import Method, ModuleAggregate
 from tests.lora.adapters import random_factors
-from tests.methods.aggregating import aggregate
+from tests.methods.aggregating import aggregate, block_of
 
 METHOD: Method = FactorMean(seed=3, alpha=16.0)
 SHAPE = ModuleShape(out=10, in_=7)
@@ -37,6 +41,22 @@ def test_a_and_b_are_averaged_separately(rows: list[int]) -> None:
     torch.testing.assert_close(
         result.state["B"], torch.stack([p * u.b_OR for u, p in pairs]).sum(0)
     )
+
+
+def test_no_block_is_held_while_the_next_one_is_made() -> None:
+    problem = Problem(out=10, in_=7, stacked_rank=16, rank=4)
+    made: list[weakref.ref[Tensor]] = []
+
+    def fold(seed: int) -> Partial:
+        assert not any(block() is not None for block in made[2:])
+        partial = METHOD.fold(block_of([client(seed)], [1.0]), problem)
+        made.extend(weakref.ref(tensor) for tensor in partial.values())
+        return partial
+
+    before = METHOD.start_module(module="m", shape=SHAPE, rank=4)
+    partials = (fold(seed) for seed in range(4))
+    METHOD.finish(["m"], problem=problem, partials=partials, total=4.0, before=[before], ranks=[4])
+    assert len(made) == 8
 
 
 def test_the_diagnostics_are_those_of_the_product() -> None:
