@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
@@ -136,6 +137,7 @@ class _Worker:
         todo = [portion for portion in every if portion.key not in ready]
         with Feed(self.engine.source, todo, self.device) as feed:
             for group in groups:
+                self._go_on()
                 partials = self._partials(portions[group.modules], ready, feed, seconds)
                 found = self._aggregate(group, partials, seconds)
                 if written is not None:
@@ -152,14 +154,15 @@ class _Worker:
         before = [_on(self.device, self.engine.before(module)) for module in group.modules]
         started = time.perf_counter()
         blocks = _Timed(partials)
-        found = self.engine.method.finish(
-            group.modules,
-            problem=group.problem,
-            partials=blocks,
-            total=self.engine.total,
-            before=before,
-            ranks=group.received,
-        )
+        with _naming(group, blocks):
+            found = self.engine.method.finish(
+                group.modules,
+                problem=group.problem,
+                partials=blocks,
+                total=self.engine.total,
+                before=before,
+                ranks=group.received,
+            )
         self._synchronize()
         seconds["decompose"] += time.perf_counter() - started - blocks.seconds
         return found
@@ -184,6 +187,7 @@ class _Worker:
 
     def _kept(self, portion: Portion) -> Partial:
         assert self.engine.kept is not None
+        self._go_on()
         partial = self.engine.kept.take(portion.group, portion.clients)
         if partial is None:
             partial = next(folded(self.engine.method, self.engine.source, [portion], self.device))
@@ -191,8 +195,7 @@ class _Worker:
 
     def _folded(self, group: Group, feed: Feed, seconds: "defaultdict[str, float]") -> Partial:
         with feed.block() as block:
-            if self.stop.is_set():
-                raise CancelledError
+            self._go_on()
             started = time.perf_counter()
             partial = _fold(self.engine.method, block, group)
             self._synchronize()
@@ -206,6 +209,11 @@ class _Worker:
         for module, result in zip(group.modules, found, strict=True):
             self.engine.take(module, result)
         seconds["write"] += time.perf_counter() - started
+
+    def _go_on(self) -> None:
+        """Do not, where another device failed."""
+        if self.stop.is_set():
+            raise CancelledError
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -223,16 +231,37 @@ def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
+@contextmanager
+def _naming(group: Group, partials: "_Timed") -> Iterator[None]:
+    """Have the message of a sum that cannot be carried begin with the modules it may be of.
+
+    What was wrong with an update, which is read within the block, is named already.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        first, *others = group.modules
+        named = any(str(error).startswith(f"{module}: ") for module in group.modules)
+        if named or partials.failed:
+            raise
+        place = f"{first} or one of {len(others)} like it" if others else first
+        raise AdapterError(f"{place}: {error}") from error
+
+
 class _Timed(Iterator[Partial]):
-    """Partial results, and the seconds that were spent in making them."""
+    """Partial results, and the seconds that were spent in making them; whether one failed."""
 
     def __init__(self, partials: Iterator[Partial]) -> None:
         self._partials = partials
         self.seconds = 0.0
+        self.failed = False
 
     def __next__(self) -> Partial:
         started = time.perf_counter()
         try:
             return next(self._partials)
+        except AdapterError:
+            self.failed = True
+            raise
         finally:
             self.seconds += time.perf_counter() - started

@@ -1,5 +1,7 @@
 """The aggregation job: what it reads once, what it refuses, and that it holds a few modules."""
 
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -185,6 +187,58 @@ def test_blocks_folded_before_give_the_same_bits_and_are_not_read_again(
     same_bits(states(Folded(dict.fromkeys(kept.partials))), now)
 
 
+class Failing:
+    """Blocks, all there but late; those of one group cannot be read."""
+
+    def __init__(self, partials: Mapping[Key, Partial], damaged: Group) -> None:
+        self.partials, self.damaged = partials, damaged
+        self.begun, self.told = threading.Event(), threading.Event()
+        self.taken: list[Group] = []
+
+    def has(self, group: Group, clients: tuple[int, ...]) -> bool:
+        del group, clients
+        return True
+
+    def take(self, group: Group, clients: tuple[int, ...]) -> Partial | None:
+        if group is self.damaged:
+            assert self.begun.wait(60)
+            self.told.set()
+            raise AdapterError("cannot be read")
+        self.taken.append(group)
+        self.begun.set()
+        assert self.told.wait(60)
+        time.sleep(1.0)
+        return self.partials[group.modules, clients]
+
+
+def test_where_one_device_failed_the_others_take_no_further_block(tmp_path: Path) -> None:
+    paths = make_round(tmp_path / "run")
+    run = RunPaths(root=paths.root.parents[1])
+    config = read_config(run.config)
+    cohort = CohortRecord.read(paths.cohort)
+    groups = groups_of(plan_federation(config, PreparedRecord.read(run.prepared)), cohort)
+    assert len(groups) == 3
+    collection = CollectionRecord.read(paths.collection)
+    weights = [update.weight for update in collection.updates]
+    source = CollectedUpdates.open(paths, collection, cohort, weights)
+    blocks = blocks_of(list(source.updates), 2)
+    portions = [Portion(group=group, clients=block) for group in groups for block in blocks]
+    partials = folded(method_of(config), source, portions, torch.device("cpu"))
+    kept = Failing({p.key: each for p, each in zip(portions, partials, strict=True)}, groups[1])
+    with read_state(run.round(0)) as before, pytest.raises(AdapterError, match=r"^cannot be read$"):
+        Engine(
+            method=method_of(config),
+            source=source,
+            blocks=blocks,
+            total=sum(weights),
+            before=before.module,
+            take=lambda _module, _result: None,
+            devices=[torch.device("cpu")] * 2,
+            kept=kept,
+        ).run(groups)
+    assert kept.taken == [groups[0]]
+
+
 def same_bits(found: Mapping[str, ModuleAggregate], wanted: Mapping[str, ModuleAggregate]) -> None:
     assert found.keys() == wanted.keys()
     for module, result in wanted.items():
@@ -243,6 +297,18 @@ def test_sums_beyond_float32_name_their_module(tmp_path: Path) -> None:
     refused(paths, "^a.down: the aggregated S does not fit float32")
 
 
+def test_sums_beyond_float32_name_the_modules_of_an_iterative_route(tmp_path: Path) -> None:
+    modules = {"a.q": (512, 512), "b.q": (512, 512), "c.up": (520, 512)}
+    paths = make_round(tmp_path / "run", modules=modules, ranks={"small": 40, "large": 40})
+    for part in "AB":
+        altered(paths, "c.up", part, lambda tensor: tensor * 1e25)
+    refused(paths, "^c.up: the sum of the updates' products does not fit float32")
+    altered(paths, "c.up", "B", torch.zeros_like)
+    for part in "AB":
+        altered(paths, "b.q", part, lambda tensor: tensor * 1e25)
+    refused(paths, "^a.q or one of 1 like it: the sum of the updates' products does not fit")
+
+
 def test_a_byte_that_changed_is_told_by_client_and_module(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "run")
     file = sorted(paths.updates.glob("*.safetensors"))[-1]
@@ -267,7 +333,7 @@ def altered(
     tensors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for client in file.records:
         tensors[client] = {}
-        for name in MODULES:
+        for name in file.records[client].scales:
             pair = {p: file.view(client, name, p).clone() for p in "AB"}
             if (client, name) == (update.client, module):
                 pair[part] = change(pair[part])
