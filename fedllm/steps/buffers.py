@@ -147,6 +147,8 @@ class GpuBuffer:
         torch.cuda.current_stream(self._device).synchronize()
 
     def _grow(self, size: int) -> None:
+        # the old ones go first
+        self._pinned = self._there = torch.empty(0, dtype=torch.uint8)
         self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         # memory of the stream that fills it: none that other streams still compute on
         with torch.cuda.stream(self._stream):
