@@ -69,7 +69,7 @@ class CollectedUpdates:
         Not the weight: that counts A and B of a factor mean alike, and sums to the total.
         """
         update, file = self._of(client)
-        return file.records[update.client].scales[module] * update.clipped.get(module, 1.0)
+        return file.scale(update.client, module) * update.clipped.get(module, 1.0)
 
     def weight(self, client: int, module: str) -> float:
         """Return the client's weight, the same for all modules."""

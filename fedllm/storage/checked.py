@@ -136,7 +136,7 @@ def _joined(digests: Mapping[str, str]) -> str:
 
 
 def _split(text: str, layout: Layout) -> dict[str, str]:
-    if len(text) != _DIGEST_LETTERS * len(layout):
+    if len(text) != _DIGEST_LETTERS * len(layout) or 2 * len(bytes.fromhex(text)) != len(text):
         raise ValueError("one digest for every tensor")
     return {
         name: text[_DIGEST_LETTERS * number :][:_DIGEST_LETTERS]

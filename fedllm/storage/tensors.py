@@ -6,9 +6,11 @@ import io
 import math
 import mmap
 import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -27,9 +29,10 @@ from fedllm.storage.checked import (
     read_whole,
 )
 from fedllm.storage.checkpoints import CheckpointRecord
+from fedllm.storage.paths import encode_client
 from fedllm.storage.placing import HashedPlaces, Places, placing, placing_checked
 from fedllm.storage.records import UpdateRecord
-from fedllm.storage.updates import records_text, tensor_name, updates_in
+from fedllm.storage.updates import Published, records_text, tensor_name, updates_in
 
 _DTYPES = {
     torch.float64: "F64",
@@ -42,6 +45,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_MOST_KINDS = 256  # of clients in a cohort that share what is the same of them
 _C = ctypes.CDLL(None)
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
@@ -229,6 +233,58 @@ class CheckedFile:
             raise DamagedUpdateError(f"the checksum of {name} does not match")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kind:
+    """A tensor that many clients send: its number among a client's, its type and shape."""
+
+    number: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sent:
+    """What a client sent, in little memory: the files of a whole cohort are open at once.
+
+    Attributes:
+        kinds: `<module>|A` and `<module>|B`, one mapping for all clients that send the like.
+        scales: by module, one mapping for all clients of the same.
+        begins: where each tensor begins in the file.
+        digests: the SHA-256 of each, one after the other.
+    """
+
+    kinds: Mapping[str, _Kind]
+    scales: Mapping[str, float]
+    begins: "array[int]"
+    digests: bytes
+
+    @classmethod
+    def of(cls, update: Published, header: Header) -> Self:
+        """Return what matters of a client's update and of the header of its file."""
+        client = encode_client(update.record.client)
+        names = [f"{client}|{name}" for name in update.shapes]
+        dtypes = [_TORCH_DTYPES[header.layout[name]["dtype"]] for name in names]
+        return cls(
+            kinds=_kinds(tuple(zip(update.shapes, dtypes, update.shapes.values(), strict=True))),
+            scales=_scales(tuple(update.record.scales.items())),
+            begins=array("q", [header.place(name)[0] for name in names]),
+            digests=bytes.fromhex("".join(header.digests[name] for name in names)),
+        )
+
+
+@lru_cache(maxsize=_MOST_KINDS)
+def _kinds(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Mapping[str, _Kind]:
+    return {
+        name: _Kind(number=number, dtype=dtype, shape=shape)
+        for number, (name, dtype, shape) in enumerate(tensors)
+    }
+
+
+@lru_cache(maxsize=_MOST_KINDS)
+def _scales(scales: tuple[tuple[str, float], ...]) -> Mapping[str, float]:
+    return dict(scales)
+
+
 class UpdateFile:
     """An update file that was collected; its tensors are views of the file, checked one by one."""
 
@@ -240,17 +296,24 @@ class UpdateFile:
         """
         self.path = path
         try:
-            self._file = CheckedFile(path)
-            found = updates_in(path.name, self._file.header)
+            with path.open("rb") as file:
+                header = read_checked_header(file)
+                self._map = _Map(file)
+            found = updates_in(path.name, header)
         except (DamagedUpdateError, FileNotFoundError) as error:
             raise AdapterError(f"{path}: damaged update ({error})") from error
-        if self._file.header.digest != sha256:
+        if header.digest != sha256:
             raise AdapterError(f"{path}: not the file that was collected")
-        self.records: Mapping[str, UpdateRecord] = {u.record.client: u.record for u in found}
+        self._sent = {update.record.client: _Sent.of(update, header) for update in found}
+
+    def scale(self, client: str, module: str) -> float:
+        """Return the scale that a client trained a module with."""
+        return self._sent[client].scales[module]
 
     def view(self, client: str, module: str, factor: str) -> torch.Tensor:
         """Return a factor (`A` (R, I) or `B` (O, R)) as it lies in the file, not yet checked."""
-        return self._file.view(tensor_name(client, module, factor))
+        kind, begin = self._place(client, module, factor)
+        return _tensor(self._map.content, kind.dtype, kind.shape, begin)
 
     def check(self, client: str, module: str, factor: str) -> None:
         """Compare a factor with its digest.
@@ -258,13 +321,19 @@ class UpdateFile:
         Raises:
             AdapterError: it was altered.
         """
-        try:
-            self._file.check(tensor_name(client, module, factor))
-        except DamagedUpdateError as error:
+        kind, begin = self._place(client, module, factor)
+        end = begin + math.prod(kind.shape) * kind.dtype.itemsize
+        digest = self._map.digest(begin, end)
+        if not self._sent[client].digests.startswith(digest, kind.number * len(digest)):
             raise AdapterError(
                 f"{self.path}: damaged update (client {client}: the checksum of {module} {factor} "
                 "does not match)"
-            ) from error
+            )
+
+    def _place(self, client: str, module: str, factor: str) -> tuple[_Kind, int]:
+        sent = self._sent[client]
+        kind = sent.kinds[f"{module}|{factor}"]
+        return kind, sent.begins[kind.number]
 
 
 def publish_update(
@@ -342,12 +411,16 @@ def _publish_checked(path: Path, records: str, tensors: Mapping[str, torch.Tenso
 def _view(header: Header, name: str, content: bytearray | memoryview) -> torch.Tensor:
     """Return the tensor that lies in `content`: nothing is copied."""
     entry = header.layout[name]
-    dtype, shape = _TORCH_DTYPES[entry["dtype"]], entry["shape"]
-    if not math.prod(shape):
+    return _tensor(content, _TORCH_DTYPES[entry["dtype"]], entry["shape"], header.place(name)[0])
+
+
+def _tensor(
+    content: bytearray | memoryview, dtype: torch.dtype, shape: Sequence[int], begin: int
+) -> torch.Tensor:
+    count = math.prod(shape)
+    if not count:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(
-        content, dtype=dtype, count=math.prod(shape), offset=header.place(name)[0]
-    ).reshape(shape)
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=begin).reshape(shape)
 
 
 def _in_file_order(planned: Mapping[str, Planned]) -> list[str]:

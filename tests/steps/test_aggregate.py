@@ -26,6 +26,7 @@ from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, PreparedRecord
 from fedllm.storage.tensors import UpdateFile, publish_update
+from fedllm.storage.updates import read_records
 from tests.anonymous import peak_bytes
 from tests.lora.adapters import dense_sum
 from tests.steps.collection import MODULES, collect, make_round, sent
@@ -331,14 +332,15 @@ def altered(
     path = paths.updates / update.file
     file = UpdateFile(path, update.sha256)
     tensors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    for client in file.records:
+    records = read_records(path)
+    for client, scales in {record.client: record.scales for record in records}.items():
         tensors[client] = {}
-        for name in file.records[client].scales:
+        for name in scales:
             pair = {p: file.view(client, name, p).clone() for p in "AB"}
             if (client, name) == (update.client, module):
                 pair[part] = change(pair[part])
             tensors[client][name] = (pair["A"], pair["B"])
-    publish_update(path, list(file.records.values()), tensors)
+    publish_update(path, records, tensors)
     collect(paths)
     return path, update.client
 

@@ -17,6 +17,7 @@ from fedllm.steps.session import Session
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import AggregateRecord, CollectionRecord
 from fedllm.storage.tensors import CheckedFile, UpdateFile, publish_update, writing_checked
+from fedllm.storage.updates import read_records
 from tests.steps.collection import MODULES, collect, make_round
 
 METHODS = {"flexlora": {"small": 7, "large": 8}, "factor_mean": {"small": 3, "large": 3}}
@@ -132,13 +133,13 @@ def test_an_update_that_came_anew_has_its_block_folded_again(tmp_path: Path) -> 
 def send_anew(paths: RoundPaths) -> None:
     """Publish the first file anew, by the next attempt and with other factors."""
     first = min(paths.updates.glob("*.safetensors"))
-    sent = UpdateFile(first, CheckedFile(first).header.digest)
+    sent, records = UpdateFile(first, CheckedFile(first).header.digest), read_records(first)
     publish_update(
         paths.update(attempt=2, bundle=0, part=0),
-        [record.model_copy(update={"attempt": 2}) for record in sent.records.values()],
+        [record.model_copy(update={"attempt": 2}) for record in records],
         {
             client: {m: (sent.view(client, m, "A") * 2, sent.view(client, m, "B")) for m in MODULES}
-            for client in sent.records
+            for client in [record.client for record in records]
         },
     )
     first.unlink()
@@ -277,8 +278,8 @@ def test_blocks_that_are_not_all_there_and_rounds_that_are_collected_are_left_al
 ) -> None:
     paths = uncollected(tmp_path / "run")
     first = min(paths.updates.glob("*.safetensors"))
-    record = UpdateFile(first, CheckedFile(first).header.digest).records
-    publish_update(first, [r.model_copy(update={"status": "failed"}) for r in record.values()], {})
+    records = read_records(first)
+    publish_update(first, [r.model_copy(update={"status": "failed"}) for r in records], {})
     last = max(paths.updates.glob("*.safetensors"))
     last.unlink()
     assert fold_ahead(paths, [*BLOCKS, 9]) == [1]

@@ -5,6 +5,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def test_a_collected_file_is_known_by_its_header_and_checked_tensor_by_tensor(
     path = publish(paths, *CLIENTS)
     sha256 = read_update(path)[0].sha256
     file = UpdateFile(path, sha256)
-    assert file.records == {client: record_of(client) for client in CLIENTS}
+    assert [file.scale(client, module) for client in CLIENTS for module in RANKS] == [2.0] * 4
     for client in CLIENTS:
         for module, pair in tensors_of(client).items():
             for factor, tensor in zip("AB", pair, strict=True):
@@ -99,6 +101,39 @@ def test_a_collected_file_is_known_by_its_header_and_checked_tensor_by_tensor(
         r"layers\.0\.up_proj B does not match\)",
     ):
         last.check("task/7 ü", "layers.0.up_proj", "B")
+
+
+MANY = """
+import sys, tracemalloc
+from pathlib import Path
+from fedllm.storage.tensors import UpdateFile
+from fedllm.storage.updates import read_update
+paths = sorted(Path(sys.argv[1]).glob("*.safetensors"))
+digests = [read_update(path)[0].sha256 for path in paths]
+first = UpdateFile(paths[0], digests[0])
+tracemalloc.start()
+files = [UpdateFile(*pair) for pair in zip(paths[1:], digests[1:])]
+print(tracemalloc.get_traced_memory()[0] // len(files))
+"""
+
+
+def test_an_open_file_takes_little_memory_however_many_modules_it_has(tmp_path: Path) -> None:
+    modules = [f"model.layers.{n // 7}.self_attn.q_proj.{n % 7}" for n in range(168)]
+    scales, norms = dict.fromkeys(modules, 2.0), dict.fromkeys(modules, (1.0, 2.0))
+    pair = (torch.ones(1, 3), torch.ones(2, 1))
+    for number in range(9):
+        record = record_of(f"task/{number}", scales=scales, norms=norms)
+        path = tmp_path / f"{number}.safetensors"
+        publish_update(path, [record], {record.client: dict.fromkeys(modules, pair)})
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    # a digest and a place for each of 336 tensors, and what is allocated once
+    assert int(done.stdout) < 32 << 10
 
 
 def is_altered(file: UpdateFile, client: str, module: str, factor: str) -> bool:
