@@ -4,11 +4,11 @@ Both follow from shapes, ranks and configuration alone, never from what has arri
 or from memory that is free: a rerun on another machine forms the same groups and blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.aggregation.decomposition import Problem
-from fedllm.aggregation.routes import is_summed, route_for
+from fedllm.aggregation.routes import route_for
 from fedllm.lora.factors import ModuleShape
 
 WORKING_BYTES = 512 << 20  # of a group, unless one module alone takes more
@@ -43,7 +43,7 @@ class Group:
 def group_modules(
     modules: Mapping[str, ModuleRanks], *, block_clients: int, exact: bool, tolerance: float
 ) -> list[Group]:
-    """Return the groups of all modules, those of the largest modules first.
+    """Return the groups of all modules, those that take most first.
 
     Args:
         modules: name -> shape and ranks; `clients` has the same length for all.
@@ -73,7 +73,7 @@ def group_modules(
                 clients=ranks.clients,
                 received=tuple(sorted(set(ranks.received))),
             )
-            groups.append((each, group))
+            groups.append((len(group.modules) * each, group))
     # buffers then have their size from the start, and devices end together
     return [group for _, group in sorted(groups, key=lambda pair: -pair[0])]
 
@@ -101,8 +101,47 @@ def _largest_block(ranks: Sequence[int], block_clients: int) -> int:
 
 
 def _bytes_of_module(problem: Problem, block_rank: int) -> int:
-    """Return roughly what a module's aggregation takes at its peak, block by block."""
-    sides = problem.out + problem.in_
-    summed = is_summed(route_for(problem))
-    held = problem.out * problem.in_ if summed else sides * problem.stacked_rank
-    return 8 * held + 12 * sides * block_rank  # a block in float32, then in float64
+    """Return what a module's aggregation takes at its peak, block by block.
+
+    Blocks lie in float32 three times: one is computed on, one filled, one travels to a GPU.
+    """
+    buffers = 4 * 3 * (problem.out + problem.in_) * block_rank
+    return buffers + _PEAKS[route_for(problem)](problem, block_rank)
+
+
+def _factored(problem: Problem, block_rank: int) -> int:
+    """All blocks, which are put side by side, and squares of the stacked rank, all in float64."""
+    factors = (problem.out + problem.in_) * problem.stacked_rank
+    copies = 1 if block_rank == problem.stacked_rank else 2
+    # a triangle, a Gram matrix, their products, eigenvectors and what LAPACK works in
+    squares = 6 * problem.stacked_rank**2
+    return 8 * (copies * factors + squares + _triplets(problem))
+
+
+def _dense(problem: Problem, block_rank: int) -> int:
+    """Three products while blocks are summed; then one, its squares and those of its Gram."""
+    product, narrow = problem.out * problem.in_, min(problem.out, problem.in_)
+    # A once more as it is weighted
+    folding = 3 * product + (problem.out + 2 * problem.in_) * block_rank
+    # a Gram matrix, eigenvectors and what LAPACK works in
+    return 8 * max(folding, 2 * product + 3 * narrow**2 + _triplets(problem))
+
+
+def _iterative(problem: Problem, block_rank: int) -> int:
+    """Three products in float32 while blocks are summed; then one, and what is searched in."""
+    product = problem.out * problem.in_
+    folding = 3 * product + (problem.out + 2 * problem.in_) * block_rank
+    return max(4 * folding, 4 * product + 8 * _triplets(problem))
+
+
+def _triplets(problem: Problem) -> int:
+    """Return the numbers of a basis, of the matrix on it, and of the triplets from both."""
+    return 3 * (problem.out + problem.in_ + problem.rank) * problem.rank
+
+
+# by route, in bytes: counted, and held against what is measured
+_PEAKS: Mapping[str, Callable[[Problem, int], int]] = {
+    "factored": _factored,
+    "dense": _dense,
+    "iterative": _iterative,
+}

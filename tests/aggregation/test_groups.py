@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedllm.aggregation import groups as grouping
 from fedllm.aggregation.groups import Group, ModuleRanks, blocks_of, group_modules
 from fedllm.lora.factors import ModuleShape
+from tests.anonymous import peak_bytes
 
 
 def alike(out: int, in_: int, ranks: tuple[int, ...] = (8, 0, 30)) -> ModuleRanks:
@@ -31,9 +32,9 @@ def test_modules_of_one_shape_and_equal_ranks_go_together() -> None:
     found = grouped(modules)
     assert [group.modules for group in found] == [
         ("a.up", "b.up"),
-        ("b.down",),
-        ("b.other",),
         ("a.q", "b.q"),
+        ("b.other",),
+        ("b.down",),
     ]
     problem = found[0].problem
     assert (problem.out, problem.in_, problem.stacked_rank, problem.rank) == (96, 64, 38, 30)
@@ -48,8 +49,59 @@ def test_a_group_is_limited_by_its_bytes_and_one_module_always_fits(
     modules |= {f"huge{n}": alike(28672, 8192, (5000,) * 3) for n in range(2)}
     found = [group.modules for group in grouped(modules)]
     assert [len(names) for names in found] == [1, 1, 40]
-    monkeypatch.setattr(grouping, "WORKING_BYTES", 16 * 20 * (2048 + 2048) * 38)
+    # a block three times, its factors, squares of its rank, and triplets
+    one = 12 * 4096 * 38 + 8 * (4096 * 38 + 6 * 38**2 + 3 * 4126 * 30)
+    monkeypatch.setattr(grouping, "WORKING_BYTES", 16 * one)
     assert [len(group.modules) for group in grouped(modules)] == [1, 1, 16, 16, 8]
+
+
+GROUP = """
+from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.routes import decompose, fold
+from fedllm.lora.factors import Block
+problem = Problem(out={out}, in_={in_}, stacked_rank=8 * {rank}, rank={wanted}, exact={exact})
+def block():
+    ones = torch.ones({modules}, 1, dtype=torch.float64)
+    a, b = torch.randn({modules}, {rank}, {in_}), torch.randn({modules}, {out}, {rank})
+    return Block(a_GRI=a, b_GOR=b, ranks=({rank},), scales_GC=ones, weights_GC=ones)
+found = decompose((fold(block(), problem) for _ in range(8)), problem, total=8.0)
+assert {{each.route for each in found}} == {{{route!r}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("route", "sides", "rank", "wanted", "exact"),
+    [
+        ("factored", (768, 768), 50, 32, True),
+        ("factored", (1024, 256), 24, 100, True),
+        ("dense", (512, 512), 80, 32, True),
+        ("dense", (512, 512), 80, 512, True),
+        ("dense", (1024, 256), 80, 32, True),
+        ("iterative", (512, 1024), 80, 32, False),
+    ],
+)
+def test_what_a_group_takes_is_near_its_estimate(
+    route: str, sides: tuple[int, int], rank: int, wanted: int, *, exact: bool
+) -> None:
+    (out, in_), modules = sides, 8
+    work = GROUP.format(
+        out=out, in_=in_, rank=rank, wanted=wanted, exact=exact, modules=modules, route=route
+    )
+    peak = peak_bytes("import torch", work)
+    alike = ModuleRanks(
+        shape=ModuleShape(out=out, in_=in_), clients=(rank,) * 8, received=(wanted,)
+    )
+
+    def is_one_group(working_bytes: int) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grouping, "WORKING_BYTES", working_bytes)
+            names = dict.fromkeys(map(str, range(modules)), alike)
+            found = group_modules(names, block_clients=1, exact=exact, tolerance=1e-4)
+            return len(found) == 1
+
+    assert not is_one_group(int(0.9 * peak))
+    # the buffers of the blocks that are read ahead, and what a route is spared later
+    assert is_one_group(int(2.0 * peak))
 
 
 def test_smaller_blocks_leave_room_for_more_modules() -> None:
