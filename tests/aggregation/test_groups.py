@@ -99,7 +99,7 @@ def test_what_a_group_takes_is_near_its_estimate(
             found = group_modules(names, block_clients=1, exact=exact, tolerance=1e-4)
             return len(found) == 1
 
-    assert not is_one_group(int(0.9 * peak))
+    assert not is_one_group(int(0.8 * peak))
     # the buffers of the blocks that are read ahead, and what a route is spared later
     assert is_one_group(int(2.0 * peak))
 
