@@ -159,11 +159,11 @@ class _Ritz:
     @property
     def number_aside(self) -> int:
         """How many leading vectors would drown the others in a filter, in every module."""
-        above_GL = self.theta_GL > _SET_ASIDE_ABOVE * self.cut_G[:, None]
+        above_GL = self.theta_GL > _SET_ASIDE_ABOVE * self.cut[:, None]
         return int(above_GL.sum(-1).min())
 
     @property
-    def cut_G(self) -> Tensor:
+    def cut(self) -> Tensor:
         """Below which a filter lets everything fade: the lowest Ritz value, if it is no noise."""
         return torch.maximum(self.theta_GL[:, -1], _NOISE * self.theta_GL[:, 0]).clamp(min=_TINY)
 
@@ -199,7 +199,7 @@ def _filtered(w_GMN: Tensor, ritz: _Ritz) -> Tensor:
     kept_GMA = ritz.y_GML[..., :aside]
     quick = _Quick.beside(w_GMN, ritz.x_GNL[..., :aside], kept_GMA)
     # T_0 and T_1, then T_{d+1}(G) = (4 / cut G - 2) T_d(G) - T_{d-1}(G)
-    half_G11 = (ritz.cut_G / 2)[:, None, None].float()
+    half_G11 = (ritz.cut / 2)[:, None, None].float()
     before = ritz.x_GNL[..., aside:]
     now = quick(before).div_(half_G11).sub_(before)
     for _ in range(degree - 1):

@@ -8,7 +8,7 @@ from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import CollectedUpdate, UpdateRecord
-from fedllm.storage.updates import read_scanned
+from fedllm.storage.updates import read_update
 
 _NAMED = 5  # clients in the log: the collection lists all
 
@@ -78,10 +78,12 @@ def _sizes(paths: RoundPaths, updates: Sequence[CollectedUpdate]) -> Iterator[Si
     wanted = {update.client for update in updates}
     for file, sha256 in files.items():
         try:
-            records = read_scanned(paths.updates / file, sha256)
+            found = read_update(paths.updates / file)
         except (DamagedUpdateError, OSError) as error:
             raise UnreadableUpdateError(file, str(error)) from error
-        yield from (_size(record) for record in records if record.client in wanted)
+        if any(update.sha256 != sha256 for update in found):
+            raise UnreadableUpdateError(file, "not the file that was scanned")
+        yield from (_size(update.record) for update in found if update.record.client in wanted)
 
 
 def _size(record: UpdateRecord) -> Sizes:

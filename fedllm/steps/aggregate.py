@@ -30,8 +30,7 @@ from fedllm.storage.records import (
     RankQuality,
     RunRecord,
 )
-from fedllm.storage.tensors import TensorFile, write_tensors
-from fedllm.storage.updates import check_update, tensor_name
+from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
 
 
 def method_of(config: Config) -> Method:
@@ -85,56 +84,14 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     return record
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectedUpdates:
-    """The updates of a collection, read module by module by memory map, in its order."""
-
-    updates: list[CollectedUpdate]
-    files: Mapping[str, TensorFile]
-    records: Mapping[str, UpdateRecord]
-    device: torch.device
-
-    @classmethod
-    def open(
-        cls, paths: RoundPaths, collection: CollectionRecord, device: torch.device
-    ) -> "CollectedUpdates":
-        """Open the files of a collection and check that they are those that were frozen."""
-        records: dict[str, UpdateRecord] = {}
-        files: dict[str, TensorFile] = {}
-        for name, sha256 in {u.file: u.sha256 for u in collection.updates}.items():
-            path = paths.updates / name
-            try:
-                found = check_update(path)
-            except (DamagedUpdateError, FileNotFoundError) as error:
-                raise AdapterError(f"{path}: damaged update ({error})") from error
-            if found[0].sha256 != sha256:
-                raise AdapterError(f"{path}: not the file that was collected")
-            records |= {update.record.client: update.record for update in found}
-            files[name] = TensorFile(path)
-        return cls(updates=collection.updates, files=files, records=records, device=device)
-
-    def of(self, module: str) -> "UpdatesOfModule":
-        """Return the cohort's factors of one module."""
-        return UpdatesOfModule(source=self, module=module)
-
-    def factors(self, update: CollectedUpdate, module: str) -> Factors:
-        """Read one client's factors of one module.
-
-        Raises:
-            AdapterError: a value is not finite.
-        """
-        file = self.files[update.file]
-        pair = [file.get(tensor_name(update.client, module, part)) for part in "AB"]
-        for part, tensor in zip("AB", pair, strict=True):
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(
-                    f"{file.path}: client {update.client} sent a non-finite value in "
-                    f"{module} {part}"
-                )
-        return Factors(
-            a_RI=pair[0].to(self.device),
-            b_OR=pair[1].to(self.device),
-            scale=self.records[update.client].scales[module],
+def groups_of(federation: Federation, cohort: CohortRecord) -> list[Group]:
+    """Return the groups in which a cohort's modules are aggregated, whoever is left out of it."""
+    section = federation.config.aggregation
+    modules = {
+        module: ModuleRanks(
+            shape=_shape(federation, module),
+            clients=tuple(cohort.ranks[client.tier][module] for client in cohort.clients),
+            received=tuple(sorted({ranks[module] for ranks in cohort.ranks.values()})),
         )
         for module in federation.prepared.modules
     }

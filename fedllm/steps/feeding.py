@@ -202,19 +202,18 @@ class Feed:
 
     def _not_finite(self, filled: "_Filled") -> BadUpdate:
         portion = filled.portion
-        bad = (
-            (self._source.name(client, module, part), factor_G[g])
-            for client, pair in zip(portion.clients, filled.buffer.targets(), strict=True)
-            for g, module in enumerate(portion.group.modules)
-            for part, factor_G in zip("AB", pair, strict=True)
-            # a client without these modules has nothing there
-            if factor_G.numel() and not _is_finite(factor_G[g])
-        )
-        name, factor = next(bad)
-        row, column = (~torch.isfinite(factor)).nonzero()[0].tolist()
-        return AdapterError(
-            f"{name} holds {float(factor[row, column])} at [{row}, {column}]; leave it out"
-        )
+        found: dict[int, str] = {}
+        for client, pair in zip(portion.clients, filled.buffer.targets(), strict=True):
+            for g, module in enumerate(portion.group.modules):
+                for part, factor_G in zip("AB", pair, strict=True):
+                    # a client without these modules has nothing there
+                    if client in found or not factor_G.numel() or _is_finite(factor_G[g]):
+                        continue
+                    row, column = (~torch.isfinite(factor_G[g])).nonzero()[0].tolist()
+                    value = float(factor_G[g][row, column])
+                    name = self._source.name(client, module, part)
+                    found[client] = f"{name} holds {value} at [{row}, {column}]"
+        return BadUpdate(f"{next(iter(found.values()))}; leave it out", found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -201,9 +201,9 @@ def killed_before_aggregation(program: str, target: Path) -> None:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("content", [b"", None])
+@pytest.mark.parametrize("change", ["emptied", "removed", "another"])
 def test_a_file_that_changes_between_scan_and_collection_is_looked_at_again(
-    tmp_path: Path, content: bytes | None
+    tmp_path: Path, change: str
 ) -> None:
     complete(tmp_path / "undisturbed", Simulation(), config("clip", rounds=1))
     said = list[str]()
@@ -219,11 +219,12 @@ def test_a_file_that_changes_between_scan_and_collection_is_looked_at_again(
     cohort = CohortRecord.read(paths.cohort)
     scan = scan_updates(run, run.federation(PreparedRecord.read(run.paths.prepared)), cohort)
     assert len(scan.published) == 4
-    victim = sorted(paths.updates.iterdir())[0]
-    if content is None:
+    victim, other = sorted(paths.updates.iterdir())[:2]
+    content = {"emptied": b"", "another": other.read_bytes()}
+    if change == "removed":
         victim.unlink()
     else:
-        victim.write_bytes(content)
+        victim.write_bytes(content[change])
     assert collect(run, cohort, scan) is None
     assert not paths.collection.exists()
     assert any(line.startswith(f"round 1: {victim.name}: ") for line in said)
