@@ -13,7 +13,7 @@ from fedllm.reporting.summary import (
     scores_by_tier,
 )
 from fedllm.reporting.tables import number, text_table
-from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
     CohortRecord,
@@ -83,7 +83,8 @@ def _in_tiers(evaluation: EvaluationRecord, tiers: Mapping[str, str]) -> Evaluat
 
 def _last_tables(runs: Mapping[str, Path]) -> list[str]:
     """Return tables about the last round of every run, and of the last run."""
-    ends = {name: _last_round(RunPaths(root=root)) for name, root in runs.items()}
+    states = {name: RunPaths(root=root).newest_state() for name, root in runs.items()}
+    ends = {name: state for name, state in states.items() if state}
     records = {name: AggregateRecord.read(end.aggregate_record) for name, end in ends.items()}
     last, prepared = list(runs)[-1], RunPaths(root=list(runs.values())[-1]).prepared
     return [
@@ -91,14 +92,6 @@ def _last_tables(runs: Mapping[str, Path]) -> list[str]:
         last_spectra_table(records),
         bytes_table(CohortRecord.read(ends[last].cohort), PreparedRecord.read(prepared)),
     ]
-
-
-def _last_round(paths: RunPaths) -> RoundPaths:
-    """Return the newest round that has a state: a run need not be through."""
-    number = read_config(paths.config).rounds
-    while number and not paths.round(number).aggregate_record.exists():
-        number -= 1
-    return paths.round(number)
 
 
 def main(arguments: Sequence[str]) -> int:

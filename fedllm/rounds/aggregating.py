@@ -55,13 +55,10 @@ def redo_damaged_state(run: Run) -> None:
     Raises:
         RunDirectoryError: the updates it was made from are gone.
     """
-    number = run.config.rounds
-    while number and not run.paths.round(number).aggregate_record.exists():
-        number -= 1
-    paths = run.paths.round(number)
-    record = AggregateRecord.find(paths.aggregate_record)
-    if record is None:
+    paths = run.paths.newest_state()
+    if paths is None:
         return
+    number, record = paths.number, AggregateRecord.read(paths.aggregate_record)
     problem = "missing"
     if paths.global_state.exists():
         with paths.global_state.open("rb") as file:

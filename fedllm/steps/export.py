@@ -60,12 +60,10 @@ def newest_state(run: RunPaths) -> int:
     Raises:
         RunDirectoryError: there is none yet.
     """
-    # a folder that was set aside has another name
-    numbers = [int(path.name) for path in run.rounds.glob("*") if path.name.isdigit()]
-    for number in sorted(numbers, reverse=True):
-        if run.round(number).aggregate_record.exists():
-            return number
-    raise RunDirectoryError(f"{run.root}: no round is aggregated yet; resume the run")
+    newest = run.newest_state()
+    if newest is None:
+        raise RunDirectoryError(f"{run.root}: no round is aggregated yet; resume the run")
+    return newest.number
 
 
 def open_state(run: RunPaths, round_number: int | None) -> ServerState:

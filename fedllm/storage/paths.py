@@ -327,6 +327,13 @@ class RunPaths:
         """The folder of rounds."""
         return self.root / "rounds"
 
+    def newest_state(self) -> RoundPaths | None:
+        """The newest round that is aggregated, if one is; 0 is the state before training."""
+        # a folder that was set aside has another name
+        numbers = [int(path.name) for path in self.rounds.glob("*") if path.name.isdigit()]
+        rounds = (self.round(number) for number in sorted(numbers, reverse=True))
+        return next((paths for paths in rounds if paths.aggregate_record.exists()), None)
+
     def round(self, number: int) -> RoundPaths:
         """Round `number`."""
         return RoundPaths(root=self.rounds / f"{number:04d}")
