@@ -4,6 +4,7 @@ Legend: G modules, O out, I in, R stacked rank, M long side, N narrow side, K wa
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,15 +55,17 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     does not get there in time either (as where many singular values about the wanted last one
     are equal), the direct way is taken and named.
     """
-    w_GOI, units_G = _scaled(dense.summed(partials))
-    found = _decomposed(w_GOI, problem, start)
-    return [in_units(each, unit) for each, unit in zip(found, units_G.tolist(), strict=True)]
+    scaled = _Scaled.of(dense.summed(partials))
+    found = _decomposed(scaled.w_GOI, scaled.energy_G, problem, start)
+    units = scaled.units_G.tolist()
+    return [in_units(each, unit) for each, unit in zip(found, units, strict=True)]
 
 
-def _decomposed(w_GOI: Tensor, problem: Problem, start: Start) -> list[Decomposition]:
+def _decomposed(
+    w_GOI: Tensor, energy_G: Tensor, problem: Problem, start: Start
+) -> list[Decomposition]:
     wide = problem.out < problem.in_
     w_GMN = w_GOI.mT if wide else w_GOI
-    energy_G = _energies(w_GOI)
     found = search(
         w_GMN,
         Asked(rank=problem.rank, tolerance=problem.tolerance, energy_G=energy_G),
@@ -75,7 +78,10 @@ def _decomposed(w_GOI: Tensor, problem: Problem, start: Start) -> list[Decomposi
         return _told(turned(tall) if wide else tall, energy_G, found)
     if len(w_GOI) == 1:
         return dense.decompose([{"W": w_GOI.double()}], problem, start)
-    alone = [_decomposed(w_GOI[i, None], problem, _of_module(start, i)) for i in range(len(w_GOI))]
+    alone = [
+        _decomposed(w_GOI[i, None], energy_G[i, None], problem, _of_module(start, i))
+        for i in range(len(w_GOI))
+    ]
     return [each for one in alone for each in one]
 
 
@@ -109,21 +115,30 @@ def _energies(w_GOI: Tensor) -> Tensor:
     return rows_GO.double().square().sum(-1)
 
 
-def _scaled(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return matrices whose squares of squares float32 can hold, and their units, powers of 2."""
-    energy_G = _energies(w_GOI)
-    units_G = torch.ones_like(energy_G)
-    if bool(((energy_G < _LARGEST_ENERGY) & (energy_G > _LEAST_ENERGY)).all()):
-        return w_GOI, units_G
-    peak_G = torch.linalg.vector_norm(w_GOI, ord=torch.inf, dim=(-2, -1)).double()
-    if not bool(torch.isfinite(peak_G).all()):
-        raise AdapterError(
-            "the sum of the updates' products does not fit float32: "
-            "lower the learning rate, or sum in float64 (aggregation.exact: true, --exact)"
-        )
-    powers_G = torch.exp2(peak_G.clamp(min=torch.finfo(torch.float64).tiny).log2().floor())
-    units_G = torch.where(peak_G > 0, powers_G, units_G)
-    return (w_GOI.double() / units_G[:, None, None]).float(), units_G
+@dataclass(frozen=True, kw_only=True)
+class _Scaled:
+    """Matrices whose squares of squares float32 can hold, their energies, and their units."""
+
+    w_GOI: Tensor
+    energy_G: Tensor
+    units_G: Tensor  # powers of 2
+
+    @classmethod
+    def of(cls, w_GOI: Tensor) -> "_Scaled":
+        """Return the matrices as they are, or where they are far from 1 in other units."""
+        energy_G = _energies(w_GOI)
+        if bool(((energy_G < _LARGEST_ENERGY) & (energy_G > _LEAST_ENERGY)).all()):
+            return cls(w_GOI=w_GOI, energy_G=energy_G, units_G=torch.ones_like(energy_G))
+        peak_G = torch.linalg.vector_norm(w_GOI, ord=torch.inf, dim=(-2, -1)).double()
+        if not bool(torch.isfinite(peak_G).all()):
+            raise AdapterError(
+                "the sum of the updates' products does not fit float32: "
+                "lower the learning rate, or sum in float64 (aggregation.exact: true, --exact)"
+            )
+        powers_G = torch.exp2(peak_G.clamp(min=torch.finfo(torch.float64).tiny).log2().floor())
+        units_G = torch.where(peak_G > 0, powers_G, 1.0)
+        scaled_GOI = (w_GOI.double() / units_G[:, None, None]).float()
+        return cls(w_GOI=scaled_GOI, energy_G=_energies(scaled_GOI), units_G=units_G)
 
 
 def _near(w_GOI: Tensor, start: Start, problem: Problem) -> Tensor:

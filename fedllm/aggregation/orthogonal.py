@@ -38,5 +38,10 @@ def orthonormal(y_GNK: Tensor) -> Tensor:
     if t_GKK is None:
         basis_GNK: Tensor = torch.linalg.qr(y_GNK).Q
         return basis_GNK
-    solved: Tensor = torch.linalg.solve_triangular(t_GKK, y_GNK, upper=True, left=False)
-    return solved
+    return on_triangle(y_GNK, t_GKK)
+
+
+def on_triangle(y_GNK: Tensor, t_GKK: Tensor) -> Tensor:
+    """Return the orthonormal Q of y = Q T."""
+    basis_GNK: Tensor = torch.linalg.solve_triangular(t_GKK, y_GNK, upper=True, left=False)
+    return basis_GNK

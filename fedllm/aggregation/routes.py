@@ -45,11 +45,6 @@ def route_for(problem: Problem) -> str:
     return "factored" if problem.stacked_rank < narrow else "dense"
 
 
-def is_summed(route: str) -> bool:
-    """Say whether a block comes to less than its factors: only then folding ahead saves work."""
-    return route != "factored"
-
-
 def fold(block: Block, problem: Problem) -> Partial:
     """Return what a block's weighted sum of products comes to on the problem's route."""
     amounts_GC = block.weights_GC * block.scales_GC

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedllm.aggregation.bounds import Apply, gap_bound, norm_ranges
 from fedllm.aggregation.decomposition import RESOLUTION
+from fedllm.aggregation.orthogonal import on_triangle, triangle
 
 # of the wanted rank: what is carried beside it, whose gap to it speeds everything
 _EXTRA, _LEAST_EXTRA = 0.6, 8
@@ -44,7 +45,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The leading triplets: right vectors, W times them, squared singular values.
+    """The leading triplets: right vectors, and W times them.
 
     `residual_G` is the energy that they leave out, `relative_excess_G` bounds by which share of
     the optimum it is more than that.
@@ -114,26 +115,20 @@ def gram(y_GML: Tensor) -> Tensor:
 def orthonormal(x_GNL: Tensor) -> Tensor:
     """Return a basis of the columns' span, orthonormal to the last digits of float32.
 
-    By the Cholesky factor of the Gram matrix of the columns at unit length; columns that are
-    nearly dependent are first turned until they are not.
+    Columns that are nearly dependent are turned until they are not; where there are fewer
+    directions than columns Householder's way completes the basis.
     """
     for _ in range(3):
-        unit = x_GNL.double()
-        unit = unit / unit.norm(dim=1, keepdim=True).clamp(min=_TINY)
-        overlaps_GLL = unit.mT @ unit
-        factor_GLL, failed_G = torch.linalg.cholesky_ex(overlaps_GLL)
-        pivots_GL = factor_GLL.diagonal(dim1=-2, dim2=-1)
-        if not bool(failed_G.any()) and float(pivots_GL.min()) > _NEARLY_DEPENDENT:
-            break
-        values_GL, vectors_GLL = torch.linalg.eigh(overlaps_GLL)
+        wide_GNL = x_GNL.double()
+        t_GLL = triangle(wide_GNL, _NEARLY_DEPENDENT)
+        if t_GLL is not None:
+            return on_triangle(wide_GNL, t_GLL).float()
+        unit = wide_GNL / wide_GNL.norm(dim=1, keepdim=True).clamp(min=_TINY)
+        values_GL, vectors_GLL = torch.linalg.eigh(unit.mT @ unit)
         values_GL = torch.maximum(values_GL, 1e-12 * values_GL[:, -1:]).clamp(min=_TINY)
         x_GNL = (unit @ (vectors_GLL * values_GL.rsqrt()[:, None, :])).float()
-    else:
-        # fewer directions than columns: Householder's way completes the basis
-        basis_GNL: Tensor = torch.linalg.qr(x_GNL).Q
-        return basis_GNL
-    solved: Tensor = torch.linalg.solve_triangular(factor_GLL.mT, unit, upper=True, left=False)
-    return solved.float()
+    basis_GNL: Tensor = torch.linalg.qr(x_GNL).Q
+    return basis_GNL
 
 
 @dataclass(frozen=True, kw_only=True)
