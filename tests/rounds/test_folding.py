@@ -83,6 +83,17 @@ def train_block(cluster: Folding, run: Run, block: int) -> None:
     cluster.simulation.only = None
 
 
+def first_block_published(
+    root: Path, cluster: Folding, said: list[str] | None = None, **changes: object
+) -> Run:
+    """Open a run, train the first block of its cohort and look at what came of it."""
+    run = opened(root, cluster, said, **changes)
+    advance(run)
+    train_block(cluster, run, 0)
+    advance(run)
+    return run
+
+
 def finish(cluster: Folding, run: Run) -> AggregateRecord:
     cluster.work(*cluster.workers)
     for _ in range(10):
@@ -157,10 +168,7 @@ def test_a_job_that_fails_is_told_once_and_no_other_is_submitted(
     tmp_path: Path, cluster: Folding, one_shot: str, how: str
 ) -> None:
     said: list[str] = []
-    run = opened(tmp_path, cluster, said)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster, said)
     if how == "a kill":
         cluster.end("NODE_FAIL", *cluster.folding)
         words = "NODE_FAIL on n1"
@@ -189,10 +197,7 @@ def test_a_job_that_was_preempted_is_not_told_and_its_blocks_are_asked_again(
     tmp_path: Path, cluster: Folding, one_shot: str
 ) -> None:
     said: list[str] = []
-    run = opened(tmp_path, cluster, said)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster, said)
     cluster.end("PREEMPTED", *cluster.folding)
     train_block(cluster, run, 1)
     advance(run)
@@ -206,10 +211,7 @@ def test_a_job_that_was_preempted_is_not_told_and_its_blocks_are_asked_again(
 def test_blocks_that_a_preempted_job_did_fold_are_not_asked_again(
     tmp_path: Path, cluster: Folding
 ) -> None:
-    run = opened(tmp_path, cluster)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster)
     steps_fold_ahead(run.paths.round(1), [0])
     cluster.end("PREEMPTED", *cluster.folding)
     train_block(cluster, run, 1)
@@ -222,10 +224,7 @@ def test_a_job_that_the_coordinator_ended_did_not_fail_and_its_blocks_are_asked_
     tmp_path: Path, cluster: Folding, restarted: bool
 ) -> None:
     said: list[str] = []
-    run = opened(tmp_path, cluster, said)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster, said)
     (first,) = cluster.folding
 
     def damage(program: str, target: Path) -> None:
@@ -253,10 +252,7 @@ def test_a_job_that_the_coordinator_ended_did_not_fail_and_its_blocks_are_asked_
 def test_a_job_left_by_a_coordinator_that_was_killed_after_collecting_is_ended(
     tmp_path: Path, cluster: Folding, one_shot: str, monkeypatch: pytest.MonkeyPatch, recorded: bool
 ) -> None:
-    run = opened(tmp_path, cluster)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster)
     (folding,) = cluster.folding
     publish = CollectionRecord.publish
 
@@ -281,10 +277,7 @@ def test_a_job_left_by_a_coordinator_that_was_killed_after_collecting_is_ended(
 def test_where_nothing_is_worth_it_one_job_finds_that_out(tmp_path: Path, cluster: Folding) -> None:
     said: list[str] = []
     ranks = {"small": {"ranks": 1}, "large": {"ranks": 1}}
-    run = opened(tmp_path, cluster, said, clients__tiers=ranks)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster, said, clients__tiers=ranks)
     cluster.work(*cluster.folding)
     train_block(cluster, run, 1)
     advance(run)
@@ -406,10 +399,7 @@ def test_a_run_that_is_cancelled_ends_the_job_that_folds_too(
 def test_an_update_damaged_after_it_was_folded_heals_with_its_block(
     tmp_path: Path, cluster: Folding, one_shot: str
 ) -> None:
-    run = opened(tmp_path, cluster)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster)
     cluster.work(*cluster.folding)
     updates = run.paths.round(1).updates
     victim = min(updates.glob("*.safetensors"))
@@ -442,10 +432,7 @@ def test_a_run_in_one_process_folds_between_two_attempts(tmp_path: Path, one_sho
 
 
 def test_folds_go_with_the_round_that_used_them(tmp_path: Path, cluster: Folding) -> None:
-    run = opened(tmp_path, cluster, evaluation__every=1)
-    advance(run)
-    train_block(cluster, run, 0)
-    advance(run)
+    run = first_block_published(tmp_path, cluster, evaluation__every=1)
     cluster.work(*cluster.folding)
     assert attempts_of(run.paths.round(1).fold_job)
     finish(cluster, run)
