@@ -16,24 +16,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.adapters import kinds_of
-from fedllm.config.loading import dump_config, read_config, validate
+from benchmarks.made_round import begin_round, update_of
+from fedllm.config.loading import read_config, validate
+from fedllm.config.models import Config
 from fedllm.errors import UserError
-from fedllm.planning.federation import plan_federation
 from fedllm.planning.seeding import seed_of
 from fedllm.steps.aggregate import aggregate_round
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (
     AggregateRecord,
-    ClientRecord,
-    CohortClient,
     CohortRecord,
     CollectedUpdate,
     CollectionRecord,
     ModuleRecord,
-    PreparedRecord,
-    RunRecord,
-    UpdateRecord,
 )
 from fedllm.storage.tensors import publish_update
 from fedllm.storage.updates import read_update
@@ -87,9 +82,8 @@ def whole_round(asked: argparse.Namespace) -> WholeRound:
     if not run.config.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--files {folder}: not empty, and not a round of this program")
     if not run.round(1).collection.exists():
-        publish_bytes(run.config, config)
-        _write(asked, run)
-    if run.config.read_bytes() != config:
+        _write(asked, run, config)
+    if read_config(run.config) != config:
         raise UserError(f"--files {folder}: a round of other arguments; choose an empty folder")
     paths = run.round(1)
     done = subprocess.run(
@@ -119,7 +113,7 @@ def whole_round(asked: argparse.Namespace) -> WholeRound:
     )
 
 
-def _config(asked: argparse.Namespace) -> bytes:
+def _config(asked: argparse.Namespace) -> Config:
     kinds = {module.kind for module in _modules(asked.shape).values()}
     tiers = {
         f"type{number}": {
@@ -127,7 +121,7 @@ def _config(asked: argparse.Namespace) -> bytes:
         }
         for number, word in enumerate((w.split("+") for w in asked.ranks.split(",")), start=1)
     }
-    config = validate(
+    return validate(
         {
             "model": {"path": asked.shape},
             "data": {"path": "none"},
@@ -146,41 +140,14 @@ def _config(asked: argparse.Namespace) -> bytes:
             },
         }
     )
-    return dump_config(config).encode()
 
 
-def _write(asked: argparse.Namespace, run: RunPaths) -> None:
+def _write(asked: argparse.Namespace, run: RunPaths, config: Config) -> None:
     """Write round 0 and a collected round 1, a file for each client."""
-    RunRecord(run_id="benchmark", result_fingerprint="", versions={}).publish(run.run)
-    prepared = PreparedRecord(
-        model_fingerprint="base",
-        model_path=asked.shape,
-        data_fingerprint="data",
-        data_path="none",
-        model_parameters=1,
-        modules=_modules(asked.shape),
-        clients=[
-            ClientRecord(id=str(number), category="", train_rows=10 + number, test_rows=0)
-            for number in range(asked.clients)
-        ],
-    )
-    prepared.publish(run.prepared)
-    state = aggregate_round(run.round(0))
-    federation = plan_federation(read_config(run.config), prepared)
+    modules = _modules(asked.shape)
+    cohort = begin_round(run, config, modules, [str(number) for number in range(asked.clients)])
     paths = run.round(1)
-    cohort = CohortRecord(
-        round=1,
-        lease=1,
-        base_fingerprint="base",
-        data_fingerprint="data",
-        state_sha256=state.sha256,
-        ranks={tier: dict(each) for tier, each in federation.ranks.items()},
-        clients=federation.cohort(1),
-    )
-    cohort.publish(paths.cohort)
-    updates = [
-        _publish(paths, cohort, prepared.modules, place) for place in range(len(cohort.clients))
-    ]
+    updates = [_publish(paths, cohort, modules, place) for place in range(len(cohort.clients))]
     CollectionRecord(round=1, lease=1, updates=updates).publish(paths.collection)
 
 
@@ -215,7 +182,9 @@ def _publish(
         for name, module in modules.items()
     }
     path = paths.update(attempt=1, bundle=place, part=0)
-    publish_update(path, [_record(client, list(modules))], {client.id: factors})
+    publish_update(
+        path, [update_of(client, rows=1, scales=dict.fromkeys(modules, 2.0))], {client.id: factors}
+    )
     return CollectedUpdate(
         client=client.id,
         tier=client.tier,
@@ -223,26 +192,6 @@ def _publish(
         file=str(path.relative_to(paths.updates)),
         sha256=read_update(path)[0].sha256,
         weight=1.0,
-    )
-
-
-def _record(client: CohortClient, modules: Sequence[str]) -> UpdateRecord:
-    return UpdateRecord(
-        run_id="benchmark",
-        round=1,
-        client=client.id,
-        attempt=1,
-        bundle=0,
-        base_fingerprint="base",
-        rows=1,
-        steps=1,
-        tokens=1,
-        loss_tokens=1,
-        losses=[1.0],
-        seconds=0.0,
-        step_seconds=0.0,
-        peak_memory_bytes=0,
-        scales=dict.fromkeys(modules, 2.0),
     )
 
 

@@ -7,22 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.config.loading import dump_config, validate
+from benchmarks.made_round import begin_round, update_of
+from fedllm.config.loading import validate
 from fedllm.lora.factors import Factors
-from fedllm.planning.federation import plan_federation
 from fedllm.planning.seeding import seed_of
-from fedllm.steps.aggregate import aggregate_round
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (
-    ClientRecord,
     CohortClient,
     CohortRecord,
     CollectedUpdate,
     CollectionRecord,
     ModuleRecord,
     PreparedRecord,
-    RunRecord,
     UpdateRecord,
 )
 from fedllm.storage.tensors import publish_update
@@ -59,37 +55,12 @@ def make_round(
             "aggregation": {"block_clients": 2, "device": "cpu", **aggregation},
         }
     )
-    publish_bytes(run.config, dump_config(config).encode())
-    RunRecord(run_id="run", result_fingerprint="", versions={}).publish(run.run)
-    prepared = PreparedRecord(
-        model_fingerprint="base",
-        model_path="nowhere",
-        data_fingerprint="data",
-        data_path="nowhere",
-        model_parameters=1,
-        modules={
-            name: ModuleRecord(out_features=out, in_features=in_, kind="other")
-            for name, (out, in_) in modules.items()
-        },
-        clients=[
-            ClientRecord(id=f"client/{n}", category="", train_rows=10 + n, test_rows=0)
-            for n in range(clients)
-        ],
-    )
-    prepared.publish(run.prepared)
-    state = aggregate_round(run.round(0))
-    federation = plan_federation(config, prepared)
+    sides = {
+        name: ModuleRecord(out_features=out, in_features=in_, kind="other")
+        for name, (out, in_) in modules.items()
+    }
+    cohort = begin_round(run, config, sides, [f"client/{n}" for n in range(clients)])
     paths = run.round(1)
-    cohort = CohortRecord(
-        round=1,
-        lease=1,
-        base_fingerprint="base",
-        data_fingerprint="data",
-        state_sha256=state.sha256,
-        ranks={tier: dict(each) for tier, each in federation.ranks.items()},
-        clients=federation.cohort(1),
-    )
-    cohort.publish(paths.cohort)
     for number in range(0, clients, clients_per_file):
         chosen = cohort.clients[number : number + clients_per_file]
         publish_update(
@@ -149,23 +120,8 @@ def sent(
 
 
 def _record(client: CohortClient, modules: Mapping[str, object]) -> UpdateRecord:
-    return UpdateRecord(
-        run_id="run",
-        round=1,
-        client=client.id,
-        attempt=1,
-        bundle=0,
-        base_fingerprint="base",
-        rows=seed_of(client.id) % 50 + 1,
-        steps=1,
-        tokens=1,
-        loss_tokens=1,
-        losses=[1.0],
-        seconds=0.0,
-        step_seconds=0.0,
-        peak_memory_bytes=0,
-        scales={name: 1.0 + 0.5 * len(client.tier) for name in modules},
-    )
+    scale = 1.0 + 0.5 * len(client.tier)
+    return update_of(client, rows=seed_of(client.id) % 50 + 1, scales=dict.fromkeys(modules, scale))
 
 
 def _factors(
