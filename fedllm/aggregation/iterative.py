@@ -150,15 +150,16 @@ def _near(w_GOI: Tensor, start: Start, problem: Problem) -> Tensor:
 
 
 def _triplets(found: Found) -> Spectral:
-    """Return triplets from right vectors and W times them, which rounding has turned a little."""
-    values_GK, turn_GKK = torch.linalg.eigh(gram(found.y_GMK))
+    """Return triplets from Ritz vectors and W times them, which rounding has turned a little."""
+    y_GMK = found.y_GML @ found.turn_GLK.float()
+    values_GK, turn_GKK = torch.linalg.eigh(gram(y_GMK))
     turn_GKK = turn_GKK.flip(-1)
     s_GK = values_GK.flip(-1).clamp(min=0.0).sqrt()
     inverse_GK = torch.where(s_GK > 0, 1 / s_GK, 0.0)
-    u_GMK = found.y_GMK @ (turn_GKK * inverse_GK[:, None, :]).float()
+    u_GMK = y_GMK @ (turn_GKK * inverse_GK[:, None, :]).float()
     if bool((s_GK[:, -1] <= _SMALL * s_GK[:, 0]).any()):
         u_GMK = _beside_those_before(u_GMK)
-    vh_GKN = (found.x_GNK.double() @ turn_GKK).float().mT
+    vh_GKN = (found.x_GNL.double() @ (found.turn_GLK @ turn_GKK)).float().mT
     return Spectral(u_OR=u_GMK, s_R=s_GK.float(), vh_RI=vh_GKN)
 
 

@@ -2,8 +2,9 @@
 
 Chebyshev filters (Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219 (2006), section 3)
 between Rayleigh-Ritz steps. Directions so large that a filter would drown the others with them
-are set aside and take a plain power step. Only the start and the filters' products are imprecise:
-they choose a subspace, which float32 then measures.
+are set aside and take a plain power step, which is enough where all that are wanted are so large.
+Only the start and the filters' products are imprecise: they choose a subspace, which float32 then
+measures.
 
 Legend: G modules, M long side, N narrow side, L vectors of the subspace, A of them set aside,
 K wanted rank, P probes.
@@ -15,21 +16,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.bounds import Apply, gap_bound, norm_ranges
+from fedllm.aggregation.bounds import Apply, GapBound, last_gap_bound, norm_ranges, own_gaps_bound
 from fedllm.aggregation.decomposition import RESOLUTION
 from fedllm.aggregation.orthogonal import on_triangle, triangle
 
 # of the wanted rank: what is carried beside it, whose gap to it speeds everything
 _EXTRA, _LEAST_EXTRA = 0.6, 8
-_POWERS, FILTERS = 3, 5
-_SET_ASIDE_ABOVE = 20.0  # times the lowest Ritz value
-_AMPLIFICATION = 1e4
+_POWERS, FILTERS = 2, 5
+_SET_ASIDE_ABOVE, _FAR_ABOVE = 20.0, 8.0  # times the lowest Ritz value
+_ABOVE_TOLERANCE = 30.0  # by how much a filter amplifies, times the tolerance's inverse root
+_AMPLIFICATION = 1e4  # at most
 _SMALLEST_DEGREE, _LARGEST_DEGREE = 2, 12
+_HOPED = 0.25  # of the gap, which a norm will be found to be away from its least
 _PLAINLY_ABOVE, _OVERGROWN = 1.0 + 1e-6, 1e10
 _NOISE = 1e-12  # of the largest Ritz value
-_NEARLY_DEPENDENT = 1e-3  # what is left of a column of unit length beside those before it
+# what is left of a column of unit length beside those before it, for either precision
+_NEARLY_DEPENDENT = {torch.float64: 1e-3, torch.float32: 3e-2}
 _ROWS = 512  # at a time, which stay in a cache
-_DIFFERENCE_TELLS = 1e-4  # of the energy
+_DIFFERENCE_TELLS = 5e-5  # of the energy
 _ROUNDING = 2e-7  # of each of the wanted energies
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -45,14 +49,15 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The leading triplets: right vectors, and W times them.
+    """The leading triplets: a basis x, y = W x, and how to turn both.
 
     `residual_G` is the energy that they leave out, `relative_excess_G` bounds by which share of
     the optimum it is more than that.
     """
 
-    x_GNK: Tensor
-    y_GMK: Tensor
+    x_GNL: Tensor
+    y_GML: Tensor
+    turn_GLK: Tensor
     residual_G: Tensor
     relative_excess_G: Tensor
 
@@ -81,21 +86,23 @@ def search(
         draws: what the start is drawn from.
         probes: what certificates are drawn from, apart from all that chose the vectors.
     """
-    ritz = _Ritz.of(w_GMN, _begun(w_GMN, width(asked.rank, w_GMN.shape[2]), near_GNJ, draws))
+    ritz = _begun(w_GMN, width(asked.rank, w_GMN.shape[2]), near_GNJ, draws)
     for _ in range(FILTERS):
-        basis_GNL = _filtered(w_GMN, ritz)
+        basis_GNL = _stepped(w_GMN, ritz, asked)
         if not bool(torch.isfinite(basis_GNL).all()):
             return None
-        ritz = _Ritz.of(w_GMN, basis_GNL)
-        left_G = _left(w_GMN, ritz, asked)
-        excess_G = _relative_excess(w_GMN, ritz, left_G, asked, probes)
+        measured = _Measured.of(w_GMN, basis_GNL)
+        left_G = _left(w_GMN, measured, asked)
+        excess_G = _relative_excess(w_GMN, measured, left_G, asked, probes)
         if bool((excess_G <= asked.tolerance).all()):
             return Found(
-                x_GNK=ritz.x_GNL[..., : asked.rank],
-                y_GMK=ritz.y_GML[..., : asked.rank],
+                x_GNL=measured.x_GNL,
+                y_GML=measured.y_GML,
+                turn_GLK=measured.turn_GLL[..., : asked.rank],
                 residual_G=left_G,
                 relative_excess_G=excess_G,
             )
+        ritz = measured.ritz
     return None
 
 
@@ -112,17 +119,22 @@ def gram(y_GML: Tensor) -> Tensor:
     return total
 
 
-def orthonormal(x_GNL: Tensor) -> Tensor:
+def orthonormal(x_GNL: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
     """Return a basis of the columns' span, orthonormal to the last digits of float32.
 
     Columns that are nearly dependent are turned until they are not; where there are fewer
     directions than columns Householder's way completes the basis.
+
+    Args:
+        x_GNL: the columns, float32.
+        precision: in float32 well-conditioned columns take half of the time and lose a digit.
     """
     for _ in range(3):
-        wide_GNL = x_GNL.double()
-        t_GLL = triangle(wide_GNL, _NEARLY_DEPENDENT)
+        given_GNL = x_GNL.to(precision)
+        t_GLL = triangle(given_GNL, _NEARLY_DEPENDENT[precision])
         if t_GLL is not None:
-            return on_triangle(wide_GNL, t_GLL).float()
+            return on_triangle(given_GNL, t_GLL).float()
+        wide_GNL, precision = x_GNL.double(), torch.float64
         unit = wide_GNL / wide_GNL.norm(dim=1, keepdim=True).clamp(min=_TINY)
         values_GL, vectors_GLL = torch.linalg.eigh(unit.mT @ unit)
         values_GL = torch.maximum(values_GL, 1e-12 * values_GL[:, -1:]).clamp(min=_TINY)
@@ -133,23 +145,10 @@ def orthonormal(x_GNL: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ritz:
-    """Ritz vectors x, y = W x, and Ritz values, descending."""
+    """Ritz vectors x and Ritz values, descending."""
 
     x_GNL: Tensor
-    y_GML: Tensor
     theta_GL: Tensor
-
-    @classmethod
-    def of(cls, w_GMN: Tensor, x_GNL: Tensor) -> "_Ritz":
-        """Return those of the span of `x_GNL`, orthonormal columns."""
-        y_GML = w_GMN @ x_GNL
-        theta_GL, turn_GLL = torch.linalg.eigh(gram(y_GML))
-        turn_GLL = turn_GLL.flip(-1)  # eigh sorts from the smallest
-        return cls(
-            x_GNL=(x_GNL.double() @ turn_GLL).float(),
-            y_GML=y_GML @ turn_GLL.float(),
-            theta_GL=theta_GL.flip(-1).clamp(min=0.0),
-        )
 
     @property
     def number_aside(self) -> int:
@@ -163,6 +162,40 @@ class _Ritz:
         return torch.maximum(self.theta_GL[:, -1], _NOISE * self.theta_GL[:, 0]).clamp(min=_TINY)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What float32 products say of a basis x: y = W x, its Ritz values, how to turn it to them."""
+
+    x_GNL: Tensor
+    y_GML: Tensor
+    theta_GL: Tensor
+    turn_GLL: Tensor
+    residuals_GLL: Tensor  # products of the Ritz vectors' residuals
+
+    @classmethod
+    def of(cls, w_GMN: Tensor, x_GNL: Tensor) -> "_Measured":
+        """Return it for orthonormal columns."""
+        y_GML = w_GMN @ x_GNL
+        gram_GLL = gram(y_GML)
+        theta_GL, turn_GLL = torch.linalg.eigh(gram_GLL)
+        turn_GLL = turn_GLL.flip(-1)  # eigh sorts from the smallest
+        # what rounding leaves of it within the basis makes the bounds larger, not wrong
+        r_GNL = _back(w_GMN, y_GML).baddbmm(x_GNL, gram_GLL.float(), alpha=-1)
+        return cls(
+            x_GNL=x_GNL,
+            y_GML=y_GML,
+            theta_GL=theta_GL.flip(-1).clamp(min=0.0),
+            turn_GLL=turn_GLL,
+            residuals_GLL=turn_GLL.mT @ gram(r_GNL) @ turn_GLL,
+        )
+
+    @property
+    def ritz(self) -> _Ritz:
+        """The Ritz vectors and values."""
+        x_GNL = (self.x_GNL.double() @ self.turn_GLL).float()
+        return _Ritz(x_GNL=x_GNL, theta_GL=self.theta_GL)
+
+
 def _back(w_GMN: Tensor, y_GML: Tensor) -> Tensor:
     # the rows of y^T W are read as W lies: twice as fast for few of them
     return (y_GML.mT @ w_GMN).mT
@@ -172,32 +205,36 @@ def _exactly(w_GMN: Tensor) -> Apply:
     return lambda x_GNP: _back(w_GMN, w_GMN @ x_GNP)
 
 
-def _begun(w_GMN: Tensor, number: int, near_GNJ: Tensor, draws: torch.Generator) -> Tensor:
+def _begun(w_GMN: Tensor, number: int, near_GNJ: Tensor, draws: torch.Generator) -> _Ritz:
+    """Return about the Ritz vectors and values after a few power steps."""
     modules, _, narrow = w_GMN.shape
     drawn = torch.randn(modules, narrow, number - near_GNJ.shape[2], generator=draws)
     drawn = drawn.to(w_GMN.device) / math.sqrt(narrow)
-    begun = torch.cat([near_GNJ.to(drawn), drawn], dim=2)
-    quick = _Quick.beside(w_GMN, begun[..., :0], begun[..., :0])
-    for _ in range(_POWERS):
-        begun = orthonormal(quick(begun))
-    return begun
+    x_GNL = torch.cat([near_GNJ.to(drawn), drawn], dim=2)
+    quick = _Quick.beside(w_GMN, x_GNL[..., :0], x_GNL[..., :0])
+    for _ in range(_POWERS - 1):
+        x_GNL = orthonormal(quick(x_GNL), torch.float32)
+    y_GML = quick.forth(x_GNL)
+    theta_GL, turn_GLL = torch.linalg.eigh(gram(y_GML.float()))
+    grown_GNL = quick.back(y_GML) @ turn_GLL.flip(-1).float()
+    return _Ritz(
+        x_GNL=orthonormal(grown_GNL, torch.float32),
+        theta_GL=theta_GL.flip(-1).clamp(min=0.0),
+    )
 
 
-def _filtered(w_GMN: Tensor, ritz: _Ritz) -> Tensor:
-    """Return a basis in which all that is below the lowest Ritz values has faded."""
+def _stepped(w_GMN: Tensor, ritz: _Ritz, asked: Asked) -> Tensor:
+    """Return a basis nearer to the wanted vectors."""
+    if bool((ritz.theta_GL[:, asked.rank - 1] > _FAR_ABOVE * ritz.cut).all()):
+        return orthonormal(_exactly(w_GMN)(ritz.x_GNL))
     aside = ritz.number_aside
-    ratio = float((ritz.theta_GL[:, aside] / ritz.cut).max())
-    degree = _SMALLEST_DEGREE
-    if ratio > _PLAINLY_ABOVE:  # otherwise all that is wanted is set aside, and the rest is noise
-        degree = math.ceil(math.acosh(_AMPLIFICATION) / math.acosh(2 * ratio - 1))
-        degree = max(_SMALLEST_DEGREE, min(_LARGEST_DEGREE, degree))
-    kept_GMA = ritz.y_GML[..., :aside]
-    quick = _Quick.beside(w_GMN, ritz.x_GNL[..., :aside], kept_GMA)
+    x_GNA, before = ritz.x_GNL[..., :aside], ritz.x_GNL[..., aside:]
+    kept_GMA = w_GMN @ x_GNA
+    quick = _Quick.beside(w_GMN, x_GNA, kept_GMA)
     # T_0 and T_1, then T_{d+1}(G) = (4 / cut G - 2) T_d(G) - T_{d-1}(G)
     half_G11 = (ritz.cut / 2)[:, None, None].float()
-    before = ritz.x_GNL[..., aside:]
     now = quick(before).div_(half_G11).sub_(before)
-    for _ in range(degree - 1):
+    for _ in range(_degree(ritz, asked) - 1):
         if not float(now.abs().max()) < _OVERGROWN:
             break  # what is left beside the vectors set aside is rounding
         grown = quick(now).div_(half_G11 / 2).sub_(now, alpha=2).sub_(before)
@@ -205,43 +242,59 @@ def _filtered(w_GMN: Tensor, ritz: _Ritz) -> Tensor:
     return orthonormal(torch.cat([_back(w_GMN, kept_GMA), now], dim=2))
 
 
-def _left(w_GMN: Tensor, ritz: _Ritz, asked: Asked) -> Tensor:
+def _degree(ritz: _Ritz, asked: Asked) -> int:
+    """Return the degree of the filter that lifts the wanted last one high enough above the rest.
+
+    Less where the largest ones would be lifted so high above it that bfloat16 loses it.
+    """
+    last_G, first_G = ritz.theta_GL[:, asked.rank - 1], ritz.theta_GL[:, ritz.number_aside]
+    needed = _degree_for(_ABOVE_TOLERANCE / math.sqrt(asked.tolerance), last_G / ritz.cut)
+    most = _degree_for(_AMPLIFICATION, first_G / ritz.cut)
+    return max(_SMALLEST_DEGREE, min(_LARGEST_DEGREE, needed, most))
+
+
+def _degree_for(amplification: float, ratios_G: Tensor) -> int:
+    """Return the degree of the Chebyshev polynomial that is so large at all of these places."""
+    at = 2 * max(float(ratios_G.max()), _PLAINLY_ABOVE) - 1
+    return math.ceil(math.acosh(amplification) / math.acosh(at))
+
+
+def _left(w_GMN: Tensor, measured: _Measured, asked: Asked) -> Tensor:
     """Return the energy that the leading triplets leave out.
 
-    As a difference of energies, good to some 1e-7 of them; where that is too little, from what
+    As a difference of energies, good to some 3e-8 of them; where that is too little, from what
     is left of W.
     """
-    difference_G = (asked.energy_G - ritz.theta_GL[:, : asked.rank].sum(-1)).clamp(min=0.0)
+    kept_G = measured.theta_GL[:, : asked.rank].sum(-1)
+    difference_G = (asked.energy_G - kept_G).clamp(min=0.0)
     if bool((difference_G > _DIFFERENCE_TELLS * asked.energy_G).all()):
         return difference_G
-    x_GKN = ritz.x_GNL[..., : asked.rank].mT
+    x_GKN = measured.ritz.x_GNL[..., : asked.rank].mT
+    y_GMK = measured.y_GML @ measured.turn_GLL[..., : asked.rank].float()
     total_G = torch.zeros_like(difference_G)
-    parts = [torch.split(whole, _ROWS, dim=1) for whole in (w_GMN, ritz.y_GML[..., : asked.rank])]
+    parts = [torch.split(whole, _ROWS, dim=1) for whole in (w_GMN, y_GMK)]
     for w, y in zip(*parts, strict=True):
         total_G += torch.baddbmm(w, y, x_GKN, alpha=-1).norm(dim=-1).double().square().sum(-1)
     return total_G
 
 
 def _relative_excess(
-    w_GMN: Tensor, ritz: _Ritz, left_G: Tensor, asked: Asked, probes: torch.Generator
+    w_GMN: Tensor, measured: _Measured, left_G: Tensor, asked: Asked, probes: torch.Generator
 ) -> Tensor:
     """Return at most how much less could be left out, infinite once it is plainly not enough."""
-    bound = _Bound.of(w_GMN, ritz, left_G, asked)
-    last_G, lowest_G = ritz.theta_GL[:, asked.rank - 1], ritz.theta_GL[:, -1]
-    if bool(bound.done_G.all()) or ritz.theta_GL.shape[1] == w_GMN.shape[2]:
+    bound = _Bound.of(measured, left_G, asked)
+    theta_GL = measured.theta_GL
+    last_G, lowest_G = theta_GL[:, asked.rank - 1], theta_GL[:, -1]
+    if bool(bound.done_G.all()) or theta_GL.shape[1] == w_GMN.shape[2]:
         return bound(torch.zeros_like(lowest_G))  # nothing is left, or there is no rest
-    # the norm of the rest will hardly be found to be less than the lowest Ritz value
-    hoped_G = bound(lowest_G)
-    unknown_G = torch.full_like(hoped_G, torch.inf)
-    if bool((hoped_G > asked.tolerance).any()):
+    # the norm of the rest is hardly less than the lowest Ritz value, and never found quite so
+    unknown_G = torch.full_like(lowest_G, torch.inf)
+    if bool((bound(torch.lerp(lowest_G, last_G, _HOPED)) > asked.tolerance).any()):
         return unknown_G
-    # the excess grows at least as the gap shrinks
-    needed_G = (last_G - lowest_G) * hoped_G / asked.tolerance
-    needed_G = torch.where(bound.done_G, -torch.inf, needed_G)
-    for rest in norm_ranges(_exactly(w_GMN), ritz.x_GNL, probes):
-        if bool((last_G - rest.least_G < needed_G).any()):
+    for rest in norm_ranges(_exactly(w_GMN), measured.x_GNL, probes):
+        if bool(((rest.least_G >= last_G) & ~bound.done_G).any()):
             break
-        if bool((last_G - rest.most_G >= needed_G).all()):
+        if bool(((rest.most_G < last_G) | bound.done_G).all()):
             excess_G = bound(rest.most_G)
             if bool((excess_G <= asked.tolerance).all()):
                 return excess_G
@@ -252,23 +305,19 @@ def _relative_excess(
 class _Bound:
     """The relative excess as it follows from a bound of the norm of the rest."""
 
-    ritz: _Ritz
-    rank: int
-    residuals_GLL: Tensor
+    measured: _Measured
+    asked: Asked
     left_G: Tensor
     rounding_G: Tensor
     done_G: Tensor
 
     @classmethod
-    def of(cls, w_GMN: Tensor, ritz: _Ritz, left_G: Tensor, asked: Asked) -> "_Bound":
+    def of(cls, measured: _Measured, left_G: Tensor, asked: Asked) -> "_Bound":
         """Return that of the Ritz vectors."""
-        r_GNL = _back(w_GMN, ritz.y_GML) - ritz.x_GNL * ritz.theta_GL[:, None, :].float()
-        r_GNL = r_GNL - ritz.x_GNL @ (ritz.x_GNL.mT @ r_GNL)
-        wanted_G = asked.rank * ritz.theta_GL[:, asked.rank - 1]
+        wanted_G = asked.rank * measured.theta_GL[:, asked.rank - 1]
         return cls(
-            ritz=ritz,
-            rank=asked.rank,
-            residuals_GLL=gram(r_GNL),
+            measured=measured,
+            asked=asked,
             left_G=left_G,
             # what float32 vectors lose, several times what was ever seen
             rounding_G=_ROUNDING * wanted_G + RESOLUTION / 10 * asked.energy_G,
@@ -277,9 +326,15 @@ class _Bound:
 
     def __call__(self, rest_G: Tensor) -> Tensor:
         """Return the bound where the norm of the rest is at most `rest_G`."""
-        theta_GL = self.ritz.theta_GL
-        best_G = gap_bound(theta_GL, self.residuals_GLL, rest_G, self.rank)
-        excess_G = (best_G - theta_GL[:, : self.rank].sum(-1)).clamp(min=0.0) + self.rounding_G
+        by_the_last_gap_G = self._by(last_gap_bound, rest_G)
+        if bool((by_the_last_gap_G <= self.asked.tolerance).all()):
+            return by_the_last_gap_G
+        return torch.minimum(by_the_last_gap_G, self._by(own_gaps_bound, rest_G))
+
+    def _by(self, best: GapBound, rest_G: Tensor) -> Tensor:
+        theta_GL, rank = self.measured.theta_GL, self.asked.rank
+        best_G = best(theta_GL, self.measured.residuals_GLL, rest_G, rank)
+        excess_G = (best_G - theta_GL[:, :rank].sum(-1)).clamp(min=0.0) + self.rounding_G
         optimal_G = self.left_G - excess_G
         bounded_G = torch.where(optimal_G > 0, excess_G / optimal_G, torch.inf)
         return torch.where(self.done_G, 0.0, bounded_G)
@@ -310,14 +365,19 @@ class _Quick:
 
     def __call__(self, x_GNA: Tensor) -> Tensor:
         """Return the products, float32."""
-        x_GNA = self._projected(x_GNA)
-        if self.low_GMN.dtype == torch.float32:
-            return self._projected(_back(self.low_GMN, self.low_GMN @ x_GNA))
-        # one by one: a batched product of a transposed bfloat16 matrix would copy it first
-        pairs = zip(self.low_GMN, x_GNA.bfloat16(), strict=True)
-        return self._projected(
-            torch.stack([low_MN.mT @ (low_MN @ x_NA) for low_MN, x_NA in pairs]).float()
-        )
+        return self._projected(self.back(self.forth(self._projected(x_GNA))))
+
+    def forth(self, x_GNA: Tensor) -> Tensor:
+        """Return W times the vectors, as precise as W is here."""
+        # as rows, one module after the other: W is then read as it lies, and never copied
+        rows_GAN = x_GNA.mT.to(self.low_GMN.dtype).contiguous()
+        pairs = zip(rows_GAN, self.low_GMN, strict=True)
+        return torch.stack([rows_AN @ low_MN.mT for rows_AN, low_MN in pairs]).mT
+
+    def back(self, y_GMA: Tensor) -> Tensor:
+        """Return W^T times the vectors, float32."""
+        pairs = zip(y_GMA.mT, self.low_GMN, strict=True)
+        return torch.stack([rows_AM @ low_MN for rows_AM, low_MN in pairs]).float().mT
 
     def _projected(self, x_GNA: Tensor) -> Tensor:
         if not self.aside_GNA.shape[2]:
