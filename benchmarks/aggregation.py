@@ -83,18 +83,38 @@ class Timing:
         return {way: statistics.median(seconds) for way, seconds in self.seconds.items()}
 
 
-def blocks_from(factors: Sequence[Factors], block_clients: int) -> list[Block]:
-    """Copy factors side by side, block by block."""
-    return [
-        Block(
-            a_GRI=torch.cat([factors[place].a_RI for place in places])[None],
-            b_GOR=torch.cat([factors[place].b_OR for place in places], dim=1)[None],
-            ranks=tuple(factors[place].rank for place in places),
-            scales_GC=torch.tensor([[factors[place].scale for place in places]]).double(),
-            weights_GC=torch.ones(1, len(places), dtype=torch.float64),
-        )
-        for places in blocks_of(range(len(factors)), block_clients)
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Memory for a module's blocks, filled again and again as an aggregation does."""
+
+    factors: Sequence[Factors]
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, factors: Sequence[Factors], block_clients: int) -> "Buffers":
+        """Return them filled once."""
+        blocks = [
+            Block(
+                a_GRI=torch.cat([factors[place].a_RI for place in places])[None],
+                b_GOR=torch.cat([factors[place].b_OR for place in places], dim=1)[None],
+                ranks=tuple(factors[place].rank for place in places),
+                scales_GC=torch.tensor([[factors[place].scale for place in places]]).double(),
+                weights_GC=torch.ones(1, len(places), dtype=torch.float64),
+            )
+            for places in blocks_of(range(len(factors)), block_clients)
+        ]
+        return cls(factors=factors, blocks=blocks)
+
+    def filled(self) -> list[Block]:
+        """Copy the factors side by side, block by block."""
+        each = iter(self.factors)
+        for block in self.blocks:
+            a_each = block.a_GRI[0].split(block.ranks)
+            for a_RI, b_OR in zip(a_each, block.b_GOR[0].split(block.ranks, dim=1), strict=True):
+                item = next(each)
+                a_RI.copy_(item.a_RI)
+                b_OR.copy_(item.b_OR)
+        return self.blocks
 
 
 def ours(blocks: Sequence[Block], problem: Problem, total: float) -> Decomposition:
@@ -142,17 +162,17 @@ def timed(case: Case, asked: argparse.Namespace) -> Timing:
         for f in client_factors(case.kind.shape, case.ranks, spectrum=case.spectrum)
     ]
     total = float(len(factors))
-    blocks = blocks_from(factors, asked.block_clients)
+    buffers = Buffers.of(factors, asked.block_clients)
     b_OR = torch.cat([f.b_OR for f in factors], dim=1)
     a_RI = torch.cat([f.a_RI for f in factors])
     ways: dict[str, Callable[[], Any]] = {
-        "ours": lambda: ours(blocks_from(factors, asked.block_clients), case.problem, total),
-        "ours, stacked": lambda: ours(blocks, case.problem, total),
+        "ours": lambda: ours(buffers.filled(), case.problem, total),
+        "ours, stacked": lambda: ours(buffers.blocks, case.problem, total),
         "dense": lambda: dense(factors),
-        "copy": lambda: blocks_from(factors, asked.block_clients),
+        "copy": buffers.filled,
         "product": lambda: b_OR @ a_RI,
     }
-    found = ours(blocks, case.problem, total)
+    found = ours(buffers.blocks, case.problem, total)
     truth = Truth.of(found, factors, case.wanted)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(asked.repeats + 1):
