@@ -41,7 +41,8 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     basis = vectors[..., -min(problem.rank, vectors.shape[-1]) :].flip(-1)
     found = on_left_basis(basis, (tall @ basis).mT)
     triplets = found if wide else turned(found)
-    energies = w_GOI.square().sum((-2, -1)).tolist()
+    # without a copy of the products
+    energies = torch.linalg.vector_norm(w_GOI, dim=(-2, -1)).square().tolist()
     return [
         Decomposition(
             spectral=spectral,
