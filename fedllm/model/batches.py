@@ -80,7 +80,7 @@ def collate(
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the cross entropy of every target, float32 (N, K); zero where there is none."""
+    """Return the cross entropy of every target (N, K), in float32 at least; else zero."""
     kept = batch.targets_NK.shape[1]
     options = {"logits_to_keep": kept} if keeps_logits(model) else {}
     output = model(
@@ -90,7 +90,8 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
         use_cache=False,
         **options,
     )
-    logits_NKV = output.logits[:, -kept:].float()
+    logits_NKV = output.logits[:, -kept:]
+    logits_NKV = logits_NKV.to(torch.promote_types(logits_NKV.dtype, torch.float32))
     losses = nn.functional.cross_entropy(
         logits_NKV.flatten(0, 1),
         batch.targets_NK.flatten(),

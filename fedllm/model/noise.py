@@ -4,6 +4,7 @@ Legend: N rows, T positions, I features.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +15,29 @@ _LEVELS = 1 << 16  # a draw is a 16-bit integer: four of them per 64-bit random 
 _DRAWS_PER_NUMBER = 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Tokens [start, stop) of a batch entry whose masks are drawn from one seed."""
+
+    entry: int
+    start: int
+    stop: int
+    seed: int
+
+
 class RowSeeds:
-    """The seed and the first real position of every row that is now in the model."""
+    """Whose tokens are now in the model: the pieces of the forward pass and their seeds."""
 
     def __init__(self) -> None:
-        self.seeds: Sequence[int] = ()
-        self.starts: Sequence[int] = ()
+        self.pieces: Sequence[Piece] | None = None
 
-    def enter(self, seeds: Sequence[int], starts: Sequence[int]) -> None:
-        """Say which rows the next forward pass computes, and where each one starts."""
-        self.seeds, self.starts = seeds, starts
+    def enter(self, pieces: Sequence[Piece]) -> None:
+        """Say what the next forward pass computes; for tokens of no piece, padding, none drawn."""
+        self.pieces = pieces
 
 
 class RowDropout(nn.Module):
-    """Dropout as a function of (row seed, module, position).
+    """Dropout as a function of (seed of the piece, module, position in it).
 
     Micro-batches, accumulation and padding change nothing, and neither does a second forward
     pass (gradient checkpointing). It also draws a quarter of the random numbers that
@@ -46,10 +56,10 @@ class RowDropout(nn.Module):
         """Return `x` with dropped entries zero and the others scaled up; `x` itself in `eval`."""
         if not self.training:
             return x_NTI
-        assert len(self._rows.seeds) == x_NTI.shape[0], "RowSeeds.enter before the forward pass"
+        assert self._rows.pieces is not None, "RowSeeds.enter before the forward pass"
         levels_NTI = torch.zeros(x_NTI.shape, dtype=torch.int16, device=x_NTI.device)
-        for row, (seed, start) in enumerate(zip(self._rows.seeds, self._rows.starts, strict=True)):
-            self._fill(levels_NTI[row, start:], seed)
+        for piece in self._rows.pieces:
+            self._fill(levels_NTI[piece.entry, piece.start : piece.stop], piece.seed)
         kept_NTI = (levels_NTI >= self._dropped - _LEVELS // 2).to(x_NTI.dtype)
         return x_NTI * kept_NTI.mul_(self._gain)
 

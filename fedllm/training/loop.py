@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
 from fedllm.methods.local import LocalRule
-from fedllm.model.batches import Batch, LossOn, TokenRow, collate, token_losses
+from fedllm.model.batches import Batch, LossOn, TokenRow, collate
+from fedllm.model.passes import PaddedPass
 from fedllm.model.slots import AdapterSlots, Installed
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.plan import Draws, plan_steps, rate_factor
@@ -199,11 +201,12 @@ class _Loop:
         total = torch.zeros((), device=self.device)
         place = 0
         for batch in batches:
-            seeds = [self._draws.row(number, place + n) for n in range(len(batch.starts))]
-            place += len(seeds)
-            self._slots.rows.enter(seeds, batch.starts)
+            one = PaddedPass(batch=batch, places=range(place, place + len(batch.starts)))
+            place += len(batch.starts)
+            row_seed = partial(self._draws.row, number)
+            self._slots.rows.enter(one.pieces(row_seed, 0))
             with _precision(training, self.device):
-                loss = token_losses(self._slots.model, batch).sum() / targets
+                loss = one.loss_sum(self._slots.model) / targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self._losses.append(total)

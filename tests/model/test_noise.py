@@ -4,14 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm.model.noise import RowDropout, RowSeeds
+from fedllm.model.noise import Piece, RowDropout, RowSeeds
 
 
 def dropped(
     x: Tensor, *, seeds: list[int], starts: list[int], rate: float = 0.3, module: str = "m"
 ) -> Tensor:
     rows = RowSeeds()
-    rows.enter(seeds, starts)
+    pieces = zip(seeds, starts, strict=True)
+    rows.enter(
+        [Piece(entry=n, start=at, stop=x.shape[1], seed=s) for n, (s, at) in enumerate(pieces)]
+    )
     result: Tensor = RowDropout(rate, module=module, rows=rows)(x)
     return result
 

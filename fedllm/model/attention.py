@@ -1,0 +1,268 @@
+"""Attention among the parts of packed sequences, in the ways that models take it.
+
+`parts` computes every part by itself through an attention function registered with transformers,
+so that no mask of all tokens times all tokens exists. `mask` gives the model that mask. `flex`
+gives it a block mask for FlexAttention. `packed` gives it nothing but positions that restart:
+transformers tells parts without prefix apart by these.
+
+Legend: C batch entries, H heads, T packed tokens, S a part's tokens, P its prefix's, D per head.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fedllm.errors import ModelError
+from fedllm.model.packing import Part
+
+Entries = Sequence[Sequence[Part]]
+"""The parts of each batch entry; they cover its tokens, in order."""
+
+PARTS_ATTENTION = "fedllm_parts"
+"""The name of `parts_attention` for `set_attn_implementation`."""
+
+FLEX_BLOCK = 128
+"""Tokens of a packed sequence for `flex` come in multiples of this."""
+
+
+class PartsPlan:
+    """How to compute the parts of one forward pass; the model's attention layers share it.
+
+    Batch entries are laid behind each other, so that parts have indices of one sequence.
+    """
+
+    def __init__(self, entries: Entries, num_tokens: int, device: torch.device | str) -> None:
+        self.calls = 0
+        self._device = device
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._parts = [part for parts in entries for part in parts]
+        self.lengths = [part.length for part in self._parts]
+        assert self.num_tokens == len(entries) * num_tokens, "parts cover every token"
+        self.prefixes: list[int | None] = []  # of every part: which part is its prefix
+        for parts in entries:
+            numbers = {
+                (part.start, part.stop): len(self.prefixes) + n for n, part in enumerate(parts)
+            }
+            self.prefixes += [
+                numbers[part.prefix_start, part.prefix_stop] if part.offset else None
+                for part in parts
+            ]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens all entries have."""
+        return sum(self.lengths)
+
+    def mask(self, number: int, window: int | None) -> Tensor | None:
+        """Return which keys, prefix and own, a part's queries see (S, P+S); None: causal."""
+        part = self._parts[number]
+        if window is not None and window >= part.offset + part.length:
+            window = None
+        if window is None and not part.offset:
+            return None
+        longest = max(p.length for p in self._parts if p.offset == part.offset)
+        big_SX = self._masks.get((part.offset, window))
+        if big_SX is None:
+            # a key's index is its position: every part takes the top left corner of one mask
+            big_SX = _causal(part.offset, longest, window, self._device)
+            self._masks[part.offset, window] = big_SX
+        return big_SX[: part.length, : part.offset + part.length]
+
+
+def _causal(offset: int, length: int, window: int | None, device: torch.device | str) -> Tensor:
+    query_S1 = torch.arange(offset, offset + length, device=device).unsqueeze(1)
+    key_1X = torch.arange(offset + length, device=device).unsqueeze(0)
+    seen_SX = key_1X <= query_S1
+    return seen_SX if window is None else seen_SX & (key_1X > query_S1 - window)
+
+
+def parts_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    parts: PartsPlan | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend part by part; without `parts` as transformers' own SDPA does, with the same bits.
+
+    Args:
+        module: the attention layer.
+        query: (C, H, T, D).
+        key: (C, H or fewer, T, D).
+        value: as `key`.
+        attention_mask: used without `parts` only.
+        parts: what attends to what; the model passes it through from its call.
+        sliding_window: how many last positions a token sees, its own included.
+        softcap: refused with `parts`, as is every term that SDPA cannot add.
+        s_aux: likewise.
+        position_bias: likewise.
+        scaling: of the scores; None: 1 / sqrt(D).
+        dropout: of the attention weights.
+        **kwargs: of transformers' own function.
+
+    Returns:
+        (C, T, H, D) and no weights.
+
+    Raises:
+        ModelError: the layer adds to its scores what cannot be added here.
+    """
+    extra = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+    given = {name: term for name, term in extra.items() if term is not None}
+    if parts is None:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **given,
+            **kwargs,
+        )
+        return result
+    if given:
+        raise ModelError(
+            f"{type(module).__name__}: its attention adds {', '.join(given)} to the scores; rows "
+            f"that share a prefix cannot be computed part by part"
+        )
+    parts.calls += 1
+    num_entries, _, num_tokens, _ = query.shape
+    groups = query.shape[1] // key.shape[1]
+    queries = _split(query, parts, 1)
+    keys, values = _split(key, parts, groups), _split(value, parts, groups)
+    outputs = []
+    for number, prefix in enumerate(parts.prefixes):
+        key_1HXD, value_1HXD = keys[number], values[number]
+        if prefix is not None:
+            key_1HXD = torch.cat([keys[prefix], key_1HXD], dim=2)
+            value_1HXD = torch.cat([values[prefix], value_1HXD], dim=2)
+        seen_SX = parts.mask(number, sliding_window)
+        output_1HSD = nn.functional.scaled_dot_product_attention(
+            queries[number],
+            key_1HXD,
+            value_1HXD,
+            attn_mask=seen_SX,
+            is_causal=seen_SX is None,
+            scale=scaling,
+            dropout_p=dropout,
+        )
+        outputs.append(output_1HSD.transpose(1, 2))
+    output_1THD = torch.cat(outputs, dim=1)
+    return output_1THD.view(num_entries, num_tokens, *output_1THD.shape[2:]), None
+
+
+def _split(x_CHTD: Tensor, parts: PartsPlan, copies: int) -> tuple[Tensor, ...]:
+    """Return the parts' slices (1, H * copies, S, D), entries behind each other.
+
+    `split` rather than slices: its gradient is written once, not once per part.
+    """
+    if copies > 1:
+        x_CHTD = x_CHTD.repeat_interleave(copies, dim=1)
+    if x_CHTD.shape[0] > 1:
+        x_CHTD = x_CHTD.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+    return torch.split(x_CHTD, parts.lengths, dim=2)
+
+
+AttentionInterface.register(PARTS_ATTENTION, parts_attention)
+# an implementation without a mask function of its own gets no padding mask at all
+AttentionMaskInterface.register(PARTS_ATTENTION, sdpa_mask)
+
+
+def boolean_mask(
+    parts: Sequence[Part], num_tokens: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return which keys each query sees, bool (1, 1, T, T)."""
+    seen_TT = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    for part in parts:
+        own = slice(part.start, part.stop)
+        seen_TT[own, own] = True
+        seen_TT[own, part.prefix_start : part.prefix_stop] = True
+    return seen_TT.tril_()[None, None]
+
+
+def block_mask(parts: Sequence[Part], num_tokens: int, device: torch.device | str) -> BlockMask:
+    """Return the same for FlexAttention, as blocks.
+
+    Raises:
+        AssertionError: `num_tokens` is no multiple of `FLEX_BLOCK`.
+    """
+    assert num_tokens % FLEX_BLOCK == 0, f"{num_tokens} tokens: no multiple of {FLEX_BLOCK}"
+    repeats = torch.tensor([part.length for part in parts])
+
+    def per_token(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(repeats).to(device)
+
+    starts_T = per_token([part.start for part in parts])
+    prefix_starts_T = per_token([part.prefix_start for part in parts])
+    prefix_stops_T = per_token([part.prefix_stop for part in parts])
+
+    def sees(_entry: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (key <= query) & (key >= starts_T[query])
+        return own | ((key >= prefix_starts_T[query]) & (key < prefix_stops_T[query]))
+
+    return create_block_mask(
+        sees, B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=str(device)
+    )
+
+
+Inputs = Callable[[nn.Module, Entries, int, torch.device], dict[str, Any]]
+
+
+def _parts_inputs(
+    _model: nn.Module, entries: Entries, num_tokens: int, device: torch.device
+) -> dict[str, Any]:
+    # transformers hands a mask of four dimensions on as it is and makes none of its own
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return {"attention_mask": unused, "parts": PartsPlan(entries, num_tokens, device)}
+
+
+def _mask_inputs(
+    model: nn.Module, entries: Entries, num_tokens: int, device: torch.device
+) -> dict[str, Any]:
+    seen_C1TT = torch.cat([boolean_mask(parts, num_tokens, device) for parts in entries])
+    config: Any = model.config
+    if config._attn_implementation != "eager":
+        return {"attention_mask": seen_C1TT}
+    dtype = next(model.parameters()).dtype  # eager attention adds the mask to its scores
+    added_C1TT = torch.zeros(seen_C1TT.shape, dtype=dtype, device=device)
+    return {"attention_mask": added_C1TT.masked_fill_(~seen_C1TT, torch.finfo(dtype).min)}
+
+
+def _flex_inputs(
+    _model: nn.Module, entries: Entries, num_tokens: int, device: torch.device
+) -> dict[str, Any]:
+    assert len(entries) == 1, "one block mask is of one batch entry"
+    return {"attention_mask": block_mask(entries[0], num_tokens, device)}
+
+
+def _packed_inputs(
+    _model: nn.Module, entries: Entries, _num_tokens: int, _device: torch.device
+) -> dict[str, Any]:
+    assert not any(part.offset for parts in entries for part in parts), "a prefix would be lost"
+    return {"attention_mask": None}
+
+
+INPUTS: Mapping[str, Inputs] = {
+    "parts": _parts_inputs,
+    "mask": _mask_inputs,
+    "flex": _flex_inputs,
+    "packed": _packed_inputs,
+}
+"""Per way: what a model is given, beside tokens and positions, to attend within the parts."""

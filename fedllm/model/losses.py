@@ -1,0 +1,119 @@
+"""The loss of packed rows: logits where there is a loss, cross entropy in float32.
+
+Legend: C batch entries, T packed tokens, U positions with logits, K targets, V vocabulary,
+N rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fedllm.errors import ModelError
+from fedllm.model.attention import INPUTS
+from fedllm.model.batches import keeps_logits
+from fedllm.model.packing import Packed
+
+_CHUNK_LOGITS = 1 << 22  # logits that are in float32 at one time
+
+
+def packed_losses(model: nn.Module, packed: Packed, way: str) -> Tensor:
+    """Return the sum of the losses of all targets of all rows, a scalar for training."""
+    losses_K = target_losses(model, packed, way)
+    return (losses_K * packed.weights_K).sum()
+
+
+def row_losses(model: nn.Module, packed: Packed, way: str, num_rows: int) -> Tensor:
+    """Return the sum of the losses of every row, float64 (N,).
+
+    `packed` was made with `merge_targets=False`.
+    """
+    assert packed.rows_K is not None, "targets were merged: pack with merge_targets=False"
+    losses_K = target_losses(model, packed, way).double()
+    return losses_K.new_zeros(num_rows).index_add_(0, packed.rows_K, losses_K)
+
+
+def target_losses(model: nn.Module, packed: Packed, way: str) -> Tensor:
+    """Return the cross entropy of every target (K,), in float32 at least."""
+    logits_UV = forward(model, packed, way, kept=packed.kept_U).logits[0]
+    return cross_entropies(logits_UV, packed.inverse_K, packed.targets_K)
+
+
+def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **options: Any) -> Any:
+    """Return the model's output for packed rows, with logits (1, U, V) at the indices `kept`.
+
+    `options` go to the model, for example a cache to fill; without them it keeps none.
+
+    Raises:
+        ModelError: the model does not compute with the attention of the way.
+    """
+    inputs = INPUTS[way](model, [packed.parts], packed.computed_tokens, packed.tokens_1T.device)
+    keeps = keeps_logits(model)
+    output = model(
+        input_ids=packed.tokens_1T,
+        position_ids=packed.positions_1T,
+        **inputs,
+        **{"use_cache": False, **options},
+        **({"logits_to_keep": kept} if keeps else {}),
+    )
+    if not keeps:
+        output.logits = output.logits[:, kept]
+    plan = inputs.get("parts")
+    if plan is not None and not plan.calls:
+        raise ModelError(
+            f"{type(model).__name__}: its attention does not go through transformers' attention "
+            f"interface; need another way to train its rows than {way}"
+        )
+    return output
+
+
+def cross_entropies(logits_UV: Tensor, inverse_K: Tensor, targets_K: Tensor) -> Tensor:
+    """Return -log softmax of `logits_UV[inverse_K]` at the targets (K,).
+
+    Computed in float32, float64 for float64 logits, a chunk of positions at a time: neither the
+    logits nor their gradient are ever wholly in that precision.
+
+    Args:
+        logits_UV: in any precision.
+        inverse_K: which position each target reads, sorted.
+        targets_K: the tokens.
+    """
+    losses_K: Tensor = _CrossEntropy.apply(logits_UV, inverse_K, targets_K)  # type: ignore[no-untyped-call]
+    return losses_K
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_UV: Tensor, inverse_K: Tensor, targets_K: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits_UV.dtype, torch.float32)
+        sums_U = torch.empty(logits_UV.shape[0], dtype=dtype, device=logits_UV.device)
+        for chunk in _chunks(logits_UV):
+            sums_U[chunk] = logits_UV[chunk].to(dtype).logsumexp(dim=1)
+        ctx.save_for_backward(logits_UV, inverse_K, targets_K, sums_U)
+        return sums_U[inverse_K] - logits_UV[inverse_K, targets_K].to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_K: Tensor) -> tuple[Tensor, None, None]:
+        logits_UV, inverse_K, targets_K, sums_U = ctx.saved_tensors
+        upstream_U = torch.zeros_like(sums_U).index_add_(0, inverse_K, upstream_K)
+        grad_UV = torch.empty_like(logits_UV)
+        chunks = _chunks(logits_UV)
+        ends = torch.tensor([chunk.stop for chunk in chunks], device=inverse_K.device)
+        first = 0
+        for chunk, last in zip(chunks, torch.searchsorted(inverse_K, ends).tolist(), strict=True):
+            part = logits_UV[chunk].to(sums_U.dtype).sub_(sums_U[chunk, None]).exp_()
+            part.mul_(upstream_U[chunk, None])
+            places = (inverse_K[first:last] - chunk.start, targets_K[first:last])
+            part.index_put_(places, -upstream_K[first:last], accumulate=True)
+            grad_UV[chunk] = part
+            first = last
+        return grad_UV, None, None
+
+
+def _chunks(logits_UV: Tensor) -> list[slice]:
+    num_positions, num_tokens = logits_UV.shape
+    size = max(1, _CHUNK_LOGITS // num_tokens)
+    starts = range(0, num_positions, size)
+    return [slice(start, min(start + size, num_positions)) for start in starts]

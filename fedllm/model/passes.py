@@ -1,0 +1,220 @@
+"""The forward passes of an optimizer step, in each way that a model's rows can be laid out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedllm.model.attention import FLEX_BLOCK
+from fedllm.model.batches import Batch, LossOn, TokenRow, collate, token_losses
+from fedllm.model.losses import packed_losses
+from fedllm.model.noise import Piece
+from fedllm.model.packing import (
+    PADDING,
+    PREFIX,
+    Packed,
+    pack,
+    padded_to,
+    plan_packs,
+    shared_prefix,
+    text_of,
+)
+
+DENSE_TOKENS = 1024
+"""Tokens in a pack whose mask is dense: its cost grows with their square."""
+
+RowSeed = Callable[[int], int]
+
+
+class Pass(Protocol):
+    """Some rows of an optimizer step, in the model at one time."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its rows, padding left out."""
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that carry loss."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the forward pass computes."""
+
+    def pieces(self, row_seed: RowSeed, prefix_seed: int) -> list[Piece]:
+        """Return whose dropout masks to draw, given the seed of a row by its place in the step."""
+
+    def loss_sum(self, model: nn.Module) -> Tensor:
+        """Return the sum of the losses of all targets, a scalar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedPass:
+    """Rows as a padded batch; `places` are theirs in the step."""
+
+    batch: Batch
+    places: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its rows, padding left out."""
+        return self.batch.num_tokens
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that carry loss."""
+        return self.batch.num_targets
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the forward pass computes."""
+        return self.batch.tokens_NT.numel()
+
+    def pieces(self, row_seed: RowSeed, prefix_seed: int) -> list[Piece]:  # noqa: ARG002
+        """Return a piece per row, from its first real position on."""
+        width = self.batch.tokens_NT.shape[1]
+        return [
+            Piece(entry=n, start=start, stop=width, seed=row_seed(place))
+            for n, (start, place) in enumerate(zip(self.batch.starts, self.places, strict=True))
+        ]
+
+    def loss_sum(self, model: nn.Module) -> Tensor:
+        """Return the sum of the losses of all targets, a scalar."""
+        return token_losses(model, self.batch).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedPass:
+    """Rows as a packed sequence, and the way the model attends within it."""
+
+    packed: Packed
+    way: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its rows, a shared prefix once per row."""
+        return self.packed.num_tokens
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that carry loss."""
+        return self.packed.num_targets
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the forward pass computes."""
+        return self.packed.computed_tokens
+
+    def pieces(self, row_seed: RowSeed, prefix_seed: int) -> list[Piece]:
+        """Return a piece per part; the prefix has one seed in every pass of the step."""
+        return [
+            Piece(
+                entry=0,
+                start=part.start,
+                stop=part.stop,
+                seed=prefix_seed if part.row == PREFIX else row_seed(part.row),
+            )
+            for part in self.packed.parts
+            if part.row != PADDING
+        ]
+
+    def loss_sum(self, model: nn.Module) -> Tensor:
+        """Return the sum of the losses of all targets, a scalar."""
+        return packed_losses(model, self.packed, self.way)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How the rows of an optimizer step become passes; None: no bound."""
+
+    loss_on: LossOn
+    pad_token: int
+    device: torch.device | str
+    most_rows: int | None = None
+    most_tokens: int | None = None
+
+
+Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]
+
+
+def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
+    """Rows of similar length together where they are cut at all."""
+    lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
+    order = list(range(len(rows)))
+    if cut.most_tokens is not None or (cut.most_rows or len(rows)) < len(rows):
+        order.sort(key=lengths.__getitem__)
+    batches: list[list[int]] = []
+    for place in order:
+        # ascending: the last one's length is the width of all
+        width = max(1, lengths[place] - 1)
+        size = len(batches[-1]) if batches else 0
+        fits = cut.most_tokens is None or (size + 1) * width <= cut.most_tokens
+        if not batches or size == cut.most_rows or not fits:
+            plan_packs([lengths[place]], 0, most_rows=1, most_tokens=cut.most_tokens)
+            batches.append([])
+        batches[-1].append(place)
+    return [
+        PaddedPass(
+            batch=collate(
+                [rows[place] for place in places],
+                loss_on=cut.loss_on,
+                pad_token=cut.pad_token,
+                device=cut.device,
+            ),
+            places=places,
+        )
+        for places in batches
+    ]
+
+
+def _unshared(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
+    return _pack_all(rows, 0, cut, "packed", cut.most_tokens)
+
+
+def _parts(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
+    return _pack_all(rows, _prefix(rows), cut, "parts", cut.most_tokens)
+
+
+def _mask(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
+    longest = max(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
+    most = cut.most_tokens or max(DENSE_TOKENS, longest)
+    return _pack_all(rows, _prefix(rows), cut, "mask", most)
+
+
+def _flex(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
+    passes = _pack_all(rows, _prefix(rows), cut, "flex", cut.most_tokens)
+    return [PackedPass(packed=_in_blocks(one.packed), way=one.way) for one in passes]
+
+
+def _prefix(rows: Sequence[TokenRow]) -> int:
+    # of the whole step, not of a pass: how a step is cut changes rounding only
+    return shared_prefix([text_of(row) for row in rows])
+
+
+def _pack_all(
+    rows: Sequence[TokenRow], prefix: int, cut: Cut, way: str, most_tokens: int | None
+) -> list[PackedPass]:
+    lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
+    plan = plan_packs(lengths, prefix, most_rows=cut.most_rows, most_tokens=most_tokens)
+    return [
+        PackedPass(
+            packed=pack(rows, places, prefix, loss_on=cut.loss_on, device=cut.device), way=way
+        )
+        for places in plan
+    ]
+
+
+def _in_blocks(packed: Packed) -> Packed:
+    return padded_to(packed, -(-packed.computed_tokens // FLEX_BLOCK) * FLEX_BLOCK)
+
+
+PACKERS: Mapping[str, Packer] = {
+    "parts": _parts,
+    "mask": _mask,
+    "flex": _flex,
+    "packed": _unshared,
+    "padded": _padded,
+}
+"""Per way: the rows of an optimizer step to its passes."""
