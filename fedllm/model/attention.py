@@ -197,28 +197,27 @@ def boolean_mask(
     return seen_TT.tril_()[None, None]
 
 
-def block_mask(parts: Sequence[Part], num_tokens: int, device: torch.device | str) -> BlockMask:
-    """Return the same for FlexAttention, as blocks.
-
-    Raises:
-        AssertionError: `num_tokens` is no multiple of `FLEX_BLOCK`.
-    """
+def block_mask(entries: Entries, num_tokens: int, device: torch.device | str) -> BlockMask:
+    """Return the same for FlexAttention, in blocks, (C, 1, T, T)."""
     assert num_tokens % FLEX_BLOCK == 0, f"{num_tokens} tokens: no multiple of {FLEX_BLOCK}"
-    repeats = torch.tensor([part.length for part in parts])
 
-    def per_token(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(repeats).to(device)
+    def per_token(end: str) -> Tensor:
+        values = [
+            value for parts in entries for p in parts for value in [getattr(p, end)] * p.length
+        ]
+        return torch.tensor(values).view(len(entries), num_tokens).to(device)
 
-    starts_T = per_token([part.start for part in parts])
-    prefix_starts_T = per_token([part.prefix_start for part in parts])
-    prefix_stops_T = per_token([part.prefix_stop for part in parts])
+    starts_CT, prefix_starts_CT, prefix_stops_CT = map(
+        per_token, ("start", "prefix_start", "prefix_stop")
+    )
 
-    def sees(_entry: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (key <= query) & (key >= starts_T[query])
-        return own | ((key >= prefix_starts_T[query]) & (key < prefix_stops_T[query]))
+    def sees(entry: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (key <= query) & (key >= starts_CT[entry, query])
+        behind = key >= prefix_starts_CT[entry, query]
+        return own | (behind & (key < prefix_stops_CT[entry, query]))
 
     return create_block_mask(
-        sees, B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=str(device)
+        sees, B=len(entries), H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=str(device)
     )
 
 
@@ -248,8 +247,7 @@ def _mask_inputs(
 def _flex_inputs(
     _model: nn.Module, entries: Entries, num_tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    assert len(entries) == 1, "one block mask is of one batch entry"
-    return {"attention_mask": block_mask(entries[0], num_tokens, device)}
+    return {"attention_mask": block_mask(entries, num_tokens, device)}
 
 
 def _packed_inputs(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedllm.errors import ModelError
-from fedllm.model.attention import INPUTS
+from fedllm.model.attention import INPUTS, Entries
 from fedllm.model.batches import keeps_logits
-from fedllm.model.packing import Packed
+from fedllm.model.packing import Packed, Stacked
 
 _CHUNK_LOGITS = 1 << 22  # logits that are in float32 at one time
 
@@ -40,6 +40,18 @@ def target_losses(model: nn.Module, packed: Packed, way: str) -> Tensor:
     return cross_entropies(logits_UV, packed.inverse_K, packed.targets_K)
 
 
+def stacked_losses(model: nn.Module, batch: Stacked, way: str) -> Tensor:
+    """Return the sum of the losses of every entry (C,); an entry's depends on itself alone."""
+    entries = [packed.parts for packed in batch.members]
+    output = _forward(model, batch.tokens_CT, batch.positions_CT, entries, way, batch.kept_CU)
+    sums = []
+    for packed, logits_UV in zip(batch.members, output.logits.unbind(0), strict=True):
+        own_UV = logits_UV[: len(packed.kept_U)]
+        losses_K = cross_entropies(own_UV, packed.inverse_K, packed.targets_K)
+        sums.append((losses_K * packed.weights_K).sum())
+    return torch.stack(sums)
+
+
 def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **options: Any) -> Any:
     """Return the model's output for packed rows, with logits (1, U, V) at the indices `kept`.
 
@@ -48,17 +60,33 @@ def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **optio
     Raises:
         ModelError: the model does not compute with the attention of the way.
     """
-    inputs = INPUTS[way](model, [packed.parts], packed.computed_tokens, packed.tokens_1T.device)
+    return _forward(
+        model, packed.tokens_1T, packed.positions_1T, [packed.parts], way, kept, **options
+    )
+
+
+def _forward(
+    model: nn.Module,
+    tokens_CT: Tensor,
+    positions_CT: Tensor,
+    entries: Entries,
+    way: str,
+    kept: Tensor,
+    **options: Any,
+) -> Any:
+    """Call the model; `kept` are indices of all entries (U,), or of each (C, U)."""
+    inputs = INPUTS[way](model, entries, tokens_CT.shape[1], tokens_CT.device)
     keeps = keeps_logits(model)
     output = model(
-        input_ids=packed.tokens_1T,
-        position_ids=packed.positions_1T,
+        input_ids=tokens_CT,
+        position_ids=positions_CT,
         **inputs,
         **{"use_cache": False, **options},
         **({"logits_to_keep": kept} if keeps else {}),
     )
     if not keeps:
-        output.logits = output.logits[:, kept]
+        kept_XU1 = kept.view(-1, kept.shape[-1], 1)
+        output.logits = output.logits.take_along_dim(kept_XU1, dim=1)
     plan = inputs.get("parts")
     if plan is not None and not plan.calls:
         raise ModelError(
@@ -103,7 +131,7 @@ class _CrossEntropy(torch.autograd.Function):
         ends = torch.tensor([chunk.stop for chunk in chunks], device=inverse_K.device)
         first = 0
         for chunk, last in zip(chunks, torch.searchsorted(inverse_K, ends).tolist(), strict=True):
-            part = logits_UV[chunk].to(sums_U.dtype).sub_(sums_U[chunk, None]).exp_()
+            part = (logits_UV[chunk] - sums_U[chunk, None]).exp_()
             part.mul_(upstream_U[chunk, None])
             places = (inverse_K[first:last] - chunk.start, targets_K[first:last])
             part.index_put_(places, -upstream_K[first:last], accumulate=True)

@@ -1,0 +1,149 @@
+"""Cross entropy in float32 and in chunks is the textbook one; rows and clients stay apart."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedllm.errors import ModelError
+from fedllm.model import losses
+from fedllm.model.losses import cross_entropies, packed_losses, row_losses, stacked_losses
+from fedllm.model.packing import pack, stacked
+from tests.decoders import Row, gradients, in_way, make_decoder, worst
+
+HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+ROWS = [
+    Row([*HEAD, 20], [21, 1]),
+    Row([*HEAD, 30, 31, 32, 33], [34, 35, 36, 1]),
+    Row(HEAD, [21, 40, 1]),
+]
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return make_decoder("llama")
+
+
+@pytest.mark.parametrize("num_logits", [1, 7, 1 << 22])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)]
+)
+def test_chunks_give_the_loss_and_the_gradient_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float, num_logits: int
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", num_logits)
+    draw = torch.Generator().manual_seed(0)
+    logits_UV = (4 * torch.randn(9, 5, generator=draw)).to(dtype).requires_grad_()
+    inverse_K = torch.tensor([0, 0, 0, 2, 3, 4, 4, 8])  # some twice, some never
+    targets_K = torch.tensor([1, 2, 2, 0, 4, 3, 0, 1])
+    weights_K = torch.rand(8, generator=draw)
+
+    found_K = cross_entropies(logits_UV, inverse_K, targets_K)
+    (found_grad,) = torch.autograd.grad((found_K * weights_K).sum(), logits_UV)
+    exact_UV = logits_UV.detach().double().requires_grad_()
+    exact_K = nn.functional.cross_entropy(exact_UV[inverse_K], targets_K, reduction="none")
+    (exact_grad,) = torch.autograd.grad((exact_K * weights_K).sum(), exact_UV)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    assert found_K.dtype == wide
+    torch.testing.assert_close(
+        found_K.double(), exact_K, rtol=0, atol=1e-5 if wide == torch.float32 else 1e-12
+    )
+    torch.testing.assert_close(found_grad.double(), exact_grad, rtol=bound, atol=bound)
+
+
+def test_no_targets_have_no_loss() -> None:
+    logits_UV = torch.randn(0, 5, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    total = cross_entropies(logits_UV, none, none).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    assert total.item() == 0.0
+
+
+def alone(model: nn.Module, row: Row) -> Tensor:
+    """The losses of a row's answer by itself, without any of our code."""
+    ids = torch.tensor([row.prompt_ids + row.answer_ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    first = len(row.prompt_ids)
+    return nn.functional.cross_entropy(logits[first - 1 : -1], ids[0, first:], reduction="sum")
+
+
+@pytest.mark.parametrize("way", ["parts", "mask"])
+def test_every_row_has_the_loss_it_has_alone(llama: nn.Module, way: str) -> None:
+    rows = [*ROWS, ROWS[0]]
+    packed = pack(rows, range(4), 9, loss_on="answer", device="cpu", merge_targets=False)
+    with torch.no_grad():
+        found = row_losses(in_way(llama, way), packed, way, 4)
+        expected = torch.stack([alone(in_way(llama, "padded"), row) for row in rows])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_merged_targets_cannot_be_told_apart(llama: nn.Module) -> None:
+    packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
+    with pytest.raises(AssertionError, match="merge_targets"):
+        row_losses(llama, packed, "parts", 3)
+
+
+@pytest.mark.parametrize(("name", "way"), [
+    ("llama", "parts"), ("mistral, windows", "parts"), ("llama", "mask"), ("llama", "packed"),
+])  # fmt: skip
+def test_clients_in_one_batch_have_the_losses_they_have_alone(name: str, way: str) -> None:
+    model = in_way(make_decoder(name), way)
+    prefix = 0 if way == "packed" else 9
+    packs = [
+        pack(ROWS, [0, 1, 2], prefix, loss_on="answer", device="cpu"),
+        pack(ROWS, [2], 0, loss_on="all", device="cpu"),
+        pack(ROWS, [1, 0], prefix, loss_on="answer", device="cpu"),
+    ]
+    scale = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)  # a mix-up of clients shows
+    solo = gradients(
+        model,
+        lambda: (scale * torch.stack([packed_losses(model, one, way) for one in packs])).sum(),
+    )
+    together = gradients(model, lambda: (scale * stacked_losses(model, stacked(packs), way)).sum())
+    assert together[0] == pytest.approx(solo[0], rel=1e-6)
+    assert worst(together[1], solo[1]) < 1e-6
+
+
+class AllLogits(nn.Module):
+    """A model of a user that cannot leave logits out."""
+
+    def __init__(self, inner: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        use_cache: bool,
+        **options: object,
+    ) -> object:
+        return self.inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **options,
+        )
+
+
+def test_a_model_that_computes_all_logits_gives_the_same(llama: nn.Module) -> None:
+    model = in_way(llama, "parts")
+    packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
+    batch = stacked([packed, pack(ROWS, [0], 0, loss_on="answer", device="cpu")])
+    every = AllLogits(model)  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed_losses(every, packed, "parts"), packed_losses(model, packed, "parts")
+        )
+        torch.testing.assert_close(
+            stacked_losses(every, batch, "parts"), stacked_losses(model, batch, "parts")
+        )
+
+
+def test_a_model_that_attends_elsewhere_is_refused(llama: nn.Module) -> None:
+    packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
+    with pytest.raises(ModelError, match="does not go through transformers' attention interface"):
+        packed_losses(in_way(llama, "mask"), packed, "parts")
