@@ -1,0 +1,218 @@
+"""Attention by parts: what the dense mask says, without the mask."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fedllm.errors import ModelError
+from fedllm.model.attention import (
+    FLEX_BLOCK,
+    PartsPlan,
+    block_mask,
+    boolean_mask,
+    parts_attention,
+)
+from fedllm.model.packing import PADDING, Part
+
+
+class Layer(nn.Module):
+    """As much of an attention layer as the functions read."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+        self.is_causal = True
+
+
+def lay(lengths: list[tuple[int, list[int]]]) -> tuple[Part, ...]:
+    """Parts of groups, each a prefix and its rows."""
+    parts: list[Part] = []
+    end = row = 0
+    for prefix, owns in lengths:
+        begin, end = end, end + prefix
+        if prefix:
+            parts.append(Part(start=begin, stop=end))
+        ends = {"prefix_start": begin, "prefix_stop": end} if prefix else {}
+        for own in owns:
+            parts.append(Part(start=end, stop=end + own, row=row, **ends))
+            end += own
+            row += 1
+    return tuple(parts)
+
+
+GROUPS = st.lists(
+    st.tuples(st.integers(0, 7), st.lists(st.integers(1, 6), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def total(parts: tuple[Part, ...]) -> int:
+    return parts[-1].stop
+
+
+def heads(parts: tuple[Part, ...], seed: int, *, key_heads: int = 2) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(1, h, total(parts), 8, dtype=torch.float64, generator=draw).requires_grad_()
+        for h in (4, key_heads, key_heads)
+    ]
+
+
+def dense(parts: tuple[Part, ...], qkv: list[Tensor], window: int | None) -> Tensor:
+    """The attention by its definition: positions, owners, a softmax."""
+    where = [(n, part.offset + j) for n, part in enumerate(parts) for j in range(part.length)]
+    prefix_of = {
+        n: next((m for m, p in enumerate(parts) if part.offset and p.start == part.prefix_start), n)
+        for n, part in enumerate(parts)
+    }
+    rows = []
+    for owner, position in where:
+        rows.append([
+            (other == owner or other == prefix_of[owner])
+            and at <= position
+            and (window is None or at > position - window)
+            for other, at in where
+        ])  # fmt: skip
+    query, key, value = qkv
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) / 8**0.5).masked_fill(~torch.tensor(rows), -torch.inf)
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+
+
+def grads(output: Tensor, qkv: list[Tensor]) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(7)
+    weight = torch.randn(output.shape, dtype=output.dtype, generator=draw)
+    return torch.autograd.grad((output * weight).sum(), qkv)
+
+
+@given(GROUPS, st.none() | st.integers(1, 9), st.sampled_from([1, 2, 4]))
+def test_parts_attend_by_the_definition(
+    groups: list[tuple[int, list[int]]], window: int | None, key_heads: int
+) -> None:
+    parts = lay(groups)
+    qkv = heads(parts, 0, key_heads=key_heads)
+    plan = PartsPlan([parts], total(parts), "cpu")
+    found, _ = parts_attention(Layer(4 // key_heads), *qkv, None, parts=plan, sliding_window=window)
+    expected = dense(parts, qkv, window)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for one, other in zip(grads(found, qkv), grads(expected, qkv), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert plan.calls == 1
+
+
+@given(GROUPS)
+def test_the_dense_mask_is_the_definition(groups: list[tuple[int, list[int]]]) -> None:
+    parts = lay(groups)
+    query, key, value = heads(parts, 1, key_heads=4)
+    found = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=boolean_mask(parts, total(parts))
+    )
+    expected = dense(parts, [query, key, value], None)
+    torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-10, atol=1e-10)
+
+
+@given(st.lists(GROUPS, min_size=2, max_size=3))
+def test_batch_entries_attend_as_if_alone(entries: list[list[tuple[int, list[int]]]]) -> None:
+    alone = [lay(groups) for groups in entries]
+    longest = max(map(total, alone))
+    padded = [
+        (
+            *parts,
+            *([Part(start=total(parts), stop=longest, row=PADDING)] * (total(parts) < longest)),
+        )
+        for parts in alone
+    ]
+    inputs = [heads(parts, n) for n, parts in enumerate(alone)]
+    batch = [
+        torch.cat([nn.functional.pad(x, (0, 0, 0, longest - x.shape[2])) for x in xs])
+        for xs in zip(*inputs, strict=True)
+    ]
+    found, _ = parts_attention(Layer(2), *batch, None, parts=PartsPlan(padded, longest, "cpu"))
+    for n, (parts, qkv) in enumerate(zip(alone, inputs, strict=True)):
+        plan = PartsPlan([parts], total(parts), "cpu")
+        expected, _ = parts_attention(Layer(2), *qkv, None, parts=plan)
+        torch.testing.assert_close(found[n, : total(parts)], expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_without_parts_it_is_the_attention_of_transformers() -> None:
+    qkv = heads(lay([(0, [9])]), 0)
+    mask = boolean_mask(lay([(4, [2, 3])]), 9)
+    for given_mask in (None, mask):
+        found, _ = parts_attention(Layer(2), *qkv, given_mask, scaling=0.3)
+        expected, _ = sdpa_attention_forward(Layer(2), *qkv, given_mask, scaling=0.3)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("term", ["softcap", "s_aux", "position_bias"])
+def test_terms_that_cannot_be_added_are_refused(term: str) -> None:
+    parts = lay([(4, [2, 3])])
+    plan = PartsPlan([parts], 9, "cpu")
+    value = 30.0 if term == "softcap" else torch.zeros(4)
+    with pytest.raises(ModelError, match=f"its attention adds {term} to the scores"):
+        parts_attention(Layer(2), *heads(parts, 0), None, parts=plan, **{term: value})
+
+
+@given(GROUPS, GROUPS)
+def test_blocks_are_those_of_the_dense_mask(
+    first: list[tuple[int, list[int]]], second: list[tuple[int, list[int]]]
+) -> None:
+    scaled = [
+        [(9 * prefix, [17 * own for own in owns]) for prefix, owns in groups]
+        for groups in (first, second)
+    ]
+    alone = [lay(groups) for groups in scaled]
+    longest = -(-max(map(total, alone)) // FLEX_BLOCK) * FLEX_BLOCK
+    entries = [
+        (
+            *parts,
+            *([Part(start=total(parts), stop=longest, row=PADDING)] * (total(parts) < longest)),
+        )
+        for parts in alone
+    ]
+    blocks = block_mask(entries, longest, "cpu")
+    assert blocks.shape == (2, 1, longest, longest)
+    entry, zero = torch.arange(2)[:, None, None], torch.zeros((), dtype=torch.int64)
+    query, key = torch.arange(longest)[:, None], torch.arange(longest)[None, :]
+    seen = blocks.mask_mod(entry, zero, query, key)
+    expected = torch.cat([boolean_mask(parts, longest) for parts in entries])
+    assert torch.equal(seen, expected[:, 0])
+    size = longest // FLEX_BLOCK
+    squares = expected.view(2, size, FLEX_BLOCK, size, FLEX_BLOCK).any(dim=4).any(dim=2)
+    assert torch.equal(blocks.to_dense()[:, 0].bool(), squares)
+
+
+PEAK = """
+import resource, torch
+from fedllm.model.attention import PartsPlan, parts_attention, boolean_mask
+from tests.model.test_attention import Layer, lay
+torch.set_num_threads(1)
+def grown(way, prefix, rows):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parts = lay([(prefix, rows)])
+    tokens = parts[-1].stop
+    qkv = [torch.randn(1, 2, tokens, 8).requires_grad_() for _ in range(3)]
+    plan = PartsPlan([parts], tokens, "cpu") if way == "parts" else None
+    mask = None if way == "parts" else boolean_mask(parts, tokens)
+    parts_attention(Layer(1), *qkv, mask, parts=plan)[0].sum().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+for way in ("parts", "mask"):
+    grown(way, 8, [8, 8])
+    print(grown(way, 96, [250] * 32))
+"""
+
+
+def test_parts_need_no_memory_of_all_tokens_times_all() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120, check=True
+    )
+    parts_mib, mask_mib = map(int, done.stdout.split())
+    # 8,096 tokens: a boolean for every pair is 62 MiB, a float four times that
+    assert parts_mib < 40
+    assert mask_mib > 62
