@@ -174,7 +174,9 @@ class TrainingSection(Section):
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 4
     micro_batch_size: PositiveInt | None = None
+    micro_batch_tokens: PositiveInt | None = None
     smaller_micro_batch: bool = False
+    clients_per_batch: PositiveInt = 1
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NonNegativeInt = 0

@@ -306,9 +306,9 @@ def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path:
             "training.batch_size: got 'many', need a whole number",
             "training.schedule: got 'lineer', need 'constant', 'linear' or 'cosine'",
             "training.lr: unknown key; valid here: batch_size, checkpoint_every_minutes, "
-            "clip_norm, device, epochs, gradient_checkpointing, learning_rate, max_steps, "
-            "micro_batch_size, precision, schedule, smaller_micro_batch, threads, "
-            "warmup_steps, weight_decay",
+            "clients_per_batch, clip_norm, device, epochs, gradient_checkpointing, learning_rate, "
+            "max_steps, micro_batch_size, micro_batch_tokens, precision, schedule, "
+            "smaller_micro_batch, threads, warmup_steps, weight_decay",
         ]
     )
 
