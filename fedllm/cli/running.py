@@ -88,9 +88,12 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     trainable = sum(client.train_rows > 0 for client in prepared.clients)
     say(f"model {prepared.model_path} ({prepared.model_parameters:,} parameters)")
     say(f"data {prepared.data_path}: {trainable} clients, {rows:,} training rows")
-    cut = sum(client.truncated_rows for client in prepared.clients)
+    answers = sum(client.cut_answers for client in prepared.clients)
+    prompts = sum(client.truncated_rows for client in prepared.clients) - answers
     dropped = sum(client.dropped_rows for client in prepared.clients)
-    say(f"{cut:,} rows truncated, {dropped:,} dropped without an answer")
+    cutoff = loaded.data.cutoff_tokens
+    say(f"{prompts:,} prompts and {answers:,} answers cut at data.cutoff_tokens: {cutoff}")
+    say(f"{dropped:,} rows dropped without an answer")
 
 
 def advance(

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fedllm.errors import DataError
 from fedllm.storage.records import Record
@@ -101,6 +102,20 @@ class TokenizedClients:
             Row(prompt_ids=prompt, answer_ids=answer, references=references)
             for prompt, answer, references in zip(*columns, strict=True)
         ]
+
+    def longest_row(self, client: str, split: str) -> int:
+        """Return the largest number of tokens of a client's rows in a split, 0 without rows.
+
+        Raises:
+            DataError: there is no such client.
+        """
+        found = self.client(client).splits.get(split)
+        if found is None or not found.rows:
+            return 0
+        table = self._tables[split].slice(found.start, found.rows)
+        parts = (pc.list_value_length(table[name]) for name in ("prompt", "answer"))
+        longest: int = pc.max(pc.add(*parts)).as_py()
+        return longest
 
     def client(self, client: str) -> IndexedClient:
         """Return what the index knows of a client.

@@ -56,7 +56,8 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     """
     base = describe_base(locate_base(config.model, cache, report), config.lora.target_modules)
     folder = _tokenised(config, base.path, cache, report)
-    clients = list(TokenizedClients.open(folder).clients.values())
+    data = TokenizedClients.open(folder)
+    clients = list(data.clients.values())
     candidates = held_out_candidates(config.clients, clients)
     return PreparedRecord(
         model_fingerprint=base.fingerprint,
@@ -65,7 +66,7 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
         data_path=str(folder),
         model_parameters=base.parameters,
         modules=base.modules,
-        clients=[_record(client, client.id in candidates) for client in clients],
+        clients=[_record(client, data, client.id in candidates) for client in clients],
     )
 
 
@@ -109,7 +110,7 @@ def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) ->
     return folder
 
 
-def _record(client: IndexedClient, candidate: bool) -> ClientRecord:
+def _record(client: IndexedClient, data: TokenizedClients, candidate: bool) -> ClientRecord:
     return ClientRecord(
         id=client.id,
         category=client.category,
@@ -119,7 +120,9 @@ def _record(client: IndexedClient, candidate: bool) -> ClientRecord:
         test_rows=client.num_rows("test"),
         dropped_rows=client.dropped_rows,
         truncated_rows=client.cut_prompts + client.cut_answers,
+        cut_answers=client.cut_answers,
         train_tokens=client.train_tokens,
+        longest_row=data.longest_row(client.id, "train"),
     )
 
 

@@ -68,7 +68,11 @@ class ModuleRecord(Record):
 
 
 class ClientRecord(Record):
-    """A client of the data: usable rows per split after dropping rows without an answer."""
+    """A client of the data: usable rows per split after dropping rows without an answer.
+
+    `truncated_rows` counts prompts and answers that were cut at `data.cutoff_tokens`, `cut_answers`
+    the answers among them. `longest_row` is the largest number of tokens of a training row.
+    """
 
     id: str
     category: str = ""
@@ -78,7 +82,9 @@ class ClientRecord(Record):
     test_rows: int = 0
     dropped_rows: int = 0
     truncated_rows: int = 0
+    cut_answers: int = 0
     train_tokens: int = 0
+    longest_row: int = 0
 
 
 class PreparedRecord(Record):

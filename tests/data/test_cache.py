@@ -87,6 +87,17 @@ def test_what_was_cut_is_counted(tmp_path: Path) -> None:
     assert client.train_tokens > 600
 
 
+def test_the_longest_row_of_a_client_is_known(tmp_path: Path) -> None:
+    rows = [raw("a", n, output="x" * (9 * n + 1)) for n in range(4)] + [raw("b", 9, output="y")]
+    data = written(tmp_path / "key", train=rows, test=[raw("c", 1)])
+    for owner in "ab":
+        lengths = [len(r.prompt_ids) + len(r.answer_ids) for r in data.rows(owner, "train")]
+        assert data.longest_row(owner, "train") == max(lengths)
+    assert data.longest_row("c", "train") == 0
+    with pytest.raises(DataError, match="client d"):
+        data.longest_row("d", "train")
+
+
 def test_an_integer_column_with_two_values_in_a_client_is_not_its_property(tmp_path: Path) -> None:
     rows = [raw("a", 0), raw("a", 1), raw("b", 2)]
     rows[0]["group"] = 7
