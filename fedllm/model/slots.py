@@ -221,6 +221,9 @@ def _set_checkpointing(model: Any, on: bool) -> None:
     if on:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # re-entrant checkpointing alone needs it; without, nothing below the adapters keeps a graph
+        if hasattr(model, "_require_grads_hook"):
+            model.disable_input_require_grads()
     else:
         disable = getattr(model, "activation_checkpointing_disable", None)
         (disable or model.gradient_checkpointing_disable)()

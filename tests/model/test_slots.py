@@ -177,6 +177,31 @@ def test_installing_draws_nothing_from_the_global_generator(slots: AdapterSlots)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True, None], ids=["off", "on", "off again"])
+def test_nothing_below_the_first_adapter_is_differentiated(
+    slots: AdapterSlots, checkpointing: bool | None
+) -> None:
+    upper = {m: f for m, f in adapter(sides(slots.base), seed=0).items() if ".layers.1." in m}
+    installed = slots.install(upper)
+    if checkpointing is None:
+        slots.train(gradient_checkpointing=True)
+    slots.train(gradient_checkpointing=bool(checkpointing))
+    entering: dict[str, bool] = {}
+    for name in ("model.layers.0", "model.layers.1", "model.layers.1.mlp"):
+        slots.model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, inputs, name=name: entering.__setitem__(name, inputs[0].requires_grad)
+        )
+    slots.model(input_ids=TOKENS, use_cache=False).logits.sum().backward()
+    assert entering == {
+        "model.layers.0": False,
+        "model.layers.1": False,
+        "model.layers.1.mlp": True,
+    }
+    assert all(p.grad is not None for p in installed.parameters)
+    own = {id(p) for p in installed.parameters}
+    assert all(p.grad is None for p in slots.model.parameters() if id(p) not in own)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
