@@ -45,12 +45,13 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseDescription:
-    """What is known of a base without loading its weights."""
+    """What is known of a base without loading its weights; `config` is transformers' own."""
 
     path: Path
     fingerprint: str
     parameters: int
     modules: dict[str, ModuleRecord]
+    config: Any
 
 
 def locate_base(section: ModelSection, cache: CachePaths, report: Report) -> Path:
@@ -85,6 +86,7 @@ def describe_base(folder: Path, target_modules: Sequence[str]) -> BaseDescriptio
         fingerprint=fingerprint,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         modules=find_modules(model, target_modules),
+        config=config,
     )
 
 

@@ -67,6 +67,20 @@ class ModuleRecord(Record):
     kind: Literal["attention", "mlp", "other"]
 
 
+class WayRecord(Record):
+    """How rows are computed together, on each kind of device; found once, kept for the run.
+
+    `parts`, `flex` and `mask` compute the common prefix of rows once: one attention call per part
+    of the sequence, block masks of FlexAttention, or one boolean mask. `packed` rows lie one after
+    the other and share nothing; `padded` ones fill a rectangle. `why` says what an earlier way
+    failed at.
+    """
+
+    cpu: Literal["parts", "mask", "packed", "padded"]
+    cuda: Literal["flex", "mask", "packed", "padded"]
+    why: str = ""
+
+
 class ClientRecord(Record):
     """A client of the data: usable rows per split after dropping rows without an answer.
 
@@ -88,7 +102,10 @@ class ClientRecord(Record):
 
 
 class PreparedRecord(Record):
-    """What prepare found: everything a coordinator needs to know of model and data."""
+    """What prepare found: everything a coordinator needs to know of model and data.
+
+    A run that was prepared before there were ways has none, and goes on with padded rows.
+    """
 
     model_fingerprint: str
     model_path: str
@@ -97,6 +114,7 @@ class PreparedRecord(Record):
     model_parameters: int
     modules: dict[str, ModuleRecord]
     clients: list[ClientRecord]
+    way: WayRecord | None = None
 
 
 class ChangeRecord(Record):
@@ -156,7 +174,8 @@ class CohortClient(Record):
 class CohortRecord(Record):
     """The clients of a round and what each tier trains.
 
-    `enough` valid updates complete the round; null: all. `cost` of a client is in tokens.
+    `enough` valid updates complete the round; null: all. `cost` of a client is in tokens. `way` is
+    that of prepare; the first round's holds for the run.
     """
 
     round: int
@@ -167,6 +186,7 @@ class CohortRecord(Record):
     ranks: dict[str, dict[str, int]]
     clients: list[CohortClient]
     enough: int | None = None
+    way: WayRecord | None = None
 
 
 class BundleRecord(Record):
