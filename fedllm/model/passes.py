@@ -134,29 +134,33 @@ def part_pieces(
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How the rows of an optimizer step become passes; None: no bound."""
+    """How the rows of an optimizer step become passes; None: no bound.
+
+    `by_length` lets padded rows of similar length go together; else they stay in their order.
+    """
 
     loss_on: LossOn
     pad_token: int
     device: torch.device | str
     most_rows: int | None = None
     most_tokens: int | None = None
+    by_length: bool = True
 
 
 Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]
 
 
 def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
-    """Rows of similar length together where they are cut at all."""
+    """Rows of similar length go together where they are cut at all."""
     lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
     order = list(range(len(rows)))
-    if cut.most_tokens is not None or (cut.most_rows or len(rows)) < len(rows):
+    if cut.by_length and (cut.most_tokens or (cut.most_rows or len(rows)) < len(rows)):
         order.sort(key=lengths.__getitem__)
     batches: list[list[int]] = []
     for place in order:
-        # ascending: the last one's length is the width of all
-        width = max(1, lengths[place] - 1)
-        size = len(batches[-1]) if batches else 0
+        before = batches[-1] if batches else []
+        width = max(1, *(lengths[other] - 1 for other in [*before, place]))
+        size = len(before)
         fits = cut.most_tokens is None or (size + 1) * width <= cut.most_tokens
         if not batches or size == cut.most_rows or not fits:
             plan_packs([lengths[place]], 0, most_rows=1, most_tokens=cut.most_tokens)

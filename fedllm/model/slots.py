@@ -19,6 +19,7 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.base import Base, find_modules
 from fedllm.model.noise import RowDropout, RowSeeds
+from fedllm.model.ways import set_way
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
 
@@ -60,12 +61,20 @@ class AdapterSlots:
 
     There is one PEFT adapter per distinct set of ranks, `c0`, `c1`, ...; installing copies A, B
     and scale in place, so that memory does not grow with the clients. Only the installed adapter
-    requires gradients.
+    requires gradients. `way` is how the model computes rows together, one of `ways`.
     """
 
-    def __init__(self, base: Base, *, target_modules: Sequence[str], dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        base: Base,
+        *,
+        target_modules: Sequence[str],
+        dropout: float = 0.0,
+        way: str = "padded",
+    ) -> None:
         self.base = base
         self.model: nn.Module = base.model
+        self.way = way
         self.rows = RowSeeds()
         self._modules = find_modules(base.model, target_modules)
         self._dropout = dropout
@@ -73,6 +82,7 @@ class AdapterSlots:
         self._active: _Slot | None = None
         self._checkpointing = False
         self.model.requires_grad_(False)
+        set_way(self.model, way)
 
     @property
     def device(self) -> torch.device:

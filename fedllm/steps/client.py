@@ -68,13 +68,14 @@ class ClientRound:
         config = session.config(run.config)
         # files of another node may become visible late
         patience = patience_seconds(config)
+        prepared = patiently(lambda: session.prepared(run.prepared), patience)
         cohort = patiently(lambda: CohortRecord.read(paths.cohort), patience)
         return cls(
             paths=paths,
             run_id=patiently(lambda: RunRecord.read(run.run), patience).run_id,
             config=config,
             result_fingerprint=result_fingerprint(config),
-            prepared=patiently(lambda: session.prepared(run.prepared), patience),
+            prepared=prepared,
             cohort=cohort,
             state=patiently(lambda: _state(run, cohort), patience),
             method=method_of(config),
@@ -82,6 +83,8 @@ class ClientRound:
                 training=config.training,
                 rule=local_rule(config.method.local),
                 loss_on=config.data.loss_on,
+                # a run that was prepared before there were ways keeps its bits
+                by_length=prepared.way is not None,
             ),
             session=session,
             tiers={client.id: client.tier for client in cohort.clients},

@@ -48,6 +48,7 @@ class _SlotsKey:
     fingerprint: str
     target_modules: tuple[str, ...]
     dropout: float
+    way: str
 
 
 class Session:
@@ -107,6 +108,7 @@ class Session:
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
+            way=way_of(prepared, device),
         )
         if self._slots is not None and self._slots[0] != key:
             # its layers are in the model: take a clean one
@@ -127,7 +129,7 @@ class Session:
             from fedllm.model.slots import AdapterSlots
 
             slots = AdapterSlots(
-                base, target_modules=key.target_modules, dropout=config.lora.dropout
+                base, target_modules=key.target_modules, dropout=key.dropout, way=key.way
             )
             self._slots = key, slots
         return self._slots[1]
@@ -160,3 +162,10 @@ class Session:
         if self._prepared is None or self._prepared[0] != version:
             self._prepared = version, PreparedRecord.read(path)
         return self._prepared[1]
+
+
+def way_of(prepared: PreparedRecord, device: str) -> str:
+    """Return how rows are computed together on a device."""
+    if prepared.way is None:
+        return "padded"
+    return prepared.way.cuda if device.startswith("cuda") else prepared.way.cpu

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
 from fedllm.methods.local import LocalRule
-from fedllm.model.batches import Batch, LossOn, TokenRow, collate
-from fedllm.model.passes import PaddedPass
+from fedllm.model.batches import LossOn, TokenRow
+from fedllm.model.passes import PACKERS, Cut, Pass
 from fedllm.model.slots import AdapterSlots, Installed
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.plan import Draws, plan_steps, rate_factor
@@ -28,11 +28,15 @@ StepHook = Callable[[int, Snapshot], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """How clients train; the same for all clients of a run."""
+    """How clients train; the same for all clients of a run.
+
+    `by_length`: padded rows of a step that is cut into micro-batches are grouped by length.
+    """
 
     training: TrainingSection
     rule: LocalRule
     loss_on: LossOn = "answer"
+    by_length: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ def train_client(
         loop.resume(progress)
     for number in range(loop.num_done, len(steps)):
         before_step(number, loop.progress)
-        loop.step(number, loop.collate([rows[place] for place in steps[number]]))
+        loop.step(number, loop.passes([rows[place] for place in steps[number]]))
     losses = loop.losses()
     norms = _norms(loop.installed)
     reason = _failure(losses, norms)
@@ -177,36 +181,32 @@ class _Loop:
         self.step_seconds = progress.step_seconds
         assert self.num_done == progress.step, f"{self.num_done} losses at step {progress.step}"
 
-    def collate(self, rows: Sequence[TokenRow]) -> list[Batch]:
-        """Return the micro-batches of one optimizer step."""
-        size = self._settings.training.micro_batch_size or len(rows)
-        return [
-            collate(
-                rows[start : start + size],
-                loss_on=self._settings.loss_on,
-                pad_token=self._slots.pad_token,
-                device=self.device,
-            )
-            for start in range(0, len(rows), size)
-        ]
-
-    def step(self, number: int, batches: Sequence[Batch]) -> None:
-        """Take one optimizer step; its loss is the mean over all its targets."""
-        self.tokens += sum(batch.num_tokens for batch in batches)
-        self.loss_tokens += sum(batch.num_targets for batch in batches)
+    def passes(self, rows: Sequence[TokenRow]) -> Sequence[Pass]:
+        """Return the rows of one optimizer step as the forward passes that compute them."""
         training = self._settings.training
-        _reseed(self._draws.step(number), self.device)
+        cut = Cut(
+            loss_on=self._settings.loss_on,
+            pad_token=self._slots.pad_token,
+            device=self.device,
+            most_rows=training.micro_batch_size,
+            most_tokens=training.micro_batch_tokens,
+            by_length=self._settings.by_length,
+        )
+        return PACKERS[self._slots.way](rows, cut)
+
+    def step(self, number: int, passes: Sequence[Pass]) -> None:
+        """Take one optimizer step; its loss is the mean over all its targets."""
+        self.tokens += sum(each.num_tokens for each in passes)
+        targets = sum(each.num_targets for each in passes)
+        self.loss_tokens += targets
+        training, draws = self._settings.training, self._draws
+        _reseed(draws.step(number), self.device)
         begun = time.perf_counter()
-        targets = max(1, sum(batch.num_targets for batch in batches))
         total = torch.zeros((), device=self.device)
-        place = 0
-        for batch in batches:
-            one = PaddedPass(batch=batch, places=range(place, place + len(batch.starts)))
-            place += len(batch.starts)
-            row_seed = partial(self._draws.row, number)
-            self._slots.rows.enter(one.pieces(row_seed, 0))
+        for each in passes:
+            self._slots.rows.enter(each.pieces(partial(draws.row, number), draws.prefix(number)))
             with _precision(training, self.device):
-                loss = one.loss_sum(self._slots.model) / targets
+                loss = each.loss_sum(self._slots.model) / max(1, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self._losses.append(total)

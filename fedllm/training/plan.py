@@ -29,6 +29,10 @@ class Draws:
         """Return the seed of the row at `place` of an optimizer step."""
         return self._of("row", step, place)
 
+    def prefix(self, step: int) -> int:
+        """Return the seed of what the rows of an optimizer step have in common."""
+        return self._of("prefix", step)
+
     def _of(self, *what: str | int) -> int:
         return seed_of(self.seed, self.round, self.client, *what)
 
