@@ -76,6 +76,7 @@ def submit(config: ConfigOrRun, run_dir: RunDir = None, set_: Overrides = None) 
 
 def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -> None:
     """Fetch, fingerprint and tokenise, where the network is; everything else runs offline."""
+    from fedllm.steps.prepare import describe_way
     from fedllm.steps.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
@@ -94,6 +95,7 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     cutoff = loaded.data.cutoff_tokens
     say(f"{prompts:,} prompts and {answers:,} answers cut at data.cutoff_tokens: {cutoff}")
     say(f"{dropped:,} rows dropped without an answer")
+    say(describe_way(prepared.way))
 
 
 def advance(

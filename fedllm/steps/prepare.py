@@ -11,14 +11,15 @@ from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
 from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
-from fedllm.errors import ConfigError, DataError
+from fedllm.errors import ConfigError, DataError, RunDirectoryError
 from fedllm.model.base import describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
+from fedllm.model.ways import SHARED, find_way, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.steps.aggregate import method_of
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
-from fedllm.storage.records import ClientRecord, PreparedRecord
+from fedllm.storage.records import ClientRecord, CohortRecord, PreparedRecord, WayRecord
 
 Report = Callable[[str], None]
 
@@ -32,8 +33,11 @@ def say(line: str) -> None:
 def prepare_run(run: RunPaths) -> PreparedRecord:
     """Prepare what a run's configuration names and publish `prepared.json`.
 
+    A run that has begun keeps its way to compute rows.
+
     Raises:
         ConfigError: configuration, model, data and method do not fit together.
+        RunDirectoryError: what is installed gets the run's way wrong.
     """
     config = read_config(run.config)
     prepared = prepare(config, cache_of(config.storage.cache, run.root))
@@ -41,6 +45,10 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     refusal = method_of(config).refuse(list(federation.ranks.values()))
     if refusal:
         raise ConfigError(refusal)
+    first = CohortRecord.find(run.round(1).cohort)
+    if first is not None:
+        prepared = _as_begun(prepared, first.way, run)
+    say(describe_way(prepared.way))
     prepared.publish(run.prepared)
     return prepared
 
@@ -51,6 +59,7 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     The same configuration, data and cache give the same record, to the byte.
 
     Raises:
+        ConfigError: rows are too long for the base, or for the token budget.
         ModelError: the base is missing or unsuitable.
         DataError: the data are missing or not as described.
     """
@@ -59,6 +68,8 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     data = TokenizedClients.open(folder)
     clients = list(data.clients.values())
     candidates = held_out_candidates(config.clients, clients)
+    records = [_record(client, data, client.id in candidates) for client in clients]
+    _check_budget(config, records)
     return PreparedRecord(
         model_fingerprint=base.fingerprint,
         model_path=str(base.path),
@@ -66,8 +77,53 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
         data_path=str(folder),
         model_parameters=base.parameters,
         modules=base.modules,
-        clients=[_record(client, data, client.id in candidates) for client in clients],
+        clients=records,
+        way=find_way(
+            base.config,
+            cutoff_tokens=config.data.cutoff_tokens,
+            rows_apart=_rows_apart(config),
+        ),
     )
+
+
+def describe_way(way: WayRecord | None) -> str:
+    """Say how rows are computed together, and why not better."""
+    if way is None:
+        return "rows: padded, as in the rounds of this run so far"
+    found = way.cpu if way.cpu == way.cuda else f"{way.cpu} on a CPU, {way.cuda} on a GPU"
+    kind = "they share their common prefix" if {way.cpu, way.cuda} <= SHARED else ""
+    reason = way.why and f"not better, since {way.why}"
+    return f"rows: {'; '.join(filter(None, (found, kind, reason)))}"
+
+
+def _as_begun(prepared: PreparedRecord, way: WayRecord | None, run: RunPaths) -> PreparedRecord:
+    """Return the record with the way that the run's first round was trained in."""
+    if way and prepared.way and not still_right(way, prepared.way):
+        raise RunDirectoryError(
+            f"{run.root}: its rounds compute rows by {way.cpu} ({way.cuda} on a GPU), which the "
+            f"installed transformers gets wrong ({prepared.way.why}); install the versions that "
+            f"{run.run.name} names"
+        )
+    return prepared.model_copy(update={"way": way})
+
+
+def _rows_apart(config: Config) -> bool:
+    training = config.training
+    largest = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    return largest == config.evaluation.batch_size == 1
+
+
+def _check_budget(config: Config, clients: Sequence[ClientRecord]) -> None:
+    """Refuse a token budget that the longest training row does not fit."""
+    budget = config.training.micro_batch_tokens
+    longest = max(clients, key=lambda client: client.longest_row)
+    need = longest.longest_row - 1  # the last token is a target only
+    if budget is not None and need > budget:
+        raise ConfigError(
+            f"training.micro_batch_tokens: got {budget}, a training row of client {longest.id} has "
+            f"{longest.longest_row} tokens and computes {need} (its last one is a target only); "
+            f"need at least {need}, or data.cutoff_tokens: {budget + 1}"
+        )
 
 
 def row_encoder(section: DataSection, tokenizer: Any) -> RowEncoder:
