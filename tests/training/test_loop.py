@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.config.models import TrainingSection
+from fedllm.errors import DataError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import load_base
@@ -18,6 +19,8 @@ from fedllm.training.plan import Draws, plan_steps, rate_factor
 from tests.tiny import Tiny
 
 TARGETS = ("q_proj", "down_proj")
+WAYS = ("parts", "mask", "packed", "padded")
+Make = Callable[[float], AdapterSlots]
 
 
 @dataclass(frozen=True)
@@ -27,26 +30,29 @@ class Row:
 
 
 def rows_of(client: int, count: int = 7) -> list[Row]:
+    """Rows of one instruction, with inputs and answers of very different length."""
     draws = torch.Generator().manual_seed(client)
+    instruction = torch.randint(2, 200, (10,), generator=draws).tolist()
     rows = []
     for _ in range(count):
         prompt, answer = (int(n) for n in torch.randint(2, 9, (2,), generator=draws))
         ids = torch.randint(2, 200, (prompt + answer,), generator=draws).tolist()
-        rows.append(Row(ids[:prompt], [*ids[prompt:], 1]))
+        rows.append(Row([*instruction, *ids[:prompt]], [*ids[prompt:], 1]))
     return rows
 
 
+def made(tiny: Tiny, dropout: float, way: str) -> AdapterSlots:
+    base = load_base(tiny.model, dtype="float32", device="cpu")
+    return AdapterSlots(base, target_modules=TARGETS, dropout=dropout, way=way)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def make(tiny: Tiny, request: pytest.FixtureRequest) -> Make:
+    return lambda dropout: made(tiny, dropout, request.param)
+
+
 @pytest.fixture(scope="module")
-def make(tiny: Tiny) -> Callable[[float], AdapterSlots]:
-    def build(dropout: float) -> AdapterSlots:
-        base = load_base(tiny.model, dtype="float32", device="cpu")
-        return AdapterSlots(base, target_modules=TARGETS, dropout=dropout)
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def slots(make: Callable[[float], AdapterSlots]) -> AdapterSlots:
+def slots(make: Make) -> AdapterSlots:
     return make(0.0)
 
 
@@ -99,9 +105,7 @@ def close(left: TrainResult, right: TrainResult, tolerance: float = 1e-5) -> Non
         torch.testing.assert_close(factors.a_RI, other.a_RI, atol=tolerance, rtol=0)
 
 
-def test_a_client_trains_to_the_same_bits_whoever_trained_before(
-    make: Callable[[float], AdapterSlots],
-) -> None:
+def test_a_client_trains_to_the_same_bits_whoever_trained_before(make: Make) -> None:
     one, other = make(0.2), make(0.2)
     alone = trained(one)
     for client in (3, 1, 2):
@@ -112,17 +116,77 @@ def test_a_client_trains_to_the_same_bits_whoever_trained_before(
     assert not same(trained(one, 5), alone)
 
 
-def test_micro_batches_change_rounding_only(make: Callable[[float], AdapterSlots]) -> None:
+def test_micro_batches_change_rounding_only(make: Make) -> None:
     slots = make(0.2)
     # SGD: AdamW's eps amplifies rounding
     whole = trained(slots, rule="fedavg")
     close(trained(slots, rule="fedavg", micro_batch_size=1), whole)
     close(trained(slots, rule="fedavg", micro_batch_size=3), whole)
+    close(trained(slots, rule="fedavg", micro_batch_tokens=40), whole)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(
-    make: Callable[[float], AdapterSlots],
+def test_a_token_budget_is_kept(make: Make) -> None:
+    slots = make(0.0)
+    seen: list[int] = []
+    slots.model.register_forward_pre_hook(
+        lambda _module, _inputs, options: seen.append(options["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    for budget in (None, 60, 40, 26):
+        seen.clear()
+        trained(slots, micro_batch_tokens=budget)
+        assert max(seen) <= (budget or 1000)
+        if budget == 60:
+            assert len(seen) < 3 * 4
+
+
+def test_a_budget_below_one_row_is_refused_by_name(slots: AdapterSlots) -> None:
+    longest = max(len(row.prompt_ids) + len(row.answer_ids) for row in rows_of(0))
+    trained(slots, micro_batch_tokens=longest - 1, max_steps=None)
+    with pytest.raises(
+        DataError, match=rf"training.micro_batch_tokens: got {longest - 2}, .* {longest} tokens"
+    ):
+        trained(slots, micro_batch_tokens=longest - 2, max_steps=None)
+
+
+def test_all_ways_train_to_the_same_factors(tiny: Tiny) -> None:
+    # 20 steps of SGD: an optimizer that divides by the gradient would amplify rounding
+    section = {"rule": "fedavg", "epochs": 10, "max_steps": 20, "learning_rate": 0.1}
+    padded = trained(made(tiny, 0.0, "padded"), **section)
+    assert padded.steps == 20
+    assert padded.losses[-1] < padded.losses[0] - 0.01
+    for way in WAYS[:-1]:
+        close(trained(made(tiny, 0.0, way), **section), padded, 1e-4)
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_padded_rows_keep_their_order_unless_they_are_grouped_by_length(
+    tiny: Tiny, by_length: bool
 ) -> None:
+    slots = made(tiny, 0.0, "padded")
+    widths: list[int] = []
+    slots.model.register_forward_pre_hook(
+        lambda _module, _inputs, options: widths.append(options["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
+    training = TrainingSection(batch_size=7, micro_batch_size=1)
+    settings = LocalSettings(training=training, rule=LOCAL_RULES["fedit"], by_length=by_length)
+    draws = Draws(seed=0, round=1, client="0")
+    train_client(slots, start(slots), rows_of(0), settings=settings, draws=draws)
+    (places,) = plan_steps(7, training, draws)
+    rows = [rows_of(0)[place] for place in places]
+    lengths = [len(row.prompt_ids) + len(row.answer_ids) - 1 for row in rows]
+    assert lengths != sorted(lengths)
+    assert widths == (sorted(lengths) if by_length else lengths)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_weights_get_no_gradients(slots: AdapterSlots, checkpointing: bool) -> None:
+    trained(slots, gradient_checkpointing=checkpointing)
+    assert all(parameter.grad is None for parameter in slots.model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(make: Make) -> None:
     slots = make(0.2)
     whole = trained(slots, rule="fedavg")
     close(trained(slots, rule="fedavg", gradient_checkpointing=True), whole, 1e-6)
@@ -200,7 +264,7 @@ def test_bfloat16_trains_close_to_float32(slots: AdapterSlots) -> None:
 
 
 def test_training_lowers_the_loss(slots: AdapterSlots) -> None:
-    found = trained(slots, max_steps=None, epochs=10, schedule="constant")
+    found = trained(slots, max_steps=None, epochs=15, schedule="constant")
     assert found.losses[-1] < found.losses[0] - 0.2
 
 

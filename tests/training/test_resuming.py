@@ -42,11 +42,12 @@ class Interrupted(Exception):
     """The training ended before its end, and left its progress."""
 
 
-@pytest.fixture(scope="module")
-def processes(tiny: Tiny) -> list[AdapterSlots]:
+@pytest.fixture(scope="module", params=["parts", "padded"])
+def processes(tiny: Tiny, request: pytest.FixtureRequest) -> list[AdapterSlots]:
     """Base models that have nothing in common, as those of several processes."""
     bases = [load_base(tiny.model, dtype="float32", device="cpu") for _ in range(2)]
-    return [AdapterSlots(base, target_modules=TARGETS, dropout=0.2) for base in bases]
+    options = {"target_modules": TARGETS, "dropout": 0.2, "way": request.param}
+    return [AdapterSlots(base, **options) for base in bases]
 
 
 def train(
@@ -143,6 +144,7 @@ def test_a_training_goes_on_from_every_step_to_the_same_bits(
         {
             "warmup_steps": st.sampled_from([0, 3]),
             "micro_batch_size": st.sampled_from([None, 1, 2]),
+            "micro_batch_tokens": st.sampled_from([None, 30, 60]),
             "precision": st.sampled_from(["float32", "bfloat16"]),
             "clip_norm": st.sampled_from([None, 0.5]),
         }
