@@ -4,9 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedllm.model.passes import PACKERS, Cut
+from fedllm.errors import DataError
+from fedllm.model.noise import RowDropout, RowSeeds
+from fedllm.model.packing import PREFIX, pack, text_of
+from fedllm.model.passes import DENSE_TOKENS, PACKERS, Cut, PackedPass, Pass
 from tests.decoders import DECODERS, Row, gradients, in_way, make_decoder, plain_loss, worst
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
@@ -38,8 +42,7 @@ STEPS = {
 
 def step_loss(model: nn.Module, rows: Sequence[Row], way: str, **cut: object) -> Tensor:
     """The mean loss of a step as the training loop has it."""
-    options = {"loss_on": "answer", "pad_token": 0, "device": "cpu", **cut}
-    passes = PACKERS[way](rows, Cut(**options))  # type: ignore[arg-type]
+    passes = passes_of(rows, way, **cut)
     targets = sum(one.num_targets for one in passes)
     return torch.stack([one.loss_sum(in_way(model, way)) for one in passes]).sum() / targets
 
@@ -80,3 +83,189 @@ def test_every_decoder_computes_parts_as_padded_rows(name: str) -> None:
 def test_float32_differs_by_its_rounding(name: str) -> None:
     model = make_decoder(name, torch.float32)
     assert_equal(model, STEPS["very different lengths"], "parts", 1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_neither_side_of_padding_is_another_step(llama: nn.Module, side: str) -> None:
+    rows = STEPS["very different lengths"]
+    plain = gradients(in_way(llama, "padded"), lambda: plain_loss(llama, rows, side=side))
+    for way in ("parts", "padded"):
+        found = gradients(llama, lambda way=way: step_loss(llama, rows, way))  # type: ignore[misc]
+        assert found[0] == pytest.approx(plain[0], rel=1e-6)
+        assert worst(found[1], plain[1]) < 1e-6
+
+
+MANY = [row for name in ("very different lengths", "identical rows") for row in STEPS[name]]
+
+
+@pytest.mark.parametrize("cut", [{"most_rows": 1}, {"most_rows": 4}, {"most_tokens": 75}])
+@pytest.mark.parametrize("way", ["parts", "mask", "packed", "padded"])
+def test_how_a_step_is_cut_changes_rounding_only(
+    llama: nn.Module, way: str, cut: dict[str, int]
+) -> None:
+    assert len(passes_of(MANY, way, **cut)) > 1
+    assert_equal(llama, MANY, way, 1e-6, **cut)
+
+
+def passes_of(rows: Sequence[Row], way: str, **cut: object) -> Sequence[Pass]:
+    options = {"loss_on": "answer", "pad_token": 0, "device": "cpu", **cut}
+    return PACKERS[way](rows, Cut(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", PACKERS)
+def test_counts_are_those_of_the_rows(way: str) -> None:
+    for cut in ({}, {"most_rows": 2}):
+        passes = passes_of(MANY, way, **cut)
+        assert sum(p.num_tokens for p in passes) == sum(len(text_of(row)) for row in MANY)
+        assert sum(p.num_targets for p in passes) == sum(len(row.answer_ids) for row in MANY)
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    own = [len(text_of(row)) - 1 - len(HEAD) for row in MANY]
+    computed = {
+        way: [p.computed_tokens for p in passes_of(MANY, way)]
+        for way in ("parts", "packed", "padded", "flex")
+    }
+    assert computed["parts"] == [len(HEAD) + sum(own)]
+    assert computed["packed"] == [len(MANY) * len(HEAD) + sum(own)]
+    assert computed["padded"] == [len(MANY) * (len(HEAD) + max(own))]
+    assert computed["flex"] == [128]
+
+
+def test_padded_rows_are_cut_by_length() -> None:
+    passes = passes_of(MANY, "padded", most_rows=3)
+    widths = [p.computed_tokens // 3 for p in passes]
+    assert sum(widths) < max(len(text_of(row)) for row in MANY) + 20
+    assert sorted(place for p in passes for place in p.places) == list(range(len(MANY)))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", PACKERS)
+def test_a_row_over_the_budget_is_refused_in_every_way(way: str) -> None:
+    longest = max(len(text_of(row)) for row in MANY)
+    passes_of(MANY, way, most_tokens=longest - 1)
+    with pytest.raises(DataError, match=f"a training row of {longest} tokens"):
+        passes_of(MANY, way, most_tokens=longest - 2)
+
+
+def test_a_dense_mask_is_cut_without_a_budget() -> None:
+    rows = [Row([*HEAD, n, *LONG], [n, 1]) for n in range(2, 42)]
+    passes = passes_of(rows, "mask")
+    assert len(passes) > 1
+    assert max(p.computed_tokens for p in passes) <= DENSE_TOKENS
+    assert len(passes_of(rows, "parts")) == 1
+
+
+def masks(one: Pass) -> dict[int, Tensor]:
+    """The dropout masks of every row's own tokens and of the prefix, by the parts' rows."""
+    assert isinstance(one, PackedPass)
+    seeds = RowSeeds()
+    seeds.enter(one.pieces(lambda place: 100 + place, 7))
+    dropped_TI = RowDropout(0.3, module="m", rows=seeds)(torch.ones(1, one.computed_tokens, 64))[0]
+    return {part.row: dropped_TI[part.start : part.stop] for part in one.packed.parts}
+
+
+def test_a_row_and_the_prefix_have_their_masks_however_a_step_is_cut() -> None:
+    (whole,) = [masks(one) for one in passes_of(MANY, "parts")]
+    assert whole.keys() == {PREFIX, *range(len(MANY))}
+    for cut in ({"most_rows": 1}, {"most_rows": 4}, {"most_tokens": 75}):
+        for one in passes_of(MANY, "parts", **cut):
+            for row, mask_TI in masks(one).items():
+                assert torch.equal(mask_TI, whole[row])
+
+
+def test_every_row_and_the_prefix_have_independent_masks_of_the_rate() -> None:
+    rows = [Row([*HEAD * 8, n], [*LONG, 1]) for n in (20, 21, 22)]
+    (one,) = passes_of(rows, "parts")
+    found = masks(one)
+    for mask_TI in found.values():
+        assert (mask_TI == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    for row, other in [(0, 1), (0, 2), (1, 2), (PREFIX, 0)]:
+        both = [(found[n][: len(LONG)] == 0) for n in (row, other)]
+        assert (both[0] & both[1]).float().mean().item() == pytest.approx(0.09, abs=0.02)
+
+
+def test_padding_has_no_piece() -> None:
+    (one,) = passes_of(MANY, "flex")
+    pieces = one.pieces(lambda place: place, 7)
+    assert max(piece.stop for piece in pieces) < one.computed_tokens
+    assert len(pieces) == len(MANY) + 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_the_same_however_a_step_is_cut(checkpointing: bool) -> None:
+    model, seeds = make_decoder("llama"), RowSeeds()
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["c0"] = RowDropout(0.2, module=path, rows=seeds)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def step(**cut: int) -> tuple[float, dict[str, Tensor]]:
+        passes = passes_of(MANY, "parts", **cut)
+        total, found = 0.0, dict[str, Tensor]()
+        for one in passes:
+            seeds.enter(one.pieces(lambda place: 100 + place, 7))
+            loss, grads = gradients(in_way(model, "parts"), lambda one=one: one.loss_sum(model))  # type: ignore[misc]
+            total += loss
+            found = {path: found.get(path, 0) + grad for path, grad in grads.items()}
+        return total, found
+
+    whole = step()
+    assert whole[0] != pytest.approx(gradients(model.eval(), lambda: sum_of(model))[0], rel=1e-3)
+    model.train()
+    for cut in ({"most_rows": 1}, {"most_tokens": 75}):
+        found = step(**cut)
+        assert found[0] == pytest.approx(whole[0], rel=1e-6)
+        assert worst(found[1], whole[1]) < 1e-6
+
+
+def sum_of(model: nn.Module) -> Tensor:
+    (one,) = passes_of(MANY, "parts")
+    return one.loss_sum(model)
+
+
+def test_checkpointing_computes_the_same_gradients(llama: nn.Module) -> None:
+    whole = gradients(in_way(llama, "parts"), lambda: sum_of(llama))
+    model = make_decoder("mistral, windows")
+    in_way(model, "parts")
+    plain = gradients(model, lambda: sum_of(model))
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    found = gradients(model, lambda: sum_of(model))
+    assert worst(found[1], plain[1]) < 1e-12
+    assert whole[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+def test_bfloat16_autocast_stays_near() -> None:
+    model = make_decoder("llama", torch.float32)
+    exact = step_loss(model, MANY, "parts").item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(model, lambda: step_loss(model, MANY, "parts"))
+    assert found[0] == pytest.approx(exact, rel=3e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_block_masks_give_the_loss_of_the_padded_step() -> None:
+    # FlexAttention has no gradient on a CPU, and is compiled on a GPU only
+    model = make_decoder("llama", hidden_size=64, head_dim=16)
+    (one,) = passes_of(MANY, "flex")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = plain_loss(in_way(model, "padded"), MANY)
+        model.set_attn_implementation("flex_attention")  # type: ignore[operator]
+        found = one.loss_sum(model) / one.num_targets
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_an_eager_model_takes_the_mask_as_numbers_to_add() -> None:
+    model = make_decoder("llama")
+    expected = plain_loss(in_way(model, "padded"), MANY)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    (one,) = passes_of(MANY, "mask")
+    found = one.loss_sum(model) / one.num_targets
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_rows_that_share_cannot_be_left_to_their_positions(llama: nn.Module) -> None:
+    packed = pack(MANY, range(len(MANY)), len(HEAD), loss_on="answer", device="cpu")
+    with pytest.raises(AssertionError, match="a prefix would be lost"):
+        PackedPass(packed=packed, way="packed").loss_sum(llama)
