@@ -42,6 +42,9 @@ class PartsPlan:
         self._device = device
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._parts = [part for parts in entries for part in parts]
+        self._longest = dict.fromkeys((part.offset for part in self._parts), 0)
+        for part in self._parts:
+            self._longest[part.offset] = max(self._longest[part.offset], part.length)
         self.lengths = [part.length for part in self._parts]
         assert self.num_tokens == len(entries) * num_tokens, "parts cover every token"
         self.prefixes: list[int | None] = []  # of every part: which part is its prefix
@@ -66,11 +69,10 @@ class PartsPlan:
             window = None
         if window is None and not part.offset:
             return None
-        longest = max(p.length for p in self._parts if p.offset == part.offset)
         big_SX = self._masks.get((part.offset, window))
         if big_SX is None:
             # a key's index is its position: every part takes the top left corner of one mask
-            big_SX = _causal(part.offset, longest, window, self._device)
+            big_SX = _causal(part.offset, self._longest[part.offset], window, self._device)
             self._masks[part.offset, window] = big_SX
         return big_SX[: part.length, : part.offset + part.length]
 

@@ -143,13 +143,8 @@ def plan_packs(
     packs: list[list[int]] = []
     computed = 0
     for place, length in enumerate(lengths):
+        check_fits(length, most_tokens)
         own = max(0, length - 1 - prefix)
-        if most_tokens is not None and prefix + own > most_tokens:
-            raise DataError(
-                f"training.micro_batch_tokens: got {most_tokens}, a training row of {length} tokens"
-                f" computes {prefix + own} (its last one is a target only); need at least"
-                f" {prefix + own}, or data.cutoff_tokens: {most_tokens}"
-            )
         full = not packs or len(packs[-1]) == most_rows
         if full or (most_tokens is not None and computed + own > most_tokens):
             packs.append([])
@@ -157,6 +152,17 @@ def plan_packs(
         packs[-1].append(place)
         computed += own
     return packs
+
+
+def check_fits(length: int, most_tokens: int | None) -> None:
+    """Raise DataError if a row of `length` tokens is longer than the budget by itself."""
+    computed = length - 1
+    if most_tokens is not None and computed > most_tokens:
+        raise DataError(
+            f"training.micro_batch_tokens: got {most_tokens}, a training row of {length} tokens"
+            f" computes {computed} (its last one is a target only); need at least {computed}, or"
+            f" data.cutoff_tokens: {most_tokens}"
+        )
 
 
 def pack(

@@ -15,6 +15,7 @@ from fedllm.model.packing import (
     PADDING,
     PREFIX,
     Packed,
+    check_fits,
     pack,
     padded_to,
     plan_packs,
@@ -151,21 +152,7 @@ Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]
 
 
 def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
-    """Rows of similar length go together where they are cut at all."""
-    lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
-    order = list(range(len(rows)))
-    if cut.by_length and (cut.most_tokens or (cut.most_rows or len(rows)) < len(rows)):
-        order.sort(key=lengths.__getitem__)
-    batches: list[list[int]] = []
-    for place in order:
-        before = batches[-1] if batches else []
-        width = max(1, *(lengths[other] - 1 for other in [*before, place]))
-        size = len(before)
-        fits = cut.most_tokens is None or (size + 1) * width <= cut.most_tokens
-        if not batches or size == cut.most_rows or not fits:
-            plan_packs([lengths[place]], 0, most_rows=1, most_tokens=cut.most_tokens)
-            batches.append([])
-        batches[-1].append(place)
+    batches = _plan_batches([len(row.prompt_ids) + len(row.answer_ids) for row in rows], cut)
     return [
         PaddedPass(
             batch=collate(
@@ -178,6 +165,24 @@ def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
         )
         for places in batches
     ]
+
+
+def _plan_batches(lengths: Sequence[int], cut: Cut) -> list[list[int]]:
+    """Cut rows into batches in which no row is, by length, padded to more than its double."""
+    order = list(range(len(lengths)))
+    if cut.by_length:
+        order.sort(key=lengths.__getitem__)
+    batches: list[list[int]] = []
+    for place in order:
+        check_fits(lengths[place], cut.most_tokens)
+        before = batches[-1] if batches else []
+        widths = [max(1, lengths[other] - 1) for other in [*before, place]]
+        fits = cut.most_tokens is None or len(widths) * max(widths) <= cut.most_tokens
+        alike = not cut.by_length or max(widths) <= 2 * min(widths)
+        if not batches or len(before) == cut.most_rows or not fits or not alike:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
 
 
 def _unshared(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:

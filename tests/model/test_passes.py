@@ -128,15 +128,21 @@ def test_a_shared_prefix_is_computed_once() -> None:
     }
     assert computed["parts"] == [len(HEAD) + sum(own)]
     assert computed["packed"] == [len(MANY) * len(HEAD) + sum(own)]
-    assert computed["padded"] == [len(MANY) * (len(HEAD) + max(own))]
+    assert computed["padded"] == [5 * 20, 71]
     assert computed["flex"] == [128]
 
 
-def test_padded_rows_are_cut_by_length() -> None:
-    passes = passes_of(MANY, "padded", most_rows=3)
-    widths = [p.computed_tokens // 3 for p in passes]
-    assert sum(widths) < max(len(text_of(row)) for row in MANY) + 20
-    assert sorted(place for p in passes for place in p.places) == list(range(len(MANY)))  # type: ignore[attr-defined]
+@pytest.mark.parametrize("most_rows", [None, 3])
+def test_padded_rows_are_beside_rows_of_similar_length(most_rows: int | None) -> None:
+    computed = {}
+    for by_length in (True, False):
+        passes = passes_of(MANY, "padded", most_rows=most_rows, by_length=by_length)
+        places = [place for one in passes for place in one.places]  # type: ignore[attr-defined]
+        assert sorted(places) == list(range(len(MANY)))
+        assert (places == list(range(len(MANY)))) == (not by_length)
+        computed[by_length] = sum(one.computed_tokens for one in passes)
+    assert computed[True] <= 2 * sum(len(text_of(row)) - 1 for row in MANY)
+    assert computed[True] < 0.8 * computed[False]
 
 
 @pytest.mark.parametrize("way", PACKERS)
