@@ -100,3 +100,11 @@ def test_a_model_that_computes_all_logits_gives_the_same(model: nn.Module) -> No
         torch.testing.assert_close(
             token_losses(AllLogits(model), batch), token_losses(model, batch)
         )
+
+
+def test_float64_logits_keep_their_precision(tiny: Tiny) -> None:
+    exact = load_base(tiny.model, dtype="float32", device="cpu").model.eval().double()
+    batch = collate(ROWS, loss_on="answer", pad_token=0, device="cpu")
+    with torch.no_grad():
+        assert token_losses(exact, batch).dtype == torch.float64
+        assert token_losses(exact.bfloat16(), batch).dtype == torch.float32

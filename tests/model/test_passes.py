@@ -190,11 +190,11 @@ def test_every_row_and_the_prefix_have_independent_masks_of_the_rate() -> None:
         assert (both[0] & both[1]).float().mean().item() == pytest.approx(0.09, abs=0.02)
 
 
-def test_padding_has_no_piece() -> None:
+def test_the_prefix_and_every_row_have_a_seed_and_padding_has_none() -> None:
     (one,) = passes_of(MANY, "flex")
-    pieces = one.pieces(lambda place: place, 7)
+    pieces = one.pieces(lambda place: 100 + place, 7)
     assert max(piece.stop for piece in pieces) < one.computed_tokens
-    assert len(pieces) == len(MANY) + 1
+    assert [piece.seed for piece in pieces] == [7, *range(100, 100 + len(MANY))]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
