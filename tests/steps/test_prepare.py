@@ -2,19 +2,23 @@
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedllm.config.loading import dump_config, load_config, override_config
 from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
-from fedllm.errors import DataError, ModelError
+from fedllm.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from fedllm.steps.inspect import describe, inspect_client
-from fedllm.steps.prepare import prepare, prepare_run
+from fedllm.steps.prepare import describe_way, prepare, prepare_run
 from fedllm.storage.paths import CachePaths, RunPaths
-from fedllm.storage.records import PreparedRecord
+from fedllm.storage.records import CohortRecord, PreparedRecord, WayRecord
 from tests.tiny import IDS, Tiny
+
+BEST = WayRecord(cpu="parts", cuda="mask")  # heads of 8 are too small for block masks
 
 
 @pytest.fixture
@@ -69,6 +73,126 @@ def test_a_run_gets_its_record(config: Config, tmp_path: Path) -> None:
     run.config.write_text(dump_config(config), encoding="utf-8")
     prepared = prepare_run(run)
     assert PreparedRecord.read(run.prepared) == prepared
+
+
+def begun(config: Config, root: Path, way: WayRecord | None) -> RunPaths:
+    """A run whose first round was drawn with a way."""
+    run = RunPaths(root=root)
+    run.root.mkdir()
+    run.config.write_text(dump_config(config), encoding="utf-8")
+    cohort = CohortRecord(
+        round=1,
+        lease=1,
+        base_fingerprint="",
+        data_fingerprint="",
+        state_sha256="",
+        ranks={},
+        clients=[],
+        way=way,
+    )
+    cohort.publish(run.round(1).cohort)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("way", "line"),
+    [
+        (None, "rows: padded, as in the rounds of this run so far\n"),
+        (WayRecord(cpu="mask", cuda="mask"), "rows: mask; they share their common prefix\n"),
+    ],
+)
+def test_a_run_that_has_begun_keeps_its_way(
+    config: Config,
+    tmp_path: Path,
+    way: WayRecord | None,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert prepare(config, CachePaths(root=tmp_path / "cache")).way == BEST
+    run = begun(config, tmp_path / "run", way)
+    assert prepare_run(run).way == way
+    assert PreparedRecord.read(run.prepared).way == way
+    assert capsys.readouterr().err.endswith(line)
+
+
+def base_of(kind: str, tiny: Tiny, folder: Path, **changes: object) -> Path:
+    """A base of another class, with the tiny one's tokenizer."""
+    shutil.copytree(tiny.model, folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 258}
+    model = AutoConfig.for_model(kind, **sizes, **heads, **changes)
+    AutoModelForCausalLM.from_config(model).save_pretrained(folder)
+    return folder
+
+
+def test_what_is_wrong_with_a_runs_way_by_now_is_told(
+    config: Config, tiny: Tiny, tmp_path: Path
+) -> None:
+    # as if an earlier transformers had let this class compute its parts
+    folder = base_of("stablelm", tiny, tmp_path / "base")
+    other = override_config(config, [f"model.path={folder}"])
+    run = begun(other, tmp_path / "run", BEST)
+    with pytest.raises(RunDirectoryError) as refused:
+        prepare_run(run)
+    assert (
+        "compute rows by parts (mask on a GPU), which the installed transformers gets wrong ("
+        in (str(refused.value))
+    )
+    assert str(refused.value).endswith("; install the versions that run.json names")
+    assert not run.prepared.exists()
+
+
+def test_the_record_says_how_rows_are_computed_and_why_not_better(
+    config: Config, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = base_of("gemma2", tiny, tmp_path / "base", head_dim=8, sliding_window=64)
+    other = override_config(config, [f"model.path={folder}"])
+    prepared = prepare(other, CachePaths(root=tmp_path / "cache"), quiet)
+    assert prepared.way is not None
+    line = describe_way(prepared.way)
+    assert line.startswith("rows: packed; not better, since Gemma2ForCausalLM: parts: ")
+    assert (
+        describe_way(BEST) == "rows: parts on a CPU, mask on a GPU; they share their common prefix"
+    )
+
+
+def test_a_budget_below_the_longest_row_is_refused_and_one_that_holds_it_is_not(
+    config: Config, cache: CachePaths
+) -> None:
+    longest = max(prepare(config, cache, quiet).clients, key=lambda client: client.longest_row)
+    tokens = longest.longest_row
+    data = TokenizedClients.open(Path(prepare(config, cache, quiet).data_path))
+    assert tokens == max(
+        len(row.prompt_ids) + len(row.answer_ids) for row in data.rows(longest.id, "train")
+    )
+    # the last token of a row is a target only
+    prepare(override_config(config, [f"training.micro_batch_tokens={tokens - 1}"]), cache, quiet)
+    below = override_config(config, [f"training.micro_batch_tokens={tokens - 2}"])
+    with pytest.raises(ConfigError) as refused:
+        prepare(below, cache, quiet)
+    assert str(refused.value) == (
+        f"training.micro_batch_tokens: got {tokens - 2}, a training row of client {longest.id} has "
+        f"{tokens} tokens and computes {tokens - 1} (its last one is a target only); need at least "
+        f"{tokens - 1}, or data.cutoff_tokens: {tokens - 1}"
+    )
+    remedied = override_config(below, [f"data.cutoff_tokens={tokens - 1}"])
+    assert prepare(remedied, cache, quiet).way == BEST
+
+
+def test_answers_that_were_cut_are_counted_by_themselves(config: Config, tmp_path: Path) -> None:
+    row: dict[str, object] = {"client_id": "a", "category": "", "instruction": "Say it."}
+    rows = [
+        {**row, "input": "x", "output": "y"},
+        {**row, "input": "x" * 999, "output": "y"},
+        {**row, "input": "", "output": "y" * 999},
+    ]
+    changed = with_rows(config, tmp_path / "rows.jsonl", rows)
+    changed = override_config(changed, ["data.cutoff_tokens=400"])
+    (client,) = prepare(changed, CachePaths(root=tmp_path / "cache"), quiet).clients
+    assert client.cut_answers == 1
+    # the long answer leaves no room for all of its prompt
+    assert client.truncated_rows - client.cut_answers == 2
+    assert client.longest_row == 400
 
 
 def test_two_processes_may_prepare_at_once(config: Config, tmp_path: Path) -> None:

@@ -15,20 +15,24 @@ import pytest
 
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import RunDirectoryError, UserError
+from fedllm.steps.client import ClientRound
 from fedllm.steps.identity import TaskIdentity, task_identity
 from fedllm.steps.programs import run as run_program
 from fedllm.steps.progress import Progress
 from fedllm.steps.replay import replay
-from fedllm.steps.session import Session
+from fedllm.steps.session import Session, way_of
 from fedllm.steps.signals import StopSignals
 from fedllm.steps.train import STOPPED, work
 from fedllm.storage.paths import AttemptPaths, RunPaths, shipped
 from fedllm.storage.records import (
     CohortRecord,
     ErrorRecord,
+    PreparedRecord,
     SubmissionRecord,
     TaskRecord,
+    WayRecord,
 )
+from tests.planning.federations import prepared_of
 from tests.steps.attempts import (
     ME,
     OTHER,
@@ -240,6 +244,39 @@ def test_a_state_that_the_cohort_was_not_drawn_from_is_named(
     record.model_copy(update={"state_sha256": "another"}).publish(cohort_file)
     with pytest.raises(RunDirectoryError, match="not the state that round 1 was drawn from"):
         work(attempt, None, ME, session)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "used"),
+    [(WayRecord(cpu="mask", cuda="packed"), "mask"), (None, "padded")],
+    ids=["recorded", "of before there were ways"],
+)
+def test_clients_train_in_the_recorded_way(
+    attempt: AttemptPaths, done: Path, recorded: WayRecord | None, used: str
+) -> None:
+    path = RunPaths(root=done).prepared
+    prepared = PreparedRecord.read(path)
+    assert prepared.way is not None
+    assert prepared.way.cpu == "parts"
+    assert CohortRecord.read(RunPaths(root=done).round(1).cohort).way == prepared.way
+    changed = prepared.model_copy(update={"way": recorded})
+    changed.publish(RunPaths(root=round_of(attempt).root.parent.parent).prepared)
+    client = cohort(attempt)[0]
+    opened = ClientRound.open(attempt, Session())
+    assert opened.slots.way == used
+    assert opened.settings.by_length is (recorded is not None)
+    trained = opened.train(client, attempt=1, bundle=0, identity=ME)
+    expected, _ = updates(RunPaths(root=done).round(1))[client]
+    # dropout drew other masks for the common prefix
+    assert trained.record.losses == pytest.approx(expected.losses, abs=0.01)
+    assert trained.record.tokens == expected.tokens
+
+
+def test_a_gpu_has_a_way_of_its_own() -> None:
+    way = WayRecord(cpu="parts", cuda="flex")
+    prepared = prepared_of([]).model_copy(update={"way": way})
+    assert way_of(prepared, "cpu") == "parts"
+    assert way_of(prepared, "cuda:1") == "flex"
 
 
 def test_a_divergent_client_is_published_as_failed(attempt: AttemptPaths, session: Session) -> None:

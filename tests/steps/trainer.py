@@ -36,8 +36,9 @@ class LongRows(Session):
     def data(self, path: str) -> SimpleNamespace:  # type: ignore[override]
         """Return the same rows for every client."""
         del path
-        ids = torch.randint(2, 250, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
-        rows = [Row(ids[: 100 + n], ids[100 + n :]) for n in range(8)]
+        draws = torch.Generator().manual_seed(0)
+        texts = torch.randint(2, 250, (8, 3000), generator=draws).tolist()
+        rows = [Row(ids[: 100 + n], ids[100 + n :]) for n, ids in enumerate(texts)]
         return SimpleNamespace(rows=lambda _client, _split: rows)
 
 
