@@ -24,7 +24,12 @@ from fedllm.model.packing import (
 )
 
 DENSE_TOKENS = 1024
-"""Tokens in a pack whose mask is dense: its cost grows with their square."""
+"""Tokens computed at once, without a budget, where a mask is dense: it grows with their square."""
+
+PARTS_TOKENS = 2048
+"""Tokens computed at once, without a budget, by parts: more take memory and save no time."""
+
+_LEAST_ROWS = 4  # of the longest that fit by parts: the prefix is not repeated for fewer
 
 RowSeed = Callable[[int], int]
 
@@ -186,22 +191,26 @@ def _plan_batches(lengths: Sequence[int], cut: Cut) -> list[list[int]]:
 
 
 def _unshared(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    return _pack_all(rows, 0, cut, "packed", cut.most_tokens)
+    # transformers makes a dense mask of the positions
+    return _pack_all(rows, 0, cut, "packed", max(DENSE_TOKENS, _longest(rows)))
 
 
 def _parts(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    return _pack_all(rows, _prefix(rows), cut, "parts", cut.most_tokens)
+    most = max(PARTS_TOKENS, _LEAST_ROWS * _longest(rows))
+    return _pack_all(rows, _prefix(rows), cut, "parts", most)
 
 
 def _mask(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    longest = max(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
-    most = cut.most_tokens or max(DENSE_TOKENS, longest)
-    return _pack_all(rows, _prefix(rows), cut, "mask", most)
+    return _pack_all(rows, _prefix(rows), cut, "mask", max(DENSE_TOKENS, _longest(rows)))
 
 
 def _flex(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    passes = _pack_all(rows, _prefix(rows), cut, "flex", cut.most_tokens)
+    passes = _pack_all(rows, _prefix(rows), cut, "flex", None)
     return [PackedPass(packed=_in_blocks(one.packed), way=one.way) for one in passes]
+
+
+def _longest(rows: Sequence[TokenRow]) -> int:
+    return max(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
 
 
 def _prefix(rows: Sequence[TokenRow]) -> int:
@@ -210,9 +219,11 @@ def _prefix(rows: Sequence[TokenRow]) -> int:
 
 
 def _pack_all(
-    rows: Sequence[TokenRow], prefix: int, cut: Cut, way: str, most_tokens: int | None
+    rows: Sequence[TokenRow], prefix: int, cut: Cut, way: str, otherwise: int | None
 ) -> list[PackedPass]:
+    """Pack rows by the budget, or `otherwise`."""
     lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
+    most_tokens = otherwise if cut.most_tokens is None else cut.most_tokens
     plan = plan_packs(lengths, prefix, most_rows=cut.most_rows, most_tokens=most_tokens)
     return [
         PackedPass(
