@@ -1,7 +1,6 @@
 """The loss of packed rows: logits where there is a loss, cross entropy in float32.
 
-Legend: C batch entries, T packed tokens, U positions with logits, K targets, V vocabulary,
-N rows.
+Legend: T packed tokens, U positions with logits, K targets, V vocabulary.
 """
 
 from typing import Any
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedllm.errors import ModelError
-from fedllm.model.attention import INPUTS, Entries
+from fedllm.model.attention import INPUTS
 from fedllm.model.batches import keeps_logits
-from fedllm.model.packing import Packed, Stacked
+from fedllm.model.packing import Packed
 
 _CHUNK_LOGITS = 1 << 22  # logits that are in float32 at one time
 
@@ -24,32 +23,10 @@ def packed_losses(model: nn.Module, packed: Packed, way: str) -> Tensor:
     return (losses_K * packed.weights_K).sum()
 
 
-def row_losses(model: nn.Module, packed: Packed, way: str, num_rows: int) -> Tensor:
-    """Return the sum of the losses of every row, float64 (N,).
-
-    `packed` was made with `merge_targets=False`.
-    """
-    assert packed.rows_K is not None, "targets were merged: pack with merge_targets=False"
-    losses_K = target_losses(model, packed, way).double()
-    return losses_K.new_zeros(num_rows).index_add_(0, packed.rows_K, losses_K)
-
-
 def target_losses(model: nn.Module, packed: Packed, way: str) -> Tensor:
     """Return the cross entropy of every target (K,), in float32 at least."""
     logits_UV = forward(model, packed, way, kept=packed.kept_U).logits[0]
     return cross_entropies(logits_UV, packed.inverse_K, packed.targets_K)
-
-
-def stacked_losses(model: nn.Module, batch: Stacked, way: str) -> Tensor:
-    """Return the sum of the losses of every entry (C,); an entry's depends on itself alone."""
-    entries = [packed.parts for packed in batch.members]
-    output = _forward(model, batch.tokens_CT, batch.positions_CT, entries, way, batch.kept_CU)
-    sums = []
-    for packed, logits_UV in zip(batch.members, output.logits.unbind(0), strict=True):
-        own_UV = logits_UV[: len(packed.kept_U)]
-        losses_K = cross_entropies(own_UV, packed.inverse_K, packed.targets_K)
-        sums.append((losses_K * packed.weights_K).sum())
-    return torch.stack(sums)
 
 
 def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **options: Any) -> Any:
@@ -60,33 +37,17 @@ def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **optio
     Raises:
         ModelError: the model does not compute with the attention of the way.
     """
-    return _forward(
-        model, packed.tokens_1T, packed.positions_1T, [packed.parts], way, kept, **options
-    )
-
-
-def _forward(
-    model: nn.Module,
-    tokens_CT: Tensor,
-    positions_CT: Tensor,
-    entries: Entries,
-    way: str,
-    kept: Tensor,
-    **options: Any,
-) -> Any:
-    """Call the model; `kept` are indices of all entries (U,), or of each (C, U)."""
-    inputs = INPUTS[way](model, entries, tokens_CT.shape[1], tokens_CT.device)
+    inputs = INPUTS[way](model, [packed.parts], packed.computed_tokens, packed.tokens_1T.device)
     keeps = keeps_logits(model)
     output = model(
-        input_ids=tokens_CT,
-        position_ids=positions_CT,
+        input_ids=packed.tokens_1T,
+        position_ids=packed.positions_1T,
         **inputs,
         **{"use_cache": False, **options},
         **({"logits_to_keep": kept} if keeps else {}),
     )
     if not keeps:
-        kept_XU1 = kept.view(-1, kept.shape[-1], 1)
-        output.logits = output.logits.take_along_dim(kept_XU1, dim=1)
+        output.logits = output.logits[:, kept]
     plan = inputs.get("parts")
     if plan is not None and not plan.calls:
         raise ModelError(

@@ -7,14 +7,14 @@ A part attends to itself, causally, and to at most one earlier part, its prefix:
     positions        0 1 2 3   4 5   4   4 5 6
     parts            prefix    row   row row
 
-Legend: C batch entries, T packed tokens, U positions with logits, K targets.
+Legend: T packed tokens, U positions with logits, K targets.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedllm.errors import DataError
 from fedllm.model.batches import LossOn, TokenRow
@@ -75,24 +75,6 @@ class Packed:
     def computed_tokens(self) -> int:
         """How many tokens the forward pass computes."""
         return self.tokens_1T.shape[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stacked:
-    """Packed sequences of several clients as the entries of one batch, padded on the right.
-
-    `kept_CU` are the indices whose logits are needed; an entry's own come first.
-    """
-
-    members: tuple[Packed, ...]
-    tokens_CT: Tensor
-    positions_CT: Tensor
-    kept_CU: Tensor
-
-    @property
-    def computed_tokens(self) -> int:
-        """How many tokens the forward pass computes, padding included."""
-        return self.tokens_CT.numel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,19 +264,4 @@ def padded_to(packed: Packed, num_tokens: int) -> Packed:
         tokens_1T=torch.cat([packed.tokens_1T, filler_1P], dim=1),
         positions_1T=torch.cat([packed.positions_1T, positions_1P], dim=1),
         parts=(*packed.parts, part),
-    )
-
-
-def stacked(packs: Sequence[Packed]) -> Stacked:
-    """Return packed sequences as one batch; an entry's padding is a part of its own."""
-    longest = max(packed.computed_tokens for packed in packs)
-    members = tuple(padded_to(packed, longest) for packed in packs)
-    widest = max(len(packed.kept_U) for packed in packs)
-    return Stacked(
-        members=members,
-        tokens_CT=torch.cat([packed.tokens_1T for packed in members]),
-        positions_CT=torch.cat([packed.positions_1T for packed in members]),
-        kept_CU=torch.stack(
-            [nn.functional.pad(packed.kept_U, (0, widest - len(packed.kept_U))) for packed in packs]
-        ),
     )

@@ -115,27 +115,20 @@ class PackedPass:
 
     def pieces(self, row_seed: RowSeed, prefix_seed: int) -> list[Piece]:
         """Return a piece per part; the prefix has one seed in every pass of the step."""
-        return part_pieces(self.packed, row_seed, prefix_seed)
+        return [
+            Piece(
+                entry=0,
+                start=part.start,
+                stop=part.stop,
+                seed=prefix_seed if part.row == PREFIX else row_seed(part.row),
+            )
+            for part in self.packed.parts
+            if part.row != PADDING
+        ]
 
     def loss_sum(self, model: nn.Module) -> Tensor:
         """Return the sum of the losses of all targets, a scalar."""
         return packed_losses(model, self.packed, self.way)
-
-
-def part_pieces(
-    packed: Packed, row_seed: RowSeed, prefix_seed: int, *, entry: int = 0
-) -> list[Piece]:
-    """Return a piece per part of a batch entry, its padding left out."""
-    return [
-        Piece(
-            entry=entry,
-            start=part.start,
-            stop=part.stop,
-            seed=prefix_seed if part.row == PREFIX else row_seed(part.row),
-        )
-        for part in packed.parts
-        if part.row != PADDING
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

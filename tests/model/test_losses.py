@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from fedllm.errors import ModelError
 from fedllm.model import losses
-from fedllm.model.losses import cross_entropies, packed_losses, row_losses, stacked_losses
-from fedllm.model.packing import pack, stacked
-from tests.decoders import Row, gradients, in_way, make_decoder, worst
+from fedllm.model.losses import cross_entropies, packed_losses, target_losses
+from fedllm.model.packing import pack
+from tests.decoders import Row, in_way, make_decoder
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 ROWS = [
@@ -73,36 +73,11 @@ def test_every_row_has_the_loss_it_has_alone(llama: nn.Module, way: str) -> None
     rows = [*ROWS, ROWS[0]]
     packed = pack(rows, range(4), 9, loss_on="answer", device="cpu", merge_targets=False)
     with torch.no_grad():
-        found = row_losses(in_way(llama, way), packed, way, 4)
+        losses_K = target_losses(in_way(llama, way), packed, way)
         expected = torch.stack([alone(in_way(llama, "padded"), row) for row in rows])
+    assert packed.rows_K is not None
+    found = torch.zeros(4, dtype=torch.float64).index_add_(0, packed.rows_K, losses_K)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-
-
-def test_merged_targets_cannot_be_told_apart(llama: nn.Module) -> None:
-    packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
-    with pytest.raises(AssertionError, match="merge_targets"):
-        row_losses(llama, packed, "parts", 3)
-
-
-@pytest.mark.parametrize(("name", "way"), [
-    ("llama", "parts"), ("mistral, windows", "parts"), ("llama", "mask"), ("llama", "packed"),
-])  # fmt: skip
-def test_clients_in_one_batch_have_the_losses_they_have_alone(name: str, way: str) -> None:
-    model = in_way(make_decoder(name), way)
-    prefix = 0 if way == "packed" else 9
-    packs = [
-        pack(ROWS, [0, 1, 2], prefix, loss_on="answer", device="cpu"),
-        pack(ROWS, [2], 0, loss_on="all", device="cpu"),
-        pack(ROWS, [1, 0], prefix, loss_on="answer", device="cpu"),
-    ]
-    scale = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)  # a mix-up of clients shows
-    solo = gradients(
-        model,
-        lambda: (scale * torch.stack([packed_losses(model, one, way) for one in packs])).sum(),
-    )
-    together = gradients(model, lambda: (scale * stacked_losses(model, stacked(packs), way)).sum())
-    assert together[0] == pytest.approx(solo[0], rel=1e-6)
-    assert worst(together[1], solo[1]) < 1e-6
 
 
 class AllLogits(nn.Module):
@@ -132,14 +107,10 @@ class AllLogits(nn.Module):
 def test_a_model_that_computes_all_logits_gives_the_same(llama: nn.Module) -> None:
     model = in_way(llama, "parts")
     packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
-    batch = stacked([packed, pack(ROWS, [0], 0, loss_on="answer", device="cpu")])
     every = AllLogits(model)  # type: ignore[arg-type]
     with torch.no_grad():
         torch.testing.assert_close(
             packed_losses(every, packed, "parts"), packed_losses(model, packed, "parts")
-        )
-        torch.testing.assert_close(
-            stacked_losses(every, batch, "parts"), stacked_losses(model, batch, "parts")
         )
 
 
