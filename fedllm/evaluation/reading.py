@@ -1,0 +1,185 @@
+"""Rows read once: packed passes in which the rows of a client share their common prefix.
+
+A pass reads prompts together with their answers. Its logits give the loss of every answer and the
+first token that the model itself would write; its keys and values are what the next tokens attend
+to. Legend: N rows, T packed tokens, U positions with logits, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fedllm.model.attention import FLEX_BLOCK
+from fedllm.model.batches import TokenRow, collate, token_losses
+from fedllm.model.losses import cross_entropies, forward
+from fedllm.model.packing import (
+    Group,
+    Packed,
+    pack_groups,
+    padded_to,
+    plan_packs,
+    shared_prefix,
+    text_of,
+)
+from fedllm.model.passes import DENSE_TOKENS
+from fedllm.model.slots import AdapterSlots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a pass found, by the places of its rows.
+
+    `losses` are sums over the answer's tokens. `keys` are the indices of the prompt's tokens in
+    the pass, in their order, and `firsts` the tokens that the model puts after them; both without
+    rows of no prompt.
+    """
+
+    losses: Mapping[int, float]
+    keys: Mapping[int, Sequence[int]]
+    firsts: Mapping[int, int]
+
+
+def num_targets(row: TokenRow) -> int:
+    """Return how many tokens of a row's answer follow another token, so carry loss."""
+    return len(row.answer_ids) - (not row.prompt_ids)
+
+
+def plan_passes(
+    clients: Sequence[Sequence[TokenRow]], *, way: str, batch_size: int
+) -> list[list[Group]]:
+    """Cut the rows of all clients into passes of at most `batch_size` rows.
+
+    A row's place is its number when the rows of all clients are counted through. Rows of a client
+    stay together where they fit; neighbours are of similar length.
+    """
+    rows = [row for client in clients for row in client]
+    lengths = [len(text_of(row)) for row in rows]
+    most_tokens = max([DENSE_TOKENS, *lengths]) if way == "mask" else None
+    groups: list[Group] = []
+    start = 0
+    for client in clients:
+        places = sorted(range(start, start + len(client)), key=lambda place: lengths[place])
+        start += len(client)
+        prefix = shared_prefix([text_of(row) for row in client]) if way != "packed" else 0
+        packs = plan_packs(
+            [lengths[place] for place in places],
+            prefix,
+            most_rows=batch_size,
+            most_tokens=most_tokens,
+        )
+        groups += [
+            Group(rows=rows, places=[places[n] for n in pack], prefix=prefix) for pack in packs
+        ]
+    groups.sort(key=lambda group: lengths[group.places[-1]])
+    return _joined(groups, most_rows=batch_size, most_tokens=most_tokens)
+
+
+def answer_losses(
+    slots: AdapterSlots, clients: Sequence[Sequence[TokenRow]], *, way: str, batch_size: int
+) -> list[float]:
+    """Return the sum of the losses of every row's answer, the clients' rows counted through."""
+    slots.evaluate()
+    losses: dict[int, float] = {}
+    with torch.inference_mode():
+        for groups in plan_passes(clients, way=way, batch_size=batch_size):
+            losses |= read(slots, groups, way).losses
+    return [losses[place] for place in range(len(losses))]
+
+
+def padded_losses(slots: AdapterSlots, rows: Sequence[TokenRow], batch_size: int) -> list[float]:
+    """Return the sum of the losses of every row's answer, computed in padded batches."""
+    slots.evaluate()
+    losses = [0.0] * len(rows)
+    lengths = [(len(row.answer_ids), len(row.prompt_ids)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: (*lengths[place], place))
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = collate(
+                [rows[place] for place in places],
+                loss_on="answer",
+                pad_token=slots.pad_token,
+                device=slots.device,
+            )
+            sums = token_losses(slots.model, batch).double().sum(dim=1).tolist()
+            for place, loss in zip(places, sums, strict=True):
+                losses[place] = loss
+    return losses
+
+
+def read(
+    slots: AdapterSlots, groups: Sequence[Group], way: str, cache: DynamicCache | None = None
+) -> Reading:
+    """Compute one pass; the caller is in `torch.inference_mode`.
+
+    Args:
+        slots: with the adapter that is installed, or with none.
+        groups: the rows, of one numbering.
+        way: how the model is set to compute them together.
+        cache: is filled; None: no keys and values are kept.
+    """
+    packed = pack_groups(groups, loss_on="answer", device=slots.device, merge_targets=False)
+    block = FLEX_BLOCK if way == "flex" else 1
+    packed = padded_to(packed, -(-packed.computed_tokens // block) * block)
+    caching = {} if cache is None else {"use_cache": True, "past_key_values": cache}
+    output = forward(slots.model, packed, way, kept=packed.kept_U, **caching)
+    logits_UV = output.logits[0]
+    keys = _keys(groups, packed)
+    return Reading(
+        losses=_losses(groups, packed, logits_UV),
+        keys=keys,
+        firsts=_firsts(packed, logits_UV, keys),
+    )
+
+
+def _joined(
+    groups: Sequence[Group], *, most_rows: int, most_tokens: int | None
+) -> list[list[Group]]:
+    passes: list[list[Group]] = []
+    num_rows = num_tokens = 0
+    for group in groups:
+        computed = group.prefix + sum(
+            max(0, len(text_of(group.rows[place])) - 1 - group.prefix) for place in group.places
+        )
+        too_many = num_rows + len(group.places) > most_rows
+        if not passes or too_many or (most_tokens and num_tokens + computed > most_tokens):
+            passes.append([])
+            num_rows = num_tokens = 0
+        passes[-1].append(group)
+        num_rows += len(group.places)
+        num_tokens += computed
+    return passes
+
+
+def _losses(groups: Sequence[Group], packed: Packed, logits_UV: Tensor) -> dict[int, float]:
+    assert packed.rows_K is not None, "targets were merged"
+    losses_K = cross_entropies(logits_UV, packed.inverse_K, packed.targets_K).tolist()
+    sums = {place: 0.0 for group in groups for place in group.places}
+    for place, loss in zip(packed.rows_K.tolist(), losses_K, strict=True):
+        sums[place] += loss
+    return sums
+
+
+def _keys(groups: Sequence[Group], packed: Packed) -> dict[int, list[int]]:
+    own = {part.row: range(part.start, part.stop) for part in packed.parts}
+    found: dict[int, list[int]] = {}
+    begin = 0
+    for group in groups:
+        prefix = range(begin, begin + group.prefix)
+        begin += group.prefix
+        for place in group.places:
+            row = own.get(place, range(0))
+            begin += len(row)
+            prompt = len(group.rows[place].prompt_ids)
+            if prompt:
+                found[place] = [*prefix, *row][:prompt]
+    return found
+
+
+def _firsts(packed: Packed, logits_UV: Tensor, keys: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    ends_N = torch.tensor([row[-1] for row in keys.values()], dtype=torch.int64)
+    places_N = torch.searchsorted(packed.kept_U, ends_N.to(packed.kept_U.device))
+    return dict(zip(keys, logits_UV[places_N].argmax(dim=1).tolist(), strict=True))
