@@ -5,8 +5,10 @@ are aligned on the right: keys are as far apart as their positions, so sliding w
 Legend: N rows, H heads, T tokens of a pass, W key positions, D features of a head.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +70,8 @@ def answer_clients(
                 room = batch_size - len(steps.rows)
                 steps.join(rows[:room], cache)
                 rows = rows[room:]
-                while len(steps.rows) == batch_size:
-                    steps.take()
-        while steps.rows:
-            steps.take()
+                steps.take_until(batch_size - 1)
+        steps.take_until(0)
     return [
         Answered(loss=losses[place], tokens=tokens.get(place, ())) for place in range(len(losses))
     ]
@@ -113,19 +113,28 @@ class _Steps:
         # not seen, but finite: a row's own
         keys = [[row.keys[0]] * gap + [*row.keys] for gap, row in zip(gaps, rows, strict=True)]
         keys_NW = torch.tensor(keys, device=self._device)
-        old = self._cache.layers if self.rows else [None] * len(cache.layers)
-        self._cache = _cache_of(
-            (
-                _joined(before and before.keys, _gathered(layer.keys, keys_NW)),
-                _joined(before and before.values, _gathered(layer.values, keys_NW)),
-            )
-            for before, layer in zip(old, cache.layers, strict=True)
-        )
+        if not self.rows:
+            self._cache = DynamicCache()
+        for number, layer in enumerate(cache.layers):
+            keys_NHWD = _gathered(layer.keys, keys_NW)
+            values_NHWD = _gathered(layer.values, keys_NW)
+            if self.rows:
+                own = self._cache.layers[number]
+                own.keys = _joined(own.keys, keys_NHWD)
+                own.values = _joined(own.values, values_NHWD)
+            else:
+                self._cache.update(keys_NHWD, values_NHWD, number)
         self._gaps = [gap + width - self._width for gap in self._gaps] + gaps
         self._width = width
         self.rows += rows
 
-    def take(self) -> None:
+    def take_until(self, num_rows: int) -> None:
+        """Take steps until at most so many rows are left."""
+        with _attention_of_steps(self._model):
+            while len(self.rows) > num_rows:
+                self._take()
+
+    def _take(self) -> None:
         """Write one more token of every row; those that are over then leave."""
         gaps_N1 = torch.tensor(self._gaps, device=self._device).unsqueeze(1)
         positions_W = torch.arange(self._width + 1, device=self._device)
@@ -151,10 +160,22 @@ class _Steps:
         self._gaps = [self._gaps[n] - least for n in kept]
         self._width -= least
         kept_N = torch.tensor(kept, dtype=torch.int64, device=self._device)
-        self._cache = _cache_of(
-            (layer.keys[kept_N, :, least:], layer.values[kept_N, :, least:])
-            for layer in self._cache.layers
-        )
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[kept_N, :, least:]
+            layer.values = layer.values[kept_N, :, least:]
+
+
+@contextmanager
+def _attention_of_steps(model: Any) -> Iterator[None]:
+    """FlexAttention is for blocks of queries; a step has one query per row."""
+    before = model.config._attn_implementation
+    if before == "flex_attention":
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if before == "flex_attention":
+            model.set_attn_implementation(before)
 
 
 def _gathered(x_1HTD: Tensor, keys_NW: Tensor) -> Tensor:
@@ -162,15 +183,6 @@ def _gathered(x_1HTD: Tensor, keys_NW: Tensor) -> Tensor:
     return x_1HTD[0][:, keys_NW].transpose(0, 1)
 
 
-def _joined(before_NHWD: Tensor | None, new_NHWD: Tensor) -> Tensor:
-    if before_NHWD is None:
-        return new_NHWD
+def _joined(before_NHWD: Tensor, new_NHWD: Tensor) -> Tensor:
     wider = new_NHWD.shape[2] - before_NHWD.shape[2]
     return torch.cat([nn.functional.pad(before_NHWD, (0, 0, wider, 0)), new_NHWD])
-
-
-def _cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    for number, (keys_NHWD, values_NHWD) in enumerate(layers):
-        cache.update(keys_NHWD, values_NHWD, number)
-    return cache

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -229,7 +230,7 @@ def test_passes_hold_every_row_once_within_their_bounds(
     clients = [[Row([7] * length, [1]) for length in client] for client in lengths]
     passes = plan_passes(clients, way=way, batch_size=batch_size)
     places = [[place for group in groups for place in group.places] for groups in passes]
-    assert sorted(sum(places, [])) == list(range(sum(map(len, clients))))
+    assert sorted(chain(*places)) == list(range(sum(map(len, clients))))
     assert all(1 <= len(of_pass) <= batch_size for of_pass in places)
     for groups in passes if way == "mask" else []:
         computed = sum(
