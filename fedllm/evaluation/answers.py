@@ -1,4 +1,4 @@
-"""Generated answers: batched greedy decoding."""
+"""Generated answers of padded batches: greedy decoding by transformers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ def generate_answers(
     """Return the model's answer to every prompt, in their order, as text without spaces around.
 
     Greedy, at most `max_new_tokens`, ends at the end of sequence. Prompts of similar length share
-    a batch and are padded on the left.
+    a batch and are padded on the left. A prompt without tokens has no answer.
     """
     slots.evaluate()
     config = _config(slots, section)
@@ -28,14 +28,28 @@ def generate_answers(
             model: Any = slots.model
             output = model.generate(**batch, generation_config=config)
             new = output[:, batch["input_ids"].shape[1] :]
-            texts = slots.base.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for place, text in zip(places, texts, strict=True):
-                answers[place] = text.strip()
+            for place, text in zip(places, texts_of(slots, new.tolist()), strict=True):
+                answers[place] = text
     return answers
 
 
+def texts_of(slots: AdapterSlots, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Return answers as text, without special tokens and spaces around."""
+    texts = slots.base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def end_tokens(slots: AdapterSlots) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's and the model's own."""
+    ends = getattr(slots.model.generation_config, "eos_token_id", None)
+    ends = {*ends} if isinstance(ends, list) else {ends}
+    ends |= {slots.base.tokenizer.eos_token_id}
+    return {end for end in ends if end is not None}
+
+
 def _by_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
+    order = [place for place, prompt in enumerate(prompts) if prompt]
+    order.sort(key=lambda place: len(prompts[place]))
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
@@ -51,12 +65,9 @@ def _padded(prompts: Sequence[Sequence[int]], slots: AdapterSlots) -> dict[str, 
 
 
 def _config(slots: AdapterSlots, section: EvaluationSection) -> GenerationConfig:
-    ends = getattr(slots.model.generation_config, "eos_token_id", None)
-    ends = {*ends} if isinstance(ends, list) else {ends}
-    ends |= {slots.base.tokenizer.eos_token_id}
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=section.max_new_tokens,
-        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        eos_token_id=sorted(end_tokens(slots)) or None,
         pad_token_id=slots.pad_token,
     )

@@ -1,17 +1,20 @@
 """Scores of rows and of clients: answer loss, Rouge-L and exact match of generated answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
-import torch
-
 from fedllm.config.models import EvaluationSection
-from fedllm.evaluation.answers import generate_answers
+from fedllm.evaluation.answers import end_tokens, generate_answers, texts_of
+from fedllm.evaluation.decoding import answer_clients
+from fedllm.evaluation.reading import answer_losses, num_targets, padded_losses
 from fedllm.evaluation.text import exact_match, rouge_l
-from fedllm.model.batches import TokenRow, collate, token_losses
+from fedllm.model.batches import TokenRow
 from fedllm.model.slots import AdapterSlots
 from fedllm.storage.records import Scores
+
+_Clients = Sequence[Sequence[TokenRow]]
 
 
 class ScoredRow(TokenRow, Protocol):
@@ -33,44 +36,25 @@ class RowScores:
 
 
 def score_rows(
-    slots: AdapterSlots, rows: Sequence[ScoredRow], section: EvaluationSection
-) -> list[RowScores]:
-    """Return the scores of every row with the adapter that is installed, or with none."""
-    losses = answer_losses(slots, rows, section.batch_size)
-    answers = generate_answers(slots, [row.prompt_ids for row in rows], section)
-    return [
+    slots: AdapterSlots, clients: Sequence[Sequence[ScoredRow]], section: EvaluationSection
+) -> list[list[RowScores]]:
+    """Return the scores of every row of every client, with the installed adapter or with none.
+
+    Rows are computed together the way that `slots` has; those of a client share their common
+    prefix where it allows that.
+    """
+    losses, answers = _SCORERS[slots.way](slots, clients, section)
+    rows = [row for client in clients for row in client]
+    scores = iter(
         RowScores(
             loss=loss,
-            tokens=tokens,
+            tokens=num_targets(row),
             rouge_l=rouge_l(answer, row.references),
             exact_match=exact_match(answer, row.references),
         )
-        for row, (loss, tokens), answer in zip(rows, losses, answers, strict=True)
-    ]
-
-
-def answer_losses(
-    slots: AdapterSlots, rows: Sequence[TokenRow], batch_size: int
-) -> list[tuple[float, int]]:
-    """Return (sum of losses, number) of every row's answer tokens, given the right prefix."""
-    slots.evaluate()
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    lengths = [(len(row.answer_ids), len(row.prompt_ids)) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: (*lengths[place], place))
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = collate(
-                [rows[place] for place in places],
-                loss_on="answer",
-                pad_token=slots.pad_token,
-                device=slots.device,
-            )
-            sums = token_losses(slots.model, batch).double().sum(dim=1).tolist()
-            counts = batch.counts().tolist()
-            for place, loss, count in zip(places, sums, counts, strict=True):
-                found[place] = (loss, count)
-    return found
+        for row, loss, answer in zip(rows, losses, answers, strict=True)
+    )
+    return [list(islice(scores, len(client))) for client in clients]
 
 
 def mean_scores(rows: Sequence[RowScores]) -> Scores:
@@ -82,3 +66,49 @@ def mean_scores(rows: Sequence[RowScores]) -> Scores:
         rouge_l=sum(row.rouge_l for row in rows) / max(1, len(rows)),
         exact_match=sum(row.exact_match for row in rows) / max(1, len(rows)),
     )
+
+
+def _shared(
+    slots: AdapterSlots, clients: _Clients, section: EvaluationSection
+) -> tuple[list[float], list[str]]:
+    answered = answer_clients(
+        slots,
+        clients,
+        way=slots.way,
+        batch_size=section.batch_size,
+        most_tokens=section.max_new_tokens,
+        ends=end_tokens(slots),
+    )
+    return [row.loss for row in answered], texts_of(slots, [row.tokens for row in answered])
+
+
+def _packed(
+    slots: AdapterSlots, clients: _Clients, section: EvaluationSection
+) -> tuple[list[float], list[str]]:
+    losses = answer_losses(slots, clients, way="packed", batch_size=section.batch_size)
+    return losses, _generated(slots, clients, section)
+
+
+def _padded(
+    slots: AdapterSlots, clients: _Clients, section: EvaluationSection
+) -> tuple[list[float], list[str]]:
+    rows = [row for client in clients for row in client]
+    losses = padded_losses(slots, rows, section.batch_size)
+    return losses, _generated(slots, clients, section)
+
+
+def _generated(slots: AdapterSlots, clients: _Clients, section: EvaluationSection) -> list[str]:
+    prompts = [row.prompt_ids for client in clients for row in client]
+    return generate_answers(slots, prompts, section)
+
+
+# per way: the sum of the losses of every row's answer, and the answer that the model writes
+_SCORERS: Mapping[
+    str, Callable[[AdapterSlots, _Clients, EvaluationSection], tuple[list[float], list[str]]]
+] = {
+    "parts": _shared,
+    "flex": _shared,
+    "mask": _shared,
+    "packed": _packed,
+    "padded": _padded,
+}

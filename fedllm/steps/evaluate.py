@@ -1,12 +1,12 @@
 """The evaluation job: a server state, scored on clients' test rows by generated answers."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config.models import Config, EvaluationSection
-from fedllm.data.cache import Row, TokenizedClients
+from fedllm.data.cache import TokenizedClients
 from fedllm.evaluation.scores import mean_scores, score_rows
 from fedllm.lora.factors import Adapter
 from fedllm.methods.protocol import Method
@@ -180,23 +180,17 @@ def score_targets(
     slots: AdapterSlots,
     data: TokenizedClients,
     adapter: Adapter,
-    targets: Iterable[Target],
+    targets: Sequence[Target],
     section: EvaluationSection,
 ) -> dict[str, Scores]:
     """Return the scores of every target's rows with one adapter for all of them."""
     slots.install(adapter)
-    rows: list[Row] = []
-    ends: dict[str, int] = {}
-    for target in targets:
-        test = data.rows(target.client, "test")
-        rows += [test[index] for index in target.rows]
-        ends[target.client] = len(rows)
-    scored = score_rows(slots, rows, section)
-    starts = [0, *ends.values()]
-    return {
-        client: mean_scores(scored[start:end])
-        for start, (client, end) in zip(starts, ends.items(), strict=False)
-    }
+    tests = (data.rows(target.client, "test") for target in targets)
+    clients = [
+        [test[index] for index in target.rows] for target, test in zip(targets, tests, strict=True)
+    ]
+    scores = score_rows(slots, clients, section)
+    return {target.client: mean_scores(rows) for target, rows in zip(targets, scores, strict=True)}
 
 
 def _record(

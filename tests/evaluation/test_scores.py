@@ -1,14 +1,18 @@
-"""Scores are those of generated answers, the same whatever was batched together."""
+"""Scores are those of generated answers, the same whatever was batched together, in any way."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from fedllm.config.models import EvaluationSection
 from fedllm.data.cache import Row
 from fedllm.evaluation.answers import generate_answers
-from fedllm.evaluation.scores import RowScores, answer_losses, mean_scores, score_rows
+from fedllm.evaluation.scores import RowScores, mean_scores, score_rows
 from fedllm.lora.factors import Factors
-from fedllm.model.base import load_base
+from fedllm.model.base import load_base, load_tokenizer
 from fedllm.model.slots import AdapterSlots
 from tests.tiny import Tiny
 
@@ -17,24 +21,45 @@ ROWS = [
     Row(prompt_ids=[20, 21], answer_ids=[80, 1], references=["a", "b"]),
     Row(prompt_ids=[30, 31, 32], answer_ids=[90, 91, 92, 93, 1], references=["x y"]),
 ]
+HEAD = list(range(40, 50))
+ALIKE = [
+    Row(prompt_ids=[*HEAD, 60], answer_ids=[71, 1], references=["ab"]),
+    Row(prompt_ids=[*HEAD, 61, 62, 63, 64], answer_ids=[71, 72, 1], references=["c"]),
+]
+WAYS = ["parts", "mask", "packed", "padded"]
+
+
+def slots_of(folder: Path, way: str, target: str, path: str) -> AdapterSlots:
+    """Slots with an adapter of rank 4 on `target`, in each of two layers at `path`."""
+    base = load_base(folder, dtype="float32", device="cpu")
+    slots = AdapterSlots(base, target_modules=[target], dropout=0.5, way=way)
+    draws = torch.Generator().manual_seed(0)
+    modules = {path.format(n): base.modules[path.format(n)] for n in range(2)}
+    slots.install(
+        {
+            name: Factors(
+                a_RI=torch.randn(4, module.in_features, generator=draws),
+                b_OR=torch.randn(module.out_features, 4, generator=draws),
+                scale=1.0,
+            )
+            for name, module in modules.items()
+        }
+    )
+    return slots
+
+
+def llama_slots(tiny: Tiny, way: str) -> AdapterSlots:
+    return slots_of(tiny.model, way, "q_proj", "model.layers.{}.self_attn.q_proj")
 
 
 @pytest.fixture(scope="module")
 def slots(tiny: Tiny) -> AdapterSlots:
-    base = load_base(tiny.model, dtype="float32", device="cpu")
-    slots = AdapterSlots(base, target_modules=["q_proj"], dropout=0.5)
-    draws = torch.Generator().manual_seed(0)
-    slots.install(
-        {
-            f"model.layers.{n}.self_attn.q_proj": Factors(
-                a_RI=torch.randn(4, 32, generator=draws),
-                b_OR=torch.randn(32, 4, generator=draws),
-                scale=1.0,
-            )
-            for n in range(2)
-        }
-    )
-    return slots
+    return llama_slots(tiny, "padded")
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def in_any_way(tiny: Tiny, request: pytest.FixtureRequest) -> AdapterSlots:
+    return llama_slots(tiny, request.param)
 
 
 def section(batch_size: int = 16, max_new_tokens: int = 6) -> EvaluationSection:
@@ -63,24 +88,83 @@ def test_answers_are_greedy_whatever_shares_a_batch(slots: AdapterSlots, batch_s
         assert answer == expected.strip()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_losses_do_not_depend_on_the_batch(slots: AdapterSlots, batch_size: int) -> None:
-    whole = answer_losses(slots, ROWS, 16)
-    parts = answer_losses(slots, ROWS, batch_size)
-    assert [count for _, count in whole] == [3, 2, 5]
-    assert [loss for loss, _ in parts] == pytest.approx([loss for loss, _ in whole], abs=1e-4)
+def test_a_prompt_without_tokens_has_no_answer(slots: AdapterSlots) -> None:
+    alone = generate_answers(slots, [[20, 21]], section())
+    assert generate_answers(slots, [[], [20, 21]], section(2)) == ["", *alone]
 
 
-def test_a_row_is_scored_by_its_own_answer(slots: AdapterSlots) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_scores_are_the_same_in_every_way(
+    slots: AdapterSlots, in_any_way: AdapterSlots, batch_size: int
+) -> None:
+    clients = [ROWS, ALIKE]
+    expected = score_rows(slots, clients, section())
+    in_any_way.train()
+    found = score_rows(in_any_way, clients, section(batch_size))
+    assert [len(rows) for rows in found] == [3, 2]
+    for client, others in zip(found, expected, strict=True):
+        for row, other in zip(client, others, strict=True):
+            assert row.loss == pytest.approx(other.loss, abs=1e-4)
+            assert (row.tokens, row.rouge_l, row.exact_match) == (
+                other.tokens,
+                other.rouge_l,
+                other.exact_match,
+            )
+    assert [row.tokens for row in found[0]] == [3, 2, 5]
+
+
+def test_a_row_is_scored_by_its_own_answer(slots: AdapterSlots, in_any_way: AdapterSlots) -> None:
     answers = generate_answers(slots, [row.prompt_ids for row in ROWS], section())
     right = [
         Row(prompt_ids=row.prompt_ids, answer_ids=row.answer_ids, references=["no", answer])
         for row, answer in zip(ROWS, answers, strict=True)
     ]
-    found = score_rows(slots, [*right, *ROWS], section())
-    assert [row.exact_match for row in found[:3]] == [1.0] * 3
-    assert [row.rouge_l for row in found[:3]] == [1.0] * 3
-    assert [row.loss for row in found[:3]] == pytest.approx([row.loss for row in found[3:]])
+    found, others = score_rows(in_any_way, [right, ROWS], section())
+    assert [row.exact_match for row in found] == [1.0] * 3
+    assert [row.rouge_l for row in found] == [1.0] * 3
+    assert [row.loss for row in found] == pytest.approx([row.loss for row in others])
+
+
+def test_an_answer_ends_where_the_model_says_too(in_any_way: AdapterSlots) -> None:
+    in_any_way.evaluate()
+    tokens = greedy(in_any_way, ROWS[0].prompt_ids, 6)
+    end = tokens[2]
+    kept = in_any_way.base.tokenizer.decode(tokens[: tokens.index(end) + 1]).strip()
+    row = Row(prompt_ids=ROWS[0].prompt_ids, answer_ids=[71, 1], references=[kept])
+    assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 0.0
+    generation: Any = in_any_way.model.generation_config
+    generation.eos_token_id = [end]
+    try:
+        assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 1.0
+    finally:
+        generation.eos_token_id = 1
+
+
+def test_a_model_that_cannot_share_is_scored_in_padded_batches(tiny: Tiny, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.model)
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, eos_token_id=1
+    )
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    path = "transformer.h.{}.self_attention.query_key_value"
+    slots = slots_of(tmp_path, "padded", "query_key_value", path)
+    slots.evaluate()
+    answers = [
+        tokenizer.decode(greedy(slots, row.prompt_ids, 6), skip_special_tokens=True).strip()
+        for row in ROWS
+    ]
+    right = [
+        Row(prompt_ids=row.prompt_ids, answer_ids=row.answer_ids, references=[answer])
+        for row, answer in zip(ROWS, answers, strict=True)
+    ]
+    alone = [score_rows(slots, [[row]], section())[0][0] for row in right]
+    for batch_size in (1, 16):
+        found, _ = score_rows(slots, [right, ALIKE], section(batch_size))
+        assert [row.exact_match for row in found] == [1.0] * 3
+        losses = [row.loss for row in found]
+        assert losses == pytest.approx([row.loss for row in alone], abs=1e-4)
 
 
 def test_a_clients_loss_is_the_mean_over_its_tokens() -> None:

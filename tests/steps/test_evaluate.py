@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.adapter_files import PeftDescription, write_peft_adapter
+from fedllm.model.packing import common_prefix
 from fedllm.planning.evaluation import choose
 from fedllm.planning.federation import plan_federation
 from fedllm.steps.adapters import adapter_of
@@ -84,6 +86,30 @@ def test_the_same_state_scores_the_same_again(run: RunPaths, session: Session) -
     again = evaluate_state(run, 1, None, session)
     assert again.clients == record.clients
     assert again.state_sha256 == record.state_sha256
+
+
+def test_rows_of_a_client_are_read_together(run: RunPaths, session: Session) -> None:
+    """What a client's rows have in common is computed once, for their loss and their answers."""
+    config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
+    slots, data = session.slots(config, prepared), session.data(prepared.data_path)
+    targets = choose(config, prepared, 1)
+    clients = [[data.rows(t.client, "test")[index] for index in t.rows] for t in targets]
+    texts = [[[*row.prompt_ids, *row.answer_ids] for row in rows] for rows in clients]
+    shared = [common_prefix(of_client) for of_client in texts]
+    computed = sum(
+        prefix + sum(len(text) - 1 - prefix for text in of_client)
+        for prefix, of_client in zip(shared, texts, strict=True)
+    )
+    widths: list[int] = []
+    embedding: Any = slots.model.get_submodule("model.embed_tokens")
+    hook = embedding.register_forward_pre_hook(lambda _, args: widths.append(args[0].numel()))
+    try:
+        score_targets(slots, data, adapter_at(run), targets, config.evaluation)
+    finally:
+        hook.remove()
+    assert all(len(rows) == 2 for rows in clients)
+    assert min(shared) > 50
+    assert sum(width for width in widths if width > config.evaluation.batch_size) == computed
 
 
 def test_round_0_scores_the_base(run: RunPaths, session: Session) -> None:
