@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from fedllm.evaluation.reading import plan_passes, read
 from fedllm.model.batches import TokenRow
 from fedllm.model.slots import AdapterSlots
+
+_ROOM = 32  # key positions that are made at once, ahead of the steps that fill them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class _Steps:
         self._ends = ends
         self._gaps: list[int] = []
         self._width = 0
-        self._cache = DynamicCache()
+        self._layers: list[_Layer] = []
 
     def is_over(self, row: _Row) -> bool:
         """Say whether a row has its last token."""
@@ -113,17 +116,14 @@ class _Steps:
         # not seen, but finite: a row's own
         keys = [[row.keys[0]] * gap + [*row.keys] for gap, row in zip(gaps, rows, strict=True)]
         keys_NW = torch.tensor(keys, device=self._device)
-        if not self.rows:
-            self._cache = DynamicCache()
-        for number, layer in enumerate(cache.layers):
-            keys_NHWD = _gathered(layer.keys, keys_NW)
-            values_NHWD = _gathered(layer.values, keys_NW)
+        self._layers = self._layers or [_Layer() for _ in cache.layers]
+        for layer, read_layer in zip(self._layers, cache.layers, strict=True):
+            keys_NHWD = _gathered(read_layer.keys, keys_NW)
+            values_NHWD = _gathered(read_layer.values, keys_NW)
             if self.rows:
-                own = self._cache.layers[number]
-                own.keys = _joined(own.keys, keys_NHWD)
-                own.values = _joined(own.values, values_NHWD)
-            else:
-                self._cache.update(keys_NHWD, values_NHWD, number)
+                keys_NHWD = _joined(layer.keys, keys_NHWD)
+                values_NHWD = _joined(layer.values, values_NHWD)
+            layer.hold(keys_NHWD, values_NHWD)
         self._gaps = [gap + width - self._width for gap in self._gaps] + gaps
         self._width = width
         self.rows += rows
@@ -143,7 +143,7 @@ class _Steps:
             input_ids=last_N1,
             attention_mask=(positions_W >= gaps_N1).long(),
             position_ids=self._width - gaps_N1,
-            past_key_values=self._cache,
+            past_key_values=Cache(layers=self._layers),
             use_cache=True,
         ).logits
         self._width += 1
@@ -160,9 +160,33 @@ class _Steps:
         self._gaps = [self._gaps[n] - least for n in kept]
         self._width -= least
         kept_N = torch.tensor(kept, dtype=torch.int64, device=self._device)
-        for layer in self._cache.layers:
-            layer.keys = layer.keys[kept_N, :, least:]
-            layer.values = layer.values[kept_N, :, least:]
+        for layer in self._layers:
+            layer.hold(layer.keys[kept_N, :, least:], layer.values[kept_N, :, least:])
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """Keys and values with room behind them: most steps write a token and copy nothing else."""
+
+    def hold(self, keys_NHWD: Tensor, values_NHWD: Tensor) -> None:
+        """Put these in place of all others."""
+        self.lazy_initialization(keys_NHWD, values_NHWD)
+        self.keys, self.values = keys_NHWD, values_NHWD
+        self._roomy = (keys_NHWD, values_NHWD)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values (N, H, tokens, D) and return all."""
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        if stop > self._roomy[0].shape[2]:
+            room = (0, 0, 0, stop - start + _ROOM)
+            pad = nn.functional.pad
+            self._roomy = (pad(self.keys, room), pad(self.values, room))
+        for roomy_NHXD, new in zip(self._roomy, (key_states, value_states), strict=True):
+            roomy_NHXD[:, :, start:stop] = new
+        self.keys, self.values = (roomy_NHXD[:, :, :stop] for roomy_NHXD in self._roomy)
+        return self.keys, self.values
 
 
 @contextmanager
