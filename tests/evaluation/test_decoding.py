@@ -147,6 +147,23 @@ def test_a_window_shorter_than_a_prompt_moves_on_with_the_answer() -> None:
     assert found != tokens_of(answer(without, [DIFFERENT], most=20))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile:UserWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+)
+def test_what_flex_attention_read_is_answered_by_sdpa() -> None:
+    slots = slots_of("llama", head_dim=16)
+    expected = [greedy(slots, row) for row in ROWS]
+    model: Any = slots.model
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        found = answer_clients(
+            slots, list(CLIENTS.values()), way="flex", batch_size=4, most_tokens=MOST, ends=()
+        )
+    assert tokens_of(found) == expected
+    assert model.config._attn_implementation == "flex_attention"
+
+
 def test_a_model_in_train_mode_is_set_to_evaluate(llama: AdapterSlots) -> None:
     llama.train()
     answer(llama, [DIFFERENT])
