@@ -19,9 +19,11 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.base import Base, find_modules
 from fedllm.model.noise import RowDropout, RowSeeds
+from fedllm.model.stacked import Seats, StackedA, StackedB
 from fedllm.model.ways import set_way
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
+_GROUP = "group"  # the name of the one PEFT adapter that computes with several adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,18 @@ class _Slot:
     layers: Mapping[str, LoraLayer]
     a: Mapping[str, nn.Parameter]
     b: Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GroupSlot:
+    """The PEFT adapter of several clients, and the tensors that members of groups train.
+
+    `pool` has them by module, rank and place in the group: groups of any ranks share them.
+    """
+
+    name: str
+    layers: Mapping[str, LoraLayer]
+    pool: dict[tuple[str, int, int], tuple[nn.Parameter, nn.Parameter]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +92,10 @@ class AdapterSlots:
         self.rows = RowSeeds()
         self._modules = find_modules(base.model, target_modules)
         self._dropout = dropout
+        self.seats = Seats()
         self._slots: dict[_Signature, _Slot] = {}
-        self._active: _Slot | None = None
+        self._group: _GroupSlot | None = None
+        self._active: _Slot | _GroupSlot | None = None
         self._checkpointing = False
         self.model.requires_grad_(False)
         set_way(self.model, way)
@@ -126,6 +142,34 @@ class AdapterSlots:
         for parameter in installed.parameters:
             parameter.grad = None
         return installed
+
+    def install_group(self, adapters: Sequence[Adapter]) -> list[Installed]:
+        """Make the model compute with several adapters, each for tokens of its own.
+
+        `seats.enter` says before every forward pass whose tokens they are. All adapters have the
+        same modules, of any ranks; each member's parameters are its own.
+
+        Raises:
+            AdapterError: as `install`.
+        """
+        for adapter in adapters:
+            self._check(adapter)
+        modules = tuple(sorted(adapters[0]))
+        assert all(tuple(sorted(adapter)) == modules for adapter in adapters), "unequal modules"
+        slot = self._group_slot(modules)
+        members = [self._seated(slot, adapter, place) for place, adapter in enumerate(adapters)]
+        for number, module in enumerate(modules):
+            a, b = slot.layers[module].lora_A[_GROUP], slot.layers[module].lora_B[_GROUP]
+            assert isinstance(a, StackedA) and isinstance(b, StackedB)
+            a.fill([member.a[number] for member in members])
+            b.fill([member.b[number] for member in members])
+            b.scales = tuple(member.scales[module] for member in members)
+        self._activate(slot)
+        for member in members:
+            for parameter in member.parameters:
+                parameter.requires_grad_(True)
+                parameter.grad = None
+        return members
 
     def train(self, *, gradient_checkpointing: bool = False) -> None:
         """Set the model to train: dropout is on."""
@@ -174,16 +218,52 @@ class AdapterSlots:
     def _slot(self, signature: _Signature) -> _Slot:
         slot = self._slots.get(signature)
         if slot is None:
-            slot = self._slots[signature] = self._inject(dict(signature))
+            # PEFT loses layers of "0" and refuses dots
+            name = f"c{len(self._slots)}"
+            slot = self._slots[signature] = self._inject(name, dict(signature))
+        self._activate(slot)
+        return slot
+
+    def _activate(self, slot: "_Slot | _GroupSlot") -> None:
         if slot is not self._active:
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
                     module.set_adapter(slot.name)
             self._active = slot
-        return slot
 
-    def _inject(self, ranks: Mapping[str, int]) -> _Slot:
-        name = f"c{len(self._slots)}"  # PEFT loses layers of "0" and refuses dots
+    def _group_slot(self, modules: Sequence[str]) -> _GroupSlot:
+        """Return the slot of groups, whose layers have stacked factors in place of PEFT's own."""
+        if self._group is None:
+            layers = self._inject(_GROUP, dict.fromkeys(modules, 1)).layers
+            for layer in layers.values():
+                layer.lora_A[_GROUP] = StackedA(self.seats)
+                layer.lora_B[_GROUP] = StackedB(self.seats)
+                layer.scaling[_GROUP] = 1.0
+            self._group = _GroupSlot(name=_GROUP, layers=layers, pool={})
+        assert set(self._group.layers) == set(modules), "groups of unequal modules"
+        return self._group
+
+    def _seated(self, slot: _GroupSlot, adapter: Adapter, place: int) -> Installed:
+        """Copy the adapter of the member at `place` into tensors of its own."""
+        pairs = {}
+        for module, factors in sorted(adapter.items()):
+            key = (module, factors.rank, place)
+            if key not in slot.pool:
+                shapes = factors.a_RI.shape, factors.b_OR.shape
+                a, b = (nn.Parameter(torch.empty(s, device=self.device)) for s in shapes)
+                slot.pool[key] = a, b
+            a, b = pairs[module] = slot.pool[key]
+            with torch.no_grad():
+                a.copy_(factors.a_RI)
+                b.copy_(factors.b_OR)
+        return Installed(
+            modules=tuple(pairs),
+            scales={module: adapter[module].scale for module in pairs},
+            a=tuple(a for a, _ in pairs.values()),
+            b=tuple(b for _, b in pairs.values()),
+        )
+
+    def _inject(self, name: str, ranks: Mapping[str, int]) -> _Slot:
         config = LoraConfig(
             target_modules=list(ranks),
             # PEFT reads these keys as patterns
