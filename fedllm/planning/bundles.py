@@ -1,9 +1,11 @@
-"""Cutting a class's clients into bundles of decreasing size, costliest clients first."""
+"""Cutting a class's groups into bundles of decreasing size, costliest groups first."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+from fedllm.planning.grouping import Group
 from fedllm.storage.records import BundleRecord, CohortClient
 
 # Each bundle leaves a claim and an update: 10 s of work make their files cheap.
@@ -15,7 +17,7 @@ _BUNDLES_PER_WORKER = 8
 
 
 def cut_bundles(
-    clients: Sequence[CohortClient],
+    groups: Sequence[Group],
     *,
     worker_class: str,
     seconds: Callable[[CohortClient], float],
@@ -24,51 +26,72 @@ def cut_bundles(
     target_seconds: float = math.inf,
     first: int = 0,
 ) -> list[BundleRecord]:
-    """Cut clients of one class into bundles, numbered from `first`.
+    """Cut groups of one class into bundles of their missing clients, numbered from `first`.
 
-    `auto` makes them smaller towards the end (a third of an even share of what is left, at least
-    10 s of work), so that workers end together.
+    A group stays whole. `auto` makes bundles smaller towards the end (a third of an even share of
+    what is left, at least 10 s of work), so that workers end together.
 
     Args:
-        clients: of one class.
+        groups: of one class.
         worker_class: its name.
         seconds: how long a client is expected to train.
         workers: how many take bundles at once.
-        clients_per_bundle: a size in clients instead.
+        clients_per_bundle: a size in clients instead, for groups that are no larger.
         target_seconds: the work that a worker should have, which holds for bundles the more.
         first: the number of the first bundle.
     """
-    ordered = sorted(((seconds(c), c.id) for c in clients), key=lambda pair: (-pair[0], pair[1]))
+    works = [
+        _Work(seconds=math.fsum(map(seconds, group.members)), clients=group.missing)
+        for group in groups
+    ]
+    ordered = sorted(works, key=lambda work: (-work.seconds, work.clients))
     if clients_per_bundle == "auto":
         cuts = _guided(ordered, workers, target_seconds)
     else:
-        size = clients_per_bundle
-        cuts = [ordered[at : at + size] for at in range(0, len(ordered), size)]
+        cuts = _of_size(ordered, clients_per_bundle)
     return [
         BundleRecord(
             number=number,
             worker_class=worker_class,
-            clients=[id_ for _, id_ in cut],
-            cost=math.fsum(cost for cost, _ in cut),
+            clients=[id_ for work in cut for id_ in work.clients],
+            cost=math.fsum(work.seconds for work in cut),
         )
         for number, cut in enumerate(cuts, first)
     ]
 
 
-def _guided(
-    ordered: Sequence[tuple[float, str]], workers: int, target_seconds: float
-) -> list[list[tuple[float, str]]]:
-    left = math.fsum(cost for cost, _ in ordered)
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What training one group takes, and whom it is for."""
+
+    seconds: float
+    clients: tuple[str, ...]
+
+
+def _of_size(ordered: Sequence[_Work], size: int) -> list[list[_Work]]:
+    cuts: list[list[_Work]] = []
+    room = 0
+    for work in ordered:
+        if len(work.clients) > room:
+            cuts.append([])
+            room = size
+        cuts[-1].append(work)
+        room -= len(work.clients)
+    return cuts
+
+
+def _guided(ordered: Sequence[_Work], workers: int, target_seconds: float) -> list[list[_Work]]:
+    left = math.fsum(work.seconds for work in ordered)
     smallest = min(SMALLEST_BUNDLE_SECONDS, left / (_BUNDLES_PER_WORKER * workers))
-    cuts: list[list[tuple[float, str]]] = []
+    cuts: list[list[_Work]] = []
     held = wanted = 0.0
-    for cost, id_ in ordered:
-        # a client goes where it overshoots less
-        if not cuts or held + cost / 2 > wanted:
+    for work in ordered:
+        # a group goes where it overshoots less
+        if not cuts or held + work.seconds / 2 > wanted:
             left -= held
             wanted = max(smallest, min(left / workers, target_seconds) * _SHARE_OF_WORKER)
             cuts.append([])
             held = 0.0
-        cuts[-1].append((cost, id_))
-        held += cost
+        cuts[-1].append(work)
+        held += work.seconds
     return cuts

@@ -1,12 +1,13 @@
 """Everything that configuration and data fix before the first round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
 from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
 from fedllm.planning.cohorts import cohort_size, draw_cohort
 from fedllm.planning.costs import CostModel, seed_costs, training_cost
+from fedllm.planning.grouping import Group, group_clients
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
@@ -43,6 +44,10 @@ class Federation:
             )
             for id_ in drawn
         ]
+
+    def groups(self, cohort: Sequence[CohortClient]) -> list[Group]:
+        """Return who of a whole cohort trains together."""
+        return group_clients(cohort, self.ranks, self.config.training.clients_per_batch)
 
     @property
     def enough(self) -> int | None:

@@ -9,9 +9,10 @@ from fedllm.errors import ConfigError
 from fedllm.planning.bundles import cut_bundles
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.costs import CostModel
+from fedllm.planning.grouping import Group
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.sbatch_options import by_flag, time_minutes
-from fedllm.storage.records import BundleRecord, CohortClient
+from fedllm.storage.records import BundleRecord
 
 # Loading the base and whatever a cluster's start-up takes, before anything was timed.
 STARTUP_SECONDS = 120.0
@@ -44,7 +45,7 @@ class ClassPlan:
 
 
 def plan_classes(
-    clients: Sequence[CohortClient],
+    groups: Sequence[Group],
     classes: Mapping[str, str],
     *,
     costs: CostModel,
@@ -53,13 +54,13 @@ def plan_classes(
     section: SchedulerSection,
     startup_seconds: float = STARTUP_SECONDS,
 ) -> list[ClassPlan]:
-    """Plan the workers and bundles of every class that has clients, sorted by name.
+    """Plan the workers and bundles of every class that has groups to train, sorted by name.
 
     Slots are shared among classes by work. A class gets workers for `target_minutes` of work
     each, but no fewer than there are free slots while each has `worker_minutes_min`.
 
     Args:
-        clients: who is to train.
+        groups: who is to train, and together with whom.
         classes: tier -> class.
         costs: how long clients take.
         capacities: class -> what there is room for.
@@ -70,11 +71,12 @@ def plan_classes(
     Raises:
         ConfigError: a `time` that sbatch would not take.
     """
-    members: dict[str, list[CohortClient]] = {}
-    for client in clients:
-        members.setdefault(classes[client.tier], []).append(client)
+    members: dict[str, list[Group]] = {}
+    for group in groups:
+        members.setdefault(classes[group.tier], []).append(group)
     seconds = {
-        name: math.fsum(costs.seconds(client) for client in mine) for name, mine in members.items()
+        name: math.fsum(costs.seconds(client) for group in mine for client in group.members)
+        for name, mine in members.items()
     }
     parallel = _parallel(seconds, {name: len(mine) for name, mine in members.items()}, capacities)
     plans: list[ClassPlan] = []
@@ -121,7 +123,7 @@ def _parallel(
 ) -> dict[str, int]:
     """Share the slots among classes by work, at least one each.
 
-    What a class cannot use, having few clients or little room, goes to the others.
+    What a class cannot use, having few groups or little room, goes to the others.
     """
     slots = max(room[name].most_parallel for name in seconds)
     most = {name: max(1, min(counts[name], room[name].most_parallel)) for name in seconds}

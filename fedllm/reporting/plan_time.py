@@ -56,7 +56,7 @@ def times_for_slots(
             for name, room in capacities.items()
         }
         classes = plan_classes(
-            cohort,
+            federation.groups(cohort),
             federation.classes,
             costs=federation.seed_costs(),
             capacities=rooms,

@@ -6,6 +6,7 @@ from fedllm.config.models import SbatchOptions
 from fedllm.planning.classes import tier_options
 from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.federation import Federation
+from fedllm.planning.grouping import Group, group_clients
 from fedllm.planning.sbatch_options import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
 from fedllm.rounds.lingering import lingering_workers
@@ -33,7 +34,8 @@ def start_attempt(
 ) -> None:
     """Plan who trains the missing clients and submit as many workers as there is room for."""
     paths = run.paths.round(cohort.round)
-    present = {federation.classes[client.tier] for client in missing}
+    groups = _missing_groups(federation, cohort, missing)
+    present = {federation.classes[group.tier] for group in groups}
     sbatch = run.config.scheduler.sbatch
     factors = {name: memory_factor(run, paths, number - 1, name) for name in sorted(present)}
     options = {
@@ -47,7 +49,7 @@ def start_attempt(
     capacities = {name: run.scheduler.capacity(given) for name, given in options.items()}
     before = run.find(CollectionRecord, paths.before.collection)
     classes = plan_classes(
-        missing,
+        groups,
         federation.classes,
         costs=_measured_costs(federation, before),
         capacities=capacities,
@@ -86,6 +88,16 @@ def start_attempt(
     plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
     run.say(f"round {cohort.round}/{run.config.rounds}: {_told(plan, len(missing), number)}")
     submit(run, paths.attempt(number), plan, run.paths.logs(cohort.round))
+
+
+def _missing_groups(
+    federation: Federation, cohort: CohortRecord, missing: Sequence[CohortClient]
+) -> list[Group]:
+    """Return the groups that train again, whole, for the members of theirs that are missing."""
+    done = {client.id for client in cohort.clients} - {client.id for client in missing}
+    size = federation.config.training.clients_per_batch
+    groups = group_clients(cohort.clients, cohort.ranks, size)
+    return [left for group in groups if (left := group.without(done)).missing]
 
 
 def _measured_costs(federation: Federation, before: CollectionRecord | None) -> CostModel:

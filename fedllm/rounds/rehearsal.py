@@ -58,11 +58,12 @@ def rehearse(
     """
     federation = plan_federation(config, prepared)
     cohort = federation.cohort(1)
-    names = sorted({federation.classes[client.tier] for client in cohort})
+    groups = federation.groups(cohort)
+    names = sorted({federation.classes[group.tier] for group in groups})
     options = {name: tier_options(config.scheduler.sbatch, name) for name in names}
     capacities = {name: capacity(given) for name, given in options.items()}
     classes = plan_classes(
-        cohort,
+        groups,
         federation.classes,
         costs=federation.seed_costs(),
         capacities=capacities,

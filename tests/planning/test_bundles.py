@@ -1,5 +1,6 @@
 """Bundles: all clients of a class once, the costliest first, smaller towards the end."""
 
+import math
 import random
 from itertools import pairwise
 from typing import Literal
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.planning.bundles import SMALLEST_BUNDLE_SECONDS, cut_bundles
+from fedllm.planning.grouping import Group, group_clients
 from fedllm.storage.records import BundleRecord, CohortClient
 
 Size = int | Literal["auto"]
 SIZES = st.integers(1, 9) | st.just("auto")
+RANKS = {"t": {"m": 4}}
 
 
 @st.composite
@@ -26,9 +29,15 @@ def seconds(client: CohortClient) -> float:
     return client.cost
 
 
-def cut(clients: list[CohortClient], workers: int = 4, size: Size = "auto") -> list[BundleRecord]:
+def cut(
+    clients: list[CohortClient], workers: int = 4, size: Size = "auto", together: int = 1
+) -> list[BundleRecord]:
     return cut_bundles(
-        clients, worker_class="t", seconds=seconds, workers=workers, clients_per_bundle=size
+        group_clients(clients, RANKS, together),
+        worker_class="t",
+        seconds=seconds,
+        workers=workers,
+        clients_per_bundle=size,
     )
 
 
@@ -100,6 +109,41 @@ def test_the_last_bundles_are_small() -> None:
 def test_a_class_goes_on_with_the_numbers_of_the_one_before() -> None:
     clients = [CohortClient(id=str(n), tier="t", cost=1.0) for n in range(4)]
     bundles = cut_bundles(
-        clients, worker_class="t", seconds=seconds, workers=1, clients_per_bundle=2, first=7
+        group_clients(clients, RANKS, 1),
+        worker_class="t",
+        seconds=seconds,
+        workers=1,
+        clients_per_bundle=2,
+        first=7,
     )
     assert [bundle.number for bundle in bundles] == [7, 8]
+
+
+@given(
+    clients=clients_of_a_class(),
+    workers=st.integers(1, 20),
+    size=SIZES,
+    together=st.integers(2, 5),
+    done=st.sets(st.integers(0, 59)),
+)
+def test_a_group_stays_whole_and_costs_all_its_members_though_some_are_done(
+    clients: list[CohortClient], workers: int, size: Size, together: int, done: set[int]
+) -> None:
+    published = {client.id for n, client in enumerate(clients) if n in done}
+    groups = [g.without(published) for g in group_clients(clients, RANKS, together)]
+    groups = [group for group in groups if group.missing]
+    bundles = cut_bundles(
+        groups, worker_class="t", seconds=seconds, workers=workers, clients_per_bundle=size
+    )
+    found = sorted(id_ for bundle in bundles for id_ in bundle.clients)
+    assert found == sorted(client.id for client in clients if client.id not in published)
+    for bundle in bundles:
+        inside = [group for group in groups if group.missing[0] in bundle.clients]
+        assert bundle.clients == [i for g in sorted_by_cost(inside) for i in g.missing]
+        assert bundle.cost == pytest.approx(sum(m.cost for g in inside for m in g.members))
+        most = max(len(group.missing) for group in groups)
+        assert size == "auto" or len(bundle.clients) <= max(size, most)
+
+
+def sorted_by_cost(groups: list[Group]) -> list[Group]:
+    return sorted(groups, key=lambda g: (-math.fsum(m.cost for m in g.members), g.missing))

@@ -10,10 +10,12 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.costs import SECONDS_PER_CLIENT, CostModel
+from fedllm.planning.grouping import group_clients
 from fedllm.planning.workers import ClassPlan, next_arrays, plan_classes
 from fedllm.storage.records import CohortClient
 
 CLASSES = {"t1": "t1", "t2": "t1", "t3": "t3"}
+RANKS = {"t1": {"m": 8}, "t2": {"m": 8}, "t3": {"m": 12}}
 COSTS = CostModel(seconds_per_token=dict.fromkeys(CLASSES, 1.0), calibrated=True)
 
 
@@ -31,6 +33,7 @@ def planned(
     resident: bool = False,
     most_minutes: float | None = None,
     options: dict[str, str | int | float | bool | None] | None = None,
+    together: int = 1,
     **section: object,
 ) -> dict[str, ClassPlan]:
     capacity = Capacity(
@@ -41,7 +44,7 @@ def planned(
         resident=resident,
     )
     plans = plan_classes(
-        clients,
+        group_clients(clients, RANKS, together),
         CLASSES,
         costs=costs,
         capacities=dict.fromkeys(CLASSES.values(), capacity),
@@ -149,6 +152,18 @@ def test_a_configured_time_limit_is_taken_as_it_is() -> None:
 def test_lingering_workers_ask_for_the_time_to_linger_too() -> None:
     plan = planned(clients_of("t1", 1, 0.1), linger_minutes=20, target_minutes=30)["t1"]
     assert plan.minutes == 50
+
+
+def test_groups_train_where_the_member_of_largest_rank_does() -> None:
+    work = [*clients_of("t1", 5, 1.0), *clients_of("t3", 4, 1.0)]
+    alone = planned(work, clients_per_bundle=1)
+    together = planned(work, clients_per_bundle=1, together=4)
+    assert [len(plan.bundles) for plan in alone.values()] == [5, 4]
+    # the fifth of t1 goes with three of t3
+    sizes = {name: [len(b.clients) for b in plan.bundles] for name, plan in together.items()}
+    assert sizes == {"t1": [4], "t3": [4, 1]}
+    assert sum(plan.seconds for plan in together.values()) == pytest.approx(9 * 60.0)
+    assert together["t1"].workers == 1
 
 
 def test_arrays_are_split_at_their_largest_size_and_at_the_room_in_the_queue() -> None:

@@ -1,0 +1,67 @@
+"""Which clients of a cohort are trained together, in one pass over the base model."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedllm.storage.records import CohortClient
+
+# Factors are padded to the largest rank of a group: at most so much of a product is zeros.
+_LARGEST_RATIO = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Clients that are trained together, those of larger rank later.
+
+    `missing` are the members whose updates are wanted; all members train all the same, since the
+    rounding of each depends on the others.
+    """
+
+    members: tuple[CohortClient, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The ids of all members."""
+        return tuple(member.id for member in self.members)
+
+    @property
+    def tier(self) -> str:
+        """The tier on whose workers they train: that of the largest rank."""
+        return self.members[-1].tier
+
+    def without(self, done: Collection[str]) -> "Group":
+        """Return the group with fewer members missing."""
+        return replace(self, missing=tuple(id_ for id_ in self.missing if id_ not in done))
+
+
+def group_clients(
+    clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]], size: int
+) -> list[Group]:
+    """Cut a cohort into groups of at most `size` clients of similar ranks and costs.
+
+    Nothing else decides them: neither how the cohort is bundled, nor who is done already, nor
+    which workers there are. In no module has a member more than twice another's rank.
+
+    Args:
+        clients: the whole cohort.
+        ranks: tier -> module -> rank.
+        size: `training.clients_per_batch`.
+    """
+    ordered = sorted(clients, key=lambda c: (max(ranks[c.tier].values()), -c.cost, c.id))
+    cuts: list[list[CohortClient]] = []
+    for client in ordered:
+        if cuts and len(cuts[-1]) < size and _are_similar([*cuts[-1], client], ranks):
+            cuts[-1].append(client)
+        else:
+            cuts.append([client])
+    return [Group(members=tuple(cut), missing=tuple(c.id for c in cut)) for cut in cuts]
+
+
+def _are_similar(clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]) -> bool:
+    per_tier = [ranks[tier] for tier in sorted({client.tier for client in clients})]
+    modules = set(per_tier[0])
+    if any(set(each) != modules for each in per_tier):
+        return False
+    found = ([each[module] for each in per_tier] for module in modules)
+    return all(max(each) <= _LARGEST_RATIO * min(each) for each in found)
