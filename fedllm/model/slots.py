@@ -65,7 +65,7 @@ class Installed:
     def factors(self) -> Adapter:
         """Return copies of the factors, float32 on the CPU."""
         return {
-            module: Factors(a_RI=_copied(a), b_OR=_copied(b), scale=self.scales[module])
+            module: Factors(a_RI=_on_cpu(a), b_OR=_on_cpu(b), scale=self.scales[module])
             for module, a, b in zip(self.modules, self.a, self.b, strict=True)
         }
 
@@ -95,6 +95,7 @@ class AdapterSlots:
         self.seats = Seats()
         self._slots: dict[_Signature, _Slot] = {}
         self._group: _GroupSlot | None = None
+        self._seated: list[int] = []  # which members of the installed group its layers hold
         self._active: _Slot | _GroupSlot | None = None
         self._checkpointing = False
         self.model.requires_grad_(False)
@@ -144,10 +145,9 @@ class AdapterSlots:
         return installed
 
     def install_group(self, adapters: Sequence[Adapter]) -> list[Installed]:
-        """Make the model compute with several adapters, each for tokens of its own.
+        """Make the model compute with several adapters, each for the tokens that `seat` says.
 
-        `seats.enter` says before every forward pass whose tokens they are. All adapters have the
-        same modules, of any ranks; each member's parameters are its own.
+        All have the same modules, of any ranks; each member's parameters are its own.
 
         Raises:
             AdapterError: as `install`.
@@ -157,19 +157,33 @@ class AdapterSlots:
         modules = tuple(sorted(adapters[0]))
         assert all(tuple(sorted(adapter)) == modules for adapter in adapters), "unequal modules"
         slot = self._group_slot(modules)
-        members = [self._seated(slot, adapter, place) for place, adapter in enumerate(adapters)]
-        for number, module in enumerate(modules):
-            a, b = slot.layers[module].lora_A[_GROUP], slot.layers[module].lora_B[_GROUP]
+        members = [self._copied(slot, adapter, place) for place, adapter in enumerate(adapters)]
+        self._activate(slot)
+        self._seated = []
+        for parameter in (p for member in members for p in member.parameters):
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        return members
+
+    def seat(self, members: Sequence[Installed], lengths: Sequence[int]) -> None:
+        """Say whose tokens the next forward pass computes: so many of each member, in turn.
+
+        Args:
+            members: of the installed group, all or some.
+            lengths: their tokens in the sequence.
+        """
+        assert self._group is not None and self._group is self._active, "no group is installed"
+        self.seats.enter(lengths)
+        if self._seated == [id(member) for member in members]:
+            return
+        self._seated = [id(member) for member in members]
+        for number, module in enumerate(members[0].modules):
+            layer = self._group.layers[module]
+            a, b = layer.lora_A[_GROUP], layer.lora_B[_GROUP]
             assert isinstance(a, StackedA) and isinstance(b, StackedB)
             a.fill([member.a[number] for member in members])
             b.fill([member.b[number] for member in members])
             b.scales = tuple(member.scales[module] for member in members)
-        self._activate(slot)
-        for member in members:
-            for parameter in member.parameters:
-                parameter.requires_grad_(True)
-                parameter.grad = None
-        return members
 
     def train(self, *, gradient_checkpointing: bool = False) -> None:
         """Set the model to train: dropout is on."""
@@ -243,7 +257,7 @@ class AdapterSlots:
         assert set(self._group.layers) == set(modules), "groups of unequal modules"
         return self._group
 
-    def _seated(self, slot: _GroupSlot, adapter: Adapter, place: int) -> Installed:
+    def _copied(self, slot: _GroupSlot, adapter: Adapter, place: int) -> Installed:
         """Copy the adapter of the member at `place` into tensors of its own."""
         pairs = {}
         for module, factors in sorted(adapter.items()):
@@ -302,7 +316,7 @@ def _weight(linear: nn.Module) -> nn.Parameter:
     return linear.weight
 
 
-def _copied(factor: Tensor) -> Tensor:
+def _on_cpu(factor: Tensor) -> Tensor:
     return factor.detach().to("cpu", torch.float32, copy=True)
 
 

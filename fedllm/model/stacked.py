@@ -23,14 +23,14 @@ from fedllm.model.packing import Packed
 
 
 class Seats:
-    """How many tokens of the sequence that is now in the model each client has, in turn."""
+    """How many tokens each client has, in turn, of the sequence that is now in the model."""
 
     def __init__(self) -> None:
-        self.lengths: Sequence[int] = ()
+        self.lengths: tuple[int, ...] = ()
 
     def enter(self, lengths: Sequence[int]) -> None:
-        """Say whose tokens the next forward pass computes; 0 for a client without any."""
-        self.lengths = list(lengths)
+        """Say how many tokens of each client the next forward pass computes."""
+        self.lengths = tuple(lengths)
 
     def gather(self, x_1TI: Tensor) -> Tensor:
         """Return the tokens with a batch entry per client (C, S, I), zeros behind them."""

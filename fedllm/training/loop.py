@@ -16,6 +16,7 @@ from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
 from fedllm.methods.local import LocalRule
 from fedllm.model.batches import LossOn, TokenRow
+from fedllm.model.noise import Piece
 from fedllm.model.passes import PACKERS, Cut, Pass
 from fedllm.model.slots import AdapterSlots, Installed
 from fedllm.training.optimizers import build_optimizer
@@ -88,60 +89,57 @@ def train_client(
         before_step: called with the step's number, from 0, and a function that returns the
             progress as it is; what it raises ends the training.
     """
-    steps = plan_steps(len(rows), settings.training, draws)
-    loop = _Loop(slots, adapter, settings, draws, len(steps))
+    loop = Loop(slots, slots.install(adapter), rows, settings, draws)
     if progress is not None:
         loop.resume(progress)
-    for number in range(loop.num_done, len(steps)):
+    for number in range(loop.num_done, loop.num_steps):
         before_step(number, loop.progress)
-        loop.step(number, loop.passes([rows[place] for place in steps[number]]))
-    losses = loop.losses()
-    norms = _norms(loop.installed)
-    reason = _failure(losses, norms)
-    return TrainResult(
-        adapter={} if reason else loop.installed.factors(),
-        reason=reason,
-        rows=len({place for places in steps for place in places}),
-        steps=len(steps),
-        tokens=loop.tokens,
-        loss_tokens=loop.loss_tokens,
-        losses=losses,
-        seconds=loop.seconds,
-        step_seconds=loop.step_seconds,
-        peak_memory_bytes=loop.peak_memory_bytes,
-        norms=norms,
-        scales=dict(loop.installed.scales),
-    )
+        loop.step(number)
+    return loop.result()
 
 
-class _Loop:
-    """The moving parts of one client's training."""
+class Loop:
+    """The moving parts of one client's training.
+
+    Args:
+        slots: the base model.
+        installed: what the client trains there.
+        rows: its training rows.
+        settings: how clients train.
+        draws: the identity that all randomness follows from.
+    """
 
     def __init__(
         self,
         slots: AdapterSlots,
-        adapter: Adapter,
+        installed: Installed,
+        rows: Sequence[TokenRow],
         settings: LocalSettings,
         draws: Draws,
-        num_steps: int,
     ) -> None:
         self._begun = time.perf_counter()
-        self.installed = slots.install(adapter)
+        self.draws = draws
         self.device = slots.device
+        self.installed = installed
         self.tokens = self.loss_tokens = 0
         self.step_seconds = 0.0
         self._earlier_peak = 0
-        self._slots, self._settings, self._draws = slots, settings, draws
-        self._num_steps = num_steps
+        self._slots, self._rows, self._settings = slots, rows, settings
+        self._steps = plan_steps(len(rows), settings.training, draws)
         self._earlier_losses: list[float] = []
         self._losses: list[Tensor] = []
-        self._parameters = self.installed.parameters
+        self._parameters = installed.parameters
         self._optimizer: Optimizer = build_optimizer(
             self._parameters, settings.rule, settings.training
         )
         slots.train(gradient_checkpointing=settings.training.gradient_checkpointing)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def num_steps(self) -> int:
+        """How many optimizer steps there are."""
+        return len(self._steps)
 
     @property
     def num_done(self) -> int:
@@ -181,8 +179,28 @@ class _Loop:
         self.step_seconds = progress.step_seconds
         assert self.num_done == progress.step, f"{self.num_done} losses at step {progress.step}"
 
-    def passes(self, rows: Sequence[TokenRow]) -> Sequence[Pass]:
-        """Return the rows of one optimizer step as the forward passes that compute them."""
+    def result(self) -> TrainResult:
+        """Return what the training gave; waits for the device."""
+        losses = self.losses()
+        norms = _norms(self.installed)
+        reason = _failure(losses, norms)
+        return TrainResult(
+            adapter={} if reason else self.installed.factors(),
+            reason=reason,
+            rows=len({place for places in self._steps for place in places}),
+            steps=self.num_steps,
+            tokens=self.tokens,
+            loss_tokens=self.loss_tokens,
+            losses=losses,
+            seconds=self.seconds,
+            step_seconds=self.step_seconds,
+            peak_memory_bytes=self.peak_memory_bytes,
+            norms=norms,
+            scales=dict(self.installed.scales),
+        )
+
+    def passes(self, number: int, way: str) -> Sequence[Pass]:
+        """Return the rows of an optimizer step as the forward passes that compute them."""
         training = self._settings.training
         cut = Cut(
             loss_on=self._settings.loss_on,
@@ -192,26 +210,34 @@ class _Loop:
             most_tokens=training.micro_batch_tokens,
             by_length=self._settings.by_length,
         )
-        return PACKERS[self._slots.way](rows, cut)
+        return PACKERS[way]([self._rows[place] for place in self._steps[number]], cut)
 
-    def step(self, number: int, passes: Sequence[Pass]) -> None:
+    def pieces(self, number: int, one: Pass) -> list[Piece]:
+        """Return the pieces of a pass of an optimizer step, with their seeds."""
+        return one.pieces(partial(self.draws.row, number), self.draws.prefix(number))
+
+    def step(self, number: int) -> None:
         """Take one optimizer step; its loss is the mean over all its targets."""
-        self.tokens += sum(each.num_tokens for each in passes)
+        passes = self.passes(number, self._slots.way)
         targets = sum(each.num_targets for each in passes)
-        self.loss_tokens += targets
-        training, draws = self._settings.training, self._draws
-        _reseed(draws.step(number), self.device)
+        reseed(self.draws.step(number), self.device)
         begun = time.perf_counter()
         total = torch.zeros((), device=self.device)
         for each in passes:
-            self._slots.rows.enter(each.pieces(partial(draws.row, number), draws.prefix(number)))
-            with _precision(training, self.device):
+            self._slots.rows.enter(self.pieces(number, each))
+            with precision(self._settings.training, self.device):
                 loss = each.loss_sum(self._slots.model) / max(1, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        self._losses.append(total)
-        self._update(rate_factor(number, self._num_steps, training))
+        self.end_step(number, passes, total)
         self.step_seconds += time.perf_counter() - begun
+
+    def end_step(self, number: int, passes: Sequence[Pass], loss: Tensor) -> None:
+        """Update by the gradients of all passes of a step; `loss` is the step's."""
+        self.tokens += sum(each.num_tokens for each in passes)
+        self.loss_tokens += sum(each.num_targets for each in passes)
+        self._losses.append(loss)
+        self._update(rate_factor(number, self.num_steps, self._settings.training))
 
     def _update(self, factor: float) -> None:
         training = self._settings.training
@@ -230,14 +256,16 @@ class _Loop:
         return [*self._earlier_losses, *losses]
 
 
-def _reseed(seed: int, device: torch.device) -> None:
+def reseed(seed: int, device: torch.device) -> None:
+    """Seed the global generators of a device."""
     # `torch.manual_seed` formats a stack for every absent accelerator: 1 ms a step
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-def _precision(training: TrainingSection, device: torch.device) -> AbstractContextManager[object]:
+def precision(training: TrainingSection, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of forward passes."""
     if training.precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

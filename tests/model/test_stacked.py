@@ -78,10 +78,11 @@ def together(
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The losses and gradients of clients in one pass."""
     members = slots.install_group(adapters)
-    slots.model.double()
+    for parameter in (p for member in members for p in member.parameters):
+        parameter.data = parameter.data.double()
     slots.train()
     stacked = StackedPass.of(packs)
-    slots.seats.enter(stacked.lengths)
+    slots.seat(members, stacked.lengths)
     slots.rows.enter(stacked.pieces([pieces_of(pack, n) for n, pack in enumerate(packs)]))
     losses = stacked.loss_sums(slots.model, "parts")
     torch.stack(losses).sum().backward()
@@ -131,7 +132,7 @@ def test_masks_of_dropout_are_those_that_each_client_has_alone(tiny: Tiny) -> No
     without = AdapterSlots(
         load_base(tiny.model, dtype="float32", device="cpu"), target_modules=TARGETS
     )
-    without.model.set_attn_implementation(PARTS_ATTENTION)  # type: ignore[operator]
+    without.model.double().set_attn_implementation(PARTS_ATTENTION)  # type: ignore[operator]
     dropped, kept = (together(each, shapes, packs)[0] for each in (slots, without))
     assert not torch.allclose(torch.stack(dropped), torch.stack(kept), rtol=1e-3)
 
@@ -164,8 +165,9 @@ def test_groups_of_any_ranks_share_their_tensors(slots: AdapterSlots, base: Base
         members = slots.install_group(adapters_of(base, order))
         used = [parameter for member in members for parameter in member.parameters]
         assert len({id(parameter) for parameter in used}) == len(used)
+        slots.seat(members[:1], [1])
         trained = [p for p in slots.model.parameters() if p.requires_grad]
-        assert {id(p) for p in trained} == {id(p) for p in used}
+        assert {id(p) for p in trained} == {id(p) for p in members[0].parameters}
     assert total() == first
 
 

@@ -1,0 +1,165 @@
+"""The local training of several clients at once: they share passes over the base, nothing else.
+
+Every member has its own parameters, optimizer, clipping, rate and steps, and the seeds that it
+would have alone. In exact arithmetic each trains as by itself; its rounding depends on who else is
+in the group, and on nothing else.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedllm.lora.factors import Adapter
+from fedllm.model.batches import TokenRow
+from fedllm.model.packing import Packed
+from fedllm.model.passes import PackedPass, Pass
+from fedllm.model.slots import AdapterSlots
+from fedllm.model.stacked import StackedPass
+from fedllm.training.loop import LocalSettings, Loop, TrainResult, precision, reseed
+from fedllm.training.plan import Draws
+from fedllm.training.progress import Progress
+
+# A part of a member's sequence sees its own tokens alone: what is not finite stays there.
+WAY = "parts"
+
+Snapshots = Callable[[], list[Progress]]
+StepHook = Callable[[int, Snapshots], None]
+_Told = TypeVar("_Told", Progress, TrainResult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One client of a group: what it received, its rows, its identity, where it goes on."""
+
+    adapter: Adapter
+    rows: Sequence[TokenRow]
+    draws: Draws
+    progress: Progress | None = None
+
+
+def train_clients(
+    slots: AdapterSlots,
+    members: Sequence[Member],
+    *,
+    settings: LocalSettings,
+    before_step: StepHook = lambda _step, _snapshots: None,
+) -> list[TrainResult]:
+    """Train copies of several adapters, each on its own client's rows; as `train_client` else.
+
+    A step is one of each member that has some left. Seconds are those of the group, shared out by
+    the tokens that were computed for each; the peak of memory is the group's.
+
+    Args:
+        slots: the base model, in way `parts`.
+        members: the clients, each at the same step of the group or at its own end.
+        settings: how clients train.
+        before_step: called with the step's number, from 0, and a function that returns the
+            progress of every member; what it raises ends the training.
+    """
+    group = _Group(slots, members, settings)
+    for number in range(group.num_done, group.num_steps):
+        before_step(number, group.progress)
+        group.step(number)
+    return group.results()
+
+
+class _Group:
+    """The moving parts of a group's training."""
+
+    def __init__(
+        self, slots: AdapterSlots, members: Sequence[Member], settings: LocalSettings
+    ) -> None:
+        self._begun = time.perf_counter()
+        self._slots, self._settings = slots, settings
+        installed = slots.install_group([member.adapter for member in members])
+        self._loops = [
+            Loop(slots, own, member.rows, settings, member.draws)
+            for own, member in zip(installed, members, strict=True)
+        ]
+        for loop, member in zip(self._loops, members, strict=True):
+            if member.progress is not None:
+                loop.resume(member.progress)
+        done = [min(self.num_done, loop.num_steps) for loop in self._loops]
+        assert done == [loop.num_done for loop in self._loops], "members at different steps"
+        self._earlier = [
+            (found.seconds, found.step_seconds) if (found := member.progress) else (0.0, 0.0)
+            for member in members
+        ]
+        self._computed = [0] * len(members)  # tokens
+        self._step_seconds = 0.0
+
+    @property
+    def num_done(self) -> int:
+        """How many steps the group has taken."""
+        return max(loop.num_done for loop in self._loops)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the member with most of them has."""
+        return max(loop.num_steps for loop in self._loops)
+
+    def progress(self) -> list[Progress]:
+        """Return all that the rest depends on, of every member; waits for the device."""
+        return self._shared([loop.progress for loop in self._loops])
+
+    def results(self) -> list[TrainResult]:
+        """Return what the training gave each member; waits for the device."""
+        return self._shared([loop.result for loop in self._loops])
+
+    def step(self, number: int) -> None:
+        """Take a step of every member that has one."""
+        active = [n for n, loop in enumerate(self._loops) if number < loop.num_steps]
+        passes = {n: self._loops[n].passes(number, WAY) for n in active}
+        # of the base's own dropouts, where it has any
+        reseed(self._loops[active[0]].draws.step(number), self._slots.device)
+        begun = time.perf_counter()
+        losses = {n: torch.zeros((), device=self._slots.device) for n in active}
+        for turn in range(max(map(len, passes.values()))):
+            present = {n: passes[n][turn] for n in active if turn < len(passes[n])}
+            targets = {n: max(1, sum(each.num_targets for each in passes[n])) for n in present}
+            sums = self._losses(number, present)
+            own = {n: loss / targets[n] for n, loss in zip(present, sums, strict=True)}
+            torch.stack(list(own.values())).sum().backward()  # type: ignore[no-untyped-call]
+            for n, loss in own.items():
+                losses[n] += loss.detach()
+                self._computed[n] += present[n].computed_tokens
+        for n in active:
+            self._loops[n].end_step(number, passes[n], losses[n])
+        self._step_seconds += time.perf_counter() - begun
+
+    def _losses(self, number: int, present: Mapping[int, Pass]) -> list[Tensor]:
+        """Return the sums of the losses of one pass of some members' steps."""
+        packs = [self._packed(each) for each in present.values()]
+        stacked = StackedPass.of(packs)
+        self._slots.seat([self._loops[n].installed for n in present], stacked.lengths)
+        pieces = [self._loops[n].pieces(number, each) for n, each in present.items()]
+        self._slots.rows.enter(stacked.pieces(pieces))
+        with precision(self._settings.training, self._slots.device):
+            return stacked.loss_sums(self._slots.model, WAY)
+
+    @staticmethod
+    def _packed(one: Pass) -> Packed:
+        assert isinstance(one, PackedPass)
+        return one.packed
+
+    def _shared(self, calls: Sequence[Callable[[], _Told]]) -> list[_Told]:
+        """Return what the members tell, with their shares of the group's seconds in it."""
+        begun = time.perf_counter()
+        told = [call() for call in calls]
+        self._step_seconds += time.perf_counter() - begun  # they waited for the device
+        total = sum(self._computed) or 1
+        passed = time.perf_counter() - self._begun
+        return [
+            replace(
+                each,
+                seconds=seconds + passed * computed / total,
+                step_seconds=step_seconds + self._step_seconds * computed / total,
+            )
+            for each, (seconds, step_seconds), computed in zip(
+                told, self._earlier, self._computed, strict=True
+            )
+        ]
