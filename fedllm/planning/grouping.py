@@ -5,6 +5,12 @@ from dataclasses import dataclass, replace
 
 from fedllm.storage.records import CohortClient
 
+GROUP_WAY = "parts"
+"""The way in which several clients' rows are computed together, on every kind of device.
+
+No part of a sequence ever meets another client's, so that what is not finite stays where it is.
+"""
+
 # Factors are padded to the largest rank of a group: at most so much of a product is zeros.
 _LARGEST_RATIO = 2
 

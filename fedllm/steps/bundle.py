@@ -1,6 +1,10 @@
-"""The clients of a bundle trained one after the other, saved and published on the way."""
+"""The groups of a bundle trained one after the other, saved and published on the way.
+
+A group is the clients that train together, a single one by default.
+"""
 
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.steps.claims import Claimed
@@ -14,7 +18,7 @@ from fedllm.storage.records import BundleRecord, UpdateRecord
 
 
 class StopRequested(Exception):
-    """A signal came while a client was in training; its checkpoint is written."""
+    """A signal came while clients were in training; their checkpoints are written."""
 
 
 @dataclass(kw_only=True)
@@ -60,14 +64,15 @@ class BundleTraining:
         """
         bundle, published = claimed.bundle, self._published(claimed)
         try:
-            for client in bundle.clients:
-                if client in published:
+            for group in dict.fromkeys(map(self.round.group_of, bundle.clients)):
+                missing = [c for c in group if c in bundle.clients and c not in published]
+                if not missing:
                     continue
                 if self.task.signals.came:
                     return False
                 if is_over(self.attempt):
                     break
-                self._train(client, bundle)
+                self._train(group, missing, bundle)
         except StopRequested:
             return False
         finally:
@@ -78,7 +83,8 @@ class BundleTraining:
         """Return when everything that was to be published is."""
         self.publisher.close()
 
-    def _train(self, client: str, bundle: BundleRecord) -> None:
+    def _train(self, group: Sequence[str], missing: Collection[str], bundle: BundleRecord) -> None:
+        """Train a group, whole, and hold the updates of those that miss one."""
         first: int | None = None
 
         def before_step(step: int, save: Save) -> None:
@@ -92,17 +98,21 @@ class BundleTraining:
             if self._is_due():
                 self._save(bundle, save)
 
-        with self.progress.client(client):
-            trained = self.round.train(
-                client,
+        with self.progress.clients(group, len(missing)):
+            results = self.round.train(
+                group,
                 attempt=self.attempt.number,
                 bundle=bundle.number,
                 identity=self.task.identity,
                 before_step=before_step,
             )
         self.task.stepped = True
-        say(_told(trained.record))
-        self.publisher.hold(trained)
+        for trained in results:
+            if trained.record.client in missing:
+                say(_told(trained.record))
+                self.publisher.hold(trained)
+            else:
+                self.round.discard_checkpoint(trained.record.client)
         if self._is_due():
             self.publisher.publish(bundle.number)
             self._saved_at = time.monotonic()
@@ -112,7 +122,7 @@ class BundleTraining:
         return time.monotonic() - self._saved_at >= 60.0 * minutes
 
     def _save(self, bundle: BundleRecord, save: Save) -> None:
-        """Publish finished clients, and write the state of the one in training meanwhile."""
+        """Publish finished clients, and write the state of those in training meanwhile."""
         self.publisher.publish(bundle.number)
         save()
         self._saved_at = time.monotonic()

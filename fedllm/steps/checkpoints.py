@@ -1,6 +1,6 @@
 """A client's checkpoint: the training that a worker could not finish, and another goes on with."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -71,18 +71,18 @@ class Resumable:
         Raises:
             UnusableCheckpointError: the checkpoint is damaged, or of another training.
         """
-        checkpoint = _read(self.path)
+        checkpoint = self._read()
         if checkpoint is None:
             return self
         record = checkpoint.record
         for key, value in self.identity:
             if getattr(record.identity, key) != value:
-                raise UnusableCheckpointError(f"it is of another {key.replace('_', ' ')}")
+                raise self._unusable(f"it is of another {key.replace('_', ' ')}")
         if record.micro_batch_size not in micro_batch_sizes:
-            raise UnusableCheckpointError(f"its micro-batches have {record.micro_batch_size} rows")
+            raise self._unusable(f"its micro-batches have {record.micro_batch_size} rows")
         progress = _progress(checkpoint)
         if not progress.fits(received):
-            raise UnusableCheckpointError("its factors have other shapes")
+            raise self._unusable("its factors have other shapes")
         return replace(
             self,
             micro_batch_size=record.micro_batch_size,
@@ -100,20 +100,40 @@ class Resumable:
             environment=self.environment,
         )
 
+    def _read(self) -> Checkpoint | None:
+        try:
+            return read_checkpoint(self.path)
+        except FileNotFoundError:
+            return None
+        except DamagedUpdateError as error:
+            raise self._unusable(str(error)) from error
+        except OSError as error:
+            raise self._unusable(f"cannot be read ({error.strerror})") from error
+
+    def _unusable(self, why: str) -> "UnusableCheckpointError":
+        return UnusableCheckpointError(f"{self.path}: {why}")
+
 
 class UnusableCheckpointError(Exception):
-    """A checkpoint that this training cannot go on from; the text says why."""
+    """A checkpoint that this training cannot go on from; the text says which, and why."""
 
 
-def _read(path: Path) -> Checkpoint | None:
-    try:
-        return read_checkpoint(path)
-    except FileNotFoundError:
-        return None
-    except DamagedUpdateError as error:
-        raise UnusableCheckpointError(str(error)) from error
-    except OSError as error:
-        raise UnusableCheckpointError(f"cannot be read ({error.strerror})") from error
+def common_step(trainings: Sequence[Resumable], ends: Sequence[int]) -> int:
+    """Return the step that clients who train together go on from.
+
+    Args:
+        trainings: theirs, with what was read of their checkpoints.
+        ends: how many steps each client has: it is at the common step, or at its own end.
+
+    Raises:
+        UnusableCheckpointError: their files were not written together.
+    """
+    step = max(training.begun_at for training in trainings)
+    size = trainings[0].micro_batch_size
+    for training, end in zip(trainings, ends, strict=True):
+        if (training.begun_at, training.micro_batch_size) != (min(step, end), size):
+            raise UnusableCheckpointError(f"{training.path}: of another moment than its group's")
+    return step
 
 
 def _progress(checkpoint: Checkpoint) -> Progress:

@@ -1,4 +1,4 @@
-"""What the clients of a round share, and the training of one of them."""
+"""What the clients of a round share, and the training of one or a group of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,11 +9,11 @@ from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter
 from fedllm.methods.protocol import Method
 from fedllm.methods.table import local_rule
-from fedllm.model.batches import TokenRow
 from fedllm.model.slots import AdapterSlots
+from fedllm.planning.grouping import group_clients
 from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
-from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError
+from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError, common_step
 from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.log import say
 from fedllm.steps.patience import patience_seconds, patiently
@@ -24,9 +24,10 @@ from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile, sha256_of
 from fedllm.training.environment import environment
-from fedllm.training.loop import LocalSettings, Snapshot, TrainResult, train_client
+from fedllm.training.group import Member, Snapshots, train_clients
+from fedllm.training.loop import LocalSettings, TrainResult
 from fedllm.training.memory import let_go, micro_batch_size, micro_batch_sizes, ran_out
-from fedllm.training.plan import Draws
+from fedllm.training.plan import Draws, plan_steps
 
 Save = Callable[[], None]
 
@@ -55,6 +56,7 @@ class ClientRound:
     session: Session
     tiers: Mapping[str, str]
     _adapters: dict[str, Adapter] = field(default_factory=dict)
+    _groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, attempt: AttemptPaths, session: Session) -> "ClientRound":
@@ -105,66 +107,109 @@ class ClientRound:
             self._adapters[tier] = adapter_of(self.method, self.state, ranks)
         return self._adapters[tier]
 
+    def group_of(self, client: str) -> tuple[str, ...]:
+        """Return the clients that a client of the cohort is trained together with, itself too."""
+        if not self._groups:
+            size = self.config.training.clients_per_batch
+            for group in group_clients(self.cohort.clients, self.cohort.ranks, size):
+                self._groups.update(dict.fromkeys(group.clients, group.clients))
+        return self._groups.get(client, (client,))
+
     def train(
         self,
-        client: str,
+        clients: Sequence[str],
         *,
         attempt: int,
         bundle: int,
         identity: TaskIdentity,
         before_step: Callable[[int, Save], None] = lambda _step, _save: None,
         resume: bool = True,
-    ) -> Trained:
-        """Train one client, from its checkpoint where there is one of the same training.
+    ) -> list[Trained]:
+        """Train a client, or a whole group together, from checkpoints of the same training.
 
-        The losses and factors depend on round and client alone, wherever and however often the
+        The losses and factors depend on round and group alone, wherever and however often the
         training was interrupted. Where memory runs out and `training.smaller_micro_batch` allows
-        it, the client is trained again from its start with half the micro-batch, which changes
-        their rounding and is recorded; the next client begins with the configured one.
+        it, the clients are trained again from their start with half the micro-batch, which changes
+        their rounding and is recorded; the next ones begin with the configured one.
 
         Args:
-            client: one of the round's cohort.
-            attempt: the attempt that the client is trained in.
-            bundle: its bundle there.
+            clients: of the round's cohort, as `group_of` has them.
+            attempt: the attempt that they are trained in.
+            bundle: their bundle there.
             identity: the task that trains.
             before_step: called with the number of the optimizer step, from 0, and `save`, which
-                writes the client's state as it is before that step to its checkpoint; nothing is
-                written where no step was taken since the training began or was resumed. What it
-                raises ends the training.
-            resume: False trains from the start, whatever checkpoint there is.
+                writes the clients' state as it is before that step to their checkpoints; nothing
+                is written where no step was taken since the training began or was resumed. What
+                it raises ends the training.
+            resume: False trains from the start, whatever checkpoints there are.
 
         Raises:
-            DataError: the client has no training rows.
+            DataError: a client has no training rows.
             OutOfMemory: there is not enough memory.
         """
-        received = self.received(client)
-        rows = self.session.data(self.prepared.data_path).rows(client, "train")
-        if not rows:
-            raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
-        sizes = list(micro_batch_sizes(self.config.training, len(rows)))
-        training = self._begin(client, sizes, received if resume else None)
+        members = [self._member(client) for client in clients]
+        sizes = list(
+            micro_batch_sizes(self.config.training, max(len(member.rows) for member in members))
+        )
+        trainings = self._begin(members, sizes, resume=resume)
         while True:
             try:
-                result = self._train(training, received, rows, before_step)
+                results = self._train(trainings, members, before_step)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
             # only now, without the error's traceback, can the tensors of that attempt go
             let_go(self.slots)
-            training = self._smaller(training, sizes)
-        record = self._record(training, result, attempt=attempt, bundle=bundle, identity=identity)
-        return Trained(record=record, adapter=result.adapter)
+            trainings = _smaller(trainings, sizes)
+        return [
+            Trained(
+                record=self._record(training, result, attempt, bundle, identity),
+                adapter=result.adapter,
+            )
+            for training, result in zip(trainings, results, strict=True)
+        ]
 
     def discard_checkpoint(self, client: str) -> None:
         """Remove what was saved of a client that is published."""
         self.paths.checkpoint(client).unlink(missing_ok=True)
 
-    def _begin(self, client: str, sizes: Sequence[int], received: Adapter | None) -> Resumable:
-        """Return a client's training, with the checkpoint that `received` was trained to."""
-        path = self.paths.checkpoint(client)
-        training = Resumable(
-            path=path,
+    def _member(self, client: str) -> Member:
+        received = self.received(client)
+        rows = self.session.data(self.prepared.data_path).rows(client, "train")
+        if not rows:
+            raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
+        draws = Draws(seed=self.config.seed, round=self.cohort.round, client=client)
+        return Member(adapter=received, rows=rows, draws=draws)
+
+    def _begin(
+        self, members: Sequence[Member], sizes: Sequence[int], *, resume: bool
+    ) -> list[Resumable]:
+        """Return the clients' trainings, with the checkpoints that all of them go on from."""
+        clients = [member.draws.client for member in members]
+        trainings = [self._from_its_start(client, clients, sizes[0]) for client in clients]
+        if not resume:
+            return trainings
+        try:
+            resumed = [
+                training.resumed(sizes, member.adapter)
+                for training, member in zip(trainings, members, strict=True)
+            ]
+            ends = [
+                len(plan_steps(len(member.rows), self.config.training, member.draws))
+                for member in members
+            ]
+            step = common_step(resumed, ends)
+        except UnusableCheckpointError as error:
+            say(f"{_named(clients)}: trains from its start: {error}")
+            return trainings
+        if step:
+            say(f"{_named(clients)}: goes on after {step} steps, from {resumed[0].path}")
+        return resumed
+
+    def _from_its_start(self, client: str, group: Sequence[str], size: int) -> Resumable:
+        return Resumable(
+            path=self.paths.checkpoint(client),
             identity=CheckpointIdentity(
                 run_id=self.run_id,
                 result_fingerprint=self.result_fingerprint,
@@ -173,73 +218,40 @@ class ClientRound:
                 base_fingerprint=self.cohort.base_fingerprint,
                 data_fingerprint=self.cohort.data_fingerprint,
                 state_sha256=self.cohort.state_sha256,
+                group=tuple(group) if len(group) > 1 else (),
             ),
-            micro_batch_size=sizes[0],
+            micro_batch_size=size,
             environment=environment(self.config.training, str(self.slots.device)),
         )
-        if received is None:
-            return training
-        try:
-            resumed = training.resumed(sizes, received)
-        except UnusableCheckpointError as error:
-            say(f"client {client}: trains from its start: {path}: {error}")
-            return training
-        if resumed is not training:
-            say(f"client {client}: goes on after {resumed.begun_at} steps, from {path}")
-        return resumed
 
     def _train(
         self,
-        training: Resumable,
-        received: Adapter,
-        rows: Sequence[TokenRow],
+        trainings: Sequence[Resumable],
+        members: Sequence[Member],
         before_step: Callable[[int, Save], None],
-    ) -> TrainResult:
-        def hook(step: int, snapshot: Snapshot) -> None:
-            before_step(step, lambda: training.save(snapshot()))
+    ) -> list[TrainResult]:
+        def hook(step: int, snapshots: Snapshots) -> None:
+            def save() -> None:
+                for training, progress in zip(trainings, snapshots(), strict=True):
+                    training.save(progress)
 
-        section = self.settings.training
+            before_step(step, save)
+
+        section, size = self.settings.training, trainings[0].micro_batch_size
         # as configured, unless memory ran out: the bits are those of a run that asks for it
-        if training.micro_batch_size != micro_batch_size(section):
-            section = section.model_copy(update={"micro_batch_size": training.micro_batch_size})
-        return train_client(
-            self.slots,
-            received,
-            rows,
-            settings=replace(self.settings, training=section),
-            draws=Draws(
-                seed=self.config.seed, round=self.cohort.round, client=training.identity.client
-            ),
-            progress=training.progress,
-            before_step=hook,
-        )
-
-    def _smaller(self, training: Resumable, sizes: Sequence[int]) -> Resumable:
-        """Return the training to try after one that found too little memory.
-
-        Raises:
-            OutOfMemory: there is none.
-        """
-        client, size = training.identity.client, training.micro_batch_size
-        told = f"client {client}: memory ran out with micro-batches of {size} rows"
-        smaller = next((other for other in sizes if other < size), None)
-        if smaller is not None:
-            say(f"{told}; it is trained again from its start with {smaller}")
-            return training.anew(smaller)
-        remedy = (
-            "training.gradient_checkpointing: true or a smaller data.cutoff_tokens"
-            if size == 1
-            else "a smaller training.micro_batch_size or training.smaller_micro_batch: true"
-        )
-        raise OutOfMemory(
-            f"{told}; give the task more memory and resume, or begin a new run with {remedy}"
-        )
+        if size != micro_batch_size(section):
+            section = section.model_copy(update={"micro_batch_size": size})
+        settings = replace(self.settings, training=section)
+        begun = [
+            replace(member, progress=training.progress)
+            for member, training in zip(members, trainings, strict=True)
+        ]
+        return train_clients(self.slots, begun, settings=settings, before_step=hook)
 
     def _record(
         self,
         training: Resumable,
         result: TrainResult,
-        *,
         attempt: int,
         bundle: int,
         identity: TaskIdentity,
@@ -264,6 +276,7 @@ class ClientRound:
             peak_memory_bytes=result.peak_memory_bytes,
             norms=result.norms,
             scales=result.scales,
+            group=list(training.identity.group),
             micro_batch_size=None if size == micro_batch_size(self.config.training) else size,
             resumed_at=training.resumed_at,
             earlier_environments=training.earlier_environments,
@@ -272,6 +285,35 @@ class ClientRound:
             task=identity.task,
             log=identity.log,
         )
+
+
+def _named(clients: Sequence[str]) -> str:
+    return f"client {clients[0]}" if len(clients) == 1 else f"group of {', '.join(clients)}"
+
+
+def _smaller(trainings: Sequence[Resumable], sizes: Sequence[int]) -> list[Resumable]:
+    """Return the trainings to try after those that found too little memory.
+
+    Raises:
+        OutOfMemory: there are none.
+    """
+    clients = [training.identity.client for training in trainings]
+    size = trainings[0].micro_batch_size
+    told = f"{_named(clients)}: memory ran out with micro-batches of {size} rows"
+    smaller = next((other for other in sizes if other < size), None)
+    if smaller is not None:
+        say(f"{told}; it is trained again from its start with {smaller}")
+        return [training.anew(smaller) for training in trainings]
+    remedies = [
+        "a smaller training.clients_per_batch" if len(clients) > 1 else "",
+        "training.gradient_checkpointing: true or a smaller data.cutoff_tokens"
+        if size == 1
+        else "a smaller training.micro_batch_size or training.smaller_micro_batch: true",
+    ]
+    raise OutOfMemory(
+        f"{told}; give the task more memory and resume, or begin a new run with "
+        f"{', '.join(filter(None, remedies))}"
+    )
 
 
 def _state(run: RunPaths, cohort: CohortRecord) -> TensorFile:

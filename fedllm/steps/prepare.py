@@ -16,6 +16,7 @@ from fedllm.model.base import describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.ways import SHARED, find_way, still_right
 from fedllm.planning.federation import plan_federation
+from fedllm.planning.grouping import GROUP_WAY
 from fedllm.steps.aggregate import method_of
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
@@ -48,6 +49,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     first = CohortRecord.find(run.round(1).cohort)
     if first is not None:
         prepared = _as_begun(prepared, first.way, run)
+    _check_groups(config, prepared.way)
     say(describe_way(prepared.way))
     prepared.publish(run.prepared)
     return prepared
@@ -105,6 +107,17 @@ def _as_begun(prepared: PreparedRecord, way: WayRecord | None, run: RunPaths) ->
             f"{run.run.name} names"
         )
     return prepared.model_copy(update={"way": way})
+
+
+def _check_groups(config: Config, way: WayRecord | None) -> None:
+    """Refuse to train clients together where their rows cannot be kept apart."""
+    most = config.training.clients_per_batch
+    if most > 1 and (way is None or way.cpu != GROUP_WAY):
+        found = f"rows are {way.cpu} ({way.why})" if way and way.why else "rows are padded"
+        raise ConfigError(
+            f"training.clients_per_batch: got {most}, but with this base {found}, in which clients "
+            "cannot train together; need 1"
+        )
 
 
 def _rows_apart(config: Config) -> bool:

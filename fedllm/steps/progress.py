@@ -1,7 +1,7 @@
 """The progress record of a worker, one for every attempt that it works on."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -67,15 +67,15 @@ class Progress:
         )
 
     @contextmanager
-    def client(self, client: str) -> Iterator[None]:
-        """Count the block as training of a client, and the client as done at its end."""
-        self._client, self._step = client, 0
+    def clients(self, names: Sequence[str], count: int) -> Iterator[None]:
+        """Count the block as training of clients, and `count` of them as done at its end."""
+        self._client, self._step = ", ".join(names), 0
         self._busy_since = time.monotonic()
         if self._startup_seconds is None:
             self._startup_seconds = self._busy_since - self.took_up
         try:
             yield
-            self._clients_done += 1
+            self._clients_done += count
         finally:
             self._busy_seconds, self._busy_since = self._busy(), None
 

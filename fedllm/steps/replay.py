@@ -1,4 +1,4 @@
-"""One client of an attempt trained again by itself, and compared with what the round recorded."""
+"""A client of an attempt trained again, apart from its round, and compared with its record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class Replay:
 def replay(
     attempt: AttemptPaths, client: str, scratch: Path, session: Session, signals: StopSignals
 ) -> Replay:
-    """Train one client of an attempt by itself, publish its update in `scratch`, and compare.
+    """Train a client of an attempt again, with its group, and compare; its update is in `scratch`.
 
     Raises:
         Incomplete: a signal came.
@@ -64,14 +64,15 @@ def replay(
         if signals.came:
             raise Incomplete(f"client {client}: stopped by {signals.name} before step {step}")
 
-    trained = opened.train(
-        client,
+    results = opened.train(
+        opened.group_of(client),
         attempt=attempt.number,
         bundle=bundles[0] if bundles else 0,
         identity=task_identity(),
         before_step=before_step,
         resume=False,
     )
+    (trained,) = (each for each in results if each.record.client == client)
     file = scratch / f"{encode_client(client)}.safetensors"
     write_clients(file, [trained])
     scanner = UpdateScanner(

@@ -10,6 +10,7 @@ from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
+from fedllm.planning.grouping import GROUP_WAY
 from fedllm.steps.log import say
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord
@@ -103,12 +104,13 @@ class Session:
         """
         device = str(resolve_device(config.training.device))
         path = self._near.get(prepared.model_path, prepared.model_path)
+        alone = config.training.clients_per_batch == 1
         key = _SlotsKey(
             base=_BaseKey(path=path, dtype=config.model.dtype, device=device),
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
-            way=way_of(prepared, device),
+            way=way_of(prepared, device) if alone else GROUP_WAY,
         )
         if self._slots is not None and self._slots[0] != key:
             # its layers are in the model: take a clean one

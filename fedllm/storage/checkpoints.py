@@ -7,6 +7,7 @@ class CheckpointIdentity(Record):
     """What a client's training follows from; only the same training goes on from a checkpoint.
 
     `result_fingerprint` is that of the configuration, `state_sha256` that of the server state.
+    `group` are the clients that are trained together, empty for one by itself.
     """
 
     run_id: str
@@ -16,6 +17,7 @@ class CheckpointIdentity(Record):
     base_fingerprint: str
     data_fingerprint: str
     state_sha256: str
+    group: tuple[str, ...] = ()
 
 
 class CheckpointRecord(Record):

@@ -331,7 +331,7 @@ class OutcomeRecord(Record):
 
 
 class UpdateRecord(Record):
-    """What a client sends beside its tensors."""
+    """What a client sends beside its tensors; `group` are those it was trained together with."""
 
     run_id: str
     round: int
@@ -352,6 +352,7 @@ class UpdateRecord(Record):
     peak_memory_bytes: int
     norms: dict[str, tuple[float, float]] = {}
     scales: dict[str, float] = {}
+    group: list[str] = []
     micro_batch_size: int | None = None
     resumed_at: list[int] = []
     earlier_environments: list[dict[str, str]] = []

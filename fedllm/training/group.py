@@ -19,12 +19,10 @@ from fedllm.model.packing import Packed
 from fedllm.model.passes import PackedPass, Pass
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.stacked import StackedPass
-from fedllm.training.loop import LocalSettings, Loop, TrainResult, precision, reseed
+from fedllm.planning.grouping import GROUP_WAY
+from fedllm.training.loop import LocalSettings, Loop, TrainResult, precision, reseed, train_client
 from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress
-
-# A part of a member's sequence sees its own tokens alone: what is not finite stays there.
-WAY = "parts"
 
 Snapshots = Callable[[], list[Progress]]
 StepHook = Callable[[int, Snapshots], None]
@@ -48,23 +46,39 @@ def train_clients(
     settings: LocalSettings,
     before_step: StepHook = lambda _step, _snapshots: None,
 ) -> list[TrainResult]:
-    """Train copies of several adapters, each on its own client's rows; as `train_client` else.
+    """Train copies of several adapters, each on its own client's rows; one as `train_client` does.
 
     A step is one of each member that has some left. Seconds are those of the group, shared out by
     the tokens that were computed for each; the peak of memory is the group's.
 
     Args:
-        slots: the base model, in way `parts`.
+        slots: the base model, in way `parts` where there are several.
         members: the clients, each at the same step of the group or at its own end.
         settings: how clients train.
         before_step: called with the step's number, from 0, and a function that returns the
             progress of every member; what it raises ends the training.
     """
+    if len(members) == 1:
+        return [_alone(slots, members[0], settings, before_step)]
     group = _Group(slots, members, settings)
     for number in range(group.num_done, group.num_steps):
         before_step(number, group.progress)
         group.step(number)
     return group.results()
+
+
+def _alone(
+    slots: AdapterSlots, member: Member, settings: LocalSettings, before_step: StepHook
+) -> TrainResult:
+    return train_client(
+        slots,
+        member.adapter,
+        member.rows,
+        settings=settings,
+        draws=member.draws,
+        progress=member.progress,
+        before_step=lambda step, snapshot: before_step(step, lambda: [snapshot()]),
+    )
 
 
 class _Group:
@@ -113,7 +127,7 @@ class _Group:
     def step(self, number: int) -> None:
         """Take a step of every member that has one."""
         active = [n for n, loop in enumerate(self._loops) if number < loop.num_steps]
-        passes = {n: self._loops[n].passes(number, WAY) for n in active}
+        passes = {n: self._loops[n].passes(number, GROUP_WAY) for n in active}
         # of the base's own dropouts, where it has any
         reseed(self._loops[active[0]].draws.step(number), self._slots.device)
         begun = time.perf_counter()
@@ -139,7 +153,7 @@ class _Group:
         pieces = [self._loops[n].pieces(number, each) for n, each in present.items()]
         self._slots.rows.enter(stacked.pieces(pieces))
         with precision(self._settings.training, self._slots.device):
-            return stacked.loss_sums(self._slots.model, WAY)
+            return stacked.loss_sums(self._slots.model, GROUP_WAY)
 
     @staticmethod
     def _packed(one: Pass) -> Packed:

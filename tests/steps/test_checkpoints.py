@@ -83,9 +83,10 @@ def train(
     before_step: Callable[[int, Save], None] = lambda _step, _save: None,
 ) -> Trained:
     client = client_of(found)
-    return found.train(
-        client, attempt=1, bundle=0, identity=ME, before_step=before_step, resume=resume
+    (trained,) = found.train(
+        [client], attempt=1, bundle=0, identity=ME, before_step=before_step, resume=resume
     )
+    return trained
 
 
 def leave_at(found: ClientRound, stop: int) -> None:

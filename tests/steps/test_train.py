@@ -190,7 +190,7 @@ def test_progress_tells_what_a_worker_came_to(attempt: AttemptPaths, session: Se
 def test_progress_names_client_and_step_while_a_client_trains(attempt: AttemptPaths) -> None:
     progress = Progress.open(attempt, ME, "small", began=time.monotonic(), first=0.0)
     progress = dataclasses.replace(progress, every_seconds=0.0)
-    with progress.client("a/b"):
+    with progress.clients(["a/b"], 1):
         progress.step(0)
         one = TaskRecord.read(attempt.task(ME.task))
         progress.step(1)
@@ -265,7 +265,7 @@ def test_clients_train_in_the_recorded_way(
     opened = ClientRound.open(attempt, Session())
     assert opened.slots.way == used
     assert opened.settings.by_length is (recorded is not None)
-    trained = opened.train(client, attempt=1, bundle=0, identity=ME)
+    (trained,) = opened.train([client], attempt=1, bundle=0, identity=ME)
     expected, _ = updates(RunPaths(root=done).round(1))[client]
     # dropout drew other masks for the common prefix
     assert trained.record.losses == pytest.approx(expected.losses, abs=0.01)

@@ -60,8 +60,8 @@ def main() -> int:
     if told.more_mib is not None:
         limit_memory(told.more_mib)
     try:
-        trained = opened.train(
-            told.client,
+        (trained,) = opened.train(
+            [told.client],
             attempt=1,
             bundle=0,
             identity=TaskIdentity(task="9_1", node="n", log=""),
