@@ -32,10 +32,10 @@ def kinds_of(shape: str) -> list[Kind]:
 
     Any OUTxIN is one module of that shape, an MLP's.
     """
-    if shape not in _MODELS:
+    if shape not in MODELS:
         out, in_ = (int(side) for side in shape.split("x"))
         return [Kind(name=shape, shape=ModuleShape(out=out, in_=in_), number=1, mlp=True)]
-    layers, hidden, inner, values = _MODELS[shape]
+    layers, hidden, inner, values = MODELS[shape]
     sides = {
         "q,o": (hidden, hidden, 2, False),
         "k,v": (values, hidden, 2, False),
@@ -49,7 +49,7 @@ def kinds_of(shape: str) -> list[Kind]:
 
 
 # layers, hidden size, inner size of the MLP, size of keys and values
-_MODELS = {
+MODELS = {
     "llama-1.3b": (24, 2048, 5504, 2048),
     "llama-7b": (32, 4096, 11008, 4096),
     "llama-70b": (80, 8192, 28672, 1024),
