@@ -63,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, or be the process that measures the memory of one way."""
     asked = parsed(argv)
     torch.set_num_threads(asked.threads)
+    # PEFT asks transformers by its old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if asked.memory_of:
         print(json.dumps({"bytes": memory_of(asked.memory_of, asked)}))
         return 0
-    # PEFT asks transformers by its old name
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
             asked.scratch = Path(scratch)

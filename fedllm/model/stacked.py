@@ -123,15 +123,20 @@ class StackedB(_Stacked):
     def forward(self, h_CSR: Tensor) -> Tensor:
         """Return (1, T, O)."""
         rank = max(b_OR.shape[1] for b_OR in self.factors)
-        padded = [nn.functional.pad(b, (0, rank - b.shape[1])) for b in self.factors]
+        padded = [
+            nn.functional.pad(b_OR * scale, (0, rank - b_OR.shape[1]))
+            for b_OR, scale in zip(self.factors, self.scales, strict=True)
+        ]
         b_COR = torch.stack(padded)
-        scale_C11 = h_CSR.new_tensor(self.scales).view(-1, 1, 1)
-        return self._seats.scatter(torch.bmm(h_CSR * scale_C11, b_COR.transpose(1, 2)))
+        return self._seats.scatter(torch.bmm(h_CSR, b_COR.transpose(1, 2)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackedPass:
-    """Packed rows of several clients as one sequence; `num_targets` counts their entries in K."""
+    """Packed rows of several clients as one sequence.
+
+    `lengths` says how many tokens each client has there, `entries` how many of the targets.
+    """
 
     packed: Packed
     lengths: tuple[int, ...]

@@ -163,8 +163,10 @@ class _Group:
     def _shared(self, calls: Sequence[Callable[[], _Told]]) -> list[_Told]:
         """Return what the members tell, with their shares of the group's seconds in it."""
         begun = time.perf_counter()
+        for loop in self._loops:
+            loop.losses()  # waits for the device
+        self._step_seconds += time.perf_counter() - begun
         told = [call() for call in calls]
-        self._step_seconds += time.perf_counter() - begun  # they waited for the device
         total = sum(self._computed) or 1
         passed = time.perf_counter() - self._begun
         return [

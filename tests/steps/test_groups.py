@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import BloomConfig, BloomForCausalLM
 
-from fedllm.cli.execution import start
+from fedllm.cli.execution import resume, start
 from fedllm.config.loading import read_config
 from fedllm.errors import ConfigError, OutOfMemory
 from fedllm.planning.grouping import group_clients
@@ -18,7 +18,7 @@ from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.steps.train import work
 from fedllm.storage.paths import AttemptPaths, RunPaths
-from fedllm.storage.records import CohortRecord, SubmissionRecord, TaskRecord
+from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord, TaskRecord
 from tests.steps.attempts import (
     ME,
     OTHER,
@@ -142,6 +142,22 @@ def test_of_a_group_that_misses_one_update_only_that_one_is_published_again(
     attempts = {client: r.attempt for client, (r, _) in updates(round_of(later)).items()}
     assert attempts == {**dict.fromkeys([*first[:2], *second], 1), first[2]: 2}
     assert not list((round_of(attempt).root / "checkpoints").glob("*"))
+
+
+def test_the_coordinator_plans_whole_groups_for_what_is_missing(
+    attempt: AttemptPaths, done: Path, session: Session
+) -> None:
+    second, first = groups_of(attempt)
+    costs = {b.clients[0]: b.cost for b in SubmissionRecord.read(attempt.submission).bundles}
+    plan(attempt, [[*first[:2]], [*second]])
+    work(attempt, None, ME, session)
+    JobsRecord(ids={}).publish(attempt.jobs)
+    resume(round_of(attempt).root.parent.parent)
+    assert_same_bits(round_of(attempt), done)
+    (bundle,) = SubmissionRecord.read(round_of(attempt).attempt(2).submission).bundles
+    assert bundle.clients == [first[2]]
+    # all its members train for it
+    assert bundle.cost == pytest.approx(costs[first[0]])
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

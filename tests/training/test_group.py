@@ -189,6 +189,16 @@ def test_a_group_that_goes_on_after_any_step_has_the_bits_of_one_that_never_stop
         assert all(r.step_seconds >= p.step_seconds for r, p in zip(again, found, strict=True))
 
 
+def test_a_group_of_one_is_a_client_by_itself_to_the_bit(slots: AdapterSlots) -> None:
+    member = members_of(slots)[1]
+    expected, _ = alone(slots, member, settings())
+    (found,), states = snapshots(slots, [member], settings())
+    assert same(found, expected)
+    assert [[each.step for each in found] for found in states] == [[0], [1]]
+    again = replace(member, progress=states[1][0])
+    assert same(train_clients(slots, [again], settings=settings())[0], expected)
+
+
 def test_bits_do_not_depend_on_what_was_trained_before(slots: AdapterSlots) -> None:
     members = members_of(slots)
     first = train_clients(slots, members, settings=settings())
