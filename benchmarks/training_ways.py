@@ -16,6 +16,8 @@ from fedllm.model.losses import cross_entropies, forward
 from fedllm.model.packing import Packed, pack, padded_to, shared_prefix, text_of
 from fedllm.model.passes import PACKERS, Cut
 from fedllm.model.slots import AdapterSlots
+from fedllm.model.ways import set_way
+from fedllm.planning.grouping import GROUP_WAY
 from fedllm.training.group import Member, train_clients
 from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.optimizers import build_optimizer
@@ -126,9 +128,11 @@ def _selected(bench: Bench, clients: Sequence[Client]) -> Taken:
 
 def _co_trained(bench: Bench, clients: Sequence[Client]) -> Taken:
     members = [Member(adapter=bench.adapter, rows=c.rows, draws=c.draws) for c in clients]
+    set_way(bench.slots.model, GROUP_WAY)
     results = train_clients(bench.slots, members, settings=bench.settings)
+    set_way(bench.slots.model, bench.way)
     seconds = sum(result.step_seconds for result in results)
-    return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, "parts"))
+    return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, GROUP_WAY))
 
 
 def _packed_tokens(bench: Bench, clients: Sequence[Client], way: str) -> int:
