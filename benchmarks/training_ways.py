@@ -148,4 +148,4 @@ WAYS: Mapping[str, Way] = {
     "selected": _selected,
     "co-trained": _co_trained,
 }
-"""Each differs from the one before by one thing; see `training.py`."""
+"""Each leaves out more than the one before; see `training.py`."""
