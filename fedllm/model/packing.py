@@ -143,7 +143,7 @@ def check_fits(length: int, most_tokens: int | None) -> None:
         raise DataError(
             f"training.micro_batch_tokens: got {most_tokens}, a training row of {length} tokens"
             f" computes {computed} (its last one is a target only); need at least {computed}, or"
-            f" data.cutoff_tokens: {most_tokens}"
+            f" data.cutoff_tokens: {most_tokens + 1}"
         )
 
 

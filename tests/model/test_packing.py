@@ -116,8 +116,10 @@ def test_a_row_over_the_budget_is_named_with_its_length_and_the_remedy() -> None
         plan_packs([9, 13], 4, most_rows=None, most_tokens=11)
     assert str(caught.value) == (
         "training.micro_batch_tokens: got 11, a training row of 13 tokens computes 12 (its last "
-        "one is a target only); need at least 12, or data.cutoff_tokens: 11"
+        "one is a target only); need at least 12, or data.cutoff_tokens: 12"
     )
+    # a row of that many tokens fits
+    assert plan_packs([12], 4, most_rows=None, most_tokens=11) == [[0]]
 
 
 @pytest.mark.parametrize(
