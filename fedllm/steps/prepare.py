@@ -101,10 +101,13 @@ def describe_way(way: WayRecord | None) -> str:
 def _as_begun(prepared: PreparedRecord, way: WayRecord | None, run: RunPaths) -> PreparedRecord:
     """Return the record with the way that the run's first round was trained in."""
     if way and prepared.way and not still_right(way, prepared.way):
+        found = prepared.way
+        lost = "no FlexAttention" if way.cuda == "flex" != found.cuda else ""
+        why = "; ".join(filter(None, (found.why, lost)))
         raise RunDirectoryError(
             f"{run.root}: its rounds compute rows by {way.cpu} ({way.cuda} on a GPU), which the "
-            f"installed transformers gets wrong ({prepared.way.why}); install the versions that "
-            f"{run.run.name} names"
+            f"installed transformers gets wrong ({why}); install the versions that {run.run.name} "
+            "names"
         )
     return prepared.model_copy(update={"way": way})
 

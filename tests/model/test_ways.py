@@ -171,7 +171,8 @@ def test_rows_whose_result_depends_on_their_neighbours_length_are_refused(
     [
         (("parts", "flex"), ("parts", "flex"), True),
         (("mask", "mask"), ("parts", "flex"), True),
-        (("parts", "flex"), ("parts", "mask"), True),
+        (("parts", "mask"), ("parts", "flex"), True),
+        (("parts", "flex"), ("parts", "mask"), False),
         (("parts", "flex"), ("mask", "flex"), False),
         (("parts", "flex"), ("parts", "packed"), False),
     ],

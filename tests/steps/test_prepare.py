@@ -142,6 +142,14 @@ def test_what_is_wrong_with_a_runs_way_by_now_is_told(
     assert not run.prepared.exists()
 
 
+def test_block_masks_that_are_gone_are_told(config: Config, tmp_path: Path) -> None:
+    run = begun(config, tmp_path / "run", WayRecord(cpu="parts", cuda="flex"))
+    with pytest.raises(
+        RunDirectoryError, match=r"parts \(flex on a GPU\), .* \(no FlexAttention\);"
+    ):
+        prepare_run(run)
+
+
 def test_the_record_says_how_rows_are_computed_and_why_not_better(
     config: Config, tiny: Tiny, tmp_path: Path
 ) -> None:
