@@ -12,7 +12,7 @@ from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
 from fedllm.errors import ConfigError, DataError, RunDirectoryError
-from fedllm.model.base import describe_base, load_tokenizer, locate_base
+from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.ways import SHARED, find_way, still_right
 from fedllm.planning.federation import plan_federation
@@ -41,16 +41,16 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
         RunDirectoryError: what is installed gets the run's way wrong.
     """
     config = read_config(run.config)
-    prepared = prepare(config, cache_of(config.storage.cache, run.root))
+    base, prepared = _described(config, cache_of(config.storage.cache, run.root), say)
+    first = CohortRecord.find(run.round(1).cohort)
+    way = _best_way(config, base) if first is None else _way_as_begun(first, config, base, run)
     federation = plan_federation(config, prepared)
     refusal = method_of(config).refuse(list(federation.ranks.values()))
     if refusal:
         raise ConfigError(refusal)
-    first = CohortRecord.find(run.round(1).cohort)
-    if first is not None:
-        prepared = _as_begun(prepared, first.way, run)
-    _check_groups(config, prepared.way)
-    say(describe_way(prepared.way))
+    _check_groups(config, way)
+    say(describe_way(way))
+    prepared = prepared.model_copy(update={"way": way})
     prepared.publish(run.prepared)
     return prepared
 
@@ -65,27 +65,8 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
         ModelError: the base is missing or unsuitable.
         DataError: the data are missing or not as described.
     """
-    base = describe_base(locate_base(config.model, cache, report), config.lora.target_modules)
-    folder = _tokenised(config, base.path, cache, report)
-    data = TokenizedClients.open(folder)
-    clients = list(data.clients.values())
-    candidates = held_out_candidates(config.clients, clients)
-    records = [_record(client, data, client.id in candidates) for client in clients]
-    _check_budget(config, records)
-    return PreparedRecord(
-        model_fingerprint=base.fingerprint,
-        model_path=str(base.path),
-        data_fingerprint=folder.name,
-        data_path=str(folder),
-        model_parameters=base.parameters,
-        modules=base.modules,
-        clients=records,
-        way=find_way(
-            base.config,
-            cutoff_tokens=config.data.cutoff_tokens,
-            rows_apart=_rows_apart(config),
-        ),
-    )
+    base, prepared = _described(config, cache, report)
+    return prepared.model_copy(update={"way": _best_way(config, base)})
 
 
 def describe_way(way: WayRecord | None) -> str:
@@ -98,10 +79,45 @@ def describe_way(way: WayRecord | None) -> str:
     return f"rows: {'; '.join(filter(None, (found, kind, reason)))}"
 
 
-def _as_begun(prepared: PreparedRecord, way: WayRecord | None, run: RunPaths) -> PreparedRecord:
-    """Return the record with the way that the run's first round was trained in."""
-    if way and prepared.way and not still_right(way, prepared.way):
-        found = prepared.way
+def _described(
+    config: Config, cache: CachePaths, report: Report
+) -> tuple[BaseDescription, PreparedRecord]:
+    """Describe base and data, without a way to compute rows."""
+    base = describe_base(locate_base(config.model, cache, report), config.lora.target_modules)
+    folder = _tokenised(config, base.path, cache, report)
+    data = TokenizedClients.open(folder)
+    clients = list(data.clients.values())
+    candidates = held_out_candidates(config.clients, clients)
+    records = [_record(client, data, client.id in candidates) for client in clients]
+    _check_budget(config, records)
+    return base, PreparedRecord(
+        model_fingerprint=base.fingerprint,
+        model_path=str(base.path),
+        data_fingerprint=folder.name,
+        data_path=str(folder),
+        model_parameters=base.parameters,
+        modules=base.modules,
+        clients=records,
+    )
+
+
+def _best_way(config: Config, base: BaseDescription) -> WayRecord:
+    cutoff = config.data.cutoff_tokens
+    return find_way(base.config, cutoff_tokens=cutoff, rows_apart=_rows_apart(config))
+
+
+def _way_as_begun(
+    first: CohortRecord, config: Config, base: BaseDescription, run: RunPaths
+) -> WayRecord | None:
+    """Return the way that the run's first round was trained in.
+
+    A run without one is not checked: what the check refuses has keys that it cannot change.
+    """
+    way = first.way
+    if way is None:
+        return None
+    found = _best_way(config, base)
+    if not still_right(way, found):
         lost = "no FlexAttention" if way.cuda == "flex" != found.cuda else ""
         why = "; ".join(filter(None, (found.why, lost)))
         raise RunDirectoryError(
@@ -109,7 +125,7 @@ def _as_begun(prepared: PreparedRecord, way: WayRecord | None, run: RunPaths) ->
             f"installed transformers gets wrong ({why}); install the versions that {run.run.name} "
             "names"
         )
-    return prepared.model_copy(update={"way": way})
+    return way
 
 
 def _check_groups(config: Config, way: WayRecord | None) -> None:

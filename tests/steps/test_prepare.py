@@ -125,6 +125,21 @@ def base_of(kind: str, tiny: Tiny, folder: Path, **changes: object) -> Path:
     return folder
 
 
+def test_a_run_that_began_without_a_way_goes_on_where_a_new_one_is_refused(
+    config: Config, tiny: Tiny, tmp_path: Path
+) -> None:
+    rotary = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    changes = {"rope_parameters": rotary, "max_position_embeddings": 128}
+    folder = base_of("llama", tiny, tmp_path / "base", **changes)
+    other = override_config(config, [f"model.path={folder}", "data.cutoff_tokens=160"])
+    run = begun(other, tmp_path / "run", None)
+    assert prepare_run(run).way is None
+    assert PreparedRecord.read(run.prepared).way is None
+    run.round(1).cohort.unlink()
+    with pytest.raises(ConfigError, match=r"got 160, .* need at most 128$"):
+        prepare_run(run)
+
+
 def test_what_is_wrong_with_a_runs_way_by_now_is_told(
     config: Config, tiny: Tiny, tmp_path: Path
 ) -> None:
