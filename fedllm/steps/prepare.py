@@ -61,12 +61,15 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     The same configuration, data and cache give the same record, to the byte.
 
     Raises:
-        ConfigError: rows are too long for the base, or for the token budget.
+        ConfigError: rows are too long for the base, or for the token budget; or clients cannot
+            train together on it.
         ModelError: the base is missing or unsuitable.
         DataError: the data are missing or not as described.
     """
     base, prepared = _described(config, cache, report)
-    return prepared.model_copy(update={"way": _best_way(config, base)})
+    way = _best_way(config, base)
+    _check_groups(config, way)
+    return prepared.model_copy(update={"way": way})
 
 
 def describe_way(way: WayRecord | None) -> str:

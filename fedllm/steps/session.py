@@ -104,13 +104,12 @@ class Session:
         """
         device = str(resolve_device(config.training.device))
         path = self._near.get(prepared.model_path, prepared.model_path)
-        alone = config.training.clients_per_batch == 1
         key = _SlotsKey(
             base=_BaseKey(path=path, dtype=config.model.dtype, device=device),
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
-            way=way_of(prepared, device) if alone else GROUP_WAY,
+            way=_way_of_groups(config, prepared) or way_of(prepared, device),
         )
         if self._slots is not None and self._slots[0] != key:
             # its layers are in the model: take a clean one
@@ -164,6 +163,12 @@ class Session:
         if self._prepared is None or self._prepared[0] != version:
             self._prepared = version, PreparedRecord.read(path)
         return self._prepared[1]
+
+
+def _way_of_groups(config: Config, prepared: PreparedRecord) -> str | None:
+    """Return the way of clients that train together, where there are any and the base has it."""
+    found = prepared.way is not None and prepared.way.cpu == GROUP_WAY
+    return GROUP_WAY if config.training.clients_per_batch > 1 and found else None
 
 
 def way_of(prepared: PreparedRecord, device: str) -> str:

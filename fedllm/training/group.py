@@ -89,6 +89,7 @@ class _Group:
     ) -> None:
         self._begun = time.perf_counter()
         self._slots, self._settings = slots, settings
+        assert slots.way == GROUP_WAY, f"rows are {slots.way}: clients cannot train together"
         installed = slots.install_group([member.adapter for member in members])
         self._loops = [
             Loop(slots, own, member.rows, settings, member.draws)

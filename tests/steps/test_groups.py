@@ -8,17 +8,24 @@ import pytest
 from transformers import BloomConfig, BloomForCausalLM
 
 from fedllm.cli.execution import resume, start
-from fedllm.config.loading import read_config
+from fedllm.config.loading import override_config, read_config
 from fedllm.errors import ConfigError, OutOfMemory
 from fedllm.planning.grouping import group_clients
 from fedllm.steps.client import ClientRound, Save, Trained
-from fedllm.steps.prepare import prepare_run
+from fedllm.steps.prepare import prepare, prepare_run
 from fedllm.steps.replay import replay
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.steps.train import work
-from fedllm.storage.paths import AttemptPaths, RunPaths
-from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord, TaskRecord
+from fedllm.storage.paths import AttemptPaths, CachePaths, RunPaths
+from fedllm.storage.records import (
+    CohortRecord,
+    JobsRecord,
+    PreparedRecord,
+    SubmissionRecord,
+    TaskRecord,
+    WayRecord,
+)
 from tests.steps.attempts import (
     ME,
     OTHER,
@@ -254,19 +261,48 @@ def test_too_little_memory_for_a_group_names_the_key_that_makes_it_smaller(
         train(attempt, session, groups_of(attempt)[1], fail)
 
 
-def test_clients_of_a_base_whose_rows_are_padded_do_not_train_together(
-    tmp_path: Path, attempt: AttemptPaths
-) -> None:
+@pytest.fixture
+def bloom(tmp_path: Path) -> Tiny:
+    """A base whose rows are padded."""
     tiny = make_tiny(tmp_path / "bloom")
     for file in ("model.safetensors", "config.json", "generation_config.json"):
         (tiny.model / file).unlink()
     config = BloomConfig(vocab_size=258, hidden_size=32, n_layer=2, n_head=4)
     BloomForCausalLM(config).save_pretrained(tiny.model)
+    return tiny
+
+
+def test_clients_of_a_base_whose_rows_are_padded_do_not_train_together(
+    bloom: Tiny, attempt: AttemptPaths
+) -> None:
     run = RunPaths(root=round_of(attempt).root.parent.parent)
     round_of(attempt).cohort.unlink()
-    change_config(attempt, "model", path=str(tiny.model))
+    change_config(attempt, "model", path=str(bloom.model))
     change_config(attempt, "lora", target_modules=["query_key_value"])
     change_config(attempt, "clients", tiers={"small": {"ranks": 2}, "large": {"ranks": 3}})
-    assert read_config(run.config).training.clients_per_batch == TOGETHER
-    with pytest.raises(ConfigError, match=r"clients_per_batch: got 3, but .* padded.*; need 1"):
+    config = read_config(run.config)
+    assert config.training.clients_per_batch == TOGETHER
+    refused = r"clients_per_batch: got 3, but .* padded.*; need 1"
+    with pytest.raises(ConfigError, match=refused):
         prepare_run(run)
+    cache = CachePaths(root=bloom.cache)
+    with pytest.raises(ConfigError, match=refused):
+        prepare(config, cache)
+    alone = prepare(override_config(config, ["training.clients_per_batch=1"]), cache)
+    assert Session().slots(config, alone).way == "padded"
+
+
+@pytest.mark.parametrize(
+    ("way", "used"),
+    [
+        (WayRecord(cpu="parts", cuda="flex"), "parts"),
+        (WayRecord(cpu="mask", cuda="flex"), "mask"),
+        (None, "padded"),
+    ],
+)
+def test_the_way_of_groups_is_taken_where_it_was_found_right(
+    attempt: AttemptPaths, way: WayRecord | None, used: str
+) -> None:
+    run = RunPaths(root=round_of(attempt).root.parent.parent)
+    prepared = PreparedRecord.read(run.prepared).model_copy(update={"way": way})
+    assert Session().slots(read_config(run.config), prepared).way == used
