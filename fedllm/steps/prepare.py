@@ -17,6 +17,7 @@ from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.ways import SHARED, find_way, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import GROUP_WAY
+from fedllm.planning.roles import split_roles
 from fedllm.steps.aggregate import method_of
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
@@ -149,11 +150,16 @@ def _rows_apart(config: Config) -> bool:
 
 
 def _check_budget(config: Config, clients: Sequence[ClientRecord]) -> None:
-    """Refuse a token budget that the longest training row does not fit."""
+    """Refuse a token budget that the longest row of a client that trains does not fit."""
     budget = config.training.micro_batch_tokens
-    longest = max(clients, key=lambda client: client.longest_row)
-    need = longest.longest_row - 1  # the last token is a target only
-    if budget is not None and need > budget:
+    if budget is None:
+        return
+    train = set(split_roles(config.clients, clients).train)
+    # the last token is a target only
+    over = [each for each in clients if each.id in train and each.longest_row - 1 > budget]
+    if over:
+        longest = max(over, key=lambda client: client.longest_row)
+        need = longest.longest_row - 1
         raise ConfigError(
             f"training.micro_batch_tokens: got {budget}, a training row of client {longest.id} has "
             f"{longest.longest_row} tokens and computes {need} (its last one is a target only); "

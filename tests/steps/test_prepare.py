@@ -202,6 +202,23 @@ def test_a_budget_below_the_longest_row_is_refused_and_one_that_holds_it_is_not(
     assert prepare(remedied, cache, quiet).way == BEST
 
 
+def test_rows_of_clients_that_never_train_need_no_room_in_the_budget(
+    config: Config, tmp_path: Path
+) -> None:
+    row: dict[str, object] = {"category": "", "instruction": "Say it.", "output": "y"}
+    inputs = {"short": "x", "long": "x" * 40}
+    rows = [{**row, "client_id": id_, "input": text} for id_, text in inputs.items()] * 4
+    changed = with_rows(config, tmp_path / "rows.jsonl", rows)
+    changed = override_config(changed, ["data.cutoff_tokens=400", "clients.dev=0"])
+    cache = CachePaths(root=tmp_path / "cache")
+    lengths = {each.id: each.longest_row for each in prepare(changed, cache, quiet).clients}
+    assert lengths["long"] == lengths["short"] + 39 < 400
+    tight = override_config(changed, [f"training.micro_batch_tokens={lengths['short'] - 1}"])
+    prepare(override_config(tight, ["clients.held_out_from=[long]"]), cache, quiet)
+    with pytest.raises(ConfigError, match="a training row of client long has "):
+        prepare(override_config(tight, ["clients.held_out_from=[short]"]), cache, quiet)
+
+
 def test_answers_that_were_cut_are_counted_by_themselves(config: Config, tmp_path: Path) -> None:
     row: dict[str, object] = {"client_id": "a", "category": "", "instruction": "Say it."}
     rows = [
