@@ -17,7 +17,7 @@ _LARGEST_RATIO = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Clients that are trained together, those of larger rank later.
+    """Clients that are trained together, those of larger ranks later.
 
     `missing` are the members whose updates are wanted; all members train all the same, since the
     rounding of each depends on the others.
@@ -33,7 +33,7 @@ class Group:
 
     @property
     def tier(self) -> str:
-        """The tier on whose workers they train: that of the largest rank."""
+        """The tier on whose workers they train: that of the largest ranks."""
         return self.members[-1].tier
 
     def without(self, done: Collection[str]) -> "Group":
@@ -46,7 +46,11 @@ def group_clients(
 ) -> list[Group]:
     """Cut a cohort into groups of at most `size` clients of similar ranks and costs.
 
-    Nothing else decides them: neither how the cohort is bundled, nor who is done already, nor
+    Clients are taken tier by tier, by the largest rank and then by the sum of all ranks; within a
+    tier those of large cost come first. So tiers meet only where one ends and the next begins, and
+    the last member is of the largest ranks.
+
+    Nothing else decides the groups: neither how the cohort is bundled, nor who is done already, nor
     which workers there are. In no module has a member more than twice another's rank.
 
     Args:
@@ -54,9 +58,13 @@ def group_clients(
         ranks: tier -> module -> rank.
         size: `training.clients_per_batch`.
     """
-    ordered = sorted(clients, key=lambda c: (max(ranks[c.tier].values()), -c.cost, c.id))
+
+    def place(client: CohortClient) -> tuple[int, int, str, float, str]:
+        per_module = ranks[client.tier].values()
+        return max(per_module), sum(per_module), client.tier, -client.cost, client.id
+
     cuts: list[list[CohortClient]] = []
-    for client in ordered:
+    for client in sorted(clients, key=place):
         if cuts and len(cuts[-1]) < size and _are_similar([*cuts[-1], client], ranks):
             cuts[-1].append(client)
         else:

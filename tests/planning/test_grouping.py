@@ -45,9 +45,9 @@ def test_every_client_is_in_one_group_of_at_most_the_size_and_of_similar_ranks(
         for module in ("q", "up"):
             found = [ranks[member.tier][module] for member in group.members]
             assert max(found) <= 2 * min(found)
-        largest = [max(ranks[member.tier].values()) for member in group.members]
-        assert largest == sorted(largest)
-        assert group.tier == group.members[-1].tier
+        mixed = {member.tier: ranks[member.tier].values() for member in group.members}
+        sizes = {tier: (max(each), sum(each)) for tier, each in mixed.items()}
+        assert sizes[group.tier] == max(sizes.values())
 
 
 @given(cohort=cohorts(), size=st.integers(1, 6), order=st.randoms())
@@ -69,6 +69,18 @@ def test_clients_of_similar_cost_are_together() -> None:
     clients = [CohortClient(id=str(n), tier="t", cost=float(n % 4)) for n in range(8)]
     groups = group_clients(clients, {"t": {"q": 2}}, 2)
     assert [[m.cost for m in group.members] for group in groups] == [[c] * 2 for c in (3, 2, 1, 0)]
+
+
+def test_workers_are_those_of_the_larger_tier_whatever_clients_cost() -> None:
+    ranks = {"bigmem": {"q": 8, "up": 8}, "smallmem": {"q": 8, "up": 4}}
+    clients = [
+        CohortClient(id=f"{tier}{n}", tier=tier, cost=cost)
+        for tier, costs in {"bigmem": [9, 5, 4], "smallmem": [8, 7, 6, 3, 2]}.items()
+        for n, cost in enumerate(costs)
+    ]
+    small, mixed = group_clients(clients, ranks, 4)
+    assert ([m.cost for m in small.members], small.tier) == ([8, 7, 6, 3], "smallmem")
+    assert ([m.cost for m in mixed.members], mixed.tier) == ([2, 9, 5, 4], "bigmem")
 
 
 @pytest.mark.parametrize(
