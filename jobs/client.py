@@ -1,6 +1,7 @@
 """Train clients: `python jobs/client.py ATTEMPT` is a worker of that attempt.
 
-`--client C --scratch DIR` trains one client alone and compares its losses with the recorded ones.
+`--client C --scratch DIR` trains one client again, with its whole group where it has one, and
+compares that client's losses with the recorded ones.
 """
 
 import sys
