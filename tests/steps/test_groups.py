@@ -1,5 +1,7 @@
 """Clients that train together: their bits follow from the group, whatever happens to it."""
 
+import itertools
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,6 +92,17 @@ def train(
     )
 
 
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One undisturbed round of clients of whom every other has few rows, and all their epochs."""
+    tiny = make_tiny(tmp_path_factory.mktemp("unequal"))
+    rows = tiny.data.read_text(encoding="utf-8").splitlines()
+    of_client = itertools.groupby(rows, key=lambda row: json.loads(row)["client_id"])
+    kept = [list(mine)[: 5 if n % 2 else 20] for n, (_, mine) in enumerate(of_client)]
+    tiny.data.write_text("\n".join(itertools.chain(*kept)) + "\n", encoding="utf-8")
+    return start(tiny.config, [*OVERRIDES, "training.max_steps=null"], tiny.cache.parent / "run")
+
+
 class Interrupted(Exception):
     """The worker ended here."""
 
@@ -176,6 +189,33 @@ def test_a_group_goes_on_after_any_step_with_the_same_bits(
     found = train(attempt, session, group)
     assert [trained.record.resumed_at for trained in found] == [[stop]] * TOGETHER
     assert_as_recorded(found, done)
+
+
+def test_a_group_goes_on_after_its_shortest_members_ended(
+    unequal: Path, session: Session, tmp_path: Path
+) -> None:
+    recorded = updates(RunPaths(root=unequal).round(1))
+    shutil.copytree(unequal, tmp_path / "run")
+    attempt = untrained(RunPaths(root=tmp_path / "run").round(1))
+    group, *_ = groups_of(attempt)
+    ends = {client: recorded[client][0].steps for client in group}
+    short, long = sorted(set(ends.values()))
+    assert short < 5 < 7 < long
+
+    leave_at(attempt, session, group, 5)
+    ended = [round_of(attempt).checkpoint(c) for c in group if ends[c] == short]
+    written = [path.stat().st_mtime_ns for path in ended]
+    again = train(attempt, session, group)
+    assert [t.record.resumed_at for t in again] == [[min(5, ends[c])] for c in group]
+    assert_as_recorded(again, unequal)
+
+    # those that ended before have nothing to save, and the files still go together
+    leave_at(attempt, session, group, 7)
+    assert [path.stat().st_mtime_ns for path in ended] == written
+    again = train(attempt, session, group)
+    expected = [[short] if ends[c] == short else [5, 7] for c in group]
+    assert [t.record.resumed_at for t in again] == expected
+    assert_as_recorded(again, unequal)
 
 
 def test_a_signal_saves_all_members_and_the_task_goes_on(
