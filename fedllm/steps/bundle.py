@@ -112,7 +112,7 @@ class BundleTraining:
                 say(_told(trained.record))
                 self.publisher.hold(trained)
             else:
-                self.round.discard_checkpoint(trained.record.client)
+                self.publisher.discard_later(trained.record.client)
         if self._is_due():
             self.publisher.publish(bundle.number)
             self._saved_at = time.monotonic()

@@ -24,12 +24,21 @@ class Publisher:
     def __init__(self, opened: ClientRound, attempt: int) -> None:
         self._round, self._attempt = opened, attempt
         self._held: list[Trained] = []
+        self._over: list[str] = []
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
     def hold(self, trained: Trained) -> None:
         """Keep a finished client until the next publication."""
         self._held.append(trained)
+        self.discard_later(trained.record.client)
+
+    def discard_later(self, client: str) -> None:
+        """Remove a client's checkpoint once what is held is published.
+
+        Where that is lost before, its group goes on from the checkpoints of all its members.
+        """
+        self._over.append(client)
 
     def publish(self, bundle: int) -> None:
         """Begin to write what is held, as the next part of a bundle."""
@@ -39,8 +48,8 @@ class Publisher:
         part = 0
         while (path := self._part(bundle, part)).exists():
             part += 1
-        self._written = self._writer.submit(self._write, path, self._held)
-        self._held = []
+        self._written = self._writer.submit(self._write, path, self._held, self._over)
+        self._held, self._over = [], []
 
     def wait(self) -> None:
         """Wait for what is being written, and raise what went wrong."""
@@ -58,11 +67,11 @@ class Publisher:
     def _part(self, bundle: int, part: int) -> Path:
         return self._round.paths.update(attempt=self._attempt, bundle=bundle, part=part)
 
-    def _write(self, path: Path, clients: Sequence[Trained]) -> None:
+    def _write(self, path: Path, clients: Sequence[Trained], over: Sequence[str]) -> None:
         write_clients(path, clients)
-        for client in clients:
+        for client in over:
             # of this start of the task, of an earlier one, or of another's
-            self._round.discard_checkpoint(client.record.client)
+            self._round.discard_checkpoint(client)
 
 
 class PublishedClients:

@@ -164,6 +164,31 @@ def test_of_a_group_that_misses_one_update_only_that_one_is_published_again(
     assert not list((round_of(attempt).root / "checkpoints").glob("*"))
 
 
+def test_what_a_group_saved_stays_until_the_update_that_it_missed_is_published(
+    attempt: AttemptPaths, done: Path, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, group = groups_of(attempt)
+    checkpoints = [round_of(attempt).checkpoint(client) for client in group]
+    plan(attempt, [[*other, *group[:2]]])
+    work(attempt, None, ME, session)
+    later = round_of(attempt).attempt(2)
+    SubmissionRecord.read(attempt.submission).publish(later.submission)
+    plan(later, [[group[2]]])
+    leave_at(attempt, session, group, 2)
+
+    def killed(*_: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as away, pytest.raises(Interrupted):
+        away.setattr("fedllm.steps.publishing.publish_update", killed)
+        work(later, None, OTHER, session)
+    assert all(path.exists() for path in checkpoints)
+    assert work(later, None, OTHER, session) == 0
+    assert updates(round_of(attempt))[group[2]][0].resumed_at == [2]
+    assert not any(path.exists() for path in checkpoints)
+    assert_same_bits(round_of(attempt), done)
+
+
 def test_the_coordinator_plans_whole_groups_for_what_is_missing(
     attempt: AttemptPaths, done: Path, session: Session
 ) -> None:
