@@ -23,6 +23,7 @@ class TaskStatus:
     """A task at work, as it last told: `seconds` since its start, `held` clients unpublished.
 
     `state` is starting, training or lingering; gone where it ended before it published them.
+    `clients` are in training together, `client` is the first of them.
     """
 
     task: str
@@ -30,6 +31,7 @@ class TaskStatus:
     node: str
     log: str
     client: str | None
+    clients: tuple[str, ...]
     step: int
     clients_done: int
     held: int
@@ -177,6 +179,7 @@ def _tasks(
                 node=record.node if record else claim.node if claim else "",
                 log=claim.log if claim else "",
                 client=record.client if record else None,
+                clients=tuple(record.clients) if record else (),
                 step=record.step if record else 0,
                 clients_done=record.clients_done if record else 0,
                 held=unpublished,

@@ -9,6 +9,7 @@ from fedllm.reporting.pace import Estimate, Pace
 from fedllm.reporting.queue import QueueStatus
 from fedllm.reporting.status import RoundStatus, RunStatus
 from fedllm.reporting.tables import text_table
+from fedllm.storage.records import in_training
 
 _MOST_TASKS = 24
 _MOST_FAILED = 10
@@ -111,7 +112,7 @@ def _task_table(tasks: tuple[TaskStatus, ...]) -> str:
             task.task,
             task.node,
             task.state,
-            task.client or "",
+            in_training(task.client, task.clients),
             str(task.step) if task.client else "",
             str(task.clients_done),
             str(task.held),

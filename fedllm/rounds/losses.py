@@ -20,6 +20,7 @@ from fedllm.storage.records import (
     OutcomeRecord,
     SubmissionRecord,
     TaskRecord,
+    in_training,
 )
 from fedllm.storage.updates import Scan
 
@@ -52,7 +53,9 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         record = TaskRecord.find(path) if silent >= hung_seconds else None
         if silent < hung_seconds or (record and record.state == "lingering"):
             continue
-        doing = f"client {record.client}, step {record.step}" if record else "nothing begun"
+        doing = "nothing begun"
+        if record and record.client:
+            doing = f"client {in_training(record.client, record.clients)}, step {record.step}"
         why = f"no progress for {silent / 60:.1f} minutes ({doing})"
         run.lease.check()
         run.scheduler.cancel([task])

@@ -36,7 +36,7 @@ class Progress:
     every_seconds: float = _EVERY_SECONDS
     earlier: TaskRecord | None = None
     _clients_done: int = 0
-    _client: str | None = None
+    _clients: list[str] = field(default_factory=list)
     _step: int = 0
     _startup_seconds: float | None = None
     _busy_seconds: float = 0.0
@@ -69,7 +69,7 @@ class Progress:
     @contextmanager
     def clients(self, names: Sequence[str], count: int) -> Iterator[None]:
         """Count the block as training of clients, and `count` of them as done at its end."""
-        self._client, self._step = ", ".join(names), 0
+        self._clients, self._step = list(names), 0
         self._busy_since = time.monotonic()
         if self._startup_seconds is None:
             self._startup_seconds = self._busy_since - self.took_up
@@ -89,12 +89,14 @@ class Progress:
         """Publish the record; every one differs from the one before."""
         now = self._written_at = time.monotonic()
         before = self.earlier
+        clients = self._clients if state == "training" else []
         startup = now - self.took_up if self._startup_seconds is None else self._startup_seconds
         TaskRecord(
             task=self.identity.task,
             node=self.identity.node,
             clients_done=self._clients_done + (before.clients_done if before else 0),
-            client=self._client if state == "training" else None,
+            client=clients[0] if clients else None,
+            clients=clients,
             step=self._step,
             state=state,
             worker_class=self.worker_class,

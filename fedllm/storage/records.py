@@ -1,5 +1,6 @@
 """The records of a run: frozen models written as JSON, last in every step. No torch here."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -283,12 +284,14 @@ class TaskRecord(Record):
     A record that does not change is what a hung worker leaves. `startup_seconds` passed before
     the first client trained, `busy_seconds` in training clients; both, and `allocated_seconds`,
     are of this start of the task alone: `earlier` sums the starts before it was requeued.
+    `clients` are in training together, `client` is the first of them.
     """
 
     task: str
     node: str
     clients_done: int
     client: str | None = None
+    clients: list[str] = []
     step: int = 0
     state: Literal["starting", "training", "lingering", "ended"] = "training"
     worker_class: str = ""
@@ -298,6 +301,12 @@ class TaskRecord(Record):
     starts: int = 1
     earlier_busy_seconds: float = 0.0
     earlier_allocated_seconds: float = 0.0
+
+
+def in_training(client: str | None, clients: Sequence[str]) -> str:
+    """Name whom a task trains: the first client, and how many more in its group."""
+    more = f" and {len(clients) - 1} more" if len(clients) > 1 else ""
+    return f"{client or ''}{more}"
 
 
 class EndingRecord(Record):

@@ -201,6 +201,7 @@ def test_tasks_at_work_are_told_with_their_node_log_client_and_step(tmp_path: Pa
         node="n",
         log="/logs/7_9",
         client=CLIENTS[1],
+        clients=(),
         step=5,
         clients_done=4,
         held=2,
@@ -208,6 +209,22 @@ def test_tasks_at_work_are_told_with_their_node_log_client_and_step(tmp_path: Pa
     )
     assert (tasks["7_10"].state, tasks["7_10"].log) == ("starting", "/logs/7_10")
     assert (tasks["7_2"].state, tasks["7_2"].node, tasks["7_2"].held) == ("starting", "n2", 0)
+
+
+def test_a_task_that_trains_a_group_names_the_first_client_and_counts_the_others(
+    tmp_path: Path,
+) -> None:
+    paths = begin(tmp_path)
+    prepare(paths)
+    finish(paths, 0)
+    draw(paths, 1)
+    note(paths, 1, "7_1", client=CLIENTS[1], clients=CLIENTS[1:], step=5)
+    note(paths, 1, "7_2", client=CLIENTS[0], clients=CLIENTS[:1], step=6)
+    assert current(paths).tasks[0].clients == CLIENTS[1:]
+    lines = status_text(tmp_path, run_status(paths)).splitlines()
+    one, other = (line for line in lines if line.strip().startswith("7_"))
+    assert f"{CLIENTS[1]} and {len(CLIENTS) - 2} more  " in one
+    assert CLIENTS[0] in other and " and " not in other
 
 
 def test_a_task_that_slurm_knows_no_more_holds_nothing(tmp_path: Path) -> None:

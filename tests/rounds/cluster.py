@@ -62,7 +62,9 @@ class HandMoved:
         """Let tasks run without doing anything."""
         self.alive |= {id_: (self.alive[id_][0], TaskState.RUNNING) for id_ in ids}
 
-    def note(self, task: str, state: str, worker_class: str = "small") -> None:
+    def note(
+        self, task: str, state: str, worker_class: str = "small", clients: Sequence[str] = ()
+    ) -> None:
         """Write a worker's progress."""
         folder = Path(self.alive[task][0].argv[0])
         TaskRecord.model_validate(
@@ -70,6 +72,9 @@ class HandMoved:
                 "task": task,
                 "node": "n1",
                 "clients_done": 0,
+                "client": clients[0] if clients else None,
+                "clients": clients,
+                "step": 3 if clients else 0,
                 "state": state,
                 "worker_class": worker_class,
             }

@@ -45,11 +45,12 @@ def test_a_silent_worker_is_ended_and_its_clients_train_elsewhere(
     assert not advance(run)
     silent, *others = cluster.alive
     cluster.start(silent)
-    cluster.note(silent, "training")
+    cluster.note(silent, "training", clients=["a", "b", "c"])
     assert not advance(run)
     assert not advance(run)
     assert cluster.cancelled == [silent]
-    assert any(line.startswith(f"{silent}: no progress for") for line in say)
+    (told,) = (line for line in say if line.startswith(f"{silent}: no progress for"))
+    assert "(client a and 2 more, step 3); cancelled" in told
     cluster.end("COMPLETED", *others)
     assert not advance(run)
     outcome = OutcomeRecord.read(paths_of(tmp_path).round(1).attempt(1).outcome)

@@ -190,12 +190,13 @@ def test_progress_tells_what_a_worker_came_to(attempt: AttemptPaths, session: Se
 def test_progress_names_client_and_step_while_a_client_trains(attempt: AttemptPaths) -> None:
     progress = Progress.open(attempt, ME, "small", began=time.monotonic(), first=0.0)
     progress = dataclasses.replace(progress, every_seconds=0.0)
-    with progress.clients(["a/b"], 1):
+    with progress.clients(["a/b", "c, d"], 1):
         progress.step(0)
         one = TaskRecord.read(attempt.task(ME.task))
         progress.step(1)
     two = TaskRecord.read(attempt.task(ME.task))
     assert (two.client, two.step, two.state, two.clients_done) == ("a/b", 1, "training", 0)
+    assert two.clients == ["a/b", "c, d"]
     assert (two.worker_class, two.node) == ("small", ME.node)
     assert one != two
 
