@@ -10,6 +10,9 @@ from fedllm.storage.checkpoints import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
 from fedllm.training.progress import Progress
 
+# These differ within one run where fedllm was upgraded or its configuration was edited.
+_OF_CONFIGURATION = {"result_fingerprint", "group"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resumable:
@@ -77,7 +80,10 @@ class Resumable:
         record = checkpoint.record
         for key, value in self.identity:
             if getattr(record.identity, key) != value:
-                raise self._unusable(f"it is of another {key.replace('_', ' ')}")
+                why = f"it is of another {key.replace('_', ' ')}"
+                if key in _OF_CONFIGURATION:
+                    why += ": written by another version of fedllm or with another configuration"
+                raise self._unusable(why)
         if record.micro_batch_size not in micro_batch_sizes:
             raise self._unusable(f"its micro-batches have {record.micro_batch_size} rows")
         progress = _progress(checkpoint)

@@ -276,7 +276,12 @@ def test_a_checkpoint_of_another_configuration_is_left_alone(
     leave_at(opened(attempt, session), 4)
     change_training(attempt, learning_rate=0.5)
     assert train(opened(attempt, session)).record.resumed_at == []
-    assert "it is of another result fingerprint" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"client {client_of(opened(attempt, session))}: trains from its start: " in told
+    assert (
+        "it is of another result fingerprint: "
+        "written by another version of fedllm or with another configuration"
+    ) in told
     leave_at(opened(attempt, session), 4)
     # what the result does not depend on may change
     change_training(attempt, checkpoint_every_minutes=3.0, learning_rate=0.5)

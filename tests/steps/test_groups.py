@@ -284,7 +284,7 @@ def test_a_checkpoint_of_another_group_is_left_alone(
     (alone,) = train(attempt, session, group[:1])
     assert alone.record.resumed_at == []
     assert alone.record.group == []
-    assert "it is of another group" in capsys.readouterr().err
+    assert "it is of another group: written by another version" in capsys.readouterr().err
 
 
 def test_a_replay_trains_the_whole_group(done: Path, session: Session, tmp_path: Path) -> None:
