@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedllm.errors import ModelError
+from fedllm.model.attention import FLEX_BLOCK
 from fedllm.planning.seeding import seed_of
 
 _LEVELS = 1 << 16  # a draw is a 16-bit integer: four of them per 64-bit random number
@@ -42,26 +44,54 @@ class RowDropout(nn.Module):
     Micro-batches, accumulation and padding change nothing, and neither does a second forward
     pass (gradient checkpointing). It also draws a quarter of the random numbers that
     `nn.Dropout` draws. `rate` is met to 1 / 65,536.
+
+    Some classes (OPT, shared experts) give a module the tokens of all rows as one list: the masks
+    are those of the rows.
     """
 
     def __init__(self, rate: float, *, module: str, rows: RowSeeds) -> None:
         super().__init__()
         self._dropped = round(rate * _LEVELS)
         self._gain = _LEVELS / (_LEVELS - self._dropped)
+        self._module = module
         self._module_seed = seed_of("dropout", module)
         self._rows = rows
         self._draws: dict[torch.device, torch.Generator] = {}
 
-    def forward(self, x_NTI: Tensor) -> Tensor:
-        """Return `x` with dropped entries zero and the others scaled up; `x` itself in `eval`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with dropped entries zero and the others scaled up; `x` itself in `eval`.
+
+        Args:
+            x: the inputs of all tokens of the forward pass, (N, T, I) or flattened (N * T, I).
+
+        Raises:
+            ModelError: tokens of which the pieces do not tell whose they are.
+        """
         if not self.training:
-            return x_NTI
-        assert self._rows.pieces is not None, "RowSeeds.enter before the forward pass"
-        levels_NTI = torch.zeros(x_NTI.shape, dtype=torch.int16, device=x_NTI.device)
-        for piece in self._rows.pieces:
-            self._fill(levels_NTI[piece.entry, piece.start : piece.stop], piece.seed)
-        kept_NTI = (levels_NTI >= self._dropped - _LEVELS // 2).to(x_NTI.dtype)
-        return x_NTI * kept_NTI.mul_(self._gain)
+            return x
+        pieces = self._rows.pieces
+        assert pieces is not None, "RowSeeds.enter before the forward pass"
+        levels = torch.zeros(x.shape, dtype=torch.int16, device=x.device)
+        if pieces:
+            levels_NTI = self._by_entry(levels, pieces)
+            for piece in pieces:
+                self._fill(levels_NTI[piece.entry, piece.start : piece.stop], piece.seed)
+        kept = (levels >= self._dropped - _LEVELS // 2).to(x.dtype)
+        return x * kept.mul_(self._gain)
+
+    def _by_entry(self, levels: Tensor, pieces: Sequence[Piece]) -> Tensor:
+        """Return a view (N, T, I); several entries end with a piece each, one may with padding."""
+        entries = 1 + max(piece.entry for piece in pieces)
+        width = max(piece.stop for piece in pieces)
+        found = levels.numel() // levels.shape[-1]
+        padding = found - entries * width
+        if padding and not (entries == 1 and 0 < padding < FLEX_BLOCK):
+            raise ModelError(
+                f"lora.dropout: {self._module} gets {found} of the {entries * width} tokens of a "
+                "pass, so rows cannot have masks of their own; need lora.dropout: 0, or "
+                "lora.target_modules without it"
+            )
+        return levels.view(entries, -1, levels.shape[-1])
 
     def _fill(self, levels_TI: Tensor, seed: int) -> None:
         draws = self._draws.setdefault(levels_TI.device, torch.Generator(levels_TI.device))

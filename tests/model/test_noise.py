@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from fedllm.errors import ModelError
 from fedllm.model.noise import Piece, RowDropout, RowSeeds
+from fedllm.model.passes import PACKERS, Cut
+from tests.decoders import Row, in_way, make_decoder
 
 
 def dropped(
@@ -43,3 +47,58 @@ def test_the_rate_is_met_and_the_mean_kept(rate: float) -> None:
 def test_evaluation_drops_nothing() -> None:
     x = torch.randn(1, 3, 5)
     assert RowDropout(0.5, module="m", rows=RowSeeds()).eval()(x) is x
+
+
+STEP = [Row([*range(5, 14), n], [*range(20, 20 + 3 * n), 1]) for n in (3, 5, 8)]
+
+
+@pytest.mark.parametrize("way", ["parts", "packed", "padded"])
+def test_tokens_in_one_list_have_the_masks_of_their_rows(way: str) -> None:
+    model, rows = in_way(make_decoder("opt"), way), RowSeeds()
+    outputs: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            dropout = module.lora_dropout["c0"] = RowDropout(0.3, module=path, rows=rows)
+            dropout.register_forward_hook(lambda _, __, y, path=path: outputs.update({path: y}))
+    cut = Cut(loss_on="answer", pad_token=0, device="cpu")
+    for one in PACKERS[way](STEP, cut):
+        pieces = one.pieces(lambda place: 100 + place, 7)
+        rows.enter(pieces)
+        one.loss_sum(model)
+        for layer in ("model.decoder.layers.0", "model.decoder.layers.1"):
+            apart, flat = (outputs[f"{layer}.{leaf}"] for leaf in ("self_attn.q_proj", "fc1"))
+            assert (apart.dim(), flat.dim()) == (3, 2)
+            for path, y in ((f"{layer}.self_attn.q_proj", apart), (f"{layer}.fc1", flat)):
+                expected = RowDropout(0.3, module=path, rows=rows)(torch.ones(apart.shape))
+                found = y.view(apart.shape) == 0
+                assert torch.equal(found, expected == 0)
+                own = torch.cat([found[p.entry, p.start : p.stop].flatten() for p in pieces])
+                assert own.float().mean().item() == pytest.approx(0.3, abs=0.04)
+
+
+def test_padding_behind_one_list_of_tokens_changes_no_mask() -> None:
+    rows = RowSeeds()
+    rows.enter(
+        [Piece(entry=0, start=0, stop=50, seed=1), Piece(entry=0, start=50, stop=71, seed=2)]
+    )
+    dropout = RowDropout(0.3, module="m", rows=rows)
+    expected = dropout(torch.ones(1, 128, 7))[0]
+    assert (expected[:71] == 0).any()
+    assert torch.equal(dropout(torch.ones(128, 7)), expected)
+    assert torch.equal(dropout(torch.ones(71, 7)), expected[:71])
+
+
+@pytest.mark.parametrize("shape", [(17, 7), (27, 7), (2, 8, 7), (3, 9, 7)])
+def test_tokens_that_are_not_those_of_the_rows_are_refused(shape: tuple[int, ...]) -> None:
+    rows = RowSeeds()
+    rows.enter([Piece(entry=n, start=0, stop=9, seed=n) for n in range(2)])
+    tokens = shape[0] if len(shape) == 2 else shape[0] * shape[1]
+    with pytest.raises(ModelError, match=f"lora.dropout: mlp.up gets {tokens} of the 18 tokens"):
+        RowDropout(0.3, module="mlp.up", rows=rows)(torch.ones(shape))
+
+
+def test_fewer_tokens_than_a_sequence_has_are_refused() -> None:
+    rows = RowSeeds()
+    rows.enter([Piece(entry=0, start=0, stop=9, seed=1)])
+    with pytest.raises(ModelError, match="gets 8 of the 9 tokens"):
+        RowDropout(0.3, module="m", rows=rows)(torch.ones(8, 7))
