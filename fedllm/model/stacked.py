@@ -105,12 +105,15 @@ class _Stacked(nn.Module):
 class StackedA(_Stacked):
     """Each client's tokens times its own A, (R, I) or less."""
 
-    def forward(self, x_1TI: Tensor) -> Tensor:
-        """Return (C, S, R), which `StackedB` takes."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what `StackedB` takes: (C, S, R) of (1, T, I), and (C * S, R) of (T, I)."""
         rank = max(a_RI.shape[0] for a_RI in self.factors)
         padded = [nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])) for a in self.factors]
         a_CRI = torch.stack(padded)
-        return torch.bmm(self._seats.gather(x_1TI), a_CRI.transpose(1, 2))
+        flat = x.dim() == 2
+        x_CSI = self._seats.gather(x.unsqueeze(0) if flat else x)
+        h_CSR = torch.bmm(x_CSI, a_CRI.transpose(1, 2))
+        return h_CSR.flatten(0, 1) if flat else h_CSR
 
 
 class StackedB(_Stacked):
@@ -120,15 +123,18 @@ class StackedB(_Stacked):
         super().__init__(seats)
         self.scales: tuple[float, ...] = ()
 
-    def forward(self, h_CSR: Tensor) -> Tensor:
-        """Return (1, T, O)."""
+    def forward(self, h: Tensor) -> Tensor:
+        """Return (1, T, O) of (C, S, R), and (T, O) of (C * S, R)."""
         rank = max(b_OR.shape[1] for b_OR in self.factors)
         padded = [
             nn.functional.pad(b_OR * scale, (0, rank - b_OR.shape[1]))
             for b_OR, scale in zip(self.factors, self.scales, strict=True)
         ]
         b_COR = torch.stack(padded)
-        return self._seats.scatter(torch.bmm(h_CSR, b_COR.transpose(1, 2)))
+        flat = h.dim() == 2
+        h_CSR = h.unflatten(0, (len(self.factors), -1)) if flat else h
+        x_1TO = self._seats.scatter(torch.bmm(h_CSR, b_COR.transpose(1, 2)))
+        return x_1TO.squeeze(0) if flat else x_1TO
 
 
 @dataclass(frozen=True, kw_only=True)

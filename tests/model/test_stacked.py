@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
 
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter
 from fedllm.model.attention import PARTS_ATTENTION
-from fedllm.model.base import Base, load_base
+from fedllm.model.base import Base, find_modules, load_base
 from fedllm.model.losses import packed_losses
 from fedllm.model.noise import Piece
 from fedllm.model.packing import Packed, pack, shared_prefix, text_of
@@ -191,3 +193,34 @@ def test_a_member_of_another_model_is_named(slots: AdapterSlots, base: Base) -> 
     strange = {module: strange[module], "elsewhere.q_proj": strange[module]}
     with pytest.raises(AdapterError, match=r"elsewhere\.q_proj: not a target module"):
         slots.install_group([sound, strange])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_modules_that_get_their_tokens_in_one_list_train_as_alone(dropout: float) -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=258,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        dropout=0.0,
+    )
+    model = OPTForCausalLM(config).double()
+    model.set_attn_implementation(PARTS_ATTENTION)
+    targets = ["q_proj", "fc1", "fc2"]
+    modules = find_modules(model, targets)
+    tokenizer = SimpleNamespace(pad_token_id=0)  # only texts need more of it
+    base = Base(model=model, tokenizer=tokenizer, fingerprint="", modules=modules)
+    shapes = {name: (m.out_features, m.in_features) for name, m in modules.items()}
+    slots = AdapterSlots(base, target_modules=targets, dropout=dropout)
+    flat: list[int] = []
+    name = next(
+        name for name in shapes if name.endswith("fc2")
+    )  # after fc1, whose result is then flat too
+    model.get_submodule(name).register_forward_hook(lambda _, __, y: flat.append(y.dim()))
+    adapters = [adapter(shapes, seed=n, rank=rank) for n, rank in enumerate(RANKS)]
+    assert_as_alone(slots, adapters, [pack_of(rows_of(client)) for client in range(3)])
+    assert set(flat) == {2}
