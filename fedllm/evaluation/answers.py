@@ -1,6 +1,7 @@
 """Generated answers of padded batches: greedy decoding by transformers."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ def generate_answers(
 ) -> list[str]:
     """Return the model's answer to every prompt, in their order, as text without spaces around.
 
-    Greedy, at most `max_new_tokens`, ends at the end of sequence. Prompts of similar length share
-    a batch and are padded on the left. A prompt without tokens has no answer.
+    Greedy, at most `max_new_tokens`, ends at the end of sequence; what else the model's own
+    generation configuration asks for, such as penalties, is left out. Prompts of similar length
+    share a batch and are padded on the left. A prompt without tokens has no answer.
     """
     slots.evaluate()
     config = _config(slots, section)
     answers = [""] * len(prompts)
-    with torch.inference_mode():
+    with torch.inference_mode(), _plainly(slots.model):
         for places in _by_length(prompts, section.batch_size):
             batch = _padded([prompts[place] for place in places], slots)
             # transformers types `generate` for its own classes only
@@ -45,6 +47,17 @@ def end_tokens(slots: AdapterSlots) -> set[int]:
     ends = {*ends} if isinstance(ends, list) else {ends}
     ends |= {slots.base.tokenizer.eos_token_id}
     return {end for end in ends if end is not None}
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Hide the model's own configuration: `generate` takes from it whatever is not given."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _by_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
