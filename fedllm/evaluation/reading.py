@@ -24,7 +24,7 @@ from fedllm.model.packing import (
     shared_prefix,
     text_of,
 )
-from fedllm.model.passes import DENSE_TOKENS
+from fedllm.model.passes import most_at_once
 from fedllm.model.slots import AdapterSlots
 
 
@@ -52,12 +52,13 @@ def plan_passes(
 ) -> list[list[Group]]:
     """Cut the rows of all clients into passes of at most `batch_size` rows.
 
-    A row's place is its number when the rows of all clients are counted through. Rows of a client
-    stay together where they fit; neighbours are of similar length.
+    A pass has no more tokens than one of training without a budget (`most_at_once`). A row's place
+    is its number when the rows of all clients are counted through. Rows of a client stay together
+    where they fit; neighbours are of similar length.
     """
     rows = [row for client in clients for row in client]
     lengths = [len(text_of(row)) for row in rows]
-    most_tokens = max([DENSE_TOKENS, *lengths]) if way == "mask" else None
+    most_tokens = most_at_once(way, lengths)
     groups: list[Group] = []
     start = 0
     for client in clients:

@@ -31,6 +31,8 @@ PARTS_TOKENS = 2048
 
 _LEAST_ROWS = 4  # of the longest that fit by parts: the prefix is not repeated for fewer
 
+_DENSE_WAYS = frozenset({"mask", "packed"})  # of `packed`, transformers makes the mask
+
 RowSeed = Callable[[int], int]
 
 
@@ -146,6 +148,19 @@ class Cut:
     by_length: bool = True
 
 
+def most_at_once(way: str, lengths: Sequence[int]) -> int | None:
+    """Return how many tokens to compute at once without a budget; None: no bound.
+
+    Args:
+        way: how packed rows are computed together.
+        lengths: tokens of each row.
+    """
+    longest = max(lengths, default=0)
+    if way == "parts":
+        return max(PARTS_TOKENS, _LEAST_ROWS * longest)
+    return max(DENSE_TOKENS, longest) if way in _DENSE_WAYS else None
+
+
 Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]
 
 
@@ -184,26 +199,20 @@ def _plan_batches(lengths: Sequence[int], cut: Cut) -> list[list[int]]:
 
 
 def _unshared(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    # transformers makes a dense mask of the positions
-    return _pack_all(rows, 0, cut, "packed", max(DENSE_TOKENS, _longest(rows)))
+    return _pack_all(rows, 0, cut, "packed")
 
 
 def _parts(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    most = max(PARTS_TOKENS, _LEAST_ROWS * _longest(rows))
-    return _pack_all(rows, _prefix(rows), cut, "parts", most)
+    return _pack_all(rows, _prefix(rows), cut, "parts")
 
 
 def _mask(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    return _pack_all(rows, _prefix(rows), cut, "mask", max(DENSE_TOKENS, _longest(rows)))
+    return _pack_all(rows, _prefix(rows), cut, "mask")
 
 
 def _flex(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    passes = _pack_all(rows, _prefix(rows), cut, "flex", None)
+    passes = _pack_all(rows, _prefix(rows), cut, "flex")
     return [PackedPass(packed=_in_blocks(one.packed), way=one.way) for one in passes]
-
-
-def _longest(rows: Sequence[TokenRow]) -> int:
-    return max(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
 
 
 def _prefix(rows: Sequence[TokenRow]) -> int:
@@ -211,12 +220,9 @@ def _prefix(rows: Sequence[TokenRow]) -> int:
     return shared_prefix([text_of(row) for row in rows])
 
 
-def _pack_all(
-    rows: Sequence[TokenRow], prefix: int, cut: Cut, way: str, otherwise: int | None
-) -> list[PackedPass]:
-    """Pack rows by the budget, or `otherwise`."""
+def _pack_all(rows: Sequence[TokenRow], prefix: int, cut: Cut, way: str) -> list[PackedPass]:
     lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
-    most_tokens = otherwise if cut.most_tokens is None else cut.most_tokens
+    most_tokens = most_at_once(way, lengths) if cut.most_tokens is None else cut.most_tokens
     plan = plan_packs(lengths, prefix, most_rows=cut.most_rows, most_tokens=most_tokens)
     return [
         PackedPass(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fedllm.evaluation.decoding import Answered, answer_clients
 from fedllm.evaluation.reading import answer_losses, padded_losses, plan_passes
 from fedllm.model.base import Base
-from fedllm.model.packing import LEAST_SHARED, shared_prefix, text_of
-from fedllm.model.passes import DENSE_TOKENS
+from fedllm.model.packing import LEAST_SHARED, Group, pack_groups, shared_prefix, text_of
+from fedllm.model.passes import DENSE_TOKENS, PARTS_TOKENS
 from fedllm.model.slots import AdapterSlots
 from tests.decoders import DECODERS, Row, in_way, make_decoder
 
@@ -240,7 +240,14 @@ def test_the_same_rows_give_the_same_bits_again(llama: AdapterSlots) -> None:
 LENGTHS = st.lists(st.lists(st.integers(1, 700), max_size=6), max_size=6)
 
 
-@given(lengths=LENGTHS, batch_size=st.integers(1, 8), way=st.sampled_from(["parts", "mask"]))
+MOST_AT_ONCE = {"parts": PARTS_TOKENS, "mask": DENSE_TOKENS, "packed": DENSE_TOKENS}
+
+
+def tokens_at_once(groups: Sequence[Group]) -> int:
+    return pack_groups(groups, loss_on="answer", device="cpu").computed_tokens
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 8), way=st.sampled_from(list(MOST_AT_ONCE)))
 def test_passes_hold_every_row_once_within_their_bounds(
     lengths: list[list[int]], batch_size: int, way: str
 ) -> None:
@@ -249,13 +256,26 @@ def test_passes_hold_every_row_once_within_their_bounds(
     places = [[place for group in groups for place in group.places] for groups in passes]
     assert sorted(chain(*places)) == list(range(sum(map(len, clients))))
     assert all(1 <= len(of_pass) <= batch_size for of_pass in places)
-    for groups in passes if way == "mask" else []:
-        computed = sum(
-            group.prefix
-            + sum(len(group.rows[place].prompt_ids) - group.prefix for place in group.places)
-            for group in groups
-        )
-        assert computed <= DENSE_TOKENS or len(groups) == 1
+    longest = max(chain(*lengths), default=0) + 1
+    most = max(2048, 4 * longest) if way == "parts" else 1024
+    assert all(tokens_at_once(groups) <= most for groups in passes)
+
+
+@pytest.mark.parametrize(("way", "most"), MOST_AT_ONCE.items())
+@pytest.mark.parametrize("per_client", [1, 40])
+def test_passes_are_as_full_as_their_bound_lets_them(way: str, most: int, per_client: int) -> None:
+    rows = [Row([n, *[7] * 100], [1]) for n in range(2, 42)]
+    clients = [rows[start : start + per_client] for start in range(0, 40, per_client)]
+    computed = [tokens_at_once(groups) for groups in plan_passes(clients, way=way, batch_size=64)]
+    assert sum(computed) == 40 * 101
+    assert most - 101 < max(computed) <= most
+
+
+@pytest.mark.parametrize(("way", "rows"), [("parts", 4), ("mask", 1), ("packed", 1)])
+def test_rows_over_the_bound_are_read_a_few_at_once(way: str, rows: int) -> None:
+    clients = [[Row([n, *[7] * 3000], [1]) for n in range(2, 10)]]
+    passes = plan_passes(clients, way=way, batch_size=64)
+    assert [sum(len(group.places) for group in groups) for groups in passes] == [rows] * (8 // rows)
 
 
 @given(sizes=st.lists(st.integers(1, 5), max_size=8))
