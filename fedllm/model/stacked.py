@@ -132,7 +132,7 @@ class StackedB(_Stacked):
         ]
         b_COR = torch.stack(padded)
         flat = h.dim() == 2
-        h_CSR = h.unflatten(0, (len(self.factors), -1)) if flat else h
+        h_CSR = h.view(len(self.factors), -1, h.shape[1]) if flat else h
         x_1TO = self._seats.scatter(torch.bmm(h_CSR, b_COR.transpose(1, 2)))
         return x_1TO.squeeze(0) if flat else x_1TO
 
