@@ -57,8 +57,9 @@ def collate(
     texts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
     firsts = [max(1, len(row.prompt_ids)) if loss_on == "answer" else 1 for row in rows]
     targets = [text[first:] for text, first in zip(texts, firsts, strict=True)]
-    width = max(len(text) for text in texts) - 1
-    kept = max(len(row) for row in targets)
+    # a row of one token has nothing to compute and no target: it is all padding, without loss
+    width = max(1, *(len(text) - 1 for text in texts))
+    kept = max(1, *(len(row) for row in targets))
     starts = tuple(width + 1 - len(text) for text in texts)
     padded = [[pad_token] * s + text[:-1] for s, text in zip(starts, texts, strict=True)]
     aligned = [[_IGNORED] * (kept - len(row)) + row for row in targets]

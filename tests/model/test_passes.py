@@ -68,10 +68,15 @@ def assert_equal(
 def test_loss_and_gradients_are_those_of_the_padded_step(
     llama: nn.Module, step: str, loss_on: str, way: str
 ) -> None:
-    rows = STEPS[step]
-    if way == "padded" and step == "a row of one token":
-        rows = rows[1:]  # nothing of it is computed
-    assert_equal(llama, rows, way, 1e-6, loss_on=loss_on)
+    assert_equal(llama, STEPS[step], way, 1e-6, loss_on=loss_on)
+
+
+def test_a_row_of_one_token_has_no_loss_by_itself(llama: nn.Module) -> None:
+    (one,) = passes_of([Row([], [20])], "padded")
+    assert (one.num_tokens, one.num_targets) == (1, 0)
+    loss, grads = gradients(in_way(llama, "padded"), lambda: one.loss_sum(llama))
+    assert loss == 0
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads.values())
 
 
 @pytest.mark.parametrize("name", DECODERS)
