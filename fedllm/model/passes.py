@@ -29,9 +29,17 @@ DENSE_TOKENS = 1024
 PARTS_TOKENS = 2048
 """Tokens computed at once, without a budget, by parts: more take memory and save no time."""
 
-_LEAST_ROWS = 4  # of the longest that fit by parts: the prefix is not repeated for fewer
+FLEX_TOKENS = 16_384
+"""Tokens computed at once, without a budget, by block masks: each is made from a dense mask."""
 
-_DENSE_WAYS = frozenset({"mask", "packed"})  # of `packed`, transformers makes the mask
+# per way: tokens, and rows of the longest that fit whatever these are. Few rows repeat a prefix often
+# where it is shared cheaply; of `packed`, transformers makes a dense mask too.
+_AT_ONCE: Mapping[str, tuple[int, int]] = {
+    "parts": (PARTS_TOKENS, 4),
+    "flex": (FLEX_TOKENS, 4),
+    "mask": (DENSE_TOKENS, 1),
+    "packed": (DENSE_TOKENS, 1),
+}
 
 RowSeed = Callable[[int], int]
 
@@ -148,17 +156,15 @@ class Cut:
     by_length: bool = True
 
 
-def most_at_once(way: str, lengths: Sequence[int]) -> int | None:
-    """Return how many tokens to compute at once without a budget; None: no bound.
+def most_at_once(way: str, lengths: Sequence[int]) -> int:
+    """Return how many tokens to compute at once without a budget.
 
     Args:
         way: how packed rows are computed together.
         lengths: tokens of each row.
     """
-    longest = max(lengths, default=0)
-    if way == "parts":
-        return max(PARTS_TOKENS, _LEAST_ROWS * longest)
-    return max(DENSE_TOKENS, longest) if way in _DENSE_WAYS else None
+    most_tokens, least_rows = _AT_ONCE[way]
+    return max(most_tokens, least_rows * max(lengths, default=0))
 
 
 Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]

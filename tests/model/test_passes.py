@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from fedllm.errors import DataError
 from fedllm.model.noise import RowDropout, RowSeeds
 from fedllm.model.packing import PREFIX, pack, text_of
-from fedllm.model.passes import DENSE_TOKENS, PACKERS, PARTS_TOKENS, Cut, PackedPass, Pass
+from fedllm.model.passes import (
+    DENSE_TOKENS,
+    FLEX_TOKENS,
+    PACKERS,
+    PARTS_TOKENS,
+    Cut,
+    PackedPass,
+    Pass,
+)
 from tests.decoders import DECODERS, Row, gradients, in_way, make_decoder, plain_loss, worst
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
@@ -160,19 +168,24 @@ def test_a_row_over_the_budget_is_refused_in_every_way(way: str) -> None:
 
 @pytest.mark.parametrize(
     ("way", "most"),
-    [("mask", DENSE_TOKENS), ("packed", DENSE_TOKENS), ("parts", PARTS_TOKENS)],
+    [
+        ("mask", DENSE_TOKENS),
+        ("packed", DENSE_TOKENS),
+        ("parts", PARTS_TOKENS),
+        ("flex", FLEX_TOKENS),
+    ],
 )
 def test_long_steps_are_cut_without_a_budget(way: str, most: int) -> None:
-    rows = [Row([*HEAD, n, *LONG], [n, 1]) for n in range(2, 42)]
+    rows = [Row([*HEAD, n, *LONG], [n, 1]) for n in range(2, 42 if way != "flex" else 402)]
     computed = [one.computed_tokens for one in passes_of(rows, way)]
     assert len(computed) > 1
     assert most - 80 < max(computed) <= most
 
 
-@pytest.mark.parametrize("way", ["mask", "packed", "parts"])
+@pytest.mark.parametrize("way", ["mask", "packed", "parts", "flex"])
 def test_a_row_of_any_length_fits_without_a_budget(way: str) -> None:
-    rows = [Row([*HEAD, n, *LONG * 50], [n, 1]) for n in (2, 3, 4, 5)]
-    assert len(passes_of(rows, way)) == (1 if way == "parts" else 4)
+    rows = [Row([*HEAD, n, *LONG * 80], [n, 1]) for n in (2, 3, 4, 5)]
+    assert len(passes_of(rows, way)) == (1 if way in {"parts", "flex"} else 4)
 
 
 def masks(one: Pass) -> dict[int, Tensor]:
