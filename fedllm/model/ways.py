@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.model.attention import PARTS_ATTENTION
+from fedllm.model.attention import FLEX_BLOCK, PARTS_ATTENTION
 from fedllm.model.batches import collate, token_losses
 from fedllm.model.losses import packed_losses
-from fedllm.model.packing import pack
+from fedllm.model.packing import pack, padded_to
 from fedllm.storage.hub import first_line
 from fedllm.storage.records import WayRecord
 
@@ -120,7 +120,12 @@ def find_way(config: Any, *, cutoff_tokens: int, rows_apart: bool = False) -> Wa
     right = [way for way in _CHECKED if way not in wrong] or ["padded"]
     cpu, gpu = right[0], next(way for way in [*right, "padded"] if way != "parts")
     if gpu == "mask" and _has_block_masks(model, config.get_text_config()):
-        gpu = "flex"
+        with _silence():
+            problem = _problem(model, "flex")
+        if problem:
+            wrong["flex"] = problem
+        else:
+            gpu = "flex"
     why = "; ".join(f"{way}: {problem}" for way, problem in wrong.items())
     return WayRecord.model_validate(
         {"cpu": cpu, "cuda": gpu, "why": f"{name}: {why}" if why else ""}
@@ -166,10 +171,12 @@ def _problem(model: nn.Module, way: str) -> str:
     """Say how a way differs from every row by itself, or nothing."""
     causal: Any = model
     own = causal.config._attn_implementation
-    alone = _computed(model, lambda: torch.stack([_alone(model, row) for row in _ROWS]).sum())
+    # FlexAttention has no gradient on a CPU, and is compiled on a GPU only
+    compute = _loss_only if way == "flex" else _computed
+    alone = compute(model, lambda: torch.stack([_alone(model, row) for row in _ROWS]).sum())
     set_way(model, way)
     try:
-        return _difference(alone, _computed(model, lambda: _together(model, way)))
+        return _difference(alone, compute(model, lambda: _together(model, way)))
     # a class that cannot take these inputs raises what it likes: then it is not this way
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
@@ -190,6 +197,8 @@ def _together(model: nn.Module, way: str) -> Tensor:
         return token_losses(model, batch).sum()
     prefix = len(_PREFIX) if way in SHARED else 0
     packed = pack(_ROWS, range(len(_ROWS)), prefix, loss_on="all", device="cpu")
+    if way == "flex":
+        packed = padded_to(packed, -(-packed.computed_tokens // FLEX_BLOCK) * FLEX_BLOCK)
     return packed_losses(model, packed, way)
 
 
@@ -215,12 +224,19 @@ def _computed(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
     return torch.cat([value.detach().view(1), *gradients])
 
 
+def _loss_only(_model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
+    """Return a loss, in a vector, without compiling what makes it."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return loss().view(1)
+
+
 def _difference(alone: Tensor, together: Tensor) -> str:
     """Say how far apart loss or gradient are, or nothing."""
     if alone.shape != together.shape:
         return "other parameters get gradients"
     pairs = ((alone[:1], together[:1]), (alone[1:], together[1:]))
-    error = max(((b - a).norm() / a.norm()).item() for a, b in pairs)
+    errors = [(b - a).norm() / a.norm() for a, b in pairs if a.numel()]
+    error = torch.stack(errors).max().item()  # NaN if one is
     return "" if error <= _TOLERANCES[alone.dtype] else f"relative error {error:.0e}"
 
 

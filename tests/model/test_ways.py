@@ -57,6 +57,7 @@ def way(kind: str, cutoff_tokens: int = 512, **changes: Any) -> WayRecord:
         ("cohere2", WINDOW, "parts", "packed"),
         ("granite", {}, "parts", "flex"),
         ("starcoder2", WINDOW, "parts", "packed"),
+        ("doge", {}, "mask", "mask"),
         ("bloom", {}, "padded", "padded"),
         ("falcon", {"alibi": True}, "padded", "padded"),
         ("mamba", {}, "padded", "padded"),
@@ -76,6 +77,12 @@ def test_the_reason_names_the_model_and_what_is_wrong_with_better_ways() -> None
     assert "softcap" in found.why
     assert "mask: relative error" in found.why
     assert "padded" not in found.why
+
+
+def test_block_masks_that_a_model_ignores_are_not_taken() -> None:
+    found = way("doge")
+    assert found.cuda == "mask"
+    assert "; flex: relative error " in found.why
 
 
 def test_a_window_that_no_row_reaches_is_none() -> None:
