@@ -14,18 +14,18 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from fedllm.errors import ConfigError, ModelError
 from fedllm.model.attention import FLEX_BLOCK, PARTS_ATTENTION
 from fedllm.model.batches import collate, token_losses
-from fedllm.model.losses import packed_losses
-from fedllm.model.packing import pack, padded_to
+from fedllm.model.losses import forward, packed_losses
+from fedllm.model.packing import Packed, pack, padded_to, text_of
 from fedllm.storage.hub import first_line
 from fedllm.storage.records import WayRecord
 
@@ -176,7 +176,8 @@ def _problem(model: nn.Module, way: str) -> str:
     alone = compute(model, lambda: torch.stack([_alone(model, row) for row in _ROWS]).sum())
     set_way(model, way)
     try:
-        return _difference(alone, compute(model, lambda: _together(model, way)))
+        found = _difference(alone, compute(model, lambda: _together(model, way)))
+        return found or (_cache_problem(model, way, own) if way in SHARED else "")
     # a class that cannot take these inputs raises what it likes: then it is not this way
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
@@ -195,11 +196,59 @@ def _together(model: nn.Module, way: str) -> Tensor:
     if way == "padded":
         batch = collate(_ROWS, loss_on="all", pad_token=0, device="cpu")
         return token_losses(model, batch).sum()
+    return packed_losses(model, _packed(way), way)
+
+
+def _packed(way: str) -> Packed:
     prefix = len(_PREFIX) if way in SHARED else 0
     packed = pack(_ROWS, range(len(_ROWS)), prefix, loss_on="all", device="cpu")
     if way == "flex":
         packed = padded_to(packed, -(-packed.computed_tokens // FLEX_BLOCK) * FLEX_BLOCK)
-    return packed_losses(model, packed, way)
+    return packed
+
+
+def _cache_problem(model: nn.Module, way: str, own: str) -> str:
+    """Say how a step behind the keys and values of shared rows differs, or nothing.
+
+    Evaluation answers so: each row gathers its keys from the cache of a packed pass, and the rows
+    are aligned on the right for a step of a token each.
+    """
+    packed = _packed(way)
+    cache = DynamicCache()
+    lengths = [len(text_of(row)) for row in _ROWS]
+    width = max(lengths)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        forward(model, packed, way, kept=packed.kept_U, use_cache=True, past_key_values=cache)
+        steps = DynamicCache()
+        gaps_N1 = torch.tensor([[width - length] for length in lengths])
+        keys_NW = torch.tensor(_keys(packed, width - 1))
+        for number, layer in enumerate(cache.layers):
+            keys, values = (x[0][:, keys_NW].transpose(0, 1) for x in (layer.keys, layer.values))
+            steps.update(keys, values, number)
+        if way == "flex":  # its blocks are for many queries
+            cast(Any, model).set_attn_implementation(own)
+        together_NV = model(
+            input_ids=torch.tensor([text_of(row)[-1:] for row in _ROWS]),
+            attention_mask=(torch.arange(width) >= gaps_N1).long(),
+            position_ids=width - 1 - gaps_N1,
+            past_key_values=steps,
+            use_cache=True,
+        ).logits[:, -1]
+        texts = [torch.tensor([text_of(row)]) for row in _ROWS]
+        alone = [model(input_ids=text, use_cache=False).logits[0, -1] for text in texts]
+    problem = _difference(alone, together_NV.unbind())
+    return f"answers behind its cache: {problem}" if problem else ""
+
+
+def _keys(packed: Packed, width: int) -> list[list[int]]:
+    """Return every row's own places in a packed sequence, behind copies of its first one."""
+    found = []
+    own = {part.row: part for part in packed.parts}
+    for place in range(len(_ROWS)):
+        part = own[place]
+        keys = [*range(part.prefix_start, part.prefix_stop), *range(part.start, part.stop)]
+        found.append(keys[:1] * (width - len(keys)) + keys)
+    return found
 
 
 @contextmanager
@@ -215,29 +264,28 @@ def _silence() -> Iterator[None]:
         set_verbosity(verbosity)
 
 
-def _computed(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
-    """Return a loss and its gradient by every parameter, in one vector."""
+def _computed(model: nn.Module, loss: Callable[[], Tensor]) -> Sequence[Tensor]:
+    """Return a loss and, in one vector, its gradient by every parameter."""
     model.zero_grad()
     value = loss()
     value.backward()  # type: ignore[no-untyped-call]
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return torch.cat([value.detach().view(1), *gradients])
+    return value.detach(), torch.cat(gradients)
 
 
-def _loss_only(_model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
-    """Return a loss, in a vector, without compiling what makes it."""
+def _loss_only(_model: nn.Module, loss: Callable[[], Tensor]) -> Sequence[Tensor]:
+    """Return a loss, without compiling what makes it."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return loss().view(1)
+        return (loss(),)
 
 
-def _difference(alone: Tensor, together: Tensor) -> str:
-    """Say how far apart loss or gradient are, or nothing."""
-    if alone.shape != together.shape:
+def _difference(alone: Sequence[Tensor], together: Sequence[Tensor]) -> str:
+    """Say how far apart any of these are, or nothing."""
+    if [a.shape for a in alone] != [b.shape for b in together]:
         return "other parameters get gradients"
-    pairs = ((alone[:1], together[:1]), (alone[1:], together[1:]))
-    errors = [(b - a).norm() / a.norm() for a, b in pairs if a.numel()]
+    errors = [(b - a).norm() / a.norm() for a, b in zip(alone, together, strict=True)]
     error = torch.stack(errors).max().item()  # NaN if one is
-    return "" if error <= _TOLERANCES[alone.dtype] else f"relative error {error:.0e}"
+    return "" if error <= _TOLERANCES[alone[0].dtype] else f"relative error {error:.0e}"
 
 
 def _small_model(config: Any, cutoff_tokens: int) -> nn.Module:

@@ -85,6 +85,12 @@ def test_block_masks_that_a_model_ignores_are_not_taken() -> None:
     assert "; flex: relative error " in found.why
 
 
+def test_rows_are_not_shared_where_a_cache_of_them_cannot_be_answered_from() -> None:
+    found = way("deepseek_v32")
+    assert {found.cpu, found.cuda} <= {"packed", "padded"}
+    assert "mask: ValueError: Cannot call `update_indexer`" in found.why
+
+
 def test_a_window_that_no_row_reaches_is_none() -> None:
     assert way("mistral", cutoff_tokens=64, **WINDOW).cuda == "flex"
     assert way("mistral", cutoff_tokens=65, **WINDOW).cuda == "packed"
