@@ -37,7 +37,15 @@ _CHECKED = ("parts", "mask", "packed", "padded")  # in the order of preference
 _TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-4}
 _LAYERS = 8  # of classes that do not list their kinds of layers
 _MOST_PARAMETERS = 1 << 23
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+_WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "window_size",
+    "keep_window_size",
+    "index_topk",
+)
 _SMALL_WINDOW = 5
 _SMALL: Mapping[str, int] = {
     "hidden_size": 64,
@@ -112,11 +120,13 @@ def find_way(config: Any, *, cutoff_tokens: int, rows_apart: bool = False) -> Wa
     with _silence():
         wrong = _wrong_ways(model)
     if "padded" in wrong and not rows_apart:
-        raise ModelError(
-            f"model.path: {name} computes a row differently beside others ({wrong['padded']}): it "
-            "ignores attention masks; need training.micro_batch_size: 1 and "
-            "evaluation.batch_size: 1"
-        )
+        if not _is_padded_right(config):
+            raise ModelError(
+                f"model.path: {name} computes a row differently beside others "
+                f"({wrong['padded']}): it ignores attention masks; need "
+                "training.micro_batch_size: 1 and evaluation.batch_size: 1"
+            )
+        name += ", where rows are longer than its window"
     right = [way for way in _CHECKED if way not in wrong] or ["padded"]
     cpu, gpu = right[0], next(way for way in [*right, "padded"] if way != "parts")
     if gpu == "mask" and _has_block_masks(model, config.get_text_config()):
@@ -165,6 +175,12 @@ def _wrong_ways(model: nn.Module) -> dict[str, str]:
         elif way != "parts":
             break
     return wrong
+
+
+def _is_padded_right(config: Any) -> bool:
+    """Say whether padded rows agree where windows keep their lengths."""
+    with _silence():
+        return not _problem(_small_model(config, cutoff_tokens=0).float(), "padded")
 
 
 def _problem(model: nn.Module, way: str) -> str:
@@ -291,7 +307,8 @@ def _difference(alone: Sequence[Tensor], together: Sequence[Tensor]) -> str:
 def _small_model(config: Any, cutoff_tokens: int) -> nn.Module:
     """Return a small model in float64 that masks and places tokens as the configuration says.
 
-    A window that is shorter than the rows becomes shorter than those of the check.
+    A window that is shorter than the longest row (0: none is) becomes shorter than those of the
+    check.
 
     Raises:
         ValueError: it is still large; and what the class raises for sizes that do not fit it.

@@ -151,6 +151,27 @@ def test_a_model_that_ignores_masks_is_refused_unless_its_rows_stay_apart(
     assert (apart.cpu, apart.cuda) == ("padded", "padded")
 
 
+def test_what_differs_beyond_its_window_alone_is_padded_and_this_is_said() -> None:
+    found = way("doge", cutoff_tokens=4096)
+    assert (found.cpu, found.cuda) == ("padded", "padded")
+    assert found.why.startswith("DogeForCausalLM, where rows are longer than its window: parts: ")
+    assert "; padded: relative error " in found.why
+    with pytest.raises(ModelError, match=r"Doge.* differently beside others"):
+        way("doge", cutoff_tokens=4096, keep_window_size=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "wrong"),
+    [("deepseek_v32", "index_topk", "parts"), ("doge", "keep_window_size", "mask")],
+)
+def test_whatever_prunes_keys_by_length_is_as_short_in_the_check(
+    kind: str, window: str, wrong: str
+) -> None:
+    short, long = (way(kind, cutoff_tokens=cutoff, **{window: 64}) for cutoff in (65, 64))
+    assert f"{wrong}: relative error" in short.why
+    assert f"{wrong}: relative error" not in long.why
+
+
 @pytest.mark.parametrize(
     ("rotary", "most"),
     [
