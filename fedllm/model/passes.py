@@ -32,8 +32,8 @@ PARTS_TOKENS = 2048
 FLEX_TOKENS = 16_384
 """Tokens computed at once, without a budget, by block masks: each is made from a dense mask."""
 
-# per way: tokens, and rows of the longest that fit whatever these are. Few rows repeat a prefix often
-# where it is shared cheaply; of `packed`, transformers makes a dense mask too.
+# per way: tokens, and how many rows of the longest fit even so: fewer repeat their prefix often.
+# For `packed` transformers makes a dense mask too.
 _AT_ONCE: Mapping[str, tuple[int, int]] = {
     "parts": (PARTS_TOKENS, 4),
     "flex": (FLEX_TOKENS, 4),

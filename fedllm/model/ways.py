@@ -95,19 +95,22 @@ _ROWS = tuple(
 )
 
 
-def find_way(config: Any, *, cutoff_tokens: int, rows_apart: bool = False) -> WayRecord:
+def find_way(
+    config: Any, *, cutoff_tokens: int, longest_answer: int = 0, rows_apart: bool = False
+) -> WayRecord:
     """Return how a model of this configuration computes rows together.
 
     Args:
         config: of the base, as transformers reads it.
         cutoff_tokens: the longest row.
+        longest_answer: tokens that the model itself writes behind a row, at most.
         rows_apart: no row is ever computed beside others, so that none can disturb it.
 
     Raises:
         ConfigError: rows of that length depend on what is computed beside them.
         ModelError: the model computes a row differently beside others, whichever way.
     """
-    _refuse_dynamic_rotary(config.get_text_config(), cutoff_tokens)
+    _refuse_dynamic_rotary(config.get_text_config(), cutoff_tokens, longest_answer)
     try:
         with _silence():
             model = _small_model(config, cutoff_tokens)
@@ -388,17 +391,18 @@ def _rotaries(config: Any) -> Iterator[dict[str, Any]]:
     yield from [found] if "rope_type" in found else [v for v in found.values() if v]
 
 
-def _refuse_dynamic_rotary(config: Any, cutoff_tokens: int) -> None:
+def _refuse_dynamic_rotary(config: Any, cutoff_tokens: int, longest_answer: int) -> None:
     for rotary in _rotaries(config):
         kind = rotary["rope_type"]
         if kind not in {"dynamic", "longrope"}:
             continue
         most = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
-        if cutoff_tokens > most:
+        if cutoff_tokens + longest_answer > most:
+            answers = f" and evaluation.max_new_tokens: {longest_answer}" if longest_answer else ""
             raise ConfigError(
-                f"data.cutoff_tokens: got {cutoff_tokens}, but model.path has {kind} rotary "
-                f"scaling: above {most} tokens a row's result depends on the rows computed beside "
-                f"it; need at most {most}"
+                f"data.cutoff_tokens: got {cutoff_tokens}{answers}, but model.path has {kind} "
+                f"rotary scaling: above {most} tokens a row's result depends on the rows computed "
+                f"beside it; need at most {most}{' together' if answers else ''}"
             )
 
 

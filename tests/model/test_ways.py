@@ -198,6 +198,12 @@ def test_rows_whose_result_depends_on_their_neighbours_length_are_refused(
         ConfigError, match=rf"cutoff_tokens: got {most + 1}, .* need at most {most}$"
     ):
         find_way(config, cutoff_tokens=most + 1)
+    assert find_way(config, cutoff_tokens=most - 8, longest_answer=8).cpu == "parts"
+    with pytest.raises(
+        ConfigError,
+        match=rf"got {most - 8} and evaluation\.max_new_tokens: 9, .* at most {most} together$",
+    ):
+        find_way(config, cutoff_tokens=most - 8, longest_answer=9)
 
 
 @pytest.mark.parametrize(
