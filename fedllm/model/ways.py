@@ -352,8 +352,16 @@ def _make_small(config: Any, cutoff_tokens: int) -> None:
         if (window := _integer(config, name)) is not None and window < cutoff_tokens:
             setattr(config, name, _SMALL_WINDOW)
     _fit_rotaries(config)
+    _fit_token_ids(config)
+
+
+def _fit_token_ids(config: Any) -> None:
+    """Give special tokens beyond the small vocabulary one that no row has; some classes need it."""
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
+        found = getattr(config, name, None)
+        ids = found if isinstance(found, list) else [found]
+        if any(token is not None and token >= _SMALL["vocab_size"] for token in ids):
+            setattr(config, name, 0)
 
 
 def _fit_rotaries(config: Any) -> None:

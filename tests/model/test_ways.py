@@ -58,6 +58,8 @@ def way(kind: str, cutoff_tokens: int = 512, **changes: Any) -> WayRecord:
         ("granite", {}, "parts", "flex"),
         ("starcoder2", WINDOW, "parts", "packed"),
         ("doge", {}, "mask", "mask"),
+        ("cwm", {}, "parts", "flex"),
+        ("modernbert-decoder", {}, "parts", "packed"),
         ("bloom", {}, "padded", "padded"),
         ("falcon", {"alibi": True}, "padded", "padded"),
         ("mamba", {}, "padded", "padded"),
