@@ -106,8 +106,12 @@ def _described(
 
 
 def _best_way(config: Config, base: BaseDescription) -> WayRecord:
-    cutoff = config.data.cutoff_tokens
-    return find_way(base.config, cutoff_tokens=cutoff, rows_apart=_rows_apart(config))
+    return find_way(
+        base.config,
+        cutoff_tokens=config.data.cutoff_tokens,
+        longest_answer=config.evaluation.max_new_tokens,
+        rows_apart=_rows_apart(config),
+    )
 
 
 def _way_as_begun(

@@ -136,7 +136,7 @@ def test_a_run_that_began_without_a_way_goes_on_where_a_new_one_is_refused(
     assert prepare_run(run).way is None
     assert PreparedRecord.read(run.prepared).way is None
     run.round(1).cohort.unlink()
-    with pytest.raises(ConfigError, match=r"got 160, .* need at most 128$"):
+    with pytest.raises(ConfigError, match=r"got 160 and .*_tokens: 4, .* at most 128 together$"):
         prepare_run(run)
 
 
