@@ -46,7 +46,7 @@ from fedllm.errors import FedllmError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import Base, find_modules, load_base, load_tokenizer
-from fedllm.model.packing import text_of
+from fedllm.model.packing import length_of
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.ways import find_way
 from fedllm.steps.prepare import prepare
@@ -155,7 +155,7 @@ def groups_of(asked: argparse.Namespace) -> list[list[Client]]:
 
     def padded(client: Client) -> int:
         return sum(
-            len(rows) * max(len(text_of(row)) for row in rows) for rows in client.batches(settings)
+            len(rows) * max(length_of(row) for row in rows) for rows in client.batches(settings)
         )
 
     clients.sort(key=padded, reverse=True)

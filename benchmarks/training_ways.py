@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from benchmarks.rounds import plain_batch, plain_steps
 from fedllm.data.cache import Row
 from fedllm.lora.factors import Adapter
-from fedllm.model.attention import FLEX_BLOCK
+from fedllm.model.attention import fitted
 from fedllm.model.losses import cross_entropies, forward
-from fedllm.model.packing import Packed, pack, padded_to, shared_prefix, text_of
+from fedllm.model.packing import Packed, pack, shared_prefix, text_of
 from fedllm.model.passes import PACKERS, Cut
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.ways import set_way
@@ -93,9 +93,7 @@ def _one_pack(bench: Bench, rows: Sequence[Row], share: bool) -> Packed:
     prefix = shared_prefix([text_of(row) for row in rows]) if share else 0
     places = range(len(rows))
     packed = pack(rows, places, prefix, loss_on="answer", device=bench.slots.device)
-    if bench.way == "flex":
-        return padded_to(packed, -(-packed.computed_tokens // FLEX_BLOCK) * FLEX_BLOCK)
-    return packed
+    return fitted(packed, bench.way)
 
 
 def _steps(bench: Bench, parameters: Sequence[nn.Parameter], packs: Sequence[Packed]) -> None:

@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fedllm.model.attention import FLEX_BLOCK
+from fedllm.model.attention import fitted
 from fedllm.model.batches import TokenRow, collate, token_losses
 from fedllm.model.losses import cross_entropies, forward
 from fedllm.model.packing import (
     Group,
     Packed,
+    length_of,
+    own_tokens,
     pack_groups,
-    padded_to,
     plan_packs,
-    shared_prefix,
-    text_of,
 )
-from fedllm.model.passes import most_at_once
+from fedllm.model.passes import most_at_once, prefix_of
 from fedllm.model.slots import AdapterSlots
 
 
@@ -57,14 +56,14 @@ def plan_passes(
     where they fit; neighbours are of similar length.
     """
     rows = [row for client in clients for row in client]
-    lengths = [len(text_of(row)) for row in rows]
+    lengths = [length_of(row) for row in rows]
     most_tokens = most_at_once(way, lengths)
     groups: list[Group] = []
     start = 0
     for client in clients:
         places = sorted(range(start, start + len(client)), key=lambda place: lengths[place])
         start += len(client)
-        prefix = shared_prefix([text_of(row) for row in client]) if way != "packed" else 0
+        prefix = prefix_of(client, way)
         packs = plan_packs(
             [lengths[place] for place in places],
             prefix,
@@ -123,8 +122,7 @@ def read(
         cache: is filled; None: no keys and values are kept.
     """
     packed = pack_groups(groups, loss_on="answer", device=slots.device, merge_targets=False)
-    block = FLEX_BLOCK if way == "flex" else 1
-    packed = padded_to(packed, -(-packed.computed_tokens // block) * block)
+    packed = fitted(packed, way)
     caching = {} if cache is None else {"use_cache": True, "past_key_values": cache}
     output = forward(slots.model, packed, way, kept=packed.kept_U, **caching)
     logits_UV = output.logits[0]
@@ -136,17 +134,15 @@ def read(
     )
 
 
-def _joined(
-    groups: Sequence[Group], *, most_rows: int, most_tokens: int | None
-) -> list[list[Group]]:
+def _joined(groups: Sequence[Group], *, most_rows: int, most_tokens: int) -> list[list[Group]]:
     passes: list[list[Group]] = []
     num_rows = num_tokens = 0
     for group in groups:
         computed = group.prefix + sum(
-            max(0, len(text_of(group.rows[place])) - 1 - group.prefix) for place in group.places
+            own_tokens(length_of(group.rows[place]), group.prefix) for place in group.places
         )
         too_many = num_rows + len(group.places) > most_rows
-        if not passes or too_many or (most_tokens and num_tokens + computed > most_tokens):
+        if not passes or too_many or num_tokens + computed > most_tokens:
             passes.append([])
             num_rows = num_tokens = 0
         passes[-1].append(group)

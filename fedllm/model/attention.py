@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fedllm.errors import ModelError
-from fedllm.model.packing import Part
+from fedllm.model.packing import Packed, Part, padded_to
 
 Entries = Sequence[Sequence[Part]]
 """The parts of each batch entry; they cover its tokens, in order."""
@@ -221,6 +221,16 @@ def block_mask(entries: Entries, num_tokens: int, device: torch.device | str) ->
     return create_block_mask(
         sees, B=len(entries), H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=str(device)
     )
+
+
+SHARED = frozenset({"parts", "flex", "mask"})
+"""The ways that compute the common prefix of rows once."""
+
+
+def fitted(packed: Packed, way: str) -> Packed:
+    """Return packed rows as a way takes them: filled up to whole blocks for `flex`."""
+    block = FLEX_BLOCK if way == "flex" else 1
+    return padded_to(packed, -(-packed.computed_tokens // block) * block)
 
 
 Inputs = Callable[[nn.Module, Entries, int, torch.device], dict[str, Any]]

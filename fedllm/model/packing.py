@@ -91,6 +91,16 @@ def text_of(row: TokenRow) -> list[int]:
     return [*row.prompt_ids, *row.answer_ids]
 
 
+def length_of(row: TokenRow) -> int:
+    """Return how many tokens a row has."""
+    return len(row.prompt_ids) + len(row.answer_ids)
+
+
+def own_tokens(length: int, prefix: int) -> int:
+    """Return what a row of `length` tokens computes behind its prefix: not its last token."""
+    return max(0, length - 1 - prefix)
+
+
 def common_prefix(texts: Sequence[Sequence[int]]) -> int:
     """Return how many first tokens all `texts` share, the last token of each left out.
 
@@ -126,7 +136,7 @@ def plan_packs(
     computed = 0
     for place, length in enumerate(lengths):
         check_fits(length, most_tokens)
-        own = max(0, length - 1 - prefix)
+        own = own_tokens(length, prefix)
         full = not packs or len(packs[-1]) == most_rows
         if full or (most_tokens is not None and computed + own > most_tokens):
             packs.append([])

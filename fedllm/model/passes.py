@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fedllm.model.attention import FLEX_BLOCK
+from fedllm.model.attention import INPUTS, SHARED, fitted
 from fedllm.model.batches import Batch, LossOn, TokenRow, collate, token_losses
 from fedllm.model.losses import packed_losses
 from fedllm.model.noise import Piece
@@ -16,8 +17,8 @@ from fedllm.model.packing import (
     PREFIX,
     Packed,
     check_fits,
+    length_of,
     pack,
-    padded_to,
     plan_packs,
     shared_prefix,
     text_of,
@@ -167,11 +168,16 @@ def most_at_once(way: str, lengths: Sequence[int]) -> int:
     return max(most_tokens, least_rows * max(lengths, default=0))
 
 
+def prefix_of(rows: Sequence[TokenRow], way: str) -> int:
+    """Return how many first tokens of these rows a way computes once."""
+    return shared_prefix([text_of(row) for row in rows]) if way in SHARED else 0
+
+
 Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]
 
 
 def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
-    batches = _plan_batches([len(row.prompt_ids) + len(row.answer_ids) for row in rows], cut)
+    batches = _plan_batches([length_of(row) for row in rows], cut)
     return [
         PaddedPass(
             batch=collate(
@@ -204,49 +210,18 @@ def _plan_batches(lengths: Sequence[int], cut: Cut) -> list[list[int]]:
     return batches
 
 
-def _unshared(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    return _pack_all(rows, 0, cut, "packed")
-
-
-def _parts(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    return _pack_all(rows, _prefix(rows), cut, "parts")
-
-
-def _mask(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    return _pack_all(rows, _prefix(rows), cut, "mask")
-
-
-def _flex(rows: Sequence[TokenRow], cut: Cut) -> list[PackedPass]:
-    passes = _pack_all(rows, _prefix(rows), cut, "flex")
-    return [PackedPass(packed=_in_blocks(one.packed), way=one.way) for one in passes]
-
-
-def _prefix(rows: Sequence[TokenRow]) -> int:
-    # of the whole step, not of a pass: how a step is cut changes rounding only
-    return shared_prefix([text_of(row) for row in rows])
-
-
-def _pack_all(rows: Sequence[TokenRow], prefix: int, cut: Cut, way: str) -> list[PackedPass]:
-    lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
+def _packed(rows: Sequence[TokenRow], cut: Cut, *, way: str) -> list[PackedPass]:
+    # the prefix is of the whole step, not of a pass: how a step is cut changes rounding only
+    prefix = prefix_of(rows, way)
+    lengths = [length_of(row) for row in rows]
     most_tokens = most_at_once(way, lengths) if cut.most_tokens is None else cut.most_tokens
     plan = plan_packs(lengths, prefix, most_rows=cut.most_rows, most_tokens=most_tokens)
-    return [
-        PackedPass(
-            packed=pack(rows, places, prefix, loss_on=cut.loss_on, device=cut.device), way=way
-        )
-        for places in plan
-    ]
-
-
-def _in_blocks(packed: Packed) -> Packed:
-    return padded_to(packed, -(-packed.computed_tokens // FLEX_BLOCK) * FLEX_BLOCK)
+    packs = (pack(rows, places, prefix, loss_on=cut.loss_on, device=cut.device) for places in plan)
+    return [PackedPass(packed=fitted(packed, way), way=way) for packed in packs]
 
 
 PACKERS: Mapping[str, Packer] = {
-    "parts": _parts,
-    "mask": _mask,
-    "flex": _flex,
-    "packed": _unshared,
     "padded": _padded,
+    **{way: partial(_packed, way=way) for way in INPUTS},
 }
 """Per way: the rows of an optimizer step to its passes."""

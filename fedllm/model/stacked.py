@@ -11,6 +11,7 @@ K targets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -198,4 +199,4 @@ class StackedPass:
 
 def _starts(lengths: Sequence[int]) -> list[int]:
     """Return where each begins, one behind the other."""
-    return [sum(lengths[:n]) for n in range(len(lengths))]
+    return list(accumulate(lengths[:-1], initial=0))

@@ -22,15 +22,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.model.attention import FLEX_BLOCK, PARTS_ATTENTION
+from fedllm.model.attention import PARTS_ATTENTION, SHARED, fitted
 from fedllm.model.batches import collate, token_losses
 from fedllm.model.losses import forward, packed_losses
-from fedllm.model.packing import Packed, pack, padded_to, text_of
+from fedllm.model.packing import Packed, length_of, pack, text_of
 from fedllm.storage.hub import first_line
 from fedllm.storage.records import WayRecord
-
-SHARED = frozenset({"parts", "flex", "mask"})
-"""The ways that compute the common prefix of rows once."""
 
 _CHECKED = ("parts", "mask", "packed", "padded")  # in the order of preference
 # largest relative error; transformers computes norms and rotary angles in float32: 1e-8 is seen
@@ -220,10 +217,7 @@ def _together(model: nn.Module, way: str) -> Tensor:
 
 def _packed(way: str) -> Packed:
     prefix = len(_PREFIX) if way in SHARED else 0
-    packed = pack(_ROWS, range(len(_ROWS)), prefix, loss_on="all", device="cpu")
-    if way == "flex":
-        packed = padded_to(packed, -(-packed.computed_tokens // FLEX_BLOCK) * FLEX_BLOCK)
-    return packed
+    return fitted(pack(_ROWS, range(len(_ROWS)), prefix, loss_on="all", device="cpu"), way)
 
 
 def _cache_problem(model: nn.Module, way: str, own: str) -> str:
@@ -234,7 +228,7 @@ def _cache_problem(model: nn.Module, way: str, own: str) -> str:
     """
     packed = _packed(way)
     cache = DynamicCache()
-    lengths = [len(text_of(row)) for row in _ROWS]
+    lengths = [length_of(row) for row in _ROWS]
     width = max(lengths)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         forward(model, packed, way, kept=packed.kept_U, use_cache=True, past_key_values=cache)

@@ -12,9 +12,10 @@ from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
 from fedllm.errors import ConfigError, DataError, RunDirectoryError
+from fedllm.model.attention import SHARED
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
-from fedllm.model.ways import SHARED, find_way, still_right
+from fedllm.model.ways import find_way, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.planning.roles import split_roles
