@@ -1,6 +1,7 @@
 """Fixtures that more than one room of tests needs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,15 @@ def shared() -> Path:
         assert not os.environ.get("CI"), message
         pytest.skip(message)
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """End the commands that a failed test left in the background."""
+    from tests.cli.commands import end_started
+
+    yield
+    end_started()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from fedllm.cli.main import run
 
 FEDLLM = str(Path(sys.executable).with_name("fedllm"))
 
+_started: "list[subprocess.Popen[bytes]]" = []
+
 
 def fedllm(
     *arguments: object, cwd: Path | None = None, **environment: str
@@ -40,9 +42,19 @@ def in_process(*arguments: object) -> "subprocess.CompletedProcess[str]":
 def start(*arguments: object, log: Path) -> "subprocess.Popen[bytes]":
     """Start a command line in the background; its output goes to `log`."""
     with log.open("ab") as out:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [FEDLLM, *map(str, arguments)], stdout=out, stderr=out, stdin=subprocess.DEVNULL
         )
+    _started.append(process)
+    return process
+
+
+def end_started() -> None:
+    """End what `start` started and a failed test left running."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:

@@ -95,7 +95,8 @@ def test_a_worker_whose_time_ends_requeues_itself_and_goes_on(
     long: Begun, long_undisturbed: dict[str, str]
 ) -> None:
     root, log = long.run("run", rounds=1), long.folder / "log"
-    limit = ("scheduler.sbatch.client.time=1", "scheduler.sbatch.client.signal=USR2@35")
+    # Slurm warns up to 30 s early: 20 to 50 s after the start, when the client has begun
+    limit = ("scheduler.sbatch.client.time=1", "scheduler.sbatch.client.signal=USR2@10")
     process = start(*long.words(root, *ONE_WORKER, SAVED_AT_ONCE, *limit), log=log)
     task = worker_in_training(second_round(root))
     # a client of a minute, without a minute of steps: Slurm continues what it warns
