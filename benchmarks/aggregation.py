@@ -119,7 +119,7 @@ class Buffers:
 
 def ours(blocks: Sequence[Block], problem: Problem, total: float) -> Decomposition:
     """Return the leading triplets by the route of the problem's shape."""
-    return decompose([fold(block, problem) for block in blocks], problem, total=total)[0]
+    return decompose((fold(block, problem) for block in blocks), problem, total=total)[0]
 
 
 def dense(factors: Sequence[Factors]) -> Tensor:

@@ -26,8 +26,9 @@ class Certificate:
     smallest possible one by at most the share `relative_excess` of that smallest, with
     probability at least `1 - failure_probability` over the route's own random draws (0: certain).
     What is left out is measured on the sum as the route formed it, in float64 or, on the
-    iterative route, in float32, of which `RESOLUTION` of the whole energy says nothing: where no
-    more is left out, `relative_excess` is 0.
+    iterative route, in float32 or in pairs of bfloat16, of which `RESOLUTION` or
+    `pairs.RESOLUTION` of the whole energy says nothing: where no more is left out,
+    `relative_excess` is 0.
     """
 
     residual_energy: float
@@ -86,7 +87,7 @@ class Route:
         fold: `b_GOR`, `a_GRI` and each column's amount (G, R) -> what the block comes to. A block
             is folded by itself, so that it can be done again, or ahead, without the others.
         decompose: the blocks' partial results in their order -> triplets, module by module; the
-            partial results are used up.
+            partial results are used up, and their memory is written again.
     """
 
     fold: Callable[[Tensor, Tensor, Tensor], Partial]

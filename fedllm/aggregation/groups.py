@@ -128,10 +128,13 @@ def _dense(problem: Problem, block_rank: int) -> int:
 
 
 def _iterative(problem: Problem, block_rank: int) -> int:
-    """Three products in float32 while blocks are summed; then one, and what is searched in."""
+    """The sum, a block's product, whose memory is kept, factors in pairs, and what is searched in.
+
+    All in float32; a copy of the sum in half of that.
+    """
     product = problem.out * problem.in_
-    folding = 3 * product + (problem.out + 2 * problem.in_) * block_rank
-    return max(4 * folding, 4 * product + 8 * _triplets(problem))
+    folding = 2.5 * product + (problem.out + 2 * problem.in_) * block_rank
+    return int(4 * folding) + 8 * _triplets(problem)
 
 
 def _triplets(problem: Problem) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.bounds import Apply, GapBound, last_gap_bound, norm_ranges, own_gaps_bound
-from fedllm.aggregation.decomposition import RESOLUTION
+from fedllm.aggregation.devices import is_fast_at_bfloat16
 from fedllm.aggregation.orthogonal import on_triangle, triangle
 
 # of the wanted rank: what is carried beside it, whose gap to it speeds everything
@@ -34,17 +34,21 @@ _NOISE = 1e-12  # of the largest Ritz value
 _NEARLY_DEPENDENT = {torch.float64: 1e-3, torch.float32: 3e-2}
 _ROWS = 512  # at a time, which stay in a cache
 _DIFFERENCE_TELLS = 5e-5  # of the energy
-_ROUNDING = 2e-7  # of each of the wanted energies
+_ROUNDING, _ROUNDING_OF_ALL = 2e-7, 1e-12  # of each of the wanted energies, and of all
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is searched for: how many triplets, how good, in matrices of which energies."""
+    """What is searched for: how many triplets, how good, in matrices of which energies.
+
+    Nothing is said of less than the share `resolution` of those.
+    """
 
     rank: int
     tolerance: float
     energy_G: Tensor
+    resolution: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,8 +324,8 @@ class _Bound:
             asked=asked,
             left_G=left_G,
             # what float32 vectors lose, several times what was ever seen
-            rounding_G=_ROUNDING * wanted_G + RESOLUTION / 10 * asked.energy_G,
-            done_G=left_G <= RESOLUTION * asked.energy_G,
+            rounding_G=_ROUNDING * wanted_G + _ROUNDING_OF_ALL * asked.energy_G,
+            done_G=left_G <= asked.resolution * asked.energy_G,
         )
 
     def __call__(self, rest_G: Tensor) -> Tensor:
@@ -383,10 +387,3 @@ class _Quick:
         if not self.aside_GNA.shape[2]:
             return x_GNA
         return x_GNA - self.aside_GNA @ (self.aside_GNA.mT @ x_GNA)
-
-
-def is_fast_at_bfloat16(device: torch.device) -> bool:
-    """Say whether a device multiplies bfloat16 matrices several times as fast as float32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_amx_tile_supported()

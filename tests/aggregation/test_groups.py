@@ -78,6 +78,7 @@ assert {{each.route for each in found}} == {{{route!r}}}
         ("dense", (512, 512), 80, 512, True),
         ("dense", (1024, 256), 80, 32, True),
         ("iterative", (512, 1024), 80, 32, False),
+        ("iterative", (1536, 1024), 100, 64, False),
     ],
 )
 def test_what_a_group_takes_is_near_its_estimate(

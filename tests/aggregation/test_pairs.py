@@ -1,0 +1,183 @@
+"""Products of bfloat16 pairs against float64, and the memory that is used again."""
+
+import math
+from collections.abc import Sequence
+from threading import Thread
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedllm.aggregation import iterative, pairs
+from fedllm.aggregation.spares import Spares
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import Factors
+from tests.aggregation.cohorts import problem_of, product, through
+from tests.lora.adapters import Cohort, random_factors
+
+ERROR = 1e-5  # relative, Frobenius
+
+
+@pytest.fixture
+def paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of all shapes are formed of pairs, on any CPU."""
+    monkeypatch.setattr(pairs, "is_fast_at_bfloat16", lambda _device: True)
+    monkeypatch.setattr(pairs, "_SMALLEST_SIDE", 1)
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def folded(b_OR: Tensor, a_RI: Tensor, amounts_R: Tensor) -> Tensor:
+    return iterative.fold(b_OR[None], a_RI[None], amounts_R.double()[None])["W"][0]
+
+
+def error(found: Tensor, b_OR: Tensor, a_RI: Tensor, amounts_R: Tensor) -> float:
+    exact = b_OR.double() @ (a_RI.double() * amounts_R.double()[:, None])
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.usefixtures("paired")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("out", "rank", "in_"), [(1, 1, 1), (70, 3, 130), (2900, 40, 65)])
+def test_a_product_of_pairs_is_near_that_of_float64(
+    out: int, rank: int, in_: int, dtype: torch.dtype
+) -> None:
+    b_OR, a_RI = drawn(out, rank, dtype=dtype), drawn(rank, in_, seed=1, dtype=dtype)
+    amounts_R = torch.linspace(0.5, 200, rank, dtype=torch.float64)
+    assert error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R) < ERROR
+
+
+def test_pairs_lose_less_than_the_resolution_and_float32_less_than_pairs(
+    request: pytest.FixtureRequest,
+) -> None:
+    b_OR, a_RI, amounts_R = drawn(1500, 3000), drawn(3000, 200, seed=1), torch.ones(3000)
+    single = error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R)
+    request.getfixturevalue("paired")
+    in_pairs = error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R)
+    assert single < in_pairs / 4
+    assert in_pairs**2 < pairs.RESOLUTION / 10
+
+
+@pytest.mark.usefixtures("paired")
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1e20, 1e37])
+@pytest.mark.parametrize("where", ["a", "b", "amounts"])
+def test_factors_of_any_size_keep_their_digits(size: float, where: str) -> None:
+    sizes = {"a": 1.0, "b": 1.0, "amounts": 1.0, where: size}
+    others = [name for name in sizes if name != where]
+    sizes[others[0]] = 1 / size
+    b_OR, a_RI = sizes["b"] * drawn(80, 9), sizes["a"] * drawn(9, 90, seed=1)
+    amounts_R = sizes["amounts"] * torch.linspace(1, 2, 9, dtype=torch.float64)
+    assert error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R) < ERROR
+
+
+@pytest.mark.usefixtures("paired")
+def test_rows_of_zeros_and_one_large_client_are_summed_as_they_are() -> None:
+    b_OR, a_RI = drawn(300, 6), drawn(6, 40, seed=1)
+    b_OR[:200] = 0
+    amounts_R = torch.tensor([0.0, 0.0, 1e-30, 1.0, 1e6, 1.0])
+    assert error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R) < ERROR
+    assert not folded(torch.zeros(300, 6), a_RI, amounts_R).any()
+
+
+@pytest.mark.usefixtures("paired")
+def test_a_sum_that_does_not_fit_float32_is_refused() -> None:
+    sent = Cohort(factors=[random_factors(0, out=90, in_=70, rank=3, size=1e25)], weights=[1.0])
+    with pytest.raises(AdapterError, match="does not fit float32"):
+        through("iterative", sent, 2)
+
+
+@pytest.mark.usefixtures("paired")
+def test_what_a_fold_comes_to_is_known_without_arithmetic() -> None:
+    real = iterative.fold(drawn(1, 30, 4), drawn(1, 4, 20), torch.ones(1, 4))["W"]
+    meta = [torch.empty(*shape, device="meta") for shape in ((1, 30, 4), (1, 4, 20))]
+    planned = iterative.fold(*meta, torch.ones(1, 4, device="meta"))["W"]
+    assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
+
+
+def cohort(power: float, *, out: int, in_: int) -> Cohort:
+    factors = []
+    for client in range(6):
+        item = random_factors(client, out=out, in_=in_, rank=min(out, in_) // 2)
+        fall = torch.arange(1, item.rank + 1) ** -power
+        factors.append(Factors(a_RI=item.a_RI * fall[:, None], b_OR=item.b_OR, scale=1.0))
+    return Cohort(factors=factors, weights=[1.0, 30.0, 2.0, 5.0, 1.0, 0.5])
+
+
+@pytest.mark.usefixtures("paired")
+@pytest.mark.parametrize(("out", "in_"), [(300, 192), (192, 300)])
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("rank", [4, 24])
+def test_triplets_of_summed_pairs_are_within_the_tolerance_of_the_exact_sum(
+    out: int, in_: int, power: float, rank: int
+) -> None:
+    sent = cohort(power, out=out, in_=in_)
+    found = through("iterative", sent, rank, cuts=[4, 2])
+    w_OI = sent.dense()
+    energy = float(w_OI.square().sum())
+    true_s = torch.linalg.svdvals(w_OI)
+    optimal = float(true_s[rank:].square().sum())
+    left_out = float((w_OI - product(found.spectral)).square().sum())
+    excess = found.certificate.relative_excess
+    assert excess <= problem_of(sent, rank).tolerance
+    assert left_out <= (1 + excess) * optimal + pairs.RESOLUTION * energy
+    assert found.certificate.residual_energy == pytest.approx(left_out, rel=1e-3)
+    assert found.total_energy == pytest.approx(energy, rel=1e-5)
+    room = math.sqrt(excess * optimal + ERROR**2 * energy)
+    assert float((found.spectral.s_R - true_s[:rank]).abs().max()) <= room
+
+
+@pytest.mark.usefixtures("paired")
+@pytest.mark.parametrize("rank", [6, 12])
+def test_a_sum_of_lower_rank_than_wanted_is_complete(rank: int) -> None:
+    factors = [random_factors(seed, out=90, in_=70, rank=3) for seed in range(2)]
+    sent = Cohort(factors=factors, weights=[0.5, 2.0])
+    found = through("iterative", sent, rank)
+    assert found.certificate.relative_excess == 0
+    left = (sent.dense() - product(found.spectral)).norm()
+    assert float(left) <= ERROR * sent.size()
+
+
+@pytest.mark.usefixtures("paired")
+def test_the_same_blocks_give_the_same_bits_in_used_memory_too() -> None:
+    sent = cohort(1.0, out=300, in_=192)
+    one, again = (through("iterative", sent, 8, cuts=[2, 2, 2]) for _ in range(2))
+    through("iterative", cohort(0.0, out=192, in_=300), 8)
+    later = through("iterative", sent, 8, cuts=[2, 2, 2])
+    for other in (again, later):
+        for name, mine in vars(one.spectral).items():
+            assert torch.equal(mine, getattr(other.spectral, name))
+
+
+# --- memory
+
+
+def addresses(tensors: Sequence[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def test_kept_memory_is_given_out_once_and_only_for_what_fits() -> None:
+    spares = Spares()
+    one, two = spares.empty((30, 10)), spares.empty((2, 40), dtype=torch.bfloat16)
+    at = addresses([one, two])
+    spares.keep(one, two)
+    less, more = spares.empty((20, 10)), spares.empty((1000, 10))
+    assert less.shape == (20, 10)
+    assert addresses([less]) == addresses([one])
+    assert not addresses([more]) & at
+    assert not addresses([spares.empty((30, 10))]) & at  # it is in use
+    assert addresses([spares.empty((80,), dtype=torch.bfloat16)]) == addresses([two])
+
+
+def test_threads_do_not_share_memory_and_only_the_last_few_are_kept() -> None:
+    spares = Spares()
+    kept = [spares.empty((64, 2 + n)) for n in range(9)]
+    spares.keep(*kept)
+    elsewhere: list[Tensor] = []
+    thread = Thread(target=lambda: elsewhere.append(spares.empty((64, 10))))
+    thread.start()
+    thread.join()
+    assert not addresses(elsewhere) & addresses(kept)
+    found = [spares.empty((64, 2 + n)) for n in reversed(range(9))]
+    assert len(addresses(found) & addresses(kept)) == 6
