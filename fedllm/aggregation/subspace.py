@@ -11,6 +11,7 @@ K wanted rank, P probes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +25,14 @@ from fedllm.aggregation.orthogonal import on_triangle, triangle
 _EXTRA, _LEAST_EXTRA = 0.6, 8
 _POWERS, FILTERS = 2, 5
 _SET_ASIDE_ABOVE, _FAR_ABOVE = 20.0, 8.0  # times the lowest Ritz value
-_ABOVE_TOLERANCE = 30.0  # by how much a filter amplifies, times the tolerance's inverse root
-_AMPLIFICATION = 1e4  # at most
+_ABOVE_TOLERANCE = 60.0  # by how much a filter amplifies, times the tolerance's inverse root
+_AMPLIFICATION = 3e4  # at most
 _SMALLEST_DEGREE, _LARGEST_DEGREE = 2, 12
 _HOPED = 0.25  # of the gap, which a norm will be found to be away from its least
 _PLAINLY_ABOVE, _OVERGROWN = 1.0 + 1e-6, 1e10
 _NOISE = 1e-12  # of the largest Ritz value
 # what is left of a column of unit length beside those before it, for either precision
-_NEARLY_DEPENDENT = {torch.float64: 1e-3, torch.float32: 3e-2}
+_NEARLY_DEPENDENT = {torch.float64: 1e-4, torch.float32: 3e-2}
 _ROWS = 512  # at a time, which stay in a cache
 _DIFFERENCE_TELLS = 5e-5  # of the energy
 _ROUNDING, _ROUNDING_OF_ALL = 2e-7, 1e-12  # of each of the wanted energies, and of all
@@ -90,9 +91,10 @@ def search(
         draws: what the start is drawn from.
         probes: what certificates are drawn from, apart from all that chose the vectors.
     """
-    ritz = _begun(w_GMN, width(asked.rank, w_GMN.shape[2]), near_GNJ, draws)
+    quick = _Quick.of(w_GMN)
+    ritz = _begun(quick, width(asked.rank, w_GMN.shape[2]), near_GNJ, draws)
     for _ in range(FILTERS):
-        basis_GNL = _stepped(w_GMN, ritz, asked)
+        basis_GNL = _stepped(w_GMN, quick, ritz, asked)
         if not bool(torch.isfinite(basis_GNL).all()):
             return None
         measured = _Measured.of(w_GMN, basis_GNL)
@@ -119,6 +121,7 @@ def gram(y_GML: Tensor) -> Tensor:
     modules, _, number = y_GML.shape
     total = y_GML.new_zeros((modules, number, number), dtype=torch.float64)
     for rows in torch.split(y_GML, _ROWS, dim=1):
+        rows = rows.float()
         total += rows.mT @ rows
     return total
 
@@ -134,11 +137,12 @@ def orthonormal(x_GNL: Tensor, precision: torch.dtype = torch.float64) -> Tensor
         precision: in float32 well-conditioned columns take half of the time and lose a digit.
     """
     for _ in range(3):
-        given_GNL = x_GNL.to(precision)
-        t_GLL = triangle(given_GNL, _NEARLY_DEPENDENT[precision])
-        if t_GLL is not None:
-            return on_triangle(given_GNL, t_GLL).float()
-        wide_GNL, precision = x_GNL.double(), torch.float64
+        for each in dict.fromkeys((precision, torch.float64)):
+            given_GNL = x_GNL.to(each)
+            t_GLL = triangle(given_GNL, _NEARLY_DEPENDENT[each])
+            if t_GLL is not None:
+                return on_triangle(given_GNL, t_GLL).float()
+        wide_GNL = x_GNL.double()
         unit = wide_GNL / wide_GNL.norm(dim=1, keepdim=True).clamp(min=_TINY)
         values_GL, vectors_GLL = torch.linalg.eigh(unit.mT @ unit)
         values_GL = torch.maximum(values_GL, 1e-12 * values_GL[:, -1:]).clamp(min=_TINY)
@@ -209,37 +213,37 @@ def _exactly(w_GMN: Tensor) -> Apply:
     return lambda x_GNP: _back(w_GMN, w_GMN @ x_GNP)
 
 
-def _begun(w_GMN: Tensor, number: int, near_GNJ: Tensor, draws: torch.Generator) -> _Ritz:
+def _begun(quick: "_Quick", number: int, near_GNJ: Tensor, draws: torch.Generator) -> _Ritz:
     """Return about the Ritz vectors and values after a few power steps."""
-    modules, _, narrow = w_GMN.shape
+    modules, _, narrow = quick.low_GMN.shape
     drawn = torch.randn(modules, narrow, number - near_GNJ.shape[2], generator=draws)
-    drawn = drawn.to(w_GMN.device) / math.sqrt(narrow)
+    drawn = drawn.to(quick.low_GMN.device) / math.sqrt(narrow)
     x_GNL = torch.cat([near_GNJ.to(drawn), drawn], dim=2)
-    quick = _Quick.beside(w_GMN, x_GNL[..., :0], x_GNL[..., :0])
     for _ in range(_POWERS - 1):
         x_GNL = orthonormal(quick(x_GNL), torch.float32)
     y_GML = quick.forth(x_GNL)
-    theta_GL, turn_GLL = torch.linalg.eigh(gram(y_GML.float()))
-    grown_GNL = quick.back(y_GML) @ turn_GLL.flip(-1).float()
+    theta_GL, turn_GLL = torch.linalg.eigh(gram(y_GML).float())
+    grown_GNL = quick.back(y_GML) @ turn_GLL.flip(-1)
     return _Ritz(
         x_GNL=orthonormal(grown_GNL, torch.float32),
-        theta_GL=theta_GL.flip(-1).clamp(min=0.0),
+        theta_GL=theta_GL.flip(-1).clamp(min=0.0).double(),
     )
 
 
-def _stepped(w_GMN: Tensor, ritz: _Ritz, asked: Asked) -> Tensor:
+def _stepped(w_GMN: Tensor, whole: "_Quick", ritz: _Ritz, asked: Asked) -> Tensor:
     """Return a basis nearer to the wanted vectors."""
     if bool((ritz.theta_GL[:, asked.rank - 1] > _FAR_ABOVE * ritz.cut).all()):
-        return orthonormal(_exactly(w_GMN)(ritz.x_GNL))
+        # what the first product loses of each vector the second one scatters over all the others
+        return orthonormal(_back(w_GMN, whole.forth(ritz.x_GNL).float()))
     aside = ritz.number_aside
     x_GNA, before = ritz.x_GNL[..., :aside], ritz.x_GNL[..., aside:]
     kept_GMA = w_GMN @ x_GNA
-    quick = _Quick.beside(w_GMN, x_GNA, kept_GMA)
+    quick = _Quick.beside(w_GMN, x_GNA, kept_GMA) if aside else whole
     # T_0 and T_1, then T_{d+1}(G) = (4 / cut G - 2) T_d(G) - T_{d-1}(G)
     half_G11 = (ritz.cut / 2)[:, None, None].float()
     now = quick(before).div_(half_G11).sub_(before)
     for _ in range(_degree(ritz, asked) - 1):
-        if not float(now.abs().max()) < _OVERGROWN:
+        if not float(now.mT.abs().max()) < _OVERGROWN:  # its rows, which are not copied
             break  # what is left beside the vectors set aside is rounding
         grown = quick(now).div_(half_G11 / 2).sub_(now, alpha=2).sub_(before)
         before, now = now, grown
@@ -330,10 +334,15 @@ class _Bound:
 
     def __call__(self, rest_G: Tensor) -> Tensor:
         """Return the bound where the norm of the rest is at most `rest_G`."""
-        by_the_last_gap_G = self._by(last_gap_bound, rest_G)
-        if bool((by_the_last_gap_G <= self.asked.tolerance).all()):
-            return by_the_last_gap_G
-        return torch.minimum(by_the_last_gap_G, self._by(own_gaps_bound, rest_G))
+        theta_GL = self.measured.theta_GL
+        apart = bool((theta_GL[:, 0] > _FAR_ABOVE * theta_GL[:, self.asked.rank - 1]).all())
+        likely, other = (
+            (own_gaps_bound, last_gap_bound) if apart else (last_gap_bound, own_gaps_bound)
+        )
+        bound_G = self._by(likely, rest_G)
+        if bool((bound_G <= self.asked.tolerance).all()):
+            return bound_G
+        return torch.minimum(bound_G, self._by(other, rest_G))
 
     def _by(self, best: GapBound, rest_G: Tensor) -> Tensor:
         theta_GL, rank = self.measured.theta_GL, self.asked.rank
@@ -352,15 +361,18 @@ class _Quick:
     """
 
     low_GMN: Tensor
-    aside_GNA: Tensor
+    aside_GNA: Tensor | None = None
+
+    @classmethod
+    def of(cls, w_GMN: Tensor) -> "_Quick":
+        """Return the products with all of W."""
+        return cls(low_GMN=w_GMN.bfloat16() if is_fast_at_bfloat16(w_GMN.device) else w_GMN)
 
     @classmethod
     def beside(cls, w_GMN: Tensor, aside_GNA: Tensor, y_GMA: Tensor) -> "_Quick":
         """Return the products with W - y a^T, y = W a."""
         if not is_fast_at_bfloat16(w_GMN.device):
             return cls(low_GMN=w_GMN, aside_GNA=aside_GNA)
-        if not aside_GNA.shape[2]:
-            return cls(low_GMN=w_GMN.bfloat16(), aside_GNA=aside_GNA)
         low_GMN = torch.empty_like(w_GMN, dtype=torch.bfloat16)
         parts = [torch.split(whole, _ROWS, dim=1) for whole in (low_GMN, w_GMN, y_GMA)]
         for low, w, y in zip(*parts, strict=True):
@@ -376,14 +388,18 @@ class _Quick:
         # as rows, one module after the other: W is then read as it lies, and never copied
         rows_GAN = x_GNA.mT.to(self.low_GMN.dtype).contiguous()
         pairs = zip(rows_GAN, self.low_GMN, strict=True)
-        return torch.stack([rows_AN @ low_MN.mT for rows_AN, low_MN in pairs]).mT
+        return _side_by_side([rows_AN @ low_MN.mT for rows_AN, low_MN in pairs]).mT
 
     def back(self, y_GMA: Tensor) -> Tensor:
         """Return W^T times the vectors, float32."""
         pairs = zip(y_GMA.mT, self.low_GMN, strict=True)
-        return torch.stack([rows_AM @ low_MN for rows_AM, low_MN in pairs]).float().mT
+        return _side_by_side([rows_AM @ low_MN for rows_AM, low_MN in pairs]).float().mT
 
     def _projected(self, x_GNA: Tensor) -> Tensor:
-        if not self.aside_GNA.shape[2]:
+        if self.aside_GNA is None:
             return x_GNA
         return x_GNA - self.aside_GNA @ (self.aside_GNA.mT @ x_GNA)
+
+
+def _side_by_side(each: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(each)) if len(each) > 1 else each[0][None]
