@@ -143,3 +143,27 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(
         ((found[path] - e).abs().max() / e.abs().max()).item() for path, e in expected.items()
     )
+
+
+class AllLogits(nn.Module):
+    """A model of a user that cannot leave logits out."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        use_cache: bool,
+        **options: object,
+    ) -> object:
+        return self.inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **options,
+        )

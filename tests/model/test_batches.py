@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedllm.model.base import load_base
 from fedllm.model.batches import collate, token_losses
+from tests.decoders import AllLogits
 from tests.tiny import Tiny
 
 
@@ -74,24 +75,6 @@ def test_the_padding_token_does_not_matter(model: nn.Module) -> None:
 def test_a_first_token_without_a_prompt_is_no_target() -> None:
     batch = collate([Row([], [7, 8, 1])], loss_on="answer", pad_token=0, device="cpu")
     assert batch.targets_NK.tolist() == [[8, 1]]
-
-
-class AllLogits(nn.Module):
-    """A model of a user that cannot leave logits out."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool
-    ) -> object:
-        return self.inner(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-        )
 
 
 def test_a_model_that_computes_all_logits_gives_the_same(model: nn.Module) -> None:

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fedllm.errors import ModelError
 from fedllm.model import losses
 from fedllm.model.losses import cross_entropies, packed_losses, target_losses
 from fedllm.model.packing import pack
-from tests.decoders import Row, in_way, make_decoder
+from tests.decoders import AllLogits, Row, in_way, make_decoder
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 ROWS = [
@@ -80,34 +79,10 @@ def test_every_row_has_the_loss_it_has_alone(llama: nn.Module, way: str) -> None
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-class AllLogits(nn.Module):
-    """A model of a user that cannot leave logits out."""
-
-    def __init__(self, inner: PreTrainedModel) -> None:
-        super().__init__()
-        self.inner, self.config = inner, inner.config
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        use_cache: bool,
-        **options: object,
-    ) -> object:
-        return self.inner(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **options,
-        )
-
-
 def test_a_model_that_computes_all_logits_gives_the_same(llama: nn.Module) -> None:
     model = in_way(llama, "parts")
     packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
-    every = AllLogits(model)  # type: ignore[arg-type]
+    every = AllLogits(model)
     with torch.no_grad():
         torch.testing.assert_close(
             packed_losses(every, packed, "parts"), packed_losses(model, packed, "parts")

@@ -60,18 +60,6 @@ def done(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return start(tiny.config, OVERRIDES, tmp_path_factory.mktemp("done") / "run")
 
 
-@pytest.fixture(scope="module")
-def session() -> Session:
-    return Session()
-
-
-@pytest.fixture
-def attempt(done: Path, tmp_path: Path) -> AttemptPaths:
-    """The same round, planned but not yet trained."""
-    shutil.copytree(done, tmp_path / "run")
-    return untrained(RunPaths(root=tmp_path / "run").round(1))
-
-
 def groups_of(attempt: AttemptPaths) -> list[tuple[str, ...]]:
     cohort = CohortRecord.read(round_of(attempt).cohort)
     return [group.clients for group in group_clients(cohort.clients, cohort.ranks, TOGETHER)]
