@@ -22,6 +22,7 @@ RESOLUTION = 1e-9
 _SMALLEST_SIDE = 1024  # below it the pairs take as long to make as they save
 _ROWS = 1400  # at most, of a product at a time
 _CACHED_ROWS = 64
+_LINE = 32  # numbers of bfloat16 in a line of the cache
 _LEAST = 2.0**-40  # the units take numbers below 2**-126, where the lower halves end, for zero
 
 
@@ -60,7 +61,10 @@ def multiply(b_OR: Tensor, a_RI: Tensor, amounts_R1: Tensor, w_OI: Tensor) -> No
 
 
 def _room(x: Tensor) -> Tensor:
-    return SPARES.empty((2, *x.shape), dtype=torch.bfloat16)
+    rows, columns = x.shape
+    # rows that begin an odd number of cache lines apart do not drive each other out
+    lines = math.ceil(columns / _LINE) // 2 * 2 + 1
+    return SPARES.empty((2, rows, lines * _LINE), dtype=torch.bfloat16)[..., :columns]
 
 
 def _pair(x: Tensor, into: Tensor, amounts: Tensor | None = None) -> tuple[Tensor, Tensor]:
