@@ -130,11 +130,11 @@ def _dense(problem: Problem, block_rank: int) -> int:
 def _iterative(problem: Problem, block_rank: int) -> int:
     """The sum, a block's product, whose memory is kept, factors in pairs, and what is searched in.
 
-    All in float32; a copy of the sum in half of that.
+    All in float32; two copies of the sum in half of that.
     """
     product = problem.out * problem.in_
-    folding = 2.5 * product + (problem.out + 2 * problem.in_) * block_rank
-    return int(4 * folding) + 8 * _triplets(problem)
+    folding = 3 * product + (problem.out + 2 * problem.in_) * block_rank
+    return 4 * folding + 8 * _triplets(problem)
 
 
 def _triplets(problem: Problem) -> int:

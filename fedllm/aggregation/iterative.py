@@ -1,4 +1,4 @@
-"""The iterative route: one float32 product, of which only the leading triplets are searched for.
+"""The iterative route: one product, of which only the leading triplets are searched for.
 
 Legend: G modules, O out, I in, R stacked rank, M long side, N narrow side, K wanted rank.
 """
@@ -72,8 +72,9 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     """
     sum_GOI = dense.summed(partials, used_up=SPARES.keep)
     scaled = _Scaled.of(sum_GOI)
+    del sum_GOI
     found = _decomposed(scaled.w_GOI, scaled.energy_G, problem, start)
-    SPARES.keep(sum_GOI)
+    SPARES.keep(scaled.w_GOI)
     units = scaled.units_G.tolist()
     return [in_units(each, unit) for each, unit in zip(found, units, strict=True)]
 

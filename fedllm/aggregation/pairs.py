@@ -33,7 +33,10 @@ def are_faster(device: torch.device, out: int, in_: int) -> bool:
 
 
 def hold(b_OR: Tensor, a_RI: Tensor, amounts_R1: Tensor) -> bool:
-    """Say whether the factors have numbers so large that what their pairs lose is rounding."""
+    """Say whether the factors have numbers so large that what their pairs lose is rounding.
+
+    Of columns 2**-80 times as large as others pairs may lose more than that.
+    """
     return _has_large(b_OR, torch.ones_like(b_OR[:, :1])) and _has_large(a_RI, amounts_R1)
 
 
@@ -64,7 +67,10 @@ def _room(x: Tensor) -> Tensor:
     rows, columns = x.shape
     # rows that begin an odd number of cache lines apart do not drive each other out
     lines = math.ceil(columns / _LINE) // 2 * 2 + 1
-    return SPARES.empty((2, rows, lines * _LINE), dtype=torch.bfloat16)[..., :columns]
+    whole = SPARES.empty((2, rows, lines * _LINE), dtype=torch.bfloat16)
+    # the units read on to the end of a line, and zero times NaN is no zero
+    whole[..., columns:] = 0
+    return whole[..., :columns]
 
 
 def _pair(x: Tensor, into: Tensor, amounts: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ _HOPED = 0.25  # of the gap, which a norm will be found to be away from its leas
 _PLAINLY_ABOVE, _OVERGROWN = 1.0 + 1e-6, 1e10
 _NOISE = 1e-12  # of the largest Ritz value
 # what is left of a column of unit length beside those before it, for either precision
-_NEARLY_DEPENDENT = {torch.float64: 1e-4, torch.float32: 3e-2}
+_NEARLY_DEPENDENT = {torch.float64: 1e-3, torch.float32: 3e-2}
 _ROWS = 512  # at a time, which stay in a cache
 _DIFFERENCE_TELLS = 5e-5  # of the energy
 _ROUNDING, _ROUNDING_OF_ALL = 2e-7, 1e-12  # of each of the wanted energies, and of all
@@ -93,8 +93,8 @@ def search(
     """
     quick = _Quick.of(w_GMN)
     ritz = _begun(quick, width(asked.rank, w_GMN.shape[2]), near_GNJ, draws)
-    for _ in range(FILTERS):
-        basis_GNL = _stepped(w_GMN, quick, ritz, asked)
+    for number in range(FILTERS):
+        basis_GNL = _stepped(w_GMN, quick, ritz, asked, is_first=number == 0)
         if not bool(torch.isfinite(basis_GNL).all()):
             return None
         measured = _Measured.of(w_GMN, basis_GNL)
@@ -230,11 +230,14 @@ def _begun(quick: "_Quick", number: int, near_GNJ: Tensor, draws: torch.Generato
     )
 
 
-def _stepped(w_GMN: Tensor, whole: "_Quick", ritz: _Ritz, asked: Asked) -> Tensor:
+def _stepped(
+    w_GMN: Tensor, whole: "_Quick", ritz: _Ritz, asked: Asked, *, is_first: bool
+) -> Tensor:
     """Return a basis nearer to the wanted vectors."""
     if bool((ritz.theta_GL[:, asked.rank - 1] > _FAR_ABOVE * ritz.cut).all()):
-        # what the first product loses of each vector the second one scatters over all the others
-        return orthonormal(_back(w_GMN, whole.forth(ritz.x_GNL).float()))
+        if is_first and _may_round(w_GMN, ritz, asked):
+            return orthonormal(_back(w_GMN, whole.forth(ritz.x_GNL).float()))
+        return orthonormal(_exactly(w_GMN)(ritz.x_GNL))
     aside = ritz.number_aside
     x_GNA, before = ritz.x_GNL[..., :aside], ritz.x_GNL[..., aside:]
     kept_GMA = w_GMN @ x_GNA
@@ -248,6 +251,19 @@ def _stepped(w_GMN: Tensor, whole: "_Quick", ritz: _Ritz, asked: Asked) -> Tenso
         grown = quick(now).div_(half_G11 / 2).sub_(now, alpha=2).sub_(before)
         before, now = now, grown
     return orthonormal(torch.cat([_back(w_GMN, kept_GMA), now], dim=2))
+
+
+def _may_round(w_GMN: Tensor, ritz: _Ritz, asked: Asked) -> bool:
+    """Say whether the first product of a power step may be in bfloat16.
+
+    What it loses is of all of W, however small the wanted value, and is scattered evenly over all
+    M N pairs of vectors: the second product makes at most so large a share of what is left out
+    excess.
+    """
+    theta_GK = ritz.theta_GL[:, : asked.rank].clamp(min=_TINY)
+    lost_G = torch.finfo(torch.bfloat16).eps ** 2 / 16 * asked.energy_G
+    share_G = lost_G * (1 / theta_GK).sum(-1) / w_GMN[0].numel()
+    return bool((share_G < asked.tolerance).all())
 
 
 def _degree(ritz: _Ritz, asked: Asked) -> int:
@@ -335,14 +351,13 @@ class _Bound:
     def __call__(self, rest_G: Tensor) -> Tensor:
         """Return the bound where the norm of the rest is at most `rest_G`."""
         theta_GL = self.measured.theta_GL
-        apart = bool((theta_GL[:, 0] > _FAR_ABOVE * theta_GL[:, self.asked.rank - 1]).all())
-        likely, other = (
-            (own_gaps_bound, last_gap_bound) if apart else (last_gap_bound, own_gaps_bound)
-        )
-        bound_G = self._by(likely, rest_G)
+        bounds = [last_gap_bound, own_gaps_bound]
+        if bool((theta_GL[:, 0] > _FAR_ABOVE * theta_GL[:, self.asked.rank - 1]).all()):
+            bounds.reverse()  # the likelier one first
+        bound_G = self._by(bounds[0], rest_G)
         if bool((bound_G <= self.asked.tolerance).all()):
             return bound_G
-        return torch.minimum(bound_G, self._by(other, rest_G))
+        return torch.minimum(bound_G, self._by(bounds[1], rest_G))
 
     def _by(self, best: GapBound, rest_G: Tensor) -> Tensor:
         theta_GL, rank = self.measured.theta_GL, self.asked.rank

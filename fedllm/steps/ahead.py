@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from fedllm.aggregation.decomposition import Partial
+from fedllm.aggregation.devices import is_fast_at_bfloat16
 from fedllm.aggregation.groups import Group
 from fedllm.aggregation.routes import route_for
 from fedllm.config.loading import result_fingerprint
@@ -262,4 +263,5 @@ def _num_bytes(planned: Planned) -> int:
 def _kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    fast = "fast" if is_fast_at_bfloat16(device) else "slow"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {fast} at bfloat16"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation import iterative, pairs
-from fedllm.aggregation.spares import Spares
+from fedllm.aggregation.spares import SPARES, Spares
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors
 from tests.aggregation.cohorts import problem_of, product, through
@@ -58,6 +58,16 @@ def test_pairs_lose_less_than_the_resolution_and_float32_less_than_pairs(
     in_pairs = error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R)
     assert single < in_pairs / 4
     assert in_pairs**2 < pairs.RESOLUTION / 10
+
+
+@pytest.mark.usefixtures("paired")
+@pytest.mark.parametrize("rank", [1, 9, 16, 31, 100])
+def test_what_lay_in_the_memory_before_does_not_matter(rank: int) -> None:
+    b_OR, a_RI, amounts_R = drawn(80, rank), drawn(rank, 90, seed=1), torch.ones(rank)
+    SPARES.keep(folded(b_OR, a_RI, amounts_R))
+    for _, memory in SPARES._kept:
+        memory.fill_(255)  # NaN
+    assert error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R) < ERROR
 
 
 @pytest.mark.usefixtures("paired")
@@ -120,6 +130,7 @@ def test_triplets_of_summed_pairs_are_within_the_tolerance_of_the_exact_sum(
     optimal = float(true_s[rank:].square().sum())
     left_out = float((w_OI - product(found.spectral)).square().sum())
     excess = found.certificate.relative_excess
+    assert found.route == "iterative"
     assert excess <= problem_of(sent, rank).tolerance
     assert left_out <= (1 + excess) * optimal + pairs.RESOLUTION * energy
     assert found.certificate.residual_energy == pytest.approx(left_out, rel=1e-3)
@@ -143,7 +154,8 @@ def test_a_sum_of_lower_rank_than_wanted_is_complete(rank: int) -> None:
 def test_the_same_blocks_give_the_same_bits_in_used_memory_too() -> None:
     sent = cohort(1.0, out=300, in_=192)
     one, again = (through("iterative", sent, 8, cuts=[2, 2, 2]) for _ in range(2))
-    through("iterative", cohort(0.0, out=192, in_=300), 8)
+    for _, memory in SPARES._kept:
+        memory.fill_(255)
     later = through("iterative", sent, 8, cuts=[2, 2, 2])
     for other in (again, later):
         for name, mine in vars(one.spectral).items():
@@ -172,12 +184,22 @@ def test_kept_memory_is_given_out_once_and_only_for_what_fits() -> None:
 
 def test_threads_do_not_share_memory_and_only_the_last_few_are_kept() -> None:
     spares = Spares()
-    kept = [spares.empty((64, 2 + n)) for n in range(9)]
+    kept = [spares.empty((64, 2 + n)) for n in range(30)]
     spares.keep(*kept)
     elsewhere: list[Tensor] = []
     thread = Thread(target=lambda: elsewhere.append(spares.empty((64, 10))))
     thread.start()
     thread.join()
     assert not addresses(elsewhere) & addresses(kept)
-    found = [spares.empty((64, 2 + n)) for n in reversed(range(9))]
-    assert len(addresses(found) & addresses(kept)) == 6
+    found = [spares.empty((64, 2 + n)) for n in range(30)]
+    assert len(addresses(found) & addresses(kept)) == 12
+
+
+def test_memory_that_fits_nothing_any_more_is_given_back() -> None:
+    spares = Spares()
+    spares.keep(spares.empty((1000, 1000)))
+    for _ in range(11):
+        spares.keep(spares.empty((8, 10)))
+    assert len(spares._kept) == 2
+    spares.keep(spares.empty((8, 10)))
+    assert len(spares._kept) == 1
