@@ -109,7 +109,8 @@ def in_a_process(
             *(sys.executable, trainer.__file__),
             *(str(attempt.root), client, str(out_of(attempt)), *options),
         ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # of the address space, which tests limit, threads would take arenas as they happen to meet
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
         timeout=120,
