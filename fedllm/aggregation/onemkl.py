@@ -26,7 +26,7 @@ def add_product(w_OI: Tensor, b_OR: Tensor, a_RI: Tensor, *, keep: bool = True) 
     """Add `b @ a` to `w`, or write it there.
 
     Args:
-        w_OI: float32 on the CPU. The numbers of a row lie side by side, in all three.
+        w_OI: float32. All three are on the CPU, and the numbers of a row lie side by side.
         b_OR: bfloat16.
         a_RI: bfloat16.
         keep: whether what `w` holds counts.
@@ -34,7 +34,11 @@ def add_product(w_OI: Tensor, b_OR: Tensor, a_RI: Tensor, *, keep: bool = True) 
     (out, rank), in_ = b_OR.shape, a_RI.shape[1]
     assert (a_RI.shape[0], w_OI.shape, w_OI.dtype) == (rank, (out, in_), torch.float32)
     assert {b_OR.dtype, a_RI.dtype} == {torch.bfloat16}
-    assert all(each.stride(1) == 1 for each in (w_OI, b_OR, a_RI))
+    for each in (w_OI, b_OR, a_RI):
+        # of others oneMKL says so, goes on, and leaves what lay there
+        assert each.is_cpu
+        assert each.stride(1) == 1
+        assert each.stride(0) >= max(1, each.shape[1])
     gemm = _gemm()
     assert gemm, "this PyTorch has no oneMKL"
     gemm(

@@ -67,13 +67,33 @@ def test_the_same_bits_from_every_thread() -> None:
 
 
 @needed
-@pytest.mark.parametrize("wrong", ["dtype", "shape", "layout"])
+def test_the_same_bits_with_more_threads_and_wherever_matrices_lie() -> None:
+    b_OR, a_RI = drawn(700, 300), drawn(300, 500, seed=1)
+    one, two, elsewhere = (torch.empty(700, 500) for _ in range(3))
+    onemkl.add_product(one, b_OR, a_RI, keep=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        onemkl.add_product(two, b_OR, a_RI, keep=False)
+    finally:
+        torch.set_num_threads(threads)
+    shifted = torch.empty(3 + a_RI.numel(), dtype=torch.bfloat16)[3:].view_as(a_RI)
+    onemkl.add_product(elsewhere, b_OR, shifted.copy_(a_RI), keep=False)
+    assert torch.equal(one, two)
+    assert torch.equal(one, elsewhere)
+
+
+@needed
+@pytest.mark.parametrize("wrong", ["dtype", "shape", "layout", "row", "repeated", "nowhere"])
 def test_matrices_that_would_be_misread_are_not_read(wrong: str) -> None:
     b_OR, a_RI, w_OI = drawn(5, 4), drawn(4, 6), torch.zeros(5, 6)
     given = {
         "dtype": (w_OI, b_OR.float(), a_RI),
         "shape": (w_OI, b_OR, a_RI[:3]),
         "layout": (w_OI, b_OR, drawn(6, 4).mT),
+        "row": (w_OI[:1], drawn(4, 1).mT, a_RI),
+        "repeated": (torch.zeros(1, 6).expand(5, 6), b_OR, a_RI),
+        "nowhere": (w_OI, b_OR, a_RI.to("meta")),
     }
     with pytest.raises(AssertionError):
         onemkl.add_product(*given[wrong])

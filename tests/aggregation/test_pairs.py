@@ -63,6 +63,27 @@ def test_pairs_lose_less_than_the_resolution_and_float32_less_than_pairs(
 
 
 @pytest.mark.usefixtures("paired")
+def test_the_worst_digits_lose_what_is_said_and_no_more() -> None:
+    # as far from bfloat16 numbers as can be, and their lower halves too
+    worst = 1 + 254.5 * 2**-16
+    b_OR, a_RI = (worst * drawn(*shape).sign() for shape in ((300, 40), (40, 200)))
+    lost = error(folded(b_OR, a_RI, torch.ones(40)), b_OR, a_RI, torch.ones(40))
+    assert 2**-15 / 1.1 < lost < 2**-15
+    assert lost**2 < pairs.RESOLUTION
+
+
+def test_without_onemkl_products_stay_in_float32(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b_OR, a_RI, amounts_R = drawn(130, 40), drawn(40, 65, seed=1), torch.ones(40)
+    single = folded(b_OR, a_RI, amounts_R)
+    request.getfixturevalue("paired")
+    assert not torch.equal(folded(b_OR, a_RI, amounts_R), single)
+    monkeypatch.setattr(onemkl, "is_there", lambda: False)
+    assert torch.equal(folded(b_OR, a_RI, amounts_R), single)
+
+
+@pytest.mark.usefixtures("paired")
 def test_factors_sent_in_bfloat16_come_to_what_they_come_to_in_float32() -> None:
     b_OR, a_RI = (drawn(*shape, dtype=torch.bfloat16) for shape in ((130, 40), (40, 65)))
     amounts_R = torch.linspace(0.5, 2, 40)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedllm.aggregation import onemkl
 from fedllm.errors import AdapterError
 from fedllm.steps.aggregate import aggregate_round, fold_ahead
 from fedllm.steps.programs import run as run_program
@@ -314,7 +315,7 @@ def test_the_program_folds_where_it_is_told_to(
     assert run_program("aggregate", [str(paths.root), "--fold", "x"], session=Session()) == 2
 
 
-@pytest.mark.parametrize("what", ["the processor", "fedllm's version"])
+@pytest.mark.parametrize("what", ["the processor", "oneMKL", "fedllm's version"])
 def test_blocks_folded_on_another_processor_or_by_another_version_are_folded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -322,6 +323,9 @@ def test_blocks_folded_on_another_processor_or_by_another_version_are_folded_aga
     with monkeypatch.context() as elsewhere:
         if what == "the processor":
             elsewhere.setattr("fedllm.steps.ahead.processor", lambda: "another", raising=False)
+        elif what == "oneMKL":
+            without = not onemkl.is_there()
+            elsewhere.setattr(onemkl, "is_there", lambda: without)
         else:
             other = {"fedllm": "0.0"}
             elsewhere.setattr("fedllm.steps.ahead.installed", other.items, raising=False)
