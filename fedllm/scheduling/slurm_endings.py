@@ -7,6 +7,11 @@ from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm_ids import tasks_of
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+# squeue(1), JOB STATE CODES: a task has others while it waits, starts, runs, is signalled or ends
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
+    *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
+}
 _ACCOUNTING_WINDOW = "now-7days"
 _MOST_BACKOFF = 8
 
@@ -81,7 +86,7 @@ class Endings:
         endings = {}
         for line in said.splitlines():
             task, state, status, node = line.split("|")[:4]
-            if state not in WAITING | {"RUNNING", "COMPLETING"}:
+            if state in ENDED:
                 code = f"{int(status) >> 8}:{int(status) & 127}"
                 endings[task] = _ending(state, code, node)
         return endings
@@ -92,13 +97,13 @@ class Endings:
         endings = {}
         for line in self.accounting(*words).splitlines():
             task, state, code, node = line.split("|")[:4]
-            if state not in WAITING | {"RUNNING"}:
+            state = state.partition(" ")[0]  # it says by whom: `CANCELLED by 1000`
+            if state in ENDED:
                 for each in tasks_of(task):
                     endings[each] = _ending(state, code, node)
         return endings
 
 
 def _ending(state: str, code: str, node: str) -> Ending:
-    # accounting says by whom: `CANCELLED by 1000`
     place = node if node != "None assigned" else ""
-    return Ending(state=state.partition(" ")[0], exit_code=code, node=place)
+    return Ending(state=state, exit_code=code, node=place)

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedllm.scheduling.slurm_endings import ENDED
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 from tests.cli.commands import FEDLLM
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.runs import settings
-
-_ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ class JobCoordinator:
         """Return `0`, or state and exit code of the job, once it neither waits nor runs."""
         words = ("squeue", "-h", "-t", "all", "-j", self.jobs[-1], "-O", "State:|,exit_code:|")
         state, status, _ = self.command.cluster.slurm(*words).split("|")
-        if state in _ACTIVE:
+        if state not in ENDED:
             return None
         return {"COMPLETED": "0", "FAILED": f"FAILED {int(status) >> 8}"}.get(state, state)
 

@@ -92,6 +92,18 @@ def test_endings_of_all_tasks_are_one_question_and_news_are_asked_at_once(
     assert set(scheduler.endings(["9_0", "9_1"])) == {"9_0", "9_1"}
 
 
+@pytest.mark.parametrize(
+    "state",
+    ["PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "SUSPENDED", "STOPPED", "COMPLETING"],
+)
+def test_a_task_that_waits_runs_or_is_being_signalled_has_not_ended(
+    slurm: Answering, scheduler: SlurmScheduler, state: str
+) -> None:
+    slurm.answers["squeue"] = f"7_0|{state}|0|n1|\n"
+    slurm.answers["sacct "] = f"7_0|{state}|0:0|n1\n"
+    assert scheduler.endings(["7_0"]) == {}
+
+
 def test_endings_are_not_asked_for_again_and_again_while_slurm_is_away(
     slurm: Answering, scheduler: SlurmScheduler
 ) -> None:
