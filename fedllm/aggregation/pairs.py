@@ -49,26 +49,22 @@ def _has_large(x: Tensor, amounts: Tensor) -> bool:
 
 def multiply(b_OR: Tensor, a_RI: Tensor, amounts_R1: Tensor, w_OI: Tensor) -> None:
     """Write `b @ (amounts * a)` to `w_OI`, float32."""
-    a_high, a_low = pair_of_a = _pair(a_RI, _room(*a_RI.shape), amounts_R1)
+    a_high, a_low = pair_of_a = _pair(a_RI, amounts_R1)
     at_once = math.ceil(len(b_OR) / math.ceil(len(b_OR) / _ROWS))
-    room = _room(at_once, b_OR.shape[1])
     for w, b in zip(torch.split(w_OI, at_once), torch.split(b_OR, at_once), strict=True):
-        is_half = b.dtype == torch.bfloat16
-        b_high, b_low = (b.contiguous(), None) if is_half else _pair(b, room)
+        pair_of_b = None if b.dtype == torch.bfloat16 else _pair(b)
+        b_high = b.contiguous() if pair_of_b is None else pair_of_b[0]
         onemkl.add_product(w, b_high, a_high, keep=False)
         onemkl.add_product(w, b_high, a_low)
-        if b_low is not None:
-            onemkl.add_product(w, b_low, a_high)
-    SPARES.keep(pair_of_a, room)
+        if pair_of_b is not None:
+            onemkl.add_product(w, pair_of_b[1], a_high)
+            SPARES.keep(pair_of_b)
+    SPARES.keep(pair_of_a)
 
 
-def _room(rows: int, columns: int) -> Tensor:
-    return SPARES.empty((2, rows, columns), dtype=torch.bfloat16)
-
-
-def _pair(x: Tensor, into: Tensor, amounts: Tensor | None = None) -> Tensor:
+def _pair(x: Tensor, amounts: Tensor | None = None) -> Tensor:
     """Return two matrices in bfloat16 whose sum is x, or the rows of x times their amounts."""
-    pair = into[:, : len(x)]
+    pair = SPARES.empty((2, *x.shape), dtype=torch.bfloat16)
     cached = torch.empty(_CACHED_ROWS, x.shape[1])
     for begin in range(0, len(x), _CACHED_ROWS):
         rows = slice(begin, begin + _CACHED_ROWS)
