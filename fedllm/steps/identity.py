@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedllm.errors import UserError
 from fedllm.storage.lease import process_start_time
 
 
@@ -35,6 +36,29 @@ def task_identity(environment: Mapping[str, str] = os.environ) -> TaskIdentity:
         node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
         log=environment.get("FEDLLM_LOG", ""),
         array=environment.get("SLURM_JOB_NAME", ""),
+    )
+
+
+def require_planned_processes(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError if srun started this task as more or fewer processes than its plan says.
+
+    The plan is `FEDLLM_PROCESSES`, which the task's script exports; by hand it is one process. What
+    runs within somebody else's step, as a local worker does, is asked nothing.
+
+    Raises:
+        UserError: the processes would all do the whole work of the task.
+    """
+    step, rank = environment.get("SLURM_STEP_NUM_TASKS"), environment.get("SLURM_PROCID", "0")
+    task = environment.get("FEDLLM_TASK")
+    if task and task != _slurm_task(environment):
+        return
+    planned = environment.get("FEDLLM_PROCESSES", "1")
+    if (step or planned) == planned and int(rank) < int(planned):
+        return
+    raise UserError(
+        f"process {rank} of {step or '?'} that srun started (SLURM_PROCID, SLURM_STEP_NUM_TASKS) "
+        f"for a task of {planned}: each would do the same work; start it with srun "
+        f"--ntasks={planned}, and let no wrapper of srun or line of scheduler.setup change that"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedllm.errors import BadUpdate, FedllmError, UserError
-from fedllm.steps.identity import task_identity
+from fedllm.steps.identity import require_planned_processes, task_identity
 from fedllm.steps.log import say
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
@@ -63,6 +63,7 @@ def run(
     arguments: argparse.Namespace | None = None
     try:
         arguments = _parse(program, argv)
+        require_planned_processes()
         call = _Call(arguments=arguments, session=session, signals=signals, began=began)
         return _STEPS[program](call)
     except FedllmError as error:

@@ -9,6 +9,8 @@ from fedllm.steps.session import Session
 from fedllm.storage.records import ErrorRecord, PreparedRecord
 from jobs import aggregate, client, coordinator, evaluate, prepare
 
+PLANNED = "FEDLLM_PROCESSES"
+
 
 @pytest.mark.parametrize("program", [prepare, aggregate, evaluate])
 def test_a_directory_that_is_no_run_is_named(
@@ -44,6 +46,50 @@ def test_a_worker_without_an_attempt_leaves_nothing_behind(
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+TASK = {
+    "FEDLLM_TASK": "7_0",
+    "SLURM_ARRAY_JOB_ID": "7",
+    "SLURM_ARRAY_TASK_ID": "0",
+    "SLURM_JOB_ID": "9",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({**TASK, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({**TASK, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({**TASK, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({**TASK, "SLURM_PROCID": "1"}, True),
+        ({**TASK, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", PLANNED: "2"}, False),
+        ({**TASK, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", PLANNED: "2"}, True),
+        # by hand, in an allocation of one's own
+        ({"SLURM_JOB_ID": "9", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_JOB_ID": "9", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, False),
+        # a local worker, or an inline run, of a coordinator that is itself such a process
+        ({"FEDLLM_TASK": "local:x", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, False),
+        ({}, False),
+    ],
+)
+def test_a_program_that_was_started_more_often_than_planned_ends_at_once(
+    environment: dict[str, str],
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in {*TASK, PLANNED, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    job = tmp_path / "job"
+    assert aggregate.main([str(tmp_path / "a/b/c"), "--job", str(job)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    found = ErrorRecord.read(job / "error.json")
+    assert line == f"error: {found.message}"
+    assert ("each would do the same work" in line) is refused
 
 
 class Broken(Session):
