@@ -28,6 +28,7 @@ from fedllm.scheduling.slurm_findings import (
     limit_findings,
     partition_findings,
 )
+from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.scheduling.slurm_probe import Probe, ProbeWaits, probed
 from fedllm.storage.findings import Finding, Level
 from fedllm.storage.paths import cache_of, shipped
@@ -95,8 +96,10 @@ def _admitted(
         findings.append(Finding(check="configuration", level="not done", found=why))
     else:
         try:
-            config = configuration(file, overrides)
-            check_names(config.method.name, config.method.local)
+            loaded = configuration(file, overrides)
+            check_names(loaded.method.name, loaded.method.local)
+            refuse_owned(loaded.scheduler)
+            config = loaded
             findings.append(Finding(check="configuration", level="ok", found=f"{file} is valid"))
         except ConfigError as error:
             findings += [

@@ -18,13 +18,14 @@ from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import is_done
 from fedllm.scheduling.inline import Execute
-from fedllm.scheduling.seam import Scheduler
+from fedllm.scheduling.seam import Scheduler, SubmissionUnknown
 from fedllm.scheduling.slurm_coordinator import (
     check_coordinator,
     holder_is_gone,
     refuse_second,
     submit_coordinator,
 )
+from fedllm.scheduling.slurm_script import log_pattern
 from fedllm.scheduling.table import SCHEDULERS
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
@@ -51,7 +52,8 @@ def start(
     try:
         coordinate(run)
     except UserError as error:
-        if not is_new or isinstance(error, LeaseError) or run.paths.prepared.exists():
+        kept = isinstance(error, LeaseError | SubmissionUnknown)
+        if not is_new or kept or run.paths.prepared.exists():
             raise
         # nothing fits together yet: leave no run behind, and name no log that went with it
         shutil.rmtree(run.paths.root)
@@ -115,8 +117,14 @@ def advance_link(root: Path) -> bool:
 
 
 def opened(root: Path, config: Config, *, take_over: bool = False, unattended: bool = False) -> Run:
-    """Open a run for coordination."""
+    """Open a run for coordination.
+
+    Raises:
+        RunDirectoryError: it cannot be used, or its path not be said to Slurm.
+    """
     check_names(config.method.name, config.method.local)
+    if config.scheduler.kind == "slurm":
+        log_pattern(RunPaths(root=root.resolve()).all_logs, "")
     return open_run(
         root,
         config,

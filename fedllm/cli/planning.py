@@ -21,13 +21,13 @@ from fedllm.cli.options import (
 from fedllm.config.models import Config, SbatchOptions
 from fedllm.errors import ConfigError, UserError
 from fedllm.planning.capacity import Capacity
-from fedllm.planning.classes import job_options
 from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.plan_text import describe_plan
 from fedllm.reporting.usage import Options
 from fedllm.rounds.rehearsal import Rehearsal, rehearse, rehearsed_jobs
 from fedllm.scheduling.seam import Scheduler, SchedulerUnreachable
-from fedllm.scheduling.slurm_options import sbatch_flags
+from fedllm.scheduling.slurm_coordinator import coordinator_flags
+from fedllm.scheduling.slurm_options import refuse_owned, sbatch_flags
 from fedllm.storage.paths import MOST_ENTRIES, RunPaths, cache_of, shipped
 from fedllm.storage.publish import publish_bytes
 
@@ -52,6 +52,7 @@ def plan(
     from fedllm.steps.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
+    refuse_owned(loaded.scheduler)
     if out is not None:
         fresh_folder(out)
     root = execution.default_run_dir(config)
@@ -127,14 +128,8 @@ def _real_options(config: Config, rehearsal: Rehearsal, files: Mapping[str, str]
     jobs = {name.split("-")[3]: _options(files[name]) for name in files if name not in arrays}
     section = config.scheduler
     script = "chain" if section.coordinator == "chained" else "coordinator"
-    flags = sbatch_flags(
-        job_options(section.sbatch, "coordinator"),
-        sbatch=section.sbatch,
-        program="coordinator",
-        defaults={},
-    )
     text = shipped(f"slurm/{script}.sbatch").read_text(encoding="utf-8")
-    jobs["coordinator"] = {**_options(text), **flags}
+    jobs["coordinator"] = {**_options(text), **coordinator_flags(section)}
     return RealOptions(classes=classes, jobs=jobs)
 
 

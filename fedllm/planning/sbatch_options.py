@@ -1,21 +1,97 @@
-"""How users write sbatch options: the names of flags, and times."""
+"""How users write sbatch options: the names of flags, times, and what is not theirs to set."""
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
 
+# Processes of a task: one place, for the day on which an engine needs several.
+PROCESSES = 1
+
+# sbatch(1): one-letter options
+_LONG = {
+    **{"A": "account", "a": "array", "B": "extra-node-info", "b": "begin", "C": "constraint"},
+    **{"c": "cpus-per-task", "D": "chdir", "d": "dependency", "e": "error", "F": "nodefile"},
+    **{"G": "gpus", "H": "hold", "h": "help", "i": "input", "J": "job-name", "k": "no-kill"},
+    **{"L": "licenses", "M": "clusters", "m": "distribution", "N": "nodes", "n": "ntasks"},
+    **{"O": "overcommit", "o": "output", "p": "partition", "Q": "quiet", "q": "qos"},
+    **{"S": "core-spec", "s": "oversubscribe", "t": "time", "V": "version", "v": "verbose"},
+    **{"W": "wait", "w": "nodelist", "x": "exclude"},
+}
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+
+_ONE_PROCESS = (
+    "a task is one process; scheduler.max_parallel says how many tasks run at once, cpus-per-task "
+    "how many CPUs each has"
+)
+_ANSWER = "the job's id is read from what sbatch says"
+# What decides what a task is, or whether its job is found again, and why it is not the user's.
+_OWNED = {
+    "array": "the number of tasks and scheduler.max_parallel decide it",
+    "chdir": "jobs start where fedllm was started; give --run-dir for another place",
+    "cluster-constraint": "jobs of another cluster cannot be seen from here",
+    "clusters": "jobs of another cluster cannot be seen from here; start fedllm on a host there",
+    "dependency": "the records of the run decide what comes after what",
+    "error": "logs lie in the run directory",
+    "gid": "jobs belong to who submits them",
+    "help": "nothing would run",
+    "input": "programs read no standard input",
+    "job-name": "names find submissions again",
+    "nodes": "a task is one process on one node",
+    "ntasks": _ONE_PROCESS,
+    "ntasks-per-core": _ONE_PROCESS,
+    "ntasks-per-gpu": _ONE_PROCESS,
+    "ntasks-per-node": _ONE_PROCESS,
+    "ntasks-per-socket": _ONE_PROCESS,
+    "open-mode": "a task that is requeued goes on in its log",
+    "output": "logs lie in the run directory",
+    "parsable": _ANSWER,
+    "quiet": _ANSWER,
+    "test-only": "nothing would run",
+    "uid": "jobs belong to who submits them",
+    "usage": "nothing would run",
+    "version": "nothing would run",
+    "wait": "sbatch has to answer at once",
+    "wrap": "tasks run programs of fedllm",
+}
+# What says no more than fedllm does.
+_HARMLESS = {
+    "nodes": {"1", "1-1"},
+    "ntasks": {str(PROCESSES)},
+    "ntasks-per-core": {"1"},
+    "ntasks-per-node": {str(PROCESSES)},
+    "ntasks-per-socket": {"1"},
+    "open-mode": {"append"},
+}
+
 _NO_LIMIT = {"", "0", "-1", "UNLIMITED", "INFINITE", "NONE", "N/A", "NOT_SET", "PARTITION_LIMIT"}
 
 
 def flag_name(key: str) -> str:
-    """Return the long flag of an option as users write it: `cpus_per_task`, `--cpus-per-task`."""
-    return key.strip().removeprefix("--").replace("_", "-")
+    """Return the long flag of an option as users write it: `cpus_per_task`, `-c`, `c`."""
+    name = key.strip().lstrip("-").replace("_", "-")
+    return _LONG.get(name, name)
 
 
 def by_flag(options: Mapping[str, Value]) -> dict[str, Value]:
     """Return options by their long flags, however the user wrote them."""
     return {flag_name(key): value for key, value in options.items()}
+
+
+def reason_against(name: str, value: object) -> str | None:
+    """Return why an option is not the user's to set, or is none; None: it may be given.
+
+    sbatch takes a name that is cut short, too: `ntasks-per-no`.
+    """
+    if not _NAME.fullmatch(name):
+        return "not the name of an sbatch option; write name: value, and true for a flag alone"
+    if "\n" in str(value) or "\r" in str(value):
+        return "an option is one line; remove the line break"
+    if value is None or value is False or str(value) in _HARMLESS.get(name, ()):
+        return None
+    owned = name if name in _OWNED else next((o for o in _OWNED if o.startswith(name)), None)
+    return None if owned is None else f"got {value}; fedllm sets it ({_OWNED[owned]}); remove it"
 
 
 def time_minutes(time: object) -> float | None:

@@ -159,7 +159,7 @@ def _minutes(seconds: float, costs: CostModel, room: Capacity, section: Schedule
 
 
 def _has_time(options: SbatchOptions) -> bool:
-    return not {"time", "t"}.isdisjoint(by_flag(options))
+    return "time" in by_flag(options)
 
 
 def _configured_minutes(worker_class: str, options: SbatchOptions) -> float | None:

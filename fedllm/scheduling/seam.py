@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
-from fedllm.errors import Incomplete
+from fedllm.errors import Incomplete, UserError
 from fedllm.planning.capacity import Capacity as Capacity
 from fedllm.storage.records import EndingRecord
 
@@ -24,6 +24,10 @@ class SchedulerUnreachable(Incomplete):
 
 class SchedulerFull(Incomplete):
     """The limits on submitted jobs leave no room now; it was not submitted."""
+
+
+class SubmissionUnknown(UserError):
+    """Nobody says whether it was submitted: its name is looked for before it is sent again."""
 
 
 class TaskState(Enum):
@@ -72,6 +76,7 @@ class Scheduler(Protocol):
             ConfigError: it is refused; the message names the key.
             SchedulerFull: limits on submitted jobs leave no room now.
             SchedulerUnreachable: no answer; whether it was taken is unknown.
+            SubmissionUnknown: an answer, and still unknown.
         """
 
     def find(self, name: str) -> list[str] | None:

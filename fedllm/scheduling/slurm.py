@@ -1,22 +1,30 @@
 """Slurm through submitit: arrays of our own programs instead of pickled functions.
 
-submitit writes the sbatch file and reads the id. Its pickles, its files per task and its view of
-what is finished are not used: a task gets a path, and what is complete is told by records that
-the task itself writes.
+submitit writes the sbatch file. Its pickles, its files per task, its reading of sbatch's answer and
+its view of what is finished are not used: a task gets a path, and what is complete is told by
+records that the task itself writes.
 """
 
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+from submitit.slurm.slurm import SlurmExecutor
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
-from fedllm.scheduling.seam import Capacity, Ending, Job, Option, SchedulerFull, TaskState
+from fedllm.scheduling.seam import (
+    Capacity,
+    Ending,
+    Job,
+    Option,
+    SchedulerFull,
+    SubmissionUnknown,
+    TaskState,
+)
+from fedllm.scheduling.slurm_answers import submitted
 from fedllm.scheduling.slurm_capacity import Surveyor, spare
 from fedllm.scheduling.slurm_check import problems
 from fedllm.scheduling.slurm_commands import (
@@ -25,20 +33,23 @@ from fedllm.scheduling.slurm_commands import (
     InstalledCommands,
     Pace,
     clean_environment,
+    unknown_answer,
 )
-from fedllm.scheduling.slurm_exports import exports
 from fedllm.scheduling.slurm_options import (
     WRITTEN_BY_SUBMITIT,
     Flags,
+    owned_problems,
     refusal,
     says_no_room,
     sbatch_flags,
     task_defaults,
 )
 from fedllm.scheduling.slurm_queue import Queue
+from fedllm.scheduling.slurm_script import exports, log_pattern, python_words, step_words
 from fedllm.storage.paths import shipped
 from fedllm.storage.publish import publish_bytes, storage_errors
 
+_LOG = "%A_%a_0_log.out"
 # sbatch in a time of `scheduler.query_seconds`
 _MOST_SUBMISSIONS = 10
 
@@ -70,7 +81,8 @@ class ArrayExecutor(SlurmExecutor):
     ) -> None:
         super().__init__(job.log_folder)
         self.update_parameters(**parameters)
-        self.parameters["map_count"] = job.tasks
+        # the program is started by a line of ours
+        self.parameters |= {"map_count": job.tasks, "use_srun": False}
         self._file = self.folder / f"{job.name}.sbatch"
         self._environment = environment
         self._commands = commands
@@ -85,24 +97,19 @@ class ArrayExecutor(SlurmExecutor):
         lines = super()._make_submission_file_text(command, uid).splitlines()
         return "\n".join(line for line in lines if not line.startswith(self._without)) + "\n"
 
-    def _submit_command(self, command: str) -> SlurmJob[Any]:
-        """Submit without submitit's symbolic links, chmods and words on stderr.
-
-        Nothing follows sbatch that could fail and lose the id.
-        """
-        publish_bytes(self._file, self._make_submission_file_text(command, "").encode())
-        words = self._make_submission_command(self._file)
-        said = self._commands.call(words, environment=self._environment)
-        job_id = self._get_job_id_from_submission_command(said)
-        return SlurmJob(folder=self.folder, job_id=job_id)
-
     def text(self, command: str) -> str:
         """Return the sbatch file."""
         return self._make_submission_file_text(command, "")
 
-    def array_id(self, command: str) -> str:
-        """Submit the array and return its id."""
-        return str(self._submit_command(command).job_id)
+    def send(self, command: str) -> str:
+        """Submit the array and return what sbatch said.
+
+        submitit's own way makes symbolic links, and takes the first number behind `job` in what was
+        said for the id, also that of a site's banner.
+        """
+        publish_bytes(self._file, self.text(command).encode())
+        words = self._make_submission_command(self._file)
+        return self._commands.call(words, environment=self._environment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +168,8 @@ class SlurmScheduler:
             if error := refused[key]:
                 raise error
 
-        found = [problem for job in jobs for problem in self._problems(job, test)]
+        found = owned_problems(self.section.sbatch)
+        found += [problem for job in jobs for problem in self._problems(job, test)]
         if found:
             raise ConfigError("\n".join(dict.fromkeys(found)))
 
@@ -187,22 +195,35 @@ class SlurmScheduler:
 
         Raises:
             ConfigError: sbatch refuses an option; the message names its key.
+            RunDirectoryError: the path of the logs is none that Slurm can write to.
             SchedulerFull: limits on submitted jobs leave no room now.
             SchedulerUnreachable: slurmctld does not answer; whether it took the array is unknown.
+            SubmissionUnknown: sbatch's answer names no job, and the queue has none of this name.
         """
+        flags = self._flags(job)
+        executor = self._executor(job, flags)
         with storage_errors(job.log_folder):
             job.log_folder.mkdir(parents=True, exist_ok=True)
-        flags = self._flags(job)
         self._pace.wait()
         try:
-            array = self._executor(job, flags).array_id(self._command(job))
+            said = executor.send(self._command(job, flags))
         except CommandRefused as error:
             if self._is_full(str(error), job):
                 raise SchedulerFull(f"sbatch: {error}") from error
             sbatch = self.section.sbatch
             raise refusal(str(error), flags, sbatch=sbatch, program=job.program) from error
+        array = submitted(said)
+        if array is None:
+            return self._found(job.name, said)
         ids = [f"{array}_{number}" for number in range(job.tasks)]
         self._queue.expect(ids)
+        return ids
+
+    def _found(self, name: str, said: str) -> list[str]:
+        """Return the tasks of an array that was just submitted, by its name in the queue."""
+        ids = self._queue.find(name)
+        if ids is None:
+            raise SubmissionUnknown(unknown_answer(name, said))
         return ids
 
     def _is_full(self, said: str, job: Job) -> bool:
@@ -215,7 +236,8 @@ class SlurmScheduler:
 
     def sbatch_text(self, job: Job) -> str:
         """Return the file that `submit` would give to sbatch; works without Slurm."""
-        return self._executor(job, self._flags(job)).text(self._command(job))
+        flags = self._flags(job)
+        return self._executor(job, flags).text(self._command(job, flags))
 
     def find(self, name: str) -> list[str] | None:
         """Return the tasks of the arrays submitted under `name`, or None if Slurm knows none.
@@ -261,25 +283,20 @@ class SlurmScheduler:
         sbatch = self.section.sbatch
         return sbatch_flags(job.options, sbatch=sbatch, program=job.program, defaults=defaults)
 
-    def _command(self, job: Job) -> str:
-        # `scheduler.python` may be several words: `apptainer exec image.sif python`
-        python = self.section.python or shlex.quote(sys.executable)
+    def _command(self, job: Job, flags: Flags) -> str:
         program = self.jobs_folder / f"{job.program}.py"
-        return f"{python} -u {shlex.join([str(program), *job.argv])}"
+        words = shlex.join([str(program), *job.argv])
+        step = step_words(flags, log_pattern(job.log_folder, _LOG))
+        return f"{shlex.join(step)} {python_words(self.section)} -u {words}"
 
     def _executor(self, job: Job, flags: Flags) -> ArrayExecutor:
-        steps = ["--open-mode=append", "--kill-on-bad-exit=1", "--export=ALL"]
-        if "cpus-per-task" in flags:
-            # srun does not take it over from sbatch since Slurm 22.05
-            steps.append(f"--cpus-per-task={flags['cpus-per-task']}")
         parameters = {
             "job_name": job.name,
             "wckey": None,
             "stderr_to_stdout": True,
             "array_parallelism": job.parallel or self.section.max_parallel,
-            "setup": [*exports(job), *self.section.setup],
-            "srun_args": steps,
-            "additional_parameters": flags,
+            "setup": [*exports(job, flags), *self.section.setup],
+            "additional_parameters": {**flags, "output": log_pattern(job.log_folder, _LOG)},
         }
         return ArrayExecutor(
             job,

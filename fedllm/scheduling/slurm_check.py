@@ -1,5 +1,6 @@
 """What Slurm would refuse, or take and never start, found before anything is submitted."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 from fedllm.config.models import SchedulerSection
@@ -32,6 +33,7 @@ def problems(
     Raises:
         SchedulerUnreachable: slurmctld does not answer.
     """
+    yield from _elsewhere(survey)
     tested = flags
     most = survey.most_minutes
     if most is not None and _is_longer(flags.get("time"), most):
@@ -46,6 +48,18 @@ def problems(
         if says_no_room(str(error)) is False:
             told = refusal(str(error), tested, sbatch=section.sbatch, program=program)
             yield f"{told}{_known(str(error), survey)}"
+
+
+def _elsewhere(found: Survey) -> Iterator[str]:
+    """Yield what in the environment sends the user's own jobs to another cluster."""
+    here = found.configuration.cluster if found.configuration else ""
+    for variable in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
+        named = os.environ.get(variable, "")
+        if here and named and named != here:
+            yield (
+                f"{variable}: got {named}; fedllm submits to the cluster it is started on, {here}; "
+                f"start it on a host of {named}, or unset {variable}"
+            )
 
 
 def _is_longer(time: object, most: float) -> bool:

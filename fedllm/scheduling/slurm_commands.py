@@ -1,8 +1,9 @@
 """Slurm's commands: one call, one clean environment, failures told apart.
 
-What is issued, and what is read of the answers; `Commands` is all that the rest goes through:
+What is issued, and what is read of the answers; `Commands` is all that the rest goes through.
+Lines of squeue begin with `slurm_answers.MARK`; lines that are no answer are passed over:
 
-    sbatch FILE                                        `Submitted batch job 7`
+    sbatch FILE                                        `Submitted batch job 7`, `7`, `7;cluster`
     sbatch --test-only --OPTION=VALUE ... --array=0-0 --wrap=true      exit status alone
     squeue --noheader --array --user=UID ...           one line per array task
         -o %i|%T|%a|%q|%P|%r                           `7_3|PENDING|lab|normal|low|Priority`
@@ -31,6 +32,7 @@ from typing import Protocol
 
 from fedllm.errors import UserError
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
+from fedllm.scheduling.slurm_answers import quoted
 
 COMMAND_TIMEOUT_SECONDS = 120
 
@@ -40,7 +42,7 @@ _INHERITED = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", "SBATCH_", "SQUEUE_", "SA
 # What a launcher of several processes, or we ourselves, told this one job.
 _OWN = {
     *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    *("FEDLLM_TASK", "FEDLLM_LOG", "FEDLLM_PYTHON", "FEDLLM_SETUP"),
+    *("FEDLLM_TASK", "FEDLLM_LOG", "FEDLLM_PROCESSES", "FEDLLM_PYTHON", "FEDLLM_SETUP"),
 }
 # A site's or user's defaults stay in force where the configuration says nothing.
 _SITE_DEFAULTS = ("account", "partition", "qos", "reservation", "constraint")
@@ -198,6 +200,14 @@ def squeue(*words: str, commands: Commands | None = None) -> str:
     """
     ask = (commands or InstalledCommands()).call
     return ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
+
+
+def unknown_answer(name: str, said: str) -> str:
+    """Return the line for an sbatch that took a job or not: its words do not tell."""
+    return (
+        f"sbatch: its answer names no job ({quoted(said)}), and the queue has no job {name}; have "
+        "sbatch say `Submitted batch job N` or the number alone, then `fedllm resume` looks again"
+    )
 
 
 def _failure(command: str, said: str, status: int) -> Exception:

@@ -4,13 +4,20 @@ import contextlib
 import os
 import re
 import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedllm.config.models import Config, SchedulerSection
 from fedllm.errors import ConfigError, LeaseError, UserError
 from fedllm.planning.classes import job_options
-from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
+from fedllm.planning.sbatch_options import by_flag, flag_name
+from fedllm.scheduling.seam import (
+    Option,
+    SchedulerFull,
+    SchedulerUnreachable,
+    SubmissionUnknown,
+    TaskState,
+)
+from fedllm.scheduling.slurm_answers import MARK, marked, submitted
 from fedllm.scheduling.slurm_capacity import Surveyor
 from fedllm.scheduling.slurm_check import problems
 from fedllm.scheduling.slurm_commands import (
@@ -18,11 +25,21 @@ from fedllm.scheduling.slurm_commands import (
     InstalledCommands,
     call,
     clean_environment,
+    unknown_answer,
 )
-from fedllm.scheduling.slurm_options import Flags, refusal, says_no_room, sbatch_flags
+from fedllm.scheduling.slurm_options import (
+    Flags,
+    refusal,
+    refuse_owned,
+    says_no_room,
+    sbatch_flags,
+    words_of,
+)
+from fedllm.scheduling.slurm_script import log_pattern, python_words
+from fedllm.scheduling.slurm_states import state_in_queue
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
-from fedllm.storage.publish import storage_errors
+from fedllm.storage.publish import publish_bytes, storage_errors
 from fedllm.storage.records import CoordinatorJobRecord, LeaseRecord
 
 _SCRIPTS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}
@@ -38,8 +55,7 @@ def coordinator_flags(section: SchedulerSection) -> Flags:
     written = shipped(_SCRIPTS[section.coordinator]).read_text(encoding="utf-8")
     own = {name: value or True for name, value in _OPTION.findall(written)}
     defaults = {name: own[name] for name in ("time", "requeue", "signal") if name in own}
-    options = job_options(section.sbatch, "coordinator")
-    return sbatch_flags(options, sbatch=section.sbatch, program="coordinator", defaults=defaults)
+    return _flags(section, defaults)
 
 
 def check_coordinator(section: SchedulerSection) -> None:
@@ -53,6 +69,7 @@ def check_coordinator(section: SchedulerSection) -> None:
     def test(words: Sequence[str], flags: Flags) -> None:
         call(words, environment=clean_environment(configured=flags))
 
+    refuse_owned(section)
     flags = coordinator_flags(section)
     surveyor = Surveyor(commands=InstalledCommands(), query_seconds=section.query_seconds)
     found = problems(
@@ -73,6 +90,7 @@ def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
         ConfigError: sbatch refuses an option; the message names its key.
         SchedulerFull: limits on submitted jobs leave no room now.
         SchedulerUnreachable: slurmctld does not answer.
+        SubmissionUnknown: sbatch's answer names no job, and the queue has none of this name.
     """
     refuse_second(paths, run_id)
     if config.scheduler.coordinator == "chained":
@@ -123,14 +141,14 @@ def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
     """
     words = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={_name(run_id)}"]
     try:
-        lines = call([*words, "-o", "%i|%T"]).splitlines()
+        lines = marked(call([*words, "-o", f"{MARK}%i|%T"]))
     except CommandRefused as error:
         raise SchedulerUnreachable(f"squeue: {error}") from error
     found = {}
     for line in lines:
-        job, _, state = line.strip().partition("|")
-        found[job] = TaskState.WAITING if state == "PENDING" else TaskState.RUNNING
-    return dict(sorted(found.items(), key=lambda each: int(each[0])))
+        job, _, state = line.partition("|")
+        found[job] = state_in_queue(state)
+    return dict(sorted(found.items(), key=lambda each: int(each[0].partition("_")[0])))
 
 
 def start_after(job: str, arrays: Sequence[str]) -> None:
@@ -185,35 +203,63 @@ def _submit(
     with storage_errors(paths.all_logs):
         paths.all_logs.mkdir(parents=True, exist_ok=True)
     section = config.scheduler
-    options = job_options(section.sbatch, "coordinator")
-    flags = sbatch_flags(options, sbatch=section.sbatch, program="coordinator", defaults={})
-    environment = clean_environment(configured=flags)
-    environment["FEDLLM_PYTHON"] = section.python or shlex.quote(sys.executable)
-    environment["FEDLLM_SETUP"] = "\n".join(section.setup)
+    flags = _flags(section, {})
+    file = paths.all_logs / f"{script}.sbatch"
+    publish_bytes(file, coordinator_script(script, section).encode())
     command = [
         "sbatch",
         "--parsable",
         f"--job-name={_name(run_id)}",
         f"--comment=fedllm {script}: {run_id}",
-        f"--output={paths.all_logs / log}",
-        *(f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()),
+        f"--output={log_pattern(paths.all_logs, log)}",
+        *words_of(flags),
         *more,
-        str(shipped(f"slurm/{script}.sbatch")),
+        str(file),
         *words,
     ]
     try:
-        # on a cluster of clusters: `id;cluster`
-        return call(command, environment=environment).strip().partition(";")[0]
+        said = call(command, environment=clean_environment(configured=flags))
     except CommandRefused as error:
         if says_no_room(str(error)):
             raise SchedulerFull(f"sbatch: {error}") from error
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
+    return submitted(said) or _found(run_id, said)
+
+
+def _flags(section: SchedulerSection, defaults: Mapping[str, Option]) -> Flags:
+    options = job_options(section.sbatch, "coordinator")
+    own = by_flag(section.sbatch.coordinator)
+    if "signal" not in own:
+        # that of `default` is for workers: the coordinator's goes to its batch script
+        options = {key: value for key, value in options.items() if flag_name(key) != "signal"}
+    return sbatch_flags(options, sbatch=section.sbatch, program="coordinator", defaults=defaults)
+
+
+def coordinator_script(name: str, section: SchedulerSection) -> str:
+    """Return a coordinator's script that also tells what to run, whatever `--export` says."""
+    lines = shipped(f"slurm/{name}.sbatch").read_text(encoding="utf-8").splitlines(keepends=True)
+    told = {
+        **{key: value for key, value in clean_environment().items() if key.startswith("FEDLLM_")},
+        "FEDLLM_PYTHON": python_words(section),
+        "FEDLLM_SETUP": "\n".join(section.setup),
+    }
+    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    exports = [f"export {key}={shlex.quote(value)}\n" for key, value in sorted(told.items())]
+    return "".join([*lines[: last + 1], "\n", *exports, *lines[last + 1 :]])
+
+
+def _found(run_id: str, said: str) -> str:
+    """Return the coordinator's job that was just submitted, by its name in the queue."""
+    jobs = [job for job in coordinator_jobs(run_id) if job != os.environ.get("SLURM_JOB_ID")]
+    if not jobs:
+        raise SubmissionUnknown(unknown_answer(_name(run_id), said))
+    return jobs[-1]
 
 
 def job_is_gone(job: str) -> bool | None:
     """Say whether a job, of any user, neither waits nor runs; None: it cannot be said here."""
     try:
-        return not call(["squeue", "--noheader", f"--jobs={job}", "-o", "%T"]).strip()
+        return not marked(call(["squeue", "--noheader", f"--jobs={job}", "-o", f"{MARK}%T"]))
     except CommandRefused as error:
         return True if "invalid job id" in str(error).lower() else None
     except (SchedulerUnreachable, UserError):

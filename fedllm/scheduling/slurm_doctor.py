@@ -16,6 +16,7 @@ from fedllm.scheduling.slurm_options import (
     sbatch_flags,
     task_defaults,
 )
+from fedllm.scheduling.slurm_text import entities, settings
 
 Settings = Mapping[str, str]
 
@@ -108,16 +109,9 @@ def ask_cluster() -> Cluster:
         UserError: Slurm's commands are not installed, or know of no cluster.
         SchedulerUnreachable: slurmctld does not answer now.
     """
-    controller = {}
-    for line in _asked("scontrol", "show", "config"):
-        key, equals, value = line.partition("=")
-        if equals:
-            controller[key.strip()] = value.strip()
-    partitions = {}
-    for line in _asked("scontrol", "--all", "--oneliner", "show", "partition"):
-        words = dict(word.partition("=")[::2] for word in line.split())
-        if name := words.get("PartitionName"):
-            partitions[name] = words
+    controller = settings(_asked("scontrol", "show", "config"))
+    listed = _asked("scontrol", "--all", "--oneliner", "show", "partition")
+    partitions = entities(listed, "PartitionName")
     cluster = Cluster(controller=controller, partitions=partitions)
     if not cluster.accounting:
         return cluster
@@ -155,8 +149,8 @@ def _accounting_problem() -> str:
     return ""
 
 
-def _asked(*words: str) -> list[str]:
+def _asked(*words: str) -> str:
     try:
-        return call(words).splitlines()
+        return call(words)
     except CommandRefused as error:
         raise ConfigError(f"{words[0]}: {error}") from error

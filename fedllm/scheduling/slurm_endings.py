@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable
+from fedllm.scheduling.slurm_answers import fields
 from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm_ids import tasks_of
+from fedllm.scheduling.slurm_states import has_ended
 
-WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-# squeue(1), JOB STATE CODES: a task has others while it waits, starts, runs, is signalled or ends
-ENDED = {
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
-    *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
-}
 _ACCOUNTING_WINDOW = "now-7days"
 _MOST_BACKOFF = 8
 
@@ -73,9 +69,9 @@ class Endings:
         self._next_query = self._commands.monotonic() + pause
 
     def _in_queue(self, arrays: str) -> dict[str, Ending]:
-        fields = "JobArrayID:|,State:|,exit_code:|,NodeList:|"
+        asked = "JobArrayID:|,State:|,exit_code:|,NodeList:|"
         try:
-            said = squeue("-t", "all", f"--jobs={arrays}", "-O", fields, commands=self._commands)
+            said = squeue("-t", "all", f"--jobs={arrays}", "-O", asked, commands=self._commands)
         except SchedulerUnreachable:
             self._failures += 1
             return {}
@@ -84,9 +80,8 @@ class Endings:
             return {}
         self._failures = 0
         endings = {}
-        for line in said.splitlines():
-            task, state, status, node = line.split("|")[:4]
-            if state in ENDED:
+        for task, state, status, node in fields(said, 4):
+            if has_ended(state) and status.isdecimal():
                 code = f"{int(status) >> 8}:{int(status) & 127}"
                 endings[task] = _ending(state, code, node)
         return endings
@@ -95,10 +90,9 @@ class Endings:
         # --duplicates: also the earlier starts of a requeued task; the last line is the last start
         words = ("--duplicates", f"--jobs={arrays}", "-o", "JobID,State,ExitCode,NodeList")
         endings = {}
-        for line in self.accounting(*words).splitlines():
-            task, state, code, node = line.split("|")[:4]
+        for task, state, code, node in fields(self.accounting(*words), 4):
             state = state.partition(" ")[0]  # it says by whom: `CANCELLED by 1000`
-            if state in ENDED:
+            if has_ended(state):
                 for each in tasks_of(task):
                     endings[each] = _ending(state, code, node)
         return endings

@@ -32,10 +32,10 @@ def _numbers(ids: Iterable[str]) -> dict[int, list[int]]:
     return numbers
 
 
-def named(name: str, said: str) -> list[str]:
+def named(name: str, lines: Iterable[str]) -> list[str]:
     """Return the ids of the lines `id|name`; Slurm's own filter splits names at commas."""
-    lines = (line.partition("|") for line in said.splitlines())
-    return [id_.strip() for id_, _, other in lines if other == name]
+    parts = (line.partition("|") for line in lines)
+    return [id_.strip() for id_, _, other in parts if other == name]
 
 
 def whole_arrays(listed: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.planning.sbatch_options import time_minutes
-from fedllm.scheduling.slurm_text import counts, number, rows
+from fedllm.scheduling.slurm_text import counts, entities, number, rows, settings
 
 # columns as they are asked for
 USER_COLUMNS = (
@@ -117,11 +117,7 @@ _Ranked = tuple[Limits, Place]
 
 def configuration(said: str) -> Configuration:
     """Read `scontrol show config`."""
-    found = {}
-    for line in said.splitlines():
-        key, equals, value = line.partition("=")
-        if equals:
-            found[key.strip()] = value.strip()
+    found = settings(said)
     most = re.search(r"max_array_tasks=(\d+)", found.get("SchedulerParameters", ""))
     return Configuration(
         cluster=found.get("ClusterName", ""),
@@ -135,18 +131,16 @@ def configuration(said: str) -> Configuration:
 
 def partitions(said: str) -> dict[str, Partition]:
     """Read `scontrol --oneliner show partition`."""
-    found = {}
-    for line in said.splitlines():
-        words = dict(word.partition("=")[::2] for word in line.split())
-        if name := words.get("PartitionName"):
-            found[name] = Partition(
-                name=name,
-                is_default=words.get("Default") == "YES",
-                most_minutes=time_minutes(words.get("MaxTime", "")),
-                qos=words.get("QoS", "").replace("N/A", ""),
-                default_memory=_default_memory(words),
-            )
-    return found
+    return {
+        name: Partition(
+            name=name,
+            is_default=words.get("Default") == "YES",
+            most_minutes=time_minutes(words.get("MaxTime", "")),
+            qos=words.get("QoS", "").replace("N/A", ""),
+            default_memory=_default_memory(words),
+        )
+        for name, words in entities(said, "PartitionName").items()
+    }
 
 
 def _default_memory(found: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from fedllm.planning.sbatch_options import PROCESSES
 from fedllm.scheduling.slurm_limits import Configuration, Partition
 from fedllm.scheduling.slurm_text import generic, hosts, mebibytes, rows, separated
 
@@ -36,9 +37,8 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a task takes of each of its nodes; `memory_mib` None: all there is."""
+    """What a task takes of its node; `memory_mib` None: all there is."""
 
-    nodes: int = 1
     cpus: int = 1
     whole_cores: bool = False
     memory_mib: float | None = 0.0
@@ -51,10 +51,10 @@ class Request:
     def tres(self) -> dict[str, float]:
         """Return what a task counts for in Slurm's accounting, as far as it is known."""
         return {
-            "cpu": self.nodes * self.cpus,
-            "mem": self.nodes * (self.memory_mib or 0.0),
-            "node": self.nodes,
-            "gres/gpu": self.nodes * sum(self.gpus.values()),
+            "cpu": self.cpus,
+            "mem": self.memory_mib or 0.0,
+            "node": 1,
+            "gres/gpu": sum(self.gpus.values()),
         }
 
 
@@ -87,16 +87,11 @@ def request(
     Raises:
         ValueError: an option that cannot be read.
     """
-    count = int(str(flags.get("nodes", 1)).partition("-")[0])
-    tasks = int(str(flags.get("ntasks-per-node", 0))) or math.ceil(
-        int(str(flags.get("ntasks", count))) / count
-    )
-    gpus = _gpus(flags, nodes_=count, tasks=tasks)
-    cpus = tasks * int(str(flags.get("cpus-per-task", 1)))
+    gpus = _gpus(flags)
+    cpus = PROCESSES * int(str(flags.get("cpus-per-task", 1)))
     cpus = max(cpus, sum(gpus.values()) * int(str(flags.get("cpus-per-gpu", 0))))
     default = (partition.default_memory if partition else None) or configuration.default_memory
     return Request(
-        nodes=count,
         cpus=cpus,
         whole_cores=any(name.startswith("CR_CORE") for name in configuration.selects),
         memory_mib=_memory(
@@ -114,18 +109,14 @@ def request(
     )
 
 
-def _gpus(flags: Mapping[str, object], *, nodes_: int, tasks: int) -> dict[str, int]:
-    """Return the GPUs of a node by type."""
+def _gpus(flags: Mapping[str, object]) -> dict[str, int]:
+    """Return the GPUs of a task by type."""
     if "gres" in flags:
         return generic(str(flags["gres"]))
-    for option, of_node in (
-        ("gpus-per-node", 1.0),
-        ("gpus-per-task", float(tasks)),
-        ("gpus", 1 / nodes_),
-    ):
+    for option, times in (("gpus-per-node", 1), ("gpus-per-task", PROCESSES), ("gpus", 1)):
         if option in flags:
             asked = [part.rpartition(":") for part in separated(str(flags[option]))]
-            return {type_: math.ceil(int(many) * of_node) for type_, _, many in asked}
+            return {type_: times * int(many) for type_, _, many in asked}
     return {}
 
 
@@ -137,7 +128,7 @@ def _memory(
     gpus: int,
     counted: bool,
 ) -> float | None:
-    """Return the memory of a node in MiB; without option or default a job gets all of it."""
+    """Return the memory of a task in MiB; without option or default a job gets all of it."""
     for given in (flags, default):
         for option, times in (("mem", 1), ("mem-per-cpu", cpus), ("mem-per-gpu", gpus)):
             if option in given:
@@ -148,7 +139,7 @@ def _memory(
 
 def fitting(found: Iterable[Node], asked: Request) -> int:
     """Return how many tasks could start now."""
-    return sum(_fitting(node, asked) for node in found) // asked.nodes
+    return sum(_fitting(node, asked) for node in found)
 
 
 def _fitting(node: Node, asked: Request) -> int:

@@ -3,19 +3,28 @@
 import re
 from collections.abc import Iterator, Mapping
 
-from fedllm.config.models import SbatchOptions, SbatchSection
+from fedllm.config.models import SbatchOptions, SbatchSection, SchedulerSection
 from fedllm.errors import ConfigError
-from fedllm.planning.sbatch_options import by_flag, flag_name, time_minutes
+from fedllm.planning.sbatch_options import (
+    PROCESSES,
+    by_flag,
+    flag_name,
+    reason_against,
+    time_minutes,
+)
 from fedllm.scheduling.seam import Option
 
-# An array task is one process on one node unless the options say more. Requeueing, appending to
-# logs, the warning before the end and a time limit are said explicitly: sites differ in theirs.
+# An array task is one process on one node. That, requeueing, appending to logs, the warning before
+# the end and a time limit are said explicitly: sites differ in theirs.
 TASK_DEFAULTS: Mapping[str, Option] = {
     "nodes": 1,
+    "ntasks": PROCESSES,
     "time": 60,
     "requeue": True,
     "open-mode": "append",
 }
+# what no option takes away
+_ALWAYS = ("nodes", "ntasks", "open-mode")
 _MOST_WARNING_SECONDS = 90
 # submitit writes these whether or not it is told to.
 WRITTEN_BY_SUBMITIT = ("nodes", "time", "signal", "open-mode")
@@ -28,15 +37,6 @@ Flags = Mapping[str, str | int | float | bool]
 # that it has for all limits.
 _NO_ROOM = re.compile(r"(Assoc|QOS)(Max|Grp)Submit", re.IGNORECASE)
 _SOME_LIMIT = "violates accounting/qos policy"
-
-_OWNED = {
-    "array": "the number of tasks and scheduler.max_parallel decide it",
-    "job-name": "names find submissions again",
-    "output": "logs lie in the run directory",
-    "error": "logs lie in the run directory",
-    "wrap": "tasks run programs of fedllm",
-    "test-only": "nothing would run",
-}
 
 # Words of a refusal, and the options that they may be about.
 _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -87,21 +87,49 @@ def sbatch_flags(
     An option that is null or false takes a default away; `requeue: false` says `--no-requeue`.
 
     Raises:
-        ConfigError: an option that fedllm decides itself.
+        ConfigError: options that fedllm decides itself, one line for each.
     """
-    chosen: dict[str, Option] = dict(defaults)
-    for key, value in options.items():
-        name = flag_name(key)
-        if name in _OWNED:
-            where = key_of(name, value, sbatch=sbatch, program=program)
-            raise ConfigError(f"{where}: set by fedllm itself ({_OWNED[name]}); remove it")
-        chosen[name] = value
+    given = by_flag(options)
+    problems = [
+        f"{key_of(name, value, sbatch=sbatch, program=program)}: {reason}"
+        for name, value in given.items()
+        if (reason := reason_against(name, value))
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    chosen = {**defaults, **{name: v for name, v in given.items() if name not in _ALWAYS}}
     _require_signal(chosen.get("signal"), sbatch=sbatch, program=program)
+    if chosen.get("no-requeue"):
+        chosen["requeue"] = False
     if chosen.get("requeue") is False:
         chosen["no-requeue"] = True
     return {
         name: value for name, value in chosen.items() if value is not None and value is not False
     }
+
+
+def owned_problems(sbatch: SbatchSection) -> list[str]:
+    """Return a line for every configured option that fedllm decides itself."""
+    sections: list[tuple[str, SbatchOptions]] = [
+        *((name, getattr(sbatch, name)) for name in type(sbatch).model_fields if name != "tiers"),
+        *((f"tiers.{tier}", options) for tier, options in sbatch.tiers.items()),
+    ]
+    return [
+        f"scheduler.sbatch.{name}.{key}: {reason}"
+        for name, options in sections
+        for key, value in options.items()
+        if (reason := reason_against(flag_name(key), value))
+    ]
+
+
+def refuse_owned(section: SchedulerSection) -> None:
+    """Refuse options that fedllm decides itself, where they would go to sbatch.
+
+    Raises:
+        ConfigError: one line for each.
+    """
+    if section.kind == "slurm" and (found := owned_problems(section.sbatch)):
+        raise ConfigError("\n".join(found))
 
 
 def _require_signal(given: Option, *, sbatch: SbatchSection, program: str) -> None:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import FedllmError, UserError
+from fedllm.scheduling.slurm_answers import MARK, marked
 from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm_options import Flags, words_of
 from fedllm.storage.publish import publish_bytes
@@ -201,8 +202,8 @@ def _environment(flags: Flags) -> dict[str, str]:
 
 def _reason(name: str) -> str:
     try:
-        words = ["squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}", "-o", "%r"]
-        said = call(words).strip()
+        words = ["squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}"]
+        said = "; ".join(marked(call([*words, "-o", f"{MARK}%r"])))
     except (FedllmError, CommandRefused):
         said = ""
     return f"Slurm's reason: {said}" if said else "Slurm says no reason"

@@ -6,10 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
+from fedllm.scheduling.slurm_answers import MARK, marked
 from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
-from fedllm.scheduling.slurm_endings import WAITING, Endings
+from fedllm.scheduling.slurm_endings import Endings
 from fedllm.scheduling.slurm_ids import expressions, named, whole_arrays
 from fedllm.scheduling.slurm_limits import Place
+from fedllm.scheduling.slurm_states import state_in_queue
 
 _MOST_BACKOFF = 8
 
@@ -78,7 +80,7 @@ class Queue:
         if now < self._next_query:
             return
         try:
-            lines = squeue("-o", "%i|%T|%a|%q|%P|%r", commands=self._commands).splitlines()
+            said = squeue("-o", f"{MARK}%i|%T|%a|%q|%P|%r", commands=self._commands)
         except (SchedulerUnreachable, CommandRefused) as error:
             self._failures += 1
             self._listed = None
@@ -88,7 +90,7 @@ class Queue:
         else:
             self._failures = 0
             self._trouble = None
-            self._hear(lines)
+            self._hear(marked(said))
         self._next_query = self._commands.monotonic() + self._pause_seconds()
 
     def _hear(self, lines: Sequence[str]) -> None:
@@ -104,10 +106,10 @@ class Queue:
         self._listed = {}
         for rest, tasks in alike.items():
             state, account, qos, partition, reason = rest.split("|", 4)
-            waits = state in WAITING
-            self._listed |= dict.fromkeys(tasks, TaskState.WAITING if waits else TaskState.RUNNING)
+            known = state_in_queue(state)
+            self._listed |= dict.fromkeys(tasks, known)
             self._places[Place(account=account, qos=qos, partition=partition)] += len(tasks)
-            if waits:
+            if known is TaskState.WAITING:
                 self._waiting_for |= dict.fromkeys(tasks, reason)
 
     def _pause_seconds(self) -> float:
@@ -123,13 +125,13 @@ class Queue:
             SchedulerUnreachable: slurmctld cannot be asked now.
         """
         try:
-            said = squeue("-t", "all", "-o", "%i|%j", commands=self._commands)
+            said = squeue("-t", "all", "-o", f"{MARK}%i|%j", commands=self._commands)
         except CommandRefused as error:
             raise SchedulerUnreachable(f"squeue: {error}") from error
-        listed = named(name, said)
+        listed = named(name, marked(said))
         if not listed:
             words = (f"--name={name}", f"--user={os.getuid()}", "-o", "JobID,JobName")
-            listed = named(name, self._ended.accounting(*words))
+            listed = named(name, self._ended.accounting(*words).splitlines())
         ids = whole_arrays(listed)
         self.expect(ids)
         return ids or None

@@ -1,9 +1,15 @@
-"""What a task's script exports before it starts our program."""
+"""What a task's script says: its log, what it exports, and the step that is our program."""
 
 import shlex
+import sys
+from pathlib import Path
 
+from fedllm.config.models import SchedulerSection
+from fedllm.errors import RunDirectoryError
+from fedllm.planning.sbatch_options import PROCESSES
 from fedllm.scheduling.seam import Job
 from fedllm.scheduling.slurm_commands import clean_environment
+from fedllm.scheduling.slurm_options import Flags
 
 # Where libraries keep what they compiled: thousands of small files that a shared home suffers from.
 _CACHES = {
@@ -17,7 +23,46 @@ _CACHES = {
 _FETCHED = {"HF_HOME": "huggingface"}
 
 
-def exports(job: Job) -> list[str]:
+def log_pattern(folder: Path, name: str) -> str:
+    """Return a log as `--output` takes it: in `name` Slurm replaces %A, %a and %j, in `folder` not.
+
+    Raises:
+        RunDirectoryError: a path that cannot be said to Slurm.
+    """
+    path = str(folder.resolve())
+    # sbatch(1), filename pattern: with a backslash nothing is replaced, and no other sign says one
+    for sign, word in (("\n", "a line break"), ("\r", "a line break"), ("\\", "a backslash")):
+        if sign in path:
+            raise RunDirectoryError(
+                f"{path!r}: Slurm writes no logs to a path with {word}; take another --run-dir"
+            )
+    return f"{path.replace('%', '%%')}/{name}"
+
+
+def python_words(section: SchedulerSection) -> str:
+    """Return what runs Python in a job, as a shell reads it.
+
+    `scheduler.python` may be several words: `apptainer exec image.sif python`.
+    """
+    return section.python or shlex.quote(sys.executable)
+
+
+def step_words(flags: Flags, log: str) -> list[str]:
+    """Return srun for the one step of a task; the program follows.
+
+    Its size is said, not taken from the allocation: that is larger than what was asked for where
+    cores have two threads, and where nodes are given whole.
+    """
+    words = ["srun", "--unbuffered", f"--output={log}", "--open-mode=append"]
+    words += ["--kill-on-bad-exit=1", "--export=ALL"]
+    words += ["--nodes=1", f"--ntasks={flags.get('ntasks', PROCESSES)}"]
+    if "cpus-per-task" in flags:
+        # srun does not take it over from sbatch since Slurm 22.05
+        words.append(f"--cpus-per-task={flags['cpus-per-task']}")
+    return words
+
+
+def exports(job: Job, flags: Flags) -> list[str]:
     """Return the lines that tell a task who it is and what it inherits, whatever `--export`."""
     folder = shlex.quote(str(job.log_folder.resolve()))
     inherited = {
@@ -31,6 +76,7 @@ def exports(job: Job) -> list[str]:
         caches = _CACHES | _FETCHED
     return [
         'export FEDLLM_TASK="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        f"export FEDLLM_PROCESSES={flags.get('ntasks', PROCESSES)}",
         f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_0_log.out"',
         *(f"export {name}={shlex.quote(value)}" for name, value in inherited.items()),
         *_scratch(),

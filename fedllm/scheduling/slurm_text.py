@@ -3,17 +3,34 @@
 import re
 from collections.abc import Iterator
 
+from fedllm.scheduling.slurm_answers import fields
+
 _UNITS = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
+_SETTING = re.compile(r"(\w+(?:\[\d+\])?)\s*= ?(.*)")
 # the comma of `n[1,2]` and of `gpu:2(IDX:0,1)` separates nothing
 _COMMA = re.compile(r",(?![^\[]*\])(?![^(]*\))")
 
 
 def rows(said: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Return the lines of a table with `|` between its columns."""
+    """Return the lines of a table with `|` between its columns, or behind each."""
+    for values in fields(said, len(columns)):
+        yield dict(zip(columns, values, strict=True))
+
+
+def settings(said: str) -> dict[str, str]:
+    """Return the lines `Key    = value` of `scontrol show config`."""
+    found = (_SETTING.fullmatch(line.strip()) for line in said.splitlines())
+    return {match[1]: match[2] for match in found if match}
+
+
+def entities(said: str, name: str) -> dict[str, dict[str, str]]:
+    """Return the lines of `scontrol --oneliner show` that begin with `name=`, by its value."""
+    found = {}
     for line in said.splitlines():
-        values = line.split("|")
-        if len(values) >= len(columns):
-            yield dict(zip(columns, (value.strip() for value in values), strict=False))
+        words = dict(word.partition("=")[::2] for word in line.split())
+        if line.lstrip().startswith(f"{name}=") and words[name]:
+            found[words[name]] = words
+    return found
 
 
 def mebibytes(text: object) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedllm.scheduling.slurm_endings import ENDED
+from fedllm.scheduling.slurm_states import has_ended
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 from tests.cli.commands import FEDLLM
@@ -89,7 +89,7 @@ class JobCoordinator:
         """Return `0`, or state and exit code of the job, once it neither waits nor runs."""
         words = ("squeue", "-h", "-t", "all", "-j", self.jobs[-1], "-O", "State:|,exit_code:|")
         state, status, _ = self.command.cluster.slurm(*words).split("|")
-        if state not in ENDED:
+        if not has_ended(state):
             return None
         return {"COMPLETED": "0", "FAILED": f"FAILED {int(status) >> 8}"}.get(state, state)
 

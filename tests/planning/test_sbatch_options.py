@@ -1,11 +1,54 @@
 import pytest
 
-from fedllm.planning.sbatch_options import by_flag, time_minutes
+from fedllm.planning.sbatch_options import by_flag, flag_name, reason_against, time_minutes
 
 
 def test_options_go_by_their_long_flags_however_they_are_written() -> None:
-    written = {"cpus_per_task": 2, "--mem-per-cpu": "1G", " time ": 5}
-    assert by_flag(written) == {"cpus-per-task": 2, "mem-per-cpu": "1G", "time": 5}
+    written = {"cpus_per_task": 2, "--mem-per-cpu": "1G", " t ": 5, "-p": "low", "N": 1}
+    assert by_flag(written) == {
+        **{"cpus-per-task": 2, "mem-per-cpu": "1G", "time": 5, "partition": "low", "nodes": 1}
+    }
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("ntasks", "ntasks_per_node", "--ntasks-per-socket", "n", "-n", "ntasks-per-gpu"),
+        *("clusters", "M", "-M", "clus", "array", "a", "wrap", "parsable", "quiet", "Q", "nodes"),
+        *("N", "test-only", "wait", "W", "output", "o", "error", "e", "open_mode", "job-name"),
+        *("J", "job_na", "dependency", "d", "chdir", "-D", "uid", "gid", "input", "version"),
+    ],
+)
+def test_what_would_change_what_a_task_is_may_not_be_given(written: str) -> None:
+    name = flag_name(written)
+    for value in (3, "3", True):
+        reason = reason_against(name, value) or ""
+        assert reason.startswith(f"got {value}; fedllm sets it (")
+        assert reason.endswith("); remove it")
+    assert reason_against(name, None) is reason_against(name, False) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ntasks", 1), ("ntasks", "1"), ("ntasks-per-node", 1), ("nodes", 1), ("nodes", "1-1")),
+        *(("open-mode", "append"), ("requeue", True), ("signal", "USR1@60"), ("exclusive", True)),
+        *(("gpus-per-task", 1), ("export", "NONE"), ("wait-all-nodes", 1), ("hold", True)),
+    ],
+)
+def test_what_leaves_a_task_one_process_may_be_given(name: str, value: object) -> None:
+    assert reason_against(name, value) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        *((name, True, "not the name") for name in ("ntasks=3", "n 3", "", "comment=a --wrap")),
+        ("comment", "a\n#SBATCH --ntasks=3", "an option is one line"),
+    ],
+)
+def test_an_option_that_hides_another_is_refused(name: str, value: object, told: str) -> None:
+    assert (reason_against(name, value) or "").startswith(told)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from fedllm.scheduling.slurm_answers import MARK
+
 # What a development cluster of two nodes said, with accounts, a QOS and one running job.
 CONFIG = """Configuration data as of 2026-11-21T09:43:10
 AccountingStorageEnforce = associations,limits,qos
@@ -38,7 +40,7 @@ NODES = """\
 n1|mixed|2/2/0/4|1|4000|1000|gpu:2|gpu:1|(null)|
 n2|idle|0/4/0/4|1|4000|0|gpu:2|gpu:0|a100,ib|
 """
-QUEUE = "1|RUNNING|lab|normal|low|None\n"
+QUEUE = f"{MARK}1|RUNNING|lab|normal|low|None\n"
 
 ANSWERS: Mapping[str, str | Exception] = {
     "scontrol show config": CONFIG,

@@ -131,8 +131,7 @@ UNLIMITED = {"config": CONFIG.replace("associations,limits,qos", "none")}
         ({"gres": "gpu:2", "mem": 1}, 1),
         ({"gpus-per-task": "a100:1", "mem": 1}, 0),
         ({"gpus": 1, "mem-per-gpu": 3500}, 1),
-        ({"nodes": 2, "gpus": 2, "mem": 1}, 1),
-        ({"ntasks": 2, "cpus-per-task": 2, "mem": 1}, 1),
+        ({"N": 1, "G": 2, "c": 2, "mem": 1}, 1),
         ({"gpus": 1, "cpus-per-gpu": 4, "mem": 1}, 1),
         ({"exclusive": True, "mem": 1}, 1),
         ({"constraint": "a100&ib", "mem": 1}, 4),
@@ -215,7 +214,7 @@ def test_slurm_is_asked_once_in_a_while() -> None:
 
 
 def test_an_option_of_our_own_is_refused_here_too() -> None:
-    with pytest.raises(ConfigError, match="set by fedllm itself"):
+    with pytest.raises(ConfigError, match="array: got 0-3; fedllm sets it"):
         capacity(array="0-3")
 
 

@@ -9,10 +9,11 @@ from fedllm.config.models import SbatchSection, SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.scheduling.seam import Job, SchedulerFull, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm_answers import MARK
 from fedllm.scheduling.slurm_commands import CommandRefused, InstalledCommands
 from tests.scheduling.slurm_double import Answering
 
-LISTED = "7_0|RUNNING|lab|normal|low|None\n7_1|PENDING|lab|normal|low|Priority\n"
+LISTED = f"{MARK}7_0|RUNNING|lab|normal|low|None\n{MARK}7_1|PENDING|lab|normal|low|Priority\n"
 AWAY = SchedulerUnreachable("squeue: Unable to contact slurm controller (connect failure)")
 
 
@@ -174,7 +175,7 @@ def test_all_that_is_wrong_with_all_jobs_is_told_together(slurm: Answering, tmp_
     )
     section = SchedulerSection(sbatch=sbatch)
     scheduler = SlurmScheduler(section=section, commands=slurm)
-    slurm.answers["sbatch --test-only --nodes=1 --time=soon"] = CommandRefused(
+    slurm.answers["sbatch --test-only --nodes=1 --ntasks=1 --time=soon"] = CommandRefused(
         "Invalid --time specification"
     )
     slurm.answers["sbatch"] = CommandRefused(
@@ -187,13 +188,13 @@ def test_all_that_is_wrong_with_all_jobs_is_told_together(slurm: Answering, tmp_
     with pytest.raises(ConfigError) as caught:
         scheduler.check([prepare, *same, job(tmp_path, array="0-3")])
     assert str(caught.value).splitlines() == [
+        "scheduler.sbatch.client.array: got 0-3; fedllm sets it (the number of tasks and "
+        "scheduler.max_parallel decide it); remove it",
         "scheduler.sbatch.prepare.time: soon: refused by sbatch (Invalid --time specification); "
         "change it",
         "scheduler.sbatch.default.partition: nope: refused by sbatch (invalid partition "
         "specified: nope; allocation failure: Invalid partition name specified); change it; "
         "partitions here: high, low, short",
-        "scheduler.sbatch.client.array: set by fedllm itself (the number of tasks and "
-        "scheduler.max_parallel decide it); remove it",
     ]
 
 

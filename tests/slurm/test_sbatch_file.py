@@ -1,6 +1,7 @@
 """The file given to sbatch, and what is said when sbatch refuses it; no Slurm is needed."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 
 from fedllm.config.models import SbatchSection, SchedulerSection
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.scheduling.seam import Job, Program
 from fedllm.scheduling.slurm import SlurmScheduler
 from fedllm.scheduling.slurm_commands import clean_environment
+from fedllm.scheduling.slurm_coordinator import coordinator_flags, coordinator_script
 from fedllm.scheduling.slurm_options import TASK_DEFAULTS, refusal, sbatch_flags
 
 
@@ -21,6 +23,7 @@ def text_of(
     tasks: int = 3,
     parallel: int | None = None,
     program: Program = "client",
+    logs: Path = Path("/run/logs/0001"),
     **scheduler: Any,
 ) -> list[str]:
     section = SchedulerSection(python="/env/bin/python", **scheduler)
@@ -30,7 +33,7 @@ def text_of(
         argv=("/run/rounds/0001/attempts/01", "--class", "small"),
         tasks=tasks,
         parallel=parallel,
-        log_folder=Path("/run/logs/0001"),
+        log_folder=logs,
         options=options,
     )
     scheduled = SlurmScheduler(section=section, jobs_folder=Path("/jobs"))
@@ -45,6 +48,7 @@ def test_the_file_runs_our_program_as_a_throttled_array_with_everything_explicit
         "#SBATCH --cpus-per-task=2",
         "#SBATCH --job-name=fedllm-x-r0001-a01-small-0",
         "#SBATCH --nodes=1",
+        "#SBATCH --ntasks=1",
         "#SBATCH --open-mode=append",
         "#SBATCH --output=/run/logs/0001/%A_%a_0_log.out",
         "#SBATCH --partition=low",
@@ -54,7 +58,8 @@ def test_the_file_runs_our_program_as_a_throttled_array_with_everything_explicit
     ]
     command = next(line for line in lines if line.startswith("srun"))
     assert "--kill-on-bad-exit=1" in command
-    assert "--cpus-per-task=2" in command
+    # an allocation may be larger than what was asked for
+    assert " --nodes=1 --ntasks=1 --cpus-per-task=2 " in command
     assert command.endswith(
         " /env/bin/python -u /jobs/client.py /run/rounds/0001/attempts/01 --class small"
     )
@@ -148,6 +153,62 @@ def test_any_option_passes_and_null_takes_a_default_away() -> None:
     assert not any("--signal" in line or "--requeue" in line for line in lines)
 
 
+def test_what_says_the_same_as_fedllm_changes_nothing() -> None:
+    given = {"ntasks": 1, "N": "1", "ntasks_per_node": 1, "open-mode": "append", "nodes": None}
+    plain = text_of({})
+    assert [line for line in text_of(given) if "ntasks-per-node" not in line] == plain
+    assert text_of({"no-requeue": True}) == text_of({"requeue": False})
+
+
+def test_the_logs_folder_is_taken_as_it_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=50%j of %u's \u00fc (a)"
+    lines = text_of({}, logs=folder)
+    pattern = f"{str(folder).replace('%', '%%')}/%A_%a_0_log.out"
+    assert f"#SBATCH --output={shlex.quote(pattern)}" in lines
+    step = next(line for line in lines if line.startswith("srun"))
+    assert f"--output={pattern}" in shlex.split(step)
+    log = exported(lines, {"TMPDIR": str(tmp_path), "SLURM_ARRAY_JOB_ID": "7"})["FEDLLM_LOG"]
+    assert Path(log).parent == folder
+
+
+@pytest.mark.parametrize(("name", "word"), [("a\nb", "a line break"), ("a\\b", "a backslash")])
+def test_a_path_that_slurm_cannot_be_told_is_refused(name: str, word: str, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=rf"with {word}; take another --run-dir") as caught:
+        text_of({}, logs=tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_coordinators_script_knows_what_to_run_whatever_export_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", "/the cache")
+    monkeypatch.setenv("FEDLLM_TASK", "7_0")
+    section = SchedulerSection(python="/env/bin/python", setup=("echo 'it is'", "true"))
+    lines = coordinator_script("chain", section).splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("# What a shell"))
+    assert max(n for n, line in enumerate(lines) if line.startswith("#SBATCH")) < start
+    told = subprocess.run(
+        ["bash", "-c", "\n".join([*lines[:start], "env -0"])],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    assert {each for each in told if each.startswith("FEDLLM_")} == {
+        "FEDLLM_CACHE=/the cache",
+        "FEDLLM_PYTHON=/env/bin/python",
+        "FEDLLM_SETUP=echo 'it is'\ntrue",
+    }
+
+
+def test_a_warning_for_workers_does_not_replace_that_of_the_coordinator() -> None:
+    sbatch = SbatchSection(default={"signal": "USR1@60", "mem": "1G"})
+    flags = coordinator_flags(SchedulerSection(sbatch=sbatch))
+    assert (flags["signal"], flags["mem"]) == ("B:USR2@120", "1G")
+    own = SbatchSection(coordinator={"signal": "B:USR2@60"})
+    assert coordinator_flags(SchedulerSection(sbatch=own))["signal"] == "B:USR2@60"
+
+
 def test_setup_lines_come_before_the_program_and_after_what_they_may_override() -> None:
     lines = text_of({}, setup=("module load cuda",))
     exported = next(i for i, line in enumerate(lines) if line.startswith("export FEDLLM_LOG="))
@@ -157,7 +218,8 @@ def test_setup_lines_come_before_the_program_and_after_what_they_may_override() 
 
 def test_an_option_that_fedllm_decides_is_refused_with_its_key() -> None:
     sbatch = SbatchSection(tiers={"small": {"job_name": "mine"}})
-    with pytest.raises(ConfigError, match=r"^scheduler\.sbatch\.tiers\.small\.job_name: set by"):
+    told = r"^scheduler\.sbatch\.tiers\.small\.job_name: got mine; fedllm sets it \(names find"
+    with pytest.raises(ConfigError, match=told):
         sbatch_flags({"job_name": "mine"}, sbatch=sbatch, program="client", defaults=TASK_DEFAULTS)
 
 

@@ -1,0 +1,143 @@
+"""Laws of Slurm's answers: what a site prints beside them changes nothing."""
+
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.config.models import SchedulerSection
+from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
+from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm_answers import MARK, marked, submitted
+from fedllm.scheduling.slurm_states import has_ended, state_in_queue
+from fedllm.scheduling.slurm_text import entities, settings
+from tests.scheduling.slurm_double import CONFIG, PARTITIONS, Answering
+
+IDS = st.integers(1, 10**9)
+CLUSTERS = st.text(string.ascii_lowercase, min_size=1, max_size=8)
+# a banner may hold numbers, the word job, bars and equals signs: never a number alone
+BANNERS = st.lists(
+    st.text(string.ascii_letters + string.digits + " *|=:,;[]%-", max_size=60).filter(
+        lambda line: submitted(line) is None and MARK not in line
+    )
+    | IDS.map("This is job {} of at most 100 in your queue".format)
+    | IDS.map("your job {} is charged to lab".format),
+    max_size=5,
+)
+
+
+def lines(*parts: list[str]) -> str:
+    return "".join(f"{line}\n" for part in parts for line in part)
+
+
+@given(id_=IDS, cluster=CLUSTERS, before=BANNERS, after=BANNERS)
+def test_the_id_is_found_whatever_a_site_prints_around_it(
+    id_: int, cluster: str, before: list[str], after: list[str]
+) -> None:
+    sentence = f"Submitted batch job {id_}"
+    for answer in (
+        *(sentence, f"{sentence} on cluster {cluster}", f"sbatch: {sentence}"),
+        *(f"  {sentence}\r", f"\x1b[32m{sentence}\x1b[0m", f"{id_}", f"{id_};{cluster}"),
+    ):
+        assert submitted(lines(before, [answer], after)) == str(id_)
+
+
+@given(id_=IDS, other=IDS, before=BANNERS)
+def test_a_sentence_of_sbatch_comes_before_numbers_that_stand_alone(
+    id_: int, other: int, before: list[str]
+) -> None:
+    said = lines(before, [f"Submitted batch job {id_}"], [str(other)])
+    assert submitted(said) == str(id_)
+
+
+@given(before=BANNERS, ids=st.lists(IDS, min_size=2, max_size=4, unique=True))
+def test_no_answer_and_answers_that_disagree_are_unknown(before: list[str], ids: list[int]) -> None:
+    assert submitted(lines(before)) is None
+    assert submitted(lines(before, [str(id_) for id_ in ids])) is None
+    assert submitted(lines([f"Submitted batch job {id_}" for id_ in ids])) is None
+
+
+@given(noise=BANNERS, asked=st.lists(st.text(string.printable.strip(), max_size=20), max_size=5))
+def test_only_lines_with_the_mark_are_answers(noise: list[str], asked: list[str]) -> None:
+    wanted = [line for line in asked if MARK not in line]
+    said = lines(noise, [f"{MARK}{line}" for line in wanted], noise)
+    assert marked(said) == wanted
+    # an announcement without an end of line
+    assert marked(f"Maintenance! {said.lstrip()}" if said.startswith(MARK) else said) == wanted
+
+
+NOISE = """*** Maintenance on Monday, 8:00 to 12:00 = 4 hours ***
+| user | quota | used | jobs |
+|||||||||||||
+
+7_0
+"""
+
+
+def noisy(text: str) -> str:
+    return NOISE + text + NOISE
+
+
+def test_settings_partitions_and_tables_are_read_through_noise() -> None:
+    assert settings(noisy(CONFIG)) == settings(CONFIG)
+    known = entities(PARTITIONS, "PartitionName")
+    assert list(known) == ["low", "high", "short"]
+    assert entities(noisy(PARTITIONS), "PartitionName") == known
+    plain, loud = Answering(), Answering()
+    loud.answers = {key: noisy(str(said)) for key, said in loud.answers.items()}
+    found = [
+        SlurmScheduler(section=SchedulerSection(), commands=commands).capacity({"mem": 100})
+        for commands in (plain, loud)
+    ]
+    assert found[0] == found[1]
+    for commands in (plain, loud):
+        commands.answers["squeue"] = ""
+    loud.answers["squeue"] = NOISE
+    endings = "7_0|FAILED|1:0|n1\n7_[1-2]|CANCELLED by 5|0:0|None assigned\n"
+    plain.answers["sacct "], loud.answers["sacct "] = endings, noisy(endings)
+    tasks = ["7_0", "7_1", "7_2"]
+    ended = [
+        SlurmScheduler(section=SchedulerSection(), commands=commands).endings(tasks)
+        for commands in (plain, loud)
+    ]
+    assert ended[0] == ended[1]
+    assert list(ended[0]) == tasks
+
+
+def test_states_are_read_through_noise() -> None:
+    loud = Answering()
+    loud.answers["squeue"] = noisy(f"{MARK}7_0|REQUEUE_HOLD|lab|normal|low|a | b\n")
+    scheduler = SlurmScheduler(section=SchedulerSection(), commands=loud)
+    assert scheduler.states(["7_0", "7_1"]) == {"7_0": TaskState.WAITING, "7_1": TaskState.GONE}
+    assert scheduler.waiting_for(["7_0"]) == {"7_0": "a | b"}
+
+
+@pytest.mark.parametrize("said", ["", "Welcome to job 5\n", "12\n13\n"])
+def test_an_array_that_sbatch_does_not_name_is_found_by_its_name_or_told(
+    said: str, tmp_path: Path
+) -> None:
+    slurm = Answering()
+    slurm.answers["sbatch"] = said
+    scheduler = SlurmScheduler(section=SchedulerSection(), commands=slurm)
+    job = Job(name="fedllm-x-r0001", program="client", argv=(), tasks=2, log_folder=tmp_path)
+    slurm.answers["squeue"] = noisy(f"{MARK}7_0|fedllm-x-r0001\n{MARK}7_1|fedllm-x-r0001\n")
+    assert scheduler.submit(job) == ["7_0", "7_1"]
+    slurm.answers["squeue"] = noisy(f"{MARK}8_0|fedllm-x-r0002\n")
+    with pytest.raises(SubmissionUnknown, match=r"^sbatch: its answer names no job \(") as caught:
+        scheduler.submit(job)
+    assert "; ".join(said.split("\n")).strip("; ") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "state"),
+    [
+        ("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT", "waiting"),
+        ("CONFIGURING RUNNING SIGNALING STAGE_OUT STOPPED SUSPENDED COMPLETING", "running"),
+    ],
+)
+def test_what_waits_and_what_runs_has_not_ended(words: str, state: str) -> None:
+    assert {state_in_queue(word).value for word in words.split()} == {state}
+    assert not any(map(has_ended, words.split()))
