@@ -49,7 +49,8 @@ from fedllm.scheduling.slurm_script import exports, log_pattern, python_words, s
 from fedllm.storage.paths import shipped
 from fedllm.storage.publish import publish_bytes, storage_errors
 
-_LOG = "%A_%a_0_log.out"
+# of a process, by its rank; the batch script writes to the first one's
+_LOG = "%A_%a_%t_log.out"
 # sbatch in a time of `scheduler.query_seconds`
 _MOST_SUBMISSIONS = 10
 
@@ -296,7 +297,10 @@ class SlurmScheduler:
             "stderr_to_stdout": True,
             "array_parallelism": job.parallel or self.section.max_parallel,
             "setup": [*exports(job, flags), *self.section.setup],
-            "additional_parameters": {**flags, "output": log_pattern(job.log_folder, _LOG)},
+            "additional_parameters": {
+                **flags,
+                "output": log_pattern(job.log_folder, _LOG.replace("%t", "0")),
+            },
         }
         return ArrayExecutor(
             job,

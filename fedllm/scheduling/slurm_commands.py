@@ -1,17 +1,18 @@
 """Slurm's commands: one call, one clean environment, failures told apart.
 
 What is issued, and what is read of the answers; `Commands` is all that the rest goes through.
-Lines of squeue begin with `slurm_answers.MARK`; lines that are no answer are passed over:
+Lines that are no answer are passed over: those of squeue begin with `slurm_answers.MARK`, or with a
+column that nobody reads, behind which an announcement may stand:
 
     sbatch FILE                                        `Submitted batch job 7`, `7`, `7;cluster`
     sbatch --test-only --OPTION=VALUE ... --array=0-0 --wrap=true      exit status alone
     squeue --noheader --array --user=UID ...           one line per array task
-        -o %i|%T|%a|%q|%P|%r                           `7_3|PENDING|lab|normal|low|Priority`
-        -t all -o %i|%j                                `7_3|name`, ended ones too
-        -t all --jobs=7,8 -O JobArrayID:|,State:|,exit_code:|,NodeList:|
+        -o MARK%i|%T|%a|%q|%P|%r                       `7_3|PENDING|lab|normal|low|Priority`
+        -t all -o MARK%i|%j                            `7_3|name`, ended ones too
+        -t all --jobs=7,8 -O UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|
     sacct --noheader --parsable2 --allocations --starttime now-7days ...
-        --name=NAME --user=UID -o JobID,JobName        `7_3|name` or `7_[4-9%2]|name`
-        --duplicates --jobs=7,8 -o JobID,State,ExitCode,NodeList
+        --name=NAME --user=UID -o User,JobID,JobName   `me|7_3|name` or `me|7_[4-9%2]|name`
+        --duplicates --jobs=7,8 -o User,JobID,State,ExitCode,NodeList
     scancel --quiet 7_[0,1,4]
     scontrol show config                               `MaxArraySize            = 1001`, once
     scontrol --all --oneliner show partition           `PartitionName=low ... MaxTime=UNLIMITED`

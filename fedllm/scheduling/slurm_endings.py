@@ -69,7 +69,7 @@ class Endings:
         self._next_query = self._commands.monotonic() + pause
 
     def _in_queue(self, arrays: str) -> dict[str, Ending]:
-        asked = "JobArrayID:|,State:|,exit_code:|,NodeList:|"
+        asked = "UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|"
         try:
             said = squeue("-t", "all", f"--jobs={arrays}", "-O", asked, commands=self._commands)
         except SchedulerUnreachable:
@@ -80,7 +80,7 @@ class Endings:
             return {}
         self._failures = 0
         endings = {}
-        for task, state, status, node in fields(said, 4):
+        for _, task, state, status, node in fields(said, 5):
             if has_ended(state) and status.isdecimal():
                 code = f"{int(status) >> 8}:{int(status) & 127}"
                 endings[task] = _ending(state, code, node)
@@ -88,9 +88,9 @@ class Endings:
 
     def _in_accounting(self, arrays: str) -> dict[str, Ending]:
         # --duplicates: also the earlier starts of a requeued task; the last line is the last start
-        words = ("--duplicates", f"--jobs={arrays}", "-o", "JobID,State,ExitCode,NodeList")
+        words = ("--duplicates", f"--jobs={arrays}", "-o", "User,JobID,State,ExitCode,NodeList")
         endings = {}
-        for task, state, code, node in fields(self.accounting(*words), 4):
+        for _, task, state, code, node in fields(self.accounting(*words), 5):
             state = state.partition(" ")[0]  # it says by whom: `CANCELLED by 1000`
             if has_ended(state):
                 for each in tasks_of(task):

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm_answers import MARK, marked
+from fedllm.scheduling.slurm_answers import MARK, fields, marked
 from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm_endings import Endings
 from fedllm.scheduling.slurm_ids import expressions, named, whole_arrays
@@ -130,8 +130,9 @@ class Queue:
             raise SchedulerUnreachable(f"squeue: {error}") from error
         listed = named(name, marked(said))
         if not listed:
-            words = (f"--name={name}", f"--user={os.getuid()}", "-o", "JobID,JobName")
-            listed = named(name, self._ended.accounting(*words).splitlines())
+            words = (f"--name={name}", f"--user={os.getuid()}", "-o", "User,JobID,JobName")
+            said = self._ended.accounting(*words)
+            listed = named(name, (f"{id_}|{other}" for _, id_, other in fields(said, 3)))
         ids = whole_arrays(listed)
         self.expect(ids)
         return ids or None

@@ -24,7 +24,7 @@ _FETCHED = {"HF_HOME": "huggingface"}
 
 
 def log_pattern(folder: Path, name: str) -> str:
-    """Return a log as `--output` takes it: in `name` Slurm replaces %A, %a and %j, in `folder` not.
+    """Return a log as `--output` takes it: Slurm replaces %A, %a and %j in `name`, not in `folder`.
 
     Raises:
         RunDirectoryError: a path that cannot be said to Slurm.

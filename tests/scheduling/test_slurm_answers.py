@@ -95,7 +95,7 @@ def test_settings_partitions_and_tables_are_read_through_noise() -> None:
     for commands in (plain, loud):
         commands.answers["squeue"] = ""
     loud.answers["squeue"] = NOISE
-    endings = "7_0|FAILED|1:0|n1\n7_[1-2]|CANCELLED by 5|0:0|None assigned\n"
+    endings = "me|7_0|FAILED|1:0|n1\nme|7_[1-2]|CANCELLED by 5|0:0|None assigned\n"
     plain.answers["sacct "], loud.answers["sacct "] = endings, noisy(endings)
     tasks = ["7_0", "7_1", "7_2"]
     ended = [

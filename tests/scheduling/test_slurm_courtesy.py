@@ -73,7 +73,9 @@ def test_an_outage_is_told_and_asked_about_less_and_less(
 def test_endings_of_all_tasks_are_one_question_and_news_are_asked_at_once(
     slurm: Answering, scheduler: SlurmScheduler
 ) -> None:
-    slurm.answers["squeue"] = "7_0|FAILED|256|n1|\n7_1|COMPLETED|0|n1|\n8_0|NODE_FAIL|0|n2|\n"
+    slurm.answers["squeue"] = (
+        "me|7_0|FAILED|256|n1|\nme|7_1|COMPLETED|0|n1|\nme|8_0|NODE_FAIL|0|n2|\n"
+    )
     ended = scheduler.endings(["7_0", "7_1", "8_0"])
     assert {task: str(ending) for task, ending in ended.items()} == {
         "7_0": "FAILED, exit code 1:0 on n1",
@@ -89,7 +91,7 @@ def test_endings_of_all_tasks_are_one_question_and_news_are_asked_at_once(
     scheduler.endings(["9_0", "9_1"])
     assert slurm.count("squeue") == 3
     slurm.now = 61.0
-    slurm.answers["sacct "] = "9_[0-1]|CANCELLED by 5|0:0|None assigned\n"
+    slurm.answers["sacct "] = "|9_[0-1]|CANCELLED by 5|0:0|None assigned\n"
     assert set(scheduler.endings(["9_0", "9_1"])) == {"9_0", "9_1"}
 
 
@@ -100,8 +102,8 @@ def test_endings_of_all_tasks_are_one_question_and_news_are_asked_at_once(
 def test_a_task_that_waits_runs_or_is_being_signalled_has_not_ended(
     slurm: Answering, scheduler: SlurmScheduler, state: str
 ) -> None:
-    slurm.answers["squeue"] = f"7_0|{state}|0|n1|\n"
-    slurm.answers["sacct "] = f"7_0|{state}|0:0|n1\n"
+    slurm.answers["squeue"] = f"me|7_0|{state}|0|n1|\n"
+    slurm.answers["sacct "] = f"me|7_0|{state}|0:0|n1\n"
     assert scheduler.endings(["7_0"]) == {}
 
 
@@ -113,7 +115,7 @@ def test_endings_are_not_asked_for_again_and_again_while_slurm_is_away(
         assert scheduler.endings([f"{number}_0"]) == {}
     assert slurm.count("squeue") == 1
     slurm.now = 121.0
-    slurm.answers["squeue"] = "3_0|FAILED|256|n1|\n"
+    slurm.answers["squeue"] = "me|3_0|FAILED|256|n1|\n"
     assert set(scheduler.endings(["3_0"])) == {"3_0"}
 
 

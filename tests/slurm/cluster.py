@@ -22,7 +22,7 @@ ENVIRONMENT = dict(os.environ)
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A running cluster of two nodes with four CPUs each.
+    """A running cluster of two nodes with four CPUs each, `threads` of them to a core.
 
     `lines` are further ones of slurm.conf; they replace keys of the development cluster.
     """
@@ -31,6 +31,7 @@ class Cluster:
     port: int
     accounting: bool
     lines: str = ""
+    threads: int = 1
 
     @property
     def conf(self) -> Path:
@@ -44,6 +45,7 @@ class Cluster:
             "DEVCLUSTER_ACCOUNTING": str(int(self.accounting)),
             "DEVCLUSTER_NODES": str(NODES),
             "DEVCLUSTER_EXTRA_CONF": self.lines,
+            "DEVCLUSTER_THREADS": str(self.threads),
         }
         # daemons inherit the output, so that a pipe would stay open
         with (self.root.parent / f"{self.root.name}.log").open("ab") as log:
@@ -70,13 +72,15 @@ def is_installed() -> bool:
 
 
 @contextmanager
-def running(*, accounting: bool, lines: str = "") -> Iterator[Cluster]:
+def running(*, accounting: bool, lines: str = "", threads: int = 1) -> Iterator[Cluster]:
     """Start a cluster; stop it and remove everything it wrote at the end."""
     # a short path: sockets lie in it; munge wants it open to all
     folder = Path(tempfile.mkdtemp(prefix="fedllm-slurm-"))
     folder.chmod(0o755)
     port = free_ports(NODES + 2)
-    cluster = Cluster(root=folder / "c", port=port, accounting=accounting, lines=lines)
+    cluster = Cluster(
+        root=folder / "c", port=port, accounting=accounting, lines=lines, threads=threads
+    )
     try:
         cluster.devcluster("up")
         yield cluster

@@ -2,7 +2,7 @@
 
 import os
 import pwd
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from tests.rounds.simulation import states
 from tests.slurm.cluster import Cluster, is_installed, running
 from tests.slurm.runs import Begun
+from tests.slurm.workplace import Workplace
 from tests.tiny import Tiny
 
 # Few tasks in an array, enforced limits, and a partition of one node for half an hour at most.
@@ -18,12 +19,12 @@ AccountingStorageEnforce=associations,limits,qos
 PartitionName=short Nodes=n1 MaxTime=30 State=UP"""
 
 
-def _cluster(*, accounting: bool, lines: str = "") -> Iterator[Cluster]:
+def _cluster(*, accounting: bool, lines: str = "", threads: int = 1) -> Iterator[Cluster]:
     if not is_installed():
         message = "Slurm is not installed: make slurm-packages"
         assert not os.environ.get("CI"), message
         pytest.skip(message)
-    with running(accounting=accounting, lines=lines) as cluster:
+    with running(accounting=accounting, lines=lines, threads=threads) as cluster:
         yield cluster
 
 
@@ -54,17 +55,28 @@ def limited_cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def threads_cluster() -> Iterator[Cluster]:
+    """A cluster whose cores have two threads and are given whole, without accounting."""
+    yield from _cluster(accounting=False, lines="SelectTypeParameters=CR_Core", threads=2)
+
+
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """The cluster that this process's Slurm commands mean; its queue is empty again afterwards.
 
-    Without accounting unless parametrized with "accounting" or "limited".
+    Without accounting unless parametrized with "accounting", "limited" or "threads".
     """
     kind = getattr(request, "param", "plain")
     chosen: Cluster = request.getfixturevalue(f"{kind}_cluster")
     monkeypatch.setenv("SLURM_CONF", str(chosen.conf))
     yield chosen
     chosen.slurm("scancel", "--full", f"--user={os.getuid()}")
+
+
+@pytest.fixture
+def make(cluster: Cluster, tmp_path: Path) -> Callable[..., Workplace]:  # noqa: ARG001
+    return lambda **section: Workplace(tmp_path, **section)
 
 
 @pytest.fixture

@@ -1,36 +1,22 @@
 """The scheduler seam on a real Slurm."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedllm.config.models import SbatchSection, SchedulerSection
+from fedllm.config.models import SbatchSection
 from fedllm.errors import ConfigError, UserError
 from fedllm.scheduling.seam import Job, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm import SlurmScheduler, log_of
+from fedllm.scheduling.slurm import log_of
 from fedllm.scheduling.slurm_coordinator import job_is_gone
 from tests.slurm.cluster import Cluster, intercept, program, until
+from tests.slurm.workplace import Workplace
 
 pytestmark = pytest.mark.slurm
 
 BOTH = pytest.mark.parametrize("cluster", ["plain", "accounting"], indirect=True)
-
-# What a task is told, then as long as it is asked to stay, then its exit code.
-CLIENT = """
-import json, os, pathlib, sys, time
-folder, seconds, code = sys.argv[1:4]
-print("hello from", os.environ["FEDLLM_TASK"], flush=True)
-ours = ("FEDLLM_", "SLURM_", "HF_")
-told = {name: value for name, value in os.environ.items() if name.startswith(ours)}
-starts = os.environ.get("SLURM_RESTART_COUNT", "0")
-pathlib.Path(folder, os.environ["FEDLLM_TASK"] + "." + starts).write_text(json.dumps(told))
-time.sleep(float(seconds))
-sys.exit(int(code))
-"""
 
 # A program that submits two tasks of the other one and says which.
 SUBMITTER = """
@@ -44,45 +30,6 @@ argv = (str(told), "0", "0")
 ids = scheduler.submit(Job(name="nested", program="client", argv=argv, tasks=2, log_folder=logs))
 (told / "ids").write_text(" ".join(ids))
 """
-
-
-class Workplace:
-    """A run directory, with a space in its name, and a scheduler on the cluster."""
-
-    def __init__(self, root: Path, **section: Any) -> None:
-        self.told = root / "told"
-        self.logs = root / "run of mine" / "logs"
-        self.jobs = root / "jobs"
-        self.told.mkdir(exist_ok=True)
-        program(self.jobs, "client", CLIENT)
-        self.section = SchedulerSection(**{"query_seconds": 1e-6, **section})
-        self.scheduler = SlurmScheduler(section=self.section, jobs_folder=self.jobs)
-
-    def job(
-        self, name: str, *, tasks: int = 1, seconds: float = 0, code: int = 0, **options: Any
-    ) -> Job:
-        argv = (str(self.told), str(seconds), str(code))
-        given = {"mem": 100, **options}
-        return Job(
-            name=name, program="client", argv=argv, tasks=tasks, log_folder=self.logs, options=given
-        )
-
-    def states(self, ids: list[str]) -> set[TaskState]:
-        return set(self.scheduler.states(ids).values())
-
-    def until_gone(self, ids: list[str]) -> None:
-        until(lambda: self.states(ids) == {TaskState.GONE})
-
-    def until_started(self, task: str, *, start: int = 0) -> dict[str, str]:
-        path = self.told / f"{task}.{start}"
-        until(lambda: path.exists() and path.stat().st_size)
-        found: dict[str, str] = json.loads(path.read_text())
-        return found
-
-
-@pytest.fixture
-def make(cluster: Cluster, tmp_path: Path) -> Callable[..., Workplace]:  # noqa: ARG001
-    return lambda **section: Workplace(tmp_path, **section)
 
 
 def test_an_array_runs_our_program_once_per_task(
