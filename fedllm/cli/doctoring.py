@@ -30,8 +30,9 @@ from fedllm.scheduling.slurm_findings import (
 )
 from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.scheduling.slurm_probe import Probe, ProbeWaits, probed
+from fedllm.scheduling.slurm_script import log_pattern
 from fedllm.storage.findings import Finding, Level
-from fedllm.storage.paths import cache_of, shipped
+from fedllm.storage.paths import RunPaths, cache_of, shipped
 from fedllm.storage.publish import make_folder
 from fedllm.storage.trials import Sight, existing, installed, trial_folder
 
@@ -132,6 +133,10 @@ def _examined(patient: _Patient) -> Iterator[Finding]:
 
 def _on_cluster(patient: _Patient) -> Iterator[Finding]:
     sights: list[Sight] = []
+    try:
+        log_pattern(RunPaths(root=patient.root.resolve()).all_logs, "")
+    except RunDirectoryError as error:
+        yield Finding(check="run directory", level="fail", found=str(error))
     try:
         cluster = ask_cluster()
         kinds = patient.kinds

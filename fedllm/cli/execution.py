@@ -25,6 +25,7 @@ from fedllm.scheduling.slurm_coordinator import (
     refuse_second,
     submit_coordinator,
 )
+from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.scheduling.slurm_script import log_pattern
 from fedllm.scheduling.table import SCHEDULERS
 from fedllm.storage.paths import RunPaths
@@ -71,10 +72,14 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
     """Submit the coordinator of a configuration or of a run; return the run directory and the job.
 
     Raises:
+        ConfigError: options that sbatch refuses, or that fedllm sets itself.
+        RunDirectoryError: its path cannot be said to Slurm.
         LeaseError: a coordinator waits, runs or holds the run.
     """
     root, config = configured(config_or_run, overrides, run_dir)
     paths = RunPaths(root=root.resolve())
+    refuse_owned(config.scheduler)
+    log_pattern(paths.all_logs, "")
     known = RunRecord.find(paths.run)
     if known:
         # before the lease: a link that starts meanwhile would find it held
@@ -120,9 +125,11 @@ def opened(root: Path, config: Config, *, take_over: bool = False, unattended: b
     """Open a run for coordination.
 
     Raises:
+        ConfigError: options of sbatch that fedllm sets itself.
         RunDirectoryError: it cannot be used, or its path not be said to Slurm.
     """
     check_names(config.method.name, config.method.local)
+    refuse_owned(config.scheduler)
     if config.scheduler.kind == "slurm":
         log_pattern(RunPaths(root=root.resolve()).all_logs, "")
     return open_run(

@@ -213,10 +213,11 @@ class SlurmScheduler:
                 raise SchedulerFull(f"sbatch: {error}") from error
             sbatch = self.section.sbatch
             raise refusal(str(error), flags, sbatch=sbatch, program=job.program) from error
-        array = submitted(said)
-        if array is None:
+        answer = submitted(said)
+        if answer is None or answer.cluster:
+            # of another cluster than this one it could not be seen
             return self._found(job.name, said)
-        ids = [f"{array}_{number}" for number in range(job.tasks)]
+        ids = [f"{answer.job}_{number}" for number in range(job.tasks)]
         self._queue.expect(ids)
         return ids
 

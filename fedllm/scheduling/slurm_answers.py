@@ -2,29 +2,39 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 # Begins every line that squeue is asked for: what stands before it, and lines without it, are not
 # squeue's.
 MARK = "fedllm-answer:"
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_SUBMITTED = re.compile(r"(?:sbatch: )?Submitted batch job (\d+)\b.*")
+_SUBMITTED = re.compile(r"(?:sbatch: )?Submitted batch job (\d+)\b(?: on cluster ([\w.-]+))?.*")
 # a wrapper's number alone; `id;cluster` of `--parsable`
-_BARE = re.compile(r"(\d+)(?:;[\w.-]+)?")
+_BARE = re.compile(r"(\d+)(?:;([\w.-]+))?")
 _MOST_SAID = 200
 
 
-def submitted(said: str) -> str | None:
-    """Return the job id in what sbatch and its wrapper printed; None: the words do not decide it.
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A job that sbatch took; `cluster` is empty where it names none."""
+
+    job: str
+    cluster: str = ""
+
+
+def submitted(said: str) -> Submitted | None:
+    """Return the job in what sbatch and its wrapper printed; None: the words do not decide it.
 
     Sentences of sbatch come before lines that hold a number alone. Where several name different
     jobs, one is a banner's, and which one cannot be told.
     """
     lines = [line.strip() for line in _COLOUR.sub("", said).splitlines()]
     for pattern in (_SUBMITTED, _BARE):
-        found = {match[1] for line in lines if (match := pattern.fullmatch(line))}
+        found = {match.groups() for line in lines if (match := pattern.fullmatch(line))}
         if found:
-            return found.pop() if len(found) == 1 else None
+            job, cluster = found.pop()
+            return None if found else Submitted(job=job, cluster=cluster or "")
     return None
 
 

@@ -33,7 +33,7 @@ from typing import Protocol
 
 from fedllm.errors import UserError
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
-from fedllm.scheduling.slurm_answers import quoted
+from fedllm.scheduling.slurm_answers import quoted, submitted
 
 COMMAND_TIMEOUT_SECONDS = 120
 
@@ -204,7 +204,14 @@ def squeue(*words: str, commands: Commands | None = None) -> str:
 
 
 def unknown_answer(name: str, said: str) -> str:
-    """Return the line for an sbatch that took a job or not: its words do not tell."""
+    """Return the line for a submission that its answer does not tell, nor the queue."""
+    answer = submitted(said)
+    if answer and answer.cluster:
+        return (
+            f"sbatch: job {answer.job} went to cluster {answer.cluster}, and the queue here has no "
+            f"job {name}; start fedllm on a host of {answer.cluster}, or keep sbatch from sending "
+            f"jobs there; scancel --clusters={answer.cluster} {answer.job} ends it"
+        )
     return (
         f"sbatch: its answer names no job ({quoted(said)}), and the queue has no job {name}; have "
         "sbatch say `Submitted batch job N` or the number alone, then `fedllm resume` looks again"

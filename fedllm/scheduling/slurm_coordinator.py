@@ -30,7 +30,6 @@ from fedllm.scheduling.slurm_commands import (
 from fedllm.scheduling.slurm_options import (
     Flags,
     refusal,
-    refuse_owned,
     says_no_room,
     sbatch_flags,
     words_of,
@@ -69,7 +68,6 @@ def check_coordinator(section: SchedulerSection) -> None:
     def test(words: Sequence[str], flags: Flags) -> None:
         call(words, environment=clean_environment(configured=flags))
 
-    refuse_owned(section)
     flags = coordinator_flags(section)
     surveyor = Surveyor(commands=InstalledCommands(), query_seconds=section.query_seconds)
     found = problems(
@@ -223,7 +221,8 @@ def _submit(
         if says_no_room(str(error)):
             raise SchedulerFull(f"sbatch: {error}") from error
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
-    return submitted(said) or _found(run_id, said)
+    answer = submitted(said)
+    return _found(run_id, said) if answer is None or answer.cluster else answer.job
 
 
 def _flags(section: SchedulerSection, defaults: Mapping[str, Option]) -> Flags:

@@ -170,7 +170,7 @@ def test_a_plan_without_a_cluster_says_so_and_writes_the_files(tiny: Tiny, tmp_p
     assert shown.returncode == 0, shown.stderr
     assert time.monotonic() - began < 60
     assert "limits unknown" in shown.stdout
-    assert "--mem=3G --nodes=1 --open-mode=append --requeue" in shown.stdout
+    assert "--mem=3G --nodes=1 --ntasks=1 --open-mode=append --requeue" in shown.stdout
     written = sorted(path.name for path in out.iterdir())
     assert [name.split("-")[3] for name in written] == ["prepare", "a01", "aggregate", "evaluate"]
     again = in_process("plan", tiny.config, *words, "--json")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedllm.config.models import SchedulerSection
 from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
 from fedllm.scheduling.slurm import SlurmScheduler
-from fedllm.scheduling.slurm_answers import MARK, marked, submitted
+from fedllm.scheduling.slurm_answers import MARK, Submitted, marked, submitted
 from fedllm.scheduling.slurm_states import has_ended, state_in_queue
 from fedllm.scheduling.slurm_text import entities, settings
 from tests.scheduling.slurm_double import CONFIG, PARTITIONS, Answering
@@ -38,10 +38,13 @@ def test_the_id_is_found_whatever_a_site_prints_around_it(
 ) -> None:
     sentence = f"Submitted batch job {id_}"
     for answer in (
-        *(sentence, f"{sentence} on cluster {cluster}", f"sbatch: {sentence}"),
-        *(f"  {sentence}\r", f"\x1b[32m{sentence}\x1b[0m", f"{id_}", f"{id_};{cluster}"),
+        *(sentence, f"sbatch: {sentence}", f"  {sentence}\r"),
+        *(f"\x1b[32m{sentence}\x1b[0m", f"{id_}"),
     ):
-        assert submitted(lines(before, [answer], after)) == str(id_)
+        assert submitted(lines(before, [answer], after)) == Submitted(job=str(id_))
+    for answer in (f"{sentence} on cluster {cluster}", f"{id_};{cluster}"):
+        found = submitted(lines(before, [answer], after))
+        assert found == Submitted(job=str(id_), cluster=cluster)
 
 
 @given(id_=IDS, other=IDS, before=BANNERS)
@@ -49,7 +52,7 @@ def test_a_sentence_of_sbatch_comes_before_numbers_that_stand_alone(
     id_: int, other: int, before: list[str]
 ) -> None:
     said = lines(before, [f"Submitted batch job {id_}"], [str(other)])
-    assert submitted(said) == str(id_)
+    assert submitted(said) == Submitted(job=str(id_))
 
 
 @given(before=BANNERS, ids=st.lists(IDS, min_size=2, max_size=4, unique=True))

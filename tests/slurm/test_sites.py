@@ -113,6 +113,10 @@ def test_an_answer_without_an_id_is_looked_up_and_nothing_is_sent_twice(
     monkeypatch.setenv("PATH", intercept(tmp_path / "bin", "sbatch", BANNER, os.environ))
     with pytest.raises(SubmissionUnknown, match=r"names no job \(.*Cluster3.*\), and the queue"):
         work.scheduler.submit(work.job("lost"))
+    far = intercept(tmp_path / "bin", "sbatch", "echo '77;far'", os.environ)
+    monkeypatch.setenv("PATH", far)
+    with pytest.raises(SubmissionUnknown, match=r"job 77 went to cluster far, .* no job away;"):
+        work.scheduler.submit(work.job("away"))
 
 
 def test_what_squeue_and_sacct_are_wrapped_in_is_passed_over(
