@@ -27,9 +27,18 @@ TASK_DEFAULTS: Mapping[str, Option] = {
 _ALWAYS = ("nodes", "ntasks", "open-mode")
 _MOST_WARNING_SECONDS = 90
 # submitit writes these whether or not it is told to.
-WRITTEN_BY_SUBMITIT = ("nodes", "time", "signal", "open-mode")
+WRITTEN_BY_SUBMITIT = ("time", "signal")
 
-_HEARD = {"USR1", "USR2", "TERM", "10", "12", "15"}
+_HEARD = {
+    "client": (
+        {"USR1", "USR2", "TERM", "10", "12", "15"},
+        "a worker hears USR1, USR2 or TERM, sent to it and not to its batch script (B:)",
+    ),
+    "coordinator": (
+        {"B:USR2", "B:12"},
+        "the coordinator's batch script hears USR2, sent to it alone: B:USR2@120",
+    ),
+}
 
 Flags = Mapping[str, str | int | float | bool]
 
@@ -133,16 +142,14 @@ def refuse_owned(section: SchedulerSection) -> None:
 
 
 def _require_signal(given: Option, *, sbatch: SbatchSection, program: str) -> None:
-    """Refuse a warning that a worker would not hear, or would die of."""
-    if program != "client" or given is None or given is False:
+    """Refuse a warning that a worker or coordinator would not hear, or would die of."""
+    if program not in _HEARD or given is None or given is False:
         return
-    name = str(given).partition("@")[0].upper().removeprefix("R:").removeprefix("SIG")
-    if name not in _HEARD:
+    heard, told = _HEARD[program]
+    name = str(given).partition("@")[0].upper().removeprefix("R").removeprefix(":")
+    if name.replace("SIG", "") not in heard:
         where = key_of("signal", given, sbatch=sbatch, program=program)
-        raise ConfigError(
-            f"{where}: got {given}; a worker hears USR1, USR2 or TERM, sent to it and not to its "
-            "batch script (B:)"
-        )
+        raise ConfigError(f"{where}: got {given}; {told}")
 
 
 def key_of(option: str, value: Option, *, sbatch: SbatchSection, program: str) -> str:

@@ -29,9 +29,9 @@ from fedllm.storage.trials import HERE, THERE, NodeRecord, Sight, SightRecord, s
 # What a batch job has and a step of seconds has not, or what decides its size.
 _NOT_OF_A_PROBE = {
     *("requeue", "no-requeue", "open-mode", "signal", "time", "time-min", "deadline", "hold"),
-    *("begin", "dependency", "kill-on-invalid-dep", "mail-type", "mail-user", "comment", "nice"),
-    *("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "get-user-env", "export-file"),
-    *("wait-all-nodes", "batch", "parsable", "quiet", "verbose", "chdir", "export", "input"),
+    *("begin", "kill-on-invalid-dep", "mail-type", "mail-user", "comment", "nice"),
+    *("nodes", "ntasks", "get-user-env", "export-file", "wait-all-nodes", "batch", "verbose"),
+    "export",
 }
 _SITE_DEFAULT = "SBATCH_"
 # Python's start, and torch from a slow file system

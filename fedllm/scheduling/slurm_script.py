@@ -1,5 +1,6 @@
 """What a task's script says: its log, what it exports, and the step that is our program."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -31,8 +32,13 @@ def log_pattern(folder: Path, name: str) -> str:
     """
     path = str(folder.resolve())
     # sbatch(1), filename pattern: with a backslash nothing is replaced, and no other sign says one
-    for sign, word in (("\n", "a line break"), ("\r", "a line break"), ("\\", "a backslash")):
-        if sign in path:
+    unsayable = {
+        "a line break": {"\n", "\r"} & {*path},
+        "a backslash": {"\\"} & {*path},
+        "bytes that are not UTF-8": path.encode(errors="ignore") != os.fsencode(path),
+    }
+    for word, found in unsayable.items():
+        if found:
             raise RunDirectoryError(
                 f"{path!r}: Slurm writes no logs to a path with {word}; take another --run-dir"
             )

@@ -171,9 +171,13 @@ def test_the_logs_folder_is_taken_as_it_is_called(tmp_path: Path) -> None:
     assert Path(log).parent == folder
 
 
-@pytest.mark.parametrize(("name", "word"), [("a\nb", "a line break"), ("a\\b", "a backslash")])
+@pytest.mark.parametrize(
+    ("name", "word"), [("a\nb", "a line break"), ("a\\b", "a backslash"), ("\udcf6", "bytes that")]
+)
 def test_a_path_that_slurm_cannot_be_told_is_refused(name: str, word: str, tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match=rf"with {word}; take another --run-dir") as caught:
+    with pytest.raises(
+        RunDirectoryError, match=rf"with {word}.*; take another --run-dir"
+    ) as caught:
         text_of({}, logs=tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -207,6 +211,9 @@ def test_a_warning_for_workers_does_not_replace_that_of_the_coordinator() -> Non
     assert (flags["signal"], flags["mem"]) == ("B:USR2@120", "1G")
     own = SbatchSection(coordinator={"signal": "B:USR2@60"})
     assert coordinator_flags(SchedulerSection(sbatch=own))["signal"] == "B:USR2@60"
+    deaf = SbatchSection(coordinator={"signal": "USR1@60"})
+    with pytest.raises(ConfigError, match=r"^scheduler\.sbatch\.coordinator\.signal: got USR1@60"):
+        coordinator_flags(SchedulerSection(sbatch=deaf))
 
 
 def test_setup_lines_come_before_the_program_and_after_what_they_may_override() -> None:
