@@ -1,6 +1,7 @@
 """Commands that make a run go on: run, resume, submit, prepare, advance, cancel."""
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ def resume(run: RunFolder, set_: Overrides = None, take_over: TakeOver = False) 
 def submit(config: ConfigOrRun, run_dir: RunDir = None, set_: Overrides = None) -> None:
     """Submit the coordinator as a small Slurm job; it submits everything else."""
     root, job = execution.submit(config, set_ or [], run_dir)
-    say(f"coordinator job {job}; fedllm status {root}")
+    say(f"coordinator job {job}; fedllm status {shlex.quote(str(root))}")
 
 
 def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -> None:

@@ -1,5 +1,6 @@
 """Where a run stands, in lines for people."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def _lines(root: Path, found: RunStatus, now: float) -> Iterator[str]:
     if found.estimate and found.state != "done":
         yield _end(found.estimate, now, running=found.state == "running")
     if found.state == "stopped":
-        yield f"go on with: fedllm resume {root}"
+        yield f"go on with: fedllm resume {shlex.quote(str(root))}"
 
 
 def _round_line(current: RoundStatus) -> str:

@@ -1,5 +1,6 @@
 """What a run achieved, as tables from its records."""
 
+import shlex
 from collections.abc import Mapping
 
 from fedllm.config.loading import read_config
@@ -62,9 +63,10 @@ def run_summary(paths: RunPaths) -> str:
     prepared = PreparedRecord.find(paths.prepared)
     if cohort and prepared:
         parts.append(bytes_table(cohort, prepared))
+    root = shlex.quote(str(paths.root))
     parts.append(
-        f"next: fedllm export {paths.root} --out adapter    "
-        f"fedllm status {paths.root}    fedllm resume {paths.root} --set rounds={config.rounds + 2}"
+        f"next: fedllm export {root} --out adapter    "
+        f"fedllm status {root}    fedllm resume {root} --set rounds={config.rounds + 2}"
     )
     return "\n\n".join(parts)
 
