@@ -9,66 +9,26 @@ word. So a small model of the same class and configuration, in float64, computes
 way, and the first one that agrees with each row by itself is the way.
 """
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+from transformers import DynamicCache
 
 from fedllm.errors import ConfigError, ModelError
 from fedllm.model.attention import PARTS_ATTENTION, SHARED, fitted
 from fedllm.model.batches import collate, token_losses
 from fedllm.model.losses import forward, packed_losses
 from fedllm.model.packing import Packed, length_of, pack, text_of
+from fedllm.model.small import integer, rotaries, silence, small_model
 from fedllm.storage.hub import first_line
 from fedllm.storage.records import WayRecord
 
 _CHECKED = ("parts", "mask", "packed", "padded")  # in the order of preference
 # largest relative error; transformers computes norms and rotary angles in float32: 1e-8 is seen
 _TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-4}
-_LAYERS = 8  # of classes that do not list their kinds of layers
-_MOST_PARAMETERS = 1 << 23
-_WINDOWS = (
-    "sliding_window",
-    "sliding_window_size",
-    "attention_window_size",
-    "attention_chunk_size",
-    "window_size",
-    "keep_window_size",
-    "index_topk",
-)
-_SMALL_WINDOW = 5
-_SMALL: Mapping[str, int] = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_kv_heads": 4,
-    "head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "rotary_dim": 8,
-    "mamba_chunk_size": 16,
-    "chunk_size": 16,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 96,
-    "intermediate_size_mlp": 96,
-    "ffn_dim": 96,
-    "ffn_hidden_size": 96,
-    "word_embed_proj_dim": 64,
-    "vocab_size": 128,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 2,
-}
 
 
 @dataclass(frozen=True)
@@ -109,15 +69,15 @@ def find_way(
     """
     _refuse_dynamic_rotary(config.get_text_config(), cutoff_tokens, longest_answer)
     try:
-        with _silence():
-            model = _small_model(config, cutoff_tokens)
+        with silence():
+            model = small_model(config, cutoff_tokens)
             _alone(model, _ROWS[0])
     # whatever a class raises that cannot be made small: it is not checked then, and this is said
     except Exception as error:
         why = f"a small {type(config).__name__} cannot be made ({first_line(error)})"
         return WayRecord(cpu="padded", cuda="padded", why=why)
     name = type(model).__name__
-    with _silence():
+    with silence():
         wrong = _wrong_ways(model)
     if "padded" in wrong and not rows_apart:
         if not _is_padded_right(config):
@@ -130,7 +90,7 @@ def find_way(
     right = [way for way in _CHECKED if way not in wrong] or ["padded"]
     cpu, gpu = right[0], next(way for way in [*right, "padded"] if way != "parts")
     if gpu == "mask" and _has_block_masks(model, config.get_text_config()):
-        with _silence():
+        with silence():
             problem = _problem(model, "flex")
         if problem:
             wrong["flex"] = problem
@@ -179,8 +139,8 @@ def _wrong_ways(model: nn.Module) -> dict[str, str]:
 
 def _is_padded_right(config: Any) -> bool:
     """Say whether padded rows agree where windows keep their lengths."""
-    with _silence():
-        return not _problem(_small_model(config, cutoff_tokens=0).float(), "padded")
+    with silence():
+        return not _problem(small_model(config, cutoff_tokens=0).float(), "padded")
 
 
 def _problem(model: nn.Module, way: str) -> str:
@@ -264,19 +224,6 @@ def _keys(packed: Packed, width: int) -> list[list[int]]:
     return found
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep to ourselves what transformers says of a model that no one trains."""
-    verbosity = get_verbosity()
-    set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        set_verbosity(verbosity)
-
-
 def _computed(model: nn.Module, loss: Callable[[], Tensor]) -> Sequence[Tensor]:
     """Return a loss and, in one vector, its gradient by every parameter."""
     model.zero_grad()
@@ -301,100 +248,8 @@ def _difference(alone: Sequence[Tensor], together: Sequence[Tensor]) -> str:
     return "" if error <= _TOLERANCES[alone[0].dtype] else f"relative error {error:.0e}"
 
 
-def _small_model(config: Any, cutoff_tokens: int) -> nn.Module:
-    """Return a small model in float64 that masks and places tokens as the configuration says.
-
-    A window that is shorter than the longest row (0: none is) becomes shorter than those of the
-    check.
-
-    Raises:
-        ValueError: it is still large; and what the class raises for sizes that do not fit it.
-    """
-    config = copy.deepcopy(config)
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        _make_small(part, cutoff_tokens)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > _MOST_PARAMETERS:
-        raise ValueError(f"{size:,} parameters remain")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        # experts that are multiplied in one call have no float64
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float64, experts_implementation="eager"
-        )
-        for parameter in model.parameters():
-            # as wide as after training: with the small weights of a start, attention hardly
-            # depends on positions, and a wrong one would not show
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
-    return model.double().eval()
-
-
-def _make_small(config: Any, cutoff_tokens: int) -> None:
-    heads, shared = (_integer(config, f"num_{n}_heads") for n in ("attention", "key_value"))
-    layers = _integer(config, "num_hidden_layers")
-    for name, size in _SMALL.items():
-        derived = isinstance(getattr(type(config), name, None), property)
-        if _integer(config, name) is not None and not derived:
-            setattr(config, name, size)
-    if heads and shared:
-        config.num_key_value_heads = 4 // min(4, heads // shared)
-    if layers:
-        _keep_layers(config, layers)
-    for name in _WINDOWS:
-        if (window := _integer(config, name)) is not None and window < cutoff_tokens:
-            setattr(config, name, _SMALL_WINDOW)
-    _fit_rotaries(config)
-    _fit_token_ids(config)
-
-
-def _fit_token_ids(config: Any) -> None:
-    """Give special tokens beyond the small vocabulary one that no row has; some classes need it."""
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        found = getattr(config, name, None)
-        ids = found if isinstance(found, list) else [found]
-        if any(token is not None and token >= _SMALL["vocab_size"] for token in ids):
-            setattr(config, name, 0)
-
-
-def _fit_rotaries(config: Any) -> None:
-    """Shorten what is given per rotary frequency to the small heads."""
-    for rotary in _rotaries(config):
-        frequencies = int(_SMALL["head_dim"] * rotary.get("partial_rotary_factor", 1.0)) // 2
-        for name in ("short_factor", "long_factor"):
-            if name in rotary:
-                rotary[name] = rotary[name][:frequencies]
-
-
-def _keep_layers(config: Any, layers: int) -> None:
-    """Leave one layer of every kind, two at least; the first ones where no kinds are listed."""
-    kinds = {
-        name: value
-        for name, value in vars(config).items()
-        if isinstance(value, list) and len(value) == layers
-    }
-    described = list(zip(*kinds.values(), strict=True)) or [()] * layers
-    firsts = sorted({described.index(kind) for kind in described})
-    kept = firsts if len(firsts) > 1 else list(range(min(2 if kinds else _LAYERS, layers)))
-    for name, value in kinds.items():
-        setattr(config, name, [value[layer] for layer in kept])
-    config.num_hidden_layers = len(kept)
-
-
-def _integer(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _rotaries(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters: one set, or one for every kind of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    yield from [found] if "rope_type" in found else [v for v in found.values() if v]
-
-
 def _refuse_dynamic_rotary(config: Any, cutoff_tokens: int, longest_answer: int) -> None:
-    for rotary in _rotaries(config):
+    for rotary in rotaries(config):
         kind = rotary["rope_type"]
         if kind not in {"dynamic", "longrope"}:
             continue
@@ -412,7 +267,7 @@ def _has_block_masks(model: nn.Module, config: Any) -> bool:
     """Say whether FlexAttention can compute this model's attention."""
     causal: Any = model
     heads = config.num_attention_heads
-    head_dim = _integer(config, "head_dim") or config.hidden_size // heads
+    head_dim = integer(config, "head_dim") or config.hidden_size // heads
     return (
         bool(getattr(causal, "_supports_flex_attn", False))
         and head_dim >= 16
