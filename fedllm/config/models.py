@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from fedllm.config.targets import problem_of
 
 EXECUTION: dict[str, Any] = {"kind": "execution"}
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
@@ -57,7 +59,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """What is adapted and how updates are scaled."""
 
-    target_modules: tuple[str, ...] = (
+    target_modules: tuple[str, ...] | str = (
         "q_proj",
         "k_proj",
         "v_proj",
@@ -69,6 +71,13 @@ class LoraSection(Section):
     alpha: PositiveFloat = 16.0
     scaling: Literal["fixed", "proportional", "rslora"] = "fixed"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+    @field_validator("target_modules")
+    @classmethod
+    def _can_name_modules(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        if problem := problem_of(value):
+            raise ValueError(problem)
+        return value
 
 
 class ColumnsSection(Section):

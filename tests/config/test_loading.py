@@ -197,6 +197,7 @@ def test_whatever_is_written_reads_back_as_it_was(value: object) -> None:
         ("rounds=5", "rounds", 5),
         ("training.learning_rate=3e-4", "training.learning_rate", 3e-4),
         ("lora.target_modules=[q_proj, v_proj]", "lora.target_modules", ["q_proj", "v_proj"]),
+        ("lora.target_modules=.*[qv]_proj", "lora.target_modules", ".*[qv]_proj"),
         ("training.max_steps=null", "training.max_steps", None),
         ("training.max_steps=", "training.max_steps", None),
         ("training.gradient_checkpointing=true", "training.gradient_checkpointing", True),
@@ -322,7 +323,12 @@ def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path:
         ("training.weight_decay=.nan", "training.weight_decay: got nan, need a finite number"),
         ("training.clip_norm=0", "training.clip_norm: got 0, need > 0.0"),
         ("lora.dropout=1", "lora.dropout: got 1, need < 1.0"),
-        ("lora.target_modules=q_proj", "lora.target_modules: got 'q_proj', need a list"),
+        (
+            "lora.target_modules=q_proj",
+            "lora.target_modules: got 'q_proj', need a list ([q_proj]), a regular expression over "
+            "whole paths (.*q_proj) or all-linear",
+        ),
+        ("lora.target_modules=[]", "lora.target_modules: got [], need at least one name"),
         ("evaluation=[1]", "evaluation: got [1], need keys and values"),
         ("clients.tiers={}", "clients.tiers: got {}, need at least one"),
         ("clients.tiers.a.share=1", "clients.tiers.a.ranks: missing; add it"),

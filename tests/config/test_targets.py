@@ -1,0 +1,70 @@
+"""`lora.target_modules` names modules as PEFT does, and no expression takes for ever."""
+
+import re
+import time
+
+import pytest
+
+from fedllm.config.targets import is_target, problem_of
+
+PATH = "model.language_model.layers.11.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["q_proj"], True),
+        (["self_attn.q_proj"], True),
+        ([PATH], True),
+        (["proj"], False),
+        (["k_proj", "attn.q_proj"], False),
+        (".*q_proj", True),
+        ("q_proj", False),
+        (r".*language_model\..*\.(q_proj|v_proj)", True),
+        (".*language_model", False),
+        ("all-linear", True),
+    ],
+)
+def test_a_list_names_ends_of_paths_and_an_expression_whole_paths(
+    targets: list[str] | str, named: bool
+) -> None:
+    assert is_target(targets, PATH) is named
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(a+)+b", "repeats a group"),
+        ("(a|a)*b", "repeats a group"),
+        ("([^.]*)*b", "repeats a group"),
+        ("(?:a?){9}b", "repeats a group"),
+        (".*.*.*.*.*x", "it has 5 of"),
+        (".*(q_proj", "no regular expression"),
+        ("*q_proj", "no regular expression"),
+        ("q_proj", r"need a list \(\[q_proj\]\)"),
+    ],
+)
+def test_an_expression_that_cannot_be_used_is_told(pattern: str, words: str) -> None:
+    assert re.search(words, problem_of(pattern))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*language_model\..*\.(q_proj|v_proj)",
+        r".*\.(self_attn|mlp)\..*_proj",
+        r"model\.layers\.([0-9]|1[0-5])\..*_proj",
+        r"(model\.)?layers\.\d+\.mlp\.[a-z_]*",
+        r".*?[*+]\*\+q_proj",
+        "all-linear",
+    ],
+)
+def test_an_expression_of_use_is_taken(pattern: str) -> None:
+    assert problem_of(pattern) == ""
+
+
+def test_whatever_is_taken_ends_soon_on_paths_that_do_not_match() -> None:
+    assert problem_of(".*.*.*x.*y") == ""
+    begun = time.monotonic()
+    assert not any(is_target(".*.*.*x.*y", f"{PATH}.{n}") for n in range(50))
+    assert time.monotonic() - begun < 30
