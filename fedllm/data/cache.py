@@ -117,6 +117,11 @@ class TokenizedClients:
         longest: int = pc.max(pc.add(*parts)).as_py()
         return longest
 
+    def largest_token(self) -> int:
+        """Return the largest token of any row, -1 without rows."""
+        columns = (t[name] for t in self._tables.values() for name in ("prompt", "answer"))
+        return max((pc.max(pc.list_flatten(c)).as_py() or -1 for c in columns), default=-1)
+
     def client(self, client: str) -> IndexedClient:
         """Return what the index knows of a client.
 

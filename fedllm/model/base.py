@@ -1,36 +1,43 @@
 """The base model: found, described without its weights, loaded from local files only."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from fedllm.config.models import ModelSection
+from fedllm.config.targets import Targets
 from fedllm.errors import ModelError
+from fedllm.model.checkpoint import check_checkpoint, check_shapes
 from fedllm.model.embedded import Report, embedded_base
 from fedllm.model.fingerprint import check_model_folder, fingerprint_model
+from fedllm.model.suitable import suitable_modules
+from fedllm.model.targets import adaptable_modules
+from fedllm.model.vocabulary import embedded_tokens
 from fedllm.storage.folders import publishing_folder
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import ModuleRecord
 
 EMBEDDED = "embedded"
-Kind = Literal["attention", "mlp", "other"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # what a causal language model needs of a hub repository: no second copy of the weights
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_ATTENTION = re.compile(r"attn|attention")
-_MLP = re.compile(r"mlp|ffn|feed_?forward|expert|\bfc\d|dense_(h_to|4h_to)|(gate|up|down)_proj")
-_ATTENTION_LEAVES = re.compile(r"\b(([qkvo]|qkv|out)_proj|query|key|value|query_key_value|W?qkv)$")
+# no network, and no Python code of a folder, whatever its files or standard input say
+_LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_SENTENCEPIECE = "*tokenizer*.model"
+_CONVERTERS: Mapping[str, str] = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+
+
+def _quietly(_line: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +52,22 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseDescription:
-    """What is known of a base without loading its weights; `config` is transformers' own."""
+    """What is known of a base without loading its weights.
+
+    Attributes:
+        path: its directory.
+        fingerprint: of its content.
+        parameters: how many there are.
+        modules: that get an adapter.
+        embedded_tokens: how many tokens it knows.
+        config: transformers' own.
+    """
 
     path: Path
     fingerprint: str
     parameters: int
     modules: dict[str, ModuleRecord]
+    embedded_tokens: int
     config: Any
 
 
@@ -71,21 +88,32 @@ def locate_base(section: ModelSection, cache: CachePaths, report: Report) -> Pat
     return folder.resolve()
 
 
-def describe_base(folder: Path, target_modules: Sequence[str]) -> BaseDescription:
+def describe_base(
+    folder: Path, targets: Targets, *, say: Report = _quietly, begun: bool = False
+) -> BaseDescription:
     """Describe a base by its configuration; no weight is read but for the fingerprint.
 
+    Args:
+        folder: of the base.
+        targets: `lora.target_modules`.
+        say: is given what the user should know and is no error.
+        begun: a run has trained on it before: what measuring would refuse is said.
+
     Raises:
-        ModelError: it is no causal language model, or has not the target modules.
+        ModelError: it is no causal language model, or cannot be adapted so.
     """
-    fingerprint = fingerprint_model(folder)
+    check_checkpoint(folder)
     with _told(folder), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    check_shapes(folder, model)
+    modules = suitable_modules(model, config, targets, say=say, begun=begun)
     return BaseDescription(
         path=folder,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint_model(folder),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        modules=find_modules(model, target_modules),
+        modules=modules,
+        embedded_tokens=embedded_tokens(model),
         config=config,
     )
 
@@ -96,12 +124,13 @@ def load_base(path: Path, *, dtype: str, device: str | torch.device) -> Base:
     Raises:
         ModelError: it cannot be loaded, or its weights do not fill the model.
     """
+    check_checkpoint(path)
     fingerprint = fingerprint_model(path)
     # a bar for every worker would fill the logs
     disable_progress_bar()
     with _told(path):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype=_DTYPES[dtype], output_loading_info=True
+            path, dtype=_DTYPES[dtype], output_loading_info=True, **_LOCAL
         )
     if loading["missing_keys"]:
         names = sorted(loading["missing_keys"])
@@ -114,7 +143,7 @@ def load_base(path: Path, *, dtype: str, device: str | torch.device) -> Base:
         model=model,
         tokenizer=load_tokenizer(path),
         fingerprint=fingerprint,
-        modules=_adaptable(model),
+        modules=adaptable_modules(model),
     )
 
 
@@ -122,65 +151,40 @@ def load_tokenizer(path: Path) -> Any:
     """Load the tokenizer of a model directory, without any network.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or none that can be read here.
     """
+    _check_sentencepiece(path)
     with _told(path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-
-def find_modules(model: nn.Module, target_modules: Sequence[str]) -> dict[str, ModuleRecord]:
-    """Return the modules that `target_modules` name: by full path, or by its last parts.
-
-    Raises:
-        ModelError: a name fits no module, or one that cannot be adapted.
-    """
-    adaptable = _adaptable(model)
-    found: dict[str, ModuleRecord] = {}
-    for target in target_modules:
-        fitting = {path: m for path, m in adaptable.items() if f".{path}".endswith(f".{target}")}
-        if not fitting:
-            raise ModelError(_no_module(model, target, adaptable))
-        found |= fitting
-    return {path: found[path] for path in adaptable if path in found}
-
-
-def _adaptable(model: nn.Module) -> dict[str, ModuleRecord]:
-    causal: Any = model
-    head = causal.get_output_embeddings()
-    return {
-        path: ModuleRecord(
-            out_features=module.out_features, in_features=module.in_features, kind=_kind(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_LOCAL)
+        ordinary = len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys())
+    if not ordinary:
+        raise ModelError(
+            f"model.path: {path}: its tokenizer has special tokens only; copy what is missing "
+            "(tokenizer.json, or the vocabulary that tokenizer_config.json's class reads)"
         )
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    return tokenizer
 
 
-def _kind(path: str) -> Kind:
-    """Say what a module belongs to: by the parts of its path, the last one deciding last."""
-    parents, _, leaf = path.rpartition(".")
-    if _ATTENTION.search(parents):
-        return "attention"
-    if _MLP.search(path):
-        return "mlp"
-    return "attention" if _ATTENTION.search(leaf) or _ATTENTION_LEAVES.search(leaf) else "other"
+def _check_sentencepiece(folder: Path) -> None:
+    """Refuse a tokenizer that transformers converts with packages that are not installed."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    found = next(folder.glob(_SENTENCEPIECE), None)
+    missing = [name for name, module in _CONVERTERS.items() if not _is_installed(module)]
+    if found is not None and missing:
+        raise ModelError(
+            f"model.path: {folder} has {found.name} (SentencePiece) and no tokenizer.json, which "
+            f"takes the package {' and '.join(missing)} to read; install it (pip install "
+            f"{' '.join(missing)}), or save tokenizer.json there, where it is installed "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
 
 
-def _no_module(model: nn.Module, target: str, adaptable: Mapping[str, ModuleRecord]) -> str:
-    name = type(model).__name__
-    for path, module in model.named_modules():
-        if path and f".{path}".endswith(f".{target}"):
-            return (
-                f"lora.target_modules: `{target}` of {name} is a {_described(module)}, only Linear "
-                "modules can be adapted; choose another base or other modules"
-            )
-    leaves = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in adaptable)) or "none"
-    return f"lora.target_modules: {name} has no module `{target}`; it has {leaves}"
-
-
-def _described(module: nn.Module) -> str:
-    name = type(module).__name__
-    return f"{name} (weights stored transposed)" if isinstance(module, Conv1D) else name
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 def _fetch(name: str, revision: str | None, cache: CachePaths, report: Report) -> Path:
@@ -204,10 +208,17 @@ def _fetch(name: str, revision: str | None, cache: CachePaths, report: Report) -
 
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """Turn what transformers raises into one line that names the directory."""
+    """Turn whatever transformers raises into one line that names the directory."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # model classes raise what they like for files that are not theirs
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model.path: {folder} is a model of Python code in its own files (auto_map), "
+                "which fedllm never runs; give a base of a class that transformers has"
+            ) from error
         raise ModelError(
             f"model.path: {folder} cannot be loaded ({first_line(error)}); need a causal language "
             "model with its tokenizer, as save_pretrained writes them"

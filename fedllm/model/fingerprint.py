@@ -18,6 +18,7 @@ _TOKENIZER_FILES = (
     "*.model",
 )
 _ADAPTER = "adapter_config.json"
+_GGUF = ".gguf"
 
 
 def fingerprint_model(folder: Path) -> str:
@@ -60,6 +61,11 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         ModelError: it says what was found and what to give instead.
     """
+    if folder.suffix == _GGUF or (folder.is_dir() and _has_gguf_alone(folder)):
+        raise ModelError(
+            f"model.path: {folder} is GGUF, a quantised format of other programs; give the "
+            "directory of the model that it was made of"
+        )
     if not folder.is_dir():
         raise ModelError(
             f"model.path: {folder}: no such directory; give a model directory, a hub name that "
@@ -77,6 +83,10 @@ def check_model_folder(folder: Path) -> None:
             f"model.path: {folder} holds {_shown(folder)} but no {' and no '.join(missing)}; give "
             "a directory as save_pretrained writes it"
         )
+
+
+def _has_gguf_alone(folder: Path) -> bool:
+    return any(folder.glob(f"*{_GGUF}")) and not weight_files(folder)
 
 
 def _shown(folder: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from fedllm.errors import ModelError
@@ -29,7 +30,8 @@ def merge(model: nn.Module, module: str, change_OI: Tensor) -> None:
     Raises:
         ModelError: the weight is also that of another module, which would change with it.
     """
-    weight = model.get_submodule(module).get_parameter("weight")
+    owner = model.get_submodule(module)
+    weight = owner.get_parameter("weight")
     named = model.named_parameters(remove_duplicate=False)
     names = sorted(name for name, parameter in named if parameter is weight)
     if len(names) > 1:
@@ -37,7 +39,8 @@ def merge(model: nn.Module, module: str, change_OI: Tensor) -> None:
             f"{module}: one weight goes by the names {', '.join(names)}, merging would change all; "
             "export the adapter without --merge"
         )
-    weight.data.copy_(weight.data.double() + change_OI)
+    change = change_OI.T if isinstance(owner, Conv1D) else change_OI
+    weight.data.copy_(weight.data.double() + change)
 
 
 def save_model(base: Base, folder: Path) -> None:

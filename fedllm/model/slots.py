@@ -15,11 +15,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from fedllm.config.targets import Targets
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.model.base import Base, find_modules
+from fedllm.model.base import Base
 from fedllm.model.noise import RowDropout, RowSeeds
 from fedllm.model.stacked import Seats, StackedA, StackedB
+from fedllm.model.targets import find_modules
 from fedllm.model.ways import set_way
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
@@ -82,7 +84,7 @@ class AdapterSlots:
         self,
         base: Base,
         *,
-        target_modules: Sequence[str],
+        target_modules: Targets,
         dropout: float = 0.0,
         way: str = "padded",
     ) -> None:
@@ -284,11 +286,14 @@ class AdapterSlots:
             rank_pattern={re.escape(module): rank for module, rank in ranks.items()},
             lora_alpha=1,
             lora_dropout=0.0,
+            fan_in_fan_out=any(self._modules[module].transposed for module in ranks),
         )
         # PEFT's own start of A draws from the global generator
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # several adapters in one model are what is wanted here
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            # a base may have both layouts: PEFT takes each module's own
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             inject_adapter_in_model(config, self.model, adapter_name=name)
         layers = {module: self._layer(module) for module in ranks}
         for module, layer in layers.items():

@@ -8,6 +8,7 @@ import torch
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.config.targets import is_target
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
 from fedllm.methods.protocol import Method
@@ -108,6 +109,7 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
         revision=state.config.model.revision,
         targets={"target_modules": _target_modules(state.config, list(ranks))},
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(state.prepared.modules[module].transposed for module in ranks),
         rslora=state.config.lora.scaling == "rslora",
         dropout=state.config.lora.dropout,
     )
@@ -154,13 +156,15 @@ def _ranks(state: ServerState, wish: int | None) -> dict[str, int]:
 
 
 def _target_modules(config: Config, modules: Sequence[str]) -> list[str]:
-    """Return the configured names that occur, as PEFT matches them, else the modules themselves."""
-    names = [
-        name
-        for name in config.lora.target_modules
-        if any(f".{module}".endswith(f".{name}") for module in modules)
-    ]
-    covered = all(any(f".{module}".endswith(f".{name}") for name in names) for module in modules)
+    """Return the configured names that occur, as PEFT matches them, else the modules themselves.
+
+    Other programs than PEFT do not read expressions.
+    """
+    targets = config.lora.target_modules
+    if isinstance(targets, str):
+        return list(modules)
+    names = [name for name in targets if any(is_target((name,), module) for module in modules)]
+    covered = all(is_target(names, module) for module in modules)
     return names if covered else list(modules)
 
 

@@ -15,6 +15,7 @@ from fedllm.errors import ConfigError, DataError, RunDirectoryError
 from fedllm.model.attention import SHARED
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
+from fedllm.model.vocabulary import check_rows, check_tokens
 from fedllm.model.ways import find_way, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import GROUP_WAY
@@ -43,8 +44,9 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
         RunDirectoryError: what is installed gets the run's way wrong.
     """
     config = read_config(run.config)
-    base, prepared = _described(config, cache_of(config.storage.cache, run.root), say)
     first = CohortRecord.find(run.round(1).cohort)
+    cache = cache_of(config.storage.cache, run.root)
+    base, prepared = _described(config, cache, say, begun=first is not None)
     way = _best_way(config, base) if first is None else _way_as_begun(first, config, base, run)
     federation = plan_federation(config, prepared)
     refusal = method_of(config).refuse(list(federation.ranks.values()))
@@ -85,12 +87,18 @@ def describe_way(way: WayRecord | None) -> str:
 
 
 def _described(
-    config: Config, cache: CachePaths, report: Report
+    config: Config, cache: CachePaths, report: Report, *, begun: bool = False
 ) -> tuple[BaseDescription, PreparedRecord]:
     """Describe base and data, without a way to compute rows."""
-    base = describe_base(locate_base(config.model, cache, report), config.lora.target_modules)
+    path = locate_base(config.model, cache, report)
+    base = describe_base(path, config.lora.target_modules, say=report, begun=begun)
+    tokenizer, rows = load_tokenizer(path), base.embedded_tokens
+    beyond = check_tokens(path, tokenizer, rows, begun=begun)
     folder = _tokenised(config, base.path, cache, report)
     data = TokenizedClients.open(folder)
+    if beyond:
+        check_rows(path, tokenizer, rows, data.largest_token())
+        report(beyond)
     clients = list(data.clients.values())
     candidates = held_out_candidates(config.clients, clients)
     records = [_record(client, data, client.id in candidates) for client in clients]

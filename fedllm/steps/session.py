@@ -8,6 +8,7 @@ import torch
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.config.targets import Targets
 from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
 from fedllm.planning.grouping import GROUP_WAY
@@ -47,7 +48,7 @@ class _Version:
 class _SlotsKey:
     base: _BaseKey
     fingerprint: str
-    target_modules: tuple[str, ...]
+    target_modules: Targets
     dropout: float
     way: str
 

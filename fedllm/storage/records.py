@@ -61,11 +61,12 @@ class Record(BaseModel):
 
 
 class ModuleRecord(Record):
-    """A target module of the base: W is (out, in)."""
+    """A target module of the base: W is (out, in), stored as (in, out) where it is `transposed`."""
 
     out_features: int
     in_features: int
     kind: Literal["attention", "mlp", "other"]
+    transposed: bool = False
 
 
 class WayRecord(Record):

@@ -21,12 +21,12 @@ from fedllm.config.models import LoraSection, ModelSection
 from fedllm.errors import ModelError
 from fedllm.model.base import (
     describe_base,
-    find_modules,
     load_base,
     load_tokenizer,
     locate_base,
 )
 from fedllm.model.fingerprint import fingerprint_model, fingerprint_tokenizer
+from fedllm.model.targets import find_modules
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import CachePaths
 from tests.tiny import Tiny
@@ -120,10 +120,16 @@ def test_a_module_that_is_not_there_is_told_with_those_there_are(tiny: Tiny) -> 
         describe_base(tiny.model, ["q_proj", "query"])
 
 
-def test_transposed_weights_are_refused_by_name() -> None:
+def test_weights_that_are_stored_transposed_are_known_by_what_they_compute() -> None:
     model = of_shape(GPT2Config(n_layer=1, n_embd=32, n_head=4))
-    with pytest.raises(ModelError, match=r"`c_attn` of GPT2LMHeadModel is a Conv1D"):
-        find_modules(model, ["c_attn"])
+    (found,) = find_modules(model, ["c_attn"]).values()
+    assert (found.in_features, found.out_features, found.transposed) == (32, 96, True)
+
+
+def test_a_module_that_is_not_linear_is_told_with_those_that_are() -> None:
+    model = of_shape(GPT2Config(n_layer=1, n_embd=32, n_head=4))
+    with pytest.raises(ModelError, match=r"`wte` of .* is a Embedding, .*\[c_attn, c_proj, c_fc\]"):
+        find_modules(model, ["wte"])
 
 
 def test_the_fingerprint_follows_the_content(folder: Path, tiny: Tiny) -> None:
@@ -156,7 +162,7 @@ def test_an_adapter_is_not_taken_for_a_base(folder: Path) -> None:
 def test_truncated_weights_are_told(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    assert "cannot be loaded" in told(folder)
+    assert "it is cut short or no safetensors file" in told(folder)
 
 
 def test_missing_weights_are_told_by_name(folder: Path) -> None:

@@ -1,0 +1,156 @@
+"""The files of a model directory, checked by their configuration and headers: no weight is read."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedllm.errors import ModelError
+from fedllm.model.fingerprint import check_model_folder
+from fedllm.storage.hub import first_line
+
+_WEIGHTS = "model.safetensors"
+_PICKLED = "pytorch_model.bin"
+_PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
+# Where programs that quantise say so, but for config.json.
+_QUANTISED_FILES: Mapping[str, str] = {
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "hf_quant_config.json": "ModelOpt",
+}
+_POINTER = b"version https://git-lfs"
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a model directory whose files are not whole, or hold quantised weights.
+
+    Raises:
+        ModelError: it names the file, what was found and what to give instead.
+    """
+    check_model_folder(folder)
+    raw = _read_json(folder / "config.json")
+    if kind := _quantised(folder, raw):
+        raise _is_quantised(folder, kind)
+    for file in _weight_shards(folder):
+        _check_shard(folder, file)
+
+
+def check_shapes(folder: Path, model: torch.nn.Module) -> None:
+    """Refuse weights of other sizes than those that the configuration gives to `model`.
+
+    Raises:
+        ModelError: the first tensor that has more or fewer numbers.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for file in _weight_shards(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                found = tuple(tensors.get_slice(name).get_shape())
+                wanted = expected.get(name, found)
+                # a tensor that is stored transposed has as many
+                if torch.Size(found).numel() != torch.Size(wanted).numel():
+                    raise ModelError(
+                        f"model.path: {file}: {name} is {_by(found)}, by config.json it is "
+                        f"{_by(wanted)}; the two files are of different models: copy both again"
+                    )
+
+
+def _quantised(folder: Path, raw: Mapping[str, Any]) -> str:
+    """Return the kind of quantisation that a directory names, or nothing."""
+    sections = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    for section in sections:
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(found := section.get(key), dict):
+                named = found.get("quant_method") or found.get("quant_algo")
+                return str(named or ("bitsandbytes" if _in_bits(found) else key))
+    return next((k for name, k in _QUANTISED_FILES.items() if (folder / name).is_file()), "")
+
+
+def _in_bits(section: Mapping[str, Any]) -> bool:
+    return bool(section.get("load_in_4bit") or section.get("load_in_8bit"))
+
+
+def _is_quantised(folder: Path, kind: str) -> ModelError:
+    return ModelError(
+        f"model.path: {folder} is quantised ({kind}); adapters are trained on whole weights here: "
+        "give the directory of the model that is not quantised (float32, bfloat16 or float16)"
+    )
+
+
+def _weight_shards(folder: Path) -> Iterator[Path]:
+    """Yield the safetensors files that transformers loads.
+
+    Raises:
+        ModelError: an index names a file that is not there, or there is none that would be loaded.
+    """
+    for name in (_WEIGHTS, _PICKLED):
+        if (folder / name).is_file():
+            yield from [folder / name] if name == _WEIGHTS else []
+            return
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = _shards_of(index)
+            yield from shards if name == _WEIGHTS else []
+            return
+    found = ", ".join(
+        sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+    )
+    raise ModelError(
+        f"model.path: {folder} holds {found}, but neither {_WEIGHTS} nor its index "
+        f"({_WEIGHTS}.index.json); give a directory as save_pretrained writes it"
+    )
+
+
+def _shards_of(index: Path) -> list[Path]:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"model.path: {index} has no weight_map; copy the file again")
+    shards = [index.parent / str(name) for name in dict.fromkeys(places.values())]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise ModelError(
+            f"model.path: {index.parent} lacks {missing[0]}, {len(missing)} of the {len(shards)} "
+            f"files that {index.name} names; copy them too"
+        )
+    return shards
+
+
+def _check_shard(folder: Path, file: Path) -> None:
+    with file.open("rb") as content:
+        if content.read(len(_POINTER)) == _POINTER:
+            raise ModelError(
+                f"model.path: {file} is a Git LFS pointer, not the weights; run `git lfs pull` "
+                f"in {folder}"
+            )
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                dtype = tensors.get_slice(name).get_dtype()
+                if "weight" in name.rpartition(".")[2] and dtype not in _PLAIN_DTYPES:
+                    raise _is_quantised(folder, f"{name} holds {dtype}")
+    except SafetensorError as error:
+        raise ModelError(
+            f"model.path: {file} cannot be read ({first_line(error)}); it is cut short or no "
+            "safetensors file: copy it again"
+        ) from error
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"model.path: {file} cannot be read ({first_line(error)}); copy it again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ModelError(
+            f"model.path: {file} holds a {type(raw).__name__}, need keys and values; copy it again"
+        )
+    return raw
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "one number"

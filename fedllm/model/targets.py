@@ -1,0 +1,141 @@
+"""The modules of a base that `lora.target_modules` names, and those that could be named."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedllm.config.targets import Targets, is_target
+from fedllm.errors import ModelError
+from fedllm.storage.records import ModuleRecord
+
+Kind = Literal["attention", "mlp", "other"]
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|ffn|feed_?forward|expert|\bfc\d|dense_(h_to|4h_to)|(gate|up|down)_proj")
+_ATTENTION_LEAVES = re.compile(r"\b(([qkvo]|qkv|out)_proj|query|key|value|query_key_value|W?qkv)$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_MOST_NAMES = 16
+
+
+def find_modules(
+    model: nn.Module, target_modules: Targets, *, unreached: Set[str] = frozenset()
+) -> dict[str, ModuleRecord]:
+    """Return the modules that `target_modules` names, in the order of the model.
+
+    Args:
+        model: the base.
+        target_modules: paths or their last parts, or an expression for whole paths.
+        unreached: sorts of modules (`sort_of`) that a message does not offer.
+
+    Raises:
+        ModelError: a name fits no module, or one that cannot be adapted.
+    """
+    adaptable = adaptable_modules(model)
+    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
+        named: Targets = target if isinstance(target_modules, str) else (target,)
+        if not any(is_target(named, path) for path in adaptable):
+            offered = [path for path in adaptable if sort_of(path) not in unreached]
+            raise ModelError(_no_module(model, target, named, offered))
+    return {path: m for path, m in adaptable.items() if is_target(target_modules, path)}
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, ModuleRecord]:
+    """Return every module that can have an adapter: what is linear, but for the output head."""
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    return {
+        path: _record(path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def sort_of(path: str) -> str:
+    """Return a path without its numbers: the same for the same module of every layer."""
+    return _NUMBER.sub("*", path)
+
+
+def kind_of(path: str) -> Kind:
+    """Say what a module belongs to: by the parts of its path, the last one deciding last."""
+    parents, _, leaf = path.rpartition(".")
+    if _ATTENTION.search(parents):
+        return "attention"
+    if _MLP.search(path):
+        return "mlp"
+    return "attention" if _ATTENTION.search(leaf) or _ATTENTION_LEAVES.search(leaf) else "other"
+
+
+def names_for(wanted: Sequence[str], paths: Iterable[str], *, parents: int = 0) -> str:
+    """Return a value of `lora.target_modules` that names some modules and no others.
+
+    Args:
+        wanted: paths of the modules to name.
+        paths: those of all modules that could be named.
+        parents: how many parts of a path stand before its last one, at least.
+
+    Returns:
+        The value as YAML, short where it can be; empty where only a long list would do.
+    """
+    every = set(paths)
+    tails = list(dict.fromkeys(_last_parts(path, parents + 1) for path in wanted))
+    if _named(every, tails) == set(wanted):
+        return f"[{', '.join(tails)}]"
+    for depth in range(parents + 2, parents + 4):
+        longer = list(dict.fromkeys(_last_parts(path, depth) for path in wanted))
+        if len(longer) <= _MOST_NAMES and _named(every, longer) == set(wanted):
+            return f"[{', '.join(longer)}]"
+    return _pattern_for(wanted, every, tails)
+
+
+def _pattern_for(wanted: Sequence[str], every: Set[str], tails: Sequence[str]) -> str:
+    """Return an expression for paths that share a part which no other path has."""
+    shared = set.intersection(*(set(path.split(".")) for path in wanted)) if wanted else set()
+    for part in sorted(shared, key=lambda part: wanted[0].split(".").index(part)):
+        pattern = rf".*{part}\..*\.({'|'.join(tails)})"
+        if _named(every, pattern) == set(wanted):
+            return pattern
+    return ""
+
+
+def _named(paths: Set[str], targets: Targets) -> set[str]:
+    return {path for path in paths if is_target(targets, path)}
+
+
+def _last_parts(path: str, count: int) -> str:
+    return ".".join(path.split(".")[-count:])
+
+
+def _record(path: str, module: nn.Linear | Conv1D) -> ModuleRecord:
+    rows, columns = module.weight.shape
+    transposed = isinstance(module, Conv1D)
+    return ModuleRecord(
+        out_features=columns if transposed else rows,
+        in_features=rows if transposed else columns,
+        kind=kind_of(path),
+        transposed=transposed,
+    )
+
+
+def _no_module(model: nn.Module, target: str, named: Targets, offered: Sequence[str]) -> str:
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if path and is_target(named, path):
+            return (
+                f"lora.target_modules: `{target}` of {name} is a {type(module).__name__}, only "
+                "Linear and Conv1D modules can be adapted, but for the output head; "
+                f"{_offer(offered)}"
+            )
+    leaves = ", ".join(_leaves(offered)) or "none"
+    return (
+        f"lora.target_modules: {name} has no module `{target}`; it has {leaves}: {_offer(offered)}"
+    )
+
+
+def _offer(offered: Sequence[str]) -> str:
+    return f"name those that you mean, as lora.target_modules: [{', '.join(_leaves(offered))}]"
+
+
+def _leaves(paths: Sequence[str]) -> Mapping[str, None]:
+    return dict.fromkeys(path.rpartition(".")[2] for path in paths)

@@ -1,0 +1,84 @@
+"""A tokenizer and the embedding of its base: whether every token that can occur has a row."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedllm.errors import ModelError
+
+_ORDINARY = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def embedded_tokens(model: nn.Module) -> int:
+    """Return how many tokens a model knows: the rows of its embedding, and of its output head."""
+    causal: Any = model
+    layers = filter(None, (causal.get_input_embeddings(), causal.get_output_embeddings()))
+    rows: int = min(layer.weight.shape[0] for layer in layers)
+    return rows
+
+
+def tokens_beyond(tokenizer: Any, rows: int) -> dict[str, int]:
+    """Return the tokens whose ids are no row of an embedding, by id."""
+    beyond = {token: id_ for token, id_ in tokenizer.get_vocab().items() if id_ >= rows}
+    return dict(sorted(beyond.items(), key=lambda item: item[1]))
+
+
+def check_tokens(folder: Path, tokenizer: Any, rows: int, *, begun: bool = False) -> str:
+    """Refuse a tokenizer that can make a token of ordinary text that the embedding has not.
+
+    A token for images, say, is no reason: text-only bases keep it in their tokenizer.
+
+    Args:
+        folder: of the base.
+        tokenizer: of the base.
+        rows: of its embedding.
+        begun: a run has trained so before: what would be refused is said.
+
+    Returns:
+        A line for the user where tokens lie beyond that no text is made of; else nothing.
+
+    Raises:
+        ModelError: it names the token and both sizes.
+    """
+    beyond = tokens_beyond(tokenizer, rows)
+    if not beyond:
+        return ""
+    occurring = _of_text(tokenizer, beyond)
+    if occurring and not begun:
+        raise _without_row(folder, tokenizer, rows, occurring[0])
+    (first, *others) = beyond
+    more = f" and {len(others)} more" if others else ""
+    return (
+        f"model.path: the tokenizer knows {first}{more}, the embedding ({rows} rows) does not; "
+        "no text of the data may hold it"
+    )
+
+
+def check_rows(folder: Path, tokenizer: Any, rows: int, largest_token: int) -> None:
+    """Refuse tokenised data with a token that the embedding has not.
+
+    Raises:
+        ModelError: it names the token and both sizes.
+    """
+    if largest_token >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest_token)
+        raise _without_row(folder, tokenizer, rows, token)
+
+
+def _of_text(tokenizer: Any, beyond: Mapping[str, int]) -> list[str]:
+    """Return those of some tokens that text, a template or padding can come to."""
+    special = set(tokenizer.all_special_tokens)
+    template = str(tokenizer.chat_template or "")
+    named = {getattr(tokenizer, name, None) for name in _ORDINARY}
+    return [t for t in beyond if t not in special or t in named or t in template]
+
+
+def _without_row(folder: Path, tokenizer: Any, rows: int, token: str) -> ModelError:
+    id_ = tokenizer.convert_tokens_to_ids(token)
+    return ModelError(
+        f"model.path: {folder}: token {token} has id {id_}, but the embedding has {rows} rows and "
+        f"the tokenizer {len(tokenizer)} tokens; save the model with as many rows "
+        "(resize_token_embeddings), or the tokenizer that belongs to it"
+    )
