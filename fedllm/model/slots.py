@@ -22,6 +22,7 @@ from fedllm.model.base import Base
 from fedllm.model.noise import RowDropout, RowSeeds
 from fedllm.model.stacked import Seats, StackedA, StackedB
 from fedllm.model.targets import find_modules
+from fedllm.model.vocabulary import embedded_tokens
 from fedllm.model.ways import set_way
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
@@ -110,11 +111,11 @@ class AdapterSlots:
 
     @property
     def pad_token(self) -> int:
-        """A token for padding; any will do, since it is masked."""
+        """A token for padding; any that is embedded will do, since it is masked."""
         tokenizer = self.base.tokenizer
-        if tokenizer.pad_token_id is not None:
-            return int(tokenizer.pad_token_id)
-        return int(tokenizer.eos_token_id or 0)
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        rows = embedded_tokens(self.model)
+        return next((int(id_) for id_ in ids if id_ is not None and id_ < rows), 0)
 
     @property
     def num_slots(self) -> int:

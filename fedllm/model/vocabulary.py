@@ -1,6 +1,6 @@
 """A tokenizer and the embedding of its base: whether every token that can occur has a row."""
 
-from collections.abc import Mapping
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,13 @@ from torch import nn
 from fedllm.errors import ModelError
 
 _ORDINARY = ("bos_token", "eos_token", "pad_token", "unk_token")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 
 
 def embedded_tokens(model: nn.Module) -> int:
@@ -42,16 +49,15 @@ def check_tokens(folder: Path, tokenizer: Any, rows: int, *, begun: bool = False
     Raises:
         ModelError: it names the token and both sizes.
     """
-    beyond = tokens_beyond(tokenizer, rows)
-    if not beyond:
-        return ""
-    occurring = _of_text(tokenizer, beyond)
+    beyond = [t for t in tokens_beyond(tokenizer, rows) if _is_of_folder(folder, t)]
+    occurring = [token for token in beyond if _is_of_text(tokenizer, token)]
     if occurring and not begun:
         raise _without_row(folder, tokenizer, rows, occurring[0])
-    (first, *others) = beyond
-    more = f" and {len(others)} more" if others else ""
+    if not beyond:
+        return ""
+    more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
     return (
-        f"model.path: the tokenizer knows {first}{more}, the embedding ({rows} rows) does not; "
+        f"model.path: the tokenizer knows {beyond[0]}{more}, the embedding ({rows} rows) does not; "
         "no text of the data may hold it"
     )
 
@@ -67,12 +73,23 @@ def check_rows(folder: Path, tokenizer: Any, rows: int, largest_token: int) -> N
         raise _without_row(folder, tokenizer, rows, token)
 
 
-def _of_text(tokenizer: Any, beyond: Mapping[str, int]) -> list[str]:
-    """Return those of some tokens that text, a template or padding can come to."""
-    special = set(tokenizer.all_special_tokens)
-    template = str(tokenizer.chat_template or "")
+def _is_of_text(tokenizer: Any, token: str) -> bool:
+    """Say whether text, a template or padding can come to a token."""
+    if token not in tokenizer.all_special_tokens:
+        return True
     named = {getattr(tokenizer, name, None) for name in _ORDINARY}
-    return [t for t in beyond if t not in special or t in named or t in template]
+    return token in named or token in str(tokenizer.chat_template or "")
+
+
+def _is_of_folder(folder: Path, token: str) -> bool:
+    """Say whether a tokenizer's files name a token; classes of transformers add some themselves."""
+    written = {json.dumps(token), json.dumps(token, ensure_ascii=False)}
+    files = (folder / name for name in _FILES)
+    return any(
+        word in text
+        for text in (f.read_text("utf-8", "replace") for f in files if f.is_file())
+        for word in written
+    )
 
 
 def _without_row(folder: Path, tokenizer: Any, rows: int, token: str) -> ModelError:

@@ -36,6 +36,7 @@ def advance(run: Run) -> bool:
 
 def prepare(run: Run) -> Federation | None:
     """Have model and data prepared; return what they and the configuration fix."""
+    is_new = not run.paths.prepared.exists()
     if not run.paths.prepare_job(1).submission.exists():
         check_jobs(run)
         section = run.config
@@ -55,6 +56,8 @@ def prepare(run: Run) -> Federation | None:
     if prepared is None:
         return None
     _require_same_content(run, prepared)
+    for note in prepared.notes if is_new else ():
+        run.say(f"prepare: {note}")
     return run.federation(prepared)
 
 

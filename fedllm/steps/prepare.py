@@ -15,7 +15,7 @@ from fedllm.errors import ConfigError, DataError, RunDirectoryError
 from fedllm.model.attention import SHARED
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
-from fedllm.model.vocabulary import check_rows, check_tokens
+from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.model.ways import find_way, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import GROUP_WAY
@@ -91,14 +91,17 @@ def _described(
 ) -> tuple[BaseDescription, PreparedRecord]:
     """Describe base and data, without a way to compute rows."""
     path = locate_base(config.model, cache, report)
-    base = describe_base(path, config.lora.target_modules, say=report, begun=begun)
+    notes: list[str] = []
+    base = describe_base(path, config.lora.target_modules, say=notes.append, begun=begun)
     tokenizer, rows = load_tokenizer(path), base.embedded_tokens
     beyond = check_tokens(path, tokenizer, rows, begun=begun)
     folder = _tokenised(config, base.path, cache, report)
     data = TokenizedClients.open(folder)
-    if beyond:
+    if tokens_beyond(tokenizer, rows):
         check_rows(path, tokenizer, rows, data.largest_token())
-        report(beyond)
+    notes += [beyond] if beyond else []
+    for note in notes:
+        report(note)
     clients = list(data.clients.values())
     candidates = held_out_candidates(config.clients, clients)
     records = [_record(client, data, client.id in candidates) for client in clients]
@@ -111,6 +114,7 @@ def _described(
         model_parameters=base.parameters,
         modules=base.modules,
         clients=records,
+        notes=notes,
     )
 
 

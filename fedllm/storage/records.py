@@ -106,7 +106,8 @@ class ClientRecord(Record):
 class PreparedRecord(Record):
     """What prepare found: everything a coordinator needs to know of model and data.
 
-    A run that was prepared before there were ways has none, and goes on with padded rows.
+    A run that was prepared before there were ways has none, and goes on with padded rows. `notes`
+    is what the user should know of the base and is no error.
     """
 
     model_fingerprint: str
@@ -117,6 +118,7 @@ class PreparedRecord(Record):
     modules: dict[str, ModuleRecord]
     clients: list[ClientRecord]
     way: WayRecord | None = None
+    notes: list[str] = []
 
 
 class ChangeRecord(Record):
