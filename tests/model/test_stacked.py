@@ -12,12 +12,13 @@ from transformers import OPTConfig, OPTForCausalLM
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter
 from fedllm.model.attention import PARTS_ATTENTION
-from fedllm.model.base import Base, find_modules, load_base
+from fedllm.model.base import Base, load_base
 from fedllm.model.losses import packed_losses
 from fedllm.model.noise import Piece
 from fedllm.model.packing import Packed, pack, shared_prefix, text_of
 from fedllm.model.slots import AdapterSlots, Installed
 from fedllm.model.stacked import StackedPass
+from fedllm.model.targets import find_modules
 from tests.decoders import Row
 from tests.model.test_slots import TARGETS, adapter, sides
 from tests.tiny import Tiny
