@@ -32,6 +32,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 RankSpec = PositiveInt | dict[str, PositiveInt]
+RowFormat = Literal["auto", "alpaca", "messages", "sharegpt", "completion"]
 SbatchOptions = dict[str, str | int | float | bool | None]
 
 
@@ -95,6 +96,7 @@ class DataSection(Section):
 
     path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
     revision: str | None = None
+    format: RowFormat = "auto"
     columns: ColumnsSection = ColumnsSection()
     template: Literal["alpaca", "chat"] = "alpaca"
     loss_on: Literal["answer", "all"] = "answer"

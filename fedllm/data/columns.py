@@ -1,13 +1,19 @@
 """Columns: from a user's table to the columns that everything here works on.
 
 The canonical columns are `client`, `category`, `instruction`, `input` (text) and `references`
-(a list of text, whose first is the answer to train). The user's integer columns come along as
-`integer.<name>`, because `clients.held_out_from` may ask for them.
+(a list of text, whose first is the answer to train), and of conversations `turns`. The user's
+integer columns come along as `integer.<name>`, because `clients.held_out_from` may ask for them.
+
+What is missing (null, NaN) is empty text, among references it is left out, and as a client it is
+refused. A client that is a number is a whole one: 3 and 3.0 are the same.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +21,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedllm.config.models import ColumnsSection
+from fedllm.data.blocks import Block, Place, row_number
+from fedllm.data.conversations import TURN_LISTS, answers, turn_lists
+from fedllm.data.formats import ALPACA, SYSTEM, RowColumns, row_columns
 from fedllm.errors import DataError
 from fedllm.planning.seeding import seed_of
+from fedllm.storage.hub import first_line
 
 INTEGER_PREFIX = "integer."
-_OPTIONAL = {"category", "instruction", "input"}
+TURNS = "turns"
+# above, floating point numbers stand for more integers than one
+_LARGEST_EXACT = 2**53
+# conversations turned into Python objects at a time
+_BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,53 +45,77 @@ class ClientRows:
 
 
 def canonical(raw: pa.Table, columns: ColumnsSection, where: str) -> pa.Table:
-    """Return the canonical columns of a user's table; ids become text, missing text is empty.
+    """Return the canonical columns of rows of the format `alpaca`; see `canonical_block`.
 
     Raises:
-        DataError: a column is missing or holds neither text nor numbers, or a client id is null.
+        DataError: as there, and where a column is missing.
     """
-    check_columns(raw.column_names, columns, where)
-    names: dict[str, str | None] = columns.model_dump()
+    wanted = row_columns(ALPACA, columns)
+    names = tuple(raw.column_names)
+    wanted.check(names, where)
+    return canonical_block(Block(table=raw, names=names, where=where, place=row_number), wanted)
+
+
+def canonical_block(block: Block, wanted: RowColumns) -> pa.Table:
+    """Return the canonical columns of some rows; ids become text, missing text is empty.
+
+    Raises:
+        DataError: a column holds neither text nor numbers, a client is missing or no whole
+            number, or a conversation is not as `turn_lists` needs it.
+    """
+    names = wanted.columns
     arrays = {
-        key: _text(raw, name, f"data.columns.{key}")
-        for key, name in names.items()
-        if key in {"client", *_OPTIONAL}
+        "client": _clients(block, names.client),
+        "category": _texts(block, "category", names.category),
+        "instruction": _texts(block, "instruction", names.instruction),
+        "input": _texts(block, "input", names.input),
     }
-    if raw[columns.client].null_count:
-        raise DataError(
-            f"data.columns.client: {raw[columns.client].null_count} rows of {where} have no "
-            f"`{columns.client}`; give every row its client"
-        )
-    arrays["references"] = _references(raw, columns.output)
-    for field in raw.schema:
-        if pa.types.is_integer(field.type):
-            arrays[INTEGER_PREFIX + field.name] = raw[field.name].cast(pa.int64())
+    if wanted.conversations:
+        arrays[TURNS] = _turns(block, names.output)
+        arrays["references"] = answers(arrays[TURNS])
+    else:
+        arrays["references"] = _references(block, names.output)
+    for name in block.table.column_names:
+        integers = _integers(block.table[name])
+        if integers is not None:
+            arrays[INTEGER_PREFIX + name] = integers
     return pa.table(arrays)
 
 
-def check_columns(found: Sequence[str], columns: ColumnsSection, where: str) -> None:
-    """Refuse data without a column that the configuration names.
+def client_text(value: Any) -> str | None:
+    """Return a client's id as text, of a number that is whole; None of any other number."""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < _LARGEST_EXACT else None
+    if isinstance(value, Decimal):
+        return str(int(value)) if value == value.to_integral_value() else None
+    return str(value)
+
+
+def no_client(value: Any, where: str) -> DataError:
+    """Return the refusal of a number that names no client."""
+    return DataError(
+        f"data.columns.client: {where}: {value} is no whole number below 2**53; name "
+        "clients by whole numbers or by text"
+    )
+
+
+def client_texts(indices: pa.Array, values: Sequence[Any], where: str, place: Place) -> pa.Array:
+    """Return the ids of clients that `indices` point to in `values`, as text.
 
     Raises:
-        DataError: it names all that are missing, their keys and the columns there are.
+        DataError: a value is a number, but no whole one (with the place of its first row).
     """
-    missing = [
-        f"data.columns.{key}: no column `{name}`"
-        + (f" (null if there is none: data.columns.{key}=null)" if key in _OPTIONAL else "")
-        for key, name in columns.model_dump().items()
-        if name is not None and name not in found
-    ]
-    if missing:
-        raise DataError(
-            f"{'; '.join(missing)}; {where} has {', '.join(found)}: name the right one, for "
-            "example --set data.columns.client=NAME"
-        )
+    texts = [client_text(value) for value in values]
+    if None in texts:
+        bad = texts.index(None)
+        index = pc.index(indices, pa.scalar(bad, indices.type)).as_py()
+        raise no_client(values[bad], f"{where} {place(index)}")
+    return pa.array(texts, pa.large_string()).take(indices)
 
 
-def needed_columns(schema: pa.Schema, columns: ColumnsSection) -> list[str]:
-    """Return the names that `canonical` reads, for readers that can leave the others out."""
-    named = set(columns.model_dump().values())
-    return [f.name for f in schema if f.name in named or pa.types.is_integer(f.type)]
+def needed_columns(schema: pa.Schema, wanted: RowColumns) -> list[str]:
+    """Return the names that `canonical_block` reads, for readers that can leave the others out."""
+    return [f.name for f in schema if f.name in wanted.wanted or pa.types.is_integer(f.type)]
 
 
 def rows_by_client(table: pa.Table) -> Iterator[ClientRows]:
@@ -106,25 +144,119 @@ def split_rows(table: pa.Table, fraction: float, seed: int) -> dict[str, pa.Tabl
     return {"train": table.filter(pa.array(~is_test)), "test": table.filter(pa.array(is_test))}
 
 
-def _text(raw: pa.Table, name: str | None, key: str) -> pa.ChunkedArray:
+def _clients(block: Block, name: str) -> pa.ChunkedArray:
+    values = _plain(block.table[name])
+    if pa.types.is_floating(values.type):
+        values = values.cast(pa.float64())
+        values = pc.if_else(pc.is_nan(values), None, values)
+    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
+        encoded = pc.dictionary_encode(values.combine_chunks())
+        distinct = encoded.dictionary.to_pylist()
+        texts = client_texts(encoded.indices, distinct, block.where, block.place)
+        clients = pa.chunked_array([texts])
+    else:
+        clients = _as_text(values, block, "client", name)
+    missing = pc.fill_null(pc.equal(clients, ""), True)
+    count = pc.sum(missing).as_py() or 0
+    if count:
+        first = block.place(pc.index(missing, True).as_py())
+        raise DataError(
+            f"data.columns.client: {count:,} rows of {block.where} have no `{name}` ({first}"
+            f"{' is the first' if count > 1 else ''}); give every row its client"
+        )
+    return clients
+
+
+def _texts(block: Block, key: str, name: str | None) -> pa.ChunkedArray:
     if name is None:
-        return pa.chunked_array([pa.repeat(pa.scalar("", pa.large_string()), raw.num_rows)])
-    values = raw[name]
-    if pa.types.is_nested(values.type) or pa.types.is_binary(values.type):
-        raise DataError(f"{key}: column `{name}` holds {values.type}, need text or numbers")
-    return pc.fill_null(values.cast(pa.large_string()), "")
+        empty = pa.repeat(pa.scalar("", pa.large_string()), block.table.num_rows)
+        return pa.chunked_array([empty])
+    return pc.fill_null(_as_text(_plain(block.table[name]), block, key, name), "")
 
 
-def _references(raw: pa.Table, name: str) -> pa.ChunkedArray:
-    values = raw[name]
-    wanted = pa.list_(pa.large_string())
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        if pa.types.is_nested(values.type.value_type):
-            raise DataError(f"data.columns.output: column `{name}` holds {values.type}, need text")
-        return pc.fill_null(values.cast(wanted), pa.scalar([], wanted))
-    text = _text(raw, name, "data.columns.output")
-    return pa.chunked_array([_one_each(chunk) for chunk in text.chunks], type=wanted)
+def _references(block: Block, name: str) -> pa.ChunkedArray:
+    """Return the answers of every row that are not empty, in a list."""
+    lists = pa.list_(pa.large_string())
+    chunks = []
+    for chunk in _plain(block.table[name]).chunks:
+        owners, items = np.arange(len(chunk)), chunk
+        if _is_list(chunk.type):
+            owners, items = pc.list_parent_indices(chunk).to_numpy(), pc.list_flatten(chunk)
+        plain = _plain(pa.chunked_array([items]))
+        texts = _as_text(plain, block, "output", name).combine_chunks()
+        kept = pc.fill_null(pc.not_equal(texts, ""), False)
+        counts = np.bincount(owners[kept.to_numpy(zero_copy_only=False)], minlength=len(chunk))
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        chunks.append(pa.ListArray.from_arrays(pa.array(offsets), texts.filter(kept)))
+    return pa.chunked_array(chunks, type=lists)
 
 
-def _one_each(chunk: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(np.arange(len(chunk) + 1, dtype=np.int32)), chunk)
+def _turns(block: Block, name: str) -> pa.ChunkedArray:
+    values = block.table[name]
+    if values.type == TURN_LISTS:
+        return values
+    systems = block.table[SYSTEM] if SYSTEM in block.table.column_names else None
+    chunks = [
+        turn_lists(
+            values.slice(start, _BLOCK_ROWS).to_pylist(),
+            None if systems is None else systems.slice(start, _BLOCK_ROWS).to_pylist(),
+            block.where,
+            partial(_further, block.place, start),
+        )
+        for start in range(0, len(values), _BLOCK_ROWS)
+    ]
+    return pa.chunked_array(chunks, type=TURN_LISTS)
+
+
+def _further(place: Place, start: int, index: int) -> str:
+    return place(start + index)
+
+
+def _integers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Return a column of integers; None of any other, or of integers that are too large."""
+    values = _plain(values)
+    if not pa.types.is_integer(values.type):
+        return None
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+
+
+def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return values without the ways of storing them that repeat or rename a type."""
+    if isinstance(values.type, pa.BaseExtensionType):
+        values = pa.chunked_array([c.storage for c in values.chunks], values.type.storage_type)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    return values
+
+
+def _as_text(values: pa.ChunkedArray, block: Block, key: str, name: str) -> pa.ChunkedArray:
+    """Return values as text; null stays null, and NaN and infinite numbers become it."""
+    where = f"data.columns.{key}: column `{name}` of {block.where}"
+    type_ = values.type
+    if pa.types.is_nested(type_) or _is_binary(type_):
+        raise DataError(f"{where} holds {type_}, need text or numbers")
+    if pa.types.is_floating(type_):
+        values = values.cast(pa.float32()) if pa.types.is_float16(type_) else values
+        values = pc.if_else(pc.is_finite(values), values, None)
+    try:
+        texts = values.cast(pa.large_string())
+        # no reader of Arrow's formats looks at the bytes of a text
+        texts.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{where} holds {type_} that is no text ({first_line(error)})") from error
+    return texts
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    kinds = pa.types
+    tests = (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list, kinds.is_list_view)
+    return any(test(type_) for test in (*tests, kinds.is_large_list_view))
+
+
+def _is_binary(type_: pa.DataType) -> bool:
+    kinds = pa.types
+    tests = (kinds.is_binary, kinds.is_large_binary, kinds.is_fixed_size_binary)
+    return any(test(type_) for test in (*tests, kinds.is_binary_view))

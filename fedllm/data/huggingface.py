@@ -2,23 +2,32 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from fedllm.data.files.splits import SPLIT_NAMES, TRAIN
 from fedllm.errors import DataError
 from fedllm.storage.folders import publishing_folder
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
 from fedllm.storage.paths import CachePaths
 
-_MARKS = ("dataset_info.json", "dataset_dict.json")
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSplits:
+    """The splits of a saved data set that are read, and the names of those that are not."""
+
+    tables: Mapping[str, pa.Table]
+    unread: Sequence[str]
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Say whether `save_to_disk` wrote this folder."""
-    return any((folder / mark).is_file() for mark in _MARKS)
+    """Say whether `save_to_disk` wrote this folder; `dataset_info.json` alone is others' too."""
+    one = all((folder / mark).is_file() for mark in ("state.json", "dataset_info.json"))
+    return one or (folder / "dataset_dict.json").is_file()
 
 
 def fetch_dataset(name: str, revision: str | None, cache: CachePaths) -> Path:
@@ -41,32 +50,58 @@ def fetch_dataset(name: str, revision: str | None, cache: CachePaths) -> Path:
     return folder
 
 
-def has_test_split(folder: Path) -> bool:
-    """Say whether a folder that `save_to_disk` wrote has a split `test`."""
-    mark = folder / "dataset_dict.json"
-    return mark.is_file() and "test" in json.loads(mark.read_bytes())["splits"]
-
-
-def read_saved_dataset(folder: Path) -> dict[str, pa.Table]:
-    """Return the tables of a folder that `save_to_disk` wrote, one per split.
+def read_saved_dataset(folder: Path) -> SavedSplits:
+    """Return the tables of a folder that `save_to_disk` wrote, as they are mapped into memory.
 
     Raises:
-        DataError: it cannot be read, or has no split `train`.
+        DataError: it cannot be read, has no split `train`, or has a split under two names.
     """
+    try:
+        splits = _folders_of_splits(folder)
+        named = _by_split(list(splits), folder)
+        tables = {split: _saved_table(splits[name]) for split, name in named.items()}
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"data.path: {folder} is no whole saved data set ({error})") from error
+    unread = [name for name in splits if name not in named.values()]
+    return SavedSplits(tables=tables, unread=unread)
+
+
+def _folders_of_splits(folder: Path) -> dict[str, Path]:
+    mark = folder / "dataset_dict.json"
+    if not mark.is_file():
+        return {TRAIN: folder}
+    return {name: folder / name for name in json.loads(mark.read_bytes())["splits"]}
+
+
+def _by_split(names: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return the name of each split that is read."""
+    named: dict[str, str] = {}
+    for name in names:
+        split = SPLIT_NAMES.get(name.lower())
+        if split in named:
+            raise DataError(
+                f"data.path: {folder} has the splits {named[split]} and {name}, both for {split}; "
+                "save it with one of them"
+            )
+        if split is not None:
+            named[split] = name
+    if TRAIN not in named:
+        raise DataError(
+            f"data.path: {folder} has the splits {', '.join(names)}; need one named train"
+        )
+    return named
+
+
+def _saved_table(folder: Path) -> pa.Table:
+    if not json.loads((folder / "state.json").read_bytes())["_data_files"]:
+        # `datasets` writes a split without rows, but cannot read it
+        return pa.table({})
     import datasets
 
     datasets.disable_progress_bars()
-    try:
-        found: Any = datasets.load_from_disk(os.fspath(folder))
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
-        raise DataError(f"data.path: {folder} is no whole saved data set ({error})") from error
-    splits = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
-    named = {_SPLITS[name]: split for name, split in splits.items() if name in _SPLITS}
-    if "train" not in named:
-        raise DataError(
-            f"data.path: {folder} has the splits {', '.join(splits)}; need one named train"
-        )
-    return {name: _table(split) for name, split in named.items()}
+    return _table(datasets.load_from_disk(os.fspath(folder)))
 
 
 def _table(split: Any) -> pa.Table:

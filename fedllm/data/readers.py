@@ -1,110 +1,240 @@
 """Readers: from `data.path` to tables of canonical columns, one per split.
 
-A reader is a function from files to a table; `FORMATS` is the whole list. Where there is no test
-split, `data.test_fraction` of every client's rows becomes one.
+A kind of file is a pair of functions, one that looks at its first rows and one that reads them in
+blocks; `FILE_KINDS` is the whole list. Where there is no test split, `data.test_fraction` of every
+client's rows becomes one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fedllm.config.models import ColumnsSection, DataSection
-from fedllm.data.columns import canonical, check_columns, needed_columns, split_rows
+from fedllm.data.blocks import Block, row_number
+from fedllm.data.columns import canonical_block, needed_columns, split_rows
 from fedllm.data.embedded import embedded_rows
-from fedllm.data.huggingface import (
-    fetch_dataset,
-    has_test_split,
-    is_saved_dataset,
-    read_saved_dataset,
-)
-from fedllm.data.json_files import read_json, read_json_lines
+from fedllm.data.files.csv_rows import peek_csv, read_csv
+from fedllm.data.files.json_objects import peek_json, read_json
+from fedllm.data.files.parquet_rows import columns_of, peek_parquet, read_parquet
+from fedllm.data.files.splits import TEST, TRAIN, VALIDATION, kind_of, shown, split_files
+from fedllm.data.formats import RowColumns, find_format, row_columns
+from fedllm.data.huggingface import fetch_dataset, is_saved_dataset, read_saved_dataset
 from fedllm.errors import DataError
 from fedllm.storage.fingerprints import fingerprint_files, fingerprint_values
 from fedllm.storage.paths import CachePaths
 
-SPLITS = ("train", "validation", "test")
 EMBEDDED = "embedded"
 
 Tables = dict[str, pa.Table]
+# the columns of some rows, and whether they hold lists; None where there are no rows
+Peek = dict[str, bool] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where rows come from; `read` gives a table of canonical columns per split."""
+    """Where rows come from; `read` gives a table of canonical columns per split.
+
+    `notes` say what was found, a line each.
+    """
 
     fingerprint: str
+    notes: tuple[str, ...]
     read: Callable[[], Tables]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Raw:
-    """Tables with the user's columns, of the splits that there are."""
+class _FileKind:
+    peek: Callable[[Path], Peek]
+    read: Callable[[Path, RowColumns], Iterator[Block]]
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Rows of one split from one place: a file, or a split of a saved data set."""
+
+    split: str
+    name: str
+    peek: Callable[[], Peek]
+    read: Callable[[RowColumns], Iterator[Block]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """All parts, with the user's columns; `unread` are names of what looks like rows too."""
+
+    path: str
     fingerprint: str
-    has_test: bool
-    read: Callable[[], Tables]
+    parts: Sequence[_Part]
+    unread: str = ""
 
 
 def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Source:
-    """Find the data that a configuration names; nothing is read yet but for its fingerprint.
+    """Find the data that a configuration names; only their fingerprint and first rows are read.
 
     Args:
-        section: path, columns and test fraction.
+        section: path, format, columns and test fraction.
         cache: where a data set of the Hugging Face hub is fetched to, once.
         split_seed: decides the test rows where the data have no test split.
 
     Raises:
-        DataError: nothing is there, or nothing that can be read.
+        DataError: nothing is there, nothing that can be read, or rows of two formats.
     """
-    raw = _find(section, cache)
-    columns = section.columns if section.path != EMBEDDED else ColumnsSection()
+    found = _find(section, cache)
+    given = section.columns if section.path != EMBEDDED else ColumnsSection()
+    peeks = [part.peek() for part in found.parts]
+    used = [part for part, peek in zip(found.parts, peeks, strict=True) if peek is not None]
+    empty = [part for part, peek in zip(found.parts, peeks, strict=True) if peek is None]
+    if not any(part.split == TRAIN for part in used):
+        names = ", ".join(part.name for part in empty if part.split == TRAIN)
+        raise DataError(f"data.path: {found.path} has no rows to train on ({names} is empty)")
+    wanted = row_columns(_one_format(section, found, peeks, given), given)
+    has_test = any(part.split == TEST for part in used)
+    made = () if has_test else (section.test_fraction, split_seed)
 
     def read() -> Tables:
-        tables = {
-            split: canonical(table, columns, f"{section.path} ({split})")
-            for split, table in raw.read().items()
-        }
-        if not raw.has_test:
-            tables |= split_rows(tables["train"], section.test_fraction, split_seed)
-        return tables
+        tables = _read(used, wanted)
+        if not has_test:
+            tables |= split_rows(tables[TRAIN], section.test_fraction, split_seed)
+        _check_spellings(tables, section.path)
+        # of a small fraction, or of one row a client, no test rows may come
+        return {split: table for split, table in tables.items() if table.num_rows}
 
-    made = () if raw.has_test else (section.test_fraction, split_seed)
-    fingerprint = fingerprint_values(raw.fingerprint, columns.model_dump(), made)
-    return Source(fingerprint=fingerprint, read=read)
+    return Source(
+        fingerprint=fingerprint_values(found.fingerprint, given.model_dump(), made, wanted.format),
+        notes=_notes(found, used, empty, wanted, section) if section.path != EMBEDDED else (),
+        read=read,
+    )
 
 
-def _find(section: DataSection, cache: CachePaths) -> _Raw:
+def _one_format(
+    section: DataSection, found: _Found, peeks: Sequence[Peek], given: ColumnsSection
+) -> str:
+    formats: dict[str, str] = {}
+    for part, peek in zip(found.parts, peeks, strict=True):
+        if peek is not None:
+            formats.setdefault(find_format(section.format, peek, given, part.name), part.name)
+    if len(formats) > 1:
+        (one, here), (two, there), *_ = formats.items()
+        raise DataError(
+            f"data.format: {here} holds rows of {one}, {there} of {two}; convert them, or give "
+            "each format a run of its own"
+        )
+    return next(iter(formats))
+
+
+def _read(parts: Sequence[_Part], wanted: RowColumns) -> Tables:
+    """Return the canonical tables of all parts, joined by split."""
+    blocks: dict[str, list[pa.Table]] = {}
+    names: dict[str, dict[str, None]] = {}
+    for part in parts:
+        for block in part.read(wanted):
+            blocks.setdefault(part.split, []).append(canonical_block(block, wanted))
+            names.setdefault(part.split, {}).update(dict.fromkeys(block.names))
+    for split, found in names.items():
+        where = ", ".join(part.name for part in parts if part.split == split)
+        wanted.check(list(found), where)
+    # integer columns of some blocks only are null in the others
+    return {
+        split: pa.concat_tables(tables, promote_options="permissive")
+        for split, tables in blocks.items()
+    }
+
+
+def _check_spellings(tables: Tables, path: str) -> None:
+    """Refuse clients that are one number in two spellings: each would have half of the rows."""
+    clients = set().union(*(table["client"].unique().to_pylist() for table in tables.values()))
+    for client in sorted(clients):
+        whole = re.fullmatch(r"([0-9]+)\.0*", client)
+        if whole and whole[1] in clients:
+            raise DataError(
+                f"data.columns.client: {path} has the clients {whole[1]} and {client} (as text); "
+                "write one client in one way"
+            )
+
+
+def _notes(
+    found: _Found,
+    used: Sequence[_Part],
+    empty: Sequence[_Part],
+    wanted: RowColumns,
+    section: DataSection,
+) -> tuple[str, ...]:
+    """Say format, splits and what is left out."""
+    splits = []
+    for split in (TRAIN, VALIDATION, TEST):
+        names = [part.name for part in used if part.split == split]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            splits.append(f"{split} {names[0]}{more}")
+    if not any(part.split == TEST for part in used):
+        share = f"{section.test_fraction:.0%} of each client's training rows"
+        splits.append(
+            f"test {share}, since there is no test file" if section.test_fraction else "no test"
+        )
+    lines = [f"data: rows of format {wanted.format}; {', '.join(splits)}"]
+    if empty:
+        lines.append(f"data: without rows, left out: {', '.join(part.name for part in empty)}")
+    if found.unread:
+        lines.append(f"data: not read: {found.unread}")
+    return tuple(lines)
+
+
+def _find(section: DataSection, cache: CachePaths) -> _Found:
     if section.path == EMBEDDED:
         return _embedded(section)
     path = Path(section.path).expanduser()
     if not path.exists():
         path = fetch_dataset(section.path, section.revision, cache)
     if path.is_dir() and is_saved_dataset(path):
-        return _Raw(
-            fingerprint=fingerprint_files(_files_below(path), path),
-            has_test=has_test_split(path),
-            read=lambda: read_saved_dataset(path),
-        )
-    files = _files_of(path)
-    return _Raw(
-        fingerprint=fingerprint_files(
-            [file for split in files.values() for file in split],
-            path if path.is_dir() else path.parent,
-        ),
-        has_test="test" in files,
-        read=lambda: {split: _joined(found, section.columns) for split, found in files.items()},
+        return _saved(path, section.path)
+    if path.is_dir():
+        return _folder(path)
+    if kind_of(path) not in FILE_KINDS:
+        raise DataError(f"data.path: {path} is no {' or '.join(FILE_KINDS)} file; convert it")
+    fingerprint = fingerprint_files([path], path.parent)
+    part = _file_part(TRAIN, path, path.parent)
+    return _Found(path=section.path, fingerprint=fingerprint, parts=[part])
+
+
+def _folder(folder: Path) -> _Found:
+    found = split_files(folder, FILE_KINDS)
+    parts = [
+        _file_part(split, file, folder) for split, files in found.splits.items() for file in files
+    ]
+    files = [file for split in found.splits.values() for file in split]
+    return _Found(
+        path=str(folder),
+        fingerprint=fingerprint_files(files, folder),
+        parts=parts,
+        unread=shown(found.unread, folder),
     )
 
 
-def _joined(files: Sequence[Path], columns: ColumnsSection) -> pa.Table:
-    tables = [FORMATS[file.suffix](file, columns) for file in files]
-    return pa.concat_tables(tables, promote_options="permissive")
+def _file_part(split: str, file: Path, folder: Path) -> _Part:
+    kind = FILE_KINDS[kind_of(file)]
+    return _Part(
+        split=split,
+        name=str(file.relative_to(folder)),
+        peek=partial(kind.peek, file),
+        read=partial(kind.read, file),
+    )
 
 
-def _embedded(section: DataSection) -> _Raw:
+def _saved(folder: Path, name: str) -> _Found:
+    saved = read_saved_dataset(folder)
+    return _Found(
+        path=name,
+        fingerprint=fingerprint_files(_files_below(folder), folder),
+        parts=[_table_part(split, table, str(folder)) for split, table in saved.tables.items()],
+        unread=", ".join(saved.unread),
+    )
+
+
+def _embedded(section: DataSection) -> _Found:
     rows = list(embedded_rows(section.embedded_clients, section.embedded_rows))
     columns = {
         "client_id": [row.client for row in rows],
@@ -113,56 +243,40 @@ def _embedded(section: DataSection) -> _Raw:
         "input": [row.input for row in rows],
         "output": [row.output for row in rows],
     }
-    return _Raw(
+    return _Found(
+        path=EMBEDDED,
         fingerprint=fingerprint_values(columns),
-        has_test=False,
-        read=lambda: {"train": pa.table(columns)},
+        parts=[_table_part(TRAIN, pa.table(columns), EMBEDDED)],
     )
+
+
+def _table_part(split: str, table: pa.Table, where: str) -> _Part:
+    block = Block(
+        table=table,
+        names=tuple(table.column_names),
+        where=f"{where} ({split})",
+        place=row_number,
+    )
+
+    def read(wanted: RowColumns) -> Iterator[Block]:
+        wanted.check(block.names, f"{where} ({split})")
+        yield replace(block, table=table.select(needed_columns(table.schema, wanted)))
+
+    peek = columns_of(table.schema) if table.num_rows else None
+    return _Part(split=split, name=f"split {split}", peek=lambda: peek, read=read)
 
 
 def _files_below(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.is_file()]
 
 
-def _files_of(path: Path) -> dict[str, list[Path]]:
-    """Return the files of each split: `train.jsonl`, or the parts `train-*.jsonl`."""
-    if path.is_file():
-        if path.suffix not in FORMATS:
-            raise DataError(f"data.path: {path} is no {' or '.join(FORMATS)} file; convert it")
-        return {"train": [path]}
-    found = {split: _files_of_split(path, split) for split in SPLITS}
-    if not found["train"]:
-        here = sorted(file.name for file in path.iterdir())
-        shown = ", ".join(here[:6]) + (", ..." if len(here) > 6 else "") or "nothing"
-        raise DataError(
-            f"data.path: {path} holds {shown}; need train.parquet or train.jsonl (and, if there "
-            "are any, validation.* and test.*), or a saved Hugging Face dataset"
-        )
-    return {split: files for split, files in found.items() if files}
-
-
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    for suffix in FORMATS:
-        whole = folder / f"{split}{suffix}"
-        if whole.is_file():
-            return [whole]
-        parts = sorted(folder.glob(f"{split}-*{suffix}"))
-        if parts:
-            return parts
-    return []
-
-
-def _read_parquet(file: Path, columns: ColumnsSection) -> pa.Table:
-    try:
-        schema = pq.read_schema(file)
-        check_columns(schema.names, columns, str(file))
-        return pq.read_table(file, columns=needed_columns(schema, columns))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"data.path: {file} cannot be read as parquet ({error})") from error
-
-
-FORMATS: Mapping[str, Callable[[Path, ColumnsSection], pa.Table]] = {
-    ".parquet": _read_parquet,
-    ".jsonl": read_json_lines,
-    ".json": read_json,
+FILE_KINDS: Mapping[str, _FileKind] = {
+    ".parquet": _FileKind(peek=peek_parquet, read=read_parquet),
+    **dict.fromkeys(
+        (".jsonl", ".json", ".ndjson", ".jsonlines"), _FileKind(peek=peek_json, read=read_json)
+    ),
+    ".csv": _FileKind(peek=partial(peek_csv, delimiter=","), read=partial(read_csv, delimiter=",")),
+    ".tsv": _FileKind(
+        peek=partial(peek_csv, delimiter="\t"), read=partial(read_csv, delimiter="\t")
+    ),
 }

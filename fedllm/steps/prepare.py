@@ -221,6 +221,8 @@ def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) ->
     if not folder.is_dir():
         encoder = row_encoder(config.data, load_tokenizer(base))
         write_clients(folder, source.read(), encoder, report)
+    for note in source.notes:
+        report(note)
     return folder
 
 

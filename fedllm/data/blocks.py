@@ -1,0 +1,26 @@
+"""Blocks of rows: some rows of one file, in its own columns, that know where they came from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+Place = Callable[[int], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Rows of one file, and for every row its place there, such as `line 7`.
+
+    `names` are all columns that were found; `table` may have more, of nulls only.
+    """
+
+    table: pa.Table
+    names: tuple[str, ...]
+    where: str
+    place: Place
+
+
+def row_number(index: int) -> str:
+    """Return the place of a row in a file that has no lines: rows count from 1."""
+    return f"row {index + 1:,}"

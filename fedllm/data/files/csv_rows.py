@@ -1,0 +1,152 @@
+"""CSV and TSV files as rows: every field is text, a field that is empty or NaN is missing.
+
+Quotes tell the two apart: `"NaN"` is text, and so is `""`.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from fedllm.data.blocks import Block, Place
+from fedllm.data.columns import client_texts
+from fedllm.data.files.decoded import decoded
+from fedllm.data.formats import RowColumns
+from fedllm.errors import DataError
+from fedllm.storage.hub import first_line
+
+_MISSING = ["", "NaN", "nan"]
+_BLOCK_BYTES = 16 << 20
+_OTHER_DELIMITERS = ";\t|,"
+# what a program makes of the integer 3 when another row has none
+_DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]*", re.ASCII)
+
+
+def peek_csv(file: Path, delimiter: str) -> dict[str, bool] | None:
+    """Return the columns of a file; None where it has no rows.
+
+    Raises:
+        DataError: it is no text.
+    """
+    names = _header(file, delimiter)
+    return dict.fromkeys(names, False) if names else None
+
+
+def read_csv(file: Path, wanted: RowColumns, delimiter: str) -> Iterator[Block]:
+    """Yield the rows of a file whose first row names the columns.
+
+    Raises:
+        DataError: it is not text, a row has another number of fields than the first, a quote is
+            not closed or a column is missing.
+    """
+    names = _header(file, delimiter)
+    _check_names(names, wanted, file, delimiter)
+    stream = _Encoded(file)
+    start, where = 0, str(file)
+    try:
+        for batch in _batches(stream, names, delimiter):
+            place = partial(_row, start)
+            table = _with_clients(pa.table(batch), wanted.columns.client, where, place)
+            start += batch.num_rows
+            yield Block(
+                table=table.select(list(dict.fromkeys(n for n in names if n in wanted.wanted))),
+                names=tuple(names),
+                where=where,
+                place=place,
+            )
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"data.path: {file}: {first_line(error)}; correct the row (a field that holds "
+            "delimiters, quotes or line breaks stands in quotes)"
+        ) from error
+    if stream.quotes % 2:
+        raise DataError(
+            f'data.path: {file} has an odd number of quotes ("): one of them is not closed; a '
+            'quote within a field is written twice (""), in a field that stands in quotes'
+        )
+
+
+def _header(file: Path, delimiter: str) -> list[str]:
+    """Return the names in a file's first row; none where no row follows."""
+    text = ""
+    for chunk in decoded(file):
+        text += chunk
+        lines = io.StringIO(text, newline="")
+        names = next(filter(None, csv.reader(lines, delimiter=delimiter)), None)
+        if names and lines.read().strip(" \r\n"):
+            return names
+    return []
+
+
+class _Encoded(io.RawIOBase):
+    """A file's text as UTF-8, whatever it is in."""
+
+    def __init__(self, file: Path) -> None:
+        self._chunks = decoded(file)
+        self._left = b""
+        self.quotes = 0
+
+    def readable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def readinto(self, buffer: "memoryview") -> int:  # type: ignore[override]
+        """Fill a buffer; 0 at the end."""
+        if not self._left:
+            self._left = next(self._chunks, "").encode()
+            self.quotes += self._left.count(b'"')
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+def _batches(stream: _Encoded, names: list[str], delimiter: str) -> Iterator[pa.RecordBatch]:
+    yield from pyarrow.csv.open_csv(
+        pa.PythonFile(stream, "r"),
+        # with threads its errors name no row
+        read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            null_values=_MISSING,
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
+
+
+def _check_names(names: list[str], wanted: RowColumns, file: Path, delimiter: str) -> None:
+    twice = [name for name in wanted.wanted if names.count(name) > 1]
+    if twice:
+        raise DataError(f"data.path: {file} has two columns `{twice[0]}`; rename one")
+    try:
+        wanted.check(names, str(file))
+    except DataError as error:
+        other = next((d for d in _OTHER_DELIMITERS if d != delimiter and d in "".join(names)), None)
+        if len(names) > 1 or other is None:
+            raise
+        expected = "tabs" if delimiter == "\t" else "commas"
+        raise DataError(
+            f"data.path: {file} is read with {expected} between its fields, but its first row has "
+            f"{other!r} there ({names[0]:.60}); save it with commas as .csv, or with tabs as .tsv"
+        ) from error
+
+
+def _with_clients(table: pa.Table, name: str, where: str, place: Place) -> pa.Table:
+    """Return a table whose clients are whole numbers where they are written as 3.0."""
+    encoded = pc.dictionary_encode(table[name].combine_chunks())
+    texts = encoded.dictionary.to_pylist()
+    values = [Decimal(text) if _DECIMAL.fullmatch(text) else text for text in texts]
+    clients = client_texts(encoded.indices, values, where, place)
+    return table.set_column(table.column_names.index(name), name, clients)
+
+
+def _row(start: int, index: int) -> str:
+    return f"row {start + index + 2:,} (the header is row 1)"

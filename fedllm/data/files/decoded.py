@@ -1,0 +1,70 @@
+"""Text of a file, whatever wrote it: compressed or not, UTF-8 or UTF-16, with or without a mark."""
+
+import codecs
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+
+from fedllm.errors import DataError
+
+_CHUNK_BYTES = 1 << 20
+# by content: the name is lost or wrong where files were packed or unpacked on the way
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+# the marks of UTF-32 begin as those of UTF-16
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decoded(file: Path) -> Iterator[str]:
+    """Yield the text of a file, about a MiB at a time, without its byte order mark.
+
+    Raises:
+        DataError: it cannot be read, or holds what is no text (with the line).
+    """
+    chunks = _chunks(file)
+    first = next(chunks, b"")
+    mark, encoding = next((m for m in _MARKS if first.startswith(m[0])), (b"", "utf-8"))
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line = 1
+    for chunk in chain([first[len(mark) :]], chunks, [None]):
+        try:
+            text = decoder.decode(chunk or b"", final=chunk is None)
+        except UnicodeDecodeError as error:
+            raise _no_text(file, line, error) from error
+        if "\0" in text:
+            number = line + text.count("\n", 0, text.index("\0"))
+            raise DataError(
+                f"data.path: {file} line {number} holds a zero byte, so it is no UTF-8 text; save "
+                "it as UTF-8 (or as UTF-16 with a byte order mark)"
+            )
+        line += text.count("\n")
+        if text:
+            yield text
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as raw:
+            head = raw.read(4)
+        found = (name for mark, name in _COMPRESSIONS.items() if head.startswith(mark))
+        with pa.input_stream(str(file), compression=next(found, None)) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"data.path: {file} cannot be read ({error}); is it whole?") from error
+
+
+def _no_text(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    before = error.object[: error.start].decode(error.encoding, errors="replace")
+    name = "UTF-8" if error.encoding == "utf-8" else error.encoding.upper()
+    return DataError(
+        f"data.path: {file} line {line + before.count(chr(10))} is not {name} (byte "
+        f"0x{error.object[error.start]:02x}); convert the file to UTF-8"
+    )

@@ -1,0 +1,51 @@
+"""Parquet files as rows."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedllm.data.blocks import Block, row_number
+from fedllm.data.columns import needed_columns
+from fedllm.data.formats import RowColumns
+from fedllm.errors import DataError
+
+
+def peek_parquet(file: Path) -> dict[str, bool] | None:
+    """Return the columns of a file and whether they hold lists; None where it has no rows.
+
+    Raises:
+        DataError: it is no parquet file.
+    """
+    try:
+        with pq.ParquetFile(file) as opened:
+            schema, rows = opened.schema_arrow, opened.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+    return columns_of(schema) if rows else None
+
+
+def columns_of(schema: pa.Schema) -> dict[str, bool]:
+    """Return the columns of a schema and whether they hold lists."""
+    return {field.name: pa.types.is_nested(field.type) for field in schema}
+
+
+def read_parquet(file: Path, wanted: RowColumns) -> Iterator[Block]:
+    """Yield the rows of a parquet file, all at once: as Arrow holds them they are small.
+
+    Raises:
+        DataError: it is no parquet file, or a column is missing.
+    """
+    try:
+        schema = pq.read_schema(file)
+        wanted.check(schema.names, str(file))
+        table = pq.read_table(file, columns=needed_columns(schema, wanted))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+    names = tuple(schema.names)
+    yield Block(table=table, names=names, where=str(file), place=row_number)
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"data.path: {file} cannot be read as parquet ({error})")

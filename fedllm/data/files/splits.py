@@ -1,0 +1,203 @@
+"""Which files of a folder are the rows of which split.
+
+A file is of a split where its name is the split's, alone (`Test.jsonl`, `dev.csv.gz`) or with a
+part (`train-00000-of-00002.parquet`, `train_1.jsonl`), or where it lies in a folder of that name;
+all of it may lie in a folder `data`, as on the hub. What else looks like rows is told, never
+passed over: it may be somebody's test set.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.errors import DataError
+
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+
+SPLIT_NAMES: Mapping[str, str] = {
+    "train": TRAIN,
+    "training": TRAIN,
+    "validation": VALIDATION,
+    "valid": VALIDATION,
+    "val": VALIDATION,
+    "dev": VALIDATION,
+    "eval": VALIDATION,
+    "test": TEST,
+    "testing": TEST,
+}
+
+_COMPRESSED = {".gz", ".zst"}
+# what rows also come in, but is not read
+_TABLES = {
+    ".arrow",
+    ".avro",
+    ".feather",
+    ".h5",
+    ".hdf5",
+    ".npy",
+    ".npz",
+    ".orc",
+    ".pickle",
+    ".pkl",
+    ".pt",
+    ".sqlite",
+    ".tfrecord",
+}
+_SHEETS = {".ods", ".xls", ".xlsx"}
+_PACKED = {".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
+# of these only what has a split's name: most are notes
+_NOTES = {".txt", ".xml"}
+_OTHER_KINDS = _TABLES | _SHEETS | _PACKED | _NOTES
+# files that describe rows and hold none
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_PLAIN_NAME = re.compile(
+    rf"({'|'.join(SPLIT_NAMES)})(-.+|[._ ]?(part|shard)?[-._ ]?[0-9]+([-._ ]?of[-._ ]?[0-9]+)?)?"
+)
+_MOST_DEPTH = 3
+_SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFiles:
+    """The files of each split that there is, and those that look like rows and are not read."""
+
+    splits: Mapping[str, Sequence[Path]]
+    unread: Sequence[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A file of a split; `group` tells parts of one whole from two wholes."""
+
+    file: Path
+    split: str
+    kind: str
+    part: bool
+    group: tuple[str, ...]
+
+
+def kind_of(file: Path) -> str:
+    """Return what a file's name ends with, in lower case and without a compression's ending."""
+    name = Path(file.name.lower())
+    return (name.suffix in _COMPRESSED and name.with_suffix("").suffix) or name.suffix
+
+
+def split_files(folder: Path, kinds: Collection[str]) -> SplitFiles:
+    """Find the files of each split in a folder, of the kinds that can be read.
+
+    Raises:
+        DataError: there is no train split, a split has two sources, or is in a kind of file that
+            is not read.
+    """
+    found: dict[str, list[_Candidate]] = {split: [] for split in SPLITS}
+    unread = []
+    for file in _files_below(folder):
+        candidate = _candidate(file, folder, kinds)
+        if candidate is not None and candidate.kind in kinds:
+            found[candidate.split].append(candidate)
+        elif candidate is not None or kind_of(file) in {*kinds, *_OTHER_KINDS} - _NOTES:
+            unread.append(file)
+    for split, candidates in found.items():
+        _check_one_source(candidates, folder)
+        if not candidates:
+            _check_readable(split, unread, folder, kinds)
+    if not found[TRAIN]:
+        raise _no_train(folder)
+    splits = {split: [c.file for c in candidates] for split, candidates in found.items()}
+    return SplitFiles(splits={s: files for s, files in splits.items() if files}, unread=unread)
+
+
+def shown(files: Sequence[Path], folder: Path) -> str:
+    """Return the names of files below a folder, the first few of them."""
+    names = [str(file.relative_to(folder)) for file in files[:_SHOWN]]
+    return ", ".join(names) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield files in the order of their paths; hidden ones belong to some program."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        deep = len(here.relative_to(folder).parts) >= _MOST_DEPTH
+        folders[:] = [] if deep else sorted(name for name in folders if _is_shown(name))
+        shown_names = (name for name in sorted(names) if _is_shown(name))
+        yield from (here / name for name in shown_names if name not in _DESCRIPTIONS)
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith((".", "__"))
+
+
+def _candidate(file: Path, folder: Path, kinds: Collection[str]) -> _Candidate | None:
+    """Return a file as part of the split that its name or folder plainly says."""
+    kind = kind_of(file)
+    if kind not in {*_OTHER_KINDS, *kinds}:
+        return None
+    match = _PLAIN_NAME.fullmatch(_stem(file))
+    named = SPLIT_NAMES[match[1]] if match else None
+    folders = [name.lower() for name in file.relative_to(folder).parts[:-1]]
+    folders = folders[1:] if folders[:1] == ["data"] else folders
+    within = SPLIT_NAMES.get(folders[0]) if len(folders) == 1 else None
+    if folders and (within is None or named not in {None, within}):
+        return None
+    split = within or named
+    if split is None:
+        return None
+    place = (str(file.parent), kind)
+    if within or match is None:
+        return _Candidate(file=file, split=split, kind=kind, part=True, group=place)
+    group = (*place, match[1])
+    return _Candidate(file=file, split=split, kind=kind, part=bool(match[2]), group=group)
+
+
+def _stem(file: Path) -> str:
+    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if kind_of(file) in _OTHER_KINDS:
+        # packed once more, as in test.jsonl.zip
+        return name.partition(".")[0]
+    return name.removesuffix(kind_of(file))
+
+
+def _check_one_source(candidates: Sequence[_Candidate], folder: Path) -> None:
+    """Refuse a split that is there twice: as a whole and in parts, or in two places or kinds."""
+    stems = {(c.file.parent, _stem(c.file)) for c in candidates}
+    whole = any(not c.part for c in candidates)
+    groups = {c.group for c in candidates}
+    if len(candidates) > 1 and (whole or len(groups) > 1 or len(stems) < len(candidates)):
+        raise DataError(
+            f"data.path: {folder} has more than one source of the split {candidates[0].split}: "
+            f"{shown([c.file for c in candidates], folder)}; keep one of them there"
+        )
+
+
+def _check_readable(
+    split: str, unread: Sequence[Path], folder: Path, kinds: Collection[str]
+) -> None:
+    for file in unread:
+        found = _candidate(file, folder, kinds)
+        if found is not None and found.split == split:
+            raise DataError(
+                f"data.path: {file} looks like the split {split}, but is no "
+                f"{' or '.join(kinds)} file; convert it, or move it elsewhere"
+            )
+
+
+def _no_train(folder: Path) -> DataError:
+    here = sorted(file.name for file in folder.iterdir())
+    names = ", ".join(here[:_SHOWN]) + (", ..." if len(here) > _SHOWN else "") or "nothing"
+    within = sorted(
+        each.name
+        for each in folder.iterdir()
+        if each.is_dir() and _is_shown(each.name) and any(_trains(file) for file in each.iterdir())
+    )
+    remedy = f"; or give one of its folders: {', '.join(within[:_SHOWN])}" if within else ""
+    return DataError(
+        f"data.path: {folder} holds {names}; need train.parquet or train.jsonl (and, if there are "
+        f"any, validation.* and test.*), or a saved Hugging Face dataset{remedy}"
+    )
+
+
+def _trains(file: Path) -> bool:
+    match = _PLAIN_NAME.fullmatch(file.name.lower().partition(".")[0])
+    return match is not None and SPLIT_NAMES[match[1]] == TRAIN
