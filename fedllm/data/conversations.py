@@ -14,7 +14,7 @@ from fedllm.errors import DataError
 
 TURN_LISTS = pa.list_(pa.struct({"role": pa.large_string(), "content": pa.large_string()}))
 
-_ROLES = {
+ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -87,12 +87,12 @@ def _turn(message: Any, at: str) -> dict[str, str]:
             f"data.path: {at} holds the message {message!r:.40}, need {{role, content}}"
         )
     written = _first(message, "role", "from")
-    role = _ROLES.get(written.strip().lower()) if isinstance(written, str) else None
+    role = ROLES.get(written.strip().lower()) if isinstance(written, str) else None
     if any(message.get(key) for key in _CALLS) or written == "function_call":
         raise DataError(f"data.path: {at} calls a tool, which is not supported; leave the row out")
     if role is None:
         raise DataError(
-            f"data.path: {at} has a message of role {written!r}; need one of {', '.join(_ROLES)}"
+            f"data.path: {at} has a message of role {written!r}; need one of {', '.join(ROLES)}"
         )
     if message.get("weight") == 0:
         raise DataError(

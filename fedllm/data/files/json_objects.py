@@ -182,8 +182,8 @@ def _check_format(rows: Sequence[_Object], wanted: RowColumns, file: Path) -> No
         others = wanted.others({name: _is_nested(value) for name, value in each.row.items()})
         if others:
             raise DataError(
-                f"data.format: {file} line {each.line} is a row of {others[0]}, but the first rows "
-                f"are of {wanted.format}; convert them, or give each format a run of its own"
+                f"data.format: {file} line {each.line} is a row of {others[0]}, not of "
+                f"{wanted.format} as the others; convert it, or give each format a run of its own"
             )
 
 
