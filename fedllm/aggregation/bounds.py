@@ -22,7 +22,8 @@ _CLEAR = 1e-12  # of the largest Ritz value: smaller gaps are rounding
 _PROBES = 16
 _CHI_SQUARE = 1.06  # P(chi-square of 16 degrees of freedom < 1.06) < 1e-7
 _STEPS, _STEPS_A_LOOK = 24, 2
-_ENDED, _NOTHING = 100.0, 1e-30  # in roundings, absolute
+_PROJECTIONS, _CANCELLED = 3, 0.5  # at most, while so little is left of a direction
+_ROUNDINGS, _NOTHING = 16.0, 1e-30  # of a norm, absolute
 
 
 def last_gap_bound(theta_GL: Tensor, residuals_GLL: Tensor, rest_G: Tensor, rank: int) -> Tensor:
@@ -86,13 +87,22 @@ class NormRange:
     most_G: Tensor
 
 
-def norm_ranges(apply: Apply, basis_GNL: Tensor, draws: torch.Generator) -> Iterator[NormRange]:
+def norm_ranges(
+    apply: Apply, basis_GNL: Tensor, energy_G: Tensor, draws: torch.Generator
+) -> Iterator[NormRange]:
     """Yield ever narrower ranges of |F|, one for every few products with some probes.
 
     With F's leading eigenvector v and normal probes g, |p(F) g|^2 >= p(|F|)^2 (v^T g)^2 for any
     polynomial p, and the sum of (v^T g)^2 is chi-square: all upper ends hold together but with
     `FAILURE_PROBABILITY`. p are Chebyshev polynomials of the best scale; Lanczos' matrices hold
     |p(F) g| for all of them (Golub and Meurant, Matrices, Moments and Quadrature, 2010, ch. 4).
+    The ranges include the rounding of the products, of whatever precision they are.
+
+    Args:
+        apply: F's products, of which this takes what is in X.
+        basis_GNL: X.
+        energy_G: the squared Frobenius norms of W.
+        draws: what the probes are drawn from.
     """
     shape = (basis_GNL.shape[0], basis_GNL.shape[1], _PROBES)
     probes = torch.randn(shape, generator=draws, dtype=basis_GNL.dtype).to(basis_GNL.device)
@@ -101,26 +111,52 @@ def norm_ranges(apply: Apply, basis_GNL: Tensor, draws: torch.Generator) -> Iter
     now = now / norms_GP[:, None, :].to(now.dtype).clamp(min=_NOTHING)
     before = torch.zeros_like(now)
     largest_GP = torch.zeros_like(norms_GP)
+    rounding = _ROUNDINGS * torch.finfo(now.dtype).eps
     alphas: list[Tensor] = []
     betas = [torch.zeros_like(norms_GP)]
     for step in range(1, _STEPS + 1):
-        grown = _beside(apply(now), basis_GNL) - before * betas[-1][:, None, :].to(now.dtype)
+        grown = apply(now) - before * betas[-1][:, None, :].to(now.dtype)
         alphas.append((grown * now).sum(1, dtype=torch.float64))
-        grown = grown - now * alphas[-1][:, None, :].to(now.dtype)
+        # from each direction itself, not from its products: a small one is made larger, and with
+        # it what it has of X, whose products are not F's
+        grown = _beside(grown - now * alphas[-1][:, None, :].to(now.dtype), basis_GNL)
         betas.append(grown.double().norm(dim=1))
         # where all of a probe's directions are found the next one would be rounding
         largest_GP = torch.maximum(largest_GP, alphas[-1].abs() + betas[-1])
-        least_GP = (_ENDED * torch.finfo(now.dtype).eps * largest_GP).clamp(min=_NOTHING)
-        ended_GP = betas[-1] <= least_GP
+        ended_GP = betas[-1] <= (rounding * largest_GP).clamp(min=_NOTHING)
         betas[-1] = torch.where(ended_GP, 0.0, betas[-1])
         inverse_GP = torch.where(ended_GP, 0.0, 1 / betas[-1])
         before, now = now, grown * inverse_GP[:, None, :].to(now.dtype)
         if step % _STEPS_A_LOOK == 0:
-            yield _range(torch.stack(alphas, -1), torch.stack(betas[1:], -1), norms_GP)
+            found = _range(torch.stack(alphas, -1), torch.stack(betas[1:], -1), norms_GP)
+            yield _widened(found, rounding * energy_G.sqrt())
 
 
 def _beside(x_GNP: Tensor, basis_GNL: Tensor) -> Tensor:
-    return x_GNP - basis_GNL @ (basis_GNL.mT @ x_GNP)
+    """Return what is left of columns beside X.
+
+    Rounding leaves some of X in it, which counts where little else is left.
+    """
+    for _ in range(_PROJECTIONS):
+        given_GNP, x_GNP = x_GNP, x_GNP - basis_GNL @ (basis_GNL.mT @ x_GNP)
+        left_GP, whole_GP = (each.double().norm(dim=1) for each in (x_GNP, given_GNP))
+        if bool((left_GP >= _CANCELLED * whole_GP).all()):
+            break
+    return x_GNP
+
+
+def _widened(found: NormRange, rounding_G: Tensor) -> NormRange:
+    """Return the range of |F| from that of the matrix whose products rounding has made.
+
+    An entry of W x is a sum of N terms, off by some sqrt(N) eps / 2 of |w| |x|, w the row (Higham
+    and Mary, SIAM J. Sci. Comput. 41 (2019), theorem 2.4), each by itself: along one direction
+    the errors of M of them come to sqrt(N / M) eps |W|_F / 2, M >= N. So do those of W^T y and of
+    the projections, some six in a step, which leave a few eps of X in a direction. All of that is
+    as if W (I - X X^T) were changed by less than `_ROUNDINGS` eps |W|_F (where nothing but
+    rounding is beside X, half of it was seen), and no further are its singular values moved.
+    """
+    least_G = (found.least_G.clamp(min=0.0).sqrt() - rounding_G).clamp(min=0.0).square()
+    return NormRange(least_G=least_G, most_G=(found.most_G.sqrt() + rounding_G).square())
 
 
 def _range(alphas_GPJ: Tensor, betas_GPJ: Tensor, norms_GP: Tensor) -> NormRange:

@@ -315,7 +315,7 @@ def _relative_excess(
     unknown_G = torch.full_like(lowest_G, torch.inf)
     if bool((bound(torch.lerp(lowest_G, last_G, _HOPED)) > asked.tolerance).any()):
         return unknown_G
-    for rest in norm_ranges(_exactly(w_GMN), measured.x_GNL, probes):
+    for rest in norm_ranges(_exactly(w_GMN), measured.x_GNL, asked.energy_G, probes):
         if bool(((rest.least_G >= last_G) & ~bound.done_G).any()):
             break
         if bool(((rest.most_G < last_G) | bound.done_G).all()):

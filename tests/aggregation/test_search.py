@@ -153,7 +153,8 @@ def test_a_norm_lies_within_every_range_that_is_found_for_it(spectrum: str) -> N
     norm = float(torch.linalg.matrix_norm(beside, ord=2) ** 2)
     for seed in range(20):
         draws = torch.Generator().manual_seed(seed)
-        ranges = list(norm_ranges(lambda x: w_MN.mT @ (w_MN @ x), basis[None], draws))
+        energy_G = w_MN.square().sum()[None]
+        ranges = list(norm_ranges(lambda x: w_MN.mT @ (w_MN @ x), basis[None], energy_G, draws))
         assert len(ranges) > 2
         for found in ranges:
             assert float(found.least_G) <= norm * (1 + 1e-9)
@@ -161,6 +162,41 @@ def test_a_norm_lies_within_every_range_that_is_found_for_it(spectrum: str) -> N
         widths = [float(r.most_G - r.least_G) for r in ranges]
         assert widths[-1] <= 0.1 * norm + 1e-30
         assert widths[-1] <= widths[0]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spectrum", ["harmonic", "floor", "steeper", "lower rank", "equal", "one"])
+@pytest.mark.parametrize("noise", [None, 0.0, 1e-7, 1e-3])
+def test_ranges_include_the_rounding_that_they_are_found_with(
+    spectrum: str, noise: float | None, precision: torch.dtype
+) -> None:
+    """Probes run out of directions: what is left is rounding, with some of the basis in it."""
+    long, narrow, aside = 130, 100, 14  # "lower rank" has 13, and nothing but rounding beside them
+    for case in range(2):
+        w_MN = matrix(spectrum, long=long, narrow=narrow, seed=case)
+        basis = matrix("normal", long=narrow, narrow=aside, seed=50 + case).double()
+        if noise is not None:  # else the leading vectors are beside it for the most part
+            leading = torch.linalg.svd(w_MN.double()).Vh[:aside].mT
+            basis = leading + noise * basis
+        x_NL = torch.linalg.qr(basis).Q.to(precision)
+        q_NL = torch.linalg.qr(x_NL.double()).Q
+        beside = w_MN.double() - (w_MN.double() @ q_NL) @ q_NL.mT
+        norm = float(torch.linalg.matrix_norm(beside, ord=2) ** 2)
+        w_MN = w_MN.to(precision)
+        energy_G = w_MN.double().square().sum()[None]
+        for seed in range(2):
+            draws = torch.Generator().manual_seed(seed)
+            ranges = norm_ranges(gram_of(w_MN), x_NL[None], energy_G, draws)
+            for found in ranges:
+                assert float(found.least_G) <= norm * (1 + 1e-12)
+                assert float(found.most_G) >= norm * (1 - 1e-12)
+            # no wider than the probes' chance leaves it, and the rounding of |W|
+            rounding = 40 * torch.finfo(precision).eps * float(energy_G.sqrt())
+            assert math.sqrt(float(found.most_G)) <= 1.05 * math.sqrt(norm) + rounding
+
+
+def gram_of(w_MN: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x_GNP: w_MN.mT @ (w_MN @ x_GNP)
 
 
 def test_a_best_bounds_what_the_best_could_hold_for_any_basis() -> None:
