@@ -72,21 +72,24 @@ def summed(
     return total
 
 
-def direct_certificate(energy: float, s_K: Tensor, values_N: Tensor) -> Certificate:
+def direct_certificate(
+    energy: float, s_K: Tensor, values_N: Tensor, *, formed_from: float = 0.0
+) -> Certificate:
     """Return how good triplets from a whole spectrum are.
 
     The eigenvalues of a float64 Gram matrix are off by at most about N eps of the largest
-    (backward stability): by so much more might the best triplets hold. Nothing is said of a
-    residual that is itself no more than that.
+    (backward stability), and by eps of what it was formed from: by so much more might the best
+    triplets hold. Nothing is said of a residual that is itself no more than that.
 
     Args:
         energy: the squared Frobenius norm.
         s_K: the singular values found.
         values_N: all eigenvalues of the Gram matrix, ascending.
+        formed_from: the product of the norms of the matrices whose product the Gram matrix is.
     """
     kept = float(s_K.double().square().sum())
     residual = max(0.0, energy - kept)
-    rounding = len(values_N) * torch.finfo(torch.float64).eps * energy
+    rounding = torch.finfo(torch.float64).eps * max(len(values_N) * energy, formed_from)
     if residual <= 2 * rounding:
         return Certificate(residual_energy=residual, relative_excess=0.0)
     best = float(values_N[-len(s_K) :].clamp(min=0.0).sum()) + rounding

@@ -63,15 +63,18 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     leading_GRK = vectors_GRR[..., -kept:].flip(-1)  # eigh sorts from the smallest
     basis = orthonormal(tall @ (t_GRR.mT @ leading_GRK))
     found = on_left_basis(basis, (basis.mT @ tall) @ flat)
-    triplets, energies = turned(found) if wide else found, energy_G.tolist()
+    triplets = turned(found) if wide else found
+    numbers = zip(energy_G.tolist(), parts_G.tolist(), strict=True)
     return [
         Decomposition(
             spectral=spectral,
             total_energy=energy,
             route="factored",
-            certificate=dense.direct_certificate(energy, spectral.s_R, own),
+            certificate=dense.direct_certificate(energy, spectral.s_R, own, formed_from=parts),
         )
-        for spectral, energy, own in zip(each_of(triplets), energies, values_GR, strict=True)
+        for spectral, (energy, parts), own in zip(
+            each_of(triplets), numbers, values_GR, strict=True
+        )
     ]
 
 

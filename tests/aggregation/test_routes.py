@@ -128,3 +128,20 @@ def test_the_same_input_gives_the_same_bits() -> None:
 def test_the_route_follows_from_shapes_alone() -> None:
     assert route_for(Problem(out=256, in_=704, stacked_rank=255, rank=8)) == "factored"
     assert route_for(Problem(out=256, in_=704, stacked_rank=256, rank=8)) == "dense"
+
+
+@pytest.mark.parametrize("apart", [1e-1, 3e-2, 1e-2])
+def test_nothing_is_said_of_what_rounding_leaves_of_clients_that_nearly_cancel(
+    apart: float,
+) -> None:
+    out, in_, rank = 80, 70, 12
+    for seed in range(12):
+        draws = torch.Generator().manual_seed(seed)
+        a = torch.randn(rank, in_, generator=draws, dtype=torch.float64)
+        b = torch.randn(out, rank, generator=draws, dtype=torch.float64)
+        moved = b + apart * torch.randn(out, rank, generator=draws, dtype=torch.float64)
+        stacked = Stacked(b_OR=torch.cat([moved, -b], 1), a_RI=torch.cat([a, a]))
+        found = truncated_svd(stacked, rank=rank)
+        assert found.route == "factored"
+        # the sum has no more triplets: all are found
+        assert found.certificate.relative_excess == 0.0
