@@ -24,7 +24,7 @@ from fedllm.aggregation.decomposition import (
     turned,
 )
 from fedllm.aggregation.spares import SPARES
-from fedllm.aggregation.subspace import FILTERS, Asked, Found, gram, search
+from fedllm.aggregation.subspace import FILTERS, Asked, Found, energies, gram, search
 from fedllm.errors import AdapterError
 from fedllm.lora.spectral import Spectral
 from fedllm.planning.seeding import seed_of
@@ -139,11 +139,6 @@ def _told(triplets: Spectral, energy_G: Tensor, found: Found) -> list[Decomposit
     ]
 
 
-def _energies(w_GOI: Tensor) -> Tensor:
-    rows_GO: Tensor = torch.linalg.vector_norm(w_GOI, dim=-1)
-    return rows_GO.double().square().sum(-1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Scaled:
     """Matrices whose squares of squares float32 can hold, their energies, and their units."""
@@ -155,7 +150,7 @@ class _Scaled:
     @classmethod
     def of(cls, w_GOI: Tensor) -> "_Scaled":
         """Return the matrices as they are, or where they are far from 1 in other units."""
-        energy_G = _energies(w_GOI)
+        energy_G = energies(w_GOI)
         if bool(((energy_G < _LARGEST_ENERGY) & (energy_G > _LEAST_ENERGY)).all()):
             return cls(w_GOI=w_GOI, energy_G=energy_G, units_G=torch.ones_like(energy_G))
         peak_G = torch.linalg.vector_norm(w_GOI, ord=torch.inf, dim=(-2, -1)).double()
@@ -167,7 +162,7 @@ class _Scaled:
         powers_G = torch.exp2(peak_G.clamp(min=torch.finfo(torch.float64).tiny).log2().floor())
         units_G = torch.where(peak_G > 0, powers_G, 1.0)
         scaled_GOI = (w_GOI.double() / units_G[:, None, None]).float()
-        return cls(w_GOI=scaled_GOI, energy_G=_energies(scaled_GOI), units_G=units_G)
+        return cls(w_GOI=scaled_GOI, energy_G=energies(scaled_GOI), units_G=units_G)
 
 
 def _near(w_GOI: Tensor, start: Start, problem: Problem) -> Tensor:

@@ -34,7 +34,7 @@ _NOISE = 1e-12  # of the largest Ritz value
 # what is left of a column of unit length beside those before it, for either precision
 _NEARLY_DEPENDENT = {torch.float64: 1e-3, torch.float32: 3e-2}
 _ROWS = 512  # at a time, which stay in a cache
-_DIFFERENCE_TELLS = 5e-5  # of the energy
+_DIFFERENCE_TELLS, _DIFFERENCE_LOSES = 5e-5, 1e-7  # of the energy
 _ROUNDING, _ROUNDING_OF_ALL = 2e-7, 1e-12  # of each of the wanted energies, and of all
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -110,6 +110,12 @@ def search(
             )
         ritz = measured.ritz
     return None
+
+
+def energies(w_GMN: Tensor) -> Tensor:
+    """Return squared Frobenius norms in float64, good to some 2e-8."""
+    rows_GM: Tensor = torch.linalg.vector_norm(w_GMN, dim=-1)
+    return rows_GM.double().square().sum(-1)
 
 
 def gram(y_GML: Tensor) -> Tensor:
@@ -286,10 +292,12 @@ def _degree_for(amplification: float, ratios_G: Tensor) -> int:
 def _left(w_GMN: Tensor, measured: _Measured, asked: Asked) -> Tensor:
     """Return the energy that the leading triplets leave out.
 
-    As a difference of energies, good to some 3e-8 of them; where that is too little, from what
-    is left of W.
+    As a difference of energies, good to `_DIFFERENCE_LOSES` of them; where that is too little,
+    from what is left of W, good to `_ROUNDING_OF_ALL`.
     """
-    kept_G = measured.theta_GL[:, : asked.rank].sum(-1)
+    # sums of many squares keep more digits than the products that Ritz values are found from
+    within_G = energies(measured.y_GML)
+    kept_G = within_G - measured.theta_GL[:, asked.rank :].sum(-1)
     difference_G = (asked.energy_G - kept_G).clamp(min=0.0)
     if bool((difference_G > _DIFFERENCE_TELLS * asked.energy_G).all()):
         return difference_G
@@ -331,19 +339,27 @@ class _Bound:
 
     measured: _Measured
     asked: Asked
-    left_G: Tensor
+    least_left_G: Tensor
     rounding_G: Tensor
     done_G: Tensor
 
     @classmethod
     def of(cls, measured: _Measured, left_G: Tensor, asked: Asked) -> "_Bound":
-        """Return that of the Ritz vectors."""
+        """Return that of the Ritz vectors.
+
+        Rounding enters twice. Float32 vectors leave out more: the y of a v is the best one but
+        for its own error, whose energy is some eps^2 of all, and eps^2 of a triplet's energy goes
+        with the errors of its v. And the matrix that Ritz vectors are found from has errors D_ij
+        of some 1e-7 of s_i s_j: of the K found, any that is not the best within the basis loses
+        at most D_ij^2 / (theta_i - theta_j) or, where those are as good as equal, 2 |D_ij|.
+        """
         wanted_G = asked.rank * measured.theta_GL[:, asked.rank - 1]
+        by_difference_G = left_G > _DIFFERENCE_TELLS * asked.energy_G
+        loses_G = torch.where(by_difference_G, _DIFFERENCE_LOSES, _ROUNDING_OF_ALL)
         return cls(
             measured=measured,
             asked=asked,
-            left_G=left_G,
-            # what float32 vectors lose, several times what was ever seen
+            least_left_G=left_G - loses_G * asked.energy_G,
             rounding_G=_ROUNDING * wanted_G + _ROUNDING_OF_ALL * asked.energy_G,
             done_G=left_G <= asked.resolution * asked.energy_G,
         )
@@ -363,7 +379,7 @@ class _Bound:
         theta_GL, rank = self.measured.theta_GL, self.asked.rank
         best_G = best(theta_GL, self.measured.residuals_GLL, rest_G, rank)
         excess_G = (best_G - theta_GL[:, :rank].sum(-1)).clamp(min=0.0) + self.rounding_G
-        optimal_G = self.left_G - excess_G
+        optimal_G = self.least_left_G - excess_G
         bounded_G = torch.where(optimal_G > 0, excess_G / optimal_G, torch.inf)
         return torch.where(self.done_G, 0.0, bounded_G)
 

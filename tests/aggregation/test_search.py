@@ -95,6 +95,20 @@ def test_the_certificate_holds_on_every_spectrum(spectrum: str, tolerance: float
     assert found.certificate.failure_probability == (0.0 if certain else 1e-6)
 
 
+@pytest.mark.parametrize("spectrum", ["slow", "harmonic", "steep", "floor", "long"])
+def test_what_is_left_out_is_told_to_a_ten_millionth_of_all(spectrum: str) -> None:
+    for seed in range(6):
+        long, narrow = [(200, 150), (600, 100), (1500, 60)][seed % 3]
+        w_OI = matrix(spectrum, long=long, narrow=narrow, seed=seed)
+        (found,) = found_in(w_OI[None], rank=12)
+        assert found.route == "iterative"
+        u, s, vh = (part.double() for part in vars(found.spectral).values())
+        left = float((w_OI.double() - (u * s) @ vh).square().sum())
+        assert found.certificate.residual_energy == pytest.approx(
+            left, abs=1e-7 * found.total_energy
+        )
+
+
 @pytest.mark.usefixtures("precision")
 def test_wide_matrices_and_modules_of_every_kind_side_by_side() -> None:
     kinds = ["normal", "steep", "zero", "harmonic", "equal"]
