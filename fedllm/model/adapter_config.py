@@ -113,32 +113,6 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     return config
 
 
-def pattern_of(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
-    """Return the `rank_pattern` or `alpha_pattern` that gives each module its value.
-
-    The last part of the module's name where all modules of that name agree, else full names, the
-    longest first, since the first pattern that a name ends with is taken.
-    """
-    leaves: dict[str, set[Value]] = {}
-    for module, value in values.items():
-        leaves.setdefault(_leaf(module), set()).add(value)
-    named = {
-        _literal(_leaf(module) if len(leaves[_leaf(module)]) == 1 else module): value
-        for module, value in values.items()
-        if leaves[_leaf(module)] != {default}
-    }
-    return {name: named[name] for name in sorted(named, key=lambda name: (-len(name), name))}
-
-
-def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def _literal(name: str) -> str:
-    # dots stay: older versions of PEFT look full names up as they are
-    return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
-
-
 def _of_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
     """Return the value of the first pattern that the module's name ends with, as PEFT does."""
     for pattern, value in patterns.items():

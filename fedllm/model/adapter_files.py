@@ -1,4 +1,4 @@
-"""PEFT adapter folders, read and written without PEFT and without unpickling anything.
+"""PEFT adapter folders, read without PEFT and without unpickling anything.
 
 PEFT stores A as (R, I) and B as (O, R) whatever the layout of the base weight: `fan_in_fan_out`
 (the Conv1D of GPT-2) transposes the product, not the factors.
@@ -6,23 +6,18 @@ PEFT stores A as (R, I) and B as (O, R) whatever the layout of the base weight: 
 Legend: O out, I in, R rank.
 """
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import AdapterError, RunDirectoryError
-from fedllm.lora.factors import Adapter, Factors, ModuleShape
-from fedllm.model.adapter_config import CONFIG, AdapterConfig, pattern_of, read_adapter_config
-from fedllm.storage.publish import publish_bytes
-from fedllm.storage.tensors import Planned, TensorFile, TensorWriter, writing_tensors
+from fedllm.lora.factors import Factors, ModuleShape
+from fedllm.model.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from fedllm.storage.tensors import TensorFile
 
 TENSORS = "adapter_model.safetensors"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -32,7 +27,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 _PICKLED = "adapter_model.bin"
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _READABLE = (*DTYPES.values(), torch.float64)
 # The first that a tensor's name holds says what it is.
@@ -58,23 +52,6 @@ class PeftAdapter:
     def base_model(self) -> str | None:
         """The base model that the adapter was trained on, where it says so."""
         return self.config.base_model_name_or_path or None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftDescription:
-    """What an adapter's configuration says beside ranks and scales.
-
-    `targets` holds PEFT's fields that choose the modules (`target_modules` and so on).
-    """
-
-    base_model: str | None
-    targets: Mapping[str, Any]
-    revision: str | None = None
-    task_type: str | None = None
-    auto_mapping: Mapping[str, Any] | None = None
-    fan_in_fan_out: bool = False
-    rslora: bool = False
-    dropout: float = 0.0
 
 
 class FactorsOnDisk(Mapping[str, Factors]):
@@ -189,119 +166,6 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error}); check the file") from error
     return PeftAdapter(folder=folder, config=config, factors=FactorsOnDisk(file, config))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedModule:
-    """A module of an adapter that is to be written."""
-
-    shape: ModuleShape
-    rank: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftWriter:
-    """An adapter whose modules are written as they are made, in any order."""
-
-    writer: TensorWriter
-    dtype: torch.dtype
-    scales: dict[str, float]
-
-    def write(self, module: str, factors: Factors) -> None:
-        """Write one module.
-
-        Raises:
-            AdapterError: a value does not fit `dtype`.
-        """
-        for part, factor in (("A", factors.a_RI), ("B", factors.b_OR)):
-            name = _tensor(module, part)
-            tensor = factor.to("cpu", self.dtype)
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterError(f"{name}: does not fit {self.dtype}; use float32")
-            self.writer.write(name, tensor)
-        self.scales[module] = factors.scale
-
-
-@contextmanager
-def writing_peft_adapter(
-    folder: Path,
-    modules: Mapping[str, PlannedModule],
-    *,
-    about: PeftDescription,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[PeftWriter]:
-    """Write an adapter folder that PEFT loads from what the block writes, the configuration last.
-
-    PEFT computes a module's scale from alpha and rank: alphas are chosen so that it gets that of
-    the factors.
-    """
-    assert modules, "an adapter without modules"
-    planned: dict[str, Planned] = {}
-    for module, plan in modules.items():
-        planned[_tensor(module, "A")] = Planned(shape=(plan.rank, plan.shape.in_), dtype=dtype)
-        planned[_tensor(module, "B")] = Planned(shape=(plan.shape.out, plan.rank), dtype=dtype)
-    with writing_tensors(folder / TENSORS, planned, {"format": "pt"}) as writer:
-        adapter = PeftWriter(writer=writer, dtype=dtype, scales={})
-        yield adapter
-    ranks = {module: plan.rank for module, plan in modules.items()}
-    content = json.dumps(_peft_fields(ranks, adapter.scales, about), indent=2, ensure_ascii=False)
-    publish_bytes(folder / CONFIG, f"{content}\n".encode())
-
-
-def write_peft_adapter(
-    folder: Path, adapter: Adapter, *, about: PeftDescription, dtype: torch.dtype = torch.float32
-) -> None:
-    """Write an adapter that is in memory as a folder that PEFT loads.
-
-    Raises:
-        AdapterError: a value does not fit `dtype`.
-    """
-    modules = {
-        module: PlannedModule(shape=factors.shape, rank=factors.rank)
-        for module, factors in adapter.items()
-    }
-    with writing_peft_adapter(folder, modules, about=about, dtype=dtype) as writer:
-        for module, factors in adapter.items():
-            writer.write(module, factors)
-
-
-def _tensor(module: str, part: str) -> str:
-    return f"{_PREFIX}{module}.lora_{part}.weight"
-
-
-def _peft_fields(
-    ranks: Mapping[str, int], scales: Mapping[str, float], about: PeftDescription
-) -> dict[str, Any]:
-    alphas = {
-        module: _alpha(scales[module], rank, rslora=about.rslora) for module, rank in ranks.items()
-    }
-    # the largest rank is what other programs make room for
-    largest = max(ranks, key=lambda module: ranks[module])
-    return {
-        "peft_type": "LORA",
-        "base_model_name_or_path": about.base_model,
-        "revision": about.revision,
-        "task_type": about.task_type,
-        "auto_mapping": about.auto_mapping,
-        "inference_mode": True,
-        "r": ranks[largest],
-        "lora_alpha": alphas[largest],
-        "use_rslora": about.rslora,
-        "rank_pattern": pattern_of(ranks, ranks[largest]),
-        "alpha_pattern": pattern_of(alphas, alphas[largest]),
-        "lora_dropout": about.dropout,
-        "bias": "none",
-        "fan_in_fan_out": about.fan_in_fan_out,
-        "init_lora_weights": True,
-        **about.targets,
-    }
-
-
-def _alpha(scale: float, rank: int, *, rslora: bool) -> float:
-    """Return the alpha from which PEFT computes a scale, whole where it can be."""
-    divisor = math.sqrt(rank) if rslora else rank
-    alpha = scale * divisor
-    return round(alpha) if round(alpha) / divisor == scale else alpha
 
 
 def _factor_names(file: TensorFile) -> dict[str, dict[str, str]]:

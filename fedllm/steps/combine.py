@@ -16,13 +16,11 @@ from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.table import build_method
 from fedllm.methods.weights import shares, total_of
 from fedllm.model.adapter_config import CONFIG, AdapterConfig
-from fedllm.model.adapter_files import (
-    DTYPES,
-    PeftAdapter,
+from fedllm.model.adapter_files import DTYPES, PeftAdapter, read_peft_adapter
+from fedllm.model.adapter_writer import (
     PeftDescription,
     PeftWriter,
     PlannedModule,
-    read_peft_adapter,
     writing_peft_adapter,
 )
 from fedllm.model.device import resolve_devices
@@ -133,7 +131,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
     adapters = [read_peft_adapter(item.folder) for item in request.adapters]
     _refuse_other_bases(adapters)
     shapes = _shapes(adapters)
-    # alpha = 2r: a scale of 2 at every rank, which PEFT gets exactly from alpha and rank
+    # alpha = 2r: a scale of 2 at every rank, which is the one that is written
     method = build_method(request.method, seed=_SEED, alpha=2.0, scaling="proportional")
     weights = shares(method.weigh([item.weight for item in request.adapters]))
     source = _Adapters(adapters=adapters, weights=weights)

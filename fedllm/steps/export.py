@@ -13,7 +13,7 @@ from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
 from fedllm.methods.protocol import Method
 from fedllm.model.adapter_config import CONFIG
-from fedllm.model.adapter_files import PeftDescription, write_peft_adapter
+from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
 from fedllm.steps.state import read_state
@@ -110,7 +110,6 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
         targets={"target_modules": _target_modules(state.config, list(ranks))},
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(state.prepared.modules[module].transposed for module in ranks),
-        rslora=state.config.lora.scaling == "rslora",
         dropout=state.config.lora.dropout,
     )
     with filling(out, last=CONFIG) as folder:

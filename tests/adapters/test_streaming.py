@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedllm.lora.factors import Factors
-from fedllm.model.adapter_files import PeftDescription, write_peft_adapter
+from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from tests.anonymous import peak_bytes
 
 SIDE, RANK, MODULES, ADAPTERS = 512, 100, 24, 64

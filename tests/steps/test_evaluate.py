@@ -10,7 +10,7 @@ from fedllm.cli.execution import start
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.model.adapter_files import PeftDescription, write_peft_adapter
+from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.model.packing import common_prefix
 from fedllm.planning.evaluation import choose
 from fedllm.planning.federation import plan_federation
