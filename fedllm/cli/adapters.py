@@ -1,6 +1,7 @@
 """Commands that write adapters and models for other programs: aggregate, export."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,7 +24,6 @@ from fedllm.errors import AdapterError
 if TYPE_CHECKING:
     from fedllm.steps.combine import (
         Combined,
-        CombinedInput,
         CombinedModule,
         CombineRequest,
         RankWish,
@@ -76,6 +76,21 @@ def aggregate(
             help="How much more energy than the best may be left out, as a share of that.",
         ),
     ] = 1e-4,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="PATH",
+            help="The base of all adapters, where they name it differently: folder or hub name.",
+        ),
+    ] = None,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Combine even if more than half of the modules are not in all adapters.",
+        ),
+    ] = False,
     json_: AsJson = False,
 ) -> None:
     """Combine PEFT adapters of any ranks into one that PEFT loads."""
@@ -91,6 +106,8 @@ def aggregate(
         dtype=dtype,
         exact=exact,
         tolerance=tolerance,
+        base=base,
+        allow_missing=allow_missing,
     )
     with modules_done() as tell:
         combined = combine_adapters(request, tell=tell)
@@ -141,16 +158,14 @@ def export(
 
 
 def _adapter_and_weight(text: str) -> tuple[Path, float]:
-    """Split `path:weight` at the last colon, where a number follows it."""
-    head, colon, tail = text.rpartition(":")
-    try:
-        weight = float(tail) if colon else None
-    except ValueError:
-        weight = None
-    named_so = Path(text).exists() and not Path(head).exists()
-    if weight is None or not head or named_so:
+    """Split `path:weight` at the last colon, unless the whole is a folder."""
+    head, _, tail = text.rpartition(":")
+    if not head or Path(text).is_dir():
         return Path(text), 1.0
-    return Path(head), weight
+    try:
+        return Path(head), float(tail)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def _rank(text: str | None) -> "RankWish":
@@ -169,7 +184,7 @@ def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str
         f"weight {entry.share:.4f}  rank {entry.largest_rank:>4}  {entry.folder}"
         for entry in combined.inputs
     ]
-    lines += [_missing(entry) for entry in combined.inputs if entry.missing]
+    lines += _missing(combined)
     capped = [name for name, module in combined.modules.items() if module.capped]
     if capped:
         lines.append(f"rank above the smaller side, which they get instead: {_first(capped)}")
@@ -208,8 +223,19 @@ def _stages(combined: "Combined") -> str:
     return ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in combined.seconds.items())
 
 
-def _missing(entry: "CombinedInput") -> str:
-    return f"{entry.folder} counts as zero where it has no adapter: {_first(entry.missing)}"
+def _missing(combined: "Combined") -> list[str]:
+    """Return a line for the modules that only some adapters have: how many, in how many."""
+    lacking = Counter(module for entry in combined.inputs for module in entry.missing)
+    if not lacking:
+        return []
+    names = [module for module in combined.modules if module in lacking]
+    total = len(combined.inputs)
+    held = sorted({total - count for count in lacking.values()})
+    among = str(held[0]) if len(held) == 1 else f"{held[0]} to {held[-1]}"
+    return [
+        f"{len(names)} of {len(combined.modules)} modules are in {among} of {total} adapters only "
+        f"and count as zero in the others: {_first(names)}"
+    ]
 
 
 def _first(names: Sequence[str]) -> str:

@@ -32,8 +32,11 @@ def score(
     if paths.run.exists():
         return _score_run(paths, round_number, rank)
     if not (target / _PEFT_CONFIG).is_file():
+        from fedllm.model.adapter_config import adapters_below
+
         raise RunDirectoryError(
             f"{target}: neither a run (run.json) nor a PEFT adapter ({_PEFT_CONFIG})"
+            f"{adapters_below(target)}"
         )
     if config is None:
         raise ConfigError(f"--config: missing; it says on which model and data to score {target}")

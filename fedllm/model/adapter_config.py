@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import scale_of
+from fedllm.model.adapter_names import same_place
 
 CONFIG = "adapter_config.json"
 
@@ -29,6 +30,9 @@ _MORE_THAN_LORA: Mapping[str, str] = {
     "monteclora_config": "MonteCLoRA",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_POINTER = b"version https://git-lfs"
+_SHOWN = 5
 
 Value = TypeVar("Value")
 Rank = Annotated[int, Field(ge=1)]
@@ -114,11 +118,15 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def _of_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
-    """Return the value of the first pattern that the module's name ends with, as PEFT does."""
+    """Return the value of the first pattern that the module's name ends with, as PEFT does.
+
+    Where none does, of the first that is another name of the module.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
-    return patterns.get(module, default)
+    named = (value for pattern, value in patterns.items() if same_place(pattern, module))
+    return next(named, patterns.get(module, default))
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -127,7 +135,8 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: {found}; give the folder of a PEFT adapter")
     path = folder / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{folder}: not a PEFT adapter (no {CONFIG})")
+        raise AdapterError(f"{folder}: not a PEFT adapter (no {CONFIG}){adapters_below(folder)}")
+    refuse_pointer(path)
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
@@ -135,6 +144,30 @@ def _read_json(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise AdapterError(f"{path}: got a {type(raw).__name__}, need PEFT's keys and values")
     return raw
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS left in the place of the one that it stands for.
+
+    Raises:
+        AdapterError: it is such a pointer.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise AdapterError(
+                f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its "
+                "repository, or download it"
+            )
+
+
+def adapters_below(folder: Path) -> str:
+    """Return what to say of a folder whose sub-folders are the adapters; else nothing."""
+    names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if not names:
+        return ""
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"; it holds the adapters {', '.join(names[:_SHOWN])}{more}: give {folder / names[0]}"
 
 
 def _refuse_more_than_lora(folder: Path, raw: Mapping[str, Any]) -> None:

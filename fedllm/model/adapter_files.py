@@ -6,17 +6,25 @@ PEFT stores A as (R, I) and B as (O, R) whatever the layout of the base weight: 
 Legend: O out, I in, R rank.
 """
 
-import re
+import shlex
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Factors, ModuleShape
-from fedllm.model.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from fedllm.model.adapter_config import (
+    CONFIG,
+    AdapterConfig,
+    read_adapter_config,
+    refuse_pointer,
+)
+from fedllm.model.adapter_names import base_key, factor_key, place_of
 from fedllm.storage.tensors import TensorFile
 
 TENSORS = "adapter_model.safetensors"
@@ -26,8 +34,21 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+Value = TypeVar("Value")
+
 _PICKLED = "adapter_model.bin"
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_PARTS = "adapter_model-*-of-[0-9]*.safetensors"
+# Commands that a message offers; the folder is their argument.
+_CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; f = sys.argv[1]; "
+    f'save_file({{n: t.contiguous().clone() for n, t in torch.load(f + "/{_PICKLED}", '
+    f'map_location="cpu", weights_only=True).items()}}, f + "/{TENSORS}")'
+)
+_JOIN = (
+    "import sys, glob; from safetensors.torch import load_file, save_file; f = sys.argv[1]; "
+    f'save_file({{n: t for p in glob.glob(glob.escape(f) + "/{_PARTS}") '
+    f'for n, t in load_file(p).items()}}, f + "/{TENSORS}")'
+)
 _READABLE = (*DTYPES.values(), torch.float64)
 # The first that a tensor's name holds says what it is.
 _OTHER_TENSORS: Mapping[str, str] = {
@@ -58,17 +79,22 @@ class FactorsOnDisk(Mapping[str, Factors]):
     """Module -> factors, each read from a file by memory map when it is asked for.
 
     Shapes and ranks are known from the header alone. Factors come in float32 (float64 where the
-    file has it), so that half precision enters no sum.
+    file has it), so that half precision enters no sum. `copies` are tensors of the base that the
+    file holds beside them: the base's name for it -> that of the file.
 
     Raises:
-        AdapterError: a tensor that is no A or B, A without B, or shapes that do not fit together
-            or the configuration.
+        AdapterError: a tensor that is no A or B, two of one module, A without B, or shapes that do
+            not fit together or the configuration.
     """
 
     def __init__(self, file: TensorFile, config: AdapterConfig) -> None:
         self._file = file
-        self._config = config
         self._names = _factor_names(file)
+        self.copies: Mapping[str, str] = {
+            key: name for name in file.names if (key := base_key(name)) and not factor_key(name)
+        }
+        self._ranks = {module: config.rank(module) for module in self._names}
+        self._scales = {module: config.scale(module) for module in self._names}
         self._shapes = {module: self._checked_shape(module) for module in self._names}
 
     def __getitem__(self, module: str) -> Factors:
@@ -101,11 +127,24 @@ class FactorsOnDisk(Mapping[str, Factors]):
 
     def rank(self, module: str) -> int:
         """Return the module's rank without reading the factors."""
-        return self._config.rank(module)
+        return self._ranks[module]
 
     def scale(self, module: str) -> float:
         """Return the scale of the module's product."""
-        return self._config.scale(module)
+        return self._scales[module]
+
+    def named(self, names: Mapping[str, str]) -> "FactorsOnDisk":
+        """Return the same factors with other names for their modules, those that `names` holds."""
+        other = copy(self)
+        other._names = _renamed(self._names, names)
+        other._ranks = _renamed(self._ranks, names)
+        other._scales = _renamed(self._scales, names)
+        other._shapes = _renamed(self._shapes, names)
+        return other
+
+    def copied(self, key: str) -> Tensor:
+        """Read one of `copies`."""
+        return self._file.get(self.copies[key])
 
     def views(self, module: str) -> tuple[Tensor, Tensor]:
         """Return A (R, I) and B (O, R) as they lie in the file: nothing is read or checked yet."""
@@ -122,6 +161,11 @@ class FactorsOnDisk(Mapping[str, Factors]):
             if part not in names:
                 raise AdapterError(f"{where}: {module} has no lora_{part}; save the adapter again")
         a, b = self._file.shape(names["A"]), self._file.shape(names["B"])
+        if min(len(a), len(b)) < 2 or 0 in (*a, *b):
+            raise AdapterError(
+                f"{where}: {module}: lora_A is {a} and lora_B {b}: saved without gathering its "
+                "parameters (ZeRO-3, FSDP); gather them, then save the adapter again"
+            )
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise AdapterError(
                 f"{where}: {module}: lora_A is {a} and lora_B {b}, need (rank, in) and (out, rank)"
@@ -131,8 +175,6 @@ class FactorsOnDisk(Mapping[str, Factors]):
                 f"{where}: {module}: {CONFIG} gives it rank {self.rank(module)}, "
                 f"lora_A has rank {a[0]}; one of the two files belongs to another adapter"
             )
-        if 0 in (*a, *b):
-            raise AdapterError(f"{where}: {module}: lora_A is {a} and lora_B {b}: nothing in it")
         return ModuleShape(out=b[0], in_=a[1])
 
     def _read(self, name: str) -> Tensor:
@@ -160,6 +202,7 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     if not path.exists():
         raise AdapterError(_without_tensors(folder))
     try:
+        refuse_pointer(path)
         file = TensorFile(path)
     except RunDirectoryError as error:
         raise AdapterError(f"{error}; copy the adapter again") from error
@@ -168,13 +211,26 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     return PeftAdapter(folder=folder, config=config, factors=FactorsOnDisk(file, config))
 
 
+def _renamed(values: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, Value]:
+    return {names.get(module, module): value for module, value in values.items()}
+
+
 def _factor_names(file: TensorFile) -> dict[str, dict[str, str]]:
     names: dict[str, dict[str, str]] = {}
+    places: dict[tuple[str, str], str] = {}
     for name in file.names:
-        found = _FACTOR.fullmatch(name)
+        found = factor_key(name)
         if found is None:
-            raise AdapterError(_other_tensor(file.path.parent, name))
-        names.setdefault(found["module"], {})[found["part"]] = name
+            if base_key(name) is None:
+                raise AdapterError(_other_tensor(file.path.parent, name))
+            continue
+        other = places.setdefault((place_of(found.module), found.part), name)
+        if other != name:
+            raise AdapterError(
+                f"{file.path.parent}: {other} and {name} are both lora_{found.part} of "
+                f"{found.module}; save one adapter, from the unwrapped model"
+            )
+        names.setdefault(found.module, {})[found.part] = name
     if not names:
         raise AdapterError(f"{file.path}: holds no lora_A and lora_B: nothing was trained")
     return names
@@ -189,7 +245,16 @@ def _other_tensor(folder: Path, name: str) -> str:
 def _without_tensors(folder: Path) -> str:
     if (folder / _PICKLED).exists():
         return (
-            f"{folder}: holds {_PICKLED}, which is pickled and never read here; "
-            f"load it with PEFT where you trust it and save it as {TENSORS}"
+            f"{folder}: holds {_PICKLED}, which is pickled and never read here; convert it: "
+            f"python -c {shlex.quote(_CONVERT)} {shlex.quote(str(folder))}"
+        )
+    parts = sorted(path.name for path in folder.glob(_PARTS))
+    if parts:
+        wanted = int(parts[0].rpartition("-")[2].removesuffix(".safetensors"))
+        if len(parts) < wanted:
+            return f"{folder}: {len(parts)} of {wanted} parts are in it ({parts[0]}); copy the rest"
+        return (
+            f"{folder}: its tensors are in {wanted} parts ({parts[0]}, ...); join them: "
+            f"python -c {shlex.quote(_JOIN)} {shlex.quote(str(folder))}"
         )
     return f"{folder}: no {TENSORS} in it; copy the adapter again"

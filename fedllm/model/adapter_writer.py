@@ -1,9 +1,9 @@
 """PEFT adapter folders, written so that every loader computes the same product.
 
 PEFT scales a module's `B A` by its own alpha over its own rank, vLLM by the configuration's
-`lora_alpha / r` for all modules, llama.cpp by that alpha over the tensor's rank. They agree where all
-modules have one rank and one scale: what is left of a module's scale is in its B, and a module of a
-smaller rank gets rows of A and columns of B that are zero.
+`lora_alpha / r` for all modules, llama.cpp by that alpha over the tensor's rank. They agree where
+all modules have one rank and one scale: what is left of a module's scale is in its B, and a module
+of a smaller rank gets rows of A and columns of B that are zero.
 
 Legend: O out, I in, R rank.
 """

@@ -1,8 +1,9 @@
 """PEFT adapters of any ranks into one: what a round aggregates, from folders that users have."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,8 +16,11 @@ from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.table import build_method
 from fedllm.methods.weights import shares, total_of
+from fedllm.model.adapter_base import CommonBase, common_base
 from fedllm.model.adapter_config import CONFIG, AdapterConfig
+from fedllm.model.adapter_copies import check_copies
 from fedllm.model.adapter_files import DTYPES, PeftAdapter, read_peft_adapter
+from fedllm.model.adapter_names import common_names
 from fedllm.model.adapter_writer import (
     PeftDescription,
     PeftWriter,
@@ -32,6 +36,7 @@ Tell: TypeAlias = Callable[[int, int], None]  # how many modules are done, of ho
 
 _SEED = 0  # of directions in which nothing was trained
 _BLOCK_ADAPTERS = 32
+_ALL_LINEAR = "all-linear"  # PEFT's word
 _RESTRICTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -50,7 +55,8 @@ class CombineRequest:
     `rank` is a number, `full` (the stacked ranks: nothing is lost), or None: the largest that an
     input has, module by module. No module gets more than its smaller side. `dtype` is one of
     `DTYPES`; `out` is a new or empty folder; `exact` and `tolerance` are as in
-    `aggregation.decomposition.Problem`.
+    `aggregation.decomposition.Problem`. `base` is the base model of all of them, a folder or hub
+    name, whatever they call it; `allow_missing` lets adapters have few modules in common.
     """
 
     adapters: Sequence[WeightedAdapter]
@@ -61,6 +67,8 @@ class CombineRequest:
     dtype: str = "float32"
     exact: bool = False
     tolerance: float = 1e-4
+    base: str | None = None
+    allow_missing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,16 +136,20 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
     """
     dtype = _dtype(request.dtype)
     _check_numbers(request)
-    adapters = [read_peft_adapter(item.folder) for item in request.adapters]
-    _refuse_other_bases(adapters)
+    folders = [item.folder for item in request.adapters]
+    adapters = _with_common_names([read_peft_adapter(folder) for folder in folders])
+    base = common_base([adapter.config for adapter in adapters], folders, request.base)
+    check_copies(adapters, base.folder)
     shapes = _shapes(adapters)
+    if not request.allow_missing:
+        _refuse_few_in_common(adapters, list(shapes))
     # alpha = 2r: a scale of 2 at every rank, which is the one that is written
     method = build_method(request.method, seed=_SEED, alpha=2.0, scaling="proportional")
     weights = shares(method.weigh([item.weight for item in request.adapters]))
     source = _Adapters(adapters=adapters, weights=weights)
     ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}
     devices = resolve_devices(request.device)
-    about = _description([adapter.config for adapter in adapters], list(shapes))
+    about = _description([adapter.config for adapter in adapters], list(shapes), base)
     planned = {
         module: PlannedModule(shape=found.shape, rank=found.received[0])
         for module, found in ranks.items()
@@ -275,15 +287,21 @@ def _check_numbers(request: CombineRequest) -> None:
             )
 
 
-def _refuse_other_bases(adapters: Sequence[PeftAdapter]) -> None:
-    first = adapters[0]
-    for other in adapters[1:]:
-        if other.config.base != first.config.base:
-            names = [a.config.base or "a base it does not name" for a in (first, other)]
-            raise AdapterError(
-                f"{first.folder} is for {names[0]} and {other.folder} for {names[1]}: "
-                "adapters of different base models cannot be combined"
-            )
+def _with_common_names(adapters: Sequence[PeftAdapter]) -> list[PeftAdapter]:
+    """Return the adapters with one name for each module, whatever each of them calls it."""
+    names = common_names([list(adapter.factors) for adapter in adapters])
+    return [replace(adapter, factors=adapter.factors.named(names)) for adapter in adapters]
+
+
+def _refuse_few_in_common(adapters: Sequence[PeftAdapter], modules: Sequence[str]) -> None:
+    partly = [m for m in modules if not all(m in adapter.factors for adapter in adapters)]
+    if 2 * len(partly) > len(modules):
+        lacking = next(a for a in adapters if partly[0] not in a.factors)
+        raise AdapterError(
+            f"{len(partly)} of {len(modules)} modules are not in all adapters ({partly[0]} is not "
+            f"in {lacking.folder}): most would be averaged with zero; leave out what does not "
+            "belong together, or give --allow-missing"
+        )
 
 
 def _shapes(adapters: Sequence[PeftAdapter]) -> dict[str, ModuleShape]:
@@ -310,7 +328,9 @@ def _input(adapter: PeftAdapter, share: float, modules: Iterable[str]) -> Combin
     )
 
 
-def _description(configs: Sequence[AdapterConfig], modules: Sequence[str]) -> PeftDescription:
+def _description(
+    configs: Sequence[AdapterConfig], modules: Sequence[str], base: CommonBase
+) -> PeftDescription:
     """Return what the result carries over: what all agree on, and the modules of any."""
     first = configs[0]
     agreed = {
@@ -319,8 +339,8 @@ def _description(configs: Sequence[AdapterConfig], modules: Sequence[str]) -> Pe
         if all(getattr(config, name) == getattr(first, name) for config in configs)
     }
     return PeftDescription(
-        base_model=first.base_model_name_or_path,
-        revision=first.revision,
+        base_model=base.name,
+        revision=base.revision,
         targets=_targets(configs, modules),
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         task_type=agreed.get("task_type"),
@@ -335,9 +355,20 @@ def _targets(configs: Sequence[AdapterConfig], modules: Sequence[str]) -> dict[s
     restricted = {name: getattr(first, name) for name in _RESTRICTIONS}
     same = all(getattr(c, name) == restricted[name] for c in configs for name in restricted)
     if same and all(c.target_modules == first.target_modules for c in configs):
-        return {"target_modules": first.target_modules, **restricted}
-    if same and not any(restricted.values()):
+        if _selects(first.target_modules, modules):
+            return {"target_modules": first.target_modules, **restricted}
+    elif same and not any(restricted.values()):
         lists = [c.target_modules for c in configs if isinstance(c.target_modules, list)]
-        if len(lists) == len(configs):
-            return {"target_modules": sorted(set().union(*lists))}
+        joined = sorted(set().union(*lists))
+        if len(lists) == len(configs) and _selects(joined, modules):
+            return {"target_modules": joined}
     return {"target_modules": list(modules)}
+
+
+def _selects(targets: list[str] | str | None, modules: Sequence[str]) -> bool:
+    """Say whether PEFT finds all modules by these words; their names may have changed."""
+    if isinstance(targets, list):
+        return all(any(f".{m}".endswith(f".{name}") for name in targets) for m in modules)
+    if targets is None or targets == _ALL_LINEAR:
+        return True
+    return all(re.fullmatch(targets, module) for module in modules)

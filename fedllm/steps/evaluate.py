@@ -1,16 +1,19 @@
 """The evaluation job: a server state, scored on clients' test rows by generated answers."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config.models import Config, EvaluationSection
 from fedllm.data.cache import TokenizedClients
+from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import mean_scores, score_rows
 from fedllm.lora.factors import Adapter
 from fedllm.methods.protocol import Method
+from fedllm.model.adapter_copies import check_copies
 from fedllm.model.adapter_files import TENSORS, read_peft_adapter
+from fedllm.model.adapter_names import names_in, place_of
 from fedllm.model.slots import AdapterSlots
 from fedllm.planning.evaluation import Target, choose, is_complete
 from fedllm.planning.federation import Federation, plan_federation
@@ -161,12 +164,16 @@ def evaluate_adapter(
         AdapterError: it cannot be read, or belongs to another base model.
     """
     begun = time.perf_counter()
-    adapter = dict(read_peft_adapter(folder).factors)
-    leaves = tuple(sorted({module.rpartition(".")[2] for module in adapter}))
+    opened = read_peft_adapter(folder)
+    check_copies([opened], Path(prepared.model_path))
+    _refuse_head(folder, opened.factors)
+    leaves = tuple(sorted({module.rpartition(".")[2] for module in opened.factors}))
     lora = config.lora.model_copy(update={"target_modules": leaves})
     targets = choose(config, prepared, config.rounds)
+    slots = session.slots(config.model_copy(update={"lora": lora}), prepared)
+    adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
     found = score_targets(
-        session.slots(config.model_copy(update={"lora": lora}), prepared),
+        slots,
         session.data(prepared.data_path),
         adapter,
         targets,
@@ -174,6 +181,15 @@ def evaluate_adapter(
     )
     sha256 = sha256_of(folder / TENSORS)
     return _record(targets, found, found, round_number=0, sha256=sha256, begun=begun)
+
+
+def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
+    heads = [module for module in modules if place_of(module) == "lm_head"]
+    if heads:
+        raise AdapterError(
+            f"{folder}: adapts {heads[0]}, whose LoRA is not computed here; score it with PEFT, or "
+            "train without it"
+        )
 
 
 def score_targets(

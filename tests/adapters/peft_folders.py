@@ -1,12 +1,14 @@
 """Adapters made and read by PEFT itself, on base models of two layers."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 torch.set_num_threads(1)
 
 
-def make_llama(folder: Path) -> Path:
-    torch.manual_seed(0)
+def make_llama(folder: Path, *, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=16,
@@ -48,12 +50,13 @@ def save_adapter(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    kind: Any = AutoModelForCausalLM,
     **settings: Any,
 ) -> Path:
     """Save an adapter as PEFT does after training: A and B are not zero."""
     settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], **settings}
     config = LoraConfig(task_type="CAUSAL_LM", **settings)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(kind.from_pretrained(base), config)
     draws = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -63,9 +66,9 @@ def save_adapter(
     return folder
 
 
-def deltas(base: Path, folder: Path) -> dict[str, Tensor]:
+def deltas(base: Path, folder: Path, *, kind: Any = AutoModelForCausalLM) -> dict[str, Tensor]:
     """Return what PEFT computes from an adapter folder, module -> change (out, in)."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    model = PeftModel.from_pretrained(kind.from_pretrained(base), folder)
     found: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -73,6 +76,20 @@ def deltas(base: Path, folder: Path) -> dict[str, Tensor]:
             turned = delta.mT if isinstance(layer.get_base_layer(), Conv1D) else delta
             found[name.removeprefix("base_model.model.")] = turned
     return found
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> Path:
+    """Give the tensors of an adapter other names."""
+    path = folder / "adapter_model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
+    return folder
+
+
+def edit_config(folder: Path, **fields: object) -> Path:
+    """Change fields of an adapter's configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | fields))
+    return folder
 
 
 def unknown_keys(base: Path, folder: Path) -> tuple[list[str], list[str]]:

@@ -159,7 +159,7 @@ def test_a_missing_pattern_or_start_is_as_if_it_were_empty(
         ("base_model.model.model.layers.0.self_attn.q_proj.bias", "trained bias"),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", "trained bias"),
         ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "tokens"),
-        ("base_model.model.lm_head.weight", "no base_model"),
+        ("base_model.model.score.weight", "no base_model"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "no base_model"),
     ],
 )
@@ -189,7 +189,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
             {f"{Q}A.weight": torch.zeros(2, 3, 1, 1), f"{Q}B.weight": torch.zeros(3, 2, 1, 1)},
             r"lora_A is \(2, 3, 1, 1\)",
         ),
-        ({f"{Q}A.weight": torch.zeros(2, 0), f"{Q}B.weight": torch.zeros(16, 2)}, "nothing in it"),
+        (
+            {f"{Q}A.weight": torch.zeros(2, 0), f"{Q}B.weight": torch.zeros(16, 2)},
+            "without gathering",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_together_are_refused(

@@ -1,0 +1,81 @@
+"""Weights of the base that PEFT saves beside an adapter, and whether they are still the base's.
+
+Where `lm_head` or the embedding is among the targets, or the vocabulary was resized, PEFT adds the
+weights of both to the adapter's file. An unchanged copy is left out; a changed one is more than
+LoRA.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedllm.errors import AdapterError
+from fedllm.model.adapter_files import PeftAdapter
+from fedllm.model.adapter_names import place_of
+from fedllm.model.fingerprint import weight_files
+from fedllm.storage.tensors import TensorFile
+
+_EMBEDDINGS = ("embed", "wte")  # what the name of a weight holds that a tied head shares
+_SAVE = "save the adapter with save_embedding_layers=False"
+# a model that trained in half precision has rounded its base
+_ROUNDED = (torch.bfloat16, torch.float16)
+
+
+def check_copies(adapters: Sequence[PeftAdapter], base: Path | None) -> None:
+    """Refuse adapters whose copies of base weights are not the base's.
+
+    Args:
+        adapters: whose copies are compared with the base; where it is not at hand, with each other.
+        base: the folder of the base, or None.
+
+    Raises:
+        AdapterError: a copy differs, or there is nothing to compare it with.
+    """
+    files = list(_weights(base)) if base else []
+    first: dict[str, tuple[Path, Tensor]] = {}
+    for adapter in adapters:
+        for key in adapter.factors.copies:
+            copied = adapter.factors.copied(key)
+            if files:
+                if not any(_same(copied, weight) for weight in _candidates(files, key, copied)):
+                    raise _changed(adapter, key, f"the base in {base}")
+                continue
+            if ".base_layer." not in adapter.factors.copies[key]:
+                raise AdapterError(
+                    f"{adapter.folder}: {adapter.factors.copies[key]} is a whole weight, and "
+                    "the base is not here to compare it with; say where it is (--base PATH), or "
+                    f"{_SAVE}"
+                )
+            folder, other = first.setdefault(place_of(key), (adapter.folder, copied))
+            if copied.shape != other.shape or not _same(copied, other):
+                raise _changed(adapter, key, f"that of {folder}")
+
+
+def _changed(adapter: PeftAdapter, key: str, than: str) -> AdapterError:
+    return AdapterError(
+        f"{adapter.folder}: {adapter.factors.copies[key]} differs from {than}, so more than LoRA "
+        f"would be needed; where only LoRA was trained, {_SAVE}"
+    )
+
+
+def _weights(base: Path) -> Iterator[TensorFile]:
+    return (TensorFile(path) for path in weight_files(base) if path.suffix == ".safetensors")
+
+
+def _candidates(files: Iterable[TensorFile], key: str, copied: Tensor) -> Iterator[Tensor]:
+    """Yield the weight of that name; of a head that has none also those that it may share."""
+    owner, _, kind = key.rpartition(".")
+    for file in files:
+        for name in file.names:
+            base_owner, _, base_kind = name.rpartition(".")
+            named = place_of(base_owner) == place_of(owner)
+            shared = owner.endswith("lm_head") and any(word in name for word in _EMBEDDINGS)
+            if base_kind == kind and (named or shared) and file.shape(name) == tuple(copied.shape):
+                yield file.get(name)
+
+
+def _same(copied: Tensor, weight: Tensor) -> bool:
+    rounded = (weight.to(dtype) for dtype in (copied.dtype, *_ROUNDED))
+    return any(torch.equal(copied, each.to(copied.dtype)) for each in rounded)
