@@ -61,6 +61,17 @@ _OTHER_TENSORS: Mapping[str, str] = {
 }
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """Return the number format that `--dtype` names.
+
+    Raises:
+        AdapterError: it names none.
+    """
+    if name not in DTYPES:
+        raise AdapterError(f"--dtype: got {name!r}, need one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PeftAdapter:
     """A PEFT adapter folder whose factors are read when they are asked for."""

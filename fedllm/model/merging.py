@@ -3,10 +3,13 @@
 Legend: O out, I in.
 """
 
+import math
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,11 +27,56 @@ def plain_lines_in_a_log() -> None:
         logging.disable_progress_bar()
 
 
-def merge(model: nn.Module, module: str, change_OI: Tensor) -> None:
-    """Add a change (O, I) to the weight of `module` in place, rounding once.
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding to the model's number format did to a change, over all entries that it has.
+
+    `change` and `error` are squared Frobenius norms: of the change, and of what the stored weights
+    lack of the exact sums. `unchanged` of `entries` keep the base's value although theirs changes.
+    """
+
+    change: float = 0.0
+    error: float = 0.0
+    unchanged: int = 0
+    entries: int = 0
+
+    def __add__(self, other: "Rounding") -> "Rounding":
+        """Return that of both changes together."""
+        return Rounding(
+            change=self.change + other.change,
+            error=self.error + other.error,
+            unchanged=self.unchanged + other.unchanged,
+            entries=self.entries + other.entries,
+        )
+
+    @property
+    def survived(self) -> float:
+        """The share of the change that is stored: 1 - |stored - exact| / |change|, at least 0."""
+        return max(0.0, 1.0 - math.sqrt(self.error / self.change)) if self.change else 1.0
+
+    @property
+    def unchanged_share(self) -> float:
+        """The share of the changing entries whose stored value is the base's."""
+        return self.unchanged / self.entries if self.entries else 0.0
+
+
+def merge(
+    model: nn.Module, module: str, change_OI: Tensor, *, dtype: torch.dtype | None = None
+) -> Rounding:
+    """Add a change (O, I) to the weight of `module`, which is then of `dtype`.
+
+    The sum is float64 and is rounded once, to the nearest value: the least error that every entry
+    can have.
+
+    Args:
+        model: whose weight changes in place.
+        module: its name.
+        change_OI: the change.
+        dtype: of the weight afterwards; None leaves it as it is.
 
     Raises:
-        ModelError: the weight is also that of another module, which would change with it.
+        ModelError: the weight is also that of another module, which would change with it, or the
+            sum does not fit `dtype`.
     """
     owner = model.get_submodule(module)
     weight = owner.get_parameter("weight")
@@ -39,8 +87,21 @@ def merge(model: nn.Module, module: str, change_OI: Tensor) -> None:
             f"{module}: one weight goes by the names {', '.join(names)}, merging would change all; "
             "export the adapter without --merge"
         )
-    change = change_OI.T if isinstance(owner, Conv1D) else change_OI
-    weight.data.copy_(weight.data.double() + change)
+    # a Conv1D keeps its weight (I, O)
+    change = (change_OI.T if isinstance(owner, Conv1D) else change_OI).double()
+    before = weight.data.double()
+    exact = before + change
+    stored = exact.to(dtype or weight.dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise ModelError(f"{module}: its merged weight does not fit {stored.dtype}; use float32")
+    weight.data = stored
+    changing = change != 0
+    return Rounding(
+        change=float(change.square().sum()),
+        error=float((stored.double() - exact).square().sum()),
+        unchanged=int((changing & (stored.double() == before)).sum()),
+        entries=int(changing.sum()),
+    )
 
 
 def save_model(base: Base, folder: Path) -> None:

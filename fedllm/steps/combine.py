@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
@@ -19,7 +18,7 @@ from fedllm.methods.weights import shares, total_of
 from fedllm.model.adapter_base import CommonBase, common_base
 from fedllm.model.adapter_config import CONFIG, AdapterConfig
 from fedllm.model.adapter_copies import check_copies
-from fedllm.model.adapter_files import DTYPES, PeftAdapter, read_peft_adapter
+from fedllm.model.adapter_files import PeftAdapter, dtype_of, read_peft_adapter
 from fedllm.model.adapter_names import common_names
 from fedllm.model.adapter_writer import (
     PeftDescription,
@@ -134,7 +133,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
         DataError: weights that sum to zero.
         RunDirectoryError: `out` cannot be written.
     """
-    dtype = _dtype(request.dtype)
+    dtype = dtype_of(request.dtype)
     _check_numbers(request)
     folders = [item.folder for item in request.adapters]
     adapters = _with_common_names([read_peft_adapter(folder) for folder in folders])
@@ -267,12 +266,6 @@ def _wanted(wish: RankWish, held: Sequence[int]) -> int:
     if wish is None:
         return max(held)
     return sum(held) if wish == "full" else wish
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise AdapterError(f"--dtype: got {name!r}, need one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _check_numbers(request: CombineRequest) -> None:

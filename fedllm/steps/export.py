@@ -13,6 +13,7 @@ from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
 from fedllm.methods.protocol import Method
 from fedllm.model.adapter_config import CONFIG
+from fedllm.model.adapter_files import dtype_of
 from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
@@ -53,6 +54,15 @@ class Exported:
     round: int
     ranks: Mapping[str, int]
     base_model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Exported):
+    """A model that was written: of which number format, and what rounding left of the change."""
+
+    dtype: str
+    survived: float
+    unchanged_share: float
 
 
 def newest_state(run: RunPaths) -> int:
@@ -118,33 +128,47 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
     return Exported(round=state.round, ranks=ranks, base_model=state.base_model)
 
 
-def export_model(state: ServerState, out: Path, *, rank: int | None = None) -> Exported:
+def export_model(
+    state: ServerState, out: Path, *, rank: int | None = None, dtype: str | None = None
+) -> Merged:
     """Write the base with a state's adapter merged into it, and its tokenizer.
 
     Args:
         state: an opened server state.
         out: a new or empty folder.
         rank: the largest of any module; None is all that the state holds.
+        dtype: of the weights, one of `DTYPES`; None is that of the run's base.
 
     Raises:
-        AdapterError: a rank that the state does not hold.
-        ModelError: the base is not there any more, or another one.
+        AdapterError: a rank that the state does not hold, or an unknown `dtype`.
+        ModelError: the base is not there any more, or another one, or a weight does not fit.
     """
     # transformers takes seconds to import: an adapter is written without it
     from fedllm.model.base import load_base
-    from fedllm.model.merging import merge, plain_lines_in_a_log, save_model
+    from fedllm.model.merging import Rounding, merge, plain_lines_in_a_log, save_model
 
     plain_lines_in_a_log()
     ranks = _ranks(state, rank)
-    path, dtype = Path(state.prepared.model_path), state.config.model.dtype
+    name = dtype or state.config.model.dtype
+    stored = dtype_of(name)
+    path = Path(state.prepared.model_path)
+    rounding = Rounding()
     with filling(out, last=_MODEL_CONFIG) as folder:
-        base = load_base(path, dtype=dtype, device="cpu")
+        base = load_base(path, dtype=state.config.model.dtype, device="cpu")
         if base.fingerprint != state.prepared.model_fingerprint:
             raise ModelError(f"{path}: not the model that the run trained on; restore it")
         for module, change in _changes(state, ranks):
-            merge(base.model, module, change)
+            rounding += merge(base.model, module, change, dtype=stored)
+        base.model.to(stored)
         save_model(base, folder)
-    return Exported(round=state.round, ranks=ranks, base_model=state.base_model)
+    return Merged(
+        round=state.round,
+        ranks=ranks,
+        base_model=state.base_model,
+        dtype=name,
+        survived=rounding.survived,
+        unchanged_share=rounding.unchanged_share,
+    )
 
 
 def _ranks(state: ServerState, wish: int | None) -> dict[str, int]:

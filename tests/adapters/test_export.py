@@ -33,13 +33,20 @@ SCALINGS = ["fixed", "proportional", "rslora"]
 
 
 def make_run(
-    root: Path, tiny: Tiny, *, scaling: str = "fixed", method: str = "flexlora"
+    root: Path,
+    tiny: Tiny,
+    *,
+    scaling: str = "fixed",
+    method: str = "flexlora",
+    dtype: str = "float32",
+    size: float = 1.0,
 ) -> RunPaths:
     """Make a run whose first round trained: rank 4 in attention, 6 in the MLPs."""
     paths = RunPaths(root=root)
     raw = raw_config(tiny.model.parent)
     raw["lora"] = {"scaling": scaling, "alpha": 10.0, "dropout": 0.1}
     raw["method"] = {"name": method}
+    raw["model"]["dtype"] = dtype
     config = validate(raw)
     publish_bytes(paths.config, dump_config(config).encode())
     publish_bytes(paths.run, b"{}")
@@ -55,11 +62,11 @@ def make_run(
     )
     prepared.publish(paths.prepared)
     for number in (0, 1):
-        aggregate(paths, prepared, number)
+        aggregate(paths, prepared, number, size=size)
     return paths
 
 
-def aggregate(paths: RunPaths, prepared: PreparedRecord, number: int) -> None:
+def aggregate(paths: RunPaths, prepared: PreparedRecord, number: int, *, size: float) -> None:
     """Publish the state after two clients; that of round 0 is theirs times zero."""
     method = method_of(read_config(paths.config))
     ranks = {module: RANKS[record.kind] for module, record in prepared.modules.items()}
@@ -71,7 +78,7 @@ def aggregate(paths: RunPaths, prepared: PreparedRecord, number: int) -> None:
             Factors(
                 a_RI=torch.randn(rank, record.in_features, generator=draws),
                 b_OR=0.1 * torch.randn(record.out_features, rank, generator=draws),
-                scale=float(number),
+                scale=size * number,
             )
             for _ in range(2)
         ]
