@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.data.prompts import TEMPLATES, Frame
+from fedllm.data.turns import Turn
 from fedllm.errors import DataError, ModelError
 
 _CHARACTERS_PER_TOKEN = 16
@@ -23,11 +24,16 @@ _CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True, kw_only=True)
 class TextRow:
-    """A row as its owner wrote it; the first reference is the answer to train."""
+    """A row as its owner wrote it; the first reference is the answer to train.
+
+    A conversation has `turns`, up to and with its last assistant turn, and neither instruction
+    nor input; an ordinary row has no turns.
+    """
 
     instruction: str
     input: str
     references: Sequence[str]
+    turns: tuple[Turn, ...] = ()
 
     @property
     def answer(self) -> str:

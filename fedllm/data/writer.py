@@ -13,6 +13,7 @@ import pyarrow as pa
 from fedllm.data.cache import INDEX, CacheIndex, IndexedClient, SplitRows
 from fedllm.data.columns import INTEGER_PREFIX, rows_by_client
 from fedllm.data.tokenize import EncodedRow, RowEncoder, TextRow
+from fedllm.data.turns import TURNS, Turn
 from fedllm.storage.folders import publishing_folder
 
 # what decides the files besides the fingerprints of data and tokenizer: raise it with any change
@@ -138,9 +139,16 @@ class _SplitOfClients:
 def text_rows(table: pa.Table) -> list[TextRow]:
     """Return the rows of a table of canonical columns."""
     columns = (table[name].to_pylist() for name in ("instruction", "input", "references"))
+    has_turns = TURNS in table.column_names
+    conversations = table[TURNS].to_pylist() if has_turns else [None] * table.num_rows
     return [
-        TextRow(instruction=instruction, input=text, references=references)
-        for instruction, text, references in zip(*columns, strict=True)
+        TextRow(
+            instruction=instruction,
+            input=text,
+            references=references,
+            turns=tuple(Turn(**turn) for turn in turns or ()),
+        )
+        for instruction, text, references, turns in zip(*columns, conversations, strict=True)
     ]
 
 
