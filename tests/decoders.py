@@ -65,6 +65,7 @@ class Row:
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    prompt_targets: Sequence[int] = ()
 
 
 def make_decoder(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:

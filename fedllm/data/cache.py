@@ -18,6 +18,8 @@ from fedllm.errors import DataError
 from fedllm.storage.records import Record
 
 INDEX = "index.json"
+# folders of before have no such column
+TARGETS = "targets"
 
 
 class SplitRows(Record):
@@ -45,19 +47,35 @@ class IndexedClient(Record):
         return found.rows if found else 0
 
 
+class AnswerForm(Record):
+    """What stands around answers: `ends` end them, and a template writes `leads` before them."""
+
+    ends: tuple[int, ...] = ()
+    leads: tuple[str, ...] = ()
+
+
+BARE_ANSWERS = AnswerForm()
+"""Answers with nothing around them that the tokenizer and the model do not know of themselves."""
+
+
 class CacheIndex(Record):
     """All clients, in canonical order."""
 
     clients: list[IndexedClient]
+    answer_form: AnswerForm = BARE_ANSWERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row ready to train or score; `answer_ids` holds the end of sequence."""
+    """A row ready to train or score; `answer_ids` holds the end of the turn.
+
+    `prompt_targets` are the places of the prompt's tokens that carry loss: of earlier answers.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
     references: list[str]
+    prompt_targets: Sequence[int] = ()
 
 
 class TokenizedClients:
@@ -65,6 +83,7 @@ class TokenizedClients:
 
     def __init__(self, index: CacheIndex, tables: Mapping[str, pa.Table]) -> None:
         self.clients = {client.id: client for client in index.clients}
+        self.answer_form = index.answer_form
         self._tables = tables
 
     @classmethod
@@ -97,10 +116,11 @@ class TokenizedClients:
             _lists(table["prompt"]),
             _lists(table["answer"]),
             table["references"].to_pylist(),
+            _lists(table[TARGETS]) if TARGETS in table.column_names else [()] * len(table),
         )
         return [
-            Row(prompt_ids=prompt, answer_ids=answer, references=references)
-            for prompt, answer, references in zip(*columns, strict=True)
+            Row(prompt_ids=prompt, answer_ids=answer, references=references, prompt_targets=targets)
+            for prompt, answer, references, targets in zip(*columns, strict=True)
         ]
 
     def longest_row(self, client: str, split: str) -> int:

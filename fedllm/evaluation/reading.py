@@ -100,7 +100,7 @@ def padded_losses(slots: AdapterSlots, rows: Sequence[TokenRow], batch_size: int
             places = order[start : start + batch_size]
             batch = collate(
                 [rows[place] for place in places],
-                loss_on="answer",
+                loss_on="last_answer",
                 pad_token=slots.pad_token,
                 device=slots.device,
             )
@@ -121,7 +121,7 @@ def read(
         way: how the model is set to compute them together.
         cache: is filled; None: no keys and values are kept.
     """
-    packed = pack_groups(groups, loss_on="answer", device=slots.device, merge_targets=False)
+    packed = pack_groups(groups, loss_on="last_answer", device=slots.device, merge_targets=False)
     packed = fitted(packed, way)
     caching = {} if cache is None else {"use_cache": True, "past_key_values": cache}
     output = forward(slots.model, packed, way, kept=packed.kept_U, **caching)

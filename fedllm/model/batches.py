@@ -12,7 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-LossOn = Literal["answer", "all"]
+LossOn = Literal["answer", "last_answer", "all"]
+"""Which tokens carry loss: of all answers, of the row's last one alone, or all but the first."""
 
 _IGNORED = -100
 
@@ -27,6 +28,10 @@ class TokenRow(Protocol):
     @property
     def answer_ids(self) -> Sequence[int]:
         """The answer's tokens, the end of the sequence included."""
+
+    @property
+    def prompt_targets(self) -> Sequence[int]:
+        """The places of the prompt's tokens that are of earlier answers, in order, without 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +55,22 @@ class Batch:
         return (self.targets_NK != _IGNORED).sum(dim=1)
 
 
+def target_places(row: TokenRow, loss_on: LossOn) -> list[int]:
+    """Return the places of a row's tokens that carry loss, in order."""
+    prompt = len(row.prompt_ids)
+    # nothing comes before the first token that could predict it
+    first = 1 if loss_on == "all" else max(1, prompt)
+    earlier = row.prompt_targets if loss_on == "answer" else ()
+    return [*earlier, *range(first, prompt + len(row.answer_ids))]
+
+
 def collate(
     rows: Sequence[TokenRow], *, loss_on: LossOn, pad_token: int, device: torch.device | str
 ) -> Batch:
     """Return `rows` as one batch, with loss on the answers or on every token after the first."""
     texts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
-    firsts = [max(1, len(row.prompt_ids)) if loss_on == "answer" else 1 for row in rows]
-    targets = [text[first:] for text, first in zip(texts, firsts, strict=True)]
+    places = [target_places(row, loss_on) for row in rows]
+    targets = [_aligned(text, places) for text, places in zip(texts, places, strict=True)]
     # a row of one token has nothing to compute and no target: it is all padding, without loss
     width = max(1, *(len(text) - 1 for text in texts))
     kept = max(1, *(len(row) for row in targets))
@@ -76,8 +90,18 @@ def collate(
         targets_NK=torch.tensor(aligned).to(device),
         starts=starts,
         num_tokens=sum(map(len, texts)),
-        num_targets=sum(map(len, targets)),
+        num_targets=sum(map(len, places)),
     )
+
+
+def _aligned(text: Sequence[int], places: Sequence[int]) -> list[int]:
+    """Return the tokens from the first target on, the others among them ignored."""
+    if not places:
+        return []
+    targets = [_IGNORED] * (len(text) - places[0])
+    for place in places:
+        targets[place - places[0]] = text[place]
+    return targets
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import DataError
-from fedllm.model.batches import LossOn, TokenRow
+from fedllm.model.batches import LossOn, TokenRow, target_places
 
 PREFIX, PADDING = -1, -2  # what a part is that is no row's own
 
@@ -172,7 +172,7 @@ def pack(
         rows: all rows of the step.
         places: which of them are in this pack.
         prefix: how many first tokens all these rows share; 0: every row by itself.
-        loss_on: the answers, or every token after a row's first.
+        loss_on: which tokens carry loss.
         device: where the tensors go.
         merge_targets: one target with a weight where rows share its position and token; else
             every target has its row in `rows_K`.
@@ -214,8 +214,7 @@ class _Layout:
             row = group.rows[place]
             text = text_of(row)
             start = self._part(text[group.prefix : -1], row=place, prefix=prefix)
-            first = max(1, len(row.prompt_ids)) if loss_on == "answer" else 1
-            for position in range(first, len(text)):
+            for position in target_places(row, loss_on):
                 before = position - 1
                 index = start + before - len(shared) if before >= len(shared) else begin + before
                 self._targets.append((index, text[position], place))

@@ -35,6 +35,7 @@ _TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 
 class _Row:
     prompt_ids: Sequence[int]
     answer_ids: Sequence[int]
+    prompt_targets: Sequence[int] = ()
 
 
 # of very different length, with a common prefix of nine tokens; one row is little more than the

@@ -1,5 +1,6 @@
 """Padding on the left and logits for the end only: the loss is the textbook one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,7 @@ from tests.tiny import Tiny
 class Row:
     prompt_ids: list[int]
     answer_ids: list[int]
+    prompt_targets: Sequence[int] = ()
 
 
 ROWS = [

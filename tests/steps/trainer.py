@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ class Row:
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    prompt_targets: Sequence[int] = ()
 
 
 class LongRows(Session):

@@ -1,6 +1,6 @@
 """A client's training is a function of its inputs, and the textbook's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -27,6 +27,7 @@ Make = Callable[[float], AdapterSlots]
 class Row:
     prompt_ids: list[int]
     answer_ids: list[int]
+    prompt_targets: Sequence[int] = ()
 
 
 def rows_of(client: int, count: int = 7) -> list[Row]:
