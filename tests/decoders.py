@@ -112,7 +112,10 @@ def plain_loss(
     for row, text in zip(rows, texts, strict=True):
         gap = width - len(text)
         first = max(1, len(row.prompt_ids)) if loss_on == "answer" else 1
-        lists = (text, [1] * len(text), [-100] * first + text[first:])
+        labels_T = [-100] * first + text[first:]
+        for place in row.prompt_targets:
+            labels_T[place] = text[place]
+        lists = (text, [1] * len(text), labels_T)
         for where, values, filler in zip((ids, mask, labels), lists, (0, 0, -100), strict=True):
             filling = [filler] * gap
             where.append(filling + values if side == "left" else values + filling)

@@ -98,7 +98,7 @@ class DataSection(Section):
     revision: str | None = None
     format: RowFormat = "auto"
     columns: ColumnsSection = ColumnsSection()
-    template: Literal["alpaca", "chat"] = "alpaca"
+    template: Literal["alpaca", "chat", "plain"] = "alpaca"
     loss_on: Literal["answer", "all"] = "answer"
     cutoff_tokens: PositiveInt = 512
     test_fraction: Fraction = 0.1

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fedllm.data.cache import INDEX, CacheIndex, IndexedClient, SplitRows
+from fedllm.data.cache import INDEX, TARGETS, CacheIndex, IndexedClient, SplitRows
 from fedllm.data.columns import INTEGER_PREFIX, rows_by_client
-from fedllm.data.tokenize import EncodedRow, RowEncoder, TextRow
-from fedllm.data.turns import TURNS, Turn
+from fedllm.data.tokenize import EncodedRow, RowEncoder
+from fedllm.data.turns import TURNS, TextRow, Turn
 from fedllm.storage.folders import publishing_folder
 
 # what decides the files besides the fingerprints of data and tokenizer: raise it with any change
-FORMAT = 1
+FORMAT = 2
 # rows tokenised at a time: some tens of MiB as Python objects
 _BLOCK_ROWS = 8192
 _REPORT_SECONDS = 10.0
@@ -64,7 +64,8 @@ def write_clients(
             rows.describe()
             rows.write(beside / f"{split}.arrow", encoder, report)
         clients = [tallies[client].indexed(client) for client in sorted(tallies)]
-        (beside / INDEX).write_bytes(CacheIndex(clients=clients).to_bytes())
+        index = CacheIndex(clients=clients, answer_form=encoder.answer_form)
+        (beside / INDEX).write_bytes(index.to_bytes())
 
 
 class _SplitOfClients:
@@ -99,7 +100,9 @@ class _SplitOfClients:
         """Tokenise all rows into `file`, and note what became of them."""
         ids = pa.list_(pa.uint16() if encoder.fits_16_bits else pa.int32())
         references = pa.list_(pa.large_string())
-        schema = pa.schema({"prompt": ids, "answer": ids, "references": references})
+        schema = pa.schema(
+            {"prompt": ids, "answer": ids, "references": references, TARGETS: pa.list_(pa.int32())}
+        )
         owners = np.repeat(np.arange(len(self._sizes)), self._sizes)
         kept = np.zeros(len(self._sizes), dtype=np.int64)
         reported = time.monotonic()
@@ -164,6 +167,7 @@ def _batch(
             _lists([row.prompt_ids for row in rows], schema.field("prompt").type),
             _lists([row.answer_ids for row in rows], schema.field("answer").type),
             references.filter(pa.array(keep)).combine_chunks(),
+            _lists([row.prompt_targets for row in rows], schema.field(TARGETS).type),
         ],
         schema=schema,
     )

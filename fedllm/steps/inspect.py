@@ -11,9 +11,11 @@ from fedllm.data.cache import unknown_client
 from fedllm.data.columns import rows_by_client
 from fedllm.data.readers import open_source
 from fedllm.data.tokenize import EncodedRow
+from fedllm.data.turns import Turn
 from fedllm.data.writer import text_rows
 from fedllm.errors import DataError
 from fedllm.model.base import load_tokenizer, locate_base
+from fedllm.model.batches import LossOn, target_places
 from fedllm.steps.prepare import Report, row_encoder, say
 from fedllm.storage.paths import CachePaths
 
@@ -44,6 +46,7 @@ class Inspection:
     instruction: str
     input: str
     references: list[str]
+    turns: list[Turn]
     prompt: str
     prompt_cut: bool
     answer_cut: bool
@@ -82,10 +85,11 @@ def inspect_client(
         instruction=text.instruction,
         input=text.input,
         references=list(text.references),
+        turns=list(text.turns),
         prompt=encoder.prompt(text),
         prompt_cut=encoded.prompt_cut,
         answer_cut=encoded.answer_cut,
-        tokens=_tokens(encoded, tokenizer, loss_on_all=config.data.loss_on == "all"),
+        tokens=_tokens(encoded, tokenizer, config.data.loss_on),
     )
 
 
@@ -93,14 +97,11 @@ def describe(found: Inspection) -> str:
     """Return an inspection as text; tokens that carry loss stand in brackets."""
     marks = [f"[{t.text}]" if t.loss else t.text for t in found.tokens]
     with_loss = sum(token.loss for token in found.tokens)
-    answer = " | ".join(found.references)
     cuts = [name for name in ("prompt", "answer") if getattr(found, f"{name}_cut")]
     lines = [
         f"client {found.client}, {found.split} row {found.row} of {found.rows}",
         f"category     {found.category}",
-        f"instruction  {_shortened(found.instruction)}",
-        f"input        {_shortened(found.input)}",
-        f"output       {_shortened(answer)}",
+        *_said(found),
         "",
         "prompt, before anything is cut:",
         *(f"  {line}" for line in found.prompt.splitlines()),
@@ -110,6 +111,17 @@ def describe(found: Inspection) -> str:
         "  " + "·".join(marks) if marks else "  dropped: the row has no answer",
     ]
     return "\n".join(lines)
+
+
+def _said(found: Inspection) -> list[str]:
+    """Return what the owner wrote: the turns of a conversation, or the columns of a row."""
+    if found.turns:
+        return [f"{turn.role:<12} {_shortened(turn.content)}" for turn in found.turns]
+    return [
+        f"instruction  {_shortened(found.instruction)}",
+        f"input        {_shortened(found.input)}",
+        f"output       {_shortened(' | '.join(found.references))}",
+    ]
 
 
 def _rows_of(tables: dict[str, pa.Table], client: str) -> tuple[str, pa.Table]:
@@ -122,12 +134,11 @@ def _rows_of(tables: dict[str, pa.Table], client: str) -> tuple[str, pa.Table]:
     raise DataError(unknown_client(client, list(known)))
 
 
-def _tokens(encoded: EncodedRow, tokenizer: Any, *, loss_on_all: bool) -> list[Token]:
+def _tokens(encoded: EncodedRow, tokenizer: Any, loss_on: LossOn) -> list[Token]:
     ids = [*encoded.prompt_ids, *encoded.answer_ids]
-    # nothing comes before the first token that could predict it
-    first = 1 if loss_on_all else max(1, len(encoded.prompt_ids))
+    with_loss = set(target_places(encoded, loss_on))
     return [
-        Token(id=id_, text=tokenizer.decode([id_]), loss=place >= first)
+        Token(id=id_, text=tokenizer.decode([id_]), loss=place in with_loss)
         for place, id_ in enumerate(ids)
     ]
 

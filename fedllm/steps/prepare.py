@@ -8,6 +8,7 @@ from typing import Any
 from fedllm.config.loading import read_config
 from fedllm.config.models import ClientsSection, Config, DataSection, HeldOutSection
 from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
+from fedllm.data.chat import TEMPLATE_DATE
 from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
@@ -215,6 +216,7 @@ def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) ->
         source.fingerprint,
         config.data.template,
         config.data.cutoff_tokens,
+        TEMPLATE_DATE.isoformat(),
         fingerprint_tokenizer(base),
     )
     folder = cache.data(key)

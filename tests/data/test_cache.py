@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fedllm.config.models import ColumnsSection
 from fedllm.data.cache import TokenizedClients
 from fedllm.data.columns import canonical
-from fedllm.data.tokenize import RowEncoder, TextRow
+from fedllm.data.tokenize import RowEncoder
+from fedllm.data.turns import TextRow
 from fedllm.data.writer import write_clients
 from fedllm.errors import DataError, StorageFull
 from fedllm.storage.folders import publishing_folder

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedllm.data.tokenize import RowEncoder, TextRow
+from fedllm.data.tokenize import RowEncoder
+from fedllm.data.turns import TextRow
 from fedllm.errors import DataError, ModelError
 
 MARKER = "\n\n### Response:\n"

@@ -44,6 +44,11 @@ STEPS = {
     "only the last token differs": [Row(HEAD, [20]), Row(HEAD, [21]), Row(HEAD, [22])],
     "one is the beginning of another": [Row(HEAD, [20, 1]), Row([*HEAD, 20, 1], [22, 1])],
     "nothing in common": [Row([20, 21, 22], [23, 1]), Row([30, 31], [32, 1])],
+    "earlier answers in the prompt": [
+        Row([*HEAD, 20, 21, 22, 23], [30, 1], prompt_targets=(3, 4, 9, 10)),
+        Row([*HEAD, 20, 24], [31, 32, 1], prompt_targets=(3, 4, 9)),
+        Row([*HEAD, 25], [33, 1]),
+    ],
     "a row of one token": [Row([], [20]), Row([*HEAD, 20], [21, 1])],
 }
 
@@ -131,6 +136,8 @@ def test_counts_are_those_of_the_rows(way: str) -> None:
         passes = passes_of(MANY, way, **cut)
         assert sum(p.num_tokens for p in passes) == sum(len(text_of(row)) for row in MANY)
         assert sum(p.num_targets for p in passes) == sum(len(row.answer_ids) for row in MANY)
+        conversations = passes_of(STEPS["earlier answers in the prompt"], way, **cut)
+        assert sum(p.num_targets for p in conversations) == 7 + 7
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
