@@ -2,26 +2,31 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from fedllm.config.models import EvaluationSection
+from fedllm.data.cache import BARE_ANSWERS, AnswerForm
 from fedllm.model.slots import AdapterSlots
 
 
 def generate_answers(
-    slots: AdapterSlots, prompts: Sequence[Sequence[int]], section: EvaluationSection
+    slots: AdapterSlots,
+    prompts: Sequence[Sequence[int]],
+    section: EvaluationSection,
+    form: AnswerForm = BARE_ANSWERS,
 ) -> list[str]:
     """Return the model's answer to every prompt, in their order, as text without spaces around.
 
-    Greedy, at most `max_new_tokens`, ends at the end of sequence; what else the model's own
+    Greedy, at most `max_new_tokens`, ends where trained answers end; what else the model's own
     generation configuration asks for, such as penalties, is left out. Prompts of similar length
     share a batch and are padded on the left. A prompt without tokens has no answer.
     """
     slots.evaluate()
-    config = _config(slots, section)
+    config = _config(slots, section, form)
     answers = [""] * len(prompts)
     with torch.inference_mode(), _plainly(slots.model):
         for places in _by_length(prompts, section.batch_size):
@@ -30,23 +35,35 @@ def generate_answers(
             model: Any = slots.model
             output = model.generate(**batch, generation_config=config)
             new = output[:, batch["input_ids"].shape[1] :]
-            for place, text in zip(places, texts_of(slots, new.tolist()), strict=True):
+            for place, text in zip(places, texts_of(slots, new.tolist(), form), strict=True):
                 answers[place] = text
     return answers
 
 
-def texts_of(slots: AdapterSlots, answers: Sequence[Sequence[int]]) -> list[str]:
-    """Return answers as text, without special tokens and spaces around."""
-    texts = slots.base.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+def texts_of(
+    slots: AdapterSlots, answers: Sequence[Sequence[int]], form: AnswerForm = BARE_ANSWERS
+) -> list[str]:
+    """Return answers as text, without special tokens and spaces around.
+
+    Left out are also the end of the turn and what a chat template writes before an answer.
+    """
+    written = [takewhile(lambda token: token not in form.ends, answer) for answer in answers]
+    decode = slots.base.tokenizer.batch_decode
+    texts = decode([[*tokens] for tokens in written], skip_special_tokens=True)
+    return [_without_lead(text.strip(), form.leads) for text in texts]
 
 
-def end_tokens(slots: AdapterSlots) -> set[int]:
-    """Return the tokens that end an answer: the tokenizer's and the model's own."""
+def end_tokens(slots: AdapterSlots, form: AnswerForm = BARE_ANSWERS) -> set[int]:
+    """Return the tokens that end an answer: those of training, the tokenizer's and the model's."""
     ends = getattr(slots.model.generation_config, "eos_token_id", None)
     ends = {*ends} if isinstance(ends, list) else {ends}
-    ends |= {slots.base.tokenizer.eos_token_id}
+    ends |= {slots.base.tokenizer.eos_token_id, *form.ends}
     return {end for end in ends if end is not None}
+
+
+def _without_lead(text: str, leads: Sequence[str]) -> str:
+    lead = max(filter(text.startswith, leads), key=len, default="")
+    return text.removeprefix(lead).strip()
 
 
 @contextmanager
@@ -77,10 +94,10 @@ def _padded(prompts: Sequence[Sequence[int]], slots: AdapterSlots) -> dict[str, 
     }
 
 
-def _config(slots: AdapterSlots, section: EvaluationSection) -> GenerationConfig:
+def _config(slots: AdapterSlots, section: EvaluationSection, form: AnswerForm) -> GenerationConfig:
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=section.max_new_tokens,
-        eos_token_id=sorted(end_tokens(slots)) or None,
+        eos_token_id=sorted(end_tokens(slots, form)) or None,
         pad_token_id=slots.pad_token,
     )

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Protocol
 
 from fedllm.config.models import EvaluationSection
+from fedllm.data.cache import BARE_ANSWERS, AnswerForm
 from fedllm.evaluation.answers import end_tokens, generate_answers, texts_of
 from fedllm.evaluation.decoding import answer_clients
 from fedllm.evaluation.reading import answer_losses, num_targets, padded_losses
@@ -36,14 +37,18 @@ class RowScores:
 
 
 def score_rows(
-    slots: AdapterSlots, clients: Sequence[Sequence[ScoredRow]], section: EvaluationSection
+    slots: AdapterSlots,
+    clients: Sequence[Sequence[ScoredRow]],
+    section: EvaluationSection,
+    form: AnswerForm = BARE_ANSWERS,
 ) -> list[list[RowScores]]:
     """Return the scores of every row of every client, with the installed adapter or with none.
 
     Rows are computed together the way that `slots` has; those of a client share their common
-    prefix where it allows that.
+    prefix where it allows that. Of a conversation the last answer is scored. `form` says what
+    stands around the answers that were trained.
     """
-    losses, answers = _SCORERS[slots.way](slots, clients, section)
+    losses, answers = _SCORERS[slots.way](slots, clients, section, form)
     rows = [row for client in clients for row in client]
     scores = iter(
         RowScores(
@@ -69,7 +74,7 @@ def mean_scores(rows: Sequence[RowScores]) -> Scores:
 
 
 def _shared(
-    slots: AdapterSlots, clients: _Clients, section: EvaluationSection
+    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
 ) -> tuple[list[float], list[str]]:
     answered = answer_clients(
         slots,
@@ -77,35 +82,38 @@ def _shared(
         way=slots.way,
         batch_size=section.batch_size,
         most_tokens=section.max_new_tokens,
-        ends=end_tokens(slots),
+        ends=end_tokens(slots, form),
     )
-    return [row.loss for row in answered], texts_of(slots, [row.tokens for row in answered])
+    return [row.loss for row in answered], texts_of(slots, [row.tokens for row in answered], form)
 
 
 def _packed(
-    slots: AdapterSlots, clients: _Clients, section: EvaluationSection
+    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
 ) -> tuple[list[float], list[str]]:
     losses = answer_losses(slots, clients, way="packed", batch_size=section.batch_size)
-    return losses, _generated(slots, clients, section)
+    return losses, _generated(slots, clients, section, form)
 
 
 def _padded(
-    slots: AdapterSlots, clients: _Clients, section: EvaluationSection
+    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
 ) -> tuple[list[float], list[str]]:
     rows = [row for client in clients for row in client]
     losses = padded_losses(slots, rows, section.batch_size)
-    return losses, _generated(slots, clients, section)
+    return losses, _generated(slots, clients, section, form)
 
 
-def _generated(slots: AdapterSlots, clients: _Clients, section: EvaluationSection) -> list[str]:
+def _generated(
+    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
+) -> list[str]:
     prompts = [row.prompt_ids for client in clients for row in client]
-    return generate_answers(slots, prompts, section)
+    return generate_answers(slots, prompts, section, form)
 
 
 # per way: the sum of the losses of every row's answer, and the answer that the model writes
-_SCORERS: Mapping[
-    str, Callable[[AdapterSlots, _Clients, EvaluationSection], tuple[list[float], list[str]]]
-] = {
+_Scorer = Callable[
+    [AdapterSlots, _Clients, EvaluationSection, AnswerForm], tuple[list[float], list[str]]
+]
+_SCORERS: Mapping[str, _Scorer] = {
     "parts": _shared,
     "flex": _shared,
     "mask": _shared,

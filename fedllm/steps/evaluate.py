@@ -205,7 +205,7 @@ def score_targets(
     clients = [
         [test[index] for index in target.rows] for target, test in zip(targets, tests, strict=True)
     ]
-    scores = score_rows(slots, clients, section)
+    scores = score_rows(slots, clients, section, data.answer_form)
     return {target.client: mean_scores(rows) for target, rows in zip(targets, scores, strict=True)}
 
 
