@@ -200,9 +200,9 @@ class _Chat:
         if not whole.startswith(prompt):
             opened, wrote = _difference(prompt, whole)
             raise DataError(
-                f"data.template: {self._template.name} ends the prompt of an answer with "
-                f"{opened!r}, but writes the conversation on with {wrote!r}: what is trained would "
-                "not follow what a server asks; correct it or use data.template=alpaca"
+                f"data.template: {self._template.name} opens an answer with {opened!r}, but shows "
+                f"it in a conversation as {wrote!r}: what is trained would not follow what a "
+                "server asks; correct it or use data.template=alpaca"
             )
         return whole[len(prompt) :]
 
@@ -282,10 +282,11 @@ class _Chat:
 
 
 def _difference(prompt: str, whole: str) -> tuple[str, str]:
-    """Return from where on two texts differ, a little of each."""
+    """Return a little of two texts, from shortly before they differ."""
     pairs = zip(prompt, whole, strict=False)
     at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
-    return prompt[at : at + 20], whole[at : at + 20]
+    near = slice(max(0, at - 12), at + 20)
+    return prompt[near], whole[near].replace(_PROBE, "...")
 
 
 def _whole_tokens(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:

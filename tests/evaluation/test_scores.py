@@ -1,5 +1,6 @@
 """Scores are those of generated answers, the same whatever was batched together, in any way."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from fedllm.config.models import EvaluationSection
-from fedllm.data.cache import Row
+from fedllm.data.cache import AnswerForm, Row
 from fedllm.evaluation.answers import generate_answers
 from fedllm.evaluation.scores import RowScores, mean_scores, score_rows
 from fedllm.lora.factors import Factors
@@ -189,3 +190,29 @@ def test_a_clients_loss_is_the_mean_over_its_tokens() -> None:
     ]
     found = mean_scores(rows)
     assert (found.rows, found.loss, found.rouge_l, found.exact_match) == (2, 1.0, 0.75, 0.5)
+
+
+def test_an_answer_ends_where_training_ended_it(in_any_way: AdapterSlots) -> None:
+    tokens = greedy(in_any_way, ROWS[0].prompt_ids, 6)
+    end = len(set(tokens)) - 1  # what comes last was not written before
+    kept = tokens[: tokens.index(tokens[end])]
+    row = replace(ROWS[0], references=[in_any_way.base.tokenizer.decode(kept).strip()])
+    ends = AnswerForm(ends=(tokens[end],))
+    assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 0.0
+    assert score_rows(in_any_way, [[row]], section(), ends)[0][0].exact_match == 1.0
+
+
+def test_what_a_template_writes_before_an_answer_is_not_scored(in_any_way: AdapterSlots) -> None:
+    tokens = greedy(in_any_way, ROWS[0].prompt_ids, 6)
+    first, *rest = in_any_way.base.tokenizer.decode(tokens, skip_special_tokens=True).split()
+    row = replace(ROWS[0], references=[" ".join(rest)])
+    assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 0.0
+    form = AnswerForm(leads=(first,))
+    assert score_rows(in_any_way, [[row]], section(), form)[0][0].exact_match == 1.0
+
+
+def test_of_a_conversation_the_last_answer_is_scored(in_any_way: AdapterSlots) -> None:
+    talk = replace(ROWS[0], prompt_targets=[2, 3])
+    found = score_rows(in_any_way, [[talk], [ROWS[0]]], section())
+    assert found[0][0].tokens == found[1][0].tokens
+    assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-6)
