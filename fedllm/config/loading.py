@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedllm.config.models import Config
 from fedllm.config.problems import is_section, problem_lines
+from fedllm.config.spelling import as_meant, is_null
 from fedllm.config.text import parse_yaml, read_yaml, write_yaml
 from fedllm.errors import ConfigError
 
@@ -29,6 +30,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: no such configuration file; see configs/ for examples")
     raw = read_yaml(path)
     _apply_all(raw, overrides)
+    raw = as_meant(raw, Config)
     _drop_empty_sections(raw, Config)
     return _validated(raw, list(_take_from_environment(raw)))
 
@@ -37,14 +39,14 @@ def read_config(path: Path) -> Config:
     """Read the resolved configuration of a run."""
     if not path.is_file():
         raise ConfigError(f"{path.parent}: not a run directory (no {path.name}); see `fedllm run`")
-    return validate(read_yaml(path))
+    return validate(as_meant(read_yaml(path), Config))
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """Return `config` with `key=value` overrides applied."""
     raw = config.model_dump(mode="json")
     _apply_all(raw, overrides)
-    return validate(raw)
+    return validate(as_meant(raw, Config))
 
 
 def dump_config(config: Config) -> str:
@@ -106,7 +108,7 @@ def _apply_all(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     given = [_parsed(override) for override in overrides]
     for key, value in given:
         other = _EITHER_OR.get(".".join(key))
-        if other and value is not None and (*key[:-1], other) not in {k for k, _ in given}:
+        if other and not is_null(value) and (*key[:-1], other) not in {k for k, _ in given}:
             _apply(raw, (*key[:-1], other), None)
         _apply(raw, key, value)
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedllm.config.targets import problem_of
@@ -19,13 +19,7 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 TOLD = "told"
 
 
-def _as_text(value: Any) -> Any:
-    """Return an id that YAML took for a number as the text it is."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Name = Annotated[str, BeforeValidator(_as_text)]
-
+Name = str  # of a client or a tier: `spelling` keeps what looks like a number or a boolean
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

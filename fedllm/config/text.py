@@ -1,5 +1,6 @@
 """YAML as people write it: YAML 1.2's numbers, no surprises, no key twice."""
 
+import codecs
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from fedllm.config.spelling import Spelt
 from fedllm.errors import ConfigError
 
 # YAML 1.1 reads 2:00:00 as 7200, 010 as 8, 2026-01-01 as a date and 1e-4 as a text
@@ -21,8 +23,17 @@ _RESOLVERS = {
 }
 
 
+_ENCODINGS = {  # the longer marks first: the shorter ones begin alike
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads with our resolvers and refuses a key that is given twice."""
+    """Reads with our resolvers, keeps spellings and refuses a key that is given twice."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
@@ -34,7 +45,29 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key `{key.value}` is given twice", key.start_mark
                 )
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"  # a name, whatever it is spelled like
         return super().construct_mapping(node, deep=deep)
+
+    def scan_to_next_token(self) -> None:
+        """Pass over what is between tokens: blanks, and tabs where they are no indentation."""
+        super().scan_to_next_token()
+        while self.peek() == "\t" and self._tabs_only_separate():
+            while self.peek() == "\t":
+                self.forward()
+            super().scan_to_next_token()
+
+    def _tabs_only_separate(self) -> bool:
+        line = self.buffer[self.pointer - self.column :].partition("\n")[0]
+        indents = not line[: self.column].strip()
+        rest = line[self.column :].strip()
+        return bool(self.flow_level) or not indents or not rest or rest.startswith("#")
+
+    def construct_spelt(self, node: yaml.ScalarNode) -> Spelt:
+        construct = yaml.SafeLoader.yaml_constructors[node.tag]
+        return Spelt(value=construct(self, node), spelling=node.value)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -46,10 +79,28 @@ class _Dumper(yaml.SafeDumper):
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+for _kind in ("bool", "int", "float", "null"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_spelt)
+
+
+def decode_text(given: bytes) -> str:
+    """Return the text of a file, in UTF-8 or with the byte order mark of another one of Unicode.
+
+    Raises:
+        ValueError: it is none; says what to do.
+    """
+    encoding = next((name for mark, name in _ENCODINGS.items() if given.startswith(mark)), "utf-8")
+    try:
+        text = given.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not {encoding}: save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError("it holds zero bytes, as UTF-16 without a mark does: save it as UTF-8")
+    return text
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the keys and values of a file.
+    """Read the keys and values of a file, as `parse_yaml` returns them.
 
     Raises:
         ConfigError: it cannot be read, is not YAML, or something else than keys and values.
@@ -65,18 +116,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def parse_yaml(text: bytes, where: str) -> Any:
-    """Return the value of a YAML text.
+def parse_yaml(given: bytes, where: str) -> Any:
+    """Return the value of a YAML text; keys are texts, and `Spelt` what is not plainly a text.
 
     Raises:
         ConfigError: it is not YAML; names the line.
     """
     try:
+        text = decode_text(given)
+    except ValueError as error:
+        raise ConfigError(f"{where}: is not YAML ({error})") from error
+    try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark and mark.line else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not valid"
+        mark = getattr(error, "problem_mark", None)
+        lines = re.split(r"\r\n|\r|\n", text)
+        if mark and "\t" in lines[mark.line]:
+            raise ConfigError(
+                f"{where}: line {mark.line + 1} is not YAML (a tab, where YAML takes blanks only); "
+                "indent it with blanks"
+            ) from error
+        line = f" line {mark.line + 1}" if mark and len(lines) > 1 else ""
         raise ConfigError(f"{where}:{line} is not YAML ({problem}); correct it") from error
 
 

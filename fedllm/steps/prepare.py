@@ -1,12 +1,14 @@
 """Prepare: fetch the base, tokenise the data, index the clients; everything later runs offline."""
 
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import ClientsSection, Config, DataSection, HeldOutSection
+from fedllm.config.text import decode_text
 from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
 from fedllm.data.chat import TEMPLATE_DATE
 from fedllm.data.readers import open_source
@@ -27,6 +29,8 @@ from fedllm.storage.paths import CachePaths, RunPaths, cache_of
 from fedllm.storage.records import ClientRecord, CohortRecord, PreparedRecord, WayRecord
 
 Report = Callable[[str], None]
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def say(line: str) -> None:
@@ -201,12 +205,13 @@ def held_out_candidates(section: ClientsSection, clients: Sequence[IndexedClient
         return _by_column(chosen, clients)
     if chosen == "all":
         return {client.id for client in clients}
-    named = _listed(Path(chosen).expanduser()) if isinstance(chosen, str) else list(chosen)
     known = [client.id for client in clients]
-    for client in named:
+    if isinstance(chosen, str):
+        chosen = _listed(Path(chosen).expanduser(), set(known))
+    for client in chosen:
         if client not in set(known):
             raise DataError(f"clients.held_out_from: {unknown_client(client, known)}")
-    return set(named)
+    return set(chosen)
 
 
 def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) -> Path:
@@ -255,10 +260,21 @@ def _by_column(chosen: HeldOutSection, clients: Sequence[IndexedClient]) -> set[
     return {c.id for c in clients if c.integers[chosen.column] % chosen.modulo == chosen.equals}
 
 
-def _listed(file: Path) -> list[str]:
+def _listed(file: Path, known: Set[str]) -> tuple[str, ...]:
+    """Return the ids of a file with one a line; blanks about one are not its own."""
     if not file.is_file():
         raise DataError(
             f"clients.held_out_from: {file}: no such file; give all, a list of client ids, a file "
             "with one id per line, or {column, modulo, equals}"
         )
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = decode_text(file.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"clients.held_out_from: {file}: cannot be read ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"clients.held_out_from: {file}: is no text ({error})") from error
+    # not `splitlines`: an id may hold what is a line's end to Unicode
+    lines = (line for line in _LINE_END.split(text) if line.strip())
+    return tuple(line if line in known else line.strip() for line in lines)

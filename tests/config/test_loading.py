@@ -16,6 +16,7 @@ from fedllm.config.loading import (
     validate,
 )
 from fedllm.config.models import Config, HeldOutSection
+from fedllm.config.spelling import as_meant
 from fedllm.config.text import parse_yaml, write_yaml
 from fedllm.errors import ConfigError
 
@@ -165,7 +166,7 @@ def test_defaults_may_be_merged(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_numbers_and_times_are_texts(text: str, value: object) -> None:
-    found = parse_yaml(text.encode(), "here")
+    found = as_meant(parse_yaml(text.encode(), "here"))
     assert (type(found), found) == (type(value), value)
 
 
@@ -185,7 +186,8 @@ def test_numbers_are_numbers_and_times_are_texts(text: str, value: object) -> No
     )
 )
 def test_whatever_is_written_reads_back_as_it_was(value: object) -> None:
-    assert parse_yaml(write_yaml({"key": value}).encode(), "here") == {"key": value}
+    written = write_yaml({"key": value}).encode()
+    assert as_meant(parse_yaml(written, "here")) == {"key": value}
 
 
 # --- --set and the environment
@@ -332,14 +334,14 @@ def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path:
         ("evaluation=[1]", "evaluation: got [1], need keys and values"),
         ("clients.tiers={}", "clients.tiers: got {}, need at least one"),
         ("clients.tiers.a.share=1", "clients.tiers.a.ranks: missing; add it"),
-        ("model.path=3", "model.path: got 3, need a text"),
+        ("model.path=[3]", "model.path: got [3], need a text"),
         (
             "scheduler.kind=sge",
             "scheduler.kind: got 'sge', need 'inline', 'local' or 'slurm'",
         ),
         (
-            "clients.held_out_from=3",
-            "clients.held_out_from: got 3, need 'all' or a text or a list or keys and values",
+            "clients.held_out_from=null",
+            "clients.held_out_from: got None, need 'all' or a text or a list or keys and values",
         ),
         (
             "scheduler.sbatch.default={time: [1]}",
@@ -455,7 +457,7 @@ def test_a_device_of_the_aggregation_that_is_none_is_told_by_its_key(
 def test_devices_of_the_aggregation_are_one_or_a_list(tmp_path: Path, value: str) -> None:
     config = loaded(tmp_path, SMALL + f"aggregation: {{device: {value}}}\n")
     assert config.aggregation.device == (
-        tuple(parse_yaml(value.encode(), "here")) if value.startswith("[") else value
+        tuple(as_meant(parse_yaml(value.encode(), "here"))) if value.startswith("[") else value
     )
 
 
