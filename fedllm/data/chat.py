@@ -22,6 +22,9 @@ TEMPLATE_DATE = datetime.date(2024, 7, 26)
 _REMEDY = "correct it (chat_template.jinja or tokenizer_config.json) or use data.template=alpaca"
 # a conversation of a hundred turns takes some thousand
 _MOST_LINES = 3_000_000
+# the longest system turns that templates write by themselves take some thousand
+_MOST_CHARACTERS = 1_000_000
+_MOST_TIMES = 100
 # counting lines takes as long as rendering: one that ended so often ends
 _COUNTED = 256
 _CODES = "AaBbcdefGgHIjMmpSUuVWwXxYyZz"
@@ -73,6 +76,10 @@ class ChatTemplate:
                 f"data.template: {self.name} cannot render turns of {roles} "
                 f"({first_line(error)}); {_REMEDY}"
             ) from error
+        given = sum(len(turn.content) for turn in turns)
+        if len(text) > _MOST_CHARACTERS + _MOST_TIMES * given:
+            found = f"writes {len(text):,} characters for {given:,}"
+            raise DataError(f"data.template: {self.name} {found}; {_REMEDY}")
         return text
 
 

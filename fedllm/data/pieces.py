@@ -1,22 +1,13 @@
 """Texts as tokens: whole ones, and pieces of one as they are inside of it."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 # characters at the end of a head that are tokenised again with what follows, and how many tokens
 # at either end of them may depend on what stands around
 _WINDOW = 256
 _EDGE = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacedTokens:
-    """The tokens of a text, and the characters [start, stop) that each stands for."""
-
-    ids: list[int]
-    places: list[tuple[int, int]]
 
 
 class Pieces:
@@ -39,6 +30,8 @@ class Pieces:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of every text, without special tokens around it."""
+        if not texts:
+            return []
         if self._backend is None:
             found = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
             return [list(ids) for ids in found]
@@ -79,30 +72,32 @@ class Pieces:
             for ids, text in zip(found, texts, strict=True)
         ]
 
-    def placed(self, texts: Sequence[str]) -> list[PlacedTokens]:
-        """Return the same tokens as `encode` with their places in the text."""
+    def tokens_before(self, text: str, characters: Sequence[int]) -> list[int]:
+        """Return how many tokens of a text begin before each of these characters."""
         if self._backend is None:
-            return [self._placed_slowly(text) for text in texts]
-        encode = self._backend.encode_batch
-        return [
-            PlacedTokens(ids=found.ids, places=found.offsets)
-            for found in encode(texts, add_special_tokens=False)
-        ]
+            return [len(ids) for ids in self.encode([text[:place] for place in characters])]
+        found = self._backend.encode(text, add_special_tokens=False)
+        starts = [start for start, _ in found.offsets]
+        return [bisect_left(starts, place) for place in characters]
 
-    def _placed_slowly(self, text: str) -> PlacedTokens:
-        """Find places by halving: a token ends where the text up to there has it."""
-        ids = self.encode([text])[0]
-        ends = [0]
-        for number in range(1, len(ids) + 1):
-            low, high = ends[-1], len(text)
-            while low < high:
-                middle = (low + high) // 2
-                if len(self.encode([text[:middle]])[0]) >= number:
-                    high = middle
-                else:
-                    low = middle + 1
-            ends.append(low)
-        return PlacedTokens(ids=ids, places=list(pairwise(ends)))
+    def without_last(self, texts: Sequence[str], numbers: Sequence[int]) -> list[int]:
+        """Return how many characters of each text stand before so many of its last tokens.
+
+        A tokenizer without places is asked for its number of tokens only: its are taken as of
+        equal length.
+        """
+        if self._backend is None:
+            counts = [len(ids) for ids in self.encode(texts)]
+            return [
+                len(text) * max(0, count - number) // max(1, count)
+                for text, number, count in zip(texts, numbers, counts, strict=True)
+            ]
+        encode = self._backend.encode_batch
+        offsets = [found.offsets for found in encode(texts, add_special_tokens=False)]
+        return [
+            places[-number][0] if number < len(places) else 0
+            for places, number in zip(offsets, numbers, strict=True)
+        ]
 
     def _line_break(self) -> list[int]:
         return self.encode(["\n"])[0]

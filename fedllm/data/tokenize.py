@@ -200,14 +200,12 @@ class RowEncoder:
         spans = self._template.earlier(draft.row, draft.kept) if draft.row.turns else ()
         if not spans:
             return []
-        placed = self._pieces.placed([draft.script.prompt])[0]
-        assert placed.ids == draft.prompt_ids, "only a template of conversations has such spans"
+        assert not self._begin, "only a template that begins the sequence has such spans"
+        borders = [place for span in spans for place in span]
+        found = self._pieces.tokens_before(draft.script.prompt, borders)
+        pairs = zip(found[::2], found[1::2], strict=True)
         # nothing comes before the first token that could predict it
-        return [
-            number
-            for number, (begin, _) in enumerate(placed.places)
-            if number and any(start <= begin < stop for start, stop in spans)
-        ]
+        return [place for start, stop in pairs for place in range(max(1, start), stop)]
 
     def _shortened(self, drafts: Sequence[_Draft]) -> list[_Try]:
         """Return what to try of rows that do not fit: without old turns, or with less text."""
@@ -215,17 +213,15 @@ class RowEncoder:
         overs = [draft.num_tokens - self._cutoff for draft in drafts]
         sizes = [_WINDOW + _CHARACTERS_PER_TOKEN * over for over in overs]
         ends = [text[-size:] for text, size in zip(texts, sizes, strict=True)]
-        placed = self._pieces.placed(ends)
+        before = self._pieces.without_last(ends, overs)
         tries = []
-        for draft, text, end, tokens, over in zip(drafts, texts, ends, placed, overs, strict=True):
+        for draft, text, end, place, over in zip(drafts, texts, ends, before, overs, strict=True):
             # a token stands for a byte at least
             rest = self._template.shorter(draft.row, over)
             if rest is not None:
                 tries.append(replace(self._first(rest), cut=True))
                 continue
-            first = len(tokens.ids) - over
-            inside = tokens.places[first][0] if first > 0 else 0
-            kept = min(len(text) - len(end) + inside, len(text) - 1)
+            kept = min(len(text) - len(end) + place, len(text) - 1)
             tries.append(_Try(row=draft.row, kept=max(0, kept), cut=draft.cut or bool(text)))
         return tries
 

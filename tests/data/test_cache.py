@@ -154,3 +154,20 @@ def test_a_full_disk_is_no_fault_of_the_user(tmp_path: Path) -> None:
     with pytest.raises(StorageFull, match="make space"), publishing_folder(tmp_path / "key"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_before_has_no_earlier_answers(tmp_path: Path) -> None:
+    data = written(tmp_path / "key", train=[raw("a", 0)])
+    (expected,) = data.rows("a", "train")
+    old = pa.ipc.open_file(tmp_path / "key" / "train.arrow").read_all().drop_columns(["targets"])
+    with pa.ipc.new_file(str(tmp_path / "train.arrow"), old.schema) as writer:
+        writer.write_table(old)
+    (tmp_path / "train.arrow").replace(tmp_path / "key" / "train.arrow")
+    index = json.loads((tmp_path / "key" / "index.json").read_text())
+    del index["answer_form"]
+    (tmp_path / "key" / "index.json").write_text(json.dumps(index))
+    found = TokenizedClients.open(tmp_path / "key")
+    assert found.answer_form.ends == ()
+    (row,) = found.rows("a", "train")
+    assert (row.prompt_ids, row.answer_ids) == (expected.prompt_ids, expected.answer_ids)
+    assert list(row.prompt_targets) == []

@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from fedllm.data.cache import TokenizedClients
 from fedllm.data.tokenize import EncodedRow, RowEncoder
@@ -192,6 +192,7 @@ BROKEN = {
         "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
         "does not end",
     ),
+    "writes too much": (MESSAGE + "{{ m.content * 9000000 }}" + END, "writes [0-9,]* characters"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "hides the user": (MESSAGE + "<h>{{ m.role }}</h>" + END, "does not show"),
     "hides the answer": ("{{ messages[0].content }}", "does not show"),
@@ -270,3 +271,50 @@ def test_the_cache_keeps_what_carries_loss_and_how_answers_end(tmp_path: Any) ->
     assert found.prompt_targets == expected.prompt_targets
     assert data.answer_form.ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
     assert data.answer_form.leads == ("<think>\n\n</think>",)
+
+
+@pytest.mark.parametrize("cutoff", [40, 60, 90, 120, 200])
+def test_what_is_cut_of_a_question_is_its_end(cutoff: int) -> None:
+    tokenizer = make_tokenizer(TEMPLATES["chatml"][0])
+    given = row("Count to ten.", "x" * 100, "eight " * 5)
+    (found,) = encoded(tokenizer, given, cutoff=cutoff)
+    prompt = tokenizer.decode(found.prompt_ids)
+    marker = "<|im_end|>\n<|im_start|>assistant\n"
+    whole = tokenizer.decode(encoded(tokenizer, given, cutoff=999)[0].prompt_ids)
+    assert len(found.prompt_ids) + len(found.answer_ids) <= cutoff
+    assert prompt.endswith(marker)
+    assert whole.startswith(prompt.removesuffix(marker))
+    assert found.prompt_cut == (prompt != whole)
+    assert found.answer_cut == (tokenizer.decode(found.answer_ids) != "eight " * 5 + "<|im_end|>")
+    assert found.answer_cut == (cutoff < 45)
+
+
+def test_of_several_templates_the_default_is_the_one() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATES["chatml"][0], "tool_use": "{{ no }}"}
+    alone = make_tokenizer(TEMPLATES["chatml"][0])
+    assert encoded(tokenizer, *ROWS) == encoded(alone, *ROWS)
+    tokenizer.chat_template = {"rag": TEMPLATES["chatml"][0], "tool_use": "{{ no }}"}
+    with pytest.raises(DataError, match=r"^data\.template: .*data\.template=alpaca"):
+        encoded(tokenizer, ROWS[0])
+
+
+def test_a_tokenizer_of_python_has_the_same_laws() -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = MESSAGE + "{{ m.role }}: {{ m.content }}</s>" + END
+    (found,) = encoded(tokenizer, talk(*CONVERSATION), cutoff=200)
+    earlier = tokenizer.decode([found.prompt_ids[n] for n in found.prompt_targets])
+    assert earlier == "assistant: an apple</s>"
+    assert tokenizer.decode(found.answer_ids) == "assistant: two of them</s>"
+    (cut,) = encoded(tokenizer, row("", "x" * 300, "nine"), template="alpaca", cutoff=200)
+    assert len(cut.prompt_ids) + len(cut.answer_ids) == 200
+
+
+def test_a_shared_instruction_is_read_once_and_changes_no_token() -> None:
+    tokenizer = make_tokenizer(TEMPLATES["chatml"][0])
+    asked = "Say an apple, two bananas; then count the lines.\n\n" * 30
+    for text in ("an", "\nnine", "  two", "", "x" * 50):
+        given = row(asked, text, "nine")
+        (found,) = encoded(tokenizer, given, cutoff=4000)
+        whole = RowEncoder(tokenizer, template="chat", cutoff_tokens=4000).prompt(given)
+        assert found.prompt_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
