@@ -113,9 +113,10 @@ class AdapterSlots:
     def pad_token(self) -> int:
         """A token for padding; any that is embedded will do, since it is masked."""
         tokenizer = self.base.tokenizer
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        rows = embedded_tokens(self.model)
-        return next((int(id_) for id_ in ids if id_ is not None and id_ < rows), 0)
+        token = tokenizer.pad_token_id
+        if token is None:
+            token = tokenizer.eos_token_id or 0
+        return int(token) if token < embedded_tokens(self.model) else 0
 
     @property
     def num_slots(self) -> int:
