@@ -161,8 +161,9 @@ def _clients(block: Block, name: str) -> pa.ChunkedArray:
     if count:
         first = block.place(pc.index(missing, True).as_py())
         raise DataError(
-            f"data.columns.client: {count:,} rows of {block.where} have no `{name}` ({first}"
-            f"{' is the first' if count > 1 else ''}); give every row its client"
+            f"data.columns.client: {block.where} {first} has no `{name}`"
+            f"{f', nor have {count - 1:,} other rows' if count > 1 else ''}; give every row its "
+            "client"
         )
     return clients
 

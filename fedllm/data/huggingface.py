@@ -45,8 +45,16 @@ def fetch_dataset(name: str, revision: str | None, cache: CachePaths) -> Path:
     import datasets
 
     datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, revision=revision)
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # it needs the name of a part, for example, or a script of its own
+        raise DataError(
+            f"data.path: {name}: datasets cannot load it as it is ({first_line(error)}); save what "
+            "you need with save_to_disk and give that folder"
+        ) from error
     with publishing_folder(folder) as beside:
-        datasets.load_dataset(name, revision=revision).save_to_disk(os.fspath(beside))
+        found.save_to_disk(os.fspath(beside))
     return folder
 
 

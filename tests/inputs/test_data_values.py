@@ -100,7 +100,8 @@ def test_a_missing_client_is_refused_with_its_place(
 ) -> None:
     written = "" if kind == "csv" and missing is None else missing
     message = told(write(tmp_path / f"rows.{kind}", [row(1.0), row(written), row(2.0)]))
-    assert message.startswith("data.columns.client: 1 rows of")
+    assert message.startswith("data.columns.client: ")
+    assert "has no `client_id`" in message
     assert place in message
 
 
@@ -185,3 +186,11 @@ def test_text_of_a_parquet_file_that_is_no_text_is_refused(tmp_path: Path) -> No
         pa.table({"client_id": ["a"], "input": broken, "output": ["x"]}), tmp_path / "rows.parquet"
     )
     assert "data.columns.input" in told(tmp_path / "rows.parquet")
+
+
+def test_integers_of_csv_can_choose_held_out_clients(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("client_id,input,output,task,note\nana,?,x,7,7\nben,?,y,8,seven\n")
+    train = read(file)["train"]
+    assert train["integer.task"].to_pylist() == [7, 8]
+    assert "integer.note" not in train.column_names

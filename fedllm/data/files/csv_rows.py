@@ -56,7 +56,7 @@ def read_csv(file: Path, wanted: RowColumns, delimiter: str) -> Iterator[Block]:
             table = _with_clients(pa.table(batch), wanted.columns.client, where, place)
             start += batch.num_rows
             yield Block(
-                table=table.select(list(dict.fromkeys(n for n in names if n in wanted.wanted))),
+                table=_with_integers(table, wanted),
                 names=tuple(names),
                 where=where,
                 place=place,
@@ -146,6 +146,18 @@ def _with_clients(table: pa.Table, name: str, where: str, place: Place) -> pa.Ta
     values = [Decimal(text) if _DECIMAL.fullmatch(text) else text for text in texts]
     clients = client_texts(encoded.indices, values, where, place)
     return table.set_column(table.column_names.index(name), name, clients)
+
+
+def _with_integers(table: pa.Table, wanted: RowColumns) -> pa.Table:
+    """Return the wanted columns, and of the others those that are integers, as such."""
+    for place, name in reversed(list(enumerate(table.column_names))):
+        if name in wanted.wanted:
+            continue
+        try:
+            table = table.set_column(place, name, table.column(place).cast(pa.int64()))
+        except pa.ArrowInvalid:
+            table = table.remove_column(place)
+    return table
 
 
 def _row(start: int, index: int) -> str:
