@@ -44,11 +44,12 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model, a directory, a hub name or `embedded`."""
+    """The base model, a directory, a hub name or `embedded`; and an adapter to start from."""
 
     path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: str | None = None
 
 
 class LoraSection(Section):

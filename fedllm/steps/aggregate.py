@@ -1,7 +1,7 @@
 """The aggregation job: a frozen collection of updates to the next server state."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fedllm.steps.ahead import Ahead, Folding, fold_blocks
 from fedllm.steps.collected import CollectedUpdates
 from fedllm.steps.engine import Engine
 from fedllm.steps.patience import patience_seconds
+from fedllm.steps.starting import start_states
 from fedllm.steps.state import read_state
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
@@ -46,7 +47,7 @@ def method_of(config: Config) -> Method:
 def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     """Make the server state of a round and publish it, its record last.
 
-    Round 0 is the state before training.
+    Round 0 is the state before training: no change, or that of `model.adapter`.
 
     Raises:
         AdapterError: an update cannot be read as it was collected, or is not finite; the message
@@ -66,8 +67,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
             done = _aggregate(paths, federation, method, devices, output)
         else:
             done = _Done(stages={}, clients=0, folded_ahead=[])
-            for module, state in _start(method, federation):
-                output.write(module, state)
+            start_states(method, federation, devices, output.write)
     record = AggregateRecord(
         round=paths.number,
         method=config.method.name,
@@ -195,12 +195,6 @@ def _planned(method: Method, federation: Federation) -> dict[str, Planned]:
         for module, rank in federation.largest_ranks.items()
         for part, shape in method.parts(_shape(federation, module), rank).items()
     }
-
-
-def _start(method: Method, federation: Federation) -> Iterator[tuple[str, ModuleState]]:
-    for module, rank in federation.largest_ranks.items():
-        shape = _shape(federation, module)
-        yield module, method.start_module(module=module, shape=shape, rank=rank)
 
 
 def _shape(federation: Federation, module: str) -> ModuleShape:

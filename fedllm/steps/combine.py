@@ -145,7 +145,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
     # alpha = 2r: a scale of 2 at every rank, which is the one that is written
     method = build_method(request.method, seed=_SEED, alpha=2.0, scaling="proportional")
     weights = shares(method.weigh([item.weight for item in request.adapters]))
-    source = _Adapters(adapters=adapters, weights=weights)
+    source = AdapterSource(adapters=adapters, weights=weights)
     ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}
     devices = resolve_devices(request.device)
     about = _description([adapter.config for adapter in adapters], list(shapes), base)
@@ -188,7 +188,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Adapters:
+class AdapterSource:
     """The adapters as the engine reads them."""
 
     adapters: Sequence[PeftAdapter]

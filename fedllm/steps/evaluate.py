@@ -70,8 +70,9 @@ class Scorer:
         config = self.federation.config
         targets = choose(config, self.federation.prepared, chosen_as_in)
         deployed = self.as_deployed(targets)
-        # before training B is zero: an adapter of any rank is the base
-        largest = self.at_largest_rank(targets, deployed) if round_number else deployed
+        # before training B is zero, unless the run starts from an adapter: any rank is the base
+        changed = round_number or config.model.adapter
+        largest = self.at_largest_rank(targets, deployed) if changed else deployed
         record = _record(
             targets,
             deployed,

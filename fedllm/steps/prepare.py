@@ -24,6 +24,7 @@ from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.planning.roles import split_roles
 from fedllm.steps.aggregate import method_of
+from fedllm.steps.starting import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
 from fedllm.storage.records import ClientRecord, CohortRecord, PreparedRecord, WayRecord
@@ -54,9 +55,11 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     base, prepared = _described(config, cache, say, begun=first is not None)
     way = _best_way(config, base) if first is None else _way_as_begun(first, config, base, run)
     federation = plan_federation(config, prepared)
-    refusal = method_of(config).refuse(list(federation.ranks.values()))
+    method = method_of(config)
+    refusal = method.refuse(list(federation.ranks.values()))
     if refusal:
         raise ConfigError(refusal)
+    refuse_ranks(method, federation)
     _check_groups(config, way)
     say(describe_way(way))
     prepared = prepared.model_copy(update={"way": way})
@@ -111,7 +114,7 @@ def _described(
     candidates = held_out_candidates(config.clients, clients)
     records = [_record(client, data, client.id in candidates) for client in clients]
     _check_budget(config, records)
-    return base, PreparedRecord(
+    prepared = PreparedRecord(
         model_fingerprint=base.fingerprint,
         model_path=str(base.path),
         data_fingerprint=folder.name,
@@ -121,6 +124,8 @@ def _described(
         clients=records,
         notes=notes,
     )
+    start = describe_start(config, base.path, prepared)
+    return base, prepared.model_copy(update={"start": start})
 
 
 def _best_way(config: Config, base: BaseDescription) -> WayRecord:

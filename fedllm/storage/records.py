@@ -103,6 +103,13 @@ class ClientRecord(Record):
     longest_row: int = 0
 
 
+class StartRecord(Record):
+    """The adapter that a run starts from: its folder, and the SHA-256 of its content."""
+
+    path: str
+    fingerprint: str
+
+
 class PreparedRecord(Record):
     """What prepare found: everything a coordinator needs to know of model and data.
 
@@ -119,6 +126,7 @@ class PreparedRecord(Record):
     clients: list[ClientRecord]
     way: WayRecord | None = None
     notes: list[str] = []
+    start: StartRecord | None = None
 
 
 class ChangeRecord(Record):
