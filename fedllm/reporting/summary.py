@@ -52,7 +52,7 @@ def run_summary(paths: RunPaths) -> str:
     base = EvaluationRecord.find(paths.round(0).evaluation_record)
     last = last_evaluation(paths, config.rounds)
     if base and last and last.round:
-        parts.append(_scores_table(base, last))
+        parts.append(_scores_table(base, last, first="start" if config.model.adapter else "base"))
     aggregated = AggregateRecord.find(paths.round(config.rounds).aggregate_record)
     if aggregated:
         parts.append(rank_table(aggregated))
@@ -71,7 +71,7 @@ def run_summary(paths: RunPaths) -> str:
     return "\n\n".join(parts)
 
 
-def _scores_table(base: EvaluationRecord, last: EvaluationRecord) -> str:
+def _scores_table(base: EvaluationRecord, last: EvaluationRecord, *, first: str) -> str:
     before, after = scores_by_tier(base), scores_by_tier(last)
     rows = [
         [
@@ -81,7 +81,7 @@ def _scores_table(base: EvaluationRecord, last: EvaluationRecord) -> str:
         ]
         for tier in after
     ]
-    title = f"scores as deployed, base -> round {last.round} (mean over clients)"
+    title = f"scores as deployed, {first} -> round {last.round} (mean over clients)"
     return text_table(title, ["tier", "clients", "answer loss", "Rouge-L", "exact match"], rows)
 
 
