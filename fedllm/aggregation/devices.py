@@ -1,5 +1,7 @@
 """What devices are good at."""
 
+import os
+
 import torch
 
 
@@ -7,4 +9,10 @@ def is_fast_at_bfloat16(device: torch.device) -> bool:
     """Say whether a device multiplies bfloat16 matrices several times as fast as float32 ones."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() and _onednn_may_use_amx()
+
+
+def _onednn_may_use_amx() -> bool:
+    """Say whether the library of these products is free to use what the processor has."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return limit in ("", "ALL", "DEFAULT") or "AMX" in limit
