@@ -1,4 +1,4 @@
-# make venv | quickstart | check | test | chaos | coverage | bench | slurm-packages
+# make venv | quickstart | check | test | test-portable | chaos | coverage | bench | slurm-packages
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -15,13 +15,17 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constr
 PYTEST_OPTIONS ?=
 # what `make chaos` does to a run, and when
 SEED ?= 1
+# what computes, without tests that other processes take part in; and what asks libraries for AVX2 only
+MATHS := $(addprefix tests/,lora aggregation methods evaluation model)
+AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check test chaos coverage bench slurm-packages slurm-notice
+.PHONY: help venv quickstart check test test-portable chaos coverage bench slurm-packages slurm-notice
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
 	@echo "make test            install what the tests need and run them"
+	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
 	@echo "make coverage        the tests again, with branch coverage"
@@ -108,6 +112,10 @@ check-spelling:
 
 test: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
 	@.venv/bin/python -m pytest $(PYTEST_OPTIONS)
+
+# roundings of another processor: what holds here has to hold there (about 3 minutes)
+test-portable: .venv/.test
+	@$(AVX2_ONLY) OMP_NUM_THREADS=2 .venv/bin/python -m pytest -m "not slow" $(MATHS) $(PYTEST_OPTIONS)
 
 # a campaign may be silent for minutes: it has its own patience
 chaos: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
