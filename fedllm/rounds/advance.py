@@ -78,7 +78,8 @@ def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
         if was != found:
             raise RunDirectoryError(
                 f"{key}: not what the first round was trained on (fingerprint {found[:12]}, it "
-                f"was {was[:12]}); resume with --set {key}=<a path of the same content>"
+                f"was {was[:12]}); resume with --set {key}=<a path of the same content>, or with "
+                "the version of fedllm that began the run: another one may make other tokens"
             )
     run.watch.content = prepared
 
