@@ -13,7 +13,8 @@ from fedllm.cli.execution import start
 from fedllm.cli.main import run as fedllm
 from fedllm.config.loading import dump_config, read_config, validate
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import delta
+from fedllm.lora.factors import Factors, delta
+from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.steps.aggregate import aggregate_round
 from fedllm.steps.evaluate import evaluate_adapter, evaluate_state
 from fedllm.steps.export import export_adapter, open_state
@@ -171,3 +172,22 @@ def test_an_adapter_of_a_compiled_model_elsewhere_is_told_and_fits(
     assert "names the base /away/base, which is not here" in capsys.readouterr().err
     export_adapter(open_state(run, 0), tmp_path / "out")
     same(deltas(tiny.model, tmp_path / "out"), wanted)
+
+
+def test_an_adapter_of_the_head_is_not_scored_without_it(tiny: Tiny, tmp_path: Path) -> None:
+    head = Factors(a_RI=torch.ones(1, 32), b_OR=torch.ones(258, 1), scale=2.0)
+    about = PeftDescription(base_model=None, targets={"target_modules": ["lm_head"]})
+    (tmp_path / "head").mkdir()
+    write_peft_adapter(tmp_path / "head", {"lm_head": head}, about=about)
+    config = validate(raw_config(tiny.model.parent))
+    prepared = PreparedRecord(
+        model_fingerprint="",
+        model_path=str(tiny.model),
+        data_fingerprint="",
+        data_path="",
+        model_parameters=0,
+        modules={},
+        clients=[],
+    )
+    with pytest.raises(AdapterError, match="adapts lm_head, whose LoRA is not computed here"):
+        evaluate_adapter(tmp_path / "head", config, prepared, Session())
