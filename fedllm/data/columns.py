@@ -24,12 +24,13 @@ from fedllm.config.models import ColumnsSection
 from fedllm.data.blocks import Block, Place, row_number
 from fedllm.data.conversations import TURN_LISTS, answers, turn_lists
 from fedllm.data.formats import ALPACA, SYSTEM, RowColumns, row_columns
+from fedllm.data.turns import TURNS
 from fedllm.errors import DataError
 from fedllm.planning.seeding import seed_of
 from fedllm.storage.hub import first_line
 
 INTEGER_PREFIX = "integer."
-TURNS = "turns"
+
 # above, floating point numbers stand for more integers than one
 _LARGEST_EXACT = 2**53
 # conversations turned into Python objects at a time

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedllm.config.models import ColumnsSection
-from fedllm.data.columns import TURNS
 from fedllm.data.conversations import ROLES
 from fedllm.data.files.splits import SPLIT_NAMES
 from fedllm.data.readers import FILE_KINDS
+from fedllm.data.turns import TURNS
 from tests.inputs.test_data_files import source
 from tests.inputs.test_data_values import read, row, told, write
 
