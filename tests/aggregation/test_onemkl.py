@@ -67,19 +67,20 @@ def test_the_same_bits_from_every_thread() -> None:
 
 
 @needed
-def test_the_same_bits_with_more_threads_and_wherever_matrices_lie() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_bits_with_as_many_threads_wherever_matrices_lie(threads: int) -> None:
     b_OR, a_RI = drawn(700, 300), drawn(300, 500, seed=1)
-    one, two, elsewhere = (torch.empty(700, 500) for _ in range(3))
-    onemkl.add_product(one, b_OR, a_RI, keep=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    one, again, elsewhere = (torch.empty(700, 500) for _ in range(3))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        onemkl.add_product(two, b_OR, a_RI, keep=False)
+        onemkl.add_product(one, b_OR, a_RI, keep=False)
+        onemkl.add_product(again, b_OR, a_RI, keep=False)
+        shifted = torch.empty(3 + a_RI.numel(), dtype=torch.bfloat16)[3:].view_as(a_RI)
+        onemkl.add_product(elsewhere, b_OR, shifted.copy_(a_RI), keep=False)
     finally:
-        torch.set_num_threads(threads)
-    shifted = torch.empty(3 + a_RI.numel(), dtype=torch.bfloat16)[3:].view_as(a_RI)
-    onemkl.add_product(elsewhere, b_OR, shifted.copy_(a_RI), keep=False)
-    assert torch.equal(one, two)
+        torch.set_num_threads(before)
+    assert torch.equal(one, again)
     assert torch.equal(one, elsewhere)
 
 
