@@ -20,6 +20,7 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.base import Base
 from fedllm.model.noise import RowDropout, RowSeeds
+from fedllm.model.precision import as_now, keep_factor_wide, keep_sums_wide
 from fedllm.model.stacked import Seats, StackedA, StackedB
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
@@ -102,6 +103,7 @@ class AdapterSlots:
         self._active: _Slot | _GroupSlot | None = None
         self._checkpointing = False
         self.model.requires_grad_(False)
+        keep_sums_wide(self.model)
         set_way(self.model, way)
 
     @property
@@ -300,8 +302,8 @@ class AdapterSlots:
         layers = {module: self._layer(module) for module in ranks}
         for module, layer in layers.items():
             # trained in float32 whatever the base is kept in
-            layer.lora_A[name].float()
-            layer.lora_B[name].float()
+            keep_factor_wide(layer.lora_A[name])
+            keep_factor_wide(layer.lora_B[name])
             if self._dropout:
                 layer.lora_dropout[name] = RowDropout(self._dropout, module=module, rows=self.rows)
         self.model.train(self.model.training)
@@ -331,7 +333,9 @@ def _set_checkpointing(model: Any, on: bool) -> None:
     # the methods have had new names since transformers 5.23
     if on:
         enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or model.gradient_checkpointing_enable)(
+            {"use_reentrant": False, "context_fn": as_now}
+        )
         # re-entrant checkpointing alone needs it; without, nothing below the adapters keeps a graph
         if hasattr(model, "_require_grads_hook"):
             model.disable_input_require_grads()

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from fedllm.model.losses import target_losses
 from fedllm.model.noise import Piece
 from fedllm.model.packing import Packed
+from fedllm.model.precision import in_float32
 
 
 class Seats:
@@ -113,7 +114,8 @@ class StackedA(_Stacked):
         a_CRI = torch.stack(padded)
         flat = x.dim() == 2
         x_CSI = self._seats.gather(x.unsqueeze(0) if flat else x)
-        h_CSR = torch.bmm(x_CSI, a_CRI.transpose(1, 2))
+        with in_float32(x.device):
+            h_CSR = torch.bmm(x_CSI, a_CRI.transpose(1, 2))
         return h_CSR.flatten(0, 1) if flat else h_CSR
 
 
@@ -134,7 +136,9 @@ class StackedB(_Stacked):
         b_COR = torch.stack(padded)
         flat = h.dim() == 2
         h_CSR = h.view(len(self.factors), -1, h.shape[1]) if flat else h
-        x_1TO = self._seats.scatter(torch.bmm(h_CSR, b_COR.transpose(1, 2)))
+        with in_float32(h.device):
+            x_CSO = torch.bmm(h_CSR, b_COR.transpose(1, 2))
+        x_1TO = self._seats.scatter(x_CSO)
         return x_1TO.squeeze(0) if flat else x_1TO
 
 

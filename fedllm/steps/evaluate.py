@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.config.models import Config, EvaluationSection
+from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import mean_scores, score_rows
@@ -14,6 +14,7 @@ from fedllm.methods.protocol import Method
 from fedllm.model.adapter_copies import check_copies
 from fedllm.model.adapter_files import TENSORS, read_peft_adapter
 from fedllm.model.adapter_names import names_in, place_of
+from fedllm.model.precision import precision
 from fedllm.model.slots import AdapterSlots
 from fedllm.planning.evaluation import Target, choose, is_complete
 from fedllm.planning.federation import Federation, plan_federation
@@ -105,8 +106,7 @@ class Scorer:
         if not targets:
             return {}
         adapter = adapter_of(self.method, self.state, ranks)
-        section = self.federation.config.evaluation
-        return score_targets(self.slots, self.data, adapter, targets, section)
+        return score_targets(self.slots, self.data, adapter, targets, self.federation.config)
 
 
 def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
@@ -178,7 +178,7 @@ def evaluate_adapter(
         session.data(prepared.data_path),
         adapter,
         targets,
-        config.evaluation,
+        config,
     )
     sha256 = sha256_of(folder / TENSORS)
     return _record(targets, found, found, round_number=0, sha256=sha256, begun=begun)
@@ -198,15 +198,19 @@ def score_targets(
     data: TokenizedClients,
     adapter: Adapter,
     targets: Sequence[Target],
-    section: EvaluationSection,
+    config: Config,
 ) -> dict[str, Scores]:
-    """Return the scores of every target's rows with one adapter for all of them."""
+    """Return the scores of every target's rows with one adapter for all of them.
+
+    Forward passes are in `training.precision`, as those of training are.
+    """
     slots.install(adapter)
     tests = (data.rows(target.client, "test") for target in targets)
     clients = [
         [test[index] for index in target.rows] for target, test in zip(targets, tests, strict=True)
     ]
-    scores = score_rows(slots, clients, section, data.answer_form)
+    with precision(config.training.precision, slots.device):
+        scores = score_rows(slots, clients, config.evaluation, data.answer_form)
     return {target.client: mean_scores(rows) for target, rows in zip(targets, scores, strict=True)}
 
 

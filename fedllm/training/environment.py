@@ -10,6 +10,8 @@ import torch
 from fedllm.config.models import TrainingSection
 
 _PACKAGES = ("torch", "transformers", "peft")
+# rounds of bfloat16 were once trained with sums in bfloat16: a run that has both is reported
+_PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16 with sums in float32"}
 
 
 def environment(training: TrainingSection, device: str) -> dict[str, str]:
@@ -18,7 +20,7 @@ def environment(training: TrainingSection, device: str) -> dict[str, str]:
         **_versions(),
         "processor": processor(),
         "threads": str(training.threads),
-        "precision": training.precision,
+        "precision": _PRECISIONS[training.precision],
         "device": _device_name(device),
     }
 

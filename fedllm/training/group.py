@@ -17,10 +17,11 @@ from fedllm.lora.factors import Adapter
 from fedllm.model.batches import TokenRow
 from fedllm.model.packing import Packed
 from fedllm.model.passes import PackedPass, Pass
+from fedllm.model.precision import precision
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.stacked import StackedPass
 from fedllm.planning.grouping import GROUP_WAY
-from fedllm.training.loop import LocalSettings, Loop, TrainResult, precision, reseed, train_client
+from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed, train_client
 from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress
 
@@ -153,7 +154,7 @@ class _Group:
         self._slots.seat([self._loops[n].installed for n in present], stacked.lengths)
         pieces = [self._loops[n].pieces(number, each) for n, each in present.items()]
         self._slots.rows.enter(stacked.pieces(pieces))
-        with precision(self._settings.training, self._slots.device):
+        with precision(self._settings.training.precision, self._slots.device):
             return stacked.loss_sums(self._slots.model, GROUP_WAY)
 
     @staticmethod

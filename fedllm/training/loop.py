@@ -4,7 +4,6 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,7 @@ from fedllm.methods.local import LocalRule
 from fedllm.model.batches import LossOn, TokenRow
 from fedllm.model.noise import Piece
 from fedllm.model.passes import PACKERS, Cut, Pass
+from fedllm.model.precision import precision
 from fedllm.model.slots import AdapterSlots, Installed
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.plan import Draws, plan_steps, rate_factor
@@ -225,7 +225,7 @@ class Loop:
         total = torch.zeros((), device=self.device)
         for each in passes:
             self._slots.rows.enter(self.pieces(number, each))
-            with precision(self._settings.training, self.device):
+            with precision(self._settings.training.precision, self.device):
                 loss = each.loss_sum(self._slots.model) / max(1, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -262,13 +262,6 @@ def reseed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def precision(training: TrainingSection, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of forward passes."""
-    if training.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _norms(installed: Installed) -> dict[str, tuple[float, float]]:

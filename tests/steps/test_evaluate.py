@@ -52,7 +52,7 @@ def one_by_one(
     found: dict[str, Scores] = {}
     for target in choose(config, prepared, 1):
         adapter = adapter_at(run, ranks[target.tier])
-        found |= score_targets(slots, data, adapter, [target], config.evaluation)
+        found |= score_targets(slots, data, adapter, [target], config)
     return found
 
 
@@ -104,7 +104,7 @@ def test_rows_of_a_client_are_read_together(run: RunPaths, session: Session) -> 
     embedding: Any = slots.model.get_submodule("model.embed_tokens")
     hook = embedding.register_forward_pre_hook(lambda _, args: widths.append(args[0].numel()))
     try:
-        score_targets(slots, data, adapter_at(run), targets, config.evaluation)
+        score_targets(slots, data, adapter_at(run), targets, config)
     finally:
         hook.remove()
     assert all(len(rows) == 2 for rows in clients)

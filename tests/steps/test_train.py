@@ -312,7 +312,7 @@ def test_a_replay_says_what_differs(attempt: AttemptPaths, done: Path, tmp_path:
     change_config(attempt, "training", precision="bfloat16")
     found = replay(attempt, cohort(attempt)[0], tmp_path / "scratch", Session(), StopSignals())
     assert not found.agrees
-    assert "precision: float32 then, bfloat16 now" in found.lines()
+    assert "precision: float32 then, bfloat16 with sums in float32 now" in found.lines()
 
 
 def test_a_client_without_rows_is_named(attempt: AttemptPaths) -> None:
