@@ -67,8 +67,18 @@ class RowDropout(nn.Module):
         Raises:
             ModelError: tokens of which the pieces do not tell whose they are.
         """
-        if not self.training:
-            return x
+        return x * self.gains(self.kept(x), x.dtype) if self.training else x
+
+    def gains(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what entries are multiplied with: 0 where dropped, the same for all others."""
+        return kept.to(dtype).mul_(self._gain)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Return which entries of `x` are kept, in its shape, as booleans.
+
+        Raises:
+            ModelError: as `forward`.
+        """
         pieces = self._rows.pieces
         assert pieces is not None, "RowSeeds.enter before the forward pass"
         levels = torch.zeros(x.shape, dtype=torch.int16, device=x.device)
@@ -76,8 +86,7 @@ class RowDropout(nn.Module):
             levels_NTI = self._by_entry(levels, pieces)
             for piece in pieces:
                 self._fill(levels_NTI[piece.entry, piece.start : piece.stop], piece.seed)
-        kept = (levels >= self._dropped - _LEVELS // 2).to(x.dtype)
-        return x * kept.mul_(self._gain)
+        return levels >= self._dropped - _LEVELS // 2
 
     def _by_entry(self, levels: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Return a view (N, T, I); several entries end with a piece each, one may with padding."""

@@ -19,6 +19,7 @@ from fedllm.config.targets import Targets
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.base import Base
+from fedllm.model.dropped import DroppedFactor
 from fedllm.model.noise import RowDropout, RowSeeds
 from fedllm.model.precision import as_now, keep_factor_wide, keep_sums_wide
 from fedllm.model.stacked import Seats, StackedA, StackedB
@@ -241,6 +242,8 @@ class AdapterSlots:
             # PEFT loses layers of "0" and refuses dots
             name = f"c{len(self._slots)}"
             slot = self._slots[signature] = self._inject(name, dict(signature))
+            for layer in slot.layers.values():
+                _join_dropout(layer, name)
         self._activate(slot)
         return slot
 
@@ -318,6 +321,14 @@ class AdapterSlots:
         layer = self.model.get_submodule(module)
         assert isinstance(layer, LoraLayer), f"{module} is {type(layer).__name__}"
         return layer
+
+
+def _join_dropout(layer: LoraLayer, name: str) -> None:
+    """Let A do its dropout itself: together they keep less for the gradient."""
+    dropout = layer.lora_dropout[name]
+    if isinstance(dropout, RowDropout):
+        layer.lora_A[name] = DroppedFactor(layer.lora_A[name], dropout).train(dropout.training)
+        layer.lora_dropout[name] = nn.Identity()
 
 
 def _weight(linear: nn.Module) -> nn.Parameter:

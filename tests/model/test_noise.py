@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedllm.errors import ModelError
+from fedllm.model.dropped import DroppedFactor
 from fedllm.model.noise import Piece, RowDropout, RowSeeds
 from fedllm.model.passes import PACKERS, Cut
 from tests.decoders import Row, in_way, make_decoder
@@ -102,3 +103,40 @@ def test_fewer_tokens_than_a_sequence_has_are_refused() -> None:
     rows.enter([Piece(entry=0, start=0, stop=9, seed=1)])
     with pytest.raises(ModelError, match="gets 8 of the 9 tokens"):
         RowDropout(0.3, module="m", rows=rows)(torch.ones(8, 7))
+
+
+@pytest.mark.parametrize("shape", [(1, 37, 32), (2, 9, 48), (5, 16)])
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_with_its_dropout_keeps_little_and_changes_no_bit(
+    shape: tuple[int, ...], needs_grad: bool
+) -> None:
+    """What autograd makes of dropout and product one after the other, in value and gradients."""
+    torch.manual_seed(0)
+    rows = RowSeeds()
+    width = shape[-2]
+    entries = shape[0] if len(shape) == 3 else 1
+    rows.enter([Piece(entry=n, start=0, stop=width, seed=n) for n in range(entries)])
+    dropout = RowDropout(0.3, module="m", rows=rows)
+    factor = nn.Linear(shape[-1], 4, bias=False)
+    x = torch.randn(shape, requires_grad=needs_grad)
+    upstream = torch.randn(*shape[:-1], 4)
+
+    def outcome(h: Tensor) -> list[Tensor | None]:
+        h.backward(upstream)
+        found = [h.detach(), x.grad, factor.weight.grad]
+        x.grad = factor.weight.grad = None
+        return found
+
+    apart = outcome(factor(dropout(x)))
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        h = DroppedFactor(factor, dropout)(x)
+    for one, other in zip(outcome(h), apart, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    own = [each for each in kept if each.data_ptr() not in {x.data_ptr(), factor.weight.data_ptr()}]
+    assert [(each.dtype, each.shape) for each in own] == [(torch.bool, x.shape)]
