@@ -15,8 +15,8 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constr
 PYTEST_OPTIONS ?=
 # what `make chaos` does to a run, and when
 SEED ?= 1
-# what computes, without tests that other processes take part in; and what asks libraries for AVX2 only
-MATHS := $(addprefix tests/,lora aggregation methods evaluation model)
+# what computes and takes minutes at most; and what asks libraries for AVX2 only
+MATHS := $(addprefix tests/,lora aggregation methods evaluation)
 AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 NEEDS := pyproject.toml constraints-cpu.txt
