@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.simulated import answers
 from benchmarks.simulated.timeline import Timeline
+from fedllm.scheduling.slurm_answers import MARK
 from fedllm.scheduling.slurm_commands import CommandRefused
 
 # Slurm's default between a submission or an ending and the pass that starts tasks
@@ -271,8 +272,10 @@ class SimulatedSlurm:
         if "-O" in options:
             names = [part.removesuffix(":|") for part in options["-O"].split(",")]
             return "".join("".join(f"{f}|" for f in _fields(t, names)) + "\n" for t in tasks)
-        names = [part.removeprefix("%") for part in options["-o"].split("|")]
-        return "".join("|".join(_fields(task, names)) + "\n" for task in tasks)
+        form = options["-o"].removeprefix(MARK)
+        mark = MARK if form != options["-o"] else ""
+        names = [part.removeprefix("%") for part in form.split("|")]
+        return "".join(mark + "|".join(_fields(task, names)) + "\n" for task in tasks)
 
     def _sacct(self, words: list[str]) -> str:
         options = answers.parsed(words, with_value=("--starttime", "-o"))
@@ -306,6 +309,7 @@ def _fields(task: Task, names: Sequence[str]) -> list[str]:
         **dict.fromkeys(("i", "JobArrayID", "JobID"), task.id),
         **dict.fromkeys(("T", "State"), task.state),
         **dict.fromkeys(("j", "JobName"), task.array.name),
+        **dict.fromkeys(("User", "UserName"), "user"),
         **{"a": answers.ACCOUNT, "q": answers.QOS, "P": answers.PARTITION},
         **{"r": "Priority" if task.state == "PENDING" else "None"},
         **{"exit_code": "0", "ExitCode": "0:0", "NodeList": task.node},

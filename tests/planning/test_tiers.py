@@ -51,7 +51,7 @@ def test_tiers_have_a_seed_of_their_own() -> None:
 
 def test_a_client_that_is_assigned_has_its_tier_and_the_others_share_exactly() -> None:
     ids = [str(n) for n in range(12)]
-    assigned = assign_tiers(section(assign={"3": "large", 5: "large"}), 0, ids)
+    assigned = assign_tiers(section(assign={"3": "large", "5": "large"}), 0, ids)
     assert assigned["3"] == assigned["5"] == "large"
     others = Counter(tier for id_, tier in assigned.items() if id_ not in {"3", "5"})
     assert others == {"small": 5, "large": 5}
