@@ -12,13 +12,15 @@ Place = Callable[[int], str]
 class Block:
     """Rows of one file, and for every row its place there, such as `line 7`.
 
-    `names` are all columns that were found; `table` may have more, of nulls only.
+    `names` are all columns that were found; `table` may have more, of nulls only. `has_turns`:
+    the reader made conversations into turns already.
     """
 
     table: pa.Table
     names: tuple[str, ...]
     where: str
     place: Place
+    has_turns: bool = False
 
 
 def row_number(index: int) -> str:

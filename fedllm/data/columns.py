@@ -195,7 +195,7 @@ def _references(block: Block, name: str) -> pa.ChunkedArray:
 
 def _turns(block: Block, name: str) -> pa.ChunkedArray:
     values = block.table[name]
-    if values.type == TURN_LISTS:
+    if block.has_turns:
         return values
     systems = block.table[SYSTEM] if SYSTEM in block.table.column_names else None
     chunks = [

@@ -192,7 +192,10 @@ class _Chat:
             raise
 
     def _prompt(self, turns: Sequence[Turn]) -> str:
-        return self._template.render(turns[:-1], opens_answer=True) if turns[:-1] else ""
+        if len(turns) > 1:
+            return self._template.render(turns[:-1], opens_answer=True)
+        # nobody asked: all that stands before the answer is the template's own
+        return self._template.render((replace(turns[0], content=_PROBE),)).partition(_PROBE)[0]
 
     def _behind(self, turns: Sequence[Turn], prompt: str) -> str:
         """Return what the whole conversation has behind the prompt."""

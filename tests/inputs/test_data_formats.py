@@ -235,3 +235,14 @@ def test_the_examples_of_the_page_are_read(tmp_path: Path, name: str) -> None:
 def test_the_page_has_every_name_of_a_split_role_and_kind_of_file() -> None:
     for name in (*SPLIT_NAMES, *ROLES, *FILE_KINDS):
         assert f"`{name}`" in PAGE, name
+
+
+def test_turns_are_made_of_every_type_that_text_has(tmp_path: Path) -> None:
+    message = pa.struct({"role": pa.large_string(), "content": pa.large_string()})
+    said = [("human", "hi"), ("gpt", "A"), ("human", "thanks")]
+    values = [[{"role": role, "content": text} for role, text in said]]
+    table = pa.table({"client_id": [1], "messages": pa.array(values, pa.list_(message))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    train = read(tmp_path / "rows.parquet")["train"]
+    assert train[TURNS].to_pylist() == [turns(("user", "hi"), ("assistant", "A"))]
+    assert train["references"].to_pylist() == [["A"]]

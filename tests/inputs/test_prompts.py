@@ -234,6 +234,16 @@ def test_every_assistant_turn_of_a_conversation_carries_loss(kind: str) -> None:
     assert last.removeprefix(lead).strip() == f"two of them{end}"
 
 
+def test_an_answer_that_nobody_asked_for_trains_its_own_text_alone() -> None:
+    default = "<|im_start|>system\nYou are kind.<|im_end|>\n"
+    tokenizer = make_tokenizer(default + TEMPLATES["chatml"][0])
+    encoder = RowEncoder(tokenizer, template="chat", cutoff_tokens=600)
+    (found,) = encoder.encode([talk(("assistant", "Hello!"))])
+    assert tokenizer.decode(found.answer_ids) == "Hello!<|im_end|>"
+    assert tokenizer.decode(found.prompt_ids) == default + "<|im_start|>assistant\n"
+    assert not encoder.answer_form.leads
+
+
 def test_a_conversation_that_is_too_long_loses_its_oldest_turns_first() -> None:
     tokenizer = make_tokenizer(TEMPLATES["chatml"][0])
     turns = [("system", "Be."), *[(role, f"{text} {n}") for n in range(9) for role, text in

@@ -171,7 +171,13 @@ def _block(rows: Sequence[_Object], wanted: RowColumns, file: Path) -> Block:
     if wanted.columns.client not in names:
         wanted.check(names, str(file))
     arrays = {name: columns.array(name) for name in (*wanted.named.values(), *names)}
-    return Block(table=pa.table(arrays), names=names, where=str(file), place=columns.place)
+    return Block(
+        table=pa.table(arrays),
+        names=names,
+        where=str(file),
+        place=columns.place,
+        has_turns=wanted.conversations,
+    )
 
 
 def _check_format(rows: Sequence[_Object], wanted: RowColumns, file: Path) -> None:
