@@ -14,12 +14,13 @@ JobKind = Literal["prepare", "coordinator", "aggregate", "evaluate"]
 def job_options(section: SbatchSection, kind: JobKind) -> SbatchOptions:
     """Return the options of a job that is one task."""
     own: SbatchOptions = getattr(section, kind)
-    return {**section.default, **own}
+    return {**by_flag(section.default), **by_flag(own)}
 
 
 def tier_options(section: SbatchSection, tier: str) -> SbatchOptions:
-    """Return the options of a tier's workers."""
-    return {**section.default, **section.client, **section.tiers.get(tier, {})}
+    """Return the options of a tier's workers, by long flags: `c` and `cpus-per-task` are one."""
+    levels = (section.default, section.client, section.tiers.get(tier, {}))
+    return {flag: value for level in levels for flag, value in by_flag(level).items()}
 
 
 def classes_of(section: SbatchSection, tiers: Mapping[str, object]) -> dict[str, str]:

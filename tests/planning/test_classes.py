@@ -1,5 +1,6 @@
 """Classes: tiers whose options are equal train on the same arrays."""
 
+from fedllm.config.models import SbatchSection
 from fedllm.planning.classes import classes_of, job_options, tier_options
 from tests.planning.federations import config_of
 
@@ -30,3 +31,15 @@ def test_what_is_said_of_a_tier_overrides_what_is_said_of_clients_and_of_all() -
 def test_a_job_of_one_task_has_options_of_its_own() -> None:
     assert job_options(SECTION, "aggregate") == {"account": "lab", "time": 10}
     assert job_options(SECTION, "evaluate") == {"account": "lab", "time": 60}
+
+
+def test_the_most_specific_spelling_of_an_option_counts() -> None:
+    section = SbatchSection(
+        default={"cpus-per-task": 2, "t": 600},
+        client={"c": 4, "time": 60},
+        tiers={"big": {"cpus_per_task": 16, "t": 1200}},
+        aggregate={"c": 8},
+    )
+    assert tier_options(section, "big") == {"cpus-per-task": 16, "time": 1200}
+    assert tier_options(section, "small") == {"cpus-per-task": 4, "time": 60}
+    assert job_options(section, "aggregate") == {"cpus-per-task": 8, "time": 600}
