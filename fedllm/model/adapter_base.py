@@ -47,7 +47,7 @@ def common_base(
                     "say where it is: --base PATH"
                 )
         return CommonBase(name=first.base_model_name_or_path, revision=first.revision)
-    base = _said(said)
+    base = _said(said, configs, folders)
     contents = _Contents()
     wanted = contents.of(said)
     for config, folder in zip(configs, folders, strict=True):
@@ -60,14 +60,34 @@ def common_base(
     return base
 
 
-def _said(name: str) -> CommonBase:
-    path = Path(name).expanduser()
-    if path.is_dir():
+def _said(name: str, configs: Sequence[AdapterConfig], folders: Sequence[Path]) -> CommonBase:
+    path = folder_of(name)
+    if path is not None:
         # the adapter may be read from another folder
-        return CommonBase(name=str(path.resolve()))
-    if path.exists() or not is_hub_name(name):
+        return CommonBase(name=str(path))
+    if Path(name).exists() or not is_hub_name(name):
         raise AdapterError(f"--base: {name}: no such folder, and no hub name; correct it")
-    return CommonBase(name=name)
+    revisions = {
+        config.revision: folder
+        for config, folder in zip(configs, folders, strict=True)
+        if config.base_model_name_or_path == name
+    }
+    if len(revisions) > 1:
+        told = ", ".join(f"{folder} for {revision}" for revision, folder in revisions.items())
+        raise AdapterError(
+            f"--base: adapters are of different revisions of {name} ({told}): adapters of "
+            "different base models cannot be combined"
+        )
+    return CommonBase(name=name, revision=next(iter(revisions), None))
+
+
+def folder_of(name: str | None) -> Path | None:
+    """Return the folder that a base's name means on this machine, resolved, else None."""
+    try:
+        path = Path(name).expanduser() if name else None
+    except RuntimeError:  # `~` and the name of nobody
+        return None
+    return path.resolve() if path is not None and path.is_dir() else None
 
 
 class _Contents:
@@ -78,10 +98,9 @@ class _Contents:
 
     def of(self, name: str | None) -> str | None:
         """Return the fingerprint of a base that lies here, else None."""
-        path = Path(name).expanduser() if name else None
-        if path is None or not path.is_dir():
+        path = folder_of(name)
+        if path is None:
             return None
-        path = path.resolve()
         if path not in self._known:
             try:
                 self._known[path] = fingerprint_model(path)

@@ -67,13 +67,20 @@ def _weights(base: Path) -> Iterator[TensorFile]:
 def _candidates(files: Iterable[TensorFile], key: str, copied: Tensor) -> Iterator[Tensor]:
     """Yield the weight of that name; of a head that has none also those that it may share."""
     owner, _, kind = key.rpartition(".")
-    for file in files:
-        for name in file.names:
-            base_owner, _, base_kind = name.rpartition(".")
-            named = place_of(base_owner) == place_of(owner)
-            shared = owner.endswith("lm_head") and any(word in name for word in _EMBEDDINGS)
-            if base_kind == kind and (named or shared) and file.shape(name) == tuple(copied.shape):
-                yield file.get(name)
+    fitting = [
+        (file, name)
+        for file in files
+        for name in file.names
+        if name.rpartition(".")[2] == kind and file.shape(name) == tuple(copied.shape)
+    ]
+    named = [
+        (file, name)
+        for file, name in fitting
+        if place_of(name.rpartition(".")[0]) == place_of(owner)
+    ]
+    if not named and owner.endswith("lm_head"):
+        named = [each for each in fitting if any(word in each[1] for word in _EMBEDDINGS)]
+    yield from (file.get(name) for file, name in named)
 
 
 def _same(copied: Tensor, weight: Tensor) -> bool:

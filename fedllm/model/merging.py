@@ -104,6 +104,18 @@ def merge(
     )
 
 
+def narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store all weights of a model in `dtype`.
+
+    Raises:
+        ModelError: a weight does not fit it.
+    """
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"{name}: does not fit {dtype}; use float32")
+
+
 def save_model(base: Base, folder: Path) -> None:
     """Write a model and its tokenizer so that `AutoModelForCausalLM` loads them.
 

@@ -327,7 +327,9 @@ def _join_dropout(layer: LoraLayer, name: str) -> None:
     """Let A do its dropout itself: together they keep less for the gradient."""
     dropout = layer.lora_dropout[name]
     if isinstance(dropout, RowDropout):
-        layer.lora_A[name] = DroppedFactor(layer.lora_A[name], dropout).train(dropout.training)
+        factor = layer.lora_A[name]
+        assert isinstance(factor, nn.Linear)
+        layer.lora_A[name] = DroppedFactor(factor, dropout).train(dropout.training)
         layer.lora_dropout[name] = nn.Identity()
 
 

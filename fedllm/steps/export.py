@@ -145,7 +145,7 @@ def export_model(
     """
     # transformers takes seconds to import: an adapter is written without it
     from fedllm.model.base import load_base
-    from fedllm.model.merging import Rounding, merge, plain_lines_in_a_log, save_model
+    from fedllm.model.merging import Rounding, merge, narrow, plain_lines_in_a_log, save_model
 
     plain_lines_in_a_log()
     ranks = _ranks(state, rank)
@@ -159,7 +159,7 @@ def export_model(
             raise ModelError(f"{path}: not the model that the run trained on; restore it")
         for module, change in _changes(state, ranks):
             rounding += merge(base.model, module, change, dtype=stored)
-        base.model.to(stored)
+        narrow(base.model, stored)
         save_model(base, folder)
     return Merged(
         round=state.round,

@@ -16,6 +16,7 @@ from fedllm.config.models import AggregationSection, Config
 from fedllm.errors import AdapterError, ModelError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.model.adapter_base import folder_of
 from fedllm.model.adapter_config import CONFIG
 from fedllm.model.adapter_copies import check_copies
 from fedllm.model.adapter_files import TENSORS, PeftAdapter, read_peft_adapter
@@ -180,10 +181,17 @@ def _fingerprint(folder: Path) -> str:
 
 def _refuse_other_base(adapter: PeftAdapter, base: Path, fingerprint: str, config: Config) -> None:
     """Refuse an adapter whose base lies here and is another; tell where that cannot be known."""
-    named = adapter.base_model
-    if named is None or named == config.model.path or Path(named).expanduser().resolve() == base:
+    named, revision = adapter.base_model, adapter.config.revision
+    if named is None or folder_of(named) == base:
         return
-    found = _fingerprint_of_base(Path(named).expanduser())
+    if named == config.model.path and revision == config.model.revision:
+        return
+    if named == config.model.path and None not in {revision, config.model.revision}:
+        raise AdapterError(
+            f"model.adapter: {adapter.folder} is for revision {revision} of {named}, the run's is "
+            f"{config.model.revision}; start from an adapter of this base"
+        )
+    found = _fingerprint_of_base(folder_of(named))
     if found is None:
         say(
             f"model.adapter: {adapter.folder} names the base {named}, which is not here to compare "
@@ -196,8 +204,8 @@ def _refuse_other_base(adapter: PeftAdapter, base: Path, fingerprint: str, confi
         )
 
 
-def _fingerprint_of_base(folder: Path) -> str | None:
-    if not folder.is_dir():
+def _fingerprint_of_base(folder: Path | None) -> str | None:
+    if folder is None:
         return None
     try:
         return fingerprint_model(folder)

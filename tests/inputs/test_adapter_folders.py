@@ -14,8 +14,12 @@ from safetensors.torch import load_file, save_file
 from fedllm.cli.main import run as fedllm
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors
+from fedllm.model.adapter_base import common_base
+from fedllm.model.adapter_config import read_adapter_config
 from fedllm.model.adapter_files import read_peft_adapter
 from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
+from tests.adapters.peft_folders import edit_config, save_adapter
+from tests.tiny import Tiny
 
 TENSORS = "adapter_model.safetensors"
 
@@ -111,3 +115,19 @@ def test_a_clock_time_in_a_folder_s_name_is_no_weight(
     assert found
     assert float(found[1]) == pytest.approx(share / (share + 1), abs=1e-4)
     assert found[2] == str(tmp_path / name)
+
+
+def test_revisions_of_a_hub_base_are_kept_and_never_mixed(tiny: Tiny, tmp_path: Path) -> None:
+    folders = [save_adapter(tiny.model, tmp_path / name) for name in "ab"]
+    for folder, revision in zip(folders, ("v1", "v1"), strict=True):
+        edit_config(folder, base_model_name_or_path="org/name", revision=revision)
+    configs = [read_adapter_config(folder) for folder in folders]
+    assert common_base(configs, folders, "org/name").revision == "v1"
+    edit_config(folders[1], revision="v2")
+    configs = [read_adapter_config(folder) for folder in folders]
+    with pytest.raises(AdapterError, match="different revisions of org/name"):
+        common_base(configs, folders, "org/name")
+    edit_config(folders[1], base_model_name_or_path="~nobody-of-this-name/x", revision=None)
+    configs = [read_adapter_config(folder) for folder in folders]
+    with pytest.raises(AdapterError, match="different base models"):
+        common_base(configs, folders, None)

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedllm.cli.main import run as fedllm
+from fedllm.errors import ModelError
+from fedllm.model.merging import narrow
 from fedllm.storage.paths import RunPaths
 from tests.adapters.test_export import expected, make_run
 from tests.tiny import Tiny
@@ -107,3 +109,10 @@ def test_a_number_format_that_cannot_be_is_one_line(
     assert fedllm(arguments) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_the_format_cannot_hold_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = 1e5
+    with pytest.raises(ModelError, match=r"weight: does not fit torch\.float16; use float32"):
+        narrow(model, torch.float16)
