@@ -66,6 +66,20 @@ class RowColumns:
                 "example --set data.columns.client=NAME"
             )
 
+    def check_part(self, found: Sequence[str], where: str) -> None:
+        """Refuse one part of a split without a column that an answer needs.
+
+        Raises:
+            DataError: without it all rows of the part would count as rows without an answer.
+        """
+        keys = {"output", *_COLUMNS.get(self.format, {})}
+        missing = [n for key, n in self.named.items() if key in keys and n not in found]
+        if missing:
+            raise DataError(
+                f"data.path: {where} has no column `{missing[0]}`, which other files of its split "
+                f"have (it has {_shown(found)}); give all of them the same columns"
+            )
+
     def _missing(self, key: str, name: str) -> str:
         if key in _COLUMNS.get(self.format, {}):
             return f"data.format: {self.format} needs a column `{name}`"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -129,14 +130,16 @@ def _one_format(
 def _read(parts: Sequence[_Part], wanted: RowColumns) -> Tables:
     """Return the canonical tables of all parts, joined by split."""
     blocks: dict[str, list[pa.Table]] = {}
-    names: dict[str, dict[str, None]] = {}
+    names: dict[str, dict[str, dict[str, None]]] = {}
     for part in parts:
         for block in part.read(wanted):
             blocks.setdefault(part.split, []).append(canonical_block(block, wanted))
-            names.setdefault(part.split, {}).update(dict.fromkeys(block.names))
-    for split, found in names.items():
-        where = ", ".join(part.name for part in parts if part.split == split)
-        wanted.check(list(found), where)
+            found = names.setdefault(part.split, {}).setdefault(part.name, {})
+            found.update(dict.fromkeys(block.names))
+    for by_part in names.values():
+        wanted.check(list(dict.fromkeys(chain.from_iterable(by_part.values()))), ", ".join(by_part))
+        for name, found in by_part.items():
+            wanted.check_part(list(found), name)
     # integer columns of some blocks only are null in the others
     return {
         split: pa.concat_tables(tables, promote_options="permissive")

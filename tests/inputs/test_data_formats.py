@@ -246,3 +246,21 @@ def test_turns_are_made_of_every_type_that_text_has(tmp_path: Path) -> None:
     train = read(tmp_path / "rows.parquet")["train"]
     assert train[TURNS].to_pylist() == [turns(("user", "hi"), ("assistant", "A"))]
     assert train["references"].to_pylist() == [["A"]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "missing"),
+    [
+        ("auto", [row("a"), {"client_id": "a", "input": "x", "response": "lost"}], "output"),
+        ("messages", [talk(USER, ANSWER), {"client_id": 1, "chat": [USER, ANSWER]}], "messages"),
+    ],
+)
+def test_a_file_of_a_split_without_the_answers_column_is_refused(
+    tmp_path: Path, asked: str, rows: list[dict[str, Any]], missing: str
+) -> None:
+    for index, each in enumerate(rows):
+        (tmp_path / f"train-{index}.jsonl").write_text(json.dumps(each) + "\n")
+    message = told(tmp_path, format=asked)
+    assert "train-1.jsonl" in message
+    assert f"no column `{missing}`" in message
+    assert "train-0.jsonl" not in message
