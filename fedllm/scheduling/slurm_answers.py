@@ -9,8 +9,8 @@ from dataclasses import dataclass
 MARK = "fedllm-answer:"
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_SUBMITTED = re.compile(r"(?:sbatch: )?Submitted batch job (\d+)\b(?: on cluster ([\w.-]+))?.*")
-# a wrapper's number alone; `id;cluster` of `--parsable`
+_SUBMITTED = re.compile(r"\bSubmitted batch job (\d+)(?: on cluster ([\w.-]+))?")
+# a wrapper's number, which has to be all that it says; `id;cluster` of `--parsable`
 _BARE = re.compile(r"(\d+)(?:;([\w.-]+))?")
 _MOST_SAID = 200
 
@@ -26,16 +26,17 @@ class Submitted:
 def submitted(said: str) -> Submitted | None:
     """Return the job in what sbatch and its wrapper printed; None: the words do not decide it.
 
-    Sentences of sbatch come before lines that hold a number alone. Where several name different
-    jobs, one is a banner's, and which one cannot be told.
+    sbatch's own sentence counts wherever it stands; a number only where nothing else was said, for
+    beside other lines it may be a banner's. Sentences that name different jobs decide nothing.
     """
-    lines = [line.strip() for line in _COLOUR.sub("", said).splitlines()]
-    for pattern in (_SUBMITTED, _BARE):
-        found = {match.groups() for line in lines if (match := pattern.fullmatch(line))}
-        if found:
-            job, cluster = found.pop()
-            return None if found else Submitted(job=job, cluster=cluster or "")
-    return None
+    plain = _COLOUR.sub("", said)
+    found = set(_SUBMITTED.findall(plain))
+    if not found and (alone := _BARE.fullmatch(plain.strip())):
+        found = {alone.groups(default="")}
+    if len(found) != 1:
+        return None
+    ((job, cluster),) = found
+    return Submitted(job=job, cluster=cluster)
 
 
 def marked(said: str) -> list[str]:

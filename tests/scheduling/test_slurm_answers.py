@@ -38,21 +38,50 @@ def test_the_id_is_found_whatever_a_site_prints_around_it(
 ) -> None:
     sentence = f"Submitted batch job {id_}"
     for answer in (
-        *(sentence, f"sbatch: {sentence}", f"  {sentence}\r"),
-        *(f"\x1b[32m{sentence}\x1b[0m", f"{id_}"),
+        *(sentence, f"sbatch: {sentence}", f"  {sentence}\r", f">> {sentence}"),
+        *(f"\x1b[32m{sentence}\x1b[0m", f"[site] {sentence}. Have fun!"),
     ):
         assert submitted(lines(before, [answer], after)) == Submitted(job=str(id_))
-    for answer in (f"{sentence} on cluster {cluster}", f"{id_};{cluster}"):
-        found = submitted(lines(before, [answer], after))
-        assert found == Submitted(job=str(id_), cluster=cluster)
+    found = submitted(lines(before, [f"{sentence} on cluster {cluster}"], after))
+    assert found == Submitted(job=str(id_), cluster=cluster)
 
 
-@given(id_=IDS, other=IDS, before=BANNERS)
+@given(id_=IDS, other=IDS, before=BANNERS, decoration=st.sampled_from(["", ">> ", "sbatch: "]))
 def test_a_sentence_of_sbatch_comes_before_numbers_that_stand_alone(
-    id_: int, other: int, before: list[str]
+    id_: int, other: int, before: list[str], decoration: str
 ) -> None:
-    said = lines(before, [f"Submitted batch job {id_}"], [str(other)])
-    assert submitted(said) == Submitted(job=str(id_))
+    answer = [f"{decoration}Submitted batch job {id_}"]
+    wanted = Submitted(job=str(id_))
+    assert submitted(lines(before, answer, [str(other)])) == wanted
+    assert submitted(lines([str(other)], answer, before)) == wanted
+
+
+@given(id_=IDS, cluster=CLUSTERS, blank=st.sampled_from(["", "\n", " \r\n\n"]))
+def test_a_number_is_an_id_where_nothing_else_is_said(id_: int, cluster: str, blank: str) -> None:
+    assert submitted(f"{blank}{id_}\n{blank}") == Submitted(job=str(id_))
+    wanted = Submitted(job=str(id_), cluster=cluster)
+    assert submitted(f"{blank} {id_};{cluster}\n{blank}") == wanted
+
+
+@given(number=IDS, banner=BANNERS.filter(lambda banner: any(line.strip() for line in banner)))
+def test_a_number_beside_anything_else_is_unknown(number: int, banner: list[str]) -> None:
+    for answer in (f"{number}", f"{number};far"):
+        assert submitted(lines(banner, [answer])) is None
+        assert submitted(lines([answer], banner)) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "job"),
+    [
+        ("12\n>> Submitted batch job 7\n", "7"),
+        ("12\nSubmitted batch job 7\nSubmitted batch job 8\n", None),
+        ("Your balance:\n1234\n", None),
+        ("INFO: job 7\n5000", None),
+        ("7\n7\n", None),
+    ],
+)
+def test_what_a_site_prints_is_no_id(said: str, job: str | None) -> None:
+    assert submitted(said) == (Submitted(job=job) if job else None)
 
 
 @given(before=BANNERS, ids=st.lists(IDS, min_size=2, max_size=4, unique=True))
