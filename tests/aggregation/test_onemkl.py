@@ -51,14 +51,17 @@ def test_what_lies_between_rows_is_neither_read_nor_written() -> None:
 
 
 @needed
-def test_the_same_bits_from_every_thread() -> None:
+def test_the_same_bits_from_every_thread_that_uses_as_many() -> None:
     b_OR, a_RI = drawn(700, 300), drawn(300, 500, seed=1)
     products = [torch.empty(700, 500) for _ in range(3)]
-    threads = [
-        Thread(target=onemkl.add_product, args=(w, b_OR, a_RI), kwargs={"keep": False})
-        for w in products[1:]
-    ]
-    onemkl.add_product(products[0], b_OR, a_RI, keep=False)
+    number = torch.get_num_threads()
+
+    def write(w_OI: Tensor) -> None:
+        torch.set_num_threads(number)  # a new thread begins with the environment's number
+        onemkl.add_product(w_OI, b_OR, a_RI, keep=False)
+
+    threads = [Thread(target=write, args=(w,)) for w in products[1:]]
+    write(products[0])
     for thread in threads:
         thread.start()
     for thread in threads:
