@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedllm.config.models import DataSection
+from fedllm.data.files.quotes import checked_quotes
 from fedllm.data.readers import Source, open_source
 from fedllm.errors import DataError
 from fedllm.storage.paths import CachePaths
@@ -111,7 +112,10 @@ def truncated(text: str) -> bytes:
         ("a.jsonl.gz", truncated(PLAIN), "is it whole?"),
         ("a.jsonl", b'{"client_id": 1, "input": {"a": 1}, "output": "x"}', "line 1: `input` holds"),
         ("a.csv", b"client_id,input,output\n1,2,3\n1,2\n", "Row #3"),
-        ("a.csv", b'client_id,input,output\n1,2,"3\n1,2,3\n', "odd number of quotes"),
+        ("a.csv", b'client_id,input,output\n1,2,"3\n1,2,3\n', "row 2 has a field"),
+        ("a.csv", b'client_id,input,output\n\n1,2,3\n\n1,"2\n",3\n1,2,"Hi" he\n', "row 4 has a"),
+        ("a.csv", b'client_id,input,"output\n' + b"1,2,3\n" * 40_000, "row 1 "),
+        ("a.tsv", b'client_id\tinput\toutput\n1\t2\t"a\n1\t2\tb\n1\t2\t"c\n', "row 2 has a"),
         ("a.csv", b"client_id;input;output\n1;2;3\n", "';'"),
         ("a.csv", b"client_id,input,input,output\n1,2,2,3\n", "two columns `input`"),
         ("a.tsv", b"client_id,input,output\n1,2,3\n", "','"),
@@ -282,3 +286,19 @@ def test_an_optional_column_may_be_in_some_lines_only(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column `input`"):
         (tmp_path / "rows.jsonl").write_text('{"client_id": 1, "output": "x"}\n')
         read(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+def test_quotes_within_a_field_are_text(size: int, tmp_path: Path) -> None:
+    fields = ['5" pipe', '"say ""hi"""', '""', '"a,\n""b"""', 'x""', '""""', '"\r\n"', '"end"']
+    text = "".join(f"{field},1\n\n" for field in fields) + '1,"end"'
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    assert "".join(checked_quotes(pieces, tmp_path, ",")) == text
+    with pytest.raises(DataError, match="row 10 has a field"):
+        list(checked_quotes([*pieces, "\n", '"', '"', '"'], tmp_path, ","))
+    file = tmp_path / "rows.csv"
+    file.write_text("output,client_id\n" + "".join(f"{field},1\n" for field in fields))
+    columns = COLUMNS.model_copy(update={"input": None})
+    expected = ['5" pipe', 'say "hi"', None, 'a,\n"b"', 'x""', '"', "\r\n", "end"]
+    found = read(file, columns=columns)["train"]["references"].to_pylist()
+    assert found == [[text] if text else [] for text in expected]

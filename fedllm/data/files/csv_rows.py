@@ -18,6 +18,7 @@ import pyarrow.csv
 from fedllm.data.blocks import Block, Place
 from fedllm.data.columns import client_texts
 from fedllm.data.files.decoded import decoded
+from fedllm.data.files.quotes import checked_quotes
 from fedllm.data.formats import RowColumns
 from fedllm.errors import DataError
 from fedllm.storage.hub import first_line
@@ -44,11 +45,11 @@ def read_csv(file: Path, wanted: RowColumns, delimiter: str) -> Iterator[Block]:
 
     Raises:
         DataError: it is not text, a row has another number of fields than the first, a quote is
-            not closed or a column is missing.
+            not closed where its field ends or a column is missing.
     """
     names = _header(file, delimiter)
     _check_names(names, wanted, file, delimiter)
-    stream = _Encoded(file)
+    stream = _Encoded(file, delimiter)
     start, where = 0, str(file)
     try:
         for batch in _batches(stream, names, delimiter):
@@ -66,11 +67,6 @@ def read_csv(file: Path, wanted: RowColumns, delimiter: str) -> Iterator[Block]:
             f"data.path: {file}: {first_line(error)}; correct the row (a field that holds "
             "delimiters, quotes or line breaks stands in quotes)"
         ) from error
-    if stream.quotes % 2:
-        raise DataError(
-            f'data.path: {file} has an odd number of quotes ("): one of them is not closed; a '
-            'quote within a field is written twice (""), in a field that stands in quotes'
-        )
 
 
 def _header(file: Path, delimiter: str) -> list[str]:
@@ -79,7 +75,13 @@ def _header(file: Path, delimiter: str) -> list[str]:
     for chunk in decoded(file):
         text += chunk
         lines = io.StringIO(text, newline="")
-        names = next(filter(None, csv.reader(lines, delimiter=delimiter)), None)
+        try:
+            names = next(filter(None, csv.reader(lines, delimiter=delimiter)), None)
+        except csv.Error as error:
+            raise DataError(
+                f"data.path: {file} row 1 does not name the columns ({error}); is a quote in it "
+                "not closed?"
+            ) from error
         if names and lines.read().strip(" \r\n"):
             return names
     return []
@@ -88,10 +90,9 @@ def _header(file: Path, delimiter: str) -> list[str]:
 class _Encoded(io.RawIOBase):
     """A file's text as UTF-8, whatever it is in."""
 
-    def __init__(self, file: Path) -> None:
-        self._chunks = decoded(file)
+    def __init__(self, file: Path, delimiter: str) -> None:
+        self._chunks = checked_quotes(decoded(file), file, delimiter)
         self._left = b""
-        self.quotes = 0
 
     def readable(self) -> bool:
         """Say yes."""
@@ -101,7 +102,6 @@ class _Encoded(io.RawIOBase):
         """Fill a buffer; 0 at the end."""
         if not self._left:
             self._left = next(self._chunks, "").encode()
-            self.quotes += self._left.count(b'"')
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
         return size
