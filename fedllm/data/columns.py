@@ -9,6 +9,7 @@ refused. A client that is a number is a whole one: 3 and 3.0 are the same.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -116,7 +117,17 @@ def client_texts(indices: pa.Array, values: Sequence[Any], where: str, place: Pl
 
 def needed_columns(schema: pa.Schema, wanted: RowColumns) -> list[str]:
     """Return the names that `canonical_block` reads, for readers that can leave the others out."""
-    return [f.name for f in schema if f.name in wanted.wanted or pa.types.is_integer(f.type)]
+    return [
+        schema.field(place).name
+        for place in named_once(schema)
+        if schema.field(place).name in wanted.wanted or pa.types.is_integer(schema.types[place])
+    ]
+
+
+def named_once(schema: pa.Schema) -> list[int]:
+    """Return the places of the columns that a name stands for: it is not empty, nor that of two."""
+    counts = Counter(schema.names)
+    return [place for place, name in enumerate(schema.names) if name and counts[name] == 1]
 
 
 def rows_by_client(table: pa.Table) -> Iterator[ClientRows]:

@@ -52,11 +52,14 @@ class RowColumns:
         return [format_ for format_ in _marks(found, self.given) if format_ != self.format]
 
     def check(self, found: Sequence[str], where: str) -> None:
-        """Refuse data without a column that is named.
+        """Refuse data without a column that is named, or with two of one that is read.
 
         Raises:
             DataError: it names all that are missing, their keys and the columns there are.
         """
+        twice = [name for name in sorted(self.wanted) if found.count(name) > 1]
+        if twice:
+            raise DataError(f"data.path: {where} has two columns `{twice[0]}`; rename one")
         missing = [
             self._missing(key, name) for key, name in self.named.items() if name not in found
         ]

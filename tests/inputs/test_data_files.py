@@ -302,3 +302,25 @@ def test_quotes_within_a_field_are_text(size: int, tmp_path: Path) -> None:
     expected = ['5" pipe', 'say "hi"', None, 'a,\n"b"', 'x""', '"', "\r\n", "end"]
     found = read(file, columns=columns)["train"]["references"].to_pylist()
     assert found == [[text] if text else [] for text in expected]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_without_a_name_of_their_own_are_left_out(tmp_path: Path, kind: str) -> None:
+    names = ["client_id", "input", "output", "", "", "n", "n", "m"]
+    values = ["1", "2", "3", "4", "5", "6", "7", "8"]
+    file = tmp_path / f"rows.{kind}"
+
+    def save_as(names: list[str]) -> None:
+        table = pa.table([pa.array([int(value)]) for value in values], names=names)
+        if kind == "parquet":
+            pq.write_table(table, file)
+        else:
+            file.write_text(",".join(names) + "\n" + ",".join(values) + "\n")
+
+    save_as(names)
+    train = read(file)["train"]
+    assert train["references"].to_pylist() == [["3"]]
+    assert "integer.m" in train.column_names
+    assert not {"integer.", "integer.n"} & set(train.column_names)
+    save_as([*names[:-1], "output"])
+    assert "two columns `output`" in told(file)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from fedllm.data.blocks import Block, Place
-from fedllm.data.columns import client_texts
+from fedllm.data.columns import client_texts, named_once
 from fedllm.data.files.decoded import decoded
 from fedllm.data.files.quotes import checked_quotes
 from fedllm.data.formats import RowColumns
@@ -123,9 +123,6 @@ def _batches(stream: _Encoded, names: list[str], delimiter: str) -> Iterator[pa.
 
 
 def _check_names(names: list[str], wanted: RowColumns, file: Path, delimiter: str) -> None:
-    twice = [name for name in wanted.wanted if names.count(name) > 1]
-    if twice:
-        raise DataError(f"data.path: {file} has two columns `{twice[0]}`; rename one")
     try:
         wanted.check(names, str(file))
     except DataError as error:
@@ -150,6 +147,7 @@ def _with_clients(table: pa.Table, name: str, where: str, place: Place) -> pa.Ta
 
 def _with_integers(table: pa.Table, wanted: RowColumns) -> pa.Table:
     """Return the wanted columns, and of the others those that are integers, as such."""
+    table = table.select(named_once(table.schema))
     for place, name in reversed(list(enumerate(table.column_names))):
         if name in wanted.wanted:
             continue
