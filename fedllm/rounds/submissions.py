@@ -9,10 +9,11 @@ from fedllm.errors import ConfigError, FedllmError, Incomplete, RunFailed, UserE
 from fedllm.planning.classes import job_options
 from fedllm.rounds.run import Run
 from fedllm.rounds.visibility import unseen
-from fedllm.scheduling.seam import Job, SchedulerFull, TaskState
+from fedllm.scheduling.seam import Job, SchedulerFull, SubmissionUnknown, TaskState
 from fedllm.storage.paths import JobPaths, aside, attempts_of
 from fedllm.storage.records import (
     ArrayRecord,
+    DoubtRecord,
     EndingRecord,
     ErrorRecord,
     JobsRecord,
@@ -90,11 +91,7 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
     room = True
     try:
         for array in (array for array in plan.arrays if array.name not in ids):
-            found = run.scheduler.find(array.name) if search else None
-            if found is None:
-                run.lease.check()
-                found = run.scheduler.submit(job_of(plan, array, logs))
-            ids[array.name] = found
+            ids[array.name] = _sent_once(run, paths, job_of(plan, array, logs), search=search)
             run.watch.no_room.discard(array.name)
     except SchedulerFull as error:
         room = False
@@ -104,12 +101,34 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
         # once looked for, nobody needs to look for them again
         ids |= {name: found for name in rest if search and (found := run.scheduler.find(name))}
         run.watch.no_room |= set(rest) - ids.keys()
+    except SubmissionUnknown:
+        if ids:
+            run.publish(JobsRecord(ids=ids), paths.jobs)
+        raise
     except ConfigError:
         _withdraw(run, paths, plan, ids)
         raise
     if room or ids:
         run.publish(JobsRecord(ids=ids), paths.jobs)
     return room
+
+
+def _sent_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[str]:
+    """Return the tasks of an array, submitted now unless it is found or may exist unseen."""
+    doubt = run.find(DoubtRecord, paths.doubt)
+    in_doubt = doubt is not None and doubt.name == job.name
+    found = run.scheduler.find(job.name) if search or in_doubt else None
+    if found is not None:
+        return found
+    if doubt and in_doubt:
+        raise SubmissionUnknown(doubt.said).kept_in(paths.doubt)
+    run.lease.check()
+    try:
+        return run.scheduler.submit(job)
+    except SubmissionUnknown as error:
+        # also where the lease was lost meanwhile: who holds it now must not send it again
+        DoubtRecord(name=job.name, said=str(error)).publish(paths.doubt)
+        raise error.kept_in(paths.doubt) from error
 
 
 def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, list[str]]) -> None:

@@ -27,7 +27,14 @@ class SchedulerFull(Incomplete):
 
 
 class SubmissionUnknown(UserError):
-    """Nobody says whether it was submitted: its name is looked for before it is sent again."""
+    """Nobody says whether it was submitted: its name is looked for, and it is not sent again."""
+
+    def kept_in(self, record: Path) -> "SubmissionUnknown":
+        """Return this error with the record that keeps the job from being sent again."""
+        return SubmissionUnknown(
+            f"{self}; it is not sent again: once you are sure that there is no such job, remove "
+            f"{record}"
+        )
 
 
 class TaskState(Enum):

@@ -78,6 +78,11 @@ class JobPaths:
         return self.root / "jobs.json"
 
     @property
+    def doubt(self) -> Path:
+        """Nobody says whether an array was submitted; it is not sent again while this exists."""
+        return self.root / "in-doubt.json"
+
+    @property
     def error(self) -> Path:
         """Why the job stopped, written by itself where it can say so."""
         return self.root / "error.json"

@@ -266,6 +266,16 @@ class JobsRecord(Record):
     ids: dict[str, list[str]]
 
 
+class DoubtRecord(Record):
+    """What was sent under `name` may exist or not: `said` is what is known of it.
+
+    A person removes it once he is sure that there is no such job.
+    """
+
+    name: str
+    said: str
+
+
 class ErrorRecord(Record):
     """Why a job stopped.
 

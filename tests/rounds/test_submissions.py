@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import ConfigError
-from fedllm.rounds.coordinate import coordinate
+from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.opening import open_run
 from fedllm.scheduling.inline import InlineScheduler
-from fedllm.scheduling.seam import Job
+from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CohortRecord, JobsRecord
+from tests.rounds.cluster import HandMoved, hand_moved
 from tests.rounds.simulation import Simulation, complete, config_of, states
 
 TIERS = "scheduler__sbatch__tiers"
@@ -71,3 +72,62 @@ def test_of_a_plan_that_was_refused_in_part_the_arrays_taken_before_count(
 def tier(root: Path, client: str) -> str:
     cohort = CohortRecord.read(RunPaths(root=root).round(1).cohort)
     return next(member.tier for member in cohort.clients if member.id == client)
+
+
+class Evasive(HandMoved):
+    """Answers nothing that names a job for one program, and of workers for one class."""
+
+    def __init__(self, program: str, worker_class: str) -> None:
+        super().__init__(Simulation())
+        self.asked: list[str] = []
+        self.evades = True
+        self._program, self._class = program, worker_class
+
+    def submit(self, job: Job) -> list[str]:
+        self.asked.append(job.name)
+        if self.evades and job.program == self._program and self._class in job.name:
+            raise SubmissionUnknown("no job is named")
+        return super().submit(job)
+
+
+@pytest.mark.parametrize(
+    ("program", "worker_class", "sent"),
+    [("prepare", "", 1), ("client", "small", 4), ("client", "large", 3)],
+)
+def test_what_may_exist_is_looked_for_and_sent_again_only_once_a_person_says_so(
+    tmp_path: Path, program: str, worker_class: str, sent: int
+) -> None:
+    cluster = Evasive(program, worker_class)
+    classes = {f"{TIERS}__{tier}__partition": f"for {tier}" for tier in ("small", "large")}
+    said = []
+    for _ in range(3):
+        with pytest.raises(SubmissionUnknown, match=r"^no job is named; .* remove /\S+$") as caught:
+            advance_while_possible(hand_moved(tmp_path, cluster, **classes))
+        said.append(str(caught.value))
+    assert len(set(said)) == 1
+    assert len(cluster.asked) == sent
+    assert cluster.finds >= 2
+    cluster.evades = False
+    with pytest.raises(SubmissionUnknown):
+        advance_while_possible(hand_moved(tmp_path, cluster, **classes))
+    assert len(cluster.asked) == sent
+    Path(said[0].split()[-1]).unlink()
+    assert advance_while_possible(hand_moved(tmp_path, cluster, **classes)) is not None
+    again = [name for name in cluster.asked if cluster.asked.count(name) > 1]
+    assert again == [again[0]] * 2
+
+
+def test_what_was_in_doubt_and_is_found_goes_on(tmp_path: Path) -> None:
+    cluster = Evasive("client", "small")
+    with pytest.raises(SubmissionUnknown):
+        advance_while_possible(hand_moved(tmp_path, cluster))
+    cluster.evades = False
+    name = cluster.asked[-1]
+    argv = (str(RunPaths(root=tmp_path.resolve()).round(1).attempt(1).root),)
+    job = Job(name=name, program="client", argv=argv, log_folder=tmp_path)
+    cluster.alive["77_0"] = (job, TaskState.WAITING)
+    assert advance_while_possible(hand_moved(tmp_path, cluster)) is not None
+    assert cluster.asked.count(name) == 1
+    jobs = JobsRecord.find(RunPaths(root=tmp_path.resolve()).round(1).attempt(1).jobs)
+    assert jobs is not None
+    assert jobs.ids[name] == ["77_0"]
