@@ -51,6 +51,18 @@ class _Loader(yaml.SafeLoader):
                 key.tag = "tag:yaml.org,2002:str"  # a name, whatever it is spelled like
         return super().construct_mapping(node, deep=deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ARG002
+        """Return the value of a node; refuse one that its tag does not fit, or within itself."""
+        try:
+            # deep: what holds itself is found only so
+            return super().construct_object(node, deep=True)
+        except (ValueError, LookupError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            shown = f"`{node.value:.20}`" if isinstance(node.value, str) else "this"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown} cannot be read as {kind}", node.start_mark
+            ) from error
+
     def scan_to_next_token(self) -> None:
         """Pass over what is between tokens: blanks, and tabs where they are no indentation."""
         super().scan_to_next_token()
@@ -128,6 +140,8 @@ def parse_yaml(given: bytes, where: str) -> Any:
         raise ConfigError(f"{where}: is not YAML ({error})") from error
     try:
         return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ConfigError(f"{where}: is not YAML (it is nested too deeply); correct it") from error
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not valid"
         mark = getattr(error, "problem_mark", None)

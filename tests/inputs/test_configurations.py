@@ -272,3 +272,25 @@ def test_a_list_that_cannot_be_is_one_line(tmp_path: Path, given: bytes, words: 
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("1" * 5000, "cannot be read as int"),
+        ("!!int abc", "`abc` cannot be read as int"),
+        ("!!float abc", "`abc` cannot be read as float"),
+        ("!!bool abc", "`abc` cannot be read as bool"),
+        ("!!timestamp abc", "`abc` cannot be read as timestamp"),
+        ("&a [*a]", "recursive"),
+        ("&a {b: *a}", "recursive"),
+        ("[" * 2000 + "]" * 2000, "nested too deeply"),
+    ],
+)
+def test_a_value_that_cannot_be_made_is_told_with_its_line(
+    tmp_path: Path, value: str, words: str
+) -> None:
+    message = refusal(tmp_path, TEXT + f"rounds: {value}\n")
+    assert words in message
+    assert "config.yaml" in message
+    assert "line 7" in message or "nested" in message

@@ -109,6 +109,11 @@ def truncated(text: str) -> bytes:
         ("a.jsonl", '{"client_id": 1}'.encode("utf-16-le"), "line 1 holds a zero byte"),
         ("a.jsonl", b"PAR1\x15\x04\x00\x00", "a.jsonl line 1"),
         ("a.jsonl", b"[" * 100_000, "nested too deeply"),
+        (
+            "a.jsonl",
+            PLAIN.encode() + b'{"a": ' + b"1" * 5000 + b"}",
+            "line 4 is not JSON (an integer",
+        ),
         ("a.jsonl.gz", truncated(PLAIN), "is it whole?"),
         ("a.jsonl", b'{"client_id": 1, "input": {"a": 1}, "output": "x"}', "line 1: `input` holds"),
         ("a.csv", b"client_id,input,output\n1,2,3\n1,2\n", "Row #3"),

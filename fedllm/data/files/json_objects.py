@@ -124,6 +124,9 @@ class _Scanner:
                     raise self._not_json(error) from error
             except RecursionError as error:
                 raise self._wrong("it is nested too deeply") from error
+            except ValueError as error:
+                # the only other one: Python's limit to the digits of an integer
+                raise self._wrong("an integer has too many digits; write it as text") from error
         line, size = self._line, end - self._at
         if not isinstance(value, dict):
             raise DataError(f"data.path: {self._file} line {line} is not an object; need {{...}}")
