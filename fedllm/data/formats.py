@@ -120,9 +120,11 @@ def find_format(
         return asked
     marks = _marks(found, columns)
     if len(marks) > 1:
+        mine = {columns.instruction, columns.input, columns.output} - {None}
+        likely = ALPACA if mine <= found.keys() else marks[0]
         raise DataError(
             f"data.format: {where} has columns of {' and '.join(marks)} "
-            f"({_shown(list(found))}); say which, for example data.format={marks[0]}"
+            f"({_shown(list(found))}); say which, for example data.format={likely}"
         )
     return marks[0] if marks else ALPACA
 

@@ -264,3 +264,14 @@ def test_a_file_of_a_split_without_the_answers_column_is_refused(
     assert "train-1.jsonl" in message
     assert f"no column `{missing}`" in message
     assert "train-0.jsonl" not in message
+
+
+@pytest.mark.parametrize("more", [{"conversations": [USER]}, {"prompt": "p", "completion": "c"}])
+def test_the_format_whose_columns_are_all_there_is_offered_first(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    file = write(tmp_path / "rows.jsonl", [{**row("a"), **more}])
+    assert "for example data.format=alpaca" in told(file)
+    assert read(file, format="alpaca")["train"]["references"].to_pylist() == [["yes"]]
+    file = write(tmp_path / "rows.jsonl", [{"client_id": "a", "output": "x", **more}])
+    assert "for example data.format=alpaca" not in told(file)
