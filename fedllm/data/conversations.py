@@ -4,6 +4,7 @@ Two ways of writing them are common, and both are read: `{"role", "content"}` (O
 `{"from", "value"}` (ShareGPT).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ ROLES = {
     "observation": "tool",
 }
 _CALLS = ("tool_calls", "function_call")
+# 0 or false in them says that a message is not trained
+_UNTRAINED = ("weight", "train")
 
 
 def turn_lists(
@@ -94,11 +97,12 @@ def _turn(message: Any, at: str) -> dict[str, str]:
         raise DataError(
             f"data.path: {at} has a message of role {written!r}; need one of {', '.join(ROLES)}"
         )
-    if message.get("weight") == 0:
-        raise DataError(
-            f"data.path: {at} has a message of weight 0, but every answer is trained; leave out "
-            "the weight or the row"
-        )
+    for key in _UNTRAINED:
+        if message.get(key) == 0:
+            raise DataError(
+                f"data.path: {at} has a message of {key} {json.dumps(message[key])}, but every "
+                f"answer is trained; leave out the {key} or the row"
+            )
     return {"role": role, "content": _content(_first(message, "content", "value"), at, role)}
 
 

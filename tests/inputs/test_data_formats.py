@@ -275,3 +275,12 @@ def test_the_format_whose_columns_are_all_there_is_offered_first(
     assert read(file, format="alpaca")["train"]["references"].to_pylist() == [["yes"]]
     file = write(tmp_path / "rows.jsonl", [{"client_id": "a", "output": "x", **more}])
     assert "for example data.format=alpaca" not in told(file)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_message_that_is_not_to_be_trained_is_refused(tmp_path: Path, kind: str) -> None:
+    rows = [talk(USER, {**ANSWER, "train": trained}) for trained in (True, False)]
+    assert read(write(tmp_path / f"right.{kind}", rows[:1]))["train"].num_rows == 1
+    message = told(write(tmp_path / f"rows.{kind}", rows))
+    assert "message of train false" in message
+    assert re.search("line 2|row 2", message)
