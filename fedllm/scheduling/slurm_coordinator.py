@@ -39,7 +39,7 @@ from fedllm.scheduling.slurm_states import state_in_queue
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publish import publish_bytes, storage_errors
-from fedllm.storage.records import CoordinatorJobRecord, LeaseRecord
+from fedllm.storage.records import CoordinatorJobRecord, DoubtRecord, LeaseRecord
 
 _SCRIPTS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}
 _OPTION = re.compile(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", re.MULTILINE)
@@ -123,12 +123,15 @@ def refuse_second(paths: RunPaths, run_id: str) -> None:
     Raises:
         LeaseError: one waits or runs.
         SchedulerUnreachable: slurmctld cannot be asked now.
+        SubmissionUnknown: one may exist that the queue here does not show.
     """
     if there := list(coordinator_jobs(run_id)):
         raise LeaseError(
             f"{paths.root}: its coordinator waits or runs as Slurm job {', '.join(there)}; wait "
             f"for it, or end it with: fedllm cancel {paths.root}"
         )
+    if doubt := DoubtRecord.find(paths.coordinator_doubt):
+        raise SubmissionUnknown(doubt.said).kept_in(paths.coordinator_doubt)
 
 
 def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
@@ -222,7 +225,7 @@ def _submit(
             raise SchedulerFull(f"sbatch: {error}") from error
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
     answer = submitted(said)
-    return _found(run_id, said) if answer is None or answer.cluster else answer.job
+    return _found(paths, run_id, said) if answer is None or answer.cluster else answer.job
 
 
 def _flags(section: SchedulerSection, defaults: Mapping[str, Option]) -> Flags:
@@ -247,11 +250,13 @@ def coordinator_script(name: str, section: SchedulerSection) -> str:
     return "".join([*lines[: last + 1], "\n", *exports, *lines[last + 1 :]])
 
 
-def _found(run_id: str, said: str) -> str:
+def _found(paths: RunPaths, run_id: str, said: str) -> str:
     """Return the coordinator's job that was just submitted, by its name in the queue."""
     jobs = [job for job in coordinator_jobs(run_id) if job != os.environ.get("SLURM_JOB_ID")]
     if not jobs:
-        raise SubmissionUnknown(unknown_answer(_name(run_id), said))
+        unknown = SubmissionUnknown(unknown_answer(_name(run_id), said))
+        DoubtRecord(name=_name(run_id), said=str(unknown)).publish(paths.coordinator_doubt)
+        raise unknown.kept_in(paths.coordinator_doubt)
     return jobs[-1]
 
 

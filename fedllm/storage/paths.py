@@ -328,6 +328,11 @@ class RunPaths:
         return self.leases / "submitted.json"
 
     @property
+    def coordinator_doubt(self) -> Path:
+        """Nobody says whether a coordinator's job was submitted: no other is while this exists."""
+        return self.leases / "in-doubt.json"
+
+    @property
     def rounds(self) -> Path:
         """The folder of rounds."""
         return self.root / "rounds"

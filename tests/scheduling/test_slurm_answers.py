@@ -1,5 +1,6 @@
 """Laws of Slurm's answers: what a site prints beside them changes nothing."""
 
+import os
 import string
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.config.models import SchedulerSection
+from fedllm.config.models import ClientsSection, Config, SchedulerSection, TierSection
 from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
 from fedllm.scheduling.slurm import SlurmScheduler
 from fedllm.scheduling.slurm_answers import MARK, Submitted, marked, submitted
+from fedllm.scheduling.slurm_coordinator import submit_coordinator
 from fedllm.scheduling.slurm_states import has_ended, state_in_queue
 from fedllm.scheduling.slurm_text import entities, settings
+from fedllm.storage.paths import RunPaths
 from tests.scheduling.slurm_double import CONFIG, PARTITIONS, Answering
 
 IDS = st.integers(1, 10**9)
@@ -161,6 +164,30 @@ def test_an_array_that_sbatch_does_not_name_is_found_by_its_name_or_told(
         scheduler.submit(job)
     assert "; ".join(said.split("\n")).strip("; ") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["resident", "chained"])
+@pytest.mark.parametrize("answer", ["5;other", "Welcome"])
+def test_a_coordinator_that_may_exist_unseen_is_not_submitted_again(
+    mode: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, line in (("sbatch", f"echo x >> {tmp_path}/sent; echo '{answer}'"), ("squeue", ":")):
+        command = tmp_path / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(f"#!/bin/sh\n{line}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    section = SchedulerSection.model_validate({"kind": "slurm", "coordinator": mode})
+    clients = ClientsSection(tiers={"all": TierSection(ranks=4)})
+    config = Config(clients=clients, scheduler=section)
+    paths = RunPaths(root=tmp_path / "run")
+    for _ in range(3):
+        with pytest.raises(SubmissionUnknown, match=r"remove \S+/in-doubt\.json$"):
+            submit_coordinator(paths, config, "ab12")
+    assert (tmp_path / "sent").read_text() == "x\n"
+    paths.coordinator_doubt.unlink()
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho 6\n")
+    assert submit_coordinator(paths, config, "ab12") == "6"
 
 
 @pytest.mark.parametrize(
