@@ -23,13 +23,13 @@ _RESOLVERS = {
 }
 
 
-_ENCODINGS = {  # the longer marks first: the shorter ones begin alike
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+_MARKS = (  # the longer ones first: those of UTF-32 begin as those of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -95,17 +95,23 @@ for _kind in ("bool", "int", "float", "null"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_spelt)
 
 
+def mark_of(given: bytes) -> tuple[bytes, str]:
+    """Return the byte order mark that a text begins with, maybe none, and what it is encoded in."""
+    return next((each for each in _MARKS if given.startswith(each[0])), (b"", "utf-8"))
+
+
 def decode_text(given: bytes) -> str:
     """Return the text of a file, in UTF-8 or with the byte order mark of another one of Unicode.
 
     Raises:
         ValueError: it is none; says what to do.
     """
-    encoding = next((name for mark, name in _ENCODINGS.items() if given.startswith(mark)), "utf-8")
+    mark, encoding = mark_of(given)
     try:
-        text = given.decode(encoding)
+        text = given[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not {encoding}: save it as UTF-8") from error
+        place = len(mark) + error.start + 1
+        raise ValueError(f"byte {place} is not {encoding}: save it as UTF-8") from error
     if "\0" in text:
         raise ValueError("it holds zero bytes, as UTF-16 without a mark does: save it as UTF-8")
     return text

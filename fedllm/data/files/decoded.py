@@ -7,19 +7,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from fedllm.config.text import mark_of
 from fedllm.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
 # by content: the name is lost or wrong where files were packed or unpacked on the way
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-# the marks of UTF-32 begin as those of UTF-16
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
 
 
 def decoded(file: Path) -> Iterator[str]:
@@ -30,7 +23,7 @@ def decoded(file: Path) -> Iterator[str]:
     """
     chunks = _chunks(file)
     first = next(chunks, b"")
-    mark, encoding = next((m for m in _MARKS if first.startswith(m[0])), (b"", "utf-8"))
+    mark, encoding = mark_of(first)
     decoder = codecs.getincrementaldecoder(encoding)()
     line = 1
     for chunk in chain([first[len(mark) :]], chunks, [None]):
