@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from fedllm.config.models import Config, SchedulerSection
 from fedllm.errors import ConfigError, LeaseError, UserError
 from fedllm.planning.classes import job_options
-from fedllm.planning.sbatch_options import by_flag, flag_name
+from fedllm.planning.sbatch_options import by_flag
 from fedllm.scheduling.seam import (
     Option,
     SchedulerFull,
@@ -233,7 +233,7 @@ def _flags(section: SchedulerSection, defaults: Mapping[str, Option]) -> Flags:
     own = by_flag(section.sbatch.coordinator)
     if "signal" not in own:
         # that of `default` is for workers: the coordinator's goes to its batch script
-        options = {key: value for key, value in options.items() if flag_name(key) != "signal"}
+        options = {key: value for key, value in options.items() if key != "signal"}
     return sbatch_flags(options, sbatch=section.sbatch, program="coordinator", defaults=defaults)
 
 
