@@ -20,8 +20,7 @@ class CommonBase:
     @property
     def folder(self) -> Path | None:
         """The folder of the base, None where it is not at hand."""
-        path = Path(self.name) if self.name else None
-        return path if path is not None and path.is_dir() else None
+        return folder_of(self.name)
 
 
 def common_base(
@@ -90,6 +89,14 @@ def folder_of(name: str | None) -> Path | None:
     return path.resolve() if path is not None and path.is_dir() else None
 
 
+def fingerprint_of(folder: Path) -> str | None:
+    """Return the fingerprint of the model in a folder, None where there is none."""
+    try:
+        return fingerprint_model(folder)
+    except ModelError:
+        return None
+
+
 class _Contents:
     """Fingerprints of the folders that configurations name, each computed once."""
 
@@ -102,10 +109,7 @@ class _Contents:
         if path is None:
             return None
         if path not in self._known:
-            try:
-                self._known[path] = fingerprint_model(path)
-            except ModelError:  # a folder of that name, but no model in it
-                self._known[path] = None
+            self._known[path] = fingerprint_of(path)
         return self._known[path]
 
     def same(self, one: AdapterConfig, other: AdapterConfig) -> bool:

@@ -13,15 +13,14 @@ import torch
 
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
 from fedllm.config.models import AggregationSection, Config
-from fedllm.errors import AdapterError, ModelError
+from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.model.adapter_base import folder_of
+from fedllm.model.adapter_base import fingerprint_of, folder_of
 from fedllm.model.adapter_config import CONFIG
 from fedllm.model.adapter_copies import check_copies
 from fedllm.model.adapter_files import TENSORS, PeftAdapter, read_peft_adapter
 from fedllm.model.adapter_names import names_in
-from fedllm.model.fingerprint import fingerprint_model
 from fedllm.planning.federation import Federation
 from fedllm.steps.combine import AdapterSource
 from fedllm.steps.engine import Engine
@@ -53,9 +52,11 @@ def refuse_ranks(method: Method, federation: Federation) -> None:
     Raises:
         AdapterError: it has other ranks than the method takes.
     """
-    adapter = _prepared_adapter(federation.prepared)
-    if adapter is None:
+    start = federation.prepared.start
+    if start is None:
         return
+    # prepare has just taken its fingerprint
+    adapter = _opened(Path(start.path), federation.prepared.modules)
     ranks = {module: adapter.factors.rank(module) for module in adapter.factors}
     if method.refuse([*federation.ranks.values(), ranks]):
         found = ", ".join(map(str, sorted(set(ranks.values()))))
@@ -191,7 +192,8 @@ def _refuse_other_base(adapter: PeftAdapter, base: Path, fingerprint: str, confi
             f"model.adapter: {adapter.folder} is for revision {revision} of {named}, the run's is "
             f"{config.model.revision}; start from an adapter of this base"
         )
-    found = _fingerprint_of_base(folder_of(named))
+    here = folder_of(named)
+    found = None if here is None else fingerprint_of(here)
     if found is None:
         say(
             f"model.adapter: {adapter.folder} names the base {named}, which is not here to compare "
@@ -202,12 +204,3 @@ def _refuse_other_base(adapter: PeftAdapter, base: Path, fingerprint: str, confi
             f"model.adapter: {adapter.folder} is for {named}, whose files are not those of "
             "model.path; start from an adapter of this base"
         )
-
-
-def _fingerprint_of_base(folder: Path | None) -> str | None:
-    if folder is None:
-        return None
-    try:
-        return fingerprint_model(folder)
-    except ModelError:  # a folder of that name, but no model in it
-        return None
