@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fedllm.scheduling.heap import with_heap_settings
 from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
 from fedllm.storage.publish import storage_errors
 
@@ -177,6 +178,7 @@ class LocalScheduler:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                env=with_heap_settings(os.environ),
                 # Ctrl-C is for the coordinator: it ends its workers itself
                 start_new_session=True,
             )

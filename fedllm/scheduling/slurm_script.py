@@ -8,6 +8,7 @@ from pathlib import Path
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import RunDirectoryError
 from fedllm.planning.sbatch_options import PROCESSES
+from fedllm.scheduling.heap import shell_line
 from fedllm.scheduling.seam import Job
 from fedllm.scheduling.slurm_commands import clean_environment
 from fedllm.scheduling.slurm_options import Flags
@@ -85,6 +86,7 @@ def exports(job: Job, flags: Flags) -> list[str]:
         f"export FEDLLM_PROCESSES={flags.get('ntasks', PROCESSES)}",
         f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_0_log.out"',
         *(f"export {name}={shlex.quote(value)}" for name, value in inherited.items()),
+        shell_line(),
         *_scratch(),
         *(f'export {name}="${{{name}:-$fedllm_scratch/{kind}}}"' for name, kind in caches.items()),
     ]

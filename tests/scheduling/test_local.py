@@ -13,6 +13,7 @@ import pytest
 from fedllm.config.loading import dump_config
 from fedllm.errors import RunDirectoryError
 from fedllm.scheduling import local
+from fedllm.scheduling.heap import SETTINGS, VARIABLE
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.local import LocalScheduler
 from fedllm.scheduling.seam import Job, Scheduler, TaskState
@@ -84,6 +85,19 @@ def test_workers_stay_and_take_task_after_task(scheduler: LocalScheduler, tmp_pa
     assert len(set(pids(tmp_path).values())) == 2
     assert _said(scheduler, [*first, *second]) == {}
     assert {path.name for path in (tmp_path / "0001").iterdir()} == {"worker-1.log", "worker-2.log"}
+
+
+def test_workers_start_with_the_settings_of_the_heap_and_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "glibc.malloc.check=0")
+    says = (sys.executable, "-c", f"import os, sys; sys.exit(os.environ['{VARIABLE}'])")
+    scheduler = LocalScheduler(workers=1, log_folder=tmp_path, serve=says)
+    scheduler.submit(job(tmp_path, "exit", "0"))
+    log = tmp_path / "worker-1.log"
+    until(lambda: bool(log.read_text()), "nothing is said")
+    assert log.read_text() == f"{SETTINGS}:glibc.malloc.check=0\n"
+    scheduler.close()
 
 
 def test_a_task_that_fails_at_once_is_gone_with_its_exit_code_and_log(

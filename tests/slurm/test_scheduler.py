@@ -8,6 +8,7 @@ import pytest
 
 from fedllm.config.models import SbatchSection
 from fedllm.errors import ConfigError, UserError
+from fedllm.scheduling.heap import SETTINGS
 from fedllm.scheduling.seam import Job, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm import log_of
 from fedllm.scheduling.slurm_coordinator import job_is_gone
@@ -47,6 +48,7 @@ def test_an_array_runs_our_program_once_per_task(
         assert log.read_text() == f"hello from {id_}\n"
         assert told["FEDLLM_CACHE"] == "/a cache"
         assert told["HF_HUB_OFFLINE"] == "1"
+        assert told["GLIBC_TUNABLES"].startswith(SETTINGS)
         assert told["SLURM_BY_SETUP"] == "yes"
         assert told["SLURM_CPUS_PER_TASK"] == "2"
         assert told["SLURM_JOB_NAME"] == "fedllm-x-r0001"

@@ -14,7 +14,7 @@ CLIENT = """
 import json, os, pathlib, sys, time
 folder, seconds, code = sys.argv[1:4]
 print("hello from", os.environ["FEDLLM_TASK"], flush=True)
-ours = ("FEDLLM_", "SLURM_", "HF_")
+ours = ("FEDLLM_", "SLURM_", "HF_", "GLIBC_")
 told = {name: value for name, value in os.environ.items() if name.startswith(ours)}
 starts = os.environ.get("SLURM_RESTART_COUNT", "0")
 pathlib.Path(folder, os.environ["FEDLLM_TASK"] + "." + starts).write_text(json.dumps(told))
