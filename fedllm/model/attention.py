@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fedllm.errors import ModelError
+from fedllm.model.gated import is_large
 from fedllm.model.packing import Packed, Part, padded_to
 
 Entries = Sequence[Sequence[Part]]
@@ -146,6 +148,48 @@ def parts_attention(
         )
     parts.calls += 1
     num_entries, _, num_tokens, _ = query.shape
+    settings = (parts, sliding_window, scaling, dropout)
+    if dropout or not torch.is_grad_enabled() or not is_large(query):
+        output_1THD = _attended(query, key, value, *settings)
+    else:
+        output_1THD = _Attended.apply(query, key, value, *settings)  # type: ignore[no-untyped-call]
+    return output_1THD.view(num_entries, num_tokens, *output_1THD.shape[2:]), None
+
+
+class _Attended(torch.autograd.Function):
+    """Attention that keeps queries, keys and values, and not the copies that parts make of them."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.settings = settings
+        return _attended(query, key, value, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_1THD: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [
+            x.detach().requires_grad_(needed)
+            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        with torch.enable_grad():
+            output_1THD = _attended(*inputs, *ctx.settings)
+        wanted = [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(output_1THD, wanted, grad_1THD))
+        grads = [next(found) if x.requires_grad else None for x in inputs]
+        return *grads, *(None for _ in ctx.settings)
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parts: PartsPlan,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Return what each part attends to (1, C * T, H, D)."""
     groups = query.shape[1] // key.shape[1]
     queries = _split(query, parts, 1)
     keys, values = _split(key, parts, groups), _split(value, parts, groups)
@@ -155,7 +199,7 @@ def parts_attention(
         if prefix is not None:
             key_1HXD = torch.cat([keys[prefix], key_1HXD], dim=2)
             value_1HXD = torch.cat([values[prefix], value_1HXD], dim=2)
-        seen_SX = parts.mask(number, sliding_window)
+        seen_SX = parts.mask(number, window)
         output_1HSD = nn.functional.scaled_dot_product_attention(
             queries[number],
             key_1HXD,
@@ -166,8 +210,7 @@ def parts_attention(
             dropout_p=dropout,
         )
         outputs.append(output_1HSD.transpose(1, 2))
-    output_1THD = torch.cat(outputs, dim=1)
-    return output_1THD.view(num_entries, num_tokens, *output_1THD.shape[2:]), None
+    return torch.cat(outputs, dim=1)
 
 
 def _split(x_CHTD: Tensor, parts: PartsPlan, copies: int) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
-"""The product with A behind dropout, which keeps little for the gradient.
+"""The product with A, behind its dropout, which keeps little for the gradient.
 
 Autograd would keep, for every adapted module, the mask in float32 and the dropped input. The input
-itself is kept anyway, often once for several modules, and a mask is one byte per entry: the rest
-is formed again, to the same bits.
+itself is kept anyway, often once for several modules, or it can be made again of what is kept; a
+mask is one byte per entry. The rest is formed again, to the same bits.
 
 Legend: T tokens, I in, R rank.
 """
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fedllm.model.gated import Activation, made_of
 from fedllm.model.noise import RowDropout
 from fedllm.model.precision import in_float32
 
 
-class DroppedFactor(nn.Module):
-    """A of an adapter together with the dropout before it; PEFT takes it for A."""
+class LeanFactor(nn.Module):
+    """A of an adapter together with the dropout before it, if any; PEFT takes it for A."""
 
-    def __init__(self, factor: nn.Linear, dropout: RowDropout) -> None:
+    def __init__(self, factor: nn.Linear, dropout: RowDropout | None) -> None:
         super().__init__()
         self.factor = factor
         self.dropout = dropout
@@ -32,27 +33,50 @@ class DroppedFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of A with the dropped `x`, (..., R) of (..., I)."""
-        if not self.training:
+        dropout = self.dropout if self.training else None
+        source = made_of(x)
+        if dropout is None and source is None:
             product: Tensor = self.factor(x)
             return product
+        kept = None if dropout is None else dropout.kept(x)
+        act = None if source is None else source.act
+        saved = (x.detach(),) if source is None else (source.gate_TF, source.up_TF)
         with in_float32(x.device):
-            return _Product.apply(x, self.weight, self.dropout.kept(x), self.dropout)  # type: ignore[no-any-return,no-untyped-call]
+            return _Product.apply(x, self.weight, kept, dropout, act, *saved)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
+    """`saved` is `x`, or the two that give it again as `act(gate) * up`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a_RI: Tensor, kept: Tensor, dropout: RowDropout) -> Tensor:
-        ctx.save_for_backward(x, a_RI, kept)
-        ctx.dropout = dropout
-        return nn.functional.linear(x * dropout.gains(kept, x.dtype), a_RI)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a_RI: Tensor,
+        kept: Tensor | None,
+        dropout: RowDropout | None,
+        act: Activation | None,
+        *saved: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(a_RI, kept, *saved)
+        ctx.dropout, ctx.act = dropout, act  # no tensors: they would outlive the backward pass
+        return nn.functional.linear(_dropped(x, kept, dropout), a_RI)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, a_RI, kept = ctx.saved_tensors
-        gains = ctx.dropout.gains(kept, x.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a_RI, kept, *saved = ctx.saved_tensors
+        x = saved[0] if ctx.act is None else ctx.act(saved[0]) * saved[1]
         grad_TR = grad.flatten(0, -2)
         # the products that autograd forms, in its order: the same bits
-        grad_a = grad_TR.t() @ (x * gains).flatten(0, -2)
-        grad_x = (grad_TR @ a_RI).view_as(x).mul_(gains) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_a, None, None
+        grad_a = grad_TR.t() @ _dropped(x, kept, ctx.dropout).flatten(0, -2)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TR @ a_RI).view_as(x)
+            if kept is not None:
+                grad_x.mul_(ctx.dropout.gains(kept, x.dtype))
+        return grad_x, grad_a, None, None, None, *(None for _ in saved)
+
+
+def _dropped(x: Tensor, kept: Tensor | None, dropout: RowDropout | None) -> Tensor:
+    return x if kept is None or dropout is None else x * dropout.gains(kept, x.dtype)

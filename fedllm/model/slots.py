@@ -19,7 +19,8 @@ from fedllm.config.targets import Targets
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.base import Base
-from fedllm.model.dropped import DroppedFactor
+from fedllm.model.gated import keep_less
+from fedllm.model.lean import LeanFactor
 from fedllm.model.noise import RowDropout, RowSeeds
 from fedllm.model.precision import as_now, keep_factor_wide, keep_sums_wide
 from fedllm.model.stacked import Seats, StackedA, StackedB
@@ -105,6 +106,7 @@ class AdapterSlots:
         self._checkpointing = False
         self.model.requires_grad_(False)
         keep_sums_wide(self.model)
+        keep_less(self.model)
         set_way(self.model, way)
 
     @property
@@ -324,13 +326,13 @@ class AdapterSlots:
 
 
 def _join_dropout(layer: LoraLayer, name: str) -> None:
-    """Let A do its dropout itself: together they keep less for the gradient."""
+    """Let A do its dropout, if there is one, itself: together they keep less for the gradient."""
     dropout = layer.lora_dropout[name]
-    if isinstance(dropout, RowDropout):
-        factor = layer.lora_A[name]
-        assert isinstance(factor, nn.Linear)
-        layer.lora_A[name] = DroppedFactor(factor, dropout).train(dropout.training)
-        layer.lora_dropout[name] = nn.Identity()
+    factor = layer.lora_A[name]
+    assert isinstance(factor, nn.Linear)
+    own = dropout if isinstance(dropout, RowDropout) else None
+    layer.lora_A[name] = LeanFactor(factor, own).train(dropout.training)
+    layer.lora_dropout[name] = nn.Identity()
 
 
 def _weight(linear: nn.Module) -> nn.Parameter:

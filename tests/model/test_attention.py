@@ -141,6 +141,32 @@ def test_batch_entries_attend_as_if_alone(entries: list[list[tuple[int, list[int
         torch.testing.assert_close(found[n, : total(parts)], expected[0], rtol=1e-12, atol=1e-12)
 
 
+def test_no_copies_of_keys_and_values_are_kept_for_the_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedllm.model.gated.LARGE", 1)
+    parts = lay([(5, [3, 4, 2])])
+    qkv = [x.requires_grad_() for x in heads(parts, 0)]
+    plan = PartsPlan([parts], total(parts), "cpu")
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = parts_attention(Layer(2), *qkv, None, parts=plan)[0]
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in qkv}
+    frozen = [qkv[0], *(x.detach() for x in qkv[1:])]
+    alone = parts_attention(Layer(2), *frozen, None, parts=plan)[0]
+    assert torch.equal(alone, output)
+    upstream = torch.randn(output.shape)
+    assert torch.equal(
+        torch.autograd.grad(alone, qkv[0], upstream)[0],
+        torch.autograd.grad(output, qkv[0], upstream)[0],
+    )
+
+
 def test_without_parts_it_is_the_attention_of_transformers() -> None:
     qkv = heads(lay([(0, [9])]), 0)
     mask = boolean_mask(lay([(4, [2, 3])]), 9)

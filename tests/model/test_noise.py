@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedllm.errors import ModelError
-from fedllm.model.dropped import DroppedFactor
+from fedllm.model.lean import LeanFactor
 from fedllm.model.noise import Piece, RowDropout, RowSeeds
 from fedllm.model.passes import PACKERS, Cut
 from tests.decoders import Row, in_way, make_decoder
@@ -135,7 +135,7 @@ def test_a_with_its_dropout_keeps_little_and_changes_no_bit(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        h = DroppedFactor(factor, dropout)(x)
+        h = LeanFactor(factor, dropout)(x)
     for one, other in zip(outcome(h), apart, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
     own = [each for each in kept if each.data_ptr() not in {x.data_ptr(), factor.weight.data_ptr()}]

@@ -1,0 +1,154 @@
+"""Gated MLPs and adapters that keep less for the gradient give the bits of those that keep all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    Qwen3Config,
+)
+
+from fedllm.lora.factors import Factors
+from fedllm.model.base import Base
+from fedllm.model.gated import keep_less
+from fedllm.model.noise import Piece
+from fedllm.model.slots import AdapterSlots
+
+WIDE = 96
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": WIDE,
+}
+GATED = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8),
+    "gemma": Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8),
+}
+OTHERS = {
+    "phi": Phi3Config(**SIZES, pad_token_id=0),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedllm.model.gated.LARGE", 1)
+
+
+def model_of(config: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def slots_of(config: Any, dropout: float) -> AdapterSlots:
+    base = Base(model=model_of(config), tokenizer=None, fingerprint="", modules={})  # type: ignore[arg-type]
+    return AdapterSlots(base, target_modules="all-linear", dropout=dropout)
+
+
+def adapter_for(slots: AdapterSlots) -> dict[str, Factors]:
+    draws = torch.Generator().manual_seed(1)
+    return {
+        name: Factors(
+            a_RI=torch.randn(3, module.in_features, generator=draws),
+            b_OR=torch.randn(module.out_features, 3, generator=draws) / 10,
+            scale=0.5,
+        )
+        for name, module in slots._modules.items()
+    }
+
+
+@contextmanager
+def kept_tensors() -> Iterator[dict[int, Tensor]]:
+    """Collect what is kept for the gradient, by where it lies."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def gradients(slots: AdapterSlots) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the loss and all gradients of one pass, and the wide tensors that it kept."""
+    installed = slots.install(adapter_for(slots))
+    slots.train()
+    tokens = torch.arange(2 * 9).view(2, 9)
+    slots.rows.enter([Piece(entry=n, start=0, stop=9, seed=n) for n in range(2)])
+    model: Any = slots.model
+    with kept_tensors() as kept:
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    wide = [x for x in kept.values() if x.is_floating_point() and x.shape == (2, 9, WIDE)]
+    return [loss.detach(), *(p.grad for p in installed.parameters if p.grad is not None)], wide
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("family", GATED)
+def test_a_gated_mlp_keeps_two_tensors_of_its_width_and_gives_the_same_bits(
+    family: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, wide = gradients(slots_of(GATED[family], dropout))
+    monkeypatch.setattr("fedllm.model.slots.keep_less", lambda _model: None)
+    expected, all_wide = gradients(slots_of(GATED[family], dropout))
+    assert len(found) == len(expected) > 1
+    assert all(map(torch.equal, found, expected))
+    assert len(wide) == 2 * SIZES["num_hidden_layers"] < len(all_wide)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_another_mlp_stays_as_it_is(family: str) -> None:
+    model = model_of(OTHERS[family])
+    keep_less(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Shifted(nn.Module):
+    """The names of a gated MLP, and another formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.down_proj, self.act_fn = nn.Linear(6, 4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1.0))
+        return product
+
+
+def test_names_alone_do_not_make_a_gated_mlp() -> None:
+    mlp = Shifted()
+    keep_less(nn.ModuleList([mlp]))
+    assert "forward" not in vars(mlp)
+
+
+def test_nothing_that_was_kept_outlives_the_backward_pass() -> None:
+    slots = slots_of(GATED["llama"], 0.2)
+    slots.install(adapter_for(slots))
+    slots.train()
+    tokens = torch.arange(2 * 9).view(2, 9)
+    slots.rows.enter([Piece(entry=n, start=0, stop=9, seed=n) for n in range(2)])
+    model: Any = slots.model
+    with kept_tensors() as kept:
+        loss = model(input_ids=tokens, labels=tokens).loss
+    import weakref
+
+    wide = [weakref.ref(x) for x in kept.values() if x.shape == (2, 9, WIDE)]
+    kept.clear()
+    assert any(ref() is not None for ref in wide)
+    loss.backward()
+    # the loss is still here, and with it the graph, whose nodes may keep no tensor
+    assert all(ref() is None for ref in wide)
