@@ -17,9 +17,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from fedllm.evaluation.reading import plan_passes, read
 from fedllm.model.batches import TokenRow
+from fedllm.model.memory import give_back_freed
 from fedllm.model.slots import AdapterSlots
 
-_ROOM = 32  # key positions that are made at once, ahead of the steps that fill them
+_ROOM = 64  # buffers are as wide as a multiple of it: their sizes repeat, so memory is reused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +118,16 @@ class _Steps:
         keys = [[row.keys[0]] * gap + [*row.keys] for gap, row in zip(gaps, rows, strict=True)]
         keys_NW = torch.tensor(keys, device=self._device)
         self._layers = self._layers or [_Layer() for _ in cache.layers]
+        grew = False
         for layer, read_layer in zip(self._layers, cache.layers, strict=True):
             keys_NHWD = _gathered(read_layer.keys, keys_NW)
             values_NHWD = _gathered(read_layer.values, keys_NW)
             if self.rows:
                 keys_NHWD = _joined(layer.keys, keys_NHWD)
                 values_NHWD = _joined(layer.values, values_NHWD)
-            layer.hold(keys_NHWD, values_NHWD)
+            grew |= layer.hold(keys_NHWD, values_NHWD)
+        if grew:
+            give_back_freed()  # the smaller buffers fit nothing that follows
         self._gaps = [gap + width - self._width for gap in self._gaps] + gaps
         self._width = width
         self.rows += rows
@@ -167,11 +171,24 @@ class _Steps:
 class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """Keys and values with room behind them: most steps write a token and copy nothing else."""
 
-    def hold(self, keys_NHWD: Tensor, values_NHWD: Tensor) -> None:
-        """Put these in place of all others."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._roomy: list[Tensor] = []
+
+    def hold(self, keys_NHWD: Tensor, values_NHWD: Tensor) -> bool:
+        """Put copies of these in place of all others; return whether that took larger buffers."""
         self.lazy_initialization(keys_NHWD, values_NHWD)
-        self.keys, self.values = keys_NHWD, values_NHWD
-        self._roomy = (keys_NHWD, values_NHWD)
+        before, self._roomy = (
+            self._roomy,
+            [
+                _with_room(x_NHWD, roomy)
+                for x_NHWD, roomy in zip(
+                    (keys_NHWD, values_NHWD), self._roomy or (None, None), strict=True
+                )
+            ],
+        )
+        self._show(*keys_NHWD.shape[::2])
+        return not before or before[0] is not self._roomy[0]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
@@ -180,13 +197,31 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
         start = self.keys.shape[2]
         stop = start + key_states.shape[2]
         if stop > self._roomy[0].shape[2]:
-            room = (0, 0, 0, stop - start + _ROOM)
-            pad = nn.functional.pad
-            self._roomy = (pad(self.keys, room), pad(self.values, room))
-        for roomy_NHXD, new in zip(self._roomy, (key_states, value_states), strict=True):
-            roomy_NHXD[:, :, start:stop] = new
-        self.keys, self.values = (roomy_NHXD[:, :, :stop] for roomy_NHXD in self._roomy)
+            self._roomy = [_with_room(x, None, stop) for x in (self.keys, self.values)]
+        rows = len(key_states)
+        for roomy_XHYD, new in zip(self._roomy, (key_states, value_states), strict=True):
+            roomy_XHYD[:rows, :, start:stop] = new
+        self._show(rows, stop)
         return self.keys, self.values
+
+    def _show(self, rows: int, width: int) -> None:
+        self.keys, self.values = (roomy_XHYD[:rows, :, :width] for roomy_XHYD in self._roomy)
+
+
+def _with_room(x_NHWD: Tensor, roomy_XHYD: Tensor | None, width: int = 0) -> Tensor:
+    """Return a copy at the beginning of `roomy_XHYD`, or of a new buffer where that is too small.
+
+    Args:
+        x_NHWD: keys or values that are no part of `roomy_XHYD`.
+        roomy_XHYD: the buffer so far.
+        width: positions for which there has to be room.
+    """
+    num_rows, heads, positions, features = x_NHWD.shape
+    width = max(width, positions)
+    if roomy_XHYD is None or roomy_XHYD.shape[0] < num_rows or roomy_XHYD.shape[2] < width:
+        roomy_XHYD = x_NHWD.new_zeros(num_rows, heads, -(-width // _ROOM) * _ROOM, features)
+    roomy_XHYD[:num_rows, :, :positions] = x_NHWD
+    return roomy_XHYD
 
 
 @contextmanager
