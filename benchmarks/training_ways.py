@@ -125,7 +125,7 @@ def _selected(bench: Bench, clients: Sequence[Client]) -> Taken:
 
 
 def _co_trained(bench: Bench, clients: Sequence[Client]) -> Taken:
-    members = [Member(adapter=bench.adapter, rows=c.rows, draws=c.draws) for c in clients]
+    members = [Member(received=lambda: bench.adapter, rows=c.rows, draws=c.draws) for c in clients]
     set_way(bench.slots.model, GROUP_WAY)
     results = train_clients(bench.slots, members, settings=bench.settings)
     set_way(bench.slots.model, bench.way)

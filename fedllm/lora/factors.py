@@ -64,6 +64,11 @@ class Factors:
         """The shape of the weight that the adapter changes."""
         return ModuleShape(out=self.b_OR.shape[0], in_=self.a_RI.shape[1])
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory that both factors take."""
+        return self.a_RI.nbytes + self.b_OR.nbytes
+
 
 Adapter: TypeAlias = Mapping[str, Factors]  # module -> its factors
 

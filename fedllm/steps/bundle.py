@@ -113,7 +113,7 @@ class BundleTraining:
                 self.publisher.hold(trained)
             else:
                 self.publisher.discard_later(trained.record.client)
-        if self._is_due():
+        if self._is_due() or self.publisher.is_full:
             self.publisher.publish(bundle.number)
             self._saved_at = time.monotonic()
 

@@ -1,6 +1,6 @@
 """A client's checkpoint: the training that a worker could not finish, and another goes on with."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,12 +64,14 @@ class Resumable:
         )
         publish_checkpoint(self.path, Checkpoint(record=record, tensors=progress.tensors))
 
-    def resumed(self, micro_batch_sizes: Collection[int], received: Adapter) -> "Resumable":
+    def resumed(
+        self, micro_batch_sizes: Collection[int], received: Callable[[], Adapter]
+    ) -> "Resumable":
         """Return the training as its checkpoint has it; this one where there is no checkpoint.
 
         Args:
             micro_batch_sizes: those that it may be trained with: others round differently.
-            received: what the client starts from.
+            received: returns what the client starts from.
 
         Raises:
             UnusableCheckpointError: the checkpoint is damaged, or of another training.
@@ -87,7 +89,7 @@ class Resumable:
         if record.micro_batch_size not in micro_batch_sizes:
             raise self._unusable(f"its micro-batches have {record.micro_batch_size} rows")
         progress = _progress(checkpoint)
-        if not progress.fits(received):
+        if not progress.fits(received()):
             raise self._unusable("its factors have other shapes")
         return replace(
             self,

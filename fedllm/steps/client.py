@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fedllm.config.loading import result_fingerprint
 from fedllm.config.models import Config
@@ -30,6 +31,9 @@ from fedllm.training.memory import let_go, micro_batch_size, micro_batch_sizes, 
 from fedllm.training.plan import Draws, plan_steps
 
 Save = Callable[[], None]
+
+# a larger adapter is made anew for every client: that takes less than a step, and no memory
+_KEPT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +102,16 @@ class ClientRound:
         return self.session.slots(self.config, self.prepared)
 
     def received(self, client: str) -> Adapter:
-        """Return what a client starts from: its tier's adapter, built once per round."""
-        tier = self.tiers.get(client)
-        if tier is None:
-            raise UserError(f"{self.paths.cohort}: client {client} is not in this round's cohort")
-        if tier not in self._adapters:
-            ranks = self.cohort.ranks[tier]
-            self._adapters[tier] = adapter_of(self.method, self.state, ranks)
-        return self._adapters[tier]
+        """Return what a client starts from: its tier's adapter, kept for the next one if small."""
+        tier = self.tiers[client]
+        if tier in self._adapters:
+            return self._adapters[tier]
+        adapter = adapter_of(self.method, self.state, self.cohort.ranks[tier])
+        if sum(factors.num_bytes for factors in adapter.values()) <= _KEPT_BYTES:
+            self._adapters[tier] = adapter
+        else:
+            self.state.release()
+        return adapter
 
     def group_of(self, client: str) -> tuple[str, ...]:
         """Return the clients that a client of the cohort is trained together with, itself too."""
@@ -175,12 +181,14 @@ class ClientRound:
         self.paths.checkpoint(client).unlink(missing_ok=True)
 
     def _member(self, client: str) -> Member:
-        received = self.received(client)
+        if client not in self.tiers:
+            raise UserError(f"{self.paths.cohort}: client {client} is not in this round's cohort")
+        received = partial(self.received, client)
         rows = self.session.data(self.prepared.data_path).rows(client, "train")
         if not rows:
             raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
         draws = Draws(seed=self.config.seed, round=self.cohort.round, client=client)
-        return Member(adapter=received, rows=rows, draws=draws)
+        return Member(received=received, rows=rows, draws=draws)
 
     def _begin(
         self, members: Sequence[Member], sizes: Sequence[int], *, resume: bool
@@ -192,7 +200,7 @@ class ClientRound:
             return trainings
         try:
             resumed = [
-                training.resumed(sizes, member.adapter)
+                training.resumed(sizes, member.received)
                 for training, member in zip(trainings, members, strict=True)
             ]
             ends = [

@@ -9,7 +9,6 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import mean_scores, score_rows
-from fedllm.lora.factors import Adapter
 from fedllm.methods.protocol import Method
 from fedllm.model.adapter_copies import check_copies
 from fedllm.model.adapter_files import TENSORS, read_peft_adapter
@@ -105,8 +104,10 @@ class Scorer:
         """Return every client's scores with the adapter of `ranks`."""
         if not targets:
             return {}
-        adapter = adapter_of(self.method, self.state, ranks)
-        return score_targets(self.slots, self.data, adapter, targets, self.federation.config)
+        # copied into the model: nothing holds the adapter, or its pages of the state, any longer
+        self.slots.install(adapter_of(self.method, self.state, ranks))
+        self.state.release()
+        return score_targets(self.slots, self.data, targets, self.federation.config)
 
 
 def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
@@ -173,13 +174,8 @@ def evaluate_adapter(
     targets = choose(config, prepared, config.rounds)
     slots = session.slots(config.model_copy(update={"lora": lora}), prepared)
     adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
-    found = score_targets(
-        slots,
-        session.data(prepared.data_path),
-        adapter,
-        targets,
-        config,
-    )
+    slots.install(adapter)
+    found = score_targets(slots, session.data(prepared.data_path), targets, config)
     sha256 = sha256_of(folder / TENSORS)
     return _record(targets, found, found, round_number=0, sha256=sha256, begun=begun)
 
@@ -194,17 +190,12 @@ def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
 
 
 def score_targets(
-    slots: AdapterSlots,
-    data: TokenizedClients,
-    adapter: Adapter,
-    targets: Sequence[Target],
-    config: Config,
+    slots: AdapterSlots, data: TokenizedClients, targets: Sequence[Target], config: Config
 ) -> dict[str, Scores]:
-    """Return the scores of every target's rows with one adapter for all of them.
+    """Return the scores of every target's rows with the installed adapter.
 
     Forward passes are in `training.precision`, as those of training are.
     """
-    slots.install(adapter)
     tests = (data.rows(target.client, "test") for target in targets)
     clients = [
         [test[index] for index in target.rows] for target, test in zip(targets, tests, strict=True)

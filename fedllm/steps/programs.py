@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedllm.errors import BadUpdate, FedllmError, UserError
+from fedllm.model.memory import give_back_freed
 from fedllm.steps.identity import require_planned_processes, task_identity
 from fedllm.steps.log import say
 from fedllm.steps.session import Session
@@ -74,6 +75,8 @@ def run(
         say(traceback.format_exc().rstrip())
         _record(program, arguments, error, FedllmError.exit_code)
         return FedllmError.exit_code
+    finally:
+        give_back_freed()  # the next program of this process needs other sizes
 
 
 def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:

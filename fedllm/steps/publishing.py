@@ -12,6 +12,8 @@ from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.tensors import publish_update
 from fedllm.storage.updates import read_records, update_files
 
+_MOST_HELD_BYTES = 128 << 20
+
 
 class Publisher:
     """Holds finished clients and publishes them together; one thread writes.
@@ -27,6 +29,12 @@ class Publisher:
         self._over: list[str] = []
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is held takes so much memory that it should be published now."""
+        held = (f.num_bytes for trained in self._held for f in trained.adapter.values())
+        return sum(held) >= _MOST_HELD_BYTES
 
     def hold(self, trained: Trained) -> None:
         """Keep a finished client until the next publication."""

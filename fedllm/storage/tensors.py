@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from pydantic import ValidationError
@@ -127,10 +127,8 @@ class TensorFile:
             RunDirectoryError: it is truncated or not a tensor file.
         """
         self.path = path
-        try:
-            self._file = safe_open(path, framework="pt").__enter__()
-        except SafetensorError as error:
-            raise RunDirectoryError(f"{path}: not a whole tensor file ({error})") from error
+        self._file = self._mapped()
+        self._opened = _identity(path)
         self.names: tuple[str, ...] = tuple(self._file.keys())
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
@@ -163,6 +161,23 @@ class TensorFile:
             raise RunDirectoryError(f"{self.path}: no tensor {name} ({error})") from error
         return tensor
 
+    def release(self) -> None:
+        """Let go of the memory that holds what was read; the file can be read on.
+
+        Raises:
+            RunDirectoryError: another file has the name by now.
+        """
+        if _identity(self.path) != self._opened:
+            raise RunDirectoryError(f"{self.path}: was exchanged while it was read; restore it")
+        self._file.__exit__(None, None, None)
+        self._file = self._mapped()
+
+    def _mapped(self) -> Any:
+        try:
+            return safe_open(self.path, framework="pt").__enter__()
+        except SafetensorError as error:
+            raise RunDirectoryError(f"{self.path}: not a whole tensor file ({error})") from error
+
     def module(self, module: str) -> dict[str, torch.Tensor]:
         """Read the parts of one module, those named `<module>.<part>`."""
         prefix = f"{module}."
@@ -171,6 +186,12 @@ class TensorFile:
             for name in self.names
             if name.startswith(prefix) and "." not in name.removeprefix(prefix)
         }
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    """Return what tells a file from every other that has its name; publication makes a new one."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class _Map:

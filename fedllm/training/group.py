@@ -21,7 +21,7 @@ from fedllm.model.precision import precision
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.stacked import StackedPass
 from fedllm.planning.grouping import GROUP_WAY
-from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed, train_client
+from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
 from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress
 
@@ -32,9 +32,12 @@ _Told = TypeVar("_Told", Progress, TrainResult)
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One client of a group: what it received, its rows, its identity, where it goes on."""
+    """One client of a group: what it received, its rows, its identity, where it goes on.
 
-    adapter: Adapter
+    `received` returns the adapter: once it is copied into the model, nobody need hold it.
+    """
+
+    received: Callable[[], Adapter]
     rows: Sequence[TokenRow]
     draws: Draws
     progress: Progress | None = None
@@ -71,15 +74,8 @@ def train_clients(
 def _alone(
     slots: AdapterSlots, member: Member, settings: LocalSettings, before_step: StepHook
 ) -> TrainResult:
-    return train_client(
-        slots,
-        member.adapter,
-        member.rows,
-        settings=settings,
-        draws=member.draws,
-        progress=member.progress,
-        before_step=lambda step, snapshot: before_step(step, lambda: [snapshot()]),
-    )
+    loop = Loop(slots, slots.install(member.received()), member.rows, settings, member.draws)
+    return loop.run(member.progress, lambda step, snapshot: before_step(step, lambda: [snapshot()]))
 
 
 class _Group:
@@ -91,7 +87,7 @@ class _Group:
         self._begun = time.perf_counter()
         self._slots, self._settings = slots, settings
         assert slots.way == GROUP_WAY, f"rows are {slots.way}: clients cannot train together"
-        installed = slots.install_group([member.adapter for member in members])
+        installed = slots.install_group([member.received() for member in members])
         self._loops = [
             Loop(slots, own, member.rows, settings, member.draws)
             for own, member in zip(installed, members, strict=True)

@@ -90,12 +90,7 @@ def train_client(
             progress as it is; what it raises ends the training.
     """
     loop = Loop(slots, slots.install(adapter), rows, settings, draws)
-    if progress is not None:
-        loop.resume(progress)
-    for number in range(loop.num_done, loop.num_steps):
-        before_step(number, loop.progress)
-        loop.step(number)
-    return loop.result()
+    return loop.run(progress, before_step)
 
 
 class Loop:
@@ -155,6 +150,15 @@ class Loop:
     def peak_memory_bytes(self) -> int:
         """The most memory that was in use."""
         return max(self._earlier_peak, _peak_memory_bytes(self.device))
+
+    def run(self, progress: Progress | None, before_step: StepHook) -> TrainResult:
+        """Take every step that is left after `progress`; arguments as of `train_client`."""
+        if progress is not None:
+            self.resume(progress)
+        for number in range(self.num_done, self.num_steps):
+            before_step(number, self.progress)
+            self.step(number)
+        return self.result()
 
     def progress(self) -> Progress:
         """Return all that the rest depends on; waits for the device."""

@@ -5,6 +5,7 @@ A small adapter changes an output by less than the last place of a bfloat16 numb
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_clients_that_train_together_learn_in_bfloat16_as_in_float32() -> None:
     for dtype, name in (("float32", "float32"), ("bfloat16", "bfloat16")):
         slots = slots_of(dtype)
         members = [
-            Member(adapter=start(slots), rows=rows_of(client), draws=draws_of(client))
+            Member(received=partial(start, slots), rows=rows_of(client), draws=draws_of(client))
             for client in (0, 1)
         ]
         results = train_clients(slots, members, settings=settings(name))

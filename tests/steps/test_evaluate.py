@@ -51,8 +51,8 @@ def one_by_one(
     slots, data = session.slots(config, prepared), session.data(prepared.data_path)
     found: dict[str, Scores] = {}
     for target in choose(config, prepared, 1):
-        adapter = adapter_at(run, ranks[target.tier])
-        found |= score_targets(slots, data, adapter, [target], config)
+        slots.install(adapter_at(run, ranks[target.tier]))
+        found |= score_targets(slots, data, [target], config)
     return found
 
 
@@ -104,7 +104,8 @@ def test_rows_of_a_client_are_read_together(run: RunPaths, session: Session) -> 
     embedding: Any = slots.model.get_submodule("model.embed_tokens")
     hook = embedding.register_forward_pre_hook(lambda _, args: widths.append(args[0].numel()))
     try:
-        score_targets(slots, data, adapter_at(run), targets, config)
+        slots.install(adapter_at(run))
+        score_targets(slots, data, targets, config)
     finally:
         hook.remove()
     assert all(len(rows) == 2 for rows in clients)

@@ -56,6 +56,20 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
         assert set(file.module("m.sub")) == {"A"}
 
 
+def test_a_file_is_read_on_after_its_memory_was_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "global.safetensors"
+    write_tensors(path, TENSORS, {})
+    with TensorFile(path) as file:
+        before = file.get("m.A")
+        file.release()
+        assert torch.equal(file.get("m.A"), before)
+        assert torch.equal(before, TENSORS["m.A"])
+        write_tensors(tmp_path / "other", TENSORS, {})
+        (tmp_path / "other").replace(path)
+        with pytest.raises(RunDirectoryError, match="exchanged"):
+            file.release()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_every_type_and_shape_is_read_alike_by_safetensors(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def members_of(slots: AdapterSlots) -> list[Member]:
     heads = ([], HEAD, HEAD[::-1])
     return [
         Member(
-            adapter=start(slots, rank),
+            received=partial(start, slots, rank),
             rows=[Row(heads[n] + r.prompt_ids, r.answer_ids) for r in rows_of(n, count)],
             draws=Draws(seed=0, round=1, client=str(n)),
         )
@@ -81,7 +82,7 @@ def alone(
     states: list[Progress] = []
     result = train_client(
         slots,
-        member.adapter,
+        member.received(),
         member.rows,
         settings=given,
         draws=member.draws,
@@ -163,7 +164,7 @@ def test_a_member_that_diverges_leaves_the_others_their_bits(
 ) -> None:
     members = members_of(slots)
     sound = train_clients(slots, members, settings=settings())
-    members[place] = replace(members[place], adapter=with_nan(members[place].adapter))
+    members[place] = replace(members[place], received=partial(with_nan, members[place].received()))
     found = train_clients(slots, members, settings=settings())
     assert "not finite" in found[place].reason
     assert found[place].adapter == {}
@@ -203,7 +204,7 @@ def test_bits_do_not_depend_on_what_was_trained_before(slots: AdapterSlots) -> N
     members = members_of(slots)
     first = train_clients(slots, members, settings=settings())
     other = train_client(
-        slots, members[1].adapter, members[1].rows, settings=settings(), draws=members[0].draws
+        slots, members[1].received(), members[1].rows, settings=settings(), draws=members[0].draws
     )
     assert math.isfinite(other.losses[-1])
     train_clients(slots, members[::-1], settings=settings())
