@@ -65,7 +65,7 @@ class RowColumns:
         ]
         if missing:
             raise DataError(
-                f"{'; '.join(missing)}; {where} has {_shown(found)}: name the right one, for "
+                f"{'; '.join(missing)}; {where} has {shown_names(found)}: name the right one, for "
                 "example --set data.columns.client=NAME"
             )
 
@@ -80,7 +80,7 @@ class RowColumns:
         if missing:
             raise DataError(
                 f"data.path: {where} has no column `{missing[0]}`, which other files of its split "
-                f"have (it has {_shown(found)}); give all of them the same columns"
+                f"have (it has {shown_names(found)}); give all of them the same columns"
             )
 
     def _missing(self, key: str, name: str) -> str:
@@ -124,7 +124,7 @@ def find_format(
         likely = ALPACA if mine <= found.keys() else marks[0]
         raise DataError(
             f"data.format: {where} has columns of {' and '.join(marks)} "
-            f"({_shown(list(found))}); say which, for example data.format={likely}"
+            f"({shown_names(list(found))}); say which, for example data.format={likely}"
         )
     return marks[0] if marks else ALPACA
 
@@ -143,5 +143,6 @@ def _marks(found: Mapping[str, bool], columns: ColumnsSection) -> list[str]:
     return marks
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown_names(names: Sequence[str]) -> str:
+    """Return names of columns, the first twenty of them."""
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

@@ -148,7 +148,7 @@ class _Chat:
 
     def open_text(self, row: TextRow) -> str:
         turns = _turns(row)
-        return turns[-2].content if len(turns) > 1 else ""
+        return turns[-2].content if _may_cut(turns) else ""
 
     def script(self, row: TextRow, kept: int | None = None) -> Script:
         turns = _turns(row, kept)
@@ -316,10 +316,15 @@ def _turns(row: TextRow, kept: int | None = None) -> tuple[Turn, ...]:
         Turn(role="user", content=_content(row)),
         Turn(role="assistant", content=row.answer),
     )
-    if kept is None or len(turns) == 1:
+    if kept is None or not _may_cut(turns):
         return turns
     asked = replace(turns[-2], content=turns[-2].content[:kept])
     return (*turns[:-2], asked, turns[-1])
+
+
+def _may_cut(turns: Sequence[Turn]) -> bool:
+    """Say whether the turn before the answer may be cut: an answer is trained with its end."""
+    return len(turns) > 1 and turns[-2].role != "assistant"
 
 
 def _ordinary(row: TextRow, template: str) -> TextRow:

@@ -22,7 +22,7 @@ from fedllm.data.files.csv_rows import peek_csv, read_csv
 from fedllm.data.files.json_objects import peek_json, read_json
 from fedllm.data.files.parquet_rows import columns_of, peek_parquet, read_parquet
 from fedllm.data.files.splits import TEST, TRAIN, VALIDATION, kind_of, shown, split_files
-from fedllm.data.formats import RowColumns, find_format, row_columns
+from fedllm.data.formats import RowColumns, find_format, row_columns, shown_names
 from fedllm.data.huggingface import fetch_dataset, is_saved_dataset, read_saved_dataset
 from fedllm.errors import DataError
 from fedllm.storage.fingerprints import fingerprint_files, fingerprint_values
@@ -106,7 +106,7 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
 
     return Source(
         fingerprint=fingerprint_values(found.fingerprint, given.model_dump(), made, wanted.format),
-        notes=_notes(found, used, empty, wanted, section) if section.path != EMBEDDED else (),
+        notes=_notes(found, used, empty, wanted, section, peeks) if section.path != EMBEDDED else (),
         read=read,
     )
 
@@ -165,6 +165,7 @@ def _notes(
     empty: Sequence[_Part],
     wanted: RowColumns,
     section: DataSection,
+    peeks: Sequence[Peek],
 ) -> tuple[str, ...]:
     """Say format, splits and what is left out."""
     splits = []
@@ -181,6 +182,10 @@ def _notes(
     lines = [f"data: rows of format {wanted.format}; {', '.join(splits)}"]
     if empty:
         lines.append(f"data: without rows, left out: {', '.join(part.name for part in empty)}")
+    names_of_columns = dict.fromkeys(chain.from_iterable(peek or () for peek in peeks))
+    left = [name for name in names_of_columns if name not in wanted.wanted]
+    if left:
+        lines.append(f"data: columns that no prompt and no answer has: {shown_names(left)}")
     if found.unread:
         lines.append(f"data: not read: {found.unread}")
     return tuple(lines)

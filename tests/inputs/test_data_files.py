@@ -212,6 +212,41 @@ def test_what_else_looks_like_rows_is_told(tmp_path: Path) -> None:
     assert source(tmp_path).notes[1] == "data: not read: more.csv, my_test.jsonl, old/train.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("train-00000-of-00002",), "1 of 2 parts of the split train"),
+        (("train-00000-of-00003", "train-00002-of-00003"), "number 1 is missing"),
+        (("train-1-of-3", "train-3-of-3"), "number 2 is missing"),
+        (("train-00000-of-00002", "train-00001-of-00003"), "more than one source"),
+        (("train-00000-of-00001", "train-00001"), "more than one source"),
+    ],
+)
+def test_parts_that_are_not_all_there_are_refused(
+    names: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(PLAIN)
+    with pytest.raises(DataError, match=words):
+        source(tmp_path)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_all_parts_are_read_from_whatever_number_they_count(first: int, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"train_{first + number}_of_3.jsonl").write_text(PLAIN)
+    assert read(tmp_path, test_fraction=0.0)["train"].num_rows == 3 * len(ROWS)
+
+
+def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
+    rows = [{**each, "history": [["a", "b"]], "system": "Be brief."} for each in ROWS]
+    text = "".join(json.dumps(each) + "\n" for each in rows)
+    (tmp_path / "train.jsonl").write_text(text)
+    assert "data: columns that no prompt and no answer has: history, system" in (
+        source(tmp_path).notes
+    )
+
+
 def test_a_folder_whose_folders_train_says_which(tmp_path: Path) -> None:
     (tmp_path / "main").mkdir()
     (tmp_path / "main" / "train-00000-of-00001.jsonl").write_text(PLAIN)

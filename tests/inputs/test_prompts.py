@@ -328,3 +328,14 @@ def test_a_shared_instruction_is_read_once_and_changes_no_token() -> None:
         (found,) = encoded(tokenizer, given, cutoff=4000)
         whole = RowEncoder(tokenizer, template="chat", cutoff_tokens=4000).prompt(given)
         assert found.prompt_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_an_answer_that_stands_before_another_is_not_cut() -> None:
+    tokenizer = make_tokenizer(TEMPLATES["chatml"][0])
+    turns = (("user", "an apple"), ("assistant", "two of them " * 40), ("assistant", "an apple"))
+    (whole,) = encoded(tokenizer, talk(*turns))
+    (found,) = encoded(
+        tokenizer, talk(*turns), cutoff=len(whole.prompt_ids) + len(whole.answer_ids) - 20
+    )
+    earlier = tokenizer.decode([found.prompt_ids[n] for n in found.prompt_targets])
+    assert earlier in {"", tokenizer.decode([whole.prompt_ids[n] for n in whole.prompt_targets])}

@@ -55,6 +55,7 @@ _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 _PLAIN_NAME = re.compile(
     rf"({'|'.join(SPLIT_NAMES)})(-.+|[._ ]?(part|shard)?[-._ ]?[0-9]+([-._ ]?of[-._ ]?[0-9]+)?)?"
 )
+_PART_OF = re.compile(r".*?([0-9]+)[-._ ]?of[-._ ]?([0-9]+)")
 _MOST_DEPTH = 3
 _SHOWN = 6
 
@@ -101,6 +102,7 @@ def split_files(folder: Path, kinds: Collection[str]) -> SplitFiles:
             unread.append(file)
     for split, candidates in found.items():
         _check_one_source(candidates, folder)
+        _check_all_parts(candidates, folder)
         if not candidates:
             _check_readable(split, unread, folder, kinds)
     if not found[TRAIN]:
@@ -168,6 +170,29 @@ def _check_one_source(candidates: Sequence[_Candidate], folder: Path) -> None:
         raise DataError(
             f"data.path: {folder} has more than one source of the split {candidates[0].split}: "
             f"{shown([c.file for c in candidates], folder)}; keep one of them there"
+        )
+
+
+def _check_all_parts(candidates: Sequence[_Candidate], folder: Path) -> None:
+    """Refuse parts that say how many they are where others are there: rows would be missing."""
+    matches = [_PART_OF.fullmatch(_stem(candidate.file)) for candidate in candidates]
+    parts = [(int(match[1]), int(match[2])) for match in matches if match]
+    if not parts:
+        return
+    split, names = candidates[0].split, shown([c.file for c in candidates], folder)
+    counts = {count for _, count in parts}
+    if len(counts) > 1 or len(parts) < len(candidates):
+        raise DataError(
+            f"data.path: {folder} has more than one source of the split {split}: {names}; keep "
+            "one of them there"
+        )
+    (count,) = counts
+    first = 0 if any(number == 0 for number, _ in parts) else 1
+    missing = sorted({*range(first, first + count)} - {number for number, _ in parts})
+    if missing:
+        raise DataError(
+            f"data.path: {folder} has {len(parts)} of {count} parts of the split {split} ({names});"
+            f" number {missing[0]} is missing: fetch it, or take the count out of the names"
         )
 
 
