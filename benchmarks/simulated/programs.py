@@ -94,7 +94,7 @@ class Programs:
     def _evaluate(self, target: Path) -> Running:
         yield _EVALUATE_SECONDS
         paths = RoundPaths(root=target)
-        run = RunPaths(root=paths.root.parent.parent)
+        run = paths.run
         scores = Scores(rows=1, loss=1.0 / (1 + paths.number), rouge_l=0.5, exact_match=0.5)
         targets = choose(read_config(run.config), PreparedRecord.read(run.prepared), paths.number)
         EvaluationRecord(

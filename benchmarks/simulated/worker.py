@@ -13,7 +13,7 @@ from benchmarks.simulated.cluster import Running, Task
 from benchmarks.simulated.federation import MODULES, Recorded
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
+from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     BundleRecord,
     ClaimRecord,
@@ -69,8 +69,7 @@ class Attempt:
     def open(cls, folder: Path) -> "Attempt":
         """Read what an attempt's round trains from."""
         paths = AttemptPaths(root=folder, number=int(folder.name))
-        round_ = RoundPaths(root=folder.parent.parent)
-        run = RunPaths(root=round_.root.parent.parent)
+        round_, run = paths.round, paths.run
         submission = SubmissionRecord.read(paths.submission)
         cohort = CohortRecord.read(round_.cohort)
         rows = {

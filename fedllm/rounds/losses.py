@@ -101,7 +101,7 @@ def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
     known = run.find(OutcomeRecord, attempt.outcome)
     if known:
         return known
-    paths = _round_of(attempt)
+    paths = attempt.round
     before = (
         settle(run, paths.attempt(attempt.number - 1)).checkpoints if attempt.number > 1 else {}
     )
@@ -119,7 +119,7 @@ def _told(attempt: AttemptPaths, outcome: OutcomeRecord) -> Iterator[str]:
     for (state, node), count in sorted(endings.items()):
         place = f" on {node}" if node else ""
         yield (
-            f"round {_round_of(attempt).number}, attempt {attempt.number}: {count} "
+            f"round {attempt.round.number}, attempt {attempt.number}: {count} "
             f"task{'s' if count > 1 else ''} ended {state}{place}"
         )
 
@@ -133,7 +133,7 @@ def fruitless(run: Run, attempt: AttemptPaths, scan: Scan) -> int:
     fruitful = {update.record.attempt for update in scan.published.values()}
     count = 0
     for number in range(attempt.number, 0, -1):
-        paths = _round_of(attempt).attempt(number)
+        paths = attempt.round.attempt(number)
         outcome = close_attempt(run, paths)
         if number in fruitful or outcome.progressed or not is_mine(run, paths):
             break
@@ -236,10 +236,6 @@ def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bo
     told = {path: ErrorRecord.read(path) for path in attempt.task_errors()}
     own = {attempt.task_error(task) for task in tasks}
     return any(e.kind == OutOfMemory.__name__ for path, e in told.items() if path in own)
-
-
-def _round_of(attempt: AttemptPaths) -> RoundPaths:
-    return RoundPaths(root=attempt.root.parent.parent)
 
 
 def _modified_ns(path: Path) -> int:

@@ -57,8 +57,7 @@ def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
         is_short = is_short or lacks_workers(run, paths)
         if isinstance(paths, AttemptPaths):
             tasks += at_work(run, paths)
-            round_paths = RoundPaths(root=paths.root.parent.parent)
-            look_again = _look_again_minutes(run, round_paths, is_short=is_short)
+            look_again = _look_again_minutes(run, paths.round, is_short=is_short)
         else:
             tasks += active_tasks(run, known_tasks(run, paths))
     if not tasks and not is_short:

@@ -21,7 +21,7 @@ from fedllm.steps.engine import Engine
 from fedllm.steps.patience import patience_seconds
 from fedllm.steps.starting import start_states
 from fedllm.steps.state import read_state
-from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import (
     AggregateRecord,
     CohortRecord,
@@ -54,7 +54,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
             names client, module and file.
     """
     started = time.perf_counter()
-    run = RunPaths(root=paths.root.parent.parent)
+    run = paths.run
     config = read_config(run.config)
     torch.set_num_threads(config.aggregation.threads)
     federation = plan_federation(config, PreparedRecord.read(run.prepared))
@@ -134,7 +134,7 @@ def fold_ahead(paths: RoundPaths, blocks: Sequence[int]) -> list[int]:
     Raises:
         AdapterError: a block could not be folded; the others were.
     """
-    run = RunPaths(root=paths.root.parent.parent)
+    run = paths.run
     config = read_config(run.config)
     torch.set_num_threads(config.aggregation.threads)
     federation = plan_federation(config, PreparedRecord.read(run.prepared))
@@ -172,7 +172,7 @@ def _aggregate(
     patience = patience_seconds(federation.config)
     updates = CollectedUpdates.open(paths, collection, folding.cohort, weights, patience)
     ahead = Ahead.open(folding, updates.updates) if section.fold_ahead else None
-    previous = RunPaths(root=paths.root.parents[1]).round(paths.number - 1)
+    previous = paths.run.round(paths.number - 1)
     with read_state(previous) as before:
         engine = Engine(
             method=method,

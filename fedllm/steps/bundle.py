@@ -13,7 +13,7 @@ from fedllm.steps.log import say
 from fedllm.steps.progress import Progress
 from fedllm.steps.publishing import PublishedClients, Publisher
 from fedllm.steps.task import Task
-from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import BundleRecord, UpdateRecord
 
 
@@ -139,7 +139,7 @@ class BundleTraining:
 
 def is_over(attempt: AttemptPaths) -> bool:
     """Say whether nobody waits for an attempt: its round is collected, or a later one trains."""
-    paths = RoundPaths(root=attempt.root.parents[1])
+    paths = attempt.round
     return (
         paths.collection.exists()
         or paths.record.exists()

@@ -69,8 +69,7 @@ class ClientRound:
         Raises:
             RunDirectoryError: a record or the server state is missing or damaged.
         """
-        paths = RoundPaths(root=attempt.root.parent.parent)
-        run = RunPaths(root=paths.root.parent.parent)
+        paths, run = attempt.round, attempt.run
         config = session.config(run.config)
         # files of another node may become visible late
         patience = patience_seconds(config)

@@ -52,7 +52,7 @@ class Scorer:
         Raises:
             RunDirectoryError: it is missing, pruned or damaged.
         """
-        run = RunPaths(root=paths.root.parent.parent)
+        run = paths.run
         config = session.config(run.config)
         prepared = session.prepared(run.prepared)
         return cls(

@@ -15,11 +15,6 @@ _LOOKS_PER_WAIT = 10
 _SLEEP_SECONDS = 1.0
 
 
-def run_of(attempt: AttemptPaths) -> RunPaths:
-    """Return the run of a training attempt."""
-    return RunPaths(root=attempt.root.parents[3])
-
-
 def may_linger(config: Config) -> bool:
     """Say whether workers stay: only those that queue and load anew, which local ones do not."""
     return config.scheduler.kind == "slurm" and config.scheduler.linger_minutes > 0
@@ -39,7 +34,7 @@ def next_attempt(task: Task, done: AttemptPaths, *, need_seconds: float) -> Atte
         The attempt; None when the wait is over: its minutes have passed, the run is done, a
         signal came.
     """
-    run, began = run_of(done), time.monotonic()
+    run, began = done.run, time.monotonic()
     while not task.signals.came:
         attempt = newest_attempt(run, done)
         if attempt is not None:
@@ -61,7 +56,7 @@ def newest_attempt(run: RunPaths, done: AttemptPaths) -> AttemptPaths | None:
 
     Folders are listed: NFS remembers for a while that a file was not there.
     """
-    first = int(done.root.parents[1].name)
+    first = done.round.number
     for number in reversed(_numbers(run.rounds)):
         if number < first:
             break

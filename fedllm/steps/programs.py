@@ -118,7 +118,7 @@ def _client(call: _Call) -> int:
 
     arguments, session = call.arguments, call.session
     attempt = AttemptPaths(root=arguments.target, number=_number(arguments.target))
-    _share(RunPaths(root=attempt.root.parents[3]), session)
+    _share(attempt.run, session)
     if arguments.client is None:
         return work(
             attempt,
@@ -138,7 +138,7 @@ def _aggregate(call: _Call) -> int:
     from fedllm.steps.aggregate import aggregate_round, fold_ahead
 
     paths = RoundPaths(root=call.arguments.target)
-    _share(RunPaths(root=paths.root.parents[1]), call.session)
+    _share(paths.run, call.session)
     if call.arguments.fold is None:
         aggregate_round(paths)
     else:
@@ -151,7 +151,7 @@ def _evaluate(call: _Call) -> int:
     from fedllm.steps.evaluate import evaluate_round
 
     paths = RoundPaths(root=call.arguments.target)
-    _share(RunPaths(root=paths.root.parents[1]), call.session)
+    _share(paths.run, call.session)
     evaluate_round(paths, call.session)
     return 0
 

@@ -8,7 +8,7 @@ from fedllm.errors import UserError
 from fedllm.steps.bundle import BundleTraining, is_over
 from fedllm.steps.claims import Claims, smallest_cost
 from fedllm.steps.identity import TaskIdentity
-from fedllm.steps.lingering import may_linger, next_attempt, run_of
+from fedllm.steps.lingering import may_linger, next_attempt
 from fedllm.steps.log import say
 from fedllm.steps.patience import patience_seconds, patiently
 from fedllm.steps.progress import Progress, State
@@ -95,7 +95,7 @@ class Worker:
         Raises:
             UserError: it has no bundle of the worker's class.
         """
-        patience = patience_seconds(task.session.config(run_of(attempt).config))
+        patience = patience_seconds(task.session.config(attempt.run.config))
         plan = patiently(lambda: SubmissionRecord.read(attempt.submission), patience)
         classes = {bundle.worker_class for bundle in plan.bundles}
         if task.worker_class is not None and task.worker_class not in classes:
@@ -118,7 +118,7 @@ class Worker:
     @property
     def lingers(self) -> bool:
         """Whether it stays when nothing is left to do: not who was to take a single bundle."""
-        config = self.task.session.config(run_of(self.attempt).config)
+        config = self.task.session.config(self.attempt.run.config)
         return may_linger(config) and not self.plan.one_bundle
 
     @property

@@ -111,6 +111,16 @@ class AttemptPaths(JobPaths):
     number: int
 
     @property
+    def round(self) -> "RoundPaths":
+        """The round that the attempt is of."""
+        return RoundPaths(root=self.root.parents[1])
+
+    @property
+    def run(self) -> "RunPaths":
+        """The run that it is of."""
+        return self.round.run
+
+    @property
     def claims(self) -> Path:
         """The folder of claims."""
         return self.root / "claims"
@@ -163,6 +173,11 @@ class RoundPaths:
     def number(self) -> int:
         """The round's number; 0 is the state before training."""
         return int(self.root.name)
+
+    @property
+    def run(self) -> "RunPaths":
+        """The run that the round is of."""
+        return RunPaths(root=self.root.parents[1])
 
     @property
     def cohort(self) -> Path:

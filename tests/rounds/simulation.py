@@ -133,8 +133,8 @@ class Simulation:
 
     def work(self, attempt: AttemptPaths, worker_class: str, task: str) -> None:
         """Claim bundles of a class and publish their clients, as a worker does."""
-        paths = RoundPaths(root=attempt.root.parent.parent)
-        run = RunRecord.read(RunPaths(root=paths.root.parent.parent).run)
+        paths = attempt.round
+        run = RunRecord.read(paths.run.run)
         cohort = CohortRecord.read(paths.cohort)
         tiers = {client.id: client.tier for client in cohort.clients}
         for bundle in SubmissionRecord.read(attempt.submission).bundles:
@@ -204,7 +204,7 @@ class Simulation:
 
     def evaluate(self, paths: RoundPaths) -> None:
         """Publish scores that say nothing."""
-        run = RunPaths(root=paths.root.parent.parent)
+        run = paths.run
         scores = Scores(rows=1, loss=1.0 / (1 + paths.number), rouge_l=0.5, exact_match=0.5)
         targets = choose(read_config(run.config), PreparedRecord.read(run.prepared), paths.number)
         EvaluationRecord(

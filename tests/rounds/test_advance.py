@@ -283,7 +283,7 @@ def test_tensors_altered_before_they_are_collected_are_found_by_the_aggregation(
     class Altering(Simulation):
         def work(self, attempt: AttemptPaths, worker_class: str, task: str) -> None:
             super().work(attempt, worker_class, task)
-            sent = attempt.root.parents[1] / "updates/01-000-00.safetensors"
+            sent = attempt.round.updates / "01-000-00.safetensors"
             if sent.exists() and sent not in altered:
                 altered.add(sent)
                 content = sent.read_bytes()
@@ -440,7 +440,7 @@ class SendingTwice(Simulation):
 
     def work(self, attempt: AttemptPaths, worker_class: str, task: str) -> None:
         super().work(attempt, worker_class, task)
-        for path in attempt.root.parents[1].glob("updates/01-000-00.safetensors"):
+        for path in attempt.round.updates.glob("01-000-00.safetensors"):
             shutil.copy(path, path.with_name("01-000-01.safetensors"))
 
 

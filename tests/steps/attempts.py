@@ -30,7 +30,7 @@ def untrained(paths: RoundPaths) -> AttemptPaths:
 
 
 def round_of(attempt: AttemptPaths) -> RoundPaths:
-    return RoundPaths(root=attempt.root.parent.parent)
+    return attempt.round
 
 
 def files(attempt: AttemptPaths) -> list[str]:
@@ -77,7 +77,7 @@ def cohort(attempt: AttemptPaths) -> list[str]:
 
 
 def change_config(attempt: AttemptPaths, section: str, **keys: object) -> None:
-    config = RunPaths(root=round_of(attempt).root.parent.parent).config
+    config = attempt.run.config
     raw = yaml.safe_load(config.read_text())
     raw[section] |= keys
     config.write_text(yaml.safe_dump(raw))

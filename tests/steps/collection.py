@@ -105,7 +105,7 @@ def sent(
     paths: RoundPaths, module: str, dtype: torch.dtype = torch.float32
 ) -> list[tuple[Factors, float]]:
     """Return what each client of the cohort sent of a module, and its rows."""
-    run = RunPaths(root=paths.root.parents[1])
+    run = paths.run
     cohort = CohortRecord.read(paths.cohort)
     prepared = PreparedRecord.read(run.prepared)
     modules = {n: (m.out_features, m.in_features) for n, m in prepared.modules.items()}

@@ -22,7 +22,7 @@ from fedllm.steps.collected import CollectedUpdates
 from fedllm.steps.engine import Engine, folded
 from fedllm.steps.feeding import Key, Portion
 from fedllm.steps.state import read_state
-from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.paths import RoundPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, PreparedRecord
 from fedllm.storage.tensors import UpdateFile, publish_update
@@ -92,7 +92,7 @@ def test_a_factor_mean_clips_the_products_scale_and_leaves_a_as_it_is(tmp_path: 
     paths = make_round(tmp_path / "run", method="factor_mean", ranks=ranks)
     collect(paths, clipped={1: {"a.q": 0.25}})
     aggregate_round(paths)
-    method = method_of(read_config(RunPaths(root=paths.root.parents[1]).config))
+    method = method_of(read_config(paths.run.config))
     pairs = sent(paths, "a.q")
     total = sum(rows for _, rows in pairs)
     with read_state(paths) as file:
@@ -146,7 +146,7 @@ def test_blocks_folded_before_give_the_same_bits_and_are_not_read_again(
     tmp_path: Path, exact: bool
 ) -> None:
     paths = make_round(tmp_path / "run", exact=exact)
-    run = RunPaths(root=paths.root.parents[1])
+    run = paths.run
     config = read_config(run.config)
     cohort = CohortRecord.read(paths.cohort)
     groups = groups_of(plan_federation(config, PreparedRecord.read(run.prepared)), cohort)
@@ -214,7 +214,7 @@ class Failing:
 
 def test_where_one_device_failed_the_others_take_no_further_block(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "run")
-    run = RunPaths(root=paths.root.parents[1])
+    run = paths.run
     config = read_config(run.config)
     cohort = CohortRecord.read(paths.cohort)
     groups = groups_of(plan_federation(config, PreparedRecord.read(run.prepared)), cohort)
@@ -249,7 +249,7 @@ def same_bits(found: Mapping[str, ModuleAggregate], wanted: Mapping[str, ModuleA
 
 def test_groups_and_blocks_stay_whoever_is_left_out(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "run")
-    run = RunPaths(root=paths.root.parents[1])
+    run = paths.run
     federation = plan_federation(read_config(run.config), PreparedRecord.read(run.prepared))
     groups = groups_of(federation, CohortRecord.read(paths.cohort))
     assert sorted(group.modules for group in groups) == [("a.down",), ("a.q", "b.q"), ("a.up",)]

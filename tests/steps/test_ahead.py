@@ -15,7 +15,7 @@ from fedllm.errors import AdapterError
 from fedllm.steps.aggregate import aggregate_round, fold_ahead
 from fedllm.steps.programs import run as run_program
 from fedllm.steps.session import Session
-from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import AggregateRecord, CollectionRecord
 from fedllm.storage.tensors import CheckedFile, UpdateFile, publish_update, writing_checked
 from fedllm.storage.updates import read_records
@@ -225,7 +225,7 @@ def test_what_was_folded_under_other_settings_is_folded_again(
     )
     paths.collection.unlink()
     fold_ahead(paths, [0, 1])
-    config = RunPaths(root=paths.root.parents[1]).config
+    config = paths.run.config
     raw = yaml.safe_load(config.read_text())
     raw[section][key] = value
     config.write_text(yaml.safe_dump(raw))

@@ -65,7 +65,7 @@ def change_training(attempt: AttemptPaths, local: str = "fedit", **keys: object)
 
 
 def run_of(attempt: AttemptPaths) -> RunPaths:
-    return RunPaths(root=attempt.root.parents[3])
+    return attempt.run
 
 
 def opened(attempt: AttemptPaths, session: Session) -> ClientRound:

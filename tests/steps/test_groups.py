@@ -185,7 +185,7 @@ def test_the_coordinator_plans_whole_groups_for_what_is_missing(
     plan(attempt, [[*first[:2]], [*second]])
     work(attempt, None, ME, session)
     JobsRecord(ids={}).publish(attempt.jobs)
-    resume(round_of(attempt).root.parent.parent)
+    resume(attempt.run.root)
     assert_same_bits(round_of(attempt), done)
     (bundle,) = SubmissionRecord.read(round_of(attempt).attempt(2).submission).bundles
     assert bundle.clients == [first[2]]
@@ -328,7 +328,7 @@ def bloom(tmp_path: Path) -> Tiny:
 def test_clients_of_a_base_whose_rows_are_padded_do_not_train_together(
     bloom: Tiny, attempt: AttemptPaths
 ) -> None:
-    run = RunPaths(root=round_of(attempt).root.parent.parent)
+    run = attempt.run
     round_of(attempt).cohort.unlink()
     change_config(attempt, "model", path=str(bloom.model))
     change_config(attempt, "lora", target_modules=["query_key_value"])
@@ -356,6 +356,6 @@ def test_clients_of_a_base_whose_rows_are_padded_do_not_train_together(
 def test_the_way_of_groups_is_taken_where_it_was_found_right(
     attempt: AttemptPaths, way: WayRecord | None, used: str
 ) -> None:
-    run = RunPaths(root=round_of(attempt).root.parent.parent)
+    run = attempt.run
     prepared = PreparedRecord.read(run.prepared).model_copy(update={"way": way})
     assert Session().slots(read_config(run.config), prepared).way == used

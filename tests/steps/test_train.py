@@ -225,7 +225,7 @@ def test_a_damaged_state_is_named_and_recorded(
     attempt: AttemptPaths, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan(attempt, [cohort(attempt)])
-    state = RunPaths(root=round_of(attempt).root.parent.parent).round(0).global_state
+    state = attempt.run.round(0).global_state
     state.write_bytes(state.read_bytes()[:-1] + b"\x01")
     with pytest.raises(RunDirectoryError, match=r"global\.safetensors: damaged"):
         work(attempt, None, ME, session)
@@ -281,7 +281,7 @@ def test_clients_train_in_the_recorded_way(
     assert prepared.way.cpu == "parts"
     assert CohortRecord.read(RunPaths(root=done).round(1).cohort).way == prepared.way
     changed = prepared.model_copy(update={"way": recorded})
-    changed.publish(RunPaths(root=round_of(attempt).root.parent.parent).prepared)
+    changed.publish(attempt.run.prepared)
     client = cohort(attempt)[0]
     opened = ClientRound.open(attempt, Session())
     assert opened.slots.way == used
