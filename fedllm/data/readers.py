@@ -104,9 +104,11 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
         # of a small fraction, or of one row a client, no test rows may come
         return {split: table for split, table in tables.items() if table.num_rows}
 
+    is_embedded = section.path == EMBEDDED
+    notes = () if is_embedded else _notes(found, used, empty, wanted, section, peeks)
     return Source(
         fingerprint=fingerprint_values(found.fingerprint, given.model_dump(), made, wanted.format),
-        notes=_notes(found, used, empty, wanted, section, peeks) if section.path != EMBEDDED else (),
+        notes=notes,
         read=read,
     )
 
