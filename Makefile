@@ -1,4 +1,4 @@
-# make venv | quickstart | check | test | test-portable | chaos | coverage | bench | slurm-packages
+# make venv | quickstart | check | test | test-slurm | test-portable | chaos | coverage | bench | slurm-packages
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,6 +13,10 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 TORCH_INDEX ?=
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints-cpu.txt
 PYTEST_OPTIONS ?=
+# processes that run tests side by side
+TEST_JOBS ?= 2
+SLURM_TEST_JOBS ?= 4
+PARALLEL := --dist worksteal --durations=20
 # what `make chaos` does to a run, and when
 SEED ?= 1
 # what computes and takes minutes at most; and what asks libraries for AVX2 only
@@ -21,10 +25,11 @@ AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUC
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check test test-portable chaos coverage bench slurm-packages slurm-notice
+.PHONY: help venv quickstart check test test-slurm test-portable chaos coverage bench slurm-packages
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
-	@echo "make test            install what the tests need and run them"
+	@echo "make test            install what the tests need and run them, but those of Slurm"
+	@echo "make test-slurm      the tests on a real Slurm, whose packages it installs (root)"
 	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
@@ -110,27 +115,27 @@ check-spelling:
 
 # --- tests
 
-test: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
-	@.venv/bin/python -m pytest $(PYTEST_OPTIONS)
+test: .venv/.test
+	@.venv/bin/python -m pytest -m "not slurm" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+
+# they wait more than they compute; every process starts the clusters that its tests need
+test-slurm: .venv/.test slurm-packages
+	@.venv/bin/python -m pytest -m slurm -n $(SLURM_TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
 
 # roundings of another processor: what holds here has to hold there (about 3 minutes)
 test-portable: .venv/.test
 	@$(AVX2_ONLY) OMP_NUM_THREADS=2 .venv/bin/python -m pytest -m "not slow" $(MATHS) $(PYTEST_OPTIONS)
 
 # a campaign may be silent for minutes: it has its own patience
-chaos: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
+chaos: .venv/.test slurm-packages
 	@echo "chaos: SEED=$(SEED)"
 	@CHAOS_SEED=$(SEED) .venv/bin/python -m pytest tests/chaos -o faulthandler_timeout=0 $(PYTEST_OPTIONS)
 
-coverage: .venv/.test $(if $(CI),slurm-packages,slurm-notice)
+coverage: .venv/.test slurm-packages
 	@.venv/bin/coverage erase
 	@.venv/bin/coverage run -m pytest $(PYTEST_OPTIONS)
 	@.venv/bin/coverage combine -q
 	@.venv/bin/coverage report
-
-slurm-notice:
-	@PATH=$$PATH:/usr/sbin:/sbin; { command -v sbatch && command -v slurmctld; } >/dev/null || \
-	  echo "Slurm tests skipped: run 'make slurm-packages' (root) first"
 
 # policy-rc.d keeps the packages from starting the distribution's own daemons: the tests start theirs.
 slurm-packages:
