@@ -166,7 +166,7 @@ class Bench:
             self.rows[client],
             settings=LocalSettings(training=training, rule=LOCAL_RULES["fedit"]),
             draws=Draws(seed=0, round=1, client=client),
-        ).losses
+        ).stats.losses
 
     def step(self) -> Taken:
         """Take one step of the first client."""

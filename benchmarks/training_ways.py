@@ -118,7 +118,7 @@ def _selected(bench: Bench, clients: Sequence[Client]) -> Taken:
     seconds = sum(
         train_client(
             bench.slots, bench.adapter, client.rows, settings=bench.settings, draws=client.draws
-        ).step_seconds
+        ).stats.step_seconds
         for client in clients
     )
     return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, bench.way))
@@ -129,7 +129,7 @@ def _co_trained(bench: Bench, clients: Sequence[Client]) -> Taken:
     set_way(bench.slots.model, GROUP_WAY)
     results = train_clients(bench.slots, members, settings=bench.settings)
     set_way(bench.slots.model, bench.way)
-    seconds = sum(result.step_seconds for result in results)
+    seconds = sum(result.stats.step_seconds for result in results)
     return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, GROUP_WAY))
 
 

@@ -11,6 +11,7 @@ from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (
     AggregateRecord,
     ClientScores,
+    CollectionRecord,
     EvaluationRecord,
     RoundRecord,
     Scores,
@@ -80,6 +81,9 @@ def write_metrics(paths: RunPaths) -> None:
         if record is None:
             continue
         row: dict[str, object] = record.model_dump(mode="json")
+        collected = CollectionRecord.find(round_paths.collection)
+        if collected:
+            row |= collected.training
         aggregated = AggregateRecord.find(round_paths.aggregate_record)
         if aggregated:
             row["aggregate_seconds"] = aggregated.seconds

@@ -16,6 +16,7 @@ from fedllm.storage.records import (
     ErrorRecord,
     TaskRecord,
     TierMix,
+    training_metrics,
 )
 from fedllm.storage.updates import Published, Scan, check_update
 
@@ -57,6 +58,7 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
         environments=environments,
         tiers=tier_mix(cohort, scan, {update.client for update in updates}),
         startup_seconds=_startup_seconds(paths),
+        training=training_metrics([taken[update.client].record for update in updates]),
     )
     _tell(run, collection, scan, checked.rejected)
     run.publish(collection, paths.collection)

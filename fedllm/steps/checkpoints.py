@@ -7,6 +7,7 @@ from pathlib import Path
 from fedllm.lora.factors import Adapter
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.checkpoints import CheckpointIdentity, CheckpointRecord
+from fedllm.storage.records import TrainingStats
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
 from fedllm.training.progress import Progress
 
@@ -52,13 +53,7 @@ class Resumable:
         record = CheckpointRecord(
             identity=self.identity,
             micro_batch_size=self.micro_batch_size,
-            step=progress.step,
-            losses=progress.losses,
-            tokens=progress.tokens,
-            loss_tokens=progress.loss_tokens,
-            seconds=progress.seconds,
-            step_seconds=progress.step_seconds,
-            peak_memory_bytes=progress.peak_memory_bytes,
+            **dict(progress.stats),
             resumed_at=self.resumed_at,
             environments=[*self.earlier_environments, self.environment],
         )
@@ -95,7 +90,7 @@ class Resumable:
             self,
             micro_batch_size=record.micro_batch_size,
             progress=progress,
-            resumed_at=[*record.resumed_at, record.step],
+            resumed_at=[*record.resumed_at, record.steps],
             environments=record.environments,
         )
 
@@ -145,14 +140,4 @@ def common_step(trainings: Sequence[Resumable], ends: Sequence[int]) -> int:
 
 
 def _progress(checkpoint: Checkpoint) -> Progress:
-    record = checkpoint.record
-    return Progress(
-        step=record.step,
-        tensors=checkpoint.tensors,
-        losses=record.losses,
-        tokens=record.tokens,
-        loss_tokens=record.loss_tokens,
-        seconds=record.seconds,
-        step_seconds=record.step_seconds,
-        peak_memory_bytes=record.peak_memory_bytes,
-    )
+    return Progress(tensors=checkpoint.tensors, stats=TrainingStats.of(checkpoint.record))

@@ -1,6 +1,8 @@
 """What a checkpoint says of itself: whose training it is, and how far it went. No torch here."""
 
-from fedllm.storage.records import Record
+from pydantic import AliasChoices, Field
+
+from fedllm.storage.records import Record, TrainingStats
 
 
 class CheckpointIdentity(Record):
@@ -20,21 +22,15 @@ class CheckpointIdentity(Record):
     group: tuple[str, ...] = ()
 
 
-class CheckpointRecord(Record):
-    """A client's training before optimizer step `step`, counted from 0; its tensors lie beside.
+class CheckpointRecord(TrainingStats):
+    """A client's training before optimizer step `steps`, counted from 0; its tensors lie beside.
 
-    All but `identity`, `micro_batch_size` and `environments` is as in an update's record, so far.
     `environments` are the distinct ones that it was trained in, the latest last.
     """
 
     identity: CheckpointIdentity
     micro_batch_size: int
-    step: int
-    losses: list[float]
-    tokens: int
-    loss_tokens: int
-    seconds: float
-    step_seconds: float
-    peak_memory_bytes: int
+    # `step` in version 0.1
+    steps: int = Field(validation_alias=AliasChoices("steps", "step"))
     resumed_at: list[int]
     environments: list[dict[str, str]]

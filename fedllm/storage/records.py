@@ -360,7 +360,47 @@ class OutcomeRecord(Record):
     progressed: bool = False
 
 
-class UpdateRecord(Record):
+class TrainingStats(Record):
+    """The numbers of a client's training, of the optimizer steps that were taken so far.
+
+    `rows` counts the distinct rows that entered a step, `tokens` and `loss_tokens` those of all
+    steps. `losses` has each step's mean over its targets, `gradient_norms` the Euclidean norm of
+    all its gradients before clipping. `step_seconds` is the time inside forward, backward and
+    update.
+    """
+
+    rows: Annotated[int, Field(ge=0)] = 0
+    steps: int
+    tokens: int
+    loss_tokens: int
+    losses: list[float]
+    gradient_norms: list[float] = []
+    seconds: float
+    step_seconds: float
+    peak_memory_bytes: int
+
+    @classmethod
+    def of(cls, record: "TrainingStats") -> "TrainingStats":
+        """Return the numbers alone of a record that carries them."""
+        return TrainingStats(**{name: getattr(record, name) for name in TrainingStats.model_fields})
+
+
+def training_metrics(clients: Sequence[TrainingStats]) -> dict[str, float]:
+    """Return the numbers of a round's clients that `metrics.jsonl` shows, by name.
+
+    A client counts once, whatever its steps. What no client has a number of is left out.
+    """
+    known = [client.gradient_norms for client in clients if client.gradient_norms]
+    if not known:
+        return {}
+    means = [sum(norms) / len(norms) for norms in known]
+    return {
+        "gradient_norm_mean": sum(means) / len(means),
+        "gradient_norm_max": max(map(max, known)),
+    }
+
+
+class UpdateRecord(TrainingStats):
     """What a client sends beside its tensors; `group` are those it was trained together with."""
 
     run_id: str
@@ -372,14 +412,6 @@ class UpdateRecord(Record):
     reason: str = ""
     kind: Literal["lora", "sparse"] = "lora"
     base_fingerprint: str
-    rows: Annotated[int, Field(ge=0)]
-    steps: int
-    tokens: int
-    loss_tokens: int
-    losses: list[float]
-    seconds: float
-    step_seconds: float
-    peak_memory_bytes: int
     norms: dict[str, tuple[float, float]] = {}
     scales: dict[str, float] = {}
     group: list[str] = []
@@ -420,7 +452,7 @@ class TierMix(Record):
 
 
 class CollectionRecord(Record):
-    """What a round used, frozen."""
+    """What a round used, frozen; `training` are numbers of its clients' training, by name."""
 
     round: int
     lease: int
@@ -431,6 +463,7 @@ class CollectionRecord(Record):
     environments: list[dict[str, str]] = []
     tiers: dict[str, TierMix] = {}
     startup_seconds: float | None = None
+    training: dict[str, float] = {}
 
 
 class FoldMember(Record):

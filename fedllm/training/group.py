@@ -98,7 +98,9 @@ class _Group:
         done = [min(self.num_done, loop.num_steps) for loop in self._loops]
         assert done == [loop.num_done for loop in self._loops], "members at different steps"
         self._earlier = [
-            (found.seconds, found.step_seconds) if (found := member.progress) else (0.0, 0.0)
+            (found.stats.seconds, found.stats.step_seconds)
+            if (found := member.progress)
+            else (0.0, 0.0)
             for member in members
         ]
         self._computed = [0] * len(members)  # tokens
@@ -170,8 +172,12 @@ class _Group:
         return [
             replace(
                 each,
-                seconds=seconds + passed * computed / total,
-                step_seconds=step_seconds + self._step_seconds * computed / total,
+                stats=each.stats.model_copy(
+                    update={
+                        "seconds": seconds + passed * computed / total,
+                        "step_seconds": step_seconds + self._step_seconds * computed / total,
+                    }
+                ),
             )
             for each, (seconds, step_seconds), computed in zip(
                 told, self._earlier, self._computed, strict=True

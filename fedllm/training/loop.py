@@ -19,6 +19,7 @@ from fedllm.model.noise import Piece
 from fedllm.model.passes import PACKERS, Cut, Pass
 from fedllm.model.precision import precision
 from fedllm.model.slots import AdapterSlots, Installed
+from fedllm.storage.records import TrainingStats
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.plan import Draws, plan_steps, rate_factor
 from fedllm.training.progress import Progress, restore, tensors_of
@@ -45,21 +46,12 @@ class TrainResult:
     """What one client's training gave.
 
     `adapter` holds the trained factors, empty where training failed; `reason` then says why.
-    `rows` counts the distinct rows that entered a step, `tokens` and `loss_tokens` those of all
-    steps. `step_seconds` is the time inside forward, backward and update. `norms` are the
-    Frobenius norms of A and B per module.
+    `norms` are the Frobenius norms of A and B per module.
     """
 
     adapter: Adapter
     reason: str
-    rows: int
-    steps: int
-    tokens: int
-    loss_tokens: int
-    losses: list[float]
-    seconds: float
-    step_seconds: float
-    peak_memory_bytes: int
+    stats: TrainingStats
     norms: dict[str, tuple[float, float]]
     scales: dict[str, float]
 
@@ -123,6 +115,8 @@ class Loop:
         self._steps = plan_steps(len(rows), settings.training, draws)
         self._earlier_losses: list[float] = []
         self._losses: list[Tensor] = []
+        self._earlier_gradient_norms: list[float] = []
+        self._gradient_norms: list[Tensor] = []
         self._parameters = installed.parameters
         self._optimizer: Optimizer = build_optimizer(
             self._parameters, settings.rule, settings.training
@@ -162,12 +156,19 @@ class Loop:
 
     def progress(self) -> Progress:
         """Return all that the rest depends on; waits for the device."""
-        return Progress(
-            step=self.num_done,
-            tensors=tensors_of(self.installed, self._optimizer),
-            losses=self.losses(),
+        return Progress(tensors=tensors_of(self.installed, self._optimizer), stats=self.stats())
+
+    def stats(self) -> TrainingStats:
+        """Return the numbers of the steps that were taken; waits for the device."""
+        losses = self.losses()
+        norms: list[float] = torch.stack(self._gradient_norms).tolist() if self._losses else []
+        return TrainingStats(
+            rows=len({place for places in self._steps[: self.num_done] for place in places}),
+            steps=self.num_done,
             tokens=self.tokens,
             loss_tokens=self.loss_tokens,
+            losses=losses,
+            gradient_norms=[*self._earlier_gradient_norms, *norms],
             seconds=self.seconds,
             step_seconds=self.step_seconds,
             peak_memory_bytes=self.peak_memory_bytes,
@@ -176,29 +177,24 @@ class Loop:
     def resume(self, progress: Progress) -> None:
         """Be where a training of the same client was."""
         restore(self.installed, self._optimizer, progress.tensors)
-        self._earlier_losses = list(progress.losses)
-        self._earlier_peak = progress.peak_memory_bytes
-        self.tokens, self.loss_tokens = progress.tokens, progress.loss_tokens
-        self._begun -= progress.seconds
-        self.step_seconds = progress.step_seconds
+        stats = progress.stats
+        self._earlier_losses = list(stats.losses)
+        self._earlier_gradient_norms = list(stats.gradient_norms)
+        self._earlier_peak = stats.peak_memory_bytes
+        self.tokens, self.loss_tokens = stats.tokens, stats.loss_tokens
+        self._begun -= stats.seconds
+        self.step_seconds = stats.step_seconds
         assert self.num_done == progress.step, f"{self.num_done} losses at step {progress.step}"
 
     def result(self) -> TrainResult:
         """Return what the training gave; waits for the device."""
-        losses = self.losses()
+        stats = self.stats()
         norms = _norms(self.installed)
-        reason = _failure(losses, norms)
+        reason = _failure(stats.losses, norms)
         return TrainResult(
             adapter={} if reason else self.installed.factors(),
             reason=reason,
-            rows=len({place for places in self._steps for place in places}),
-            steps=self.num_steps,
-            tokens=self.tokens,
-            loss_tokens=self.loss_tokens,
-            losses=losses,
-            seconds=self.seconds,
-            step_seconds=self.step_seconds,
-            peak_memory_bytes=self.peak_memory_bytes,
+            stats=stats,
             norms=norms,
             scales=dict(self.installed.scales),
         )
@@ -245,8 +241,11 @@ class Loop:
 
     def _update(self, factor: float) -> None:
         training = self._settings.training
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).to(self.device)
+        self._gradient_norms.append(norm)
         if training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, training.clip_norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, training.clip_norm, norm)
         for group in self._optimizer.param_groups:
             group["lr"] = training.learning_rate * factor
         self._optimizer.step()

@@ -9,27 +9,26 @@ from torch.optim import Optimizer
 
 from fedllm.lora.factors import Adapter
 from fedllm.model.slots import Installed
+from fedllm.storage.records import TrainingStats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """All that the rest of a client's training depends on, before step `step` (from 0).
 
-    No generator's state is among it: every step seeds anew. `losses`, the counts, the seconds and
-    the peak of memory are those of the steps before.
+    No generator's state is among it: every step seeds anew. `stats` are of the steps before.
 
     `tensors` are the factors (`<module>|A`, `<module>|B`) and what the optimizer keeps for each
     of them (`<module>|A|<name>`). In a training they are its own, which the next step changes.
     """
 
-    step: int
     tensors: Mapping[str, Tensor]
-    losses: list[float]
-    tokens: int
-    loss_tokens: int
-    seconds: float
-    step_seconds: float
-    peak_memory_bytes: int
+    stats: TrainingStats
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken."""
+        return self.stats.steps
 
     def fits(self, adapter: Adapter) -> bool:
         """Say whether its factors have the modules and shapes of `adapter`."""

@@ -144,8 +144,8 @@ def assert_learns_as(found: list[float], exact: list[float]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bfloat16_learns_in_eight_steps_what_float32_learns(dtype: str, way: str) -> None:
-    exact = trained("float32", "float32", way).losses
-    found = trained(dtype, "bfloat16", way).losses
+    exact = trained("float32", "float32", way).stats.losses
+    found = trained(dtype, "bfloat16", way).stats.losses
     assert found != exact
     assert_learns_as(found, exact)
 
@@ -159,14 +159,14 @@ def test_clients_that_train_together_learn_in_bfloat16_as_in_float32() -> None:
             for client in (0, 1)
         ]
         results = train_clients(slots, members, settings=settings(name))
-        losses[name] = [result.losses for result in results]
+        losses[name] = [result.stats.losses for result in results]
     for found, exact in zip(losses["bfloat16"], losses["float32"], strict=True):
         assert_learns_as(found, exact)
 
 
 def test_a_bfloat16_base_trained_in_float32_is_the_float32_base() -> None:
     exact, found = trained("float32", "float32"), trained("bfloat16", "float32")
-    assert found.losses == pytest.approx(exact.losses, abs=1e-5)
+    assert found.stats.losses == pytest.approx(exact.stats.losses, abs=1e-5)
 
 
 def test_no_wide_copy_of_a_bfloat16_base_is_kept() -> None:
@@ -215,7 +215,7 @@ def test_a_change_below_the_last_place_arrives_behind_attention(name: str, way: 
 def test_gradient_checkpointing_repeats_a_pass_in_its_own_precision(dtype: str) -> None:
     whole = trained(dtype, "bfloat16")
     again = trained(dtype, "bfloat16", gradient_checkpointing=True)
-    assert again.losses == pytest.approx(whole.losses, abs=1e-6)
+    assert again.stats.losses == pytest.approx(whole.stats.losses, abs=1e-6)
 
 
 @pytest.fixture(params=sorted(OTHERS))

@@ -16,6 +16,7 @@ from fedllm.reporting.summary import (
 )
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
+    CollectionRecord,
     EvaluationRecord,
     RoundRecord,
 )
@@ -70,6 +71,10 @@ def test_metrics_are_a_line_per_round_that_is_done_rebuilt_from_the_records(
     paths = finished(tmp_path, {"a": float("nan"), "d": 2.0})
     (paths.rounds / "0001.replaced-1").mkdir()
     draw(paths, 2)
+    norms = {"gradient_norm_mean": 0.5, "gradient_norm_max": 2.0}
+    CollectionRecord(round=1, lease=1, updates=[], training=norms).publish(
+        paths.round(1).collection
+    )
     RoundRecord(round=3, lease=1, state_sha256="", clients=1).publish(paths.round(3).record)
     for _ in range(2):
         write_metrics(paths)
@@ -82,6 +87,8 @@ def test_metrics_are_a_line_per_round_that_is_done_rebuilt_from_the_records(
     assert "dev_loss" not in rows[2]
     assert (rows[1]["beyond_smallest_rank"], rows[1]["energy_kept_rank_2"]) == (0.25, 0.75)
     assert rows[1]["overlap"] is None
+    assert (rows[1]["gradient_norm_mean"], rows[1]["gradient_norm_max"]) == (0.5, 2.0)
+    assert "gradient_norm_max" not in rows[0]
     assert "energy_kept_rank_2" not in rows[0]
 
 

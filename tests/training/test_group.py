@@ -125,17 +125,18 @@ def test_every_member_trains_as_by_itself(
     given = settings(rule, micro_batch_size=micro, gradient_checkpointing=checkpointing)
     members = members_of(exact)
     results, states = snapshots(exact, members, given)
-    assert [result.steps for result in results] == [4, 2, 6]
+    assert [result.stats.steps for result in results] == [4, 2, 6]
     for n, member in enumerate(members):
         expected, before = alone(exact, member, given)
         found = states[before.step][n]
-        assert found.step == before.step == expected.steps - 1
+        assert found.step == before.step == expected.stats.steps - 1
         assert found.tensors.keys() == before.tensors.keys()
         for name, tensor in before.tensors.items():
             assert_close(found.tensors[name].double(), tensor.double(), bound)
-        assert results[n].losses == pytest.approx(expected.losses, rel=1e-6)
-        for key in ("rows", "steps", "tokens", "loss_tokens", "scales", "reason"):
-            assert getattr(results[n], key) == getattr(expected, key)
+        assert results[n].stats.losses == pytest.approx(expected.stats.losses, rel=1e-6)
+        for key in ("rows", "steps", "tokens", "loss_tokens"):
+            assert getattr(results[n].stats, key) == getattr(expected.stats, key)
+        assert (results[n].scales, results[n].reason) == (expected.scales, expected.reason)
         for module, factors in expected.adapter.items():
             assert_close(results[n].adapter[module].b_OR, factors.b_OR, 1e-5)
 
@@ -148,7 +149,7 @@ def test_dropout_masks_are_those_of_each_member_by_itself(
     results = train_clients(slots, members, settings=settings("fedavg"))
     for result, member in zip(results, members, strict=True):
         expected, _ = alone(slots, member, settings("fedavg"))
-        assert result.losses == pytest.approx(expected.losses, rel=1e-6)
+        assert result.stats.losses == pytest.approx(expected.stats.losses, rel=1e-6)
 
 
 def with_nan(adapter: Adapter) -> Adapter:
@@ -186,8 +187,10 @@ def test_a_group_that_goes_on_after_any_step_has_the_bits_of_one_that_never_stop
             settings=settings(),
         )
         assert all(map(same, again, expected))
-        assert [r.tokens for r in again] == [r.tokens for r in expected]
-        assert all(r.step_seconds >= p.step_seconds for r, p in zip(again, found, strict=True))
+        assert [r.stats.tokens for r in again] == [r.stats.tokens for r in expected]
+        assert all(
+            r.stats.step_seconds >= p.stats.step_seconds for r, p in zip(again, found, strict=True)
+        )
 
 
 def test_a_group_of_one_is_a_client_by_itself_to_the_bit(slots: AdapterSlots) -> None:
@@ -206,7 +209,7 @@ def test_bits_do_not_depend_on_what_was_trained_before(slots: AdapterSlots) -> N
     other = train_client(
         slots, members[1].received(), members[1].rows, settings=settings(), draws=members[0].draws
     )
-    assert math.isfinite(other.losses[-1])
+    assert math.isfinite(other.stats.losses[-1])
     train_clients(slots, members[::-1], settings=settings())
     assert all(map(same, train_clients(slots, members, settings=settings()), first))
 
@@ -214,10 +217,10 @@ def test_bits_do_not_depend_on_what_was_trained_before(slots: AdapterSlots) -> N
 def test_the_groups_seconds_are_shared_by_computed_tokens(slots: AdapterSlots) -> None:
     members = members_of(slots)
     one, two, three = train_clients(slots, members, settings=settings())
-    assert three.step_seconds > one.step_seconds > two.step_seconds > 0
+    assert three.stats.step_seconds > one.stats.step_seconds > two.stats.step_seconds > 0
     for result in (one, two, three):
-        assert result.seconds > result.step_seconds
-        assert result.peak_memory_bytes > 0
+        assert result.stats.seconds > result.stats.step_seconds
+        assert result.stats.peak_memory_bytes > 0
 
 
 def test_half_precision_passes_keep_the_factors_in_float32(slots: AdapterSlots) -> None:
@@ -226,8 +229,8 @@ def test_half_precision_passes_keep_the_factors_in_float32(slots: AdapterSlots) 
     for result, exact_one in zip(
         found, train_clients(slots, members, settings=settings()), strict=True
     ):
-        assert result.losses == pytest.approx(exact_one.losses, rel=0.02)
-        assert result.losses != exact_one.losses
+        assert result.stats.losses == pytest.approx(exact_one.stats.losses, rel=0.02)
+        assert result.stats.losses != exact_one.stats.losses
         assert all(f.a_RI.dtype == torch.float32 for f in result.adapter.values())
 
 

@@ -92,14 +92,14 @@ def trained(
 
 
 def same(left: TrainResult, right: TrainResult) -> bool:
-    return left.losses == right.losses and all(
+    return left.stats.losses == right.stats.losses and all(
         torch.equal(f.a_RI, right.adapter[m].a_RI) and torch.equal(f.b_OR, right.adapter[m].b_OR)
         for m, f in left.adapter.items()
     )
 
 
 def close(left: TrainResult, right: TrainResult, tolerance: float = 1e-5) -> None:
-    assert left.losses == pytest.approx(right.losses, abs=tolerance)
+    assert left.stats.losses == pytest.approx(right.stats.losses, abs=tolerance)
     for module, factors in left.adapter.items():
         other = right.adapter[module]
         torch.testing.assert_close(factors.b_OR, other.b_OR, atol=tolerance, rtol=0)
@@ -154,8 +154,8 @@ def test_all_ways_train_to_the_same_factors(tiny: Tiny) -> None:
     # 20 steps of SGD: an optimizer that divides by the gradient would amplify rounding
     section = {"rule": "fedavg", "epochs": 10, "max_steps": 20, "learning_rate": 0.1}
     padded = trained(made(tiny, 0.0, "padded"), **section)
-    assert padded.steps == 20
-    assert padded.losses[-1] < padded.losses[0] - 0.01
+    assert padded.stats.steps == 20
+    assert padded.stats.losses[-1] < padded.stats.losses[0] - 0.01
     for way in WAYS[:-1]:
         close(trained(made(tiny, 0.0, way), **section), padded, 1e-4)
 
@@ -199,7 +199,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make: Make) -> None:
 def test_it_is_the_plain_loop(tiny: Tiny, slots: AdapterSlots, rule: str, loss_on: str) -> None:
     found = trained(slots, rule=rule, loss_on=loss_on, clip_norm=0.5, warmup_steps=1)
     expected = plain_loop(tiny, start(slots), rule=rule, loss_on=loss_on)
-    assert found.losses == pytest.approx(expected, abs=2e-4)
+    assert found.stats.losses == pytest.approx(expected, abs=2e-4)
 
 
 def plain_loop(tiny: Tiny, adapter: Adapter, *, rule: str, loss_on: str) -> list[float]:
@@ -244,29 +244,29 @@ def added(a: Tensor, b: Tensor, scale: float) -> Callable[..., Tensor]:
 def test_the_record_counts_what_entered_a_step(slots: AdapterSlots) -> None:
     found = trained(slots, epochs=2, max_steps=None, batch_size=3)
     rows = rows_of(0)
-    assert found.steps == len(found.losses) == 6
-    assert found.rows == 7
-    assert found.loss_tokens == 2 * sum(len(row.answer_ids) for row in rows)
-    assert found.tokens == 2 * sum(len(r.prompt_ids) + len(r.answer_ids) for r in rows)
-    assert 0 < found.step_seconds < found.seconds
-    assert found.peak_memory_bytes > 1 << 20
+    assert found.stats.steps == len(found.stats.losses) == 6
+    assert found.stats.rows == 7
+    assert found.stats.loss_tokens == 2 * sum(len(row.answer_ids) for row in rows)
+    assert found.stats.tokens == 2 * sum(len(r.prompt_ids) + len(r.answer_ids) for r in rows)
+    assert 0 < found.stats.step_seconds < found.stats.seconds
+    assert found.stats.peak_memory_bytes > 1 << 20
     assert set(found.norms) == set(found.scales) == set(found.adapter)
     module = next(iter(found.adapter))
     norms = (found.adapter[module].a_RI.norm().item(), found.adapter[module].b_OR.norm().item())
     assert found.norms[module] == pytest.approx(norms)
-    assert trained(slots, max_steps=1, batch_size=3).rows == 3
+    assert trained(slots, max_steps=1, batch_size=3).stats.rows == 3
 
 
 def test_bfloat16_trains_close_to_float32(slots: AdapterSlots) -> None:
     found = trained(slots, precision="bfloat16")
-    assert found.losses == pytest.approx(trained(slots).losses, abs=0.1)
-    assert found.losses != trained(slots).losses
+    assert found.stats.losses == pytest.approx(trained(slots).stats.losses, abs=0.1)
+    assert found.stats.losses != trained(slots).stats.losses
     assert all(f.b_OR.dtype == torch.float32 for f in found.adapter.values())
 
 
 def test_training_lowers_the_loss(slots: AdapterSlots) -> None:
     found = trained(slots, max_steps=None, epochs=15, schedule="constant")
-    assert found.losses[-1] < found.losses[0] - 0.2
+    assert found.stats.losses[-1] < found.stats.losses[0] - 0.2
 
 
 def test_a_divergent_client_fails_and_names_the_module(slots: AdapterSlots) -> None:
@@ -308,3 +308,12 @@ def test_the_environment_names_what_bits_depend_on() -> None:
     assert found["threads"] == "3"
     assert found["device"] == "cpu"
     assert found["processor"]
+
+
+def test_the_norm_of_each_steps_gradients_is_that_before_clipping(slots: AdapterSlots) -> None:
+    free = trained(slots, max_steps=1)
+    clipped = trained(slots, max_steps=1, clip_norm=1e-3)
+    (norm,) = free.stats.gradient_norms
+    assert norm > 0.01
+    assert clipped.stats.gradient_norms == [norm]
+    assert len(trained(slots, max_steps=2).stats.gradient_norms) == 2

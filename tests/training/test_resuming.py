@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,14 +77,17 @@ def section(**changes: object) -> TrainingSection:
 
 
 def through_a_file(progress: Progress, path: Path) -> Progress:
-    numbers = {key: value for key, value in vars(progress).items() if key != "tensors"}
     record = CheckpointRecord(
-        identity=IDENTITY, micro_batch_size=2, resumed_at=[], environments=[], **numbers
+        identity=IDENTITY,
+        micro_batch_size=2,
+        resumed_at=[],
+        environments=[],
+        **dict(progress.stats),
     )
     publish_checkpoint(path, Checkpoint(record=record, tensors=progress.tensors))
     read = read_checkpoint(path)
     assert read.record == record
-    return Progress(tensors=read.tensors, **numbers)
+    return replace(progress, tensors=read.tensors)
 
 
 def interrupted(
@@ -112,11 +116,13 @@ def interrupted(
 
 
 def assert_same(found: TrainResult, expected: TrainResult) -> None:
-    assert found.losses == expected.losses
+    assert found.stats.losses == expected.stats.losses
     assert found.norms == expected.norms
     assert found.scales == expected.scales
-    for key in ("reason", "rows", "steps", "tokens", "loss_tokens"):
-        assert getattr(found, key) == getattr(expected, key)
+    for key in ("rows", "steps", "tokens", "loss_tokens"):
+        assert getattr(found.stats, key) == getattr(expected.stats, key)
+    assert found.reason == expected.reason
+    assert found.stats.gradient_norms == expected.stats.gradient_norms
     assert found.adapter.keys() == expected.adapter.keys()
     for module, factors in expected.adapter.items():
         assert torch.equal(found.adapter[module].a_RI, factors.a_RI)
@@ -130,7 +136,7 @@ def test_a_training_goes_on_from_every_step_to_the_same_bits(
 ) -> None:
     training = section(weight_decay=0.1)
     expected = train(processes[0], rule, training)
-    assert expected.steps == STEPS
+    assert expected.stats.steps == STEPS
     found = interrupted(processes, rule, training, [stop], tmp_path / "c.safetensors")
     assert_same(found, expected)
 
@@ -178,10 +184,9 @@ def test_a_forgotten_optimizer_would_show(processes: list[AdapterSlots], tmp_pat
         *("A", "B", "step", "exp_avg", "exp_avg_sq")
     }
     kept = {name: tensor for name, tensor in progress.tensors.items() if name[-2:] in {"|A", "|B"}}
-    numbers = {key: value for key, value in vars(progress).items() if key != "tensors"}
-    bare = through_a_file(Progress(tensors=kept, **numbers), tmp_path / "c.safetensors")
+    bare = through_a_file(replace(progress, tensors=kept), tmp_path / "c.safetensors")
     found = train(processes[0], ADAMW, section(), progress=bare)
-    assert found.losses[:5] == train(processes[0], ADAMW, section()).losses[:5]
+    assert found.stats.losses[:5] == train(processes[0], ADAMW, section()).stats.losses[:5]
     with pytest.raises(AssertionError):
         assert_same(found, train(processes[0], ADAMW, section()))
 
@@ -194,10 +199,10 @@ def test_time_and_memory_spent_before_count(processes: list[AdapterSlots], tmp_p
     with pytest.raises(Interrupted) as left:
         train(processes[0], ADAMW, section(), before_step=stop)
     (progress,) = left.value.args
-    assert 0 < progress.step_seconds < progress.seconds < 60
-    numbers = {**vars(progress), "seconds": 1000.0, "step_seconds": 900.0}
-    before = Progress(**{**numbers, "peak_memory_bytes": 1 << 60})
+    assert 0 < progress.stats.step_seconds < progress.stats.seconds < 60
+    earlier = {"seconds": 1000.0, "step_seconds": 900.0, "peak_memory_bytes": 1 << 60}
+    before = replace(progress, stats=progress.stats.model_copy(update=earlier))
     found = train(processes[0], ADAMW, section(), progress=before)
-    assert 1000 < found.seconds < 1060
-    assert 900 < found.step_seconds < 960
-    assert found.peak_memory_bytes == 1 << 60
+    assert 1000 < found.stats.seconds < 1060
+    assert 900 < found.stats.step_seconds < 960
+    assert found.stats.peak_memory_bytes == 1 << 60
