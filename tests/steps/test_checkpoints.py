@@ -143,7 +143,7 @@ def test_a_client_whose_workers_are_killed_ends_in_the_bits_of_a_quiet_one(
     assert expected[0]["resumed_at"] == []
     for die_at in (2, 8):
         assert in_a_process(attempt, client, "--die-at", str(die_at)).returncode == -9
-        assert read_checkpoint(quiet.paths.checkpoint(client)).record.step == die_at
+        assert read_checkpoint(quiet.paths.checkpoint(client)).record.steps == die_at
     last = in_a_process(attempt, client)
     assert last.returncode == 0, last.stderr
     assert f"client {client}: goes on after 8 steps" in last.stderr
@@ -194,7 +194,7 @@ def empty(_content: bytes) -> bytes:
 
 
 def alter_header(content: bytes) -> bytes:
-    at = content.index(b'\\"step\\":4') + len(b'\\"step\\":')
+    at = content.index(b'\\"steps\\":4') + len(b'\\"steps\\":')
     return content[:at] + b"6" + content[at + 1 :]
 
 
