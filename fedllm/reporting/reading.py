@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedllm.errors import RunDirectoryError
+from fedllm.storage.publish import Version, version_of
 from fedllm.storage.records import Record
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -15,7 +16,7 @@ class Records:
     """Records as they were read last, by path."""
 
     def __init__(self) -> None:
-        self._held: dict[Path, tuple[tuple[int, int, int], Record]] = {}
+        self._held: dict[Path, tuple[Version, Record]] = {}
 
     def find(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
         """Return a record, read anew only where its file changed; None where there is none.
@@ -24,8 +25,7 @@ class Records:
             RunDirectoryError: it is not a record of this kind.
         """
         try:
-            found = path.stat()
-            version = (found.st_ino, found.st_mtime_ns, found.st_size)
+            version = version_of(path)
             held = self._held.get(path)
             if held is None or held[0] != version:
                 held = self._held[path] = (version, kind.read(path))

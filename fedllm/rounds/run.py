@@ -12,6 +12,7 @@ from fedllm.rounds.watching import Watch
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import Lease
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.publish import Version, version_of
 from fedllm.storage.records import CohortRecord, PreparedRecord, Record, RunRecord
 from fedllm.storage.updates import Published, UpdateScanner
 
@@ -30,7 +31,7 @@ class Run:
     say: Callable[[str], None]
     scanners: dict[int, UpdateScanner] = field(default_factory=dict)
     first_seen: dict[Path, float] = field(default_factory=dict)
-    records: dict[Path, tuple[tuple[int, ...], Record]] = field(default_factory=dict)
+    records: dict[Path, tuple[Version, Record]] = field(default_factory=dict)
     federations: list[Federation] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
 
@@ -40,8 +41,7 @@ class Run:
         Raises:
             FileNotFoundError: there is none.
         """
-        found = path.stat()
-        version = (found.st_ino, found.st_mtime_ns, found.st_size)
+        version = version_of(path)
         held = self.records.get(path)
         if held is None or held[0] != version:
             held = self.records[path] = (version, kind.read(path))

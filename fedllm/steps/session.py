@@ -14,6 +14,7 @@ from fedllm.model.device import resolve_device
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.steps.log import say
 from fedllm.storage.paths import CachePaths
+from fedllm.storage.publish import Version, version_of
 from fedllm.storage.records import PreparedRecord
 from fedllm.storage.staging import near
 
@@ -28,20 +29,6 @@ class _BaseKey:
     path: str
     dtype: str
     device: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Version:
-    """A file as it was when it was read; publication always makes a new one."""
-
-    path: Path
-    inode: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> "_Version":
-        found = path.stat()
-        return cls(path=path, inode=found.st_ino, modified_ns=found.st_mtime_ns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +50,8 @@ class Session:
         self._base: tuple[_BaseKey, Base] | None = None
         self._slots: tuple[_SlotsKey, AdapterSlots] | None = None
         self._data: tuple[str, TokenizedClients] | None = None
-        self._config: tuple[_Version, Config] | None = None
-        self._prepared: tuple[_Version, PreparedRecord] | None = None
+        self._config: tuple[tuple[Path, Version], Config] | None = None
+        self._prepared: tuple[tuple[Path, Version], PreparedRecord] | None = None
         self._near: dict[str, str] = {}
 
     def stage(self, folder: str, prepared: PreparedRecord) -> None:
@@ -149,7 +136,7 @@ class Session:
         """Return a run's configuration, read again where it changed."""
         if not path.is_file():
             return read_config(path)  # says what is wrong
-        version = _Version.of(path)
+        version = path, version_of(path)
         if self._config is None or self._config[0] != version:
             self._config = version, read_config(path)
         return self._config[1]
@@ -160,7 +147,7 @@ class Session:
         Raises:
             FileNotFoundError: nothing is prepared.
         """
-        version = _Version.of(path)
+        version = path, version_of(path)
         if self._prepared is None or self._prepared[0] != version:
             self._prepared = version, PreparedRecord.read(path)
         return self._prepared[1]

@@ -7,8 +7,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from fedllm.errors import Incomplete, RunDirectoryError, StorageFull
+
+Version: TypeAlias = tuple[int, int, int, int]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {
@@ -24,6 +27,16 @@ _REFUSED = {
 _NO_ANSWER = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def version_of(path: Path) -> Version:
+    """Return what tells a file from every other that has its name: publication makes a new one.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @contextmanager

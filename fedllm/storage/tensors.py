@@ -31,6 +31,7 @@ from fedllm.storage.checked import (
 from fedllm.storage.checkpoints import CheckpointRecord
 from fedllm.storage.paths import encode_client
 from fedllm.storage.placing import HashedPlaces, Places, placing, placing_checked
+from fedllm.storage.publish import version_of
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.updates import Published, records_text, tensor_name, updates_in
 
@@ -128,7 +129,7 @@ class TensorFile:
         """
         self.path = path
         self._file = self._mapped()
-        self._opened = _identity(path)
+        self._opened = version_of(path)
         self.names: tuple[str, ...] = tuple(self._file.keys())
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
@@ -167,7 +168,7 @@ class TensorFile:
         Raises:
             RunDirectoryError: another file has the name by now.
         """
-        if _identity(self.path) != self._opened:
+        if version_of(self.path) != self._opened:
             raise RunDirectoryError(f"{self.path}: was exchanged while it was read; restore it")
         self._file.__exit__(None, None, None)
         self._file = self._mapped()
@@ -186,12 +187,6 @@ class TensorFile:
             for name in self.names
             if name.startswith(prefix) and "." not in name.removeprefix(prefix)
         }
-
-
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    """Return what tells a file from every other that has its name; publication makes a new one."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class _Map:
