@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from benchmarks.rounds import family
 
 _SECONDS = 0.25
 
@@ -30,22 +31,12 @@ def main() -> int:
         process = subprocess.Popen(words)
         peaks: dict[int, tuple[int, str]] = {}
         while process.poll() is None:
-            for number in (process.pid, *_below(process.pid)):
+            for number in family(process.pid):
                 peaks |= _peak(number)
             time.sleep(_SECONDS)
     for number, (mib, command) in peaks.items():
         print(f"{number:8} {mib:6} MiB  {command}")
     return process.returncode
-
-
-def _below(process: int) -> Iterator[int]:
-    try:
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:
-        return
-    for child in map(int, children):
-        yield child
-        yield from _below(child)
 
 
 def _peak(process: int) -> dict[int, tuple[int, str]]:

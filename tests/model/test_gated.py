@@ -1,5 +1,6 @@
 """Gated MLPs and adapters that keep less for the gradient give the bits of those that keep all."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,15 +83,21 @@ def kept_tensors() -> Iterator[dict[int, Tensor]]:
         yield kept
 
 
-def gradients(slots: AdapterSlots) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the loss and all gradients of one pass, and the wide tensors that it kept."""
-    installed = slots.install(adapter_for(slots))
+def loss_of(slots: AdapterSlots) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the loss of one pass with the installed adapter, and what the pass kept."""
     slots.train()
     tokens = torch.arange(2 * 9).view(2, 9)
     slots.rows.enter([Piece(entry=n, start=0, stop=9, seed=n) for n in range(2)])
     model: Any = slots.model
     with kept_tensors() as kept:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+    return loss, kept
+
+
+def gradients(slots: AdapterSlots) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the loss and all gradients of one pass, and the wide tensors that it kept."""
+    installed = slots.install(adapter_for(slots))
+    loss, kept = loss_of(slots)
     loss.backward()
     wide = [x for x in kept.values() if x.is_floating_point() and x.shape == (2, 9, WIDE)]
     return [loss.detach(), *(p.grad for p in installed.parameters if p.grad is not None)], wide
@@ -138,14 +145,7 @@ def test_names_alone_do_not_make_a_gated_mlp() -> None:
 def test_nothing_that_was_kept_outlives_the_backward_pass() -> None:
     slots = slots_of(GATED["llama"], 0.2)
     slots.install(adapter_for(slots))
-    slots.train()
-    tokens = torch.arange(2 * 9).view(2, 9)
-    slots.rows.enter([Piece(entry=n, start=0, stop=9, seed=n) for n in range(2)])
-    model: Any = slots.model
-    with kept_tensors() as kept:
-        loss = model(input_ids=tokens, labels=tokens).loss
-    import weakref
-
+    loss, kept = loss_of(slots)
     wide = [weakref.ref(x) for x in kept.values() if x.shape == (2, 9, WIDE)]
     kept.clear()
     assert any(ref() is not None for ref in wide)

@@ -167,32 +167,34 @@ def _check_one_source(candidates: Sequence[_Candidate], folder: Path) -> None:
     whole = any(not c.part for c in candidates)
     groups = {c.group for c in candidates}
     if len(candidates) > 1 and (whole or len(groups) > 1 or len(stems) < len(candidates)):
-        raise DataError(
-            f"data.path: {folder} has more than one source of the split {candidates[0].split}: "
-            f"{shown([c.file for c in candidates], folder)}; keep one of them there"
-        )
+        raise _two_sources(candidates, folder)
+
+
+def _two_sources(candidates: Sequence[_Candidate], folder: Path) -> DataError:
+    return DataError(
+        f"data.path: {folder} has more than one source of the split {candidates[0].split}: "
+        f"{shown([c.file for c in candidates], folder)}; keep one of them there"
+    )
 
 
 def _check_all_parts(candidates: Sequence[_Candidate], folder: Path) -> None:
-    """Refuse parts that say how many they are where others are there: rows would be missing."""
+    """Refuse parts of which some are missing, where their names say how many there are."""
     matches = [_PART_OF.fullmatch(_stem(candidate.file)) for candidate in candidates]
     parts = [(int(match[1]), int(match[2])) for match in matches if match]
     if not parts:
         return
-    split, names = candidates[0].split, shown([c.file for c in candidates], folder)
     counts = {count for _, count in parts}
     if len(counts) > 1 or len(parts) < len(candidates):
-        raise DataError(
-            f"data.path: {folder} has more than one source of the split {split}: {names}; keep "
-            "one of them there"
-        )
+        raise _two_sources(candidates, folder)
     (count,) = counts
     first = 0 if any(number == 0 for number, _ in parts) else 1
     missing = sorted({*range(first, first + count)} - {number for number, _ in parts})
     if missing:
+        names = shown([c.file for c in candidates], folder)
         raise DataError(
-            f"data.path: {folder} has {len(parts)} of {count} parts of the split {split} ({names});"
-            f" number {missing[0]} is missing: fetch it, or take the count out of the names"
+            f"data.path: {folder} has {len(parts)} of {count} parts of the split "
+            f"{candidates[0].split} ({names}); number {missing[0]} is missing: fetch it, or "
+            "take the count out of the names"
         )
 
 
