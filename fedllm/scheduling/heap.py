@@ -13,7 +13,7 @@ SETTINGS = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 
 
 def with_heap_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with the settings; the last word has what it said of them itself."""
+    """Return an environment with the settings; those that it has already come last, and win."""
     own = environment.get(VARIABLE)
     return {**environment, VARIABLE: f"{SETTINGS}:{own}" if own else SETTINGS}
 
