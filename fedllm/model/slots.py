@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,7 +21,8 @@ from fedllm.model.base import Base
 from fedllm.model.gated import keep_less
 from fedllm.model.lean import LeanFactor
 from fedllm.model.noise import RowDropout, RowSeeds
-from fedllm.model.precision import as_now, keep_factor_wide, keep_sums_wide
+from fedllm.model.precision import keep_factor_wide, keep_sums_wide
+from fedllm.model.recompute import Recomputation, Recompute
 from fedllm.model.stacked import Seats, StackedA, StackedB
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
@@ -103,7 +103,7 @@ class AdapterSlots:
         self._group: _GroupSlot | None = None
         self._seated: list[int] = []  # which members of the installed group its layers hold
         self._active: _Slot | _GroupSlot | None = None
-        self._checkpointing = False
+        self._recomputation = Recomputation(base.model)
         self.model.requires_grad_(False)
         keep_sums_wide(self.model)
         keep_less(self.model)
@@ -194,11 +194,9 @@ class AdapterSlots:
             b.fill([member.b[number] for member in members])
             b.scales = tuple(member.scales[module] for member in members)
 
-    def train(self, *, gradient_checkpointing: bool = False) -> None:
+    def train(self, *, recompute: Recompute = False) -> None:
         """Set the model to train: dropout is on."""
-        if gradient_checkpointing != self._checkpointing:
-            _set_checkpointing(self.model, gradient_checkpointing)
-        self._checkpointing = gradient_checkpointing
+        self._recomputation.set(recompute)
         # `train` visits every module: once is enough
         if not self.model.training:
             self.model.train()
@@ -342,18 +340,3 @@ def _weight(linear: nn.Module) -> nn.Parameter:
 
 def _on_cpu(factor: Tensor) -> Tensor:
     return factor.detach().to("cpu", torch.float32, copy=True)
-
-
-def _set_checkpointing(model: Any, on: bool) -> None:
-    # the methods have had new names since transformers 5.23
-    if on:
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)(
-            {"use_reentrant": False, "context_fn": as_now}
-        )
-        # re-entrant checkpointing alone needs it; without, nothing below the adapters keeps a graph
-        if hasattr(model, "_require_grads_hook"):
-            model.disable_input_require_grads()
-    else:
-        disable = getattr(model, "activation_checkpointing_disable", None)
-        (disable or model.gradient_checkpointing_disable)()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from fedllm.model.memory import give_back_freed
 from fedllm.steps.claims import Claimed
 from fedllm.steps.client import ClientRound, Save
 from fedllm.steps.log import say
@@ -73,6 +74,8 @@ class BundleTraining:
                 if is_over(self.attempt):
                     break
                 self._train(group, missing, bundle)
+                if self.publisher.is_full:
+                    self._write_out(bundle)
         except StopRequested:
             return False
         finally:
@@ -113,9 +116,16 @@ class BundleTraining:
                 self.publisher.hold(trained)
             else:
                 self.publisher.discard_later(trained.record.client)
-        if self._is_due() or self.publisher.is_full:
+        if self._is_due():
             self.publisher.publish(bundle.number)
             self._saved_at = time.monotonic()
+
+    def _write_out(self, bundle: BundleRecord) -> None:
+        """Publish what is held and free its memory, before the next client needs as much."""
+        self.publisher.publish(bundle.number)
+        self.publisher.wait()
+        give_back_freed()
+        self._saved_at = time.monotonic()
 
     def _is_due(self) -> bool:
         minutes = self.round.config.training.checkpoint_every_minutes

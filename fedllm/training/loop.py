@@ -121,7 +121,7 @@ class Loop:
         self._optimizer: Optimizer = build_optimizer(
             self._parameters, settings.rule, settings.training
         )
-        slots.train(gradient_checkpointing=settings.training.gradient_checkpointing)
+        slots.train(recompute=settings.training.gradient_checkpointing)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 

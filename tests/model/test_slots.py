@@ -184,8 +184,8 @@ def test_nothing_below_the_first_adapter_is_differentiated(
     upper = {m: f for m, f in adapter(sides(slots.base), seed=0).items() if ".layers.1." in m}
     installed = slots.install(upper)
     if checkpointing is None:
-        slots.train(gradient_checkpointing=True)
-    slots.train(gradient_checkpointing=bool(checkpointing))
+        slots.train(recompute=True)
+    slots.train(recompute=bool(checkpointing))
     entering: dict[str, bool] = {}
     for name in ("model.layers.0", "model.layers.1", "model.layers.1.mlp"):
         slots.model.get_submodule(name).register_forward_pre_hook(
