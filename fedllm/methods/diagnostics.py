@@ -12,7 +12,7 @@ from fedllm.lora.spectral import (
     energy_left,
     overlap,
 )
-from fedllm.methods.protocol import ModuleDiagnostics, RankDiagnostics
+from fedllm.storage.records import ModuleDiagnostics, RankQuality
 
 
 def diagnose(
@@ -38,18 +38,13 @@ def diagnose(
         left = energy_left(residual_energy=residual, s_R=s_R, rank=rank)
         share = min(1.0, left / energy) if energy else 0.0
         rows.append(
-            RankDiagnostics(
-                rank=rank,
-                energy_kept=1.0 - share,
-                truncation_error=math.sqrt(left),
-                relative_error=math.sqrt(share),
-            )
+            RankQuality(rank=rank, energy_kept=1.0 - share, truncation_error=math.sqrt(share))
         )
     alive_RI = alive_directions(decomposition.spectral)
     return ModuleDiagnostics(
-        spectrum=tuple(s_R.tolist()),
+        spectrum=s_R.tolist(),
         total_energy=energy,
-        ranks=tuple(rows),
+        ranks=rows,
         stacked_rank=stacked_rank,
         route=decomposition.route,
         residual_energy=residual,

@@ -14,47 +14,9 @@ from torch import Tensor
 
 from fedllm.aggregation.decomposition import Partial, Problem
 from fedllm.lora.factors import Block, Factors, ModuleShape
+from fedllm.storage.records import ModuleDiagnostics
 
 ModuleState: TypeAlias = Mapping[str, Tensor]  # part -> tensor: one module of the server's state
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankDiagnostics:
-    """What an adapter of `rank` keeps of the aggregated change of one module.
-
-    `energy_kept` is a share of the squared Frobenius norm; `truncation_error` is the Frobenius
-    norm of what is left out and `relative_error` the same over the norm of the change (0 where
-    there is no change).
-    """
-
-    rank: int
-    energy_kept: float
-    truncation_error: float
-    relative_error: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleDiagnostics:
-    """How one module was aggregated: leading singular values, energy, errors per rank.
-
-    `stacked_rank` is that of the problem; the certificate's fields are those of
-    `aggregation.decomposition.Certificate`. `beyond_smallest_rank` is the share of the energy
-    that the smallest of `ranks` misses, `effective_rank` and `overlap` (with the state before, in
-    the leading space of the smallest of `ranks`) are those of `lora.spectral`; `overlap` is None
-    where one of the two has a dead direction there, as all have before the first round.
-    """
-
-    spectrum: tuple[float, ...]
-    total_energy: float
-    ranks: tuple[RankDiagnostics, ...]
-    stacked_rank: int
-    route: str
-    residual_energy: float
-    relative_excess: float
-    failure_probability: float
-    effective_rank: float
-    beyond_smallest_rank: float
-    overlap: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

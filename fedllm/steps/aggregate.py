@@ -28,7 +28,6 @@ from fedllm.storage.records import (
     CollectionRecord,
     ModuleDiagnostics,
     PreparedRecord,
-    RankQuality,
     RunRecord,
 )
 from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
@@ -112,7 +111,7 @@ class _Output:
 
     def take(self, module: str, result: ModuleAggregate) -> None:
         self.write(module, result.state)
-        self.modules[module] = _recorded(result)
+        self.modules[module] = result.diagnostics
 
     def write(self, module: str, state: ModuleState) -> None:
         for part, tensor in state.items():
@@ -200,27 +199,3 @@ def _planned(method: Method, federation: Federation) -> dict[str, Planned]:
 def _shape(federation: Federation, module: str) -> ModuleShape:
     record = federation.prepared.modules[module]
     return ModuleShape(out=record.out_features, in_=record.in_features)
-
-
-def _recorded(result: ModuleAggregate) -> ModuleDiagnostics:
-    found = result.diagnostics
-    return ModuleDiagnostics(
-        route=found.route,
-        stacked_rank=found.stacked_rank,
-        total_energy=found.total_energy,
-        spectrum=list(found.spectrum),
-        residual_energy=found.residual_energy,
-        relative_excess=found.relative_excess,
-        failure_probability=found.failure_probability,
-        effective_rank=found.effective_rank,
-        beyond_smallest_rank=found.beyond_smallest_rank,
-        overlap=found.overlap,
-        ranks=[
-            RankQuality(
-                rank=quality.rank,
-                energy_kept=quality.energy_kept,
-                truncation_error=quality.relative_error,
-            )
-            for quality in found.ranks
-        ],
-    )

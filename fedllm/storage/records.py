@@ -488,7 +488,11 @@ class FoldRecord(Record):
 
 
 class RankQuality(Record):
-    """How well one rank holds a module's update."""
+    """What an adapter of `rank` keeps of the aggregated change of one module.
+
+    `energy_kept` is a share of the squared Frobenius norm; `truncation_error` is the Frobenius norm
+    of what is left out over that of the change (0 where there is no change).
+    """
 
     rank: int
     energy_kept: float
@@ -496,14 +500,15 @@ class RankQuality(Record):
 
 
 class ModuleDiagnostics(Record):
-    """Spectrum of one module's aggregated update, and how far it can be trusted.
+    """How one module was aggregated: leading singular values, energy, errors per rank.
 
-    `residual_energy` is what the recorded triplets leave out of `total_energy`, both squared
-    Frobenius norms. `relative_excess` is how much larger it is than the smallest that any
-    triplets of that number could leave, at most, with probability `1 - failure_probability`.
-    `beyond_smallest_rank` is the share of energy that the smallest rank of a client misses;
-    `overlap` the mean squared cosine between the leading right singular spaces (of the smallest
-    rank) of this round and the one before.
+    `stacked_rank` is that of the problem. `residual_energy` is what the spectrum leaves out of
+    `total_energy`, both squared Frobenius norms. `relative_excess` is how much larger it is, at
+    most, than the smallest that any triplets of that number could leave, with probability
+    `1 - failure_probability`. `effective_rank` and `overlap` are those of `lora.spectral`;
+    `overlap` compares with the state before in the leading space of the smallest of `ranks`, and
+    is None where one of the two has a dead direction there, as all have before the first round.
+    `beyond_smallest_rank` is the share of the energy that the smallest of `ranks` misses.
     """
 
     route: str
