@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from fedllm.reporting.reading import Records
 from fedllm.storage.paths import AttemptPaths, RoundPaths
+from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import (
     ClaimRecord,
     ErrorRecord,
@@ -74,7 +74,7 @@ class Work:
 
 
 def work_of(
-    records: Records, paths: RoundPaths, published: Collection[str], states: Mapping[str, str]
+    records: RecordCache, paths: RoundPaths, published: Collection[str], states: Mapping[str, str]
 ) -> Work:
     """Read how a round's attempts fare.
 
@@ -105,7 +105,7 @@ def work_of(
 
 
 def _attempt(
-    records: Records, paths: AttemptPaths, plan: SubmissionRecord, claimed: int
+    records: RecordCache, paths: AttemptPaths, plan: SubmissionRecord, claimed: int
 ) -> AttemptStatus:
     outcome = records.find(OutcomeRecord, paths.outcome)
     jobs = records.find(JobsRecord, paths.jobs)
@@ -155,7 +155,7 @@ def _held(
 
 
 def _tasks(
-    records: Records,
+    records: RecordCache,
     attempt: AttemptPaths,
     held: Mapping[str, int],
     claims: list[ClaimRecord],

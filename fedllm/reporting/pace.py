@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from fedllm.reporting.reading import Records, written_at
 from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import CollectionRecord, RoundRecord
 
 RECENT_ROUNDS = 5
@@ -62,7 +63,7 @@ class Estimate:
     how: str
 
 
-def pace_of_round(records: Records, paths: RoundPaths) -> Pace | None:
+def pace_of_round(records: RecordCache, paths: RoundPaths) -> Pace | None:
     """Return the speed of a round that has its state; None where that is not known any more."""
     collection = records.find(CollectionRecord, paths.collection)
     drawn, ended = written_at(paths.cohort), written_at(paths.aggregate_record)
@@ -90,7 +91,7 @@ def pace_of_round(records: Records, paths: RoundPaths) -> Pace | None:
     )
 
 
-def recent_paces(records: Records, paths: RunPaths, newest: int) -> list[Pace]:
+def recent_paces(records: RecordCache, paths: RunPaths, newest: int) -> list[Pace]:
     """Return the speeds of the last rounds up to `newest` that have their state, oldest first."""
     first = max(1, newest - RECENT_ROUNDS + 1)
     found = (pace_of_round(records, paths.round(n)) for n in range(first, newest + 1))
@@ -119,3 +120,14 @@ def estimate(
     each = elapsed * cohort / current.clients
     words = f"from {current.clients} of {cohort} clients in {elapsed:.0f} s of this first round"
     return Estimate(seconds=max(0.0, each - elapsed) + each * (rounds_left - 1), how=words)
+
+
+def written_at(path: Path) -> float | None:
+    """Return when a file was written, in seconds since the epoch by its file system's clock.
+
+    For people to read: no decision hangs on it.
+    """
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.reporting.attempts import AttemptStatus, TaskStatus, work_of
-from fedllm.reporting.pace import Estimate, Pace, estimate, pace_of, recent_paces
+from fedllm.reporting.pace import Estimate, Pace, estimate, pace_of, recent_paces, written_at
 from fedllm.reporting.published import Sent, SentUpdates
 from fedllm.reporting.queue import (
     RUNNING,
@@ -17,10 +17,10 @@ from fedllm.reporting.queue import (
     QueueStatus,
     queue_status,
 )
-from fedllm.reporting.reading import Records, written_at
 from fedllm.reporting.usage import Usage, round_usage
 from fedllm.storage.lease import HolderIsGone, highest, process_is_gone
 from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
+from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import (
     CohortRecord,
     CoordinatorJobRecord,
@@ -107,7 +107,7 @@ class StatusReader:
         self._ask = ask
         self._advice = advice
         self._now = now
-        self._records = Records()
+        self._records = RecordCache()
         self._config: tuple[float | None, Config] | None = None
         self._sent: dict[int, SentUpdates] = {}
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedllm.planning.sbatch_options import by_flag
-from fedllm.reporting.reading import Records
 from fedllm.storage.paths import RoundPaths
+from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import SubmissionRecord, TaskRecord
 
 Options = Mapping[str, str | int | float | bool | None]
@@ -36,7 +36,7 @@ class Usage:
         return self.busy_seconds / self.allocated_seconds if self.allocated_seconds else None
 
 
-def round_usage(paths: RoundPaths, records: Records | None = None) -> Usage:
+def round_usage(paths: RoundPaths, records: RecordCache | None = None) -> Usage:
     """Return what the tasks of a round's attempts used so far.
 
     A task that was killed counts to its last progress record, at most a minute earlier.
@@ -45,7 +45,7 @@ def round_usage(paths: RoundPaths, records: Records | None = None) -> Usage:
         paths: the round.
         records: what was read before, for who asks again and again.
     """
-    records = records or Records()
+    records = records or RecordCache()
     total = Usage()
     number = 1
     while plan := records.find(SubmissionRecord, (attempt := paths.attempt(number)).submission):

@@ -52,13 +52,13 @@ def prepare(run: Run) -> Federation | None:
         done=run.paths.prepared,
         round_number=0,
     )
-    prepared = run.find(PreparedRecord, run.paths.prepared)
+    prepared = run.seen.find(PreparedRecord, run.paths.prepared)
     if prepared is None:
         return None
     _require_same_content(run, prepared)
     for note in prepared.notes if is_new else ():
         run.say(f"prepare: {note}")
-    return run.federation(prepared)
+    return run.seen.federation(prepared)
 
 
 def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
@@ -102,7 +102,7 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
 def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
     """Draw the round's cohort, or return the one that was drawn."""
     paths = run.paths.round(number)
-    drawn = run.find(CohortRecord, paths.cohort)
+    drawn = run.seen.find(CohortRecord, paths.cohort)
     if drawn:
         return drawn
     before = AggregateRecord.read(run.paths.round(number - 1).aggregate_record)

@@ -11,7 +11,7 @@ from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
-from fedllm.rounds.work import Work, is_settling, work_of
+from fedllm.rounds.work import Work, work_of
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 
 LONGEST_WAIT_SECONDS = 300.0
@@ -50,7 +50,7 @@ def advance_while_possible(run: Run) -> Work | None:
         redo_damaged_state(run)
         while not advance(run):
             work = work_of(run)
-            if work.waits_for_room or (work.tasks and not is_settling(run)):
+            if work.waits_for_room or (work.tasks and not run.seen.is_settling):
                 return work
             run.scheduler.wait(run.config.scheduler.poll_seconds)
         return None

@@ -118,7 +118,7 @@ def _was_of_use(run: Run, paths: RoundPaths, job: JobPaths) -> bool:
 
 
 def _blocks(run: Run, job: JobPaths) -> list[int]:
-    command = run.read(SubmissionRecord, job.submission).command
+    command = run.seen.read(SubmissionRecord, job.submission).command
     return [int(block) for block in command[command.index(_OPTION) + 1].split(",")]
 
 

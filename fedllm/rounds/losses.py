@@ -76,7 +76,7 @@ def end_idle_workers(run: Run, attempt: AttemptPaths) -> None:
         return
     holders = run.watch.holders.get(attempt.root)
     if holders is None:
-        plan = run.read(SubmissionRecord, attempt.submission)
+        plan = run.seen.read(SubmissionRecord, attempt.submission)
         if has_unclaimed(run, attempt, {bundle.worker_class for bundle in plan.bundles}):
             return
         # every bundle has its claim now: they are read once
@@ -98,7 +98,7 @@ def idle_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[s
 
 def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
     """Record once how an attempt ended, and whether its unfinished clients came further."""
-    known = run.find(OutcomeRecord, attempt.outcome)
+    known = run.seen.find(OutcomeRecord, attempt.outcome)
     if known:
         return known
     paths = attempt.round
@@ -149,7 +149,7 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     before: set[str] = set()
     if paths.number > 1:
         for last in attempts_of(paths.before.attempt)[-1:]:
-            before = set(run.read(SubmissionRecord, last.submission).excluded_nodes)
+            before = set(run.seen.read(SubmissionRecord, last.submission).excluded_nodes)
     failures: Counter[str] = Counter()
     ran: set[str] = set()
     for number in range(1, attempts + 1):
@@ -193,7 +193,7 @@ def memory_factor(run: Run, paths: RoundPaths, attempts: int, worker_class: str)
     if not number:
         return 1.0
     attempt = last.attempt(number)
-    plan = run.find(SubmissionRecord, attempt.submission)
+    plan = run.seen.find(SubmissionRecord, attempt.submission)
     workers = plan.workers.get(worker_class) if plan else None
     factor = workers.memory_factor if workers else 1.0
     ran_out = attempt.outcome.exists() and _ran_out_of_memory(run, attempt, worker_class)
@@ -220,12 +220,12 @@ def with_memory(
 
 def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bool:
     endings = close_attempt(run, attempt).endings
-    plan = run.read(SubmissionRecord, attempt.submission)
-    jobs = run.find(JobsRecord, attempt.jobs)
+    plan = run.seen.read(SubmissionRecord, attempt.submission)
+    jobs = run.seen.find(JobsRecord, attempt.jobs)
     mine = [a for a in plan.arrays if a.worker_class == worker_class]
     tasks = {task for array in mine if jobs for task in jobs.ids.get(array.name, [])}
     for task in plan.adopted:
-        record = run.find(TaskRecord, attempt.task(task))
+        record = run.seen.find(TaskRecord, attempt.task(task))
         if record and record.worker_class == worker_class:
             tasks.add(task)
     if any(endings[task].state == _OUT_OF_MEMORY for task in tasks if task in endings):

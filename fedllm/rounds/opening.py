@@ -18,6 +18,7 @@ from fedllm.config.loading import (
 from fedllm.config.models import Config
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.rounds.run import Run
+from fedllm.rounds.seen import Seen
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.paths import RunPaths, aside
@@ -59,7 +60,15 @@ def open_run(
     except BaseException:
         lease.release()
         raise
-    return Run(paths=paths, config=config, record=record, lease=lease, scheduler=scheduler, say=say)
+    return Run(
+        paths=paths,
+        config=config,
+        record=record,
+        lease=lease,
+        scheduler=scheduler,
+        say=say,
+        seen=Seen(paths, config, record),
+    )
 
 
 def close_run(run: Run) -> None:

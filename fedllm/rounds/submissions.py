@@ -42,8 +42,8 @@ def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
     arrays are looked up by name, and submitted where there are none. Should both exist in the
     end, the second finds nothing to do.
     """
-    plan = run.read(SubmissionRecord, paths.submission)
-    jobs = run.find(JobsRecord, paths.jobs)
+    plan = run.seen.read(SubmissionRecord, paths.submission)
+    jobs = run.seen.find(JobsRecord, paths.jobs)
     unsent = {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
     if not unsent and jobs:
         return True
@@ -56,8 +56,8 @@ def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
 
 def find_unrecorded(run: Run, paths: JobPaths) -> None:
     """Record the ids of arrays whose coordinator died before it could; submit nothing."""
-    plan = run.read(SubmissionRecord, paths.submission)
-    jobs = run.find(JobsRecord, paths.jobs)
+    plan = run.seen.read(SubmissionRecord, paths.submission)
+    jobs = run.seen.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
     unsent = {array.name for array in plan.arrays} - ids.keys() - run.watch.no_room
     found = {name: tasks for name in sorted(unsent) if (tasks := run.scheduler.find(name))}
@@ -73,7 +73,7 @@ def active_tasks(run: Run, ids: list[str]) -> list[str]:
 
 def known_tasks(run: Run, paths: JobPaths) -> list[str]:
     """Return the ids of all tasks of a submission."""
-    return _tasks(run.find(JobsRecord, paths.jobs))
+    return _tasks(run.seen.find(JobsRecord, paths.jobs))
 
 
 def task_ids(paths: JobPaths) -> list[str]:
@@ -86,7 +86,7 @@ def _tasks(jobs: JobsRecord | None) -> list[str]:
 
 
 def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool) -> bool:
-    jobs = run.find(JobsRecord, paths.jobs)
+    jobs = run.seen.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
     room = True
     try:
@@ -115,7 +115,7 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
 
 def _sent_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[str]:
     """Return the tasks of an array, submitted now unless it is found or may exist unseen."""
-    doubt = run.find(DoubtRecord, paths.doubt)
+    doubt = run.seen.find(DoubtRecord, paths.doubt)
     in_doubt = doubt is not None and doubt.name == job.name
     found = run.scheduler.find(job.name) if search or in_doubt else None
     if found is not None:
@@ -204,7 +204,7 @@ def single_job(
     number = len(attempts_of(folder))
     if number:
         paths = folder(number)
-        if is_active(run, paths, logs) or not run.settled(paths.root) or done.exists():
+        if is_active(run, paths, logs) or not run.seen.settled(paths.root) or done.exists():
             return
         outcome = settle(run, paths)
         if is_mine(run, paths):
@@ -255,7 +255,7 @@ def submit_single(
 
 def is_mine(run: Run, paths: JobPaths) -> bool:
     """Say whether a plan was made since a person started this coordinator or those before it."""
-    return run.read(SubmissionRecord, paths.submission).lease >= run.lease.since
+    return run.seen.read(SubmissionRecord, paths.submission).lease >= run.lease.since
 
 
 def _is_last(run: Run, folder: Callable[[int], JobPaths], number: int) -> bool:
@@ -272,10 +272,10 @@ def settle(
     progressed: bool = False,
 ) -> OutcomeRecord:
     """Record once how the tasks of a submission ended: Slurm forgets it within minutes."""
-    known = run.find(OutcomeRecord, paths.outcome)
+    known = run.seen.find(OutcomeRecord, paths.outcome)
     if known:
         return known
-    plan = run.find(SubmissionRecord, paths.submission)
+    plan = run.seen.find(SubmissionRecord, paths.submission)
     adopted = plan.adopted if plan else []
     endings = run.scheduler.endings([*known_tasks(run, paths), *adopted])
     outcome = OutcomeRecord(
@@ -310,7 +310,7 @@ def job_error(run: Run, paths: JobPaths, logs: Path, outcome: OutcomeRecord) -> 
     if told:
         return error_of(told)
     ended = "; ".join(f"{id_}: {ending}" for id_, ending in outcome.endings.items())
-    kind = run.read(SubmissionRecord, paths.submission).kind
+    kind = run.seen.read(SubmissionRecord, paths.submission).kind
     blind = unseen(run.paths.root, kind, outcome.endings, logs)
     if blind:
         # no job of a run that begins so would fare better; later it may be one node's mount

@@ -43,7 +43,7 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     fold_ahead(run, cohort, scan)
     if number:
         attempt = paths.attempt(number)
-        if _goes_on(run, attempt, cohort) or not run.settled(attempt.root):
+        if _goes_on(run, attempt, cohort) or not run.seen.settled(attempt.root):
             run.watch.training_seconds = run.watch.training_seconds_of(attempt.root)
             return None
         # what was published while the tasks were found gone
@@ -93,7 +93,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
         needed = run.config.aggregation.outliers != "keep"
         return problem or (norm_problem(update) if needed else None)
 
-    scanner = run.scanner(cohort, problem)
+    scanner = run.seen.scanner(cohort, problem)
     scan = scanner.scan()
     moved = [name for name, why in scan.damaged.items() if _set_aside(run, cohort, name, why)]
     for name in moved:
@@ -103,7 +103,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
 
 def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
     path = run.paths.round(cohort.round).updates / name
-    if not run.settled(path):
+    if not run.seen.settled(path):
         return False
     run.lease.check()
     path.rename(aside(path, "damaged"))

@@ -20,7 +20,7 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     """
     if not all_sent(run, attempt, logs):
         return False
-    plan = run.read(SubmissionRecord, attempt.submission)
+    plan = run.seen.read(SubmissionRecord, attempt.submission)
     if not any(_left(plan).values()):
         return True
     # each look may cost a question to the scheduler
@@ -33,7 +33,7 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
         more = plan.model_copy(update={"arrays": [*plan.arrays, *arrays]})
         submit(run, attempt, more, logs)
         run.say(f"{plan.token}: {sum(a.tasks for a in arrays)} more workers")
-    return not any(_left(run.read(SubmissionRecord, attempt.submission)).values())
+    return not any(_left(run.seen.read(SubmissionRecord, attempt.submission)).values())
 
 
 def next_wave(
@@ -106,7 +106,7 @@ def _left(plan: SubmissionRecord) -> dict[str, int]:
 
 def _alive(run: Run, attempt: AttemptPaths) -> dict[str, int]:
     """Return array -> tasks that did not end."""
-    jobs = run.find(JobsRecord, attempt.jobs)
+    jobs = run.seen.find(JobsRecord, attempt.jobs)
     alive = set(active_tasks(run, known_tasks(run, attempt)))
     return {name: len(alive.intersection(ids)) for name, ids in jobs.ids.items()} if jobs else {}
 
@@ -116,7 +116,7 @@ def has_unclaimed(run: Run, attempt: AttemptPaths, classes: Iterable[str]) -> bo
 
     A claim stays: each is looked for until it is there, and not again.
     """
-    plan = run.read(SubmissionRecord, attempt.submission)
+    plan = run.seen.read(SubmissionRecord, attempt.submission)
     for name in classes:
         unseen = run.watch.unclaimed.get((attempt.root, name))
         if unseen is None:

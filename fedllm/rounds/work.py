@@ -1,7 +1,6 @@
 """What of a run is at work now, so that whoever need not watch knows what to wait for."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -36,12 +35,6 @@ class Work:
 def work_of(run: Run) -> Work:
     """Return what is at work; evaluations where nothing else is, as no other step needs them."""
     return _work(run, _unfinished(run)) or _work(run, _unevaluated(run)) or Work(tasks=())
-
-
-def is_settling(run: Run) -> bool:
-    """Say whether something may be on its way that the next step waits for."""
-    now = time.monotonic()
-    return any(now - since < run.visibility_seconds for since in run.first_seen.values())
 
 
 def is_done(paths: RunPaths, config: Config) -> bool:
@@ -97,8 +90,8 @@ def _last(folder: Callable[[int], JobPaths]) -> Iterator[JobPaths]:
 
 def lacks_workers(run: Run, paths: JobPaths) -> bool:
     """Say whether a submission wants more tasks than were submitted."""
-    plan = run.read(SubmissionRecord, paths.submission)
-    jobs = run.find(JobsRecord, paths.jobs)
+    plan = run.seen.read(SubmissionRecord, paths.submission)
+    jobs = run.seen.find(JobsRecord, paths.jobs)
     wanted = sum(workers.tasks for workers in plan.workers.values())
     unsent = {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
     return bool(unsent) or wanted > sum(array.tasks for array in plan.arrays)
@@ -107,7 +100,7 @@ def lacks_workers(run: Run, paths: JobPaths) -> bool:
 def _look_again_minutes(run: Run, paths: RoundPaths, *, is_short: bool) -> int | None:
     """Return when a round that trains may have more to do before its arrays end."""
     found: list[int] = []
-    is_cut_short = run.read(CohortRecord, paths.cohort).enough is not None
+    is_cut_short = run.seen.read(CohortRecord, paths.cohort).enough is not None
     if is_short or is_cut_short or run.config.aggregation.fold_ahead:
         found.append(_LOOK_AGAIN_MINUTES)
     deadline_minutes = run.config.clients.deadline_minutes

@@ -1,4 +1,4 @@
-"""Records for someone who looks again and again: what did not change is not read again."""
+"""Records that are read again and again: what did not change is not read again."""
 
 import contextlib
 from collections.abc import Iterable
@@ -12,27 +12,33 @@ from fedllm.storage.records import Record
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class Records:
+class RecordCache:
     """Records as they were read last, by path."""
 
     def __init__(self) -> None:
         self._held: dict[Path, tuple[Version, Record]] = {}
 
-    def find(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-        """Return a record, read anew only where its file changed; None where there is none.
+    def read(self, kind: type[AnyRecord], path: Path) -> AnyRecord:
+        """Read a record, anew only where its file changed: some hold thousands of clients.
 
         Raises:
+            FileNotFoundError: there is none.
             RunDirectoryError: it is not a record of this kind.
         """
+        version = version_of(path)
+        held = self._held.get(path)
+        if held is None or held[0] != version:
+            held = self._held[path] = (version, kind.read(path))
+        record = held[1]
+        assert isinstance(record, kind)
+        return record
+
+    def find(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+        """Read a record as `read` does, or return None where its step is not complete."""
         try:
-            version = version_of(path)
-            held = self._held.get(path)
-            if held is None or held[0] != version:
-                held = self._held[path] = (version, kind.read(path))
+            return self.read(kind, path)
         except FileNotFoundError:
             return None
-        assert isinstance(held[1], kind)
-        return held[1]
 
     def all(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
         """Return those of many records that can be read: the figures of one are not the truth."""
@@ -44,13 +50,6 @@ class Records:
                     found.append(record)
         return found
 
-
-def written_at(path: Path) -> float | None:
-    """Return when a file was written, in seconds since the epoch by its file system's clock.
-
-    For people to read: no decision hangs on it.
-    """
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None
+    def clear(self) -> None:
+        """Forget all records."""
+        self._held.clear()
