@@ -27,6 +27,7 @@ from fedllm.cli.options import (
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError
+from fedllm.planning.backoff import Backoff
 from fedllm.reporting.summary import run_summary
 from fedllm.rounds.cancelling import cancel_jobs
 from fedllm.scheduling.slurm_coordinator import (
@@ -182,7 +183,7 @@ def _end_holder(paths: RunPaths) -> Iterator[str]:
 
 def _await_end(is_gone: Callable[[], bool | None]) -> None:
     """Wait for a coordinator that was told to stop: until then it may submit more."""
-    seconds = 0.1
-    while not is_gone() and seconds < _LONGEST_PAUSE_SECONDS:
-        time.sleep(seconds)
-        seconds *= 2
+    pause = Backoff(0.1, max_seconds=_LONGEST_PAUSE_SECONDS)
+    while not is_gone() and pause.seconds < _LONGEST_PAUSE_SECONDS:
+        time.sleep(pause.seconds)
+        pause.fail()

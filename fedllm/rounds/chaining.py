@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, RunFailed, UserError
+from fedllm.planning.backoff import Backoff
 from fedllm.rounds.coordinate import (
     LONGEST_WAIT_SECONDS,
     Stopped,
@@ -102,14 +103,14 @@ class Chain:
 
     def patiently(self, ask: Callable[[], Answer]) -> Answer:
         """Ask Slurm until it answers and has room, ever more rarely."""
-        pause_seconds = self.config.scheduler.poll_seconds
+        pause = self._backoff()
         while True:
             try:
                 return ask()
             except (SchedulerUnreachable, SchedulerFull) as error:
-                self.say(f"{error}; asking again in {pause_seconds:.0f} s")
-                self.wait(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, LONGEST_WAIT_SECONDS)
+                self.say(f"{error}; asking again in {pause.seconds:.0f} s")
+                self.wait(pause.seconds)
+                pause.fail()
 
     def _others(self) -> list[str]:
         """Return the links that wait, once none runs beside this one."""
@@ -131,8 +132,13 @@ class Chain:
                 f"fedllm submit {self.paths.root}"
             )
         if lost > 1:
-            self.wait(min(self.config.scheduler.poll_seconds * 2**lost, LONGEST_WAIT_SECONDS))
+            pause = self._backoff()
+            pause.failures = lost
+            self.wait(pause.seconds)
         return lost
+
+    def _backoff(self) -> Backoff:
+        return Backoff(self.config.scheduler.poll_seconds, max_seconds=LONGEST_WAIT_SECONDS)
 
 
 def take_link(chain: Chain, open_run: Callable[[], Run]) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from fedllm.errors import Incomplete
+from fedllm.planning.backoff import Backoff
 from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
 from fedllm.rounds.opening import close_run
@@ -59,18 +60,18 @@ def advance_while_possible(run: Run) -> Work | None:
 
 
 def _advance_to_the_end(run: Run) -> None:
-    pause_seconds = run.config.scheduler.poll_seconds
+    pause = Backoff(run.config.scheduler.poll_seconds, max_seconds=LONGEST_WAIT_SECONDS)
     trouble: str | None = None
     while True:
         try:
             if advance(run):
                 return
         except (SchedulerUnreachable, SchedulerFull) as error:
-            run.say(f"{error}; asking again in {pause_seconds:.0f} s")
-            run.scheduler.wait(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, LONGEST_WAIT_SECONDS)
+            run.say(f"{error}; asking again in {pause.seconds:.0f} s")
+            run.scheduler.wait(pause.seconds)
+            pause.fail()
             continue
-        pause_seconds = run.config.scheduler.poll_seconds
+        pause.succeed()
         trouble = _told(run, trouble)
         run.scheduler.wait(_pause_seconds(run))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable
 from fedllm.scheduling.slurm_answers import fields
 from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
@@ -9,7 +10,7 @@ from fedllm.scheduling.slurm_ids import tasks_of
 from fedllm.scheduling.slurm_states import has_ended
 
 _ACCOUNTING_WINDOW = "now-7days"
-_MOST_BACKOFF = 8
+_LONGEST_PAUSE = 8  # in questions
 
 
 class Endings:
@@ -21,12 +22,11 @@ class Endings:
     """
 
     def __init__(self, *, query_seconds: float, commands: Commands) -> None:
-        self._query_seconds = query_seconds
+        self._pause = Backoff(query_seconds, max_seconds=_LONGEST_PAUSE * query_seconds)
         self._commands = commands
         self._known: dict[str, Ending] = {}
         self._asked_in_vain: set[str] = set()
         self._next_query = float("-inf")
-        self._failures = 0
         self._has_accounting = True
 
     def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
@@ -38,7 +38,7 @@ class Endings:
         unknown = {task for task in ids if task not in self._known}
         is_due = self._commands.monotonic() >= self._next_query
         has_news = not unknown <= self._asked_in_vain
-        if unknown and (is_due or (has_news and not self._failures)):
+        if unknown and (is_due or (has_news and not self._pause.failures)):
             self._ask(unknown)
         found = {task: self._known[task] for task in ids if task in self._known}
         return {task: ending for task, ending in found.items() if ending.state != "COMPLETED"}
@@ -65,20 +65,19 @@ class Endings:
                 self._known |= ask(",".join(arrays))
                 unknown = unknown - self._known.keys()
         self._asked_in_vain = unknown
-        pause = self._query_seconds * min(2**self._failures, _MOST_BACKOFF)
-        self._next_query = self._commands.monotonic() + pause
+        self._next_query = self._commands.monotonic() + self._pause.seconds
 
     def _in_queue(self, arrays: str) -> dict[str, Ending]:
         asked = "UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|"
         try:
             said = squeue("-t", "all", f"--jobs={arrays}", "-O", asked, commands=self._commands)
         except SchedulerUnreachable:
-            self._failures += 1
+            self._pause.fail()
             return {}
         except CommandRefused:
             # it forgot them
             return {}
-        self._failures = 0
+        self._pause.succeed()
         endings = {}
         for _, task, state, status, node in fields(said, 5):
             if has_ended(state) and status.isdecimal():

@@ -5,6 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm_answers import MARK, fields, marked
 from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
@@ -13,7 +14,7 @@ from fedllm.scheduling.slurm_ids import expressions, named, whole_arrays
 from fedllm.scheduling.slurm_limits import Place
 from fedllm.scheduling.slurm_states import state_in_queue
 
-_MOST_BACKOFF = 8
+_LONGEST_PAUSE = 8  # in questions
 
 
 class Queue:
@@ -26,9 +27,8 @@ class Queue:
 
     def __init__(self, *, query_seconds: float, commands: Commands) -> None:
         self._commands = commands
-        self._query_seconds = query_seconds
+        self._pause = Backoff(query_seconds, max_seconds=_LONGEST_PAUSE * query_seconds)
         self._next_query = float("-inf")
-        self._failures = 0
         self._listed: dict[str, TaskState] | None = None
         self._submitted_since: set[str] = set()
         self._waiting_for: dict[str, str] = {}
@@ -82,16 +82,16 @@ class Queue:
         try:
             said = squeue("-o", f"{MARK}%i|%T|%a|%q|%P|%r", commands=self._commands)
         except (SchedulerUnreachable, CommandRefused) as error:
-            self._failures += 1
+            self._pause.fail()
             self._listed = None
             self._trouble = (
-                f"Slurm does not answer ({error}); asking again in {self._pause_seconds():.0f} s"
+                f"Slurm does not answer ({error}); asking again in {self._pause.seconds:.0f} s"
             )
         else:
-            self._failures = 0
+            self._pause.succeed()
             self._trouble = None
             self._hear(marked(said))
-        self._next_query = self._commands.monotonic() + self._pause_seconds()
+        self._next_query = self._commands.monotonic() + self._pause.seconds
 
     def _hear(self, lines: Sequence[str]) -> None:
         self._submitted_since.clear()
@@ -111,9 +111,6 @@ class Queue:
             self._places[Place(account=account, qos=qos, partition=partition)] += len(tasks)
             if known is TaskState.WAITING:
                 self._waiting_for |= dict.fromkeys(tasks, reason)
-
-    def _pause_seconds(self) -> float:
-        return self._query_seconds * float(min(2**self._failures, _MOST_BACKOFF))
 
     def find(self, name: str) -> list[str] | None:
         """Return the tasks of the arrays named `name`, or None if Slurm knows of none.
