@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from fedllm.storage.checked import LENGTH_BYTES, METADATA, RECORDS
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import Record
-from fedllm.storage.updates import update_files
+from fedllm.storage.update_reader import UpdateReader
+from fedllm.storage.updates import Origin
 
 _METADATA_COMES_FIRST = f'{{"{METADATA}":'
 
@@ -20,6 +21,7 @@ class Sent(Record):
 
     run_id: str
     round: int
+    base_fingerprint: str
     client: str
     status: Literal["ok", "failed"] = "ok"
     reason: str = ""
@@ -36,28 +38,15 @@ _SENT = TypeAdapter(list[Sent])
 class SentUpdates:
     """Published updates of one round; a file that was read once is not read again."""
 
-    def __init__(self, paths: RoundPaths, run_id: str) -> None:
-        self._paths = paths
-        self._run_id = run_id
-        self._known: dict[str, list[Sent]] = {}
+    def __init__(self, paths: RoundPaths, origin: Origin) -> None:
+        self._reader = UpdateReader(paths, origin, read_sent)
 
     def read(self) -> Mapping[str, Sent]:
-        """Return the first update of every client; unreadable and foreign files are passed over."""
+        """Return the first update of every client."""
         found: dict[str, Sent] = {}
-        for name in update_files(self._paths):
-            for sent in self._read(name):
-                if (sent.run_id, sent.round) == (self._run_id, self._paths.number):
-                    found.setdefault(sent.client, sent)
+        for sent in self._reader.look():
+            found.setdefault(sent.client, sent)
         return found
-
-    def _read(self, name: str) -> list[Sent]:
-        if name not in self._known:
-            try:
-                self._known[name] = read_sent(self._paths.updates / name)
-            except (OSError, ValueError):
-                # on its way, or damaged: the coordinator sets it aside
-                return []
-        return self._known[name]
 
 
 def read_sent(path: Path) -> list[Sent]:

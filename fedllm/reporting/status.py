@@ -29,6 +29,7 @@ from fedllm.storage.records import (
     RoundRecord,
     RunRecord,
 )
+from fedllm.storage.updates import Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,7 @@ class StatusReader:
         if cohort is None:
             return RoundStatus(round=paths.number, step="cohort" if paths.number else "state")
         if paths.number not in self._sent:
-            self._sent = {paths.number: SentUpdates(paths, run.run_id)}
+            self._sent = {paths.number: SentUpdates(paths, Origin.of(run.run_id, cohort))}
         sent = self._sent[paths.number].read()
         work = work_of(self._records, paths, sent, answers.states)
         step = _step(paths)

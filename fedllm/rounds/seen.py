@@ -12,7 +12,7 @@ from fedllm.planning.federation import Federation, plan_federation
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.record_cache import AnyRecord, RecordCache
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord
-from fedllm.storage.updates import Published, UpdateScanner
+from fedllm.storage.updates import Origin, Published, UpdateScanner
 
 
 class Seen:
@@ -63,8 +63,7 @@ class Seen:
             self._records.clear()
             scanner = UpdateScanner(
                 round=self._paths.round(cohort.round),
-                run_id=self._record.run_id,
-                base_fingerprint=cohort.base_fingerprint,
+                origin=Origin.of(self._record.run_id, cohort),
                 problem=problem,
             )
             self._scanner = (cohort.round, scanner)

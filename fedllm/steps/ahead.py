@@ -41,7 +41,7 @@ from fedllm.storage.records import (
 )
 from fedllm.storage.tensors import CheckedFile, Planned, writing_checked
 from fedllm.storage.trials import installed
-from fedllm.storage.updates import UpdateScanner
+from fedllm.storage.updates import Origin, UpdateScanner
 from fedllm.training.environment import processor
 
 
@@ -104,9 +104,7 @@ def fold_blocks(folding: Folding, blocks: Sequence[int], run_id: str) -> list[in
     Raises:
         AdapterError: a block could not be folded; the others were.
     """
-    scanner = UpdateScanner(
-        round=folding.paths, run_id=run_id, base_fingerprint=folding.cohort.base_fingerprint
-    )
+    scanner = UpdateScanner(round=folding.paths, origin=Origin.of(run_id, folding.cohort))
     published = scanner.scan().published
     failed: AdapterError | None = None
     done: list[int] = []

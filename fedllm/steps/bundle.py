@@ -12,10 +12,11 @@ from fedllm.steps.claims import Claimed
 from fedllm.steps.client import ClientRound, Save
 from fedllm.steps.log import say
 from fedllm.steps.progress import Progress
-from fedllm.steps.publishing import PublishedClients, Publisher
+from fedllm.steps.publishing import Publisher, published_clients
 from fedllm.steps.task import Task
 from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import BundleRecord, UpdateRecord
+from fedllm.storage.update_reader import UpdateReader
 
 
 class StopRequested(Exception):
@@ -31,7 +32,7 @@ class BundleTraining:
     round: ClientRound
     progress: Progress
     publisher: Publisher
-    published: PublishedClients
+    published: UpdateReader[UpdateRecord]
     _saved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -54,7 +55,7 @@ class BundleTraining:
             round=opened,
             progress=progress,
             publisher=Publisher(opened, attempt.number),
-            published=PublishedClients(opened),
+            published=published_clients(opened),
         )
 
     def train(self, claimed: Claimed) -> bool:
@@ -144,7 +145,7 @@ class BundleTraining:
         """
         if self.attempt.number == 1 and not claimed.begun_before:
             return set()
-        return self.published.look()
+        return {record.client for record in self.published.look()}
 
 
 def is_over(attempt: AttemptPaths) -> bool:

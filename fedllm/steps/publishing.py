@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fedllm.lora.factors import Adapter
 from fedllm.steps.client import ClientRound, Trained
-from fedllm.storage.checked import DamagedUpdateError
+from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import publish_update
-from fedllm.storage.updates import read_records, update_files
+from fedllm.storage.update_reader import UpdateReader
+from fedllm.storage.updates import Origin, read_records
 
 _MOST_HELD_BYTES = 128 << 20
 
@@ -82,33 +83,9 @@ class Publisher:
             self._round.discard_checkpoint(client)
 
 
-class PublishedClients:
-    """The clients of a round that need no training, by the headers of its updates.
-
-    A header is read once. A file that cannot be read is for the coordinator to judge.
-    """
-
-    def __init__(self, opened: ClientRound) -> None:
-        self._round = opened
-        self._seen: set[str] = set()
-        self._clients: set[str] = set()
-
-    def look(self) -> set[str]:
-        """Return who is published by now."""
-        paths = self._round.paths
-        for name in update_files(paths):
-            if name not in self._seen:
-                self._seen.add(name)
-                self._clients |= self._read(paths.updates / name)
-        return self._clients
-
-    def _read(self, path: Path) -> set[str]:
-        ours = (self._round.run_id, self._round.cohort.round, self._round.cohort.base_fingerprint)
-        try:
-            records = read_records(path)
-        except (DamagedUpdateError, OSError):
-            return set()
-        return {r.client for r in records if (r.run_id, r.round, r.base_fingerprint) == ours}
+def published_clients(opened: ClientRound) -> UpdateReader[UpdateRecord]:
+    """Return the reader of a round's published clients, who need no training."""
+    return UpdateReader(opened.paths, Origin.of(opened.run_id, opened.cohort), read_records)
 
 
 def write_clients(path: Path, clients: Sequence[Trained]) -> None:

@@ -11,7 +11,7 @@ from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.storage.paths import AttemptPaths, encode_client
 from fedllm.storage.records import SubmissionRecord, UpdateRecord
-from fedllm.storage.updates import UpdateScanner
+from fedllm.storage.updates import Origin, UpdateScanner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,7 @@ def replay(
     write_clients(file, [trained])
     scanner = UpdateScanner(
         round=opened.paths,
-        run_id=opened.run_id,
-        base_fingerprint=opened.cohort.base_fingerprint,
+        origin=Origin.of(opened.run_id, opened.cohort),
     )
     published = scanner.scan().published.get(client)
     return Replay(

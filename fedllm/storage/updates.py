@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,7 +18,7 @@ from fedllm.storage.checked import (
     read_whole,
 )
 from fedllm.storage.paths import RoundPaths, encode_client
-from fedllm.storage.records import UpdateRecord
+from fedllm.storage.records import CohortRecord, UpdateRecord
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # the coarsest time of change that file systems give folders: a file may come within it unseen
@@ -55,6 +55,47 @@ class Scan:
     def valid(self) -> int:
         """How many clients have an update that the aggregation can use."""
         return len(self.published) - self.failed
+
+
+class SentBy(Protocol):
+    """What an update says of where it comes from."""
+
+    @property
+    def run_id(self) -> str:
+        """The run."""
+
+    @property
+    def round(self) -> int:
+        """The round."""
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The base model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The run, round and base model that a round's updates are of; all others are foreign."""
+
+    run_id: str
+    round: int
+    base_fingerprint: str
+
+    @classmethod
+    def of(cls, run_id: str, cohort: CohortRecord) -> "Origin":
+        """Return what the updates of a cohort are of."""
+        return cls(run_id=run_id, round=cohort.round, base_fingerprint=cohort.base_fingerprint)
+
+    def problem(self, sent: SentBy) -> str | None:
+        """Say what makes an update foreign, or None."""
+        for what, is_, need in (
+            ("run", sent.run_id, self.run_id),
+            ("round", sent.round, self.round),
+            ("base model", sent.base_fingerprint, self.base_fingerprint),
+        ):
+            if is_ != need:
+                return f"it is of {what} {is_}, need {need}"
+        return None
 
 
 def tensor_name(client: str, module: str, factor: str) -> str:
@@ -181,14 +222,12 @@ class UpdateScanner:
 
     Args:
         round: the round.
-        run_id: updates of other runs are refused,
-        base_fingerprint: as are those of another base model,
+        origin: foreign updates are refused,
         problem: and those of which this says what is wrong.
     """
 
     round: RoundPaths
-    run_id: str
-    base_fingerprint: str
+    origin: Origin
     problem: Callable[[Published], str | None] = lambda _update: None
     _known: dict[str, list[Published]] = field(default_factory=dict)
     _unread: set[str] = field(default_factory=set)
@@ -282,7 +321,7 @@ class UpdateScanner:
     def _read(self, name: str) -> list[Published]:
         found = read_update(self.round.updates / name)
         for update in found:
-            if problem := self._foreign_problem(update.record) or self.problem(update):
+            if problem := self.origin.problem(update.record) or self.problem(update):
                 raise DamagedUpdateError(f"client {update.record.client}: {problem}")
         return [replace(self._small(update), file=name) for update in found]
 
@@ -290,14 +329,6 @@ class UpdateScanner:
         shapes = self._shapes.setdefault(frozenset(update.shapes.items()), update.shapes)
         record = update.record.model_copy(update={"scales": {}, "norms": {}})
         return replace(update, record=record, shapes=shapes)
-
-    def _foreign_problem(self, record: UpdateRecord) -> str | None:
-        wanted = (self.run_id, self.round.number, self.base_fingerprint)
-        found = (record.run_id, record.round, record.base_fingerprint)
-        for what, is_, need in zip(("run", "round", "base model"), found, wanted, strict=True):
-            if is_ != need:
-                return f"it is of {what} {is_}, need {need}"
-        return None
 
 
 def update_files(paths: RoundPaths) -> list[str]:

@@ -36,7 +36,7 @@ from fedllm.storage.records import (
     UpdateRecord,
 )
 from fedllm.storage.tensors import publish_update
-from fedllm.storage.updates import UpdateScanner
+from fedllm.storage.updates import Origin, UpdateScanner
 
 MODULES = {
     "layer.q_proj": ModuleRecord(out_features=12, in_features=10, kind="attention"),
@@ -145,7 +145,7 @@ class Simulation:
             claim = ClaimRecord(bundle=bundle.number, task=task, node="here")
             if not claim.publish_once(attempt.claim(bundle.number)):
                 continue
-            scanner = UpdateScanner(round=paths, run_id=run.run_id, base_fingerprint="base")
+            scanner = UpdateScanner(round=paths, origin=Origin.of(run.run_id, cohort))
             todo = [c for c in bundle.clients if c not in scanner.scan().published]
             results = [self.train(run, cohort, c, tiers[c], attempt, bundle.number) for c in todo]
             if results:

@@ -28,6 +28,7 @@ from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import TensorFile, UpdateFile, publish_update
 from fedllm.storage.updates import (
+    Origin,
     Published,
     UpdateScanner,
     check_update,
@@ -47,7 +48,8 @@ def paths(tmp_path: Path) -> RoundPaths:
 
 
 def scanner(paths: RoundPaths) -> UpdateScanner:
-    return UpdateScanner(round=paths, run_id="run", base_fingerprint="base")
+    origin = Origin(run_id="run", round=paths.number, base_fingerprint="base")
+    return UpdateScanner(round=paths, origin=origin)
 
 
 def test_an_update_is_read_as_it_was_published(paths: RoundPaths) -> None:
