@@ -21,6 +21,7 @@ from fedllm.rounds.submissions import (
 )
 from fedllm.rounds.work import lacks_workers
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of
 from fedllm.storage.records import CohortRecord, ErrorRecord, OutcomeRecord, SubmissionRecord
 from fedllm.storage.updates import Scan
@@ -64,7 +65,7 @@ def end_folding(run: Run, number: int) -> None:
         states = run.scheduler.states(ids) if ids else {}
         # a process of a local run stays, with all that it has loaded
         ends = set(TaskState) - {TaskState.GONE}
-        if run.config.scheduler.kind != "slurm":
+        if not traits_of(run.config).tasks_start_anew:
             ends = {TaskState.WAITING}
         if left := [task for task, state in states.items() if state in ends]:
             # first why: should the round train once more, the job did not fail
@@ -85,9 +86,7 @@ def complete_blocks(cohort: CohortRecord, scan: Scan, block_clients: int) -> lis
 def _is_due(run: Run, paths: RoundPaths) -> bool:
     if any(paths.fold_attempts.glob("*.refused-*")):
         return False
-    section = run.config.scheduler
-    pause_seconds = section.query_seconds if section.kind == "slurm" else 0.0
-    return run.watch.is_due(("fold", paths.root), pause_seconds)
+    return run.watch.is_due(("fold", paths.root), traits_of(run.config).query_seconds)
 
 
 def _close(run: Run, paths: RoundPaths, job: JobPaths) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedllm.config.models import Config
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.record_cache import AnyRecord, RecordCache
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord
@@ -26,6 +27,7 @@ class Seen:
 
     def __init__(self, paths: RunPaths, config: Config, record: RunRecord) -> None:
         self._paths, self._config, self._record = paths, config, record
+        self._visibility_seconds = traits_of(config).visibility_seconds
         self._records = RecordCache()
         self._federation: Federation | None = None
         self._scanner: tuple[int, UpdateScanner] | None = None
@@ -92,13 +94,3 @@ class Seen:
         """Whether anything that was asked for by `settled` may still be on its way."""
         now = time.monotonic()
         return any(now - since < self._visibility_seconds for since in self._first_seen.values())
-
-    @property
-    def _visibility_seconds(self) -> float:
-        """How long a file that cannot be read whole may still be on its way.
-
-        Processes of one machine see each other's files at once; those of a cluster do not.
-        """
-        if self._config.scheduler.kind != "slurm":
-            return 0.0
-        return self._config.storage.visibility_seconds

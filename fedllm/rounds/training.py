@@ -19,6 +19,7 @@ from fedllm.rounds.losses import (
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import error_of, find_unrecorded, is_mine
 from fedllm.rounds.waves import send_waves
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, aside
 from fedllm.storage.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
@@ -127,12 +128,10 @@ def _goes_on(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
 
 def _pause_seconds(run: Run, attempt: AttemptPaths) -> float:
     """Return how long the scheduler's answers last: of long training a hundredth of its time."""
-    section = run.config.scheduler
-    if section.kind != "slurm":
-        return 0.0
+    query_seconds = traits_of(run.config).query_seconds
     trained = run.watch.training_seconds_of(attempt.root)
     # half a query's time, so that other pauses of a query are not doubled
-    return max(section.query_seconds / 2, min(_MOST_QUERIES * section.query_seconds, trained / 100))
+    return max(query_seconds / 2, min(_MOST_QUERIES * query_seconds, trained / 100))
 
 
 def _end_stragglers(

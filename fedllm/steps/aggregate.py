@@ -15,10 +15,10 @@ from fedllm.methods.table import build_method
 from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.scheduling.traits import traits_of
 from fedllm.steps.ahead import Ahead, Folding, fold_blocks
 from fedllm.steps.collected import CollectedUpdates
 from fedllm.steps.engine import Engine
-from fedllm.steps.patience import patience_seconds
 from fedllm.steps.starting import start_states
 from fedllm.steps.state import read_state
 from fedllm.storage.paths import RoundPaths
@@ -168,7 +168,7 @@ def _aggregate(
     collection = CollectionRecord.read(paths.collection)
     folding = _folding(paths, federation, method, devices)
     weights = method.weigh([update.weight for update in collection.updates])
-    patience = patience_seconds(federation.config)
+    patience = traits_of(federation.config).visibility_seconds
     updates = CollectedUpdates.open(paths, collection, folding.cohort, weights, patience)
     ahead = Ahead.open(folding, updates.updates) if section.fold_ahead else None
     previous = paths.run.round(paths.number - 1)

@@ -12,12 +12,13 @@ from fedllm.methods.protocol import Method
 from fedllm.methods.table import local_rule
 from fedllm.model.slots import AdapterSlots
 from fedllm.planning.grouping import group_clients
+from fedllm.scheduling.traits import traits_of
 from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
 from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError, common_step
 from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.log import say
-from fedllm.steps.patience import patience_seconds, patiently
+from fedllm.steps.patience import patiently
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
 from fedllm.storage.checkpoints import CheckpointIdentity
@@ -72,7 +73,7 @@ class ClientRound:
         paths, run = attempt.round, attempt.run
         config = session.config(run.config)
         # files of another node may become visible late
-        patience = patience_seconds(config)
+        patience = traits_of(config).visibility_seconds
         prepared = patiently(lambda: session.prepared(run.prepared), patience)
         cohort = patiently(lambda: CohortRecord.read(paths.cohort), patience)
         return cls(

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from fedllm.config.models import Config
+from fedllm.scheduling.traits import traits_of
 from fedllm.steps.task import Task
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import SubmissionRecord
@@ -17,7 +18,7 @@ _SLEEP_SECONDS = 1.0
 
 def may_linger(config: Config) -> bool:
     """Say whether workers stay: only those that queue and load anew, which local ones do not."""
-    return config.scheduler.kind == "slurm" and config.scheduler.linger_minutes > 0
+    return traits_of(config).tasks_start_anew and config.scheduler.linger_minutes > 0
 
 
 def next_attempt(task: Task, done: AttemptPaths, *, need_seconds: float) -> AttemptPaths | None:

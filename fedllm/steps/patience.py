@@ -4,16 +4,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from fedllm.config.models import Config
 from fedllm.errors import AdapterError, RunDirectoryError, UserError
 
 T = TypeVar("T")
 _RETRY_SECONDS = 1.0
-
-
-def patience_seconds(config: Config) -> float:
-    """Return for how long what cannot be read is only late."""
-    return config.storage.visibility_seconds if config.scheduler.kind == "slurm" else 0.0
 
 
 def patiently(read: Callable[[], T], seconds: float) -> T:

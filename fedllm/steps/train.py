@@ -5,12 +5,13 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 
 from fedllm.errors import UserError
+from fedllm.scheduling.traits import traits_of
 from fedllm.steps.bundle import BundleTraining, is_over
 from fedllm.steps.claims import Claims, smallest_cost
 from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.lingering import may_linger, next_attempt
 from fedllm.steps.log import say
-from fedllm.steps.patience import patience_seconds, patiently
+from fedllm.steps.patience import patiently
 from fedllm.steps.progress import Progress, State
 from fedllm.steps.requeue import is_array_task, requeue
 from fedllm.steps.session import Session
@@ -95,7 +96,7 @@ class Worker:
         Raises:
             UserError: it has no bundle of the worker's class.
         """
-        patience = patience_seconds(task.session.config(attempt.run.config))
+        patience = traits_of(task.session.config(attempt.run.config)).visibility_seconds
         plan = patiently(lambda: SubmissionRecord.read(attempt.submission), patience)
         classes = {bundle.worker_class for bundle in plan.bundles}
         if task.worker_class is not None and task.worker_class not in classes:
