@@ -4,9 +4,12 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 
+import pyarrow as pa
+
 
 def give_back_freed() -> None:
-    """Give back what was freed, which C's allocator keeps; nothing where it cannot be told to."""
+    """Give back freed memory that Arrow's and C's allocators keep, as far as they can be told."""
+    pa.default_memory_pool().release_unused()
     trim = _trim()
     if trim is not None:
         trim(0)

@@ -18,6 +18,7 @@ from fedllm.errors import ConfigError, DataError, RunDirectoryError
 from fedllm.model.attention import SHARED
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
+from fedllm.model.memory import give_back_freed
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.model.ways import find_way, still_right
 from fedllm.planning.federation import plan_federation
@@ -233,6 +234,7 @@ def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) ->
     if not folder.is_dir():
         encoder = row_encoder(config.data, load_tokenizer(base))
         write_clients(folder, source.read(), encoder, report)
+        give_back_freed()  # the same process may train next
     for note in source.notes:
         report(note)
     return folder
