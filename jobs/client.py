@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     Signals are noted before what takes seconds to import: a warning may come at once.
     """
     with StopSignals() as signals:
-        from fedllm.steps.identity import process_seconds
+        from fedllm.steps.clock import process_seconds
         from fedllm.steps.programs import run
         from fedllm.steps.session import Session
 

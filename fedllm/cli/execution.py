@@ -1,6 +1,5 @@
 """Wire a run: configuration, scheduler and, where it runs here, the compute side."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from fedllm.rounds.opening import close_run, open_run, resumed_config
 from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import is_done
+from fedllm.scheduling.environment import become_task
 from fedllm.scheduling.inline import Execute
 from fedllm.scheduling.seam import Scheduler, SubmissionUnknown
 from fedllm.scheduling.slurm_coordinator import (
@@ -160,7 +160,7 @@ def compute_here() -> Execute:
         with log.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
             if not programs:
                 programs.append(_programs())
-            os.environ.update({"FEDLLM_TASK": task, "FEDLLM_LOG": str(log)})
+            become_task(task, str(log))
             return programs[0](program, argv)
 
     return execute

@@ -4,7 +4,6 @@ The successor is submitted first, to start when this link ends: killed at any mo
 followed by one that goes on. Only then it is pointed at what this link submitted.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from fedllm.rounds.coordinate import (
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import Work
 from fedllm.scheduling import slurm_coordinator as slurm
+from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
@@ -187,7 +187,7 @@ def this_link(
     Raises:
         UserError: it is no job.
     """
-    job = os.environ.get("SLURM_JOB_ID")
+    job = TaskEnvironment().job
     if job is None:
         raise UserError(
             f"{paths.root}: a link of a chain is a Slurm job; set scheduler.coordinator to chained "

@@ -19,6 +19,7 @@ from fedllm.config.models import Config
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.rounds.run import Run
 from fedllm.rounds.seen import Seen
+from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.paths import RunPaths, aside
@@ -53,7 +54,13 @@ def open_run(
         _refuse_foreign_folder(paths)
     if config.storage.group:
         share_with_group(paths.root, config.storage.group)
-    lease = Lease.acquire(paths, gone=holder_is_gone, take_over=take_over, unattended=unattended)
+    lease = Lease.acquire(
+        paths,
+        job=TaskEnvironment().job,
+        gone=holder_is_gone,
+        take_over=take_over,
+        unattended=unattended,
+    )
     try:
         record = _reconcile(paths, config, lease) if paths.run.exists() else _create(paths, config)
         scheduler = make_scheduler(paths, config)

@@ -10,6 +10,7 @@ from fedllm.config.models import Config, SchedulerSection
 from fedllm.errors import ConfigError, LeaseError, UserError
 from fedllm.planning.classes import job_options
 from fedllm.planning.sbatch_options import by_flag
+from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import (
     Option,
     SchedulerFull,
@@ -252,7 +253,7 @@ def coordinator_script(name: str, section: SchedulerSection) -> str:
 
 def _found(paths: RunPaths, run_id: str, said: str) -> str:
     """Return the coordinator's job that was just submitted, by its name in the queue."""
-    jobs = [job for job in coordinator_jobs(run_id) if job != os.environ.get("SLURM_JOB_ID")]
+    jobs = [job for job in coordinator_jobs(run_id) if job != TaskEnvironment().job]
     if not jobs:
         unknown = SubmissionUnknown(unknown_answer(_name(run_id), said))
         DoubtRecord(name=_name(run_id), said=str(unknown)).publish(paths.coordinator_doubt)
@@ -277,7 +278,7 @@ def holder_is_gone(holder: LeaseRecord) -> bool | None:
     """
     if holder.slurm_job is None:
         return process_is_gone(holder)
-    if holder.slurm_job == os.environ.get("SLURM_JOB_ID"):
+    if holder.slurm_job == TaskEnvironment().job:
         return process_is_gone(holder) is not False
     return job_is_gone(holder.slurm_job)
 

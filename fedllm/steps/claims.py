@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedllm.steps.identity import TaskIdentity
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import BundleRecord, ClaimRecord, SubmissionRecord
 

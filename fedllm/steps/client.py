@@ -12,11 +12,11 @@ from fedllm.methods.protocol import Method
 from fedllm.methods.table import local_rule
 from fedllm.model.slots import AdapterSlots
 from fedllm.planning.grouping import group_clients
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
 from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError, common_step
-from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.log import say
 from fedllm.steps.patience import patiently
 from fedllm.steps.session import Session

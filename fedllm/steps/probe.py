@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedllm.errors import FedllmError, UserError
+from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.scheduling.slurm_commands import CommandRefused, call
 from fedllm.storage.publish import publish_bytes
@@ -63,7 +64,7 @@ def look(folder: Path, also: Sequence[Path], node_local: str | None, patience: f
     broken = dict(_broken())
     local_bytes, local_problem = _node_local(node_local)
     return NodeRecord(
-        node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        node=TaskEnvironment().node,
         host=socket.gethostname(),
         python=f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})",
         versions=dict(installed()),

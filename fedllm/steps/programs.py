@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from fedllm.errors import BadUpdate, FedllmError, UserError
 from fedllm.model.memory import give_back_freed
-from fedllm.steps.identity import require_planned_processes, task_identity
+from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.steps.log import say
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
@@ -64,7 +64,7 @@ def run(
     arguments: argparse.Namespace | None = None
     try:
         arguments = _parse(program, argv)
-        require_planned_processes()
+        TaskEnvironment().require_planned_processes()
         call = _Call(arguments=arguments, session=session, signals=signals, began=began)
         return _STEPS[program](call)
     except FedllmError as error:
@@ -123,7 +123,7 @@ def _client(call: _Call) -> int:
         return work(
             attempt,
             arguments.worker_class,
-            task_identity(),
+            TaskEnvironment().identity,
             session,
             signals=call.signals,
             began=call.began,
@@ -188,7 +188,7 @@ def _record(
 ) -> None:
     if arguments is None:
         return
-    identity = task_identity()
+    identity = TaskEnvironment().identity
     record = ErrorRecord(
         kind=type(error).__name__,
         message=str(error) or type(error).__name__,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedllm.steps.identity import TaskIdentity
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import TaskRecord
 

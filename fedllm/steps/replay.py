@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.errors import Incomplete
+from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.steps.client import ClientRound, Save
-from fedllm.steps.identity import task_identity
 from fedllm.steps.publishing import write_clients
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
@@ -68,7 +68,7 @@ def replay(
         opened.group_of(client),
         attempt=attempt.number,
         bundle=bundles[0] if bundles else 0,
-        identity=task_identity(),
+        identity=TaskEnvironment().identity,
         before_step=before_step,
         resume=False,
     )

@@ -51,6 +51,7 @@ def end_with_parent() -> None:
 
 
 def _serve(message: dict[str, Any], session: Any) -> int:
+    from fedllm.scheduling.environment import become_task
     from fedllm.steps.programs import run
 
     log = Path(message["log"])
@@ -58,7 +59,7 @@ def _serve(message: dict[str, Any], session: Any) -> int:
     with log.open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    os.environ.update({"FEDLLM_TASK": message["id"], "FEDLLM_LOG": message["log"]})
+    become_task(message["id"], message["log"])
     try:
         return run(message["program"], message["argv"], session=session)
     finally:

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from fedllm.steps.identity import TaskIdentity
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.storage.records import ArrayRecord, SubmissionRecord

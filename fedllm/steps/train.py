@@ -5,15 +5,15 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 
 from fedllm.errors import UserError
+from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity
+from fedllm.scheduling.requeue import requeue
 from fedllm.scheduling.traits import traits_of
 from fedllm.steps.bundle import BundleTraining, is_over
 from fedllm.steps.claims import Claims, smallest_cost
-from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.lingering import may_linger, next_attempt
 from fedllm.steps.log import say
 from fedllm.steps.patience import patiently
 from fedllm.steps.progress import Progress, State
-from fedllm.steps.requeue import is_array_task, requeue
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.steps.task import Task, array_of
@@ -162,7 +162,7 @@ def _stop(worker: Worker) -> int:
     if not worker.has_work_left:
         return 0
     say(f"{task}: stopped by {signals.name}; finished clients are published")
-    if signals.only_warned and is_array_task(task):
+    if signals.only_warned and TaskEnvironment().is_array_task(task):
         # at a time limit that is too short for a step this would go on for ever
         problem = requeue(task) if worker.task.stepped else "no step was taken since it started"
         again = f"not requeued ({problem}); the next attempt goes on" if problem else "requeued"

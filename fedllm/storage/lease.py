@@ -63,6 +63,7 @@ class Lease:
         cls,
         paths: RunPaths,
         *,
+        job: str | None = None,
         gone: HolderIsGone = process_is_gone,
         take_over: bool = False,
         unattended: bool = False,
@@ -71,6 +72,7 @@ class Lease:
 
         Args:
             paths: the run.
+            job: the batch job that this process runs in; None: it runs in none.
             gone: says whether the present holder ended; None is unknown, and unknown is not gone.
             take_over: the user knows that the present holder ended; whoever takes the lease
                 meanwhile is another one.
@@ -91,7 +93,7 @@ class Lease:
                 boot_id=boot_id(),
                 pid=os.getpid(),
                 start_time=process_start_time(os.getpid()) or "",
-                slurm_job=os.environ.get("SLURM_JOB_ID"),
+                slurm_job=job,
                 origin=(holder.origin or holder.number) if holder and unattended else None,
             )
             if mine.publish_once(paths.lease(number + 1)):

@@ -54,6 +54,13 @@ def test_who_need_not_stay_waits_for_the_tasks_at_work(tmp_path: Path, cluster: 
     Lease.acquire(paths_of(tmp_path))
 
 
+def test_a_coordinator_in_a_batch_job_names_it_in_its_lease(
+    tmp_path: Path, cluster: HandMoved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert hand_moved(tmp_path, cluster).lease.record.slurm_job == "12"
+
+
 def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
     tmp_path: Path, cluster: HandMoved
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from fedllm.steps.identity import TaskIdentity
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client
 from fedllm.storage.records import BundleRecord, SubmissionRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from fedllm.cli.execution import start
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.steps.client import ClientRound, Save, Trained
-from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.session import Session
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.checkpoints import CheckpointRecord

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.steps.claims import Claims
-from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.steps.task import Task, array_of

@@ -1,4 +1,4 @@
-"""Signals are noted from the first moment, and a task requeues itself only where it may."""
+"""Signals are noted from the first moment."""
 
 import os
 import signal
@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.steps.requeue import is_array_task, requeue
 from fedllm.steps.signals import StopSignals
 from fedllm.storage.paths import shipped
 
 WARNINGS = [signal.SIGUSR1, signal.SIGUSR2]
-ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "FEDLLM_TASK": "12_3"}
 
 
 @pytest.mark.parametrize("number", WARNINGS)
@@ -64,50 +62,3 @@ def handles(pid: int, number: int) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     (mask,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
     return bool(int(mask, 16) >> (number - 1) & 1)
-
-
-def test_only_a_task_of_an_array_of_ours_may_requeue_itself() -> None:
-    assert is_array_task("12_3", ARRAY)
-    # a local worker, and a worker by hand, inside somebody's own allocation
-    assert not is_array_task("local-1", ARRAY | {"FEDLLM_TASK": "local-1"})
-    assert not is_array_task("12_3", {k: v for k, v in ARRAY.items() if k != "FEDLLM_TASK"})
-    assert not is_array_task("15", {"SLURM_JOB_ID": "15"})
-
-
-def a_scontrol(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-
-def test_a_task_is_requeued_by_array_and_index_with_its_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a_scontrol(tmp_path, f'echo "$SLURM_CONF $@" > {tmp_path}/asked', monkeypatch)
-    monkeypatch.setenv("SLURM_CONF", "/etc/my.conf")
-    assert requeue("12_3") is None
-    assert (tmp_path / "asked").read_text() == "/etc/my.conf requeue 12_3\n"
-
-
-@pytest.mark.parametrize(
-    ("script", "told"),
-    [
-        ("echo 'Requested operation is presently disabled' >&2; exit 1", "presently disabled"),
-        ("exit 3", "exit code 3"),
-    ],
-)
-def test_why_slurm_did_not_requeue_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str
-) -> None:
-    a_scontrol(tmp_path, script, monkeypatch)
-    assert told in str(requeue("12_3"))
-
-
-def test_where_there_is_no_scontrol_this_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert requeue("12_3") == "no scontrol here"
-    (tmp_path / "scontrol").write_text("no program")
-    (tmp_path / "scontrol").chmod(0o755)
-    assert "scontrol" in str(requeue("12_3"))

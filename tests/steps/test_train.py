@@ -16,7 +16,6 @@ import pytest
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import RunDirectoryError, UserError
 from fedllm.steps.client import ClientRound
-from fedllm.steps.identity import TaskIdentity, task_identity
 from fedllm.steps.programs import run as run_program
 from fedllm.steps.progress import Progress
 from fedllm.steps.replay import replay
@@ -342,16 +341,3 @@ def test_a_client_without_rows_is_named(attempt: AttemptPaths) -> None:
 
     with pytest.raises(UserError, match="has no training rows"):
         work(attempt, None, ME, Empty())
-
-
-def test_a_task_is_what_slurm_or_its_starter_calls_it() -> None:
-    slurm = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "15"}
-    assert task_identity(slurm | {"SLURMD_NODENAME": "n1"}) == TaskIdentity(
-        task="12_3", node="n1", log=""
-    )
-    assert task_identity({"SLURM_JOB_ID": "15"}).task == "15"
-    assert task_identity(slurm | {"FEDLLM_TASK": "mine", "FEDLLM_LOG": "l"}).task == "mine"
-    here = task_identity({}).task
-    assert here.startswith("local:")
-    assert f":{os.getpid()}:" in here
-    assert task_identity({}).task == here

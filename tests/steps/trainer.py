@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import torch
 
 from fedllm.errors import FedllmError
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.steps.client import ClientRound, Save, Trained
-from fedllm.steps.identity import TaskIdentity
 from fedllm.steps.log import say
 from fedllm.steps.session import Session
 from fedllm.storage.paths import AttemptPaths

@@ -167,11 +167,8 @@ def test_taking_over_is_from_the_holder_that_was_there_not_from_one_that_came_me
         Lease.acquire(paths, take_over=True)
 
 
-def test_a_job_of_slurm_says_so_in_its_lease(
-    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert Lease.acquire(paths).record.slurm_job == "12"
+def test_a_holder_in_a_batch_job_names_it_in_its_lease(paths: RunPaths) -> None:
+    assert Lease.acquire(paths, job="12").record.slurm_job == "12"
 
 
 def test_files_that_are_no_leases_are_passed_over(paths: RunPaths) -> None:

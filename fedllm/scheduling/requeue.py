@@ -1,19 +1,8 @@
 """A task of an array starts itself again: Slurm requeues what it preempts, not what runs out."""
 
-import os
 import subprocess
-from collections.abc import Mapping
 
 _PATIENCE_SECONDS = 30.0
-
-
-def is_array_task(task: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Say whether this process is a task of an array that fedllm submitted.
-
-    Not so within an allocation of the user's own: requeueing that would restart more than us.
-    """
-    array, number = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
-    return bool(array) and task == environment.get("FEDLLM_TASK") == f"{array}_{number}"
 
 
 def requeue(task: str) -> str | None:

@@ -1,0 +1,49 @@
+"""A process knows by its environment which task it is, of which job, and what it may do."""
+
+import os
+from collections.abc import Mapping
+
+import pytest
+
+from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity, become_task
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "15"}
+
+
+def given(variables: Mapping[str, str]) -> TaskEnvironment:
+    return TaskEnvironment(variables=variables)
+
+
+def test_a_task_is_what_slurm_or_its_starter_calls_it() -> None:
+    node = {"SLURMD_NODENAME": "n1", "SLURM_JOB_NAME": "a01"}
+    assert given(ARRAY | node).identity == TaskIdentity(task="12_3", node="n1", log="", array="a01")
+    assert given({"SLURM_JOB_ID": "15"}).identity.task == "15"
+    named = given(ARRAY | {"FEDLLM_TASK": "mine", "FEDLLM_LOG": "l"}).identity
+    assert (named.task, named.log) == ("mine", "l")
+    here = given({}).identity.task
+    assert here.startswith("local:")
+    assert f":{os.getpid()}:" in here
+    assert given({}).identity.task == here
+
+
+def test_the_job_is_that_of_the_batch_system_and_none_elsewhere() -> None:
+    assert given(ARRAY).job == "15"
+    assert given({"FEDLLM_TASK": "local-1"}).job is None
+
+
+def test_only_a_task_of_an_array_of_ours_may_requeue_itself() -> None:
+    ours = given(ARRAY | {"FEDLLM_TASK": "12_3"})
+    assert ours.is_array_task("12_3")
+    # a local worker, and a worker by hand, inside somebody's own allocation
+    assert not given(ARRAY | {"FEDLLM_TASK": "local-1"}).is_array_task("local-1")
+    assert not given(ARRAY).is_array_task("12_3")
+    assert not given({"SLURM_JOB_ID": "15"}).is_array_task("15")
+
+
+def test_a_process_that_takes_task_after_task_is_the_one_it_took_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(ARRAY))
+    become_task("local-7", "/logs/worker-1.log")
+    identity = TaskEnvironment().identity
+    assert (identity.task, identity.log) == ("local-7", "/logs/worker-1.log")

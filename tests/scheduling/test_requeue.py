@@ -1,0 +1,46 @@
+"""A task has itself started again, or says why it cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from fedllm.scheduling.requeue import requeue
+
+
+def a_scontrol(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_a_task_is_requeued_by_array_and_index_with_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_scontrol(tmp_path, f'echo "$SLURM_CONF $@" > {tmp_path}/asked', monkeypatch)
+    monkeypatch.setenv("SLURM_CONF", "/etc/my.conf")
+    assert requeue("12_3") is None
+    assert (tmp_path / "asked").read_text() == "/etc/my.conf requeue 12_3\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo 'Requested operation is presently disabled' >&2; exit 1", "presently disabled"),
+        ("exit 3", "exit code 3"),
+    ],
+)
+def test_why_slurm_did_not_requeue_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str
+) -> None:
+    a_scontrol(tmp_path, script, monkeypatch)
+    assert told in str(requeue("12_3"))
+
+
+def test_where_there_is_no_scontrol_this_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert requeue("12_3") == "no scontrol here"
+    (tmp_path / "scontrol").write_text("no program")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert "scontrol" in str(requeue("12_3"))
