@@ -10,6 +10,7 @@ from fedllm.errors import UserError
 from fedllm.reporting.queue import Answers, Ask
 from fedllm.scheduling.seam import Scheduler, TaskState
 from fedllm.scheduling.slurm_coordinator import holder_is_gone
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.lease import HolderIsGone
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import LeaseRecord
@@ -21,7 +22,7 @@ def ask_about(paths: RunPaths) -> Ask | None:
     Local tasks are known to their coordinator alone, and squeue is asked about one's own jobs.
     """
     config = read_config(paths.config)
-    if config.scheduler.kind != "slurm" or paths.run.stat().st_uid != os.getuid():
+    if not traits_of(config).jobs_outlive_coordinator or paths.run.stat().st_uid != os.getuid():
         return None
     scheduler = execution.make_scheduler(paths, config)
     return _Asking(scheduler, config.scheduler.query_seconds)

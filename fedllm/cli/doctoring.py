@@ -31,6 +31,7 @@ from fedllm.scheduling.slurm_findings import (
 from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.scheduling.slurm_probe import Probe, ProbeWaits, probed
 from fedllm.scheduling.slurm_script import log_pattern
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.findings import Finding, Level
 from fedllm.storage.paths import RunPaths, cache_of, shipped
 from fedllm.storage.publish import make_folder
@@ -49,6 +50,11 @@ class _Patient:
     root: Path
     config: Config | None
     wait_seconds: float
+
+    @property
+    def uses_cluster(self) -> bool:
+        """Whether its jobs would be a batch system's."""
+        return self.config is None or traits_of(self.config).jobs_outlive_coordinator
 
     @property
     def kinds(self) -> list[JobKind]:
@@ -111,7 +117,7 @@ def _admitted(
             findings.append(Finding(check="options of jobs", level="not done", found=why))
     root = run_dir or default_run_dir(file or Path("run"))
     patient = _Patient(
-        scheduler=config.scheduler if config else SchedulerSection(kind="slurm"),
+        scheduler=config.scheduler if config else SchedulerSection(),
         storage=config.storage if config else StorageSection(),
         root=root,
         config=config,
@@ -123,7 +129,7 @@ def _admitted(
 def _examined(patient: _Patient) -> Iterator[Finding]:
     if patient.config is not None:
         yield from readiness_findings(patient.config, patient.root)
-    if patient.scheduler.kind == "slurm":
+    if patient.uses_cluster:
         yield from _on_cluster(patient)
     else:
         why = f"scheduler.kind is {patient.scheduler.kind}: no cluster is used"

@@ -16,6 +16,7 @@ from fedllm.rounds.opening import close_run, open_run, resumed_config
 from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import is_done
+from fedllm.scheduling import table
 from fedllm.scheduling.environment import become_task
 from fedllm.scheduling.inline import Execute
 from fedllm.scheduling.seam import Scheduler, SubmissionUnknown
@@ -27,7 +28,7 @@ from fedllm.scheduling.slurm_coordinator import (
 )
 from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.scheduling.slurm_script import log_pattern
-from fedllm.scheduling.table import SCHEDULERS
+from fedllm.scheduling.table import refuse_place
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 
@@ -130,8 +131,7 @@ def opened(root: Path, config: Config, *, take_over: bool = False, unattended: b
     """
     check_names(config.method.name, config.method.local)
     refuse_owned(config.scheduler)
-    if config.scheduler.kind == "slurm":
-        log_pattern(RunPaths(root=root.resolve()).all_logs, "")
+    refuse_place(config, RunPaths(root=root.resolve()))
     return open_run(
         root,
         config,
@@ -145,7 +145,7 @@ def opened(root: Path, config: Config, *, take_over: bool = False, unattended: b
 
 def make_scheduler(paths: RunPaths, config: Config) -> Scheduler:
     """Return the configured scheduler."""
-    return SCHEDULERS[config.scheduler.kind](config, paths, compute_here())
+    return table.make_scheduler(config, paths, compute_here())
 
 
 def compute_here() -> Execute:

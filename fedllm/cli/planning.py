@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +27,7 @@ from fedllm.reporting.usage import Options
 from fedllm.rounds.rehearsal import Rehearsal, rehearse, rehearsed_jobs
 from fedllm.scheduling.seam import Scheduler, SchedulerUnreachable
 from fedllm.scheduling.slurm_coordinator import coordinator_flags
-from fedllm.scheduling.slurm_options import refuse_owned, sbatch_flags
+from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.storage.paths import MOST_ENTRIES, RunPaths, cache_of, shipped
 from fedllm.storage.publish import publish_bytes
 
@@ -68,10 +68,10 @@ def plan(
 
     try:
         rehearsal = rehearse(loaded, prepared, run, capacity)
+        files = _scripts(scheduler, rehearsal, run)
+        geometry = _geometry(loaded, rehearsal, files, _room(scheduler, rehearsal))
     finally:
         scheduler.close()
-    files = sbatch_files(loaded, rehearsal, run)
-    geometry = _geometry(loaded, rehearsal, files)
     if json_:
         say_json(dataclasses.asdict(geometry))
     else:
@@ -94,7 +94,9 @@ def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capaci
         return Capacity(free_slots=most, most_parallel=most, largest_array=MOST_ENTRIES)
 
 
-def _geometry(config: Config, rehearsal: Rehearsal, files: Mapping[str, str]) -> Geometry:
+def _geometry(
+    config: Config, rehearsal: Rehearsal, files: Mapping[str, str], room: Room
+) -> Geometry:
     most = max(room.most_parallel for room in rehearsal.capacities.values())
     return plan_geometry(
         rehearsal.federation,
@@ -103,20 +105,17 @@ def _geometry(config: Config, rehearsal: Rehearsal, files: Mapping[str, str]) ->
         rehearsal.plan,
         capacities=rehearsal.capacities,
         waves=rehearsal.waves,
+        logs=rehearsal.logs,
         slots=sorted({max(1, most // 4), max(1, most // 2), most, 2 * most, 4 * most}),
-        room=_room(config, rehearsal),
+        room=room,
         options=_real_options(config, rehearsal, files) if files else RealOptions(),
     )
 
 
-def sbatch_files(config: Config, rehearsal: Rehearsal, run: RunPaths) -> dict[str, str]:
-    """Return what would be given to sbatch, by job name; nothing where no cluster is used."""
-    if config.scheduler.kind != "slurm":
-        return {}
-    from fedllm.scheduling.slurm import SlurmScheduler
-
-    scheduler = SlurmScheduler(section=config.scheduler)
-    return {job.name: scheduler.sbatch_text(job) for job in rehearsed_jobs(rehearsal, run)}
+def _scripts(scheduler: Scheduler, rehearsal: Rehearsal, run: RunPaths) -> dict[str, str]:
+    """Return what a batch system would be given, by job name; nothing where none is used."""
+    texts = {job.name: scheduler.script(job) for job in rehearsed_jobs(rehearsal, run)}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _real_options(config: Config, rehearsal: Rehearsal, files: Mapping[str, str]) -> RealOptions:
@@ -142,30 +141,17 @@ def _options(text: str) -> Options:
     }
 
 
-def _room(config: Config, rehearsal: Rehearsal) -> Room:
-    """Return what Slurm says of its limits, those that leave the least."""
-    if config.scheduler.kind != "slurm":
-        return Room(problem=f"scheduler.kind {config.scheduler.kind} has no queue")
-    from fedllm.scheduling.slurm_capacity import Surveyor
-    from fedllm.scheduling.slurm_commands import InstalledCommands
-
-    surveyor = Surveyor(commands=InstalledCommands(), query_seconds=config.scheduler.query_seconds)
-    surveys = [
-        surveyor.survey(
-            sbatch_flags(
-                workers.options, sbatch=config.scheduler.sbatch, program="client", defaults={}
-            )
-        )
-        for workers in rehearsal.plan.workers.values()
-    ]
-    sizes = [s.configuration.max_array_size for s in surveys if s.configuration]
-    if not sizes:
-        return Room(problem="Slurm does not answer here; planned as if there were none")
-    queued = [bound.most for survey in surveys for bound in survey.allowed.queued]
+def _room(scheduler: Scheduler, rehearsal: Rehearsal) -> Room:
+    """Return what the scheduler says of its limits, those that leave the least."""
+    said = [scheduler.limits(workers.options) for workers in rehearsal.plan.workers.values()]
+    known = [limits for limits in said if not limits.problem]
+    if not known:
+        return Room(problem=next((limits.problem for limits in said), ""))
+    sizes = [limits.largest_array for limits in known]
+    queued = [limits.most_submitted for limits in known]
     free = [room.free_tasks for room in rehearsal.capacities.values()]
-    known = [count for count in free if count is not None]
-    return Room(
-        largest_array=min(sizes),
-        most_submitted=min(queued, default=None),
-        free_tasks=min(known, default=None),
-    )
+    return Room(largest_array=_least(sizes), most_submitted=_least(queued), free_tasks=_least(free))
+
+
+def _least(limits: Sequence[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -35,6 +35,7 @@ from fedllm.scheduling.slurm_coordinator import (
     coordinator_jobs,
     job_is_gone,
 )
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.lease import highest, process_is_gone
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.records import RunRecord
@@ -148,7 +149,7 @@ def cancel(
 
 def _end_jobs(paths: RunPaths, config: Config) -> Iterator[str]:
     """End the jobs that coordinate or will, until none is left: a link submits another."""
-    if config.scheduler.kind != "slurm":
+    if not traits_of(config).jobs_outlive_coordinator:
         return
     run_id = RunRecord.read(paths.run).run_id
     while jobs := list(coordinator_jobs(run_id)):

@@ -22,3 +22,18 @@ class Capacity:
     free_tasks: int | None = None
     most_minutes: float | None = None
     resident: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a scheduler allows to be submitted; None: no limit is known.
+
+    Attributes:
+        largest_array: tasks that one array may have.
+        most_submitted: tasks that may wait and run at a time.
+        problem: why nothing is known; else empty.
+    """
+
+    largest_array: int | None = None
+    most_submitted: int | None = None
+    problem: str = ""

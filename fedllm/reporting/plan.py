@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
@@ -117,6 +118,7 @@ def plan_geometry(
     *,
     capacities: Mapping[str, Capacity],
     waves: tuple[int, ...],
+    logs: Sequence[Path],
     slots: Sequence[int],
     room: Room,
     options: RealOptions,
@@ -130,6 +132,7 @@ def plan_geometry(
         plan: the plan with all its arrays.
         capacities: class -> what there is room for.
         waves: tasks that go out together.
+        logs: what the arrays leave in the folders of logs.
         slots: numbers of free slots to tell the time for.
         room: what limits the queue.
         options: what sbatch is really told; empty where nothing goes to Slurm.
@@ -139,7 +142,7 @@ def plan_geometry(
     startup = startup_seconds(capacities)
     seconds = round_seconds(classes, startup=startup, one_bundle=plan.one_bundle)
     hours = [_worker_hours(each, startup, plan.one_bundle) for each in classes]
-    folders = folders_of_round(federation, cohort, plan)
+    folders = folders_of_round(federation, cohort, plan, logs)
     tasks = sum(each.workers for each in classes)
     evaluation = _evaluation(config, prepared)
     # a round has an aggregation too, and its share of the evaluations

@@ -32,7 +32,10 @@ class FolderPlan:
 
 
 def folders_of_round(
-    federation: Federation, cohort: Sequence[CohortClient], plan: SubmissionRecord
+    federation: Federation,
+    cohort: Sequence[CohortClient],
+    plan: SubmissionRecord,
+    logs: Sequence[Path],
 ) -> tuple[FolderPlan, ...]:
     """Return what a round writes, folder by folder.
 
@@ -40,20 +43,19 @@ def folders_of_round(
         federation: clients, tiers and ranks.
         cohort: who trains.
         plan: the plan with all its arrays.
+        logs: what its arrays leave in the folders of logs.
     """
     modules = federation.prepared.modules
     run = RunPaths(root=Path())
     paths = run.round(1)
     attempt = paths.attempt(1)
     tasks = [
-        (array, f"{number}_{task}")
+        f"{number}_{task}"
         for number, array in enumerate(plan.arrays, 1)
         for task in range(array.tasks)
     ]
     sent = sum(update_bytes(federation.ranks[client.tier], modules) for client in cohort)
     parts = [paths.update(attempt=1, bundle=b.number, part=0) for b in plan.bundles]
-    logs = [run.logs(1) / array.logs / f"{name}_0_log.out" for array, name in tasks]
-    scripts = [run.logs(1) / array.logs / f"{array.name}.sbatch" for array in plan.arrays]
     at_once = min(len(cohort), sum(workers.parallel for workers in plan.workers.values()))
     # adapter and, for AdamW, its two moments
     each = 3 * sent // max(1, len(cohort))
@@ -64,7 +66,7 @@ def folders_of_round(
     state_bytes = _state_bytes(federation.largest_ranks, modules)
     return (
         _folder("claims", [attempt.claim(b.number) for b in plan.bundles], _CLAIM_BYTES),
-        _folder("tasks", [attempt.task(name) for _, name in tasks], _TASK_BYTES),
+        _folder("tasks", [attempt.task(name) for name in tasks], _TASK_BYTES),
         _folder(
             "updates",
             parts,
@@ -79,7 +81,7 @@ def folders_of_round(
         ),
         _folder(
             "logs",
-            [*logs, *scripts],
+            logs,
             total=len(cohort) * _LOG_LINE_BYTES + len(tasks) * _LOG_BYTES,
         ),
         *_folds(federation, len(cohort), sent),

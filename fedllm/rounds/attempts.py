@@ -14,8 +14,8 @@ from fedllm.rounds.losses import excluded_nodes, memory_factor, with_memory
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import array_name, submit
 from fedllm.rounds.waves import next_wave
+from fedllm.scheduling.logs import MOST_LOGS
 from fedllm.scheduling.seam import Capacity
-from fedllm.storage.paths import MOST_ENTRIES
 from fedllm.storage.records import (
     CohortClient,
     CohortRecord,
@@ -118,8 +118,7 @@ def workers_record(
     return WorkersRecord(
         tasks=plan.workers - adopted,
         parallel=max(1, plan.parallel - adopted),
-        # each leaves a log in the array's folder, beside its sbatch file
-        largest_array=min(capacity.largest_array, MOST_ENTRIES - 1),
+        largest_array=min(capacity.largest_array, MOST_LOGS),
         memory_factor=memory_factor,
         minutes=plan.minutes,
         options=plan.options,

@@ -1,6 +1,6 @@
 """What the first round of a configuration would submit; nothing is submitted or written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.attempts import workers_record
 from fedllm.rounds.submissions import SingleProgram, job_of
 from fedllm.rounds.waves import arrays_within
+from fedllm.scheduling.logs import files_of
 from fedllm.scheduling.seam import Job
 from fedllm.storage.paths import JobPaths, RunPaths
 from fedllm.storage.records import (
@@ -35,6 +36,7 @@ class Rehearsal:
         capacities: class -> what there is room for.
         plan: the plan with the arrays of all waves.
         waves: tasks of each wave.
+        logs: what the arrays leave in the folders of logs.
     """
 
     federation: Federation
@@ -43,6 +45,7 @@ class Rehearsal:
     capacities: Mapping[str, Capacity]
     plan: SubmissionRecord
     waves: tuple[int, ...]
+    logs: tuple[Path, ...]
 
 
 def rehearse(
@@ -92,6 +95,7 @@ def rehearse(
         capacities=capacities,
         plan=plan.model_copy(update={"arrays": arrays}),
         waves=tuple(sum(array.tasks for array in wave) for wave in waves),
+        logs=tuple(_logs(arrays, run.logs(1))),
     )
 
 
@@ -103,6 +107,12 @@ def _waves(
     while wave := arrays_within(plan, rooms):
         plan = plan.model_copy(update={"arrays": [*plan.arrays, *wave]})
         yield wave
+
+
+def _logs(arrays: Sequence[ArrayRecord], folder: Path) -> Iterator[Path]:
+    for number, array in enumerate(arrays, 1):
+        tasks = [f"{number}_{task}" for task in range(array.tasks)]
+        yield from files_of(folder / array.logs, array.name, tasks)
 
 
 def rehearsed_jobs(rehearsal: Rehearsal, run: RunPaths) -> list[Job]:

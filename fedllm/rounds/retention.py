@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config.models import Config
+from fedllm.scheduling.logs import task_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.publish import storage_errors
 from fedllm.storage.records import EvaluationRecord
@@ -96,7 +97,7 @@ def _accounts(
         path.stem for each in newer for attempt in _attempts(each) for path in attempt.task_files()
     }
     for folder in folders:
-        kept, gone = _split(_files(folder), lambda path: _task_of(path) in at_work)
+        kept, gone = _split(_files(folder), lambda path: task_of(path) in at_work)
         yield from gone if kept else [folder]
 
 
@@ -106,11 +107,6 @@ def _split(paths: Iterable[Path], belongs: Callable[[Path], bool]) -> tuple[list
     for path in paths:
         groups[0 if belongs(path) else 1].append(path)
     return groups
-
-
-def _task_of(log: Path) -> str:
-    """Return the task that a log is of: `1234_5_0_log.out` is that of `1234_5`."""
-    return "_".join(log.name.split("_")[:2])
 
 
 def _attempts(each: RoundPaths) -> list[AttemptPaths]:

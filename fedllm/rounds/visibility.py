@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedllm.scheduling.logs import has_log
 from fedllm.scheduling.seam import Ending
 
 # Slurm's word for a job that ended by itself; one that was cancelled in the queue leaves no log
@@ -19,7 +20,7 @@ def nodes_without_sight(endings: Mapping[str, Ending], logs: Path) -> list[str]:
         {
             ending.node
             for task, ending in endings.items()
-            if ending.state == _BY_ITSELF and ending.node and not any(logs.glob(f"{task}_*"))
+            if ending.state == _BY_ITSELF and ending.node and not has_log(logs, task)
         }
     )
 

@@ -8,7 +8,8 @@ from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.workers import next_arrays
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import active_tasks, all_sent, known_tasks, submit
-from fedllm.storage.paths import MOST_ENTRIES, AttemptPaths
+from fedllm.scheduling.logs import need_folders
+from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import ArrayRecord, JobsRecord, SubmissionRecord
 
 
@@ -78,7 +79,7 @@ def _wanted(plan: SubmissionRecord, alive: Mapping[str, int]) -> dict[str, int]:
 def _arrays(plan: SubmissionRecord, worker_class: str, sizes: list[int]) -> list[ArrayRecord]:
     workers = plan.workers[worker_class]
     first = sum(array.worker_class == worker_class for array in plan.arrays)
-    many = sum(w.tasks for w in plan.workers.values()) > MOST_ENTRIES // 2
+    many = need_folders(sum(w.tasks for w in plan.workers.values()))
     # `%N` is per array: those of a class share what may run at once
     shares = {str(n): float(size) for n, size in enumerate(sizes)}
     parallel = largest_remainder(shares, min(workers.parallel, sum(sizes)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
+from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
 
 Execute = Callable[[str, Sequence[str], str, Path], int]
 
@@ -29,6 +29,13 @@ class InlineScheduler:
     def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
         """Nothing limits the queue."""
         return None
+
+    def limits(self, options: Mapping[str, Option]) -> Limits:  # noqa: ARG002
+        """Nothing is limited where nothing is queued."""
+        return Limits(problem="scheduler.kind inline has no queue")
+
+    def script(self, job: Job) -> None:
+        """Jobs are started from here: no batch system reads anything."""
 
     def submit(self, job: Job) -> list[str]:
         """Run every task of the array now."""

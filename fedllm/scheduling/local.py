@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from fedllm.scheduling.heap import with_heap_settings
-from fedllm.scheduling.seam import Capacity, Ending, Job, Option, TaskState
+from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
 from fedllm.storage.publish import storage_errors
 
 SERVE = (sys.executable, "-m", "fedllm.steps.serve")
@@ -77,6 +77,13 @@ class LocalScheduler:
     def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
         """Nothing limits the queue."""
         return None
+
+    def limits(self, options: Mapping[str, Option]) -> Limits:  # noqa: ARG002
+        """Nothing is limited where nothing is queued."""
+        return Limits(problem="scheduler.kind local has no queue")
+
+    def script(self, job: Job) -> None:
+        """Jobs are started from here: no batch system reads anything."""
 
     def submit(self, job: Job) -> list[str]:
         """Queue the tasks; free workers take them at once."""

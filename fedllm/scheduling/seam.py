@@ -8,6 +8,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from fedllm.errors import Incomplete, UserError
 from fedllm.planning.capacity import Capacity as Capacity
+from fedllm.planning.capacity import Limits as Limits
 from fedllm.storage.records import EndingRecord
 
 Program = Literal["prepare", "client", "aggregate", "evaluate"]
@@ -68,6 +69,9 @@ class Scheduler(Protocol):
     def room(self, options: Mapping[str, Option]) -> int | None:
         """Return how many tasks may be submitted now; None: no limit is known."""
 
+    def limits(self, options: Mapping[str, Option]) -> Limits:
+        """Return what may be submitted at all, for tasks of these options."""
+
     def check(self, jobs: Sequence[Job]) -> None:
         """Ask whether jobs could be submitted as they are; submit nothing.
 
@@ -85,6 +89,9 @@ class Scheduler(Protocol):
             SchedulerUnreachable: no answer; whether it was taken is unknown.
             SubmissionUnknown: an answer, and still unknown.
         """
+
+    def script(self, job: Job) -> str | None:
+        """Return the text that `submit` would hand to the batch system; None: there is none."""
 
     def find(self, name: str) -> list[str] | None:
         """Return the task ids of an array submitted under `name`, or None if there is none.

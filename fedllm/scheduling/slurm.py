@@ -15,10 +15,12 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
+from fedllm.scheduling.logs import log_of, script_of
 from fedllm.scheduling.seam import (
     Capacity,
     Ending,
     Job,
+    Limits,
     Option,
     SchedulerFull,
     SubmissionUnknown,
@@ -50,14 +52,9 @@ from fedllm.storage.paths import shipped
 from fedllm.storage.publish import publish_bytes, storage_errors
 
 # of a process, by its rank; the batch script writes to the first one's
-_LOG = "%A_%a_%t_log.out"
+_LOG = log_of(Path(), "%A_%a", process="%t").name
 # sbatch in a time of `scheduler.query_seconds`
 _MOST_SUBMISSIONS = 10
-
-
-def log_of(log_folder: Path, task: str, *, process: int = 0) -> Path:
-    """Return the log of a task, as submitit names it."""
-    return log_folder / f"{task}_{process}_log.out"
 
 
 class ArrayExecutor(SlurmExecutor):
@@ -84,7 +81,7 @@ class ArrayExecutor(SlurmExecutor):
         self.update_parameters(**parameters)
         # the program is started by a line of ours
         self.parameters |= {"map_count": job.tasks, "use_srun": False}
-        self._file = self.folder / f"{job.name}.sbatch"
+        self._file = script_of(self.folder, job.name)
         self._environment = environment
         self._commands = commands
         self._without = tuple(f"#SBATCH --{flag}=" for flag in without)
@@ -151,6 +148,17 @@ class SlurmScheduler:
         """Return how many tasks MaxSubmitJobs and its like leave room for beside what is queued."""
         flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
         return spare(self._surveyor.room(flags, queued=self._queue.queued()))
+
+    def limits(self, options: Mapping[str, Option]) -> Limits:
+        """Return the largest array, and how many jobs this user may have in the queue."""
+        flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
+        survey = self._surveyor.survey(flags)
+        if survey.configuration is None:
+            return Limits(problem="Slurm does not answer here; planned as if there were none")
+        return Limits(
+            largest_array=survey.configuration.max_array_size,
+            most_submitted=min((bound.most for bound in survey.allowed.queued), default=None),
+        )
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Have sbatch test jobs, and find what it lets pass but Slurm never starts.
@@ -236,7 +244,7 @@ class SlurmScheduler:
         room = self._surveyor.room(self._flags(job), queued=self._queue.queued(fresh=True))
         return room is not None and room < job.tasks
 
-    def sbatch_text(self, job: Job) -> str:
+    def script(self, job: Job) -> str:
         """Return the file that `submit` would give to sbatch; works without Slurm."""
         flags = self._flags(job)
         return self._executor(job, flags).text(self._command(job, flags))

@@ -1,4 +1,4 @@
-"""The schedulers there are."""
+"""The schedulers there are, and what each asks of a run directory."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,8 @@ from fedllm.config.models import Config
 from fedllm.scheduling.inline import Execute, InlineScheduler
 from fedllm.scheduling.local import LocalScheduler
 from fedllm.scheduling.seam import Scheduler
+from fedllm.scheduling.slurm_script import log_pattern
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths
 
 
@@ -29,3 +31,24 @@ SCHEDULERS: dict[str, Callable[[Config, RunPaths, Execute], Scheduler]] = {
     "local": _local,
     "slurm": _slurm,
 }
+
+
+def make_scheduler(config: Config, paths: RunPaths, execute: Execute) -> Scheduler:
+    """Return the configured scheduler.
+
+    Args:
+        config: the run's.
+        paths: the run.
+        execute: runs a job's program in this process.
+    """
+    return SCHEDULERS[config.scheduler.kind](config, paths, execute)
+
+
+def refuse_place(config: Config, paths: RunPaths) -> None:
+    """Refuse a run directory whose logs the configured scheduler could not write.
+
+    Raises:
+        RunDirectoryError: its path cannot be said to the batch system.
+    """
+    if traits_of(config).jobs_outlive_coordinator:
+        log_pattern(paths.all_logs, "")

@@ -17,11 +17,14 @@ class Traits:
         query_seconds: the least time between two questions about tasks.
         tasks_start_anew: a task queues and loads what it needs, so a worker that is idle for a
             while is worth keeping; otherwise processes stay anyway.
+        jobs_outlive_coordinator: jobs are a batch system's. They go on without whoever submitted
+            them, other processes may ask about them, and a coordinator may be one.
     """
 
     visibility_seconds: float
     query_seconds: float
     tasks_start_anew: bool
+    jobs_outlive_coordinator: bool
 
 
 def traits_of(config: Config) -> Traits:
@@ -31,5 +34,11 @@ def traits_of(config: Config) -> Traits:
             visibility_seconds=config.storage.visibility_seconds,
             query_seconds=config.scheduler.query_seconds,
             tasks_start_anew=True,
+            jobs_outlive_coordinator=True,
         )
-    return Traits(visibility_seconds=0.0, query_seconds=0.0, tasks_start_anew=False)
+    return Traits(
+        visibility_seconds=0.0,
+        query_seconds=0.0,
+        tasks_start_anew=False,
+        jobs_outlive_coordinator=False,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedllm.config.models import Config
 from fedllm.rounds.opening import open_run
 from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import Capacity, Ending, Job, Option, SchedulerFull, TaskState
+from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, SchedulerFull, TaskState
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import TaskRecord
 from tests.rounds.simulation import Simulation, config_of
@@ -40,6 +40,14 @@ class HandMoved:
     def room(self, options: Mapping[str, Option]) -> int | None:
         del options
         return None if self.most_tasks is None else self.most_tasks - len(self.alive)
+
+    def limits(self, options: Mapping[str, Option]) -> Limits:
+        del options
+        return Limits(largest_array=self.largest_array, most_submitted=self.most_tasks)
+
+    def script(self, job: Job) -> str | None:
+        del job
+        return None
 
     def submit(self, job: Job) -> list[str]:
         if self.most_tasks is not None and len(self.alive) + job.tasks > self.most_tasks:

@@ -37,7 +37,7 @@ def text_of(
         options=options,
     )
     scheduled = SlurmScheduler(section=section, jobs_folder=Path("/jobs"))
-    return scheduled.sbatch_text(job).splitlines()
+    return scheduled.script(job).splitlines()
 
 
 def test_the_file_runs_our_program_as_a_throttled_array_with_everything_explicit() -> None:

@@ -9,8 +9,8 @@ import pytest
 from fedllm.config.models import SbatchSection
 from fedllm.errors import ConfigError, UserError
 from fedllm.scheduling.heap import SETTINGS
+from fedllm.scheduling.logs import log_of
 from fedllm.scheduling.seam import Job, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm import log_of
 from fedllm.scheduling.slurm_coordinator import job_is_gone
 from tests.slurm.cluster import Cluster, intercept, program, until
 from tests.slurm.workplace import Workplace

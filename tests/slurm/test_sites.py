@@ -9,8 +9,9 @@ import pytest
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
+from fedllm.scheduling.logs import log_of
 from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
-from fedllm.scheduling.slurm import SlurmScheduler, log_of
+from fedllm.scheduling.slurm import SlurmScheduler
 from fedllm.scheduling.slurm_coordinator import coordinator_jobs, job_is_gone
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import ErrorRecord, RunRecord
