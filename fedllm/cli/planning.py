@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,8 @@ from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.plan_text import describe_plan
 from fedllm.reporting.usage import Options
 from fedllm.rounds.rehearsal import Rehearsal, rehearse, rehearsed_jobs
-from fedllm.scheduling.seam import Scheduler, SchedulerUnreachable
+from fedllm.scheduling.logs import script_of
+from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable
 from fedllm.scheduling.slurm_coordinator import coordinator_flags
 from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.storage.paths import MOST_ENTRIES, RunPaths, cache_of, shipped
@@ -34,6 +36,14 @@ from fedllm.storage.publish import publish_bytes
 # what identifies a job is not what it asks for
 _IDENTITY = {"array", "job-name", "output", "comment"}
 _OPTION = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Script:
+    """A job that would be submitted, and what a batch system would be given for it."""
+
+    job: Job
+    text: str
 
 
 def plan(
@@ -68,8 +78,8 @@ def plan(
 
     try:
         rehearsal = rehearse(loaded, prepared, run, capacity)
-        files = _scripts(scheduler, rehearsal, run)
-        geometry = _geometry(loaded, rehearsal, files, _room(scheduler, rehearsal))
+        scripts = list(_scripts(scheduler, rehearsal, run))
+        geometry = _geometry(loaded, rehearsal, scripts, _room(scheduler, rehearsal))
     finally:
         scheduler.close()
     if json_:
@@ -78,10 +88,11 @@ def plan(
         say(describe_plan(geometry))
     if out is None:
         return
-    for name, text in files.items():
-        publish_bytes(out / f"{name}.sbatch", text.encode())
+    for script in scripts:
+        file = script_of(out, script.job.name)
+        publish_bytes(file, script.text.encode())
         if not json_:
-            say(f"wrote {out / name}.sbatch")
+            say(f"wrote {file}")
 
 
 def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capacity:
@@ -95,7 +106,7 @@ def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capaci
 
 
 def _geometry(
-    config: Config, rehearsal: Rehearsal, files: Mapping[str, str], room: Room
+    config: Config, rehearsal: Rehearsal, scripts: Sequence[_Script], room: Room
 ) -> Geometry:
     most = max(room.most_parallel for room in rehearsal.capacities.values())
     return plan_geometry(
@@ -108,26 +119,31 @@ def _geometry(
         logs=rehearsal.logs,
         slots=sorted({max(1, most // 4), max(1, most // 2), most, 2 * most, 4 * most}),
         room=room,
-        options=_real_options(config, rehearsal, files) if files else RealOptions(),
+        options=_real_options(config, scripts) if scripts else RealOptions(),
     )
 
 
-def _scripts(scheduler: Scheduler, rehearsal: Rehearsal, run: RunPaths) -> dict[str, str]:
-    """Return what a batch system would be given, by job name; nothing where none is used."""
-    texts = {job.name: scheduler.script(job) for job in rehearsed_jobs(rehearsal, run)}
-    return {name: text for name, text in texts.items() if text is not None}
+def _scripts(scheduler: Scheduler, rehearsal: Rehearsal, run: RunPaths) -> Iterator[_Script]:
+    """Yield what a batch system would be given; nothing where none is used."""
+    for job in rehearsed_jobs(rehearsal, run):
+        text = scheduler.script(job)
+        if text is not None:
+            yield _Script(job=job, text=text)
 
 
-def _real_options(config: Config, rehearsal: Rehearsal, files: Mapping[str, str]) -> RealOptions:
-    """Return the options that stand in the files: defaults are among them."""
-    classes = {
-        array.worker_class: _options(files[array.name]) for array in reversed(rehearsal.plan.arrays)
-    }
-    arrays = {array.name for array in rehearsal.plan.arrays}
-    jobs = {name.split("-")[3]: _options(files[name]) for name in files if name not in arrays}
+def _real_options(config: Config, scripts: Sequence[_Script]) -> RealOptions:
+    """Return the options that stand in the scripts, defaults too; of a class, the first's."""
+    classes: dict[str, Options] = {}
+    jobs: dict[str, Options] = {}
+    for script in scripts:
+        job, options = script.job, _options(script.text)
+        if job.worker_class is None:
+            jobs[job.program] = options
+        else:
+            classes.setdefault(job.worker_class, options)
     section = config.scheduler
-    script = "chain" if section.coordinator == "chained" else "coordinator"
-    text = shipped(f"slurm/{script}.sbatch").read_text(encoding="utf-8")
+    name = "chain" if section.coordinator == "chained" else "coordinator"
+    text = shipped(f"slurm/{name}.sbatch").read_text(encoding="utf-8")
     jobs["coordinator"] = {**_options(text), **coordinator_flags(section)}
     return RealOptions(classes=classes, jobs=jobs)
 

@@ -23,6 +23,7 @@ from fedllm.rounds.work import Work
 from fedllm.scheduling import slurm_coordinator as slurm
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
+from fedllm.scheduling.slurm_ids import arrays_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 
@@ -74,7 +75,7 @@ class Chain:
 
     def hand_over(self, successor: str, work: Work) -> str:
         """Have the successor start when something will have changed; say when that is."""
-        arrays = list(dict.fromkeys(task.partition("_")[0] for task in work.tasks))
+        arrays = arrays_of(work.tasks)
         if not arrays:
             self.postpone(successor)
             return "in a few minutes: there is no room for what it wants to submit"

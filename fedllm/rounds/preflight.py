@@ -38,6 +38,7 @@ def _jobs(run: Run) -> Iterator[Job]:
         yield Job(
             name=f"fedllm-{name}",
             program="client",
+            worker_class=name,
             argv=(),
             log_folder=logs,
             options=limit | options,

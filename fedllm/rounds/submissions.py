@@ -158,12 +158,14 @@ def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, 
 def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
     """Return an array of a plan as the scheduler takes it."""
     arguments = tuple(plan.command)
-    if plan.kind == "client":
-        arguments += ("--class", array.worker_class)
+    worker_class = array.worker_class if plan.kind == "client" else None
+    if worker_class is not None:
+        arguments += ("--class", worker_class)
     return Job(
         name=array.name,
         program=plan.kind,
         argv=arguments,
+        worker_class=worker_class,
         tasks=array.tasks,
         parallel=array.parallel,
         options=array.options,

@@ -49,12 +49,16 @@ class TaskState(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An array of identical tasks: `tasks` times `program argv`, at most `parallel` at once."""
+    """An array of identical tasks: `tasks` times `program argv`, at most `parallel` at once.
+
+    `worker_class` is whose bundles its workers take; None: it is a job of one task.
+    """
 
     name: str
     program: Program
     argv: tuple[str, ...]
     log_folder: Path
+    worker_class: str | None = None
     tasks: int = 1
     parallel: int | None = None
     options: Mapping[str, Option] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable
 from fedllm.scheduling.slurm_answers import fields
 from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
-from fedllm.scheduling.slurm_ids import tasks_of
+from fedllm.scheduling.slurm_ids import arrays_of, tasks_of
 from fedllm.scheduling.slurm_states import has_ended
 
 _ACCOUNTING_WINDOW = "now-7days"
@@ -61,7 +61,7 @@ class Endings:
     def _ask(self, unknown: set[str]) -> None:
         for ask in (self._in_queue, self._in_accounting):
             if unknown:
-                arrays = sorted({task.partition("_")[0] for task in unknown})
+                arrays = sorted(arrays_of(unknown))
                 self._known |= ask(",".join(arrays))
                 unknown = unknown - self._known.keys()
         self._asked_in_vain = unknown

@@ -32,6 +32,11 @@ def _numbers(ids: Iterable[str]) -> dict[int, list[int]]:
     return numbers
 
 
+def arrays_of(ids: Iterable[str]) -> list[str]:
+    """Return the arrays of tasks, each once, in the order of the tasks."""
+    return list(dict.fromkeys(task.partition("_")[0] for task in ids))
+
+
 def named(name: str, lines: Iterable[str]) -> list[str]:
     """Return the ids of the lines `id|name`; Slurm's own filter splits names at commas."""
     parts = (line.partition("|") for line in lines)
