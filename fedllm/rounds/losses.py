@@ -11,7 +11,8 @@ from fedllm.rounds.lingering import workers_of
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import is_mine, known_tasks, settle, was_preempted
 from fedllm.rounds.waves import has_unclaimed
-from fedllm.scheduling.seam import TaskState
+from fedllm.scheduling.endings import exit_status, reason_of
+from fedllm.scheduling.seam import Ending, EndReason, TaskState
 from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of
 from fedllm.storage.records import (
     ClaimRecord,
@@ -25,10 +26,7 @@ from fedllm.storage.records import (
 from fedllm.storage.updates import Scan
 
 # a node may be to blame for these; not for time, memory or preemption
-_A_NODES_FAULT = {"FAILED", "NODE_FAIL", "BOOT_FAIL"}
-# Slurm calls it FAILED where a worker ended as it was told to, before its time or preemption
-_AS_TOLD = f"{Incomplete.exit_code}:0"
-_OUT_OF_MEMORY = "OUT_OF_MEMORY"
+_A_NODES_FAULT = {EndReason.FAILED, EndReason.NODE_LOST}
 _MEMORY_GROWTH = 1.5
 
 
@@ -155,11 +153,7 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     for number in range(1, attempts + 1):
         attempt = paths.attempt(number)
         endings = close_attempt(run, attempt).endings.values()
-        failures.update(
-            e.node
-            for e in endings
-            if e.state in _A_NODES_FAULT and e.exit_code != _AS_TOLD and e.node
-        )
+        failures.update(e.node for e in endings if e.node and _blames_node(e))
         ran |= _nodes(attempt)
     broken = {node for node, count in failures.items() if count >= _most(run)}
     if paths.number > 1 and broken:
@@ -170,6 +164,12 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
         if run.watch.is_new(("excluded", node)):
             run.say(f"node {node}: {failures[node]} tasks failed there; excluded from now on")
     return sorted(before | broken)
+
+
+def _blames_node(ending: Ending) -> bool:
+    # who ended as it was told to, before its time or preemption, is also counted as failed
+    as_told = exit_status(ending) == Incomplete.exit_code
+    return reason_of(ending) in _A_NODES_FAULT and not as_told
 
 
 def _most(run: Run) -> int:
@@ -228,7 +228,8 @@ def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bo
         record = run.seen.find(TaskRecord, attempt.task(task))
         if record and record.worker_class == worker_class:
             tasks.add(task)
-    if any(endings[task].state == _OUT_OF_MEMORY for task in tasks if task in endings):
+    ended = [reason_of(endings[task]) for task in tasks if task in endings]
+    if EndReason.OUT_OF_MEMORY in ended:
         return True
     # on a GPU it is the GPU's memory that ran out, which no option of a job enlarges
     if any(asks_for_gpus(array.options) for array in mine):

@@ -9,7 +9,8 @@ from fedllm.errors import ConfigError, FedllmError, Incomplete, RunFailed, UserE
 from fedllm.planning.classes import job_options
 from fedllm.rounds.run import Run
 from fedllm.rounds.visibility import unseen
-from fedllm.scheduling.seam import Job, SchedulerFull, SubmissionUnknown, TaskState
+from fedllm.scheduling.endings import reason_of
+from fedllm.scheduling.seam import EndReason, Job, SchedulerFull, SubmissionUnknown, TaskState
 from fedllm.storage.paths import JobPaths, aside, attempts_of
 from fedllm.storage.records import (
     ArrayRecord,
@@ -298,12 +299,13 @@ def was_preempted(outcome: OutcomeRecord) -> bool:
 
     Beside it tasks may have left the queue that were not needed, but none for being silent.
     """
-    states = {
-        ending.state
-        for task, ending in outcome.endings.items()
-        if ending.state != "CANCELLED" or task in outcome.cancelled
+    reasons = {task: reason_of(ending) for task, ending in outcome.endings.items()}
+    counted = {
+        reason
+        for task, reason in reasons.items()
+        if reason is not EndReason.CANCELLED or task in outcome.cancelled
     }
-    return states == {"PREEMPTED"}
+    return counted == {EndReason.PREEMPTED}
 
 
 def job_error(run: Run, paths: JobPaths, logs: Path, outcome: OutcomeRecord) -> FedllmError:

@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedllm.scheduling.endings import reason_of
 from fedllm.scheduling.logs import has_log
-from fedllm.scheduling.seam import Ending
-
-# Slurm's word for a job that ended by itself; one that was cancelled in the queue leaves no log
-_BY_ITSELF = "FAILED"
+from fedllm.scheduling.seam import Ending, EndReason
 
 
 def nodes_without_sight(endings: Mapping[str, Ending], logs: Path) -> list[str]:
@@ -20,7 +18,8 @@ def nodes_without_sight(endings: Mapping[str, Ending], logs: Path) -> list[str]:
         {
             ending.node
             for task, ending in endings.items()
-            if ending.state == _BY_ITSELF and ending.node and not has_log(logs, task)
+            # one that was cancelled in the queue leaves no log either
+            if reason_of(ending) is EndReason.FAILED and ending.node and not has_log(logs, task)
         }
     )
 

@@ -96,7 +96,12 @@ class TaskEnvironment:
 
 def become_task(task: str, log: str) -> None:
     """Note in this process's environment which task it works on from now on, and its log."""
-    os.environ.update({"FEDLLM_TASK": task, "FEDLLM_LOG": log})
+    os.environ.update(task_variables(task, log))
+
+
+def task_variables(task: str, log: str) -> dict[str, str]:
+    """Return the variables by which whoever starts a task tells it its name and its log."""
+    return {"FEDLLM_TASK": task, "FEDLLM_LOG": log}
 
 
 def _local_task() -> str:

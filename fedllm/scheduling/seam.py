@@ -15,7 +15,7 @@ Program = Literal["prepare", "client", "aggregate", "evaluate"]
 Option = str | int | float | bool | None
 
 
-# how a task ended: the scheduler says it, the outcome of an attempt keeps it
+# how a task ended: the scheduler says it, the outcome of an attempt keeps it; `endings` reads it
 Ending: TypeAlias = EndingRecord
 
 
@@ -45,6 +45,17 @@ class TaskState(Enum):
     RUNNING = "running"
     GONE = "gone"
     UNKNOWN = "unknown"
+
+
+class EndReason(Enum):
+    """Why a task ended that did not end well, whatever its scheduler calls it."""
+
+    PREEMPTED = "preempted"
+    NODE_LOST = "node lost"
+    OUT_OF_MEMORY = "out of memory"
+    TIME_LIMIT = "time limit"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from fedllm.scheduling.seam import Ending, SchedulerUnreachable
 from fedllm.scheduling.slurm_answers import fields
 from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm_ids import arrays_of, tasks_of
-from fedllm.scheduling.slurm_states import has_ended
+from fedllm.scheduling.slurm_states import ended_well, has_ended
 
 _ACCOUNTING_WINDOW = "now-7days"
 _LONGEST_PAUSE = 8  # in questions
@@ -41,7 +41,7 @@ class Endings:
         if unknown and (is_due or (has_news and not self._pause.failures)):
             self._ask(unknown)
         found = {task: self._known[task] for task in ids if task in self._known}
-        return {task: ending for task, ending in found.items() if ending.state != "COMPLETED"}
+        return {task: ending for task, ending in found.items() if not ended_well(ending.state)}
 
     def accounting(self, *words: str) -> str:
         """Ask sacct; a site without accounting, or one that does not answer, knows nothing."""

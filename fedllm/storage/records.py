@@ -331,7 +331,7 @@ def in_training(client: str | None, clients: Sequence[str]) -> str:
 
 
 class EndingRecord(Record):
-    """How a task ended, as the scheduler says: `FAILED`, `NODE_FAIL`, `OUT_OF_MEMORY`..."""
+    """How a task ended: `state` is the word of its scheduler (`FAILED`, `exit 3`, `preempted`)."""
 
     state: str
     exit_code: str = ""
