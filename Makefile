@@ -149,7 +149,8 @@ slurm-packages:
 	if [ ! -e $$policy ]; then \
 	  trap 'rm -f $$policy' EXIT; printf '#!/bin/sh\nexit 101\n' > $$policy; chmod 755 $$policy; fi; \
 	export DEBIAN_FRONTEND=noninteractive; \
-	if ! { apt-get update && apt-get install -y --no-install-recommends $$missing; } > $$log 2>&1; then \
+	if ! { apt-get -o DPkg::Lock::Timeout=300 update && \
+	    apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $$missing; } > $$log 2>&1; then \
 	  tail -20 $$log >&2; echo "make slurm-packages: apt-get failed: $$log" >&2; exit 1; fi; rm -f $$log
 
 bench: .venv/.test
