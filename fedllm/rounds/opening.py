@@ -187,7 +187,7 @@ def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
 
 def _prepare_again(paths: RunPaths) -> None:
     """Set the preparation aside; before the first round also the state that was made from it."""
-    for path in (paths.prepared, paths.prepare_job(1).root.parent):
+    for path in (paths.prepared, paths.prepare_attempts):
         if path.exists():
             path.rename(aside(path, "replaced"))
     start = paths.round(0).root

@@ -23,8 +23,9 @@ from fedllm.errors import FedllmError, UserError
 from fedllm.scheduling.slurm_answers import MARK, marked
 from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm_options import Flags, words_of
+from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publish import publish_bytes
-from fedllm.storage.trials import HERE, THERE, NodeRecord, Sight, SightRecord, seconds_until
+from fedllm.storage.trials import NodeRecord, Sight, SightRecord, seconds_until
 
 # What a batch job has and a step of seconds has not, or what decides its size.
 _NOT_OF_A_PROBE = {
@@ -88,9 +89,9 @@ class Probe:
             clock_seconds = answer.clock - time.time()
             if answer.storage_problem:
                 return Sight(node=answer, clock_seconds=clock_seconds)
-            there = self.folder / THERE
-            seen_here = seconds_until(there.exists, patience=self.visibility_seconds)
-            publish_bytes(self.folder / HERE, b"{}")
+            paths = ProbePaths(root=self.folder)
+            seen_here = seconds_until(paths.there.exists, patience=self.visibility_seconds)
+            publish_bytes(paths.here, b"{}")
             step.say("look")
             seen_there = self._told(step, node, SightRecord).seconds
         return Sight(

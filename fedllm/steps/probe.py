@@ -19,11 +19,10 @@ from fedllm.errors import FedllmError, UserError
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.scheduling.slurm_commands import CommandRefused, call
+from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.staging import node_folder
 from fedllm.storage.trials import (
-    HERE,
-    THERE,
     NodeRecord,
     SightRecord,
     existing,
@@ -33,8 +32,6 @@ from fedllm.storage.trials import (
     try_folder,
 )
 
-# where runs will lie -> the trial -> this probe's own folder
-_DEPTH = 1
 _IMPORTED = ("torch", "transformers", "peft")
 # questions that change nothing; the coordinator and a task that requeues itself ask such
 _COMMANDS = {
@@ -52,15 +49,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--node-local", metavar="DIR", help="a folder of the node's own")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a file")
     arguments = parser.parse_args(argv)
-    _print(look(arguments.folder, arguments.also, arguments.node_local, arguments.patience))
+    paths, patience = ProbePaths(root=arguments.folder), arguments.patience
+    _print(look(paths, arguments.also, arguments.node_local, patience))
     for _ in sys.stdin:
-        here = arguments.folder / HERE
-        _print(SightRecord(seconds=seconds_until(here.exists, patience=arguments.patience)))
+        _print(SightRecord(seconds=seconds_until(paths.here.exists, patience=patience)))
     return 0
 
 
-def look(folder: Path, also: Sequence[Path], node_local: str | None, patience: float) -> NodeRecord:
-    """Return what a job finds here; `folder` may take `patience` seconds to appear."""
+def look(
+    paths: ProbePaths, also: Sequence[Path], node_local: str | None, patience: float
+) -> NodeRecord:
+    """Return what a job finds here; the probe's folder may take `patience` seconds to appear."""
     broken = dict(_broken())
     local_bytes, local_problem = _node_local(node_local)
     return NodeRecord(
@@ -73,7 +72,7 @@ def look(folder: Path, also: Sequence[Path], node_local: str | None, patience: f
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=_memory_bytes(),
         refused=dict(_refused()),
-        storage_problem=_storage_problem(folder, patience),
+        storage_problem=_storage_problem(paths, patience),
         absent=[str(path) for path in also if not path.exists()],
         local_bytes=local_bytes,
         local_problem=local_problem,
@@ -108,15 +107,15 @@ def _refused() -> Iterator[tuple[str, str]]:
             yield name, str(error)
 
 
-def _storage_problem(folder: Path, patience: float) -> str:
-    if seconds_until(folder.is_dir, patience=patience) is None:
-        place = folder.parents[_DEPTH]
+def _storage_problem(paths: ProbePaths, patience: float) -> str:
+    if seconds_until(paths.root.is_dir, patience=patience) is None:
+        place = paths.place
         return f"{place} is another folder there" if place.is_dir() else f"{place} is not there"
     try:
-        try_folder(folder)
+        try_folder(paths.root)
         # from now on this side has looked in vain: what a cache remembers of that shows
-        (folder / HERE).exists()
-        publish_bytes(folder / THERE, b"{}")
+        paths.here.exists()
+        publish_bytes(paths.there, b"{}")
     except (FedllmError, OSError) as error:
         return str(error)
     return ""

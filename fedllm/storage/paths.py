@@ -313,9 +313,14 @@ class RunPaths:
         """Model and data fingerprints, client index, module shapes."""
         return self.root / "prepared.json"
 
+    @property
+    def prepare_attempts(self) -> Path:
+        """The folder of attempts at the preparation."""
+        return self.root / "prepare" / "attempts"
+
     def prepare_job(self, number: int) -> JobPaths:
         """Attempt `number` at the preparation."""
-        return JobPaths(root=self.root / "prepare" / "attempts" / f"{number:02d}")
+        return JobPaths(root=self.prepare_attempts / f"{number:02d}")
 
     @property
     def leases(self) -> Path:
@@ -376,6 +381,28 @@ class RunPaths:
     def logs(self, round_number: int) -> Path:
         """The folder of a round's logs; 0 holds those of prepare."""
         return self.all_logs / f"{round_number:04d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbePaths:
+    """A probe's own folder, in a trial folder, in the folder where runs will lie."""
+
+    root: Path
+
+    @property
+    def place(self) -> Path:
+        """The folder where runs will lie."""
+        return self.root.parents[1]
+
+    @property
+    def here(self) -> Path:
+        """The file of the machine that sent the probe."""
+        return self.root / "here.json"
+
+    @property
+    def there(self) -> Path:
+        """The file of the node that the probe runs on."""
+        return self.root / "there.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,6 @@ from fedllm.errors import RunDirectoryError
 from fedllm.storage.publish import publish_bytes, publish_once
 from fedllm.storage.records import Record
 
-# what the two sides of a trial write into its folder
-HERE = "here.json"
-THERE = "there.json"
 _PACKAGES = ("fedllm", "torch", "transformers", "peft", "tokenizers", "safetensors")
 _LOOK_SECONDS = 0.1
 

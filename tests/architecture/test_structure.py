@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import grimp
 import pytest
@@ -68,6 +69,16 @@ def test_the_command_line_starts_without_the_compute_stack() -> None:
     assert _loaded_after("fedllm.cli.main") == []
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_paths_know_how_deep_a_file_lies(path: Path) -> None:
+    climbed = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(_parse(path))
+        if _climbs_levels(node)
+    ]
+    assert not climbed or path.name == "paths.py", "a property of storage.paths says where it lies"
+
+
 def test_no_tracked_file_is_large() -> None:
     listing = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -91,6 +102,19 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(_parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
+
+
+def _climbs_levels(node: ast.AST) -> TypeGuard[ast.expr]:
+    """Return whether an expression is `path.parents[n]` or `path.parent.parent`."""
+    match node:
+        case ast.Subscript(value=ast.Attribute(attr="parents"), slice=ast.Name(id=name)):
+            # a mapping's key is no constant
+            return name.isupper()
+        case ast.Subscript(value=ast.Attribute(attr="parents")):
+            return True
+        case ast.Attribute(attr="parent", value=ast.Attribute(attr="parent")):
+            return True
+    return False
 
 
 def _length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from fedllm.steps import probe
-from fedllm.storage.trials import HERE, THERE, NodeRecord, SightRecord, installed
+from fedllm.storage.paths import ProbePaths
+from fedllm.storage.trials import NodeRecord, SightRecord, installed
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> Path:
+def trial(tmp_path: Path) -> ProbePaths:
     """A probe's own folder in a trial folder."""
     folder = tmp_path / "trial" / "own"
     folder.mkdir(parents=True)
-    return folder
+    return ProbePaths(root=folder)
 
 
 def answers(
@@ -30,26 +31,26 @@ def answers(
 
 
 def test_a_probe_tells_packages_processors_and_leaves_its_mark_in_the_folder(
-    trial: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trial: ProbePaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    (line,) = answers(monkeypatch, capsys, trial, "--node-local", trial)
+    (line,) = answers(monkeypatch, capsys, trial.root, "--node-local", trial.root)
     told = NodeRecord.model_validate_json(line)
     assert told.node == "n7"
     assert told.versions == dict(installed())
     assert (told.broken, told.storage_problem, told.local_problem) == ({}, "", "")
     assert told.cpus >= 1
     assert told.local_bytes
-    assert (trial / THERE).exists()
+    assert trial.there.exists()
 
 
 def test_a_probe_waits_for_the_other_sides_file_each_time_it_is_told_to(
-    trial: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trial: ProbePaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, first = answers(monkeypatch, capsys, trial, said="look\n")
+    _, first = answers(monkeypatch, capsys, trial.root, said="look\n")
     assert SightRecord.model_validate_json(first).seconds is None
-    (trial / HERE).touch()
-    _, second = answers(monkeypatch, capsys, trial, said="look\n")
+    trial.here.touch()
+    _, second = answers(monkeypatch, capsys, trial.root, said="look\n")
     assert SightRecord.model_validate_json(second).seconds is not None
 
 
@@ -67,5 +68,5 @@ def test_what_is_not_there_is_named(
 
 
 def test_a_folder_of_the_same_name_that_is_another_one_is_told(tmp_path: Path) -> None:
-    told = probe.look(tmp_path / "trial" / "own", [], None, 0.0)
+    told = probe.look(ProbePaths(root=tmp_path / "trial" / "own"), [], None, 0.0)
     assert told.storage_problem == f"{tmp_path} is another folder there"
