@@ -1,0 +1,154 @@
+"""What `fedllm plan` tells: what a configuration would submit, and what that costs and writes."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fedllm.config.models import Config, SbatchOptions
+from fedllm.errors import ConfigError, UserError
+from fedllm.planning.capacity import Capacity
+from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
+from fedllm.reporting.usage import Options
+from fedllm.rounds.rehearsal import Rehearsal, rehearse, rehearsed_jobs
+from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable
+from fedllm.scheduling.slurm_coordinator import coordinator_flags
+from fedllm.storage.paths import MOST_ENTRIES, RunPaths, shipped
+from fedllm.storage.records import PreparedRecord
+
+# what identifies a job is not what it asks for
+_IDENTITY = {"array", "job-name", "output", "comment"}
+_OPTION = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """A job that would be submitted, and what a batch system would be given for it."""
+
+    job: Job
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run as it would be submitted.
+
+    Attributes:
+        geometry: what it submits, costs and writes.
+        scripts: its first round's jobs; none where no batch system is used.
+    """
+
+    geometry: Geometry
+    scripts: tuple[Script, ...]
+
+
+def plan_run(
+    config: Config,
+    prepared: PreparedRecord,
+    run: RunPaths,
+    scheduler: Scheduler,
+    *,
+    slots: int | None = None,
+) -> RunPlan:
+    """Plan a run in `run`; nothing is submitted or written.
+
+    Args:
+        config: its configuration.
+        prepared: what its preparation found.
+        run: where it would lie.
+        scheduler: is asked what there is room for.
+        slots: plan for so many free slots instead.
+
+    Raises:
+        ConfigError: configuration, data and base model do not fit together, or the scheduler
+            refuses an option.
+    """
+
+    def capacity(options: SbatchOptions) -> Capacity:
+        room = _capacity(scheduler, options, config.scheduler.max_parallel)
+        if slots is None:
+            return room
+        return dataclasses.replace(room, free_slots=slots, most_parallel=slots)
+
+    rehearsal = rehearse(config, prepared, run, capacity)
+    scripts = tuple(_scripts(scheduler, rehearsal, run))
+    geometry = _geometry(config, rehearsal, scripts, _room(scheduler, rehearsal))
+    return RunPlan(geometry=geometry, scripts=scripts)
+
+
+def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capacity:
+    """Return what there is room for; a plan is made on a laptop, too."""
+    try:
+        return scheduler.capacity(options)
+    except ConfigError:
+        raise
+    except (UserError, SchedulerUnreachable):
+        return Capacity(free_slots=most, most_parallel=most, largest_array=MOST_ENTRIES)
+
+
+def _geometry(
+    config: Config, rehearsal: Rehearsal, scripts: Sequence[Script], room: Room
+) -> Geometry:
+    most = max(room.most_parallel for room in rehearsal.capacities.values())
+    return plan_geometry(
+        rehearsal.federation,
+        rehearsal.cohort,
+        rehearsal.classes,
+        rehearsal.plan,
+        capacities=rehearsal.capacities,
+        waves=rehearsal.waves,
+        logs=rehearsal.logs,
+        slots=sorted({max(1, most // 4), max(1, most // 2), most, 2 * most, 4 * most}),
+        room=room,
+        options=_real_options(config, scripts) if scripts else RealOptions(),
+    )
+
+
+def _scripts(scheduler: Scheduler, rehearsal: Rehearsal, run: RunPaths) -> Iterator[Script]:
+    """Yield what a batch system would be given; nothing where none is used."""
+    for job in rehearsed_jobs(rehearsal, run):
+        text = scheduler.script(job)
+        if text is not None:
+            yield Script(job=job, text=text)
+
+
+def _real_options(config: Config, scripts: Sequence[Script]) -> RealOptions:
+    """Return the options that stand in the scripts, defaults too; of a class, the first's."""
+    classes: dict[str, Options] = {}
+    jobs: dict[str, Options] = {}
+    for script in scripts:
+        job, options = script.job, _options(script.text)
+        if job.worker_class is None:
+            jobs[job.program] = options
+        else:
+            classes.setdefault(job.worker_class, options)
+    section = config.scheduler
+    name = "chain" if section.coordinator == "chained" else "coordinator"
+    text = shipped(f"slurm/{name}.sbatch").read_text(encoding="utf-8")
+    jobs["coordinator"] = {**_options(text), **coordinator_flags(section)}
+    return RealOptions(classes=classes, jobs=jobs)
+
+
+def _options(text: str) -> Options:
+    found = (_OPTION.fullmatch(line) for line in text.splitlines())
+    return {
+        match[1]: True if match[2] is None else match[2].strip("'\"")
+        for match in found
+        if match and match[1] not in _IDENTITY
+    }
+
+
+def _room(scheduler: Scheduler, rehearsal: Rehearsal) -> Room:
+    """Return what the scheduler says of its limits, those that leave the least."""
+    said = [scheduler.limits(workers.options) for workers in rehearsal.plan.workers.values()]
+    known = [limits for limits in said if not limits.problem]
+    if not known:
+        return Room(problem=next((limits.problem for limits in said), ""))
+    sizes = [limits.largest_array for limits in known]
+    queued = [limits.most_submitted for limits in known]
+    free = [room.free_tasks for room in rehearsal.capacities.values()]
+    return Room(largest_array=_least(sizes), most_submitted=_least(queued), free_tasks=_least(free))
+
+
+def _least(limits: Sequence[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)

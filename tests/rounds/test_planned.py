@@ -1,0 +1,100 @@
+"""A plan tells all that a run would submit, asks only for room, and leaves nothing behind."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.errors import ConfigError
+from fedllm.planning.capacity import Capacity
+from fedllm.rounds.planned import RunPlan, plan_run
+from fedllm.scheduling.inline import InlineScheduler
+from fedllm.scheduling.seam import Job, Option, SchedulerUnreachable
+from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import PreparedRecord
+from tests.rounds.simulation import Simulation, config_of
+
+
+@dataclass(kw_only=True)
+class Asked(InlineScheduler):
+    """Answers what there is room for, or fails to; writes scripts as `batch` does."""
+
+    answer: Capacity | Exception
+    batch: SlurmScheduler | None
+
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def script(self, job: Job) -> str | None:
+        return self.batch.script(job) if self.batch else None
+
+
+def planned(
+    folder: Path, answer: Capacity | Exception, *, slots: int | None = None, **changes: Any
+) -> RunPlan:
+    simulation = Simulation()
+    simulation.prepare(RunPaths(root=folder / "prepared"))
+    prepared = PreparedRecord.read(RunPaths(root=folder / "prepared").prepared)
+    # minutes a client: more than a worker's start
+    prepared = prepared.model_copy(update={"model_parameters": 1_000_000_000})
+    slow = {"scheduler__clients_per_bundle": 1, "scheduler__worker_teraflops": 1e-3}
+    config = config_of(**slow, **changes)
+    run = RunPaths(root=folder / "run")
+    batch = SlurmScheduler(section=config.scheduler) if config.scheduler.kind == "slurm" else None
+    scheduler = Asked(execute=simulation, answer=answer, batch=batch)
+    found = plan_run(config, prepared, run, scheduler, slots=slots)
+    assert not run.root.exists()
+    assert simulation.trained == []
+    return found
+
+
+TWO = Capacity(free_slots=2, most_parallel=2, largest_array=400)
+
+
+def test_a_plan_takes_what_the_scheduler_has_room_for(tmp_path: Path) -> None:
+    found = planned(tmp_path, TWO)
+    assert found.geometry.tasks == 2
+    assert found.geometry.room.problem == "scheduler.kind inline has no queue"
+    assert found.scripts == ()
+
+
+def test_a_plan_for_other_slots_takes_those(tmp_path: Path) -> None:
+    found = planned(tmp_path, TWO, slots=3)
+    assert found.geometry.tasks == 3
+    assert max(each.slots for each in found.geometry.times) == 12
+
+
+def test_a_plan_is_made_where_no_scheduler_answers(tmp_path: Path) -> None:
+    unreachable = SchedulerUnreachable("no answer")
+    found = planned(tmp_path, unreachable, scheduler__max_parallel=3)
+    assert found.geometry.tasks == 3
+    assert max(each.slots for each in found.geometry.times) == 12
+
+
+def test_what_the_scheduler_refuses_stops_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such partition"):
+        planned(tmp_path, ConfigError("no such partition"))
+
+
+def test_the_sbatch_files_are_those_of_all_jobs_and_the_options_are_read_from_them(
+    tmp_path: Path,
+) -> None:
+    sbatch = {"default": {"partition": "low"}, "client": {"mem": "3G"}, "aggregate": {"time": 5}}
+    changes: dict[str, Any] = {"scheduler__kind": "slurm", "scheduler__sbatch": sbatch}
+    found = planned(tmp_path, TWO, **changes)
+    names = [script.job.name for script in found.scripts]
+    assert [name.split("-", 2)[2] for name in names] == [
+        *("r0001-a01-small-0", "r0000-prepare-01", "r0001-aggregate-01", "r0001-evaluate-01"),
+    ]
+    assert all(script.text.startswith("#!") for script in found.scripts)
+    (array,) = found.geometry.arrays
+    assert (array.options["partition"], array.options["mem"]) == ("low", "3G")
+    jobs = {job.kind: job.options for job in found.geometry.jobs}
+    assert jobs["aggregate"]["time"] == "5"
+    assert jobs["coordinator"]["partition"] == "low"
+    assert not {"array", "job-name", "output"} & set(array.options)
