@@ -57,7 +57,9 @@ def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **optio
     return output
 
 
-def cross_entropies(logits_UV: Tensor, inverse_K: Tensor, targets_K: Tensor) -> Tensor:
+def cross_entropies(
+    logits_UV: Tensor, inverse_K: Tensor, targets_K: Tensor, *, chunk_logits: int = _CHUNK_LOGITS
+) -> Tensor:
     """Return -log softmax of `logits_UV[inverse_K]` at the targets (K,).
 
     Computed in float32, float64 for float64 logits, a chunk of positions at a time: neither the
@@ -67,28 +69,34 @@ def cross_entropies(logits_UV: Tensor, inverse_K: Tensor, targets_K: Tensor) -> 
         logits_UV: in any precision.
         inverse_K: which position each target reads, sorted.
         targets_K: the tokens.
+        chunk_logits: how many logits are in that precision at one time, at least one position's.
     """
-    losses_K: Tensor = _CrossEntropy.apply(logits_UV, inverse_K, targets_K)  # type: ignore[no-untyped-call]
+    losses_K: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits_UV, inverse_K, targets_K, chunk_logits
+    )
     return losses_K
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_UV: Tensor, inverse_K: Tensor, targets_K: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits_UV: Tensor, inverse_K: Tensor, targets_K: Tensor, chunk_logits: int
+    ) -> Tensor:
         dtype = torch.promote_types(logits_UV.dtype, torch.float32)
         sums_U = torch.empty(logits_UV.shape[0], dtype=dtype, device=logits_UV.device)
-        for chunk in _chunks(logits_UV):
+        for chunk in _chunks(logits_UV, chunk_logits):
             sums_U[chunk] = logits_UV[chunk].to(dtype).logsumexp(dim=1)
         ctx.save_for_backward(logits_UV, inverse_K, targets_K, sums_U)
+        ctx.chunk_logits = chunk_logits
         return sums_U[inverse_K] - logits_UV[inverse_K, targets_K].to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_K: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream_K: Tensor) -> tuple[Tensor, None, None, None]:
         logits_UV, inverse_K, targets_K, sums_U = ctx.saved_tensors
         upstream_U = torch.zeros_like(sums_U).index_add_(0, inverse_K, upstream_K)
         grad_UV = torch.empty_like(logits_UV)
-        chunks = _chunks(logits_UV)
+        chunks = _chunks(logits_UV, ctx.chunk_logits)
         ends = torch.tensor([chunk.stop for chunk in chunks], device=inverse_K.device)
         first = 0
         for chunk, last in zip(chunks, torch.searchsorted(inverse_K, ends).tolist(), strict=True):
@@ -98,11 +106,11 @@ class _CrossEntropy(torch.autograd.Function):
             part.index_put_(places, -upstream_K[first:last], accumulate=True)
             grad_UV[chunk] = part
             first = last
-        return grad_UV, None, None
+        return grad_UV, None, None, None
 
 
-def _chunks(logits_UV: Tensor) -> list[slice]:
+def _chunks(logits_UV: Tensor, chunk_logits: int) -> list[slice]:
     num_positions, num_tokens = logits_UV.shape
-    size = max(1, _CHUNK_LOGITS // num_tokens)
+    size = max(1, chunk_logits // num_tokens)
     starts = range(0, num_positions, size)
     return [slice(start, min(start + size, num_positions)) for start in starts]

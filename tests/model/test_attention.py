@@ -18,6 +18,7 @@ from fedllm.model.attention import (
     boolean_mask,
     parts_attention,
 )
+from fedllm.model.gated import is_large
 from fedllm.model.packing import PADDING, Part
 
 
@@ -57,10 +58,10 @@ def total(parts: tuple[Part, ...]) -> int:
     return parts[-1].stop
 
 
-def heads(parts: tuple[Part, ...], seed: int, *, key_heads: int = 2) -> list[Tensor]:
+def heads(parts: tuple[Part, ...], seed: int, *, key_heads: int = 2, size: int = 8) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(1, h, total(parts), 8, dtype=torch.float64, generator=draw).requires_grad_()
+        torch.randn(1, h, total(parts), size, dtype=torch.float64, generator=draw).requires_grad_()
         for h in (4, key_heads, key_heads)
     ]
 
@@ -141,12 +142,10 @@ def test_batch_entries_attend_as_if_alone(entries: list[list[tuple[int, list[int
         torch.testing.assert_close(found[n, : total(parts)], expected[0], rtol=1e-12, atol=1e-12)
 
 
-def test_no_copies_of_keys_and_values_are_kept_for_the_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("fedllm.model.gated.LARGE", 1)
-    parts = lay([(5, [3, 4, 2])])
-    qkv = [x.requires_grad_() for x in heads(parts, 0)]
+def test_no_copies_of_keys_and_values_are_kept_for_the_gradient() -> None:
+    parts = lay([(500, [200, 224, 100])])
+    qkv = [x.requires_grad_() for x in heads(parts, 0, size=64)]
+    assert is_large(qkv[0])
     plan = PartsPlan([parts], total(parts), "cpu")
     kept: list[Tensor] = []
 
