@@ -20,10 +20,6 @@ from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskSt
 from fedllm.storage.publish import storage_errors
 
 SERVE = (sys.executable, "-m", "fedllm.steps.serve")
-# a worker that is told to end publishes what it has finished; it stops between two steps
-_GRACE_SECONDS = 30.0
-# one that closed its pipes is at its end, or will never answer
-_END_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +47,20 @@ class _Worker:
 class LocalScheduler:
     """Gives tasks to `workers` resident processes, first come, first served.
 
-    `serve` starts one: it reads a task per line and answers with its id and exit code.
+    Attributes:
+        workers: how many there are.
+        log_folder: for what they say before and after their tasks.
+        serve: starts one, which reads a task per line and answers with its id and exit code.
+        grace_seconds: for workers that are told to end: one stops between two steps, and publishes
+            what it has finished.
+        end_seconds: for one that closed its pipes: it is at its end, or will never answer.
     """
 
     workers: int
     log_folder: Path
     serve: tuple[str, ...] = SERVE
+    grace_seconds: float = 30.0
+    end_seconds: float = 5.0
     _run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _queue: deque[_Task] = field(default_factory=deque)
@@ -141,7 +145,7 @@ class LocalScheduler:
             # a line that the worker never read is lost with it
             with contextlib.suppress(BrokenPipeError):
                 worker.inbox.close()
-        deadline = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + self.grace_seconds
         for worker in list(self._pool):
             try:
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
@@ -233,7 +237,7 @@ class LocalScheduler:
 
     def _bury(self, worker: _Worker) -> None:
         try:
-            code = worker.process.wait(_END_SECONDS)
+            code = worker.process.wait(self.end_seconds)
         except subprocess.TimeoutExpired:
             worker.process.kill()
             code = worker.process.wait()

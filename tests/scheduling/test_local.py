@@ -12,7 +12,6 @@ import pytest
 
 from fedllm.config.loading import dump_config
 from fedllm.errors import RunDirectoryError
-from fedllm.scheduling import local
 from fedllm.scheduling.heap import SETTINGS, VARIABLE
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.local import LocalScheduler
@@ -168,11 +167,10 @@ def test_a_program_that_cannot_start_says_why_in_the_workers_log(tmp_path: Path)
     assert log.read_text() == "no such module\n" * 2
 
 
-def test_a_worker_that_hears_no_more_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local, "_END_SECONDS", 0.1)
-    scheduler = LocalScheduler(workers=1, log_folder=tmp_path / "logs", serve=WORKER)
+def test_a_worker_that_hears_no_more_is_ended(tmp_path: Path) -> None:
+    scheduler = LocalScheduler(
+        workers=1, log_folder=tmp_path / "logs", serve=WORKER, end_seconds=0.1
+    )
     first = scheduler.submit(job(tmp_path, "deaf", "0"))
     finish(scheduler, first)
     time.sleep(0.1)
@@ -209,11 +207,10 @@ def test_waiting_ends_with_a_task_or_with_the_time(
     assert time.monotonic() - started < LONG_SECONDS
 
 
-def test_closing_ends_all_workers_also_those_that_will_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local, "_GRACE_SECONDS", 0.3)
-    scheduler = LocalScheduler(workers=2, log_folder=tmp_path / "logs", serve=WORKER)
+def test_closing_ends_all_workers_also_those_that_will_not(tmp_path: Path) -> None:
+    scheduler = LocalScheduler(
+        workers=2, log_folder=tmp_path / "logs", serve=WORKER, grace_seconds=0.3
+    )
     ids = [*scheduler.submit(job(tmp_path, "stubborn")), *scheduler.submit(job(tmp_path, "sleep"))]
     running = [pid_of(tmp_path, task) for task in ids]
     time.sleep(0.1)
