@@ -11,7 +11,7 @@ from fedllm.aggregation.decomposition import Problem
 from fedllm.aggregation.routes import route_for
 from fedllm.lora.factors import ModuleShape
 
-WORKING_BYTES = 512 << 20  # of a group, unless one module alone takes more
+WORKING_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,12 @@ class Group:
 
 
 def group_modules(
-    modules: Mapping[str, ModuleRanks], *, block_clients: int, exact: bool, tolerance: float
+    modules: Mapping[str, ModuleRanks],
+    *,
+    block_clients: int,
+    exact: bool,
+    tolerance: float,
+    working_bytes: int = WORKING_BYTES,
 ) -> list[Group]:
     """Return the groups of all modules, those that take most first.
 
@@ -50,6 +55,7 @@ def group_modules(
         block_clients: how many clients a block has.
         exact: see `Problem`.
         tolerance: see `Problem`.
+        working_bytes: of a group, unless one module alone takes more.
     """
     alike: dict[ModuleRanks, list[str]] = {}
     for name, ranks in modules.items():
@@ -65,7 +71,7 @@ def group_modules(
             tolerance=tolerance,
         )
         each = _bytes_of_module(problem, _largest_block(ranks.clients, block_clients))
-        count = max(1, WORKING_BYTES // each)
+        count = max(1, working_bytes // each)
         for begin in range(0, len(names), count):
             group = Group(
                 modules=tuple(names[begin : begin + count]),

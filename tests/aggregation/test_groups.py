@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.aggregation import groups as grouping
-from fedllm.aggregation.groups import Group, ModuleRanks, blocks_of, group_modules
+from fedllm.aggregation.groups import (
+    WORKING_BYTES,
+    Group,
+    ModuleRanks,
+    blocks_of,
+    group_modules,
+)
 from fedllm.lora.factors import ModuleShape
 from tests.anonymous import peak_bytes
 
@@ -16,8 +21,18 @@ def alike(out: int, in_: int, ranks: tuple[int, ...] = (8, 0, 30)) -> ModuleRank
     return ModuleRanks(shape=ModuleShape(out=out, in_=in_), clients=ranks, received=(30, 8, 30))
 
 
-def grouped(modules: Mapping[str, ModuleRanks], block_clients: int = 32) -> list[Group]:
-    return group_modules(modules, block_clients=block_clients, exact=True, tolerance=0.5)
+def grouped(
+    modules: Mapping[str, ModuleRanks],
+    block_clients: int = 32,
+    working_bytes: int = WORKING_BYTES,
+) -> list[Group]:
+    return group_modules(
+        modules,
+        block_clients=block_clients,
+        exact=True,
+        tolerance=0.5,
+        working_bytes=working_bytes,
+    )
 
 
 def test_modules_of_one_shape_and_equal_ranks_go_together() -> None:
@@ -42,17 +57,15 @@ def test_modules_of_one_shape_and_equal_ranks_go_together() -> None:
     assert (found[0].clients, found[0].received) == ((8, 0, 30), (8, 30))
 
 
-def test_a_group_is_limited_by_its_bytes_and_one_module_always_fits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_group_is_limited_by_its_bytes_and_one_module_always_fits() -> None:
     modules = {f"m{n}": alike(2048, 2048) for n in range(40)}
     modules |= {f"huge{n}": alike(28672, 8192, (5000,) * 3) for n in range(2)}
     found = [group.modules for group in grouped(modules)]
     assert [len(names) for names in found] == [1, 1, 40]
     # a block three times, its factors, squares of its rank, and triplets
     one = 12 * 4096 * 38 + 8 * (4096 * 38 + 6 * 38**2 + 3 * 4126 * 30)
-    monkeypatch.setattr(grouping, "WORKING_BYTES", 16 * one)
-    assert [len(group.modules) for group in grouped(modules)] == [1, 1, 16, 16, 8]
+    fewer = grouped(modules, working_bytes=16 * one)
+    assert [len(group.modules) for group in fewer] == [1, 1, 16, 16, 8]
 
 
 GROUP = """
@@ -94,11 +107,11 @@ def test_what_a_group_takes_is_near_its_estimate(
     )
 
     def is_one_group(working_bytes: int) -> bool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouping, "WORKING_BYTES", working_bytes)
-            names = dict.fromkeys(map(str, range(modules)), alike)
-            found = group_modules(names, block_clients=1, exact=exact, tolerance=1e-4)
-            return len(found) == 1
+        names = dict.fromkeys(map(str, range(modules)), alike)
+        found = group_modules(
+            names, block_clients=1, exact=exact, tolerance=1e-4, working_bytes=working_bytes
+        )
+        return len(found) == 1
 
     assert not is_one_group(int(0.8 * peak))
     # the buffers of the blocks that are read ahead, and what a route is spared later
