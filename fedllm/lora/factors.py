@@ -73,6 +73,11 @@ class Factors:
 Adapter: TypeAlias = Mapping[str, Factors]  # module -> its factors
 
 
+def adapter_bytes(adapter: Adapter) -> int:
+    """Return the memory that an adapter's factors take."""
+    return sum(factors.num_bytes for factors in adapter.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """Some clients' factors of G modules of one shape, side by side in the clients' order.

@@ -7,7 +7,7 @@ from functools import partial
 from fedllm.config.loading import result_fingerprint
 from fedllm.config.models import Config
 from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
-from fedllm.lora.factors import Adapter
+from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.protocol import Method
 from fedllm.methods.table import local_rule
 from fedllm.model.slots import AdapterSlots
@@ -32,9 +32,6 @@ from fedllm.training.memory import let_go, micro_batch_size, micro_batch_sizes, 
 from fedllm.training.plan import Draws, plan_steps
 
 Save = Callable[[], None]
-
-# a larger adapter is made anew for every client: that takes less than a step, and no memory
-_KEPT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +104,7 @@ class ClientRound:
         if tier in self._adapters:
             return self._adapters[tier]
         adapter = adapter_of(self.method, self.state, self.cohort.ranks[tier])
-        if sum(factors.num_bytes for factors in adapter.values()) <= _KEPT_BYTES:
+        if adapter_bytes(adapter) <= self.session.kept_bytes:
             self._adapters[tier] = adapter
         else:
             self.state.release()

@@ -6,14 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedllm.lora.factors import Adapter
+from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.steps.client import ClientRound, Trained
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import publish_update
 from fedllm.storage.update_reader import UpdateReader
 from fedllm.storage.updates import Origin, read_records
-
-_MOST_HELD_BYTES = 128 << 20
 
 
 class Publisher:
@@ -34,8 +32,8 @@ class Publisher:
     @property
     def is_full(self) -> bool:
         """Whether what is held takes so much memory that it should be published now."""
-        held = (f.num_bytes for trained in self._held for f in trained.adapter.values())
-        return sum(held) >= _MOST_HELD_BYTES
+        held = sum(adapter_bytes(trained.adapter) for trained in self._held)
+        return held >= self._round.session.held_bytes
 
     def hold(self, trained: Trained) -> None:
         """Keep a finished client until the next publication."""

@@ -44,9 +44,16 @@ class Session:
     """One base model with its adapter slots and one data set at a time.
 
     transformers, peft and pyarrow load on first use: an aggregation needs none of them.
+
+    Args:
+        kept_bytes: of an adapter that clients start from and that is kept for the next one. A
+            larger one is made anew: that takes less than a step, and no memory.
+        held_bytes: of finished clients' adapters, which are then published.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, kept_bytes: int = 32 << 20, held_bytes: int = 128 << 20) -> None:
+        self.kept_bytes = kept_bytes
+        self.held_bytes = held_bytes
         self._base: tuple[_BaseKey, Base] | None = None
         self._slots: tuple[_SlotsKey, AdapterSlots] | None = None
         self._data: tuple[str, TokenizedClients] | None = None

@@ -166,22 +166,18 @@ def test_long_bundles_are_published_in_parts(attempt: AttemptPaths, session: Ses
 
 
 def test_adapters_that_take_much_memory_are_published_as_they_come(
-    attempt: AttemptPaths, done: Path, session: Session, monkeypatch: pytest.MonkeyPatch
+    attempt: AttemptPaths, done: Path
 ) -> None:
-    monkeypatch.setattr("fedllm.steps.publishing._MOST_HELD_BYTES", 1)
     clients = cohort(attempt)
     plan(attempt, [clients])
-    work(attempt, None, ME, session)
+    work(attempt, None, ME, Session(held_bytes=1))
     assert files(attempt) == [f"01-000-{part:02}.safetensors" for part in range(len(clients))]
     assert_same_bits(round_of(attempt), done)
 
 
-def test_adapters_that_are_not_kept_are_made_anew(
-    attempt: AttemptPaths, done: Path, session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedllm.steps.client._KEPT_BYTES", 0)
+def test_adapters_that_are_not_kept_are_made_anew(attempt: AttemptPaths, done: Path) -> None:
     plan(attempt, [cohort(attempt)])
-    work(attempt, None, ME, session)
+    work(attempt, None, ME, Session(kept_bytes=0))
     assert_same_bits(round_of(attempt), done)
 
 
