@@ -254,14 +254,16 @@ def test_a_job_left_by_a_coordinator_that_was_killed_after_collecting_is_ended(
 ) -> None:
     run = first_block_published(tmp_path, cluster)
     (folding,) = cluster.folding
-    publish = CollectionRecord.publish
+    replace = Path.replace
 
-    def killed(record: CollectionRecord, path: Path) -> None:
-        publish(record, path)
-        raise KeyboardInterrupt
+    def killed(path: Path, target: Path) -> Path:
+        replace(path, target)
+        if target == run.paths.round(1).collection:
+            raise KeyboardInterrupt
+        return target
 
     with monkeypatch.context() as patched:
-        patched.setattr(CollectionRecord, "publish", killed)
+        patched.setattr(Path, "replace", killed)
         cluster.work(*cluster.workers)
         with pytest.raises(KeyboardInterrupt):
             advance(run)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from fedllm.aggregation import onemkl
+from fedllm.aggregation.devices import is_fast_at_bfloat16
 from fedllm.errors import AdapterError
 from fedllm.steps.aggregate import aggregate_round, fold_ahead
 from fedllm.steps.programs import run as run_program
@@ -315,20 +316,23 @@ def test_the_program_folds_where_it_is_told_to(
     assert run_program("aggregate", [str(paths.root), "--fold", "x"], session=Session()) == 2
 
 
-@pytest.mark.parametrize("what", ["the processor", "oneMKL", "fedllm's version"])
+@pytest.mark.parametrize("what", ["the processor", "bfloat16", "fedllm's version"])
 def test_blocks_folded_on_another_processor_or_by_another_version_are_folded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     paths = uncollected(tmp_path / "run")
     with monkeypatch.context() as elsewhere:
         if what == "the processor":
-            elsewhere.setattr("fedllm.steps.ahead.processor", lambda: "another", raising=False)
-        elif what == "oneMKL":
-            without = not onemkl.is_there()
-            elsewhere.setattr(onemkl, "is_there", lambda: without)
+            elsewhere.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+        elif what == "bfloat16":
+            slow = not is_fast_at_bfloat16(torch.device("cpu"))
+            elsewhere.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+            elsewhere.setattr(torch.cpu, "_is_amx_tile_supported", lambda: slow)
         else:
-            other = {"fedllm": "0.0"}
-            elsewhere.setattr("fedllm.steps.ahead.installed", other.items, raising=False)
+            other = tmp_path / "installed" / "fedllm-0.0.dist-info"
+            other.mkdir(parents=True)
+            (other / "METADATA").write_text("Metadata-Version: 2.1\nName: fedllm\nVersion: 0.0\n")
+            elsewhere.syspath_prepend(other.parent)
         fold_ahead(paths, BLOCKS)
     assert aggregated(paths).folded_ahead == []
     assert fold_ahead(uncollected(tmp_path / "here"), BLOCKS) == BLOCKS

@@ -164,11 +164,15 @@ def test_what_a_group_saved_stays_until_the_update_that_it_missed_is_published(
     plan(later, [[group[2]]])
     leave_at(attempt, session, group, 2)
 
-    def killed(*_: object) -> None:
-        raise Interrupted
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if round_of(attempt).updates in target.parents:
+            raise Interrupted
+        return replace(path, target)
 
     with monkeypatch.context() as away, pytest.raises(Interrupted):
-        away.setattr("fedllm.steps.publishing.publish_update", killed)
+        away.setattr(Path, "replace", killed)
         work(later, None, OTHER, session)
     assert all(path.exists() for path in checkpoints)
     assert work(later, None, OTHER, session) == 0
