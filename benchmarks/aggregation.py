@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.adapters import SPECTRA, Kind, client_factors, kinds_of, ranks_of
-from benchmarks.whole_round import whole_round
+from benchmarks.inputs.adapters import SPECTRA, Kind, client_factors, kinds_of, ranks_of
+from benchmarks.measured.whole_round import whole_round
 from fedllm.aggregation.decomposition import Decomposition, Problem
 from fedllm.aggregation.groups import blocks_of
 from fedllm.aggregation.routes import decompose, fold, route_for

@@ -1,9 +1,10 @@
 """The peak memory of every process of a run, its workers' above all.
 
-    python benchmarks/memory.py CONFIG [--set training.gradient_checkpointing=true]
+    python benchmarks/memory.py [CONFIG] [--set training.gradient_checkpointing=true]
 
-runs `fedllm run CONFIG` in a temporary run directory and samples `VmHWM` of the command and of
-all processes below it (what a process holds, mapped files included) four times a second.
+runs `fedllm run CONFIG` (default: the quickstart) in a temporary run directory and samples `VmHWM`
+of the command and of all processes below it (what a process holds, mapped files included) four
+times a second.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.rounds import family
+from fedllm.storage.paths import shipped
 
 _SECONDS = 0.25
 
@@ -21,7 +23,7 @@ _SECONDS = 0.25
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="?", default=shipped("configs/quickstart.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     asked = parser.parse_args()
     changes = [word for change in asked.set for word in ("--set", change)]

@@ -36,9 +36,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.adapters import MODELS
+from benchmarks.inputs.adapters import MODELS
+from benchmarks.measured.training_ways import WAYS, Bench, Client, Taken
 from benchmarks.rounds import ALPHA, RANK, RATE, TARGETS
-from benchmarks.training_ways import WAYS, Bench, Client, Taken
 from fedllm.config.loading import validate
 from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.adapters import kinds_of, ranks_of
 from benchmarks.aggregation import main
+from benchmarks.inputs.adapters import kinds_of, ranks_of
 from fedllm.errors import UserError
 
 ASKED = ["--shape", "40x30", "--clients", "3", "--ranks", "2,4", "--wanted", "3"]

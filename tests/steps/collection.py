@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.made_round import begin_round, update_of
+from benchmarks.inputs.made_round import begin_round, update_of
 from fedllm.config.loading import validate
 from fedllm.lora.factors import Factors
 from fedllm.planning.seeding import seed_of

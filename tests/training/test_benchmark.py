@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measured.training_ways import WAYS
 from benchmarks.training import main, parsed, prepared_in, timed
-from benchmarks.training_ways import WAYS
 from tests.tiny import Tiny
 
 

