@@ -11,6 +11,7 @@ from benchmarks.simulated.federation import MODULES, Recorded, prepared_record
 from benchmarks.simulated.worker import Attempt, Trained, Worker
 from fedllm.config.loading import read_config
 from fedllm.planning.evaluation import choose
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -20,7 +21,7 @@ from fedllm.storage.records import (
     PreparedRecord,
     Scores,
 )
-from fedllm.storage.tensors import sha256_of, write_tensors
+from fedllm.storage.tensors import write_tensors
 
 _PREPARE_SECONDS = 20.0
 _AGGREGATE_SECONDS = 10.0

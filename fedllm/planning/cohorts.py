@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedllm.config.models import ClientsSection
 from fedllm.errors import ConfigError
 from fedllm.planning.seeding import seed_of
+from fedllm.storage.records import CohortRecord
 
 
 def cohort_size(section: ClientsSection, num_trainable: int) -> int:
@@ -52,3 +53,8 @@ def quorum_size(quorum: int | float | str, cohort: int) -> int:
         return min(quorum, cohort)
     assert isinstance(quorum, float)
     return max(1, math.ceil(quorum * cohort - 1e-9))
+
+
+def quorum_of(section: ClientsSection, cohort: CohortRecord) -> int:
+    """Return how many valid updates the round of a cohort needs."""
+    return quorum_size(section.quorum, cohort.enough or len(cohort.clients))

@@ -31,6 +31,14 @@ class CostModel:
         return SECONDS_PER_CLIENT + client.cost * self.seconds_per_token[client.tier]
 
 
+def adapter_weights(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
+    """Return how many weights an adapter has: those of A and B at each module's rank."""
+    return sum(
+        rank * (modules[name].out_features + modules[name].in_features)
+        for name, rank in ranks.items()
+    )
+
+
 def seed_costs(
     *,
     model_parameters: int,
@@ -51,11 +59,7 @@ def seed_costs(
     """
     seconds = {}
     for tier, per_module in ranks.items():
-        adapter = sum(
-            rank * (modules[name].out_features + modules[name].in_features)
-            for name, rank in per_module.items()
-        )
-        operations = 4.0 * model_parameters + 6.0 * adapter
+        operations = 4.0 * model_parameters + 6.0 * adapter_weights(per_module, modules)
         seconds[tier] = operations / (_TERA * teraflops[tier])
     return CostModel(seconds_per_token=seconds)
 

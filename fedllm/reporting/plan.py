@@ -35,7 +35,7 @@ class ArrayPlan:
     cpus: int
     gpus: int
     memory: str
-    options: Mapping[str, str | int | float | bool | None]
+    options: Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class JobPlan:
     cpus: int
     gpus: int
     memory: str
-    options: Mapping[str, str | int | float | bool | None]
+    options: Options
 
 
 @dataclass(frozen=True, kw_only=True)

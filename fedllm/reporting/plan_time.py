@@ -8,6 +8,7 @@ from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.federation import Federation
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
+from fedllm.reporting.usage import Options
 from fedllm.storage.records import CohortClient
 
 
@@ -44,7 +45,7 @@ def times_for_slots(
     federation: Federation,
     cohort: Sequence[CohortClient],
     capacities: Mapping[str, Capacity],
-    options: Mapping[str, Mapping[str, str | int | float | bool | None]],
+    options: Mapping[str, Options],
     slots: Sequence[int],
 ) -> tuple[SlotsPlan, ...]:
     """Return how long a round takes for several numbers of free slots."""

@@ -18,7 +18,7 @@ from fedllm.reporting.queue import (
     queue_status,
 )
 from fedllm.reporting.usage import Usage, round_usage
-from fedllm.storage.lease import HolderIsGone, highest, process_is_gone
+from fedllm.storage.lease import HolderIsGone, highest, place_of, process_is_gone
 from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import (
@@ -191,7 +191,7 @@ class StatusReader:
         state, where = "stopped", "none"
         holds = holder is not None and not self._paths.released(number).exists()
         if holder is not None and holds:
-            state, where = self._holder_state(holder, answers), _place(holder)
+            state, where = self._holder_state(holder, answers), place_of(holder)
         job = self._submitted()
         # a job that gave its lease back may wait to go on: it was preempted, say
         if job is None or (holder is not None and holds and holder.slurm_job == job):
@@ -263,11 +263,6 @@ class StatusReader:
             elif paths.number not in done and paths.attempts.exists():
                 total += round_usage(paths, self._records)
         return total
-
-
-def _place(holder: LeaseRecord) -> str:
-    job = f"Slurm job {holder.slurm_job}, " if holder.slurm_job else ""
-    return f"{job}host {holder.host}, pid {holder.pid}"
 
 
 def _current(paths: RunPaths, rounds: int, done: Sequence[int]) -> int | None:

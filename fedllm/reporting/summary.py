@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 
 from fedllm.config.loading import read_config
+from fedllm.planning.costs import adapter_weights
 from fedllm.reporting.metrics import Mean, by_group, by_tier, mean_scores
 from fedllm.reporting.spectra import rank_table, spectra_table
 from fedllm.reporting.tables import number, size, text_table
@@ -38,11 +39,7 @@ def last_evaluation(paths: RunPaths, rounds: int) -> EvaluationRecord | None:
 
 def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
     """Return how many bytes a client sends (and receives) per round: A and B in float32."""
-    values = sum(
-        rank * (modules[name].out_features + modules[name].in_features)
-        for name, rank in ranks.items()
-    )
-    return _FLOAT32_BYTES * values
+    return _FLOAT32_BYTES * adapter_weights(ranks, modules)
 
 
 def run_summary(paths: RunPaths) -> str:

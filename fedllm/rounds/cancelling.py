@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from fedllm.config.models import Config
-from fedllm.rounds.submissions import task_ids
-from fedllm.scheduling.seam import Scheduler, TaskState
+from fedllm.rounds.submissions import active_tasks, task_ids
+from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.paths import JobPaths, RunPaths, attempts_of
 from fedllm.storage.records import JobsRecord, SubmissionRecord
 
@@ -20,8 +20,7 @@ def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
             if jobs is None or array.name not in jobs.ids:
                 # submitted by a coordinator that died before it could record the ids
                 ids |= dict.fromkeys(scheduler.find(array.name) or [])
-    states = scheduler.states(list(ids)) if ids else {}
-    alive = [id_ for id_, state in states.items() if state is not TaskState.GONE]
+    alive = active_tasks(scheduler, list(ids))
     if alive:
         scheduler.cancel(alive)
     return len(alive)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median_high
 
 from fedllm.errors import RunFailed
-from fedllm.planning.cohorts import quorum_size
+from fedllm.planning.cohorts import quorum_of
 from fedllm.rounds.outliers import Checked, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
@@ -253,7 +253,7 @@ def _collected(found: Published, tier: str) -> CollectedUpdate:
 
 
 def _require_quorum(run: Run, cohort: CohortRecord, valid: int, failed: dict[str, str]) -> None:
-    needed = quorum_size(run.config.clients.quorum, cohort.enough or len(cohort.clients))
+    needed = quorum_of(run.config.clients, cohort)
     if valid >= needed:
         return
     reasons = "; ".join(f"{client}: {why}" for client, why in list(failed.items())[:3])

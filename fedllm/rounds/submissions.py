@@ -10,7 +10,14 @@ from fedllm.planning.classes import job_options
 from fedllm.rounds.run import Run
 from fedllm.rounds.visibility import unseen
 from fedllm.scheduling.endings import reason_of
-from fedllm.scheduling.seam import EndReason, Job, SchedulerFull, SubmissionUnknown, TaskState
+from fedllm.scheduling.seam import (
+    EndReason,
+    Job,
+    Scheduler,
+    SchedulerFull,
+    SubmissionUnknown,
+    TaskState,
+)
 from fedllm.storage.paths import JobPaths, aside, attempts_of
 from fedllm.storage.records import (
     ArrayRecord,
@@ -33,7 +40,9 @@ def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> Non
 
 def is_active(run: Run, paths: JobPaths, logs: Path) -> bool:
     """Say whether anything of a submission may still be at work, or has yet to be submitted."""
-    return not all_sent(run, paths, logs) or bool(active_tasks(run, known_tasks(run, paths)))
+    return not all_sent(run, paths, logs) or bool(
+        active_tasks(run.scheduler, known_tasks(run, paths))
+    )
 
 
 def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
@@ -45,7 +54,7 @@ def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
     """
     plan = run.seen.read(SubmissionRecord, paths.submission)
     jobs = run.seen.find(JobsRecord, paths.jobs)
-    unsent = {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
+    unsent = unsent_arrays(plan, jobs)
     if not unsent and jobs:
         return True
     # what found no room was not submitted: no need to look for it
@@ -55,20 +64,25 @@ def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
     return False
 
 
+def unsent_arrays(plan: SubmissionRecord, jobs: JobsRecord | None) -> set[str]:
+    """Return the arrays of a plan that no record has an id of."""
+    return {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
+
+
 def find_unrecorded(run: Run, paths: JobPaths) -> None:
     """Record the ids of arrays whose coordinator died before it could; submit nothing."""
     plan = run.seen.read(SubmissionRecord, paths.submission)
     jobs = run.seen.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
-    unsent = {array.name for array in plan.arrays} - ids.keys() - run.watch.no_room
+    unsent = unsent_arrays(plan, jobs) - run.watch.no_room
     found = {name: tasks for name in sorted(unsent) if (tasks := run.scheduler.find(name))}
     if found:
         run.publish(JobsRecord(ids=ids | found), paths.jobs)
 
 
-def active_tasks(run: Run, ids: list[str]) -> list[str]:
+def active_tasks(scheduler: Scheduler, ids: Sequence[str]) -> list[str]:
     """Return those of the tasks that may still be at work."""
-    states = run.scheduler.states(ids) if ids else {}
+    states = scheduler.states(ids) if ids else {}
     return [id_ for id_, state in states.items() if state is not TaskState.GONE]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError
-from fedllm.planning.cohorts import quorum_size
+from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
 from fedllm.rounds.attempts import start_attempt
 from fedllm.rounds.collecting import replaced_clients
@@ -75,7 +75,7 @@ def is_enough(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundPaths) -> 
     if cohort.enough is not None and scan.valid >= cohort.enough:
         return True
     minutes = run.config.clients.deadline_minutes
-    if minutes is None or scan.valid < _quorum(run, cohort):
+    if minutes is None or scan.valid < quorum_of(run.config.clients, cohort):
         return False
     return age_seconds(paths.cohort) >= 60.0 * minutes
 
@@ -159,10 +159,6 @@ def _missing(cohort: CohortRecord, scan: Scan) -> list[CohortClient]:
     return [client for client in cohort.clients if client.id not in scan.published]
 
 
-def _quorum(run: Run, cohort: CohortRecord) -> int:
-    return quorum_size(run.config.clients.quorum, cohort.enough or len(cohort.clients))
-
-
 def _may_retry(run: Run, attempt: AttemptPaths, scan: Scan, cohort: CohortRecord) -> bool:
     """Say whether the next attempt may start; False where the quorum is met without it.
 
@@ -176,7 +172,7 @@ def _may_retry(run: Run, attempt: AttemptPaths, scan: Scan, cohort: CohortRecord
         raise error
     if fruitless(run, attempt, scan) < run.config.scheduler.max_attempts:
         return True
-    if scan.valid >= _quorum(run, cohort):
+    if scan.valid >= quorum_of(run.config.clients, cohort):
         return False
     missing = ", ".join(client.id for client in _missing(cohort, scan)[:5])
     logs = run.paths.logs(cohort.round)

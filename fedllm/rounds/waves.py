@@ -108,7 +108,7 @@ def _left(plan: SubmissionRecord) -> dict[str, int]:
 def _alive(run: Run, attempt: AttemptPaths) -> dict[str, int]:
     """Return array -> tasks that did not end."""
     jobs = run.seen.find(JobsRecord, attempt.jobs)
-    alive = set(active_tasks(run, known_tasks(run, attempt)))
+    alive = set(active_tasks(run.scheduler, known_tasks(run, attempt)))
     return {name: len(alive.intersection(ids)) for name, ids in jobs.ids.items()} if jobs else {}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.config.models import Config
 from fedllm.rounds.lingering import at_work
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import active_tasks, known_tasks
+from fedllm.rounds.submissions import active_tasks, known_tasks, unsent_arrays
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.publish import age_seconds
 from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord
@@ -52,7 +52,7 @@ def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
             tasks += at_work(run, paths)
             look_again = _look_again_minutes(run, paths.round, is_short=is_short)
         else:
-            tasks += active_tasks(run, known_tasks(run, paths))
+            tasks += active_tasks(run.scheduler, known_tasks(run, paths))
     if not tasks and not is_short:
         return None
     return Work(tasks=tuple(tasks), waits_for_room=is_short, look_again_minutes=look_again)
@@ -93,7 +93,7 @@ def lacks_workers(run: Run, paths: JobPaths) -> bool:
     plan = run.seen.read(SubmissionRecord, paths.submission)
     jobs = run.seen.find(JobsRecord, paths.jobs)
     wanted = sum(workers.tasks for workers in plan.workers.values())
-    unsent = {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
+    unsent = unsent_arrays(plan, jobs)
     return bool(unsent) or wanted > sum(array.tasks for array in plan.arrays)
 
 

@@ -22,9 +22,10 @@ from fedllm.steps.patience import patiently
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
 from fedllm.storage.checkpoints import CheckpointIdentity
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord
-from fedllm.storage.tensors import TensorFile, sha256_of
+from fedllm.storage.tensors import TensorFile
 from fedllm.training.environment import environment
 from fedllm.training.group import Member, Snapshots, train_clients
 from fedllm.training.loop import LocalSettings, TrainResult

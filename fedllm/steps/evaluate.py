@@ -21,6 +21,7 @@ from fedllm.steps.adapters import adapter_of
 from fedllm.steps.aggregate import method_of
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -29,7 +30,7 @@ from fedllm.storage.records import (
     PreparedRecord,
     Scores,
 )
-from fedllm.storage.tensors import TensorFile, sha256_of
+from fedllm.storage.tensors import TensorFile
 
 _Ranks = Mapping[str, int]
 

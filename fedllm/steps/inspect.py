@@ -16,7 +16,8 @@ from fedllm.data.writer import text_rows
 from fedllm.errors import DataError
 from fedllm.model.base import load_tokenizer, locate_base
 from fedllm.model.batches import LossOn, target_places
-from fedllm.steps.prepare import Report, row_encoder, say
+from fedllm.steps.log import say
+from fedllm.steps.prepare import Report, row_encoder
 from fedllm.storage.paths import CachePaths
 
 _WIDTH = 100

@@ -1,7 +1,6 @@
 """Prepare: fetch the base, tokenise the data, index the clients; everything later runs offline."""
 
 import re
-import sys
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.planning.roles import split_roles
 from fedllm.steps.aggregate import method_of
+from fedllm.steps.log import say
 from fedllm.steps.starting import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
@@ -33,12 +33,6 @@ from fedllm.storage.records import ClientRecord, CohortRecord, PreparedRecord, W
 Report = Callable[[str], None]
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
-
-
-def say(line: str) -> None:
-    """Tell progress where a log keeps it."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 def prepare_run(run: RunPaths) -> PreparedRecord:

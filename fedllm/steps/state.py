@@ -1,9 +1,10 @@
 """The server state of a round, checked against its record."""
 
 from fedllm.errors import RunDirectoryError
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import AggregateRecord
-from fedllm.storage.tensors import TensorFile, sha256_of
+from fedllm.storage.tensors import TensorFile
 
 
 def read_state(paths: RoundPaths) -> TensorFile:

@@ -11,7 +11,7 @@ def fingerprint_files(files: Iterable[Path], root: Path) -> str:
     """Return the SHA-256 over the files' names below `root` and their content."""
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(f"{file.relative_to(root).as_posix()}\n{_sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(root).as_posix()}\n{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -20,6 +20,7 @@ def fingerprint_values(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

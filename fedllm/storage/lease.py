@@ -109,8 +109,8 @@ class Lease:
             _, holder = highest(self.paths)
             assert holder is not None
             raise LeaseError(
-                f"{self.paths.root}: coordinator {holder.number} ({_place(holder)}) took over from "
-                f"{self.number}; this one stops"
+                f"{self.paths.root}: coordinator {holder.number} ({place_of(holder)}) took over "
+                f"from {self.number}; this one stops"
             )
 
     def release(self) -> None:
@@ -132,11 +132,12 @@ def _refuse_unless_gone(paths: RunPaths, holder: LeaseRecord, gone: bool | None)
         return
     doubt = "" if gone is False else " (cannot be asked from here; if it ended, add --take-over)"
     raise LeaseError(
-        f"{paths.root}: coordinator {holder.number} holds this run: {_place(holder)}{doubt}; "
+        f"{paths.root}: coordinator {holder.number} holds this run: {place_of(holder)}{doubt}; "
         "wait for it or end it first"
     )
 
 
-def _place(holder: LeaseRecord) -> str:
+def place_of(holder: LeaseRecord) -> str:
+    """Return where a coordinator runs: its Slurm job, host and process."""
     job = f"Slurm job {holder.slurm_job}, " if holder.slurm_job else ""
     return f"{job}host {holder.host}, pid {holder.pid}"

@@ -51,12 +51,6 @@ _C = ctypes.CDLL(None)
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """A tensor that is to be written."""

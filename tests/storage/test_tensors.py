@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from fedllm.errors import RunDirectoryError
 from fedllm.storage.checked import DamagedUpdateError
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.tensors import (
     CheckedFile,
     Planned,
     TensorFile,
     TensorWriter,
-    sha256_of,
     write_tensors,
     writing_checked,
     writing_tensors,
