@@ -13,18 +13,20 @@ from fedllm.aggregation.spares import SPARES, Spares
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors
 from tests.aggregation.cohorts import problem_of, product, through
+from tests.aggregation.processors import pretend
 from tests.lora.adapters import Cohort, random_factors
 
 ERROR = 6e-6  # relative, Frobenius
+SIDE = 1024  # from here on pairs pay
 
 
 @pytest.fixture
 def paired(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of all shapes are formed of pairs, on any CPU for which PyTorch has oneMKL."""
+    """Large products are formed of pairs, on any CPU for which PyTorch has oneMKL."""
     if not onemkl.is_there():
         pytest.skip("this PyTorch has no oneMKL")
-    monkeypatch.setattr(pairs, "is_fast_at_bfloat16", lambda _device: True)
-    monkeypatch.setattr(pairs, "_SMALLEST_SIDE", 1)
+    pretend(monkeypatch, amx=True)
+    assert pairs.are_faster(torch.device("cpu"), SIDE, SIDE)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -42,7 +44,9 @@ def error(found: Tensor, b_OR: Tensor, a_RI: Tensor, amounts_R: Tensor) -> float
 
 @pytest.mark.usefixtures("paired")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("out", "rank", "in_"), [(1, 1, 1), (70, 3, 130), (2900, 40, 65)])
+@pytest.mark.parametrize(
+    ("out", "rank", "in_"), [(SIDE, 1, SIDE), (SIDE + 70, 3, SIDE + 6), (2900, 40, SIDE + 1)]
+)
 def test_a_product_of_pairs_is_near_that_of_float64(
     out: int, rank: int, in_: int, dtype: torch.dtype
 ) -> None:
@@ -54,7 +58,7 @@ def test_a_product_of_pairs_is_near_that_of_float64(
 def test_pairs_lose_less_than_the_resolution_and_float32_less_than_pairs(
     request: pytest.FixtureRequest,
 ) -> None:
-    b_OR, a_RI, amounts_R = drawn(1500, 3000), drawn(3000, 200, seed=1), torch.ones(3000)
+    b_OR, a_RI, amounts_R = drawn(1500, 3000), drawn(3000, SIDE, seed=1), torch.ones(3000)
     single = error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R)
     request.getfixturevalue("paired")
     in_pairs = error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R)
@@ -66,26 +70,22 @@ def test_pairs_lose_less_than_the_resolution_and_float32_less_than_pairs(
 def test_the_worst_digits_lose_what_is_said_and_no_more() -> None:
     # as far from bfloat16 numbers as can be, and their lower halves too
     worst = 1 + 254.5 * 2**-16
-    b_OR, a_RI = (worst * drawn(*shape).sign() for shape in ((300, 40), (40, 200)))
+    b_OR, a_RI = (worst * drawn(*shape).sign() for shape in ((SIDE, 40), (40, SIDE)))
     lost = error(folded(b_OR, a_RI, torch.ones(40)), b_OR, a_RI, torch.ones(40))
     assert 2**-15 / 1.1 < lost < 2**-15
     assert lost**2 < pairs.RESOLUTION
 
 
-def test_without_onemkl_products_stay_in_float32(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    b_OR, a_RI, amounts_R = drawn(130, 40), drawn(40, 65, seed=1), torch.ones(40)
-    single = folded(b_OR, a_RI, amounts_R)
-    request.getfixturevalue("paired")
-    assert not torch.equal(folded(b_OR, a_RI, amounts_R), single)
-    monkeypatch.setattr(onemkl, "is_there", lambda: False)
-    assert torch.equal(folded(b_OR, a_RI, amounts_R), single)
+@pytest.mark.usefixtures("paired")
+def test_small_products_stay_in_float32() -> None:
+    assert not pairs.are_faster(torch.device("cpu"), SIDE - 1, 2 * SIDE)
+    b_OR, a_RI = drawn(SIDE - 1, 40), drawn(40, SIDE, seed=1)
+    assert torch.equal(folded(b_OR, a_RI, torch.ones(40)), b_OR @ a_RI)
 
 
 @pytest.mark.usefixtures("paired")
 def test_factors_sent_in_bfloat16_come_to_what_they_come_to_in_float32() -> None:
-    b_OR, a_RI = (drawn(*shape, dtype=torch.bfloat16) for shape in ((130, 40), (40, 65)))
+    b_OR, a_RI = (drawn(*shape, dtype=torch.bfloat16) for shape in ((SIDE + 6, 40), (40, SIDE)))
     amounts_R = torch.linspace(0.5, 2, 40)
     assert torch.equal(folded(b_OR, a_RI, amounts_R), folded(b_OR.float(), a_RI.float(), amounts_R))
 
@@ -93,7 +93,7 @@ def test_factors_sent_in_bfloat16_come_to_what_they_come_to_in_float32() -> None
 @pytest.mark.usefixtures("paired")
 @pytest.mark.parametrize("rank", [1, 9, 16, 31, 100])
 def test_what_lay_in_the_memory_before_does_not_matter(rank: int) -> None:
-    b_OR, a_RI, amounts_R = drawn(80, rank), drawn(rank, 90, seed=1), torch.ones(rank)
+    b_OR, a_RI, amounts_R = drawn(SIDE, rank), drawn(rank, SIDE + 10, seed=1), torch.ones(rank)
     SPARES.keep(folded(b_OR, a_RI, amounts_R))
     for _, memory in SPARES._kept:
         memory.fill_(255)  # NaN
@@ -107,46 +107,47 @@ def test_factors_of_any_size_keep_their_digits(size: float, where: str) -> None:
     sizes = {"a": 1.0, "b": 1.0, "amounts": 1.0, where: size}
     others = [name for name in sizes if name != where]
     sizes[others[0]] = 1 / size
-    b_OR, a_RI = sizes["b"] * drawn(80, 9), sizes["a"] * drawn(9, 90, seed=1)
+    b_OR, a_RI = sizes["b"] * drawn(SIDE, 9), sizes["a"] * drawn(9, SIDE + 10, seed=1)
     amounts_R = sizes["amounts"] * torch.linspace(1, 2, 9, dtype=torch.float64)
     assert error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R) < ERROR
 
 
 @pytest.mark.usefixtures("paired")
 def test_rows_of_zeros_and_one_large_client_are_summed_as_they_are() -> None:
-    b_OR, a_RI = drawn(300, 6), drawn(6, 40, seed=1)
+    b_OR, a_RI = drawn(SIDE, 6), drawn(6, SIDE, seed=1)
     b_OR[:200] = 0
     amounts_R = torch.tensor([0.0, 0.0, 1e-30, 1.0, 1e6, 1.0])
     assert error(folded(b_OR, a_RI, amounts_R), b_OR, a_RI, amounts_R) < ERROR
-    assert not folded(torch.zeros(300, 6), a_RI, amounts_R).any()
+    assert not folded(torch.zeros(SIDE, 6), a_RI, amounts_R).any()
 
 
 @pytest.mark.usefixtures("paired")
 def test_a_sum_that_does_not_fit_float32_is_refused() -> None:
-    sent = Cohort(factors=[random_factors(0, out=90, in_=70, rank=3, size=1e25)], weights=[1.0])
+    sent = Cohort(factors=[random_factors(0, out=SIDE, in_=SIDE, rank=3, size=1e25)], weights=[1.0])
     with pytest.raises(AdapterError, match="does not fit float32"):
         through("iterative", sent, 2)
 
 
 @pytest.mark.usefixtures("paired")
 def test_what_a_fold_comes_to_is_known_without_arithmetic() -> None:
-    real = iterative.fold(drawn(1, 30, 4), drawn(1, 4, 20), torch.ones(1, 4))["W"]
-    meta = [torch.empty(*shape, device="meta") for shape in ((1, 30, 4), (1, 4, 20))]
-    planned = iterative.fold(*meta, torch.ones(1, 4, device="meta"))["W"]
+    real = iterative.fold(drawn(1, SIDE, 4), drawn(1, 4, SIDE), torch.ones(1, 4))["W"]
+    meta = torch.device("meta")
+    b_GOR, a_GRI = torch.empty(1, SIDE, 4, device=meta), torch.empty(1, 4, SIDE, device=meta)
+    planned = iterative.fold(b_GOR, a_GRI, torch.ones(1, 4, device=meta))["W"]
     assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
 
 
 def cohort(power: float, *, out: int, in_: int) -> Cohort:
     factors = []
     for client in range(6):
-        item = random_factors(client, out=out, in_=in_, rank=min(out, in_) // 2)
+        item = random_factors(client, out=out, in_=in_, rank=96)
         fall = torch.arange(1, item.rank + 1) ** -power
         factors.append(Factors(a_RI=item.a_RI * fall[:, None], b_OR=item.b_OR, scale=1.0))
     return Cohort(factors=factors, weights=[1.0, 30.0, 2.0, 5.0, 1.0, 0.5])
 
 
 @pytest.mark.usefixtures("paired")
-@pytest.mark.parametrize(("out", "in_"), [(300, 192), (192, 300)])
+@pytest.mark.parametrize(("out", "in_"), [(SIDE + 100, SIDE), (SIDE, SIDE + 100)])
 @pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("rank", [4, 24])
 def test_triplets_of_summed_pairs_are_within_the_tolerance_of_the_exact_sum(
@@ -172,7 +173,7 @@ def test_triplets_of_summed_pairs_are_within_the_tolerance_of_the_exact_sum(
 @pytest.mark.usefixtures("paired")
 @pytest.mark.parametrize("rank", [6, 12])
 def test_a_sum_of_lower_rank_than_wanted_is_complete(rank: int) -> None:
-    factors = [random_factors(seed, out=90, in_=70, rank=3) for seed in range(2)]
+    factors = [random_factors(seed, out=SIDE + 20, in_=SIDE, rank=3) for seed in range(2)]
     sent = Cohort(factors=factors, weights=[0.5, 2.0])
     found = through("iterative", sent, rank)
     assert found.certificate.relative_excess == 0
@@ -182,7 +183,7 @@ def test_a_sum_of_lower_rank_than_wanted_is_complete(rank: int) -> None:
 
 @pytest.mark.usefixtures("paired")
 def test_the_same_blocks_give_the_same_bits_in_used_memory_too() -> None:
-    sent = cohort(1.0, out=300, in_=192)
+    sent = cohort(1.0, out=SIDE + 100, in_=SIDE)
     one, again = (through("iterative", sent, 8, cuts=[2, 2, 2]) for _ in range(2))
     for _, memory in SPARES._kept:
         memory.fill_(255)
