@@ -108,7 +108,9 @@ def plain_loss(
     """Return the mean loss of padded rows, with all logits: as the usual loop has it."""
     texts = [row.prompt_ids + row.answer_ids for row in rows]
     width = max(map(len, texts))
-    ids, mask, labels = [], [], []
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    labels: list[list[int]] = []
     for row, text in zip(rows, texts, strict=True):
         gap = width - len(text)
         first = max(1, len(row.prompt_ids)) if loss_on == "answer" else 1

@@ -202,7 +202,7 @@ def _copied(files: Sequence[Path], device: torch.device) -> float:
     there = torch.empty_like(buffer, device=device)
     begun = time.perf_counter()
     for path in files:
-        with path.open("rb") as file, memoryview(buffer.numpy()) as content:
+        with path.open("rb") as file, memoryview(buffer.numpy().data) as content:
             while read := file.readinto(content):
                 there[:read].copy_(buffer[:read])
     if on_gpu:

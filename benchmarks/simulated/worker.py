@@ -13,6 +13,7 @@ from benchmarks.simulated.cluster import Running, Task
 from benchmarks.simulated.federation import MODULES, Recorded
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.steps.progress import State
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     BundleRecord,
@@ -208,7 +209,7 @@ class Worker:
         identity = (self.attempt.cohort.round, client)
         return self.recorded.training_seconds(drawn.tier, drawn.cost, *identity)
 
-    def _note(self, state: str, client: str | None) -> None:
+    def _note(self, state: State, client: str | None) -> None:
         self._noted_at = self.now()
         TaskRecord(
             task=self.task.id,

@@ -62,19 +62,19 @@ def save_adapter(
         if "lora_" in name:
             nn.init.normal_(parameter, generator=draws)
             parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
 def deltas(base: Path, folder: Path, *, kind: Any = AutoModelForCausalLM) -> dict[str, Tensor]:
     """Return what PEFT computes from an adapter folder, module -> change (out, in)."""
     model = PeftModel.from_pretrained(kind.from_pretrained(base), folder)
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     found: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            delta = layer.get_delta_weight("default").detach().double()
-            turned = delta.mT if isinstance(layer.get_base_layer(), Conv1D) else delta
-            found[name.removeprefix("base_model.model.")] = turned
+    for name, layer in layers.items():
+        delta = layer.get_delta_weight("default").detach().double()
+        turned = delta.mT if isinstance(layer.get_base_layer(), Conv1D) else delta
+        found[name.removeprefix("base_model.model.")] = turned
     return found
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_order_and_scale_of_weights_change_nothing(
 
 
 def test_conv1d_bases_combine_too(gpt2: Path, tmp_path: Path) -> None:
-    shared = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    shared: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     folders = [
         save_adapter(gpt2, tmp_path / "a", seed=1, r=2, **shared),
         save_adapter(gpt2, tmp_path / "b", seed=2, r=5, use_rslora=True, **shared),

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def make_run(
 ) -> RunPaths:
     """Make a run whose first round trained: rank 4 in attention, 6 in the MLPs."""
     paths = RunPaths(root=root)
-    raw = raw_config(tiny.model.parent)
+    raw: dict[str, Any] = raw_config(tiny.model.parent)
     raw["lora"] = {"scaling": scaling, "alpha": 10.0, "dropout": 0.1}
     raw["method"] = {"name": method}
     raw["model"]["dtype"] = dtype

@@ -71,7 +71,7 @@ def test_patterns_match_as_in_peft(patterns: dict[str, int]) -> None:
         "q_proj",
         "my_q_proj",
     ):
-        assert config.rank(module) == patterns.get(get_pattern_key(patterns, module), 2)
+        assert config.rank(module) == patterns.get(get_pattern_key(list(patterns), module), 2)
 
 
 def test_what_is_written_is_read_back_as_the_same_changes(tmp_path: Path) -> None:

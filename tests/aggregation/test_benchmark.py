@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_named_models_have_their_modules_and_tiers_two_ranks() -> None:
     assert sum(kind.number for kind in kinds_of("llama-1.3b")) == 168
     assert sum(kind.number for kind in kinds_of("llama-7b")) == 224
     assert sum(kind.number for kind in kinds_of("llama-70b")) == 560
-    mixed = {"text": "8,30+200", "clients": 3}
+    mixed: dict[str, Any] = {"text": "8,30+200", "clients": 3}
     assert ranks_of(**mixed, mlp=False) == [8, 30, 8]
     assert ranks_of(**mixed, mlp=True) == [8, 200, 8]
 

@@ -29,7 +29,10 @@ README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs/configuration.md"
 ADMIN = ROOT / "slurm/ADMIN.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ADMIN, *sorted((ROOT / "docs").glob("*.md"))]
-TABLES_OF_SECTIONS = {"clients.tiers.NAME": TierSection, "clients.held_out_from": HeldOutSection}
+TABLES_OF_SECTIONS: dict[str, type[BaseModel]] = {
+    "clients.tiers.NAME": TierSection,
+    "clients.held_out_from": HeldOutSection,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +138,7 @@ def test_the_readmes_conversion_makes_files_that_are_read(tmp_path: Path) -> Non
 
 
 def _commands() -> dict[str, Any]:
-    commands: dict[str, Any] = typer.main.get_group(app).commands
-    return commands
+    return dict(typer.main.get_group(app).commands)
 
 
 def _command_lines(text: str) -> Iterator[str]:

@@ -34,9 +34,10 @@ def fedllm(
 def in_process(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """Run a command line in this process: the same entry, without starting Python anew."""
     out, err = io.StringIO(), io.StringIO()
+    words = [str(argument) for argument in arguments]
     with redirect_stdout(out), redirect_stderr(err):
-        code = run([str(argument) for argument in arguments])
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+        code = run(words)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def start(*arguments: object, log: Path) -> "subprocess.Popen[bytes]":

@@ -16,7 +16,7 @@ from fedllm.errors import DataError
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import CachePaths
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "client_id": number % 3,
         "category": f"kind {number % 3}",
@@ -119,7 +119,7 @@ def test_a_saved_data_set_without_splits_is_split(tmp_path: Path) -> None:
 
 
 def test_several_references_numbers_and_nulls_become_text(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"who": "a", "text": 1.5, "answers": ["x", "y"]},
         {"who": 7, "text": None, "answers": []},
         {"who": "émoji 🦊", "text": True, "answers": "z"},

@@ -172,10 +172,16 @@ def test_a_bfloat16_base_trained_in_float32_is_the_float32_base() -> None:
 def test_no_wide_copy_of_a_bfloat16_base_is_kept() -> None:
     slots = slots_of("bfloat16")
     slots.install(start(slots))
-    weights = {tuple(m.weight.shape) for m in slots.model.modules() if hasattr(m, "base_layer")}
+    layers: list[Any] = [m for m in slots.model.modules() if hasattr(m, "base_layer")]
+    weights = {tuple(layer.weight.shape) for layer in layers}
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss_of(slots, "float32", rows_of(0)).backward()  # type: ignore[no-untyped-call]
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(slots, "float32", rows_of(0)).backward()
     wide = [t for t in kept if t.dtype == torch.float32 and t.ndim == 2]
     assert not [t for t in wide if tuple(t.shape) in weights or tuple(t.t().shape) in weights]
     base = [p for name, p in slots.model.named_parameters() if "lora" not in name]
@@ -229,7 +235,7 @@ def test_classes_with_layers_of_other_kinds_compute_in_either_precision(
 ) -> None:
     tokens = torch.arange(20).reshape(2, 10) + 5
     exact = model_of(other, "float32")(input_ids=tokens).logits
-    model = model_of(other, "bfloat16")
+    model: Any = model_of(other, "bfloat16")
     base = Base(model=model, tokenizer=None, fingerprint="", modules={})
     AdapterSlots(base, target_modules=[])
     with precision(name, CPU), torch.inference_mode():

@@ -46,11 +46,8 @@ def by_formula(folder: Path, scale: Scale) -> dict[str, Tensor]:
 def by_transformers(base: Path, folder: Path) -> dict[str, Tensor]:
     model = AutoModelForCausalLM.from_pretrained(base)
     model.load_adapter(folder)
-    return {
-        name: layer.get_delta_weight("default").detach().double()
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    return {n: m.get_delta_weight("default").detach().double() for n, m in layers.items()}
 
 
 def everywhere(base: Path, folder: Path) -> list[dict[str, Tensor]]:

@@ -1,11 +1,13 @@
 """PEFT's own arithmetic is what factors mean."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedllm.lora.factors import Factors, delta, scale_of
+from fedllm.lora.factors import Factors, Scaling, delta, scale_of
 from fedllm.methods.flexlora import FlexLora
 from tests.methods.aggregating import aggregate
 
@@ -50,11 +52,11 @@ def adapted() -> PeftModel:
 
 
 def factors_of(model: PeftModel, module: str, adapter: str) -> Factors:
-    layer = model.get_submodule(f"base_model.model.{module}")
-    config = CONFIGS[adapter]
+    layer: Any = model.get_submodule(f"base_model.model.{module}")
+    config: Any = CONFIGS[adapter]
     rank = config.rank_pattern.get(module, config.r)
     alpha = config.alpha_pattern.get(module, config.lora_alpha)
-    scaling = "rslora" if config.use_rslora else "fixed"
+    scaling: Scaling = "rslora" if config.use_rslora else "fixed"
     return Factors(
         a_RI=layer.lora_A[adapter].weight.detach(),
         b_OR=layer.lora_B[adapter].weight.detach(),
@@ -65,7 +67,7 @@ def factors_of(model: PeftModel, module: str, adapter: str) -> Factors:
 @pytest.mark.parametrize("adapter", CONFIGS)
 @pytest.mark.parametrize("module", ["q_proj", "up_proj"])
 def test_delta_is_pefts_delta_weight(adapted: PeftModel, module: str, adapter: str) -> None:
-    layer = adapted.get_submodule(f"base_model.model.{module}")
+    layer: Any = adapted.get_submodule(f"base_model.model.{module}")
     ours = delta(factors_of(adapted, module, adapter))
     torch.testing.assert_close(ours.float(), layer.get_delta_weight(adapter).detach())
 
@@ -75,7 +77,7 @@ def test_mixed_ranks_alphas_and_scalings_average_as_pefts_deltas(
     adapted: PeftModel, module: str
 ) -> None:
     weights = [0.5, 0.2, 0.3]
-    layer = adapted.get_submodule(f"base_model.model.{module}")
+    layer: Any = adapted.get_submodule(f"base_model.model.{module}")
     mean = sum(
         p * layer.get_delta_weight(name).detach().double()
         for p, name in zip(weights, CONFIGS, strict=True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def heads(parts: tuple[Part, ...], seed: int, *, key_heads: int = 2, size: int =
     ]
 
 
+def attended(
+    qkv: list[Tensor],
+    plan: PartsPlan | None,
+    *,
+    groups: int = 2,
+    mask: Tensor | None = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    query, key, value = qkv
+    return parts_attention(Layer(groups), query, key, value, mask, parts=plan, **given)
+
+
 def dense(parts: tuple[Part, ...], qkv: list[Tensor], window: int | None) -> Tensor:
     """The attention by its definition: positions, owners, a softmax."""
     where = [(n, part.offset + j) for n, part in enumerate(parts) for j in range(part.length)]
@@ -100,7 +113,7 @@ def test_parts_attend_by_the_definition(
     parts = lay(groups)
     qkv = heads(parts, 0, key_heads=key_heads)
     plan = PartsPlan([parts], total(parts), "cpu")
-    found, _ = parts_attention(Layer(4 // key_heads), *qkv, None, parts=plan, sliding_window=window)
+    found, _ = attended(qkv, plan, groups=4 // key_heads, sliding_window=window)
     expected = dense(parts, qkv, window)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for one, other in zip(grads(found, qkv), grads(expected, qkv), strict=True):
@@ -135,10 +148,10 @@ def test_batch_entries_attend_as_if_alone(entries: list[list[tuple[int, list[int
         torch.cat([nn.functional.pad(x, (0, 0, 0, longest - x.shape[2])) for x in xs])
         for xs in zip(*inputs, strict=True)
     ]
-    found, _ = parts_attention(Layer(2), *batch, None, parts=PartsPlan(padded, longest, "cpu"))
+    found, _ = attended(batch, PartsPlan(padded, longest, "cpu"))
     for n, (parts, qkv) in enumerate(zip(alone, inputs, strict=True)):
         plan = PartsPlan([parts], total(parts), "cpu")
-        expected, _ = parts_attention(Layer(2), *qkv, None, parts=plan)
+        expected, _ = attended(qkv, plan)
         torch.testing.assert_close(found[n, : total(parts)], expected[0], rtol=1e-12, atol=1e-12)
 
 
@@ -154,10 +167,10 @@ def test_no_copies_of_keys_and_values_are_kept_for_the_gradient() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = parts_attention(Layer(2), *qkv, None, parts=plan)[0]
+        output = attended(qkv, plan)[0]
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in qkv}
     frozen = [qkv[0], *(x.detach() for x in qkv[1:])]
-    alone = parts_attention(Layer(2), *frozen, None, parts=plan)[0]
+    alone = attended(frozen, plan)[0]
     assert torch.equal(alone, output)
     upstream = torch.randn(output.shape)
     assert torch.equal(
@@ -170,7 +183,7 @@ def test_without_parts_it_is_the_attention_of_transformers() -> None:
     qkv = heads(lay([(0, [9])]), 0)
     mask = boolean_mask(lay([(4, [2, 3])]), 9)
     for given_mask in (None, mask):
-        found, _ = parts_attention(Layer(2), *qkv, given_mask, scaling=0.3)
+        found, _ = attended(qkv, None, mask=given_mask, scaling=0.3)
         expected, _ = sdpa_attention_forward(Layer(2), *qkv, given_mask, scaling=0.3)
         assert torch.equal(found, expected)
 
@@ -179,9 +192,9 @@ def test_without_parts_it_is_the_attention_of_transformers() -> None:
 def test_terms_that_cannot_be_added_are_refused(term: str) -> None:
     parts = lay([(4, [2, 3])])
     plan = PartsPlan([parts], 9, "cpu")
-    value = 30.0 if term == "softcap" else torch.zeros(4)
+    given: dict[str, Any] = {term: 30.0 if term == "softcap" else torch.zeros(4)}
     with pytest.raises(ModelError, match=f"its attention adds {term} to the scores"):
-        parts_attention(Layer(2), *heads(parts, 0), None, parts=plan, **{term: value})
+        attended(heads(parts, 0), plan, **given)
 
 
 @given(GROUPS, GROUPS)
@@ -216,6 +229,7 @@ def test_blocks_are_those_of_the_dense_mask(
 PEAK = """
 import torch
 from pathlib import Path
+from typing import Any
 from fedllm.model.attention import PartsPlan, parts_attention, boolean_mask
 from tests.model.test_attention import Layer, lay
 torch.set_num_threads(1)

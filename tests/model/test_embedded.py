@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def test_it_is_a_base_like_any_other(made: Path) -> None:
     base = load_base(made, dtype="float32", device="cpu")
     assert described.fingerprint == base.fingerprint
     assert base.tokenizer.eos_token == "</s>"
-    assert len(base.tokenizer) == base.model.config.vocab_size
+    model: Any = base.model
+    assert len(base.tokenizer) == model.config.vocab_size
 
 
 def test_the_same_recipe_gives_the_same_weights(made: Path) -> None:

@@ -51,7 +51,7 @@ def model_of(config: Any) -> Any:
 
 
 def slots_of(config: Any, dropout: float) -> AdapterSlots:
-    base = Base(model=model_of(config), tokenizer=None, fingerprint="", modules={})  # type: ignore[arg-type]
+    base = Base(model=model_of(config), tokenizer=None, fingerprint="", modules={})
     return AdapterSlots(base, target_modules="all-linear", dropout=dropout)
 
 

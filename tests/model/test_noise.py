@@ -137,6 +137,8 @@ def test_a_with_its_dropout_keeps_little_and_changes_no_bit(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         h = LeanFactor(factor, dropout)(x)
     for one, other in zip(outcome(h), apart, strict=True):
-        assert (one is None and other is None) or torch.equal(one, other)
+        assert one is other is None or (
+            one is not None and other is not None and torch.equal(one, other)
+        )
     own = [each for each in kept if each.data_ptr() not in {x.data_ptr(), factor.weight.data_ptr()}]
     assert [(each.dtype, each.shape) for each in own] == [(torch.bool, x.shape)]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from fedllm.lora.factors import Factors
@@ -12,6 +12,7 @@ from fedllm.model.base import Base
 from fedllm.model.noise import Piece
 from fedllm.model.recompute import Recomputation, Recompute
 from fedllm.model.slots import AdapterSlots
+from fedllm.storage.records import ModuleRecord
 
 LAYERS = 6
 WIDE = 512
@@ -31,7 +32,7 @@ class Passes:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model: Any = AutoModelForCausalLM.from_config(CONFIGS[name])
-        base = Base(model=model, tokenizer=None, fingerprint="", modules={})  # type: ignore[arg-type]
+        base = Base(model=model, tokenizer=None, fingerprint="", modules={})
         self.slots = AdapterSlots(base, target_modules="all-linear", dropout=0.1)
         adapter = {
             module: _factors(layer, seed)
@@ -70,10 +71,9 @@ class Passes:
         return [number for number, count in enumerate(self.counts) if count == 2]
 
 
-def _factors(layer: nn.Module, seed: int) -> Factors:
+def _factors(layer: ModuleRecord, seed: int) -> Factors:
     draws = torch.Generator().manual_seed(seed)
     out, in_ = layer.out_features, layer.in_features
-    assert isinstance(out, int) and isinstance(in_, int)
     return Factors(
         a_RI=torch.randn(3, in_, generator=draws) / in_**0.5,
         b_OR=torch.randn(out, 3, generator=draws),
@@ -109,7 +109,7 @@ def test_what_recomputes_may_change_at_any_time(recompute: Recompute) -> None:
     passes = Passes("llama")
     whole = passes.gradients()
     for now in (recompute, False, True, "auto", recompute):
-        passes.slots.train(recompute=now)  # type: ignore[arg-type]
+        passes.slots.train(recompute=now)
         assert all(map(torch.equal, passes.gradients(), whole))
         assert passes.recomputed == (list(range(LAYERS)) if now is True else [])
 

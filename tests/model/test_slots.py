@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def fresh_peft(tiny: Tiny, wanted: Adapter) -> PeftModel:
         rank_pattern={module: factors.rank for module, factors in wanted.items()},
         alpha_pattern={module: f.scale * f.rank for module, f in wanted.items()},
     )
-    model = get_peft_model(load_base(tiny.model, dtype="float32", device="cpu").model, config)
+    model: Any = get_peft_model(load_base(tiny.model, dtype="float32", device="cpu").model, config)
     for module, factors in wanted.items():
         layer = model.base_model.model.get_submodule(module)
         layer.lora_A["default"].weight.data.copy_(factors.a_RI)
@@ -156,7 +157,7 @@ def test_an_adapter_of_fewer_modules_leaves_the_others_at_the_base(
     whole = fresh_peft(tiny, adapter(shapes, seed=1))
     for module in shapes:
         if module not in part:
-            layer = whole.base_model.model.get_submodule(module)
+            layer: Any = whole.get_submodule(f"base_model.model.{module}")
             layer.lora_B["default"].weight.data.zero_()
     torch.testing.assert_close(logits(slots.model), logits(whole))
 

@@ -23,7 +23,11 @@ from tests.decoders import Row
 from tests.model.test_slots import TARGETS, adapter, sides
 from tests.tiny import Tiny
 
-HEADS = ([5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22, 23, 24, 25, 26, 27], [])
+HEADS: tuple[list[int], ...] = (
+    [5, 6, 7, 8, 9, 10, 11, 12, 13],
+    [20, 21, 22, 23, 24, 25, 26, 27],
+    [],
+)
 RANKS = (2, 3, 4)
 
 
@@ -177,15 +181,14 @@ def test_groups_of_any_ranks_share_their_tensors(slots: AdapterSlots, base: Base
 def test_a_group_and_a_single_client_take_turns(slots: AdapterSlots, base: Base) -> None:
     packs = [pack_of(rows_of(client)) for client in range(3)]
     adapters = adapters_of(base)
-    results = []
+    results: list[list[Tensor]] = []
     for _ in range(2):
-        results.append(
-            [together(slots, adapters, packs)[0], alone(slots, adapters[1], packs[1], 1)[0]]
-        )
+        losses, _ = together(slots, adapters, packs)
+        loss, _ = alone(slots, adapters[1], packs[1], 1)
+        results.append([*losses, loss])
         assert all(p.grad is None for n, p in slots.model.named_parameters() if "lora" not in n)
     for one, other in pairwise(results):
-        assert torch.equal(torch.stack(one[0]), torch.stack(other[0]))
-        assert torch.equal(one[1], other[1])
+        assert all(map(torch.equal, one, other))
 
 
 def test_a_member_of_another_model_is_named(slots: AdapterSlots, base: Base) -> None:

@@ -1,6 +1,7 @@
 """The scale benchmark in small: real rounds on a simulated Slurm, in virtual time."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def _sleeping(_task: Task) -> Running:
     return False
 
 
-def _cluster(tmp_path: Path, **limits: int) -> tuple[SimulatedSlurm, Path]:
+def _cluster(tmp_path: Path, **limits: Any) -> tuple[SimulatedSlurm, Path]:
     file = tmp_path / "sleep.sbatch"
     file.write_text(
         f"#SBATCH --array=0-5%2\n#SBATCH --job-name=sleep\n#SBATCH --time=5\n"

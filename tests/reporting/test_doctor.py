@@ -13,8 +13,10 @@ RUNS = Path("/shared/runs")
 HERE = {"fedllm": "1.0", "torch": "2.9"}
 
 
-def judged(sight: dict[str, Any] | None = None, wanted: dict[str, Any] | None = None, **node: Any):
-    told = {
+def judged(
+    sight: dict[str, Any] | None = None, wanted: dict[str, Any] | None = None, **node: Any
+) -> dict[str, Finding]:
+    told: dict[str, Any] = {
         "node": "n7",
         "host": "n7.big",
         "clock": 0.0,
@@ -30,8 +32,8 @@ def judged(sight: dict[str, Any] | None = None, wanted: dict[str, Any] | None = 
         "local_bytes": None,
         "local_problem": "",
     }
-    times = {"clock_seconds": 0.2, "seen_here": 0.1, "seen_there": 0.3}
-    needs = {
+    times: dict[str, Any] = {"clock_seconds": 0.2, "seen_here": 0.1, "seen_there": 0.3}
+    needs: dict[str, Any] = {
         "key": "scheduler.sbatch.client",
         "cpus": 1,
         "gpus": False,

@@ -3,7 +3,9 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,9 +134,13 @@ def test_a_coordinator_is_running_stopped_or_on_another_machine(tmp_path: Path) 
         paths.lease(4)
     )
     assert run_status(paths).coordinator.startswith("Slurm job 77, host ")
-    answers = {None: "unknown", False: "running", True: "stopped"}
+    answers: dict[bool | None, str] = {None: "unknown", False: "running", True: "stopped"}
+
+    def holder_is_gone(answer: bool | None, _holder: LeaseRecord) -> bool | None:
+        return answer
+
     for answer, state in answers.items():
-        assert run_status(paths, lambda _holder, said=answer: said).state == state
+        assert run_status(paths, partial(holder_is_gone, answer)).state == state
 
 
 def test_a_prepared_run_first_makes_the_state_that_training_starts_from(tmp_path: Path) -> None:
@@ -435,7 +441,7 @@ def test_hours_used_are_those_of_rounds_that_are_done_and_of_tasks_at_work(tmp_p
         gpu_seconds=7200,
     ).publish(paths.round(1).record)
     draw(paths, 2)
-    options: dict[str, object] = {"gpus_per_node": "a100:4"}
+    options: dict[str, Any] = {"gpus_per_node": "a100:4"}
     attempt(
         paths,
         2,

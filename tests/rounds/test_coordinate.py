@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_a_coordinator_in_a_batch_job_names_it_in_its_lease(
 def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
-    on_slurm = {"scheduler__kind": "slurm", "storage__visibility_seconds": 0.05}
+    on_slurm: dict[str, Any] = {"scheduler__kind": "slurm", "storage__visibility_seconds": 0.05}
     advance_while_possible(hand_moved(tmp_path, cluster, **on_slurm))
     cluster.end("FAILED", *cluster.alive)
     # one who comes later would count anew
@@ -89,7 +90,7 @@ def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
     ],
 )
 def test_where_a_round_may_go_on_while_tasks_are_at_work_the_next_look_has_a_time(
-    tmp_path: Path, cluster: HandMoved, changes: dict[str, object], minutes: int | None
+    tmp_path: Path, cluster: HandMoved, changes: dict[str, Any], minutes: int | None
 ) -> None:
     work = advance_while_possible(hand_moved(tmp_path, cluster, **changes))
     assert work is not None

@@ -1,6 +1,7 @@
 """Folding ahead while a round trains: one small job at a time that the round never waits for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ def opened(
     said: list[str] | None = None,
     *,
     unattended: bool = False,
-    **changes: object,
+    **changes: Any,
 ) -> Run:
     return hand_moved(root, cluster, said, unattended=unattended, **{**FOLDS, **changes})
 
@@ -84,7 +85,7 @@ def train_block(cluster: Folding, run: Run, block: int) -> None:
 
 
 def first_block_published(
-    root: Path, cluster: Folding, said: list[str] | None = None, **changes: object
+    root: Path, cluster: Folding, said: list[str] | None = None, **changes: Any
 ) -> Run:
     """Open a run, train the first block of its cohort and look at what came of it."""
     run = opened(root, cluster, said, **changes)
@@ -150,7 +151,7 @@ def test_a_round_that_goes_on_does_not_wait_for_a_job_that_folds(
 def test_a_running_job_is_ended_on_a_cluster_and_a_resident_process_left_alone(
     tmp_path: Path, cluster: Folding, kind: str
 ) -> None:
-    changes = {"scheduler__kind": kind, "storage__visibility_seconds": 0}
+    changes: dict[str, Any] = {"scheduler__kind": kind, "storage__visibility_seconds": 0}
     run = opened(tmp_path, cluster, **changes)
     for _ in range(3):
         advance(run)

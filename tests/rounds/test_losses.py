@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_a_silent_worker_whose_end_slurm_did_not_hear_of_is_ended_later(
 def test_a_silent_worker_that_was_taken_over_is_ended_too(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
-    changes = {"scheduler__hung_minutes": NOW, "scheduler__linger_minutes": 5}
+    changes: dict[str, Any] = {"scheduler__hung_minutes": NOW, "scheduler__linger_minutes": 5}
     run = hand_moved(tmp_path, cluster, rounds=2, **changes)
     assert not advance(run)
     staying, *others = cluster.alive
@@ -118,7 +119,7 @@ def test_a_node_that_fails_several_tasks_is_excluded_and_said(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     say: list[str] = []
-    changes = {"scheduler__sbatch": {"client": {"exclude": "n7"}}}
+    changes: dict[str, Any] = {"scheduler__sbatch": {"client": {"exclude": "n7"}}}
     run = hand_moved(tmp_path, cluster, say, rounds=2, **changes)
     assert not advance(run)
     elsewhere = next(iter(cluster.alive))
@@ -315,7 +316,7 @@ def test_a_round_goes_on_with_enough_of_those_that_were_drawn(
 
 def test_after_the_deadline_the_quorum_is_enough(tmp_path: Path, cluster: HandMoved) -> None:
     cluster.simulation.limit = 3
-    changes = {"clients__quorum": 3, "clients__deadline_minutes": 0.02}
+    changes: dict[str, Any] = {"clients__quorum": 3, "clients__deadline_minutes": 0.02}
     run = hand_moved(tmp_path, cluster, **changes)
     assert not advance(run)
     cluster.work(next(iter(cluster.alive)))
@@ -327,7 +328,7 @@ def test_after_the_deadline_the_quorum_is_enough(tmp_path: Path, cluster: HandMo
 
 def test_before_the_quorum_a_deadline_ends_nothing(tmp_path: Path, cluster: HandMoved) -> None:
     cluster.simulation.limit = 2
-    changes = {"clients__quorum": 3, "clients__deadline_minutes": NOW}
+    changes: dict[str, Any] = {"clients__quorum": 3, "clients__deadline_minutes": NOW}
     run = hand_moved(tmp_path, cluster, **changes)
     assert not advance(run)
     cluster.work(next(iter(cluster.alive)))
@@ -450,7 +451,7 @@ def test_workers_with_too_little_memory_or_on_a_broken_node_are_not_taken_over(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     options = {"client": {"mem": "10G"}}
-    linger = {"scheduler__linger_minutes": 5, "scheduler__sbatch": options}
+    linger: dict[str, Any] = {"scheduler__linger_minutes": 5, "scheduler__sbatch": options}
     run = hand_moved(tmp_path, cluster, **linger)
     assert not advance(run)
     staying, lost, *others = cluster.alive
@@ -467,7 +468,7 @@ def test_a_worker_that_was_taken_over_and_ran_out_of_memory_counts_as_one_of_its
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     options = {"client": {"mem": "10G"}}
-    linger = {"scheduler__linger_minutes": 5, "scheduler__sbatch": options}
+    linger: dict[str, Any] = {"scheduler__linger_minutes": 5, "scheduler__sbatch": options}
     run = hand_moved(tmp_path, cluster, rounds=2, **linger)
     assert not advance(run)
     staying, *others = cluster.alive
@@ -490,7 +491,7 @@ def test_a_worker_that_was_taken_over_and_ran_out_of_memory_counts_as_one_of_its
 def test_a_round_that_did_not_wait_takes_the_same_clients_again_after_damage(
     tmp_path: Path, cluster: HandMoved, ends_by: str
 ) -> None:
-    changes: dict[str, object] = {"clients__over_sample": 0.5}
+    changes: dict[str, Any] = {"clients__over_sample": 0.5}
     if ends_by == "a deadline":
         changes = {"clients__quorum": 2, "clients__deadline_minutes": NOW}
     cluster.simulation.limit = 4 if ends_by == "over-sampling" else 3

@@ -7,53 +7,61 @@ from typing import Any
 
 import pytest
 
+from fedllm.config.models import Config
 from fedllm.errors import ConfigError
 from fedllm.planning.capacity import Capacity
 from fedllm.rounds.planned import RunPlan, plan_run
 from fedllm.scheduling.inline import InlineScheduler
-from fedllm.scheduling.seam import Job, Option, SchedulerUnreachable
+from fedllm.scheduling.seam import Limits, Option, Scheduler, SchedulerUnreachable
 from fedllm.scheduling.slurm import SlurmScheduler
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import PreparedRecord
 from tests.rounds.simulation import Simulation, config_of
 
+TWO = Capacity(free_slots=2, most_parallel=2, largest_array=400)
+SLOW = {"scheduler__clients_per_bundle": 1, "scheduler__worker_teraflops": 1e-3}
+
 
 @dataclass(kw_only=True)
 class Asked(InlineScheduler):
-    """Answers what there is room for, or fails to; writes scripts as `batch` does."""
+    """Answers what there is room for, or fails to."""
 
     answer: Capacity | Exception
-    batch: SlurmScheduler | None
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
-    def script(self, job: Job) -> str | None:
-        return self.batch.script(job) if self.batch else None
+
+class Scripts(SlurmScheduler):
+    """Writes the real scripts, on a machine that is said to have no queue."""
+
+    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
+        return TWO
+
+    def limits(self, options: Mapping[str, Option]) -> Limits:  # noqa: ARG002
+        return Limits(problem="nobody was asked")
 
 
 def planned(
     folder: Path, answer: Capacity | Exception, *, slots: int | None = None, **changes: Any
 ) -> RunPlan:
-    simulation = Simulation()
-    simulation.prepare(RunPaths(root=folder / "prepared"))
+    config = config_of(**SLOW, **changes)
+    return plan_in(folder, config, Asked(execute=Simulation(), answer=answer), slots=slots)
+
+
+def plan_in(
+    folder: Path, config: Config, scheduler: Scheduler, *, slots: int | None = None
+) -> RunPlan:
+    Simulation().prepare(RunPaths(root=folder / "prepared"))
     prepared = PreparedRecord.read(RunPaths(root=folder / "prepared").prepared)
     # minutes a client: more than a worker's start
     prepared = prepared.model_copy(update={"model_parameters": 1_000_000_000})
-    slow = {"scheduler__clients_per_bundle": 1, "scheduler__worker_teraflops": 1e-3}
-    config = config_of(**slow, **changes)
     run = RunPaths(root=folder / "run")
-    batch = SlurmScheduler(section=config.scheduler) if config.scheduler.kind == "slurm" else None
-    scheduler = Asked(execute=simulation, answer=answer, batch=batch)
     found = plan_run(config, prepared, run, scheduler, slots=slots)
     assert not run.root.exists()
-    assert simulation.trained == []
     return found
-
-
-TWO = Capacity(free_slots=2, most_parallel=2, largest_array=400)
 
 
 def test_a_plan_takes_what_the_scheduler_has_room_for(tmp_path: Path) -> None:
@@ -85,8 +93,9 @@ def test_the_sbatch_files_are_those_of_all_jobs_and_the_options_are_read_from_th
     tmp_path: Path,
 ) -> None:
     sbatch = {"default": {"partition": "low"}, "client": {"mem": "3G"}, "aggregate": {"time": 5}}
-    changes: dict[str, Any] = {"scheduler__kind": "slurm", "scheduler__sbatch": sbatch}
-    found = planned(tmp_path, TWO, **changes)
+    config = config_of(**SLOW, scheduler__kind="slurm", scheduler__sbatch=sbatch)
+    found = plan_in(tmp_path, config, Scripts(section=config.scheduler))
+    assert found.geometry.room.problem == "nobody was asked"
     names = [script.job.name for script in found.scripts]
     assert [name.split("-", 2)[2] for name in names] == [
         *("r0001-a01-small-0", "r0000-prepare-01", "r0001-aggregate-01", "r0001-evaluate-01"),

@@ -103,7 +103,10 @@ def test_leftovers_and_what_was_set_aside_go_with_rounds_that_are_done_alone(
     run: RunPaths,
 ) -> None:
     run.round(6).record.unlink()
-    names = ("collection.json.replaced-1", "updates/01-001-00.safetensors.damaged-2")
+    names: tuple[str, ...] = (
+        "collection.json.replaced-1",
+        "updates/01-001-00.safetensors.damaged-2",
+    )
     names += ("attempts/01.refused-1/submission.json", "evaluation/.evaluation.json.ab.part")
     for number in (5, 6):
         for name in names:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,7 +99,9 @@ def test_what_may_exist_is_looked_for_and_sent_again_only_once_a_person_says_so(
     tmp_path: Path, program: str, worker_class: str, sent: int
 ) -> None:
     cluster = Evasive(program, worker_class)
-    classes = {f"{TIERS}__{tier}__partition": f"for {tier}" for tier in ("small", "large")}
+    classes: dict[str, Any] = {
+        f"{TIERS}__{tier}__partition": f"for {tier}" for tier in ("small", "large")
+    }
     said = []
     for _ in range(3):
         with pytest.raises(SubmissionUnknown, match=r"^no job is named; .* remove /\S+$") as caught:

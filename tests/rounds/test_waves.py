@@ -1,6 +1,7 @@
 """Arrays go out as the limits on submitted jobs leave room, and nothing is submitted twice."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,7 +89,7 @@ def test_of_several_arrays_that_find_no_room_none_is_looked_for(
 def test_a_wave_that_is_refused_leaves_its_clients_to_the_mended_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"clients__cohort__count": 8, "rounds": 1}
+    changes: dict[str, Any] = {"clients__cohort__count": 8, "rounds": 1}
     cluster = HandMoved(Simulation(), most_tasks=3)
     run = hand_moved(tmp_path / "run", cluster, **changes)
     assert not advance(run)
@@ -103,7 +104,7 @@ def test_a_wave_that_is_refused_leaves_its_clients_to_the_mended_configuration(
             advance(run)
     close_run(run)
     cluster.end("COMPLETED", *cluster.alive)
-    mended = {"scheduler__sbatch": {"client": {"partition": "open"}}}
+    mended: dict[str, Any] = {"scheduler__sbatch": {"client": {"partition": "open"}}}
     run = hand_moved(tmp_path / "run", cluster, **changes, **mended)
     assert not advance(run)
     assert cluster.arrays[-1].options["partition"] == "open"
@@ -129,6 +130,6 @@ def test_another_coordinator_goes_on_with_the_waves(tmp_path: Path) -> None:
     assert [job.tasks for job in cluster.arrays] == [3, 2]
     cluster.work(*cluster.alive)
     assert advance(run)
-    changes = {"clients__cohort__count": 8, "rounds": 1, "evaluation__every": 0}
+    changes: dict[str, Any] = {"clients__cohort__count": 8, "rounds": 1, "evaluation__every": 0}
     complete(other, Simulation(), config_of(**changes))
     assert states(tmp_path / "run") == states(other)

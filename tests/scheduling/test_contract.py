@@ -62,7 +62,8 @@ def test_a_task_that_never_was_is_gone_and_passed_over(site: Site) -> None:
     scheduler.cancel(["999999_0"])
     scheduler.cancel([])
     assert scheduler.states(["999999_0"]) == {"999999_0": TaskState.GONE}
-    assert scheduler.endings(["999999_0"]) == scheduler.waiting_for(["999999_0"]) == {}
+    assert scheduler.endings(["999999_0"]) == {}
+    assert scheduler.waiting_for(["999999_0"]) == {}
     assert scheduler.trouble() is None
 
 
@@ -153,7 +154,12 @@ def test_a_full_queue_takes_nothing_and_has_room_again_later(site: Site) -> None
     scheduler.cancel(ids)
     until_gone(scheduler, ids)
     again: list[str] = []
-    until(scheduler, lambda: bool(again.extend(_taken(scheduler, site.job("again"))) or again))
+
+    def is_taken() -> bool:
+        again.extend(_taken(scheduler, site.job("again")))
+        return bool(again)
+
+    until(scheduler, is_taken)
     until_gone(scheduler, again)
 
 

@@ -250,7 +250,13 @@ def test_a_refusal_names_the_option_it_is_about_and_its_key(said: str, key: str)
         client={"partition": "nope", "frobnicate": 1, "qos": "q"},
         tiers={"small": {"mem": "2G"}, "large": {"mem": "900G"}},
     )
-    flags = {"time": "x", "partition": "nope", "mem": "900G", "frobnicate": 1, "qos": "q"}
+    flags: dict[str, Any] = {
+        "time": "x",
+        "partition": "nope",
+        "mem": "900G",
+        "frobnicate": 1,
+        "qos": "q",
+    }
     error = refusal(said, flags, sbatch=sbatch, program="client")
     assert str(error) == f"scheduler.sbatch.{key}: refused by sbatch ({said}); change it"
 

@@ -123,9 +123,14 @@ def test_a_requeued_task_keeps_its_id_and_its_log_and_is_never_gone(
     ids = work.scheduler.submit(work.job("requeued", tasks=2, seconds=60))
     work.until_started(ids[1])
     cluster.slurm("scontrol", "requeue", ids[1])
-    seen = set()
+    seen = set[TaskState]()
     restarted = work.told / f"{ids[1]}.1"
-    until(lambda: seen.update(work.states(ids)) or restarted.exists())
+
+    def has_restarted() -> bool:
+        seen.update(work.states(ids))
+        return restarted.exists()
+
+    until(has_restarted)
     assert TaskState.GONE not in seen
     assert not (work.told / f"{ids[0]}.1").exists()
     assert work.until_started(ids[1], start=1)["FEDLLM_TASK"] == ids[1]

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,8 +173,9 @@ def test_jobs_for_another_cluster_are_refused_by_name(
 ) -> None:
     work = make()
     for option in ("clusters", "M"):
+        named: dict[str, Any] = {option: "far"}
         with pytest.raises(ConfigError, match=r"client\.clusters: got far; fedllm sets"):
-            work.scheduler.submit(work.job("far", **{option: "far"}))
+            work.scheduler.submit(work.job("far", **named))
     monkeypatch.setenv("SLURM_CLUSTERS", "devcluster")
     work.scheduler.check([work.job("here")])
     monkeypatch.setenv("SBATCH_CLUSTERS", "far")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ METHODS = {"flexlora": {"small": 7, "large": 8}, "factor_mean": {"small": 3, "la
 BLOCKS = [0, 1, 2]  # of four, four and three clients
 
 
-def uncollected(folder: Path, method: str = "flexlora", **aggregation: object) -> RoundPaths:
+def uncollected(folder: Path, method: str = "flexlora", **aggregation: Any) -> RoundPaths:
     """A round whose updates are all there and that nobody has collected yet."""
     paths = make_round(
         folder,
@@ -192,6 +193,7 @@ def test_another_file_in_the_place_of_a_fold_is_not_taken_for_one(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from fedllm.steps.aggregate import fold_ahead
 from fedllm.storage.paths import RoundPaths
 

@@ -121,7 +121,12 @@ def test_what_others_have_costs_one_look_at_the_folder(
         path.touch()
     looked: list[Path] = []
     exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: looked.append(path) or exists(path))
+
+    def noted(path: Path) -> bool:
+        looked.append(path)
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", noted)
     claimed = the_claims(tmp_path, plan, me()).next(None)
     assert claimed
     assert claimed.bundle.number == 899

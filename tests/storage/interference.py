@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_waiting: list[tuple[str, Callable[..., None]]] = []
+_waiting: list[tuple[str, Callable[..., object]]] = []
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -21,7 +21,7 @@ sys.addaudithook(_hook)
 
 
 @contextmanager
-def just_before(event: str, action: Callable[..., None]) -> Iterator[None]:
+def just_before(event: str, action: Callable[..., object]) -> Iterator[None]:
     """Run `action` once, when Python is about to do `event` (an audit event, as `os.link`)."""
     waiting = (event, action)
     _waiting.append(waiting)

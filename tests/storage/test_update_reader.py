@@ -1,6 +1,7 @@
 """Those who only look at updates see what the coordinator would take, each file read once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def clients(found: list[UpdateRecord]) -> list[str]:
     "change", [{"run_id": "other"}, {"round": 4}, {"base_fingerprint": "other"}]
 )
 def test_what_the_scanner_refuses_as_foreign_is_passed_over(
-    paths: RoundPaths, change: dict[str, object]
+    paths: RoundPaths, change: dict[str, Any]
 ) -> None:
     publish(paths, "1", bundle=0)
     foreign = publish(paths, "2", bundle=1, **change)

@@ -347,7 +347,7 @@ def test_factors_of_two_types_are_refused(paths: RoundPaths) -> None:
     ],
 )
 def test_scales_and_norms_that_cannot_be_used_are_refused(
-    paths: RoundPaths, changes: dict[str, object], words: str
+    paths: RoundPaths, changes: dict[str, Any], words: str
 ) -> None:
     path = publish(paths, "a", **changes)
     with pytest.raises(DamagedUpdateError, match=re.escape(f"client a: {words}")):
@@ -417,7 +417,7 @@ def test_a_scan_finds_what_is_published_and_passes_over_what_is_beside(paths: Ro
     ],
 )
 def test_foreign_updates_are_named_and_not_published(
-    paths: RoundPaths, change: dict[str, object], words: str
+    paths: RoundPaths, change: dict[str, Any], words: str
 ) -> None:
     foreign = publish(paths, "a", **change)
     publish(paths, "b", bundle=1)

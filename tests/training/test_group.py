@@ -64,7 +64,7 @@ def settings(rule: str = "fedit", **changes: object) -> LocalSettings:
 
 def members_of(slots: AdapterSlots) -> list[Member]:
     """Unequal ranks, steps and lengths; the rows of two clients have a prefix each."""
-    heads = ([], HEAD, HEAD[::-1])
+    heads: tuple[list[int], ...] = ([], HEAD, HEAD[::-1])
     return [
         Member(
             received=partial(start, slots, rank),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -152,7 +153,12 @@ def test_a_budget_below_one_row_is_refused_by_name(slots: AdapterSlots) -> None:
 
 def test_all_ways_train_to_the_same_factors(tiny: Tiny) -> None:
     # 20 steps of SGD: an optimizer that divides by the gradient would amplify rounding
-    section = {"rule": "fedavg", "epochs": 10, "max_steps": 20, "learning_rate": 0.1}
+    section: dict[str, Any] = {
+        "rule": "fedavg",
+        "epochs": 10,
+        "max_steps": 20,
+        "learning_rate": 0.1,
+    }
     padded = trained(made(tiny, 0.0, "padded"), **section)
     assert padded.stats.steps == 20
     assert padded.stats.losses[-1] < padded.stats.losses[0] - 0.01
