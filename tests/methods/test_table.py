@@ -90,8 +90,9 @@ def test_an_unknown_local_rule_is_refused_with_the_nearest_one() -> None:
 def test_the_optimizer_follows_from_the_local_rule() -> None:
     assert LOCAL_RULES["fedavg"].optimizer == "sgd"
     assert LOCAL_RULES["fedit"].optimizer == "adamw"
+    rule = LOCAL_RULES["fedit"]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LOCAL_RULES["fedit"].eps = 1.0  # type: ignore[misc]
+        rule.eps = 1.0  # type: ignore[misc]
 
 
 @given(st.lists(st.integers(0, 10**6)))
