@@ -20,17 +20,23 @@ settings.register_profile("fedllm", deadline=None, derandomize=bool(os.environ.g
 settings.load_profile("fedllm")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+NEEDED = {
+    "data/natural-instructions": "README.md, Natural Instructions, says how to make it",
+    "models/nano-base": "any small causal language model of transformers will do",
+}
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the Natural Instructions clients and the small base model."""
-    if not SHARED.is_dir():
-        pytest.skip(
-            f"needs {SHARED} with data/natural-instructions (parquet of the public data set, a "
-            "client for every task) and models/ (a small causal language model): put them there"
-        )
+    missing = [f"{SHARED / name} ({how})" for name, how in NEEDED.items() if not _is_there(name)]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
     return SHARED
+
+
+def _is_there(name: str) -> bool:
+    return (SHARED / name).is_dir()
 
 
 @pytest.fixture(autouse=True)
