@@ -31,7 +31,7 @@ _CHECKED = ("parts", "mask", "packed", "padded")  # in the order of preference
 _TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Row:
     prompt_ids: Sequence[int]
     answer_ids: Sequence[int]
@@ -42,7 +42,7 @@ class _Row:
 # prefix, and two are the same
 _PREFIX = (3, 17, 5, 99, 23, 42, 8, 61, 77)
 _ROWS = tuple(
-    _Row(_PREFIX, answer)
+    _Row(prompt_ids=_PREFIX, answer_ids=answer)
     for answer in (
         (11, 29, 31, 2, 54, 90, 13, 7, 66, 48, 19, 84, 35, 101, 2),
         (11, 2),
