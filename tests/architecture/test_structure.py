@@ -1,6 +1,7 @@
 """What the linters cannot hold: sizes, cycles, and what starting the coordinator loads."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import TypeGuard
 
 import grimp
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("fedllm", "jobs") for path in (ROOT / room).rglob("*.py"))
@@ -77,6 +79,34 @@ def test_only_the_paths_know_how_deep_a_file_lies(path: Path) -> None:
         if _climbs_levels(node)
     ]
     assert not climbed or path.name == "paths.py", "a property of storage.paths says where it lies"
+
+
+def test_the_hooks_of_a_commit_are_the_checks() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (repository,) = hooks["repos"]
+    tools = {hook["id"]: hook["entry"].split()[0] for hook in repository["hooks"]}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    checks = re.findall(r"^check-(\w+):\n.*?(\.venv/bin/[\w-]+)", makefile, re.MULTILINE)
+    assert tools == dict(checks)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_records_are_made_by_keyword(path: Path) -> None:
+    classes = [node for node in ast.walk(_parse(path)) if isinstance(node, ast.ClassDef)]
+    positional = [
+        each.name
+        for each in classes
+        for decorator in map(ast.unparse, each.decorator_list)
+        if decorator.startswith("dataclass") and "kw_only=True" not in decorator
+    ]
+    assert not positional
+    tuples = [each.name for each in classes if "NamedTuple" in map(ast.unparse, each.bases)]
+    assert not tuples
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    said = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
+    assert not [path for path in SOURCES if said & set(path.stem.split("_"))]
 
 
 def test_no_tracked_file_is_large() -> None:
