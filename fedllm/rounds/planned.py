@@ -22,7 +22,7 @@ _OPTION = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Script:
+class JobScript:
     """A job that would be submitted, and what a batch system would be given for it."""
 
     job: Job
@@ -39,7 +39,7 @@ class RunPlan:
     """
 
     geometry: Geometry
-    scripts: tuple[Script, ...]
+    scripts: tuple[JobScript, ...]
 
 
 def plan_run(
@@ -87,7 +87,7 @@ def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capaci
 
 
 def _geometry(
-    config: Config, rehearsal: Rehearsal, scripts: Sequence[Script], room: Room
+    config: Config, rehearsal: Rehearsal, scripts: Sequence[JobScript], room: Room
 ) -> Geometry:
     most = max(room.most_parallel for room in rehearsal.capacities.values())
     return plan_geometry(
@@ -104,15 +104,15 @@ def _geometry(
     )
 
 
-def _scripts(scheduler: Scheduler, rehearsal: Rehearsal, run: RunPaths) -> Iterator[Script]:
+def _scripts(scheduler: Scheduler, rehearsal: Rehearsal, run: RunPaths) -> Iterator[JobScript]:
     """Yield what a batch system would be given; nothing where none is used."""
     for job in rehearsed_jobs(rehearsal, run):
         text = scheduler.script(job)
         if text is not None:
-            yield Script(job=job, text=text)
+            yield JobScript(job=job, text=text)
 
 
-def _real_options(config: Config, scripts: Sequence[Script]) -> RealOptions:
+def _real_options(config: Config, scripts: Sequence[JobScript]) -> RealOptions:
     """Return the options that stand in the scripts, defaults too; of a class, the first's."""
     classes: dict[str, Options] = {}
     jobs: dict[str, Options] = {}
