@@ -5,7 +5,21 @@ import sys
 
 import typer
 
-from fedllm.cli import adapters, doctoring, inspection, looking, pruning, running
+from fedllm.cli.adapters.aggregate import aggregate
+from fedllm.cli.adapters.evaluate import evaluate
+from fedllm.cli.adapters.export import export
+from fedllm.cli.control.advance import advance
+from fedllm.cli.control.cancel import cancel
+from fedllm.cli.control.prepare import prepare
+from fedllm.cli.control.prune import prune
+from fedllm.cli.control.resume import resume
+from fedllm.cli.control.run import run as run_command
+from fedllm.cli.control.submit import submit
+from fedllm.cli.views.doctor import doctor
+from fedllm.cli.views.inspect import inspect
+from fedllm.cli.views.logs import logs
+from fedllm.cli.views.plan import plan
+from fedllm.cli.views.status import status
 from fedllm.errors import FedllmError
 
 app = typer.Typer(
@@ -30,12 +44,14 @@ def _options(
         os.environ["FEDLLM_DEBUG"] = "1"
 
 
-running.register(app)
-looking.register(app)
-doctoring.register(app)
-pruning.register(app)
-inspection.register(app)
-adapters.register(app)
+app.command("run")(run_command)
+# in the order of `fedllm --help`
+for command in (
+    *(resume, submit, prepare, advance, cancel),
+    *(status, logs, plan, doctor, prune),
+    *(inspect, evaluate, aggregate, export),
+):
+    app.command()(command)
 
 
 _SIGINT_CODE = 130  # what typer makes of Ctrl-C

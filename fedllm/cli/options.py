@@ -15,6 +15,9 @@ from fedllm.errors import RunDirectoryError, UserError
 from fedllm.storage.paths import RunPaths, shipped
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
+ConfigOrRun = Annotated[
+    Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration, or a run to go on with.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Overrides = Annotated[
     list[str] | None,

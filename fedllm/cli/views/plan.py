@@ -1,4 +1,4 @@
-"""The command that says what a configuration would submit, and submits nothing."""
+"""`fedllm plan`: what a configuration would submit; nothing is submitted."""
 
 import dataclasses
 from contextlib import closing

@@ -1,24 +1,17 @@
-"""The command `doctor`: what stands in the way of a run, and what to change in which key."""
+"""All that `fedllm doctor` looks at, in its order."""
 
-import dataclasses
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from fedllm.cli.execution import default_run_dir
-from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
-from fedllm.cli.surroundings import folder_findings, readiness_findings
 from fedllm.config.models import Config, SchedulerSection, StorageSection
-from fedllm.errors import ConfigError, FedllmError, RunDirectoryError
-from fedllm.methods.table import check_names
+from fedllm.doctor.surroundings import folder_findings, readiness_findings
+from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.classes import asks_for_gpus
-from fedllm.reporting.doctor import Wanted, describe_findings, node_findings
+from fedllm.reporting.doctor import Wanted, node_findings
 from fedllm.scheduling.slurm_capacity import Surveyor
 from fedllm.scheduling.slurm_commands import InstalledCommands
 from fedllm.scheduling.slurm_doctor import JobKind, ask_cluster, job_kinds, refusals
@@ -28,7 +21,6 @@ from fedllm.scheduling.slurm_findings import (
     limit_findings,
     partition_findings,
 )
-from fedllm.scheduling.slurm_options import refuse_owned
 from fedllm.scheduling.slurm_probe import Probe, ProbeWaits, probed
 from fedllm.scheduling.slurm_script import log_pattern
 from fedllm.scheduling.traits import traits_of
@@ -42,7 +34,7 @@ _ONCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Patient:
+class Examinee:
     """What is looked at: a configuration, or without one the cluster as it comes."""
 
     scheduler: SchedulerSection
@@ -63,103 +55,41 @@ class _Patient:
         return job_kinds(self.scheduler, tiers)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(doctor)
-
-
-def doctor(
-    config: Annotated[
-        Path | None,
-        typer.Argument(metavar="CONFIG", help="Default: the cluster with its own defaults."),
-    ] = None,
-    run_dir: RunDir = None,
-    set_: Overrides = None,
-    wait: Annotated[
-        float,
-        typer.Option("--wait", metavar="SECONDS", help="For a compute node, where all are busy."),
-    ] = 120.0,
-    json_: AsJson = False,
-) -> None:
-    """Look for what stands in the way of a run: cluster, storage, compute nodes, configuration."""
-    findings, patient = _admitted(config, run_dir, set_ or [], wait)
-    if not json_:
-        say("looking; a probe on every kind of compute node may take a minute")
-    findings += [*_examined(patient)]
-    if json_:
-        say_json([dataclasses.asdict(finding) for finding in findings])
+def examine(examinee: Examinee) -> Iterator[Finding]:
+    """Yield what is found: configuration, cluster, compute nodes, folders."""
+    if examinee.config is not None:
+        yield from readiness_findings(examinee.config, examinee.root)
+    if examinee.uses_cluster:
+        yield from _on_cluster(examinee)
     else:
-        say(describe_findings(findings))
-    if any(finding.level == "fail" for finding in findings):
-        raise typer.Exit(2)
-
-
-def _admitted(
-    file: Path | None, run_dir: Path | None, overrides: Sequence[str], wait: float
-) -> tuple[list[Finding], _Patient]:
-    findings, config = [], None
-    if file is None:
-        why = "no CONFIG was given: the cluster's own defaults are looked at"
-        findings.append(Finding(check="configuration", level="not done", found=why))
-    else:
-        try:
-            loaded = configuration(file, overrides)
-            check_names(loaded.method.name, loaded.method.local)
-            refuse_owned(loaded.scheduler)
-            config = loaded
-            findings.append(Finding(check="configuration", level="ok", found=f"{file} is valid"))
-        except ConfigError as error:
-            findings += [
-                Finding(check="configuration", level="fail", found=line)
-                for line in str(error).splitlines()
-            ]
-            why = "the cluster's own defaults are looked at until CONFIG is valid"
-            findings.append(Finding(check="options of jobs", level="not done", found=why))
-    root = run_dir or default_run_dir(file or Path("run"))
-    patient = _Patient(
-        scheduler=config.scheduler if config else SchedulerSection(),
-        storage=config.storage if config else StorageSection(),
-        root=root,
-        config=config,
-        wait_seconds=wait,
-    )
-    return findings, patient
-
-
-def _examined(patient: _Patient) -> Iterator[Finding]:
-    if patient.config is not None:
-        yield from readiness_findings(patient.config, patient.root)
-    if patient.uses_cluster:
-        yield from _on_cluster(patient)
-    else:
-        why = f"scheduler.kind is {patient.scheduler.kind}: no cluster is used"
+        why = f"scheduler.kind is {examinee.scheduler.kind}: no cluster is used"
         yield Finding(check="slurm", level="not done", found=why)
-        yield from folder_findings(patient.root, patient.storage, on_cluster=False)
+        yield from folder_findings(examinee.root, examinee.storage, on_cluster=False)
 
 
-def _on_cluster(patient: _Patient) -> Iterator[Finding]:
+def _on_cluster(examinee: Examinee) -> Iterator[Finding]:
     sights: list[Sight] = []
     try:
-        log_pattern(RunPaths(root=patient.root.resolve()).all_logs, "")
+        log_pattern(RunPaths(root=examinee.root.resolve()).all_logs, "")
     except RunDirectoryError as error:
         yield Finding(check="run directory", level="fail", found=str(error))
     try:
         cluster = ask_cluster()
-        kinds = patient.kinds
+        kinds = examinee.kinds
     except FedllmError as error:
         change = "start from a host of the cluster, or use scheduler.kind: local"
         yield Finding(check="slurm", level="fail", found=str(error), change=change)
         yield Finding(check="compute nodes", level="not done", found="Slurm has to answer first")
     else:
-        yield from cluster_findings(cluster, patient.scheduler)
+        yield from cluster_findings(cluster, examinee.scheduler)
         yield from partition_findings(cluster, kinds)
         yield from endings_findings(cluster, kinds)
         surveyor = Surveyor(commands=InstalledCommands(), query_seconds=_ONCE_SECONDS)
         yield from limit_findings(cluster, kinds, surveyor)
         taken = yield from _taken(kinds, surveyor)
-        yield from _on_nodes(patient, taken, sights)
+        yield from _on_nodes(examinee, taken, sights)
     hosts = {sight.node.host for sight in sights if not sight.node.storage_problem}
-    yield from folder_findings(patient.root, patient.storage, on_cluster=True, seen_from=hosts)
+    yield from folder_findings(examinee.root, examinee.storage, on_cluster=True, seen_from=hosts)
 
 
 def _taken(kinds: Sequence[JobKind], surveyor: Surveyor) -> Generator[Finding, None, list[JobKind]]:
@@ -190,7 +120,7 @@ def _names(kinds: Sequence[JobKind]) -> str:
 
 
 def _on_nodes(
-    patient: _Patient, kinds: Sequence[JobKind], sights: list[Sight]
+    examinee: Examinee, kinds: Sequence[JobKind], sights: list[Sight]
 ) -> Iterator[Finding]:
     """Send a probe to the nodes that jobs get, one for jobs of equal options."""
     alike: dict[object, list[JobKind]] = {}
@@ -198,13 +128,13 @@ def _on_nodes(
         alike.setdefault(probed(kind.flags), []).append(kind)
     if not alike:
         return
-    parent = existing(patient.root)
+    parent = existing(examinee.root)
     try:
         with trial_folder(parent) as folder, ThreadPoolExecutor(len(alike)) as pool:
             names = [_names(group) for group in alike.values()]
-            if len(alike) == 1 and len(kinds) == len(patient.kinds):
+            if len(alike) == 1 and len(kinds) == len(examinee.kinds):
                 names = ["every kind of job"]
-            for found in pool.map(partial(_probed, patient, folder), alike.values(), names):
+            for found in pool.map(partial(_probed, examinee, folder), alike.values(), names):
                 yield from found.findings
                 sights += found.sights
     except RunDirectoryError as error:
@@ -217,18 +147,18 @@ class _Probed:
     sights: list[Sight]
 
 
-def _probed(patient: _Patient, folder: Path, kinds: Sequence[JobKind], name: str) -> _Probed:
+def _probed(examinee: Examinee, folder: Path, kinds: Sequence[JobKind], name: str) -> _Probed:
     """Probe the node that jobs of these kinds get; what comes in between is a finding, too."""
     own = folder / uuid.uuid4().hex
     make_folder(own)
     probe = Probe(
-        section=patient.scheduler,
+        section=examinee.scheduler,
         flags=kinds[0].flags,
         folder=own,
-        also=tuple(_needed_there(patient)),
-        node_local=patient.storage.node_local,
-        visibility_seconds=patient.storage.visibility_seconds,
-        wait_seconds=patient.wait_seconds,
+        also=tuple(_needed_there(examinee)),
+        node_local=examinee.storage.node_local,
+        visibility_seconds=examinee.storage.visibility_seconds,
+        wait_seconds=examinee.wait_seconds,
     )
     check = f"compute node for {name}"
     try:
@@ -247,17 +177,17 @@ def _probed(patient: _Patient, folder: Path, kinds: Sequence[JobKind], name: str
         cpus=int(flags.get("cpus-per-task", 1)),
         gpus=asks_for_gpus(dict(flags)),
         versions=dict(installed()),
-        visibility_seconds=patient.storage.visibility_seconds,
-        node_local=patient.storage.node_local,
+        visibility_seconds=examinee.storage.visibility_seconds,
+        node_local=examinee.storage.node_local,
         submits=any(kind.program == "coordinator" for kind in kinds),
     )
     return _Probed(findings=node_findings(name, sight, wanted, folder.parent), sights=[sight])
 
 
-def _needed_there(patient: _Patient) -> Iterator[Path]:
+def _needed_there(examinee: Examinee) -> Iterator[Path]:
     """Yield what jobs read beside the run directory, where it is here."""
     yield shipped("jobs")
-    yield cache_of(patient.storage.cache, patient.root).root
-    if patient.config is not None:
-        for path in (patient.config.model.path, patient.config.data.path):
+    yield cache_of(examinee.storage.cache, examinee.root).root
+    if examinee.config is not None:
+        for path in (examinee.config.model.path, examinee.config.data.path):
             yield Path(path).expanduser().absolute()

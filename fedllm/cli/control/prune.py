@@ -1,4 +1,4 @@
-"""The command that removes what retention does not keep."""
+"""`fedllm prune`: remove what retention does not keep."""
 
 from typing import Annotated
 
@@ -9,11 +9,6 @@ from fedllm.config.loading import read_config
 from fedllm.reporting.tables import size
 from fedllm.rounds.retention import prune as prune_run
 from fedllm.rounds.retention import removable
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(prune)
 
 
 def prune(

@@ -1,0 +1,106 @@
+"""`fedllm export`: a run's server state as a PEFT adapter or a merged model."""
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedllm.cli.options import (
+    AsJson,
+    OutFolder,
+    RunFolder,
+    existing_run,
+    fresh_folder,
+    say,
+    say_json,
+)
+from fedllm.errors import AdapterError
+
+if TYPE_CHECKING:
+    from fedllm.steps.export import Exported, Merged
+from fedllm.cli.adapters.aggregate import _span
+
+_ENOUGH = 0.95  # of a change, in the weights that it was merged into
+
+
+def export(
+    run: RunFolder,
+    out: OutFolder,
+    round_: Annotated[
+        int | None, typer.Option("--round", metavar="N", help="Default: the newest state.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", help="Default: the largest of the state.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the base with the adapter merged into it.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="T",
+            help="With --merge: float32, bfloat16 or float16. Default: that of the run's base.",
+        ),
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Write a run's server state as a PEFT adapter, or merged as a plain model."""
+    from fedllm.steps.export import Merged, export_adapter, export_model, open_state
+
+    if dtype and not merge:
+        raise AdapterError("--dtype: is for --merge, an adapter is float32; leave it out")
+    paths, folder = existing_run(run), fresh_folder(out)
+    # deepspeed, where it is installed, logs to stdout when transformers saves a model
+    with redirect_stdout(sys.stderr):
+        state = open_state(paths, round_)
+        exported = (
+            export_model(state, folder, rank=rank, dtype=dtype)
+            if merge
+            else export_adapter(state, folder, rank=rank)
+        )
+    if json_:
+        say_json(_exported_json(out, exported))
+        return
+    what = "model, the adapter merged" if merge else "PEFT adapter"
+    line = (
+        f"{out}: {what}, of round {exported.round}, {_span(exported.ranks.values())} "
+        f"in {len(exported.ranks)} modules of {exported.base_model}"
+    )
+    say(line + _survival(exported) if isinstance(exported, Merged) else line)
+
+
+def _survival(merged: "Merged") -> str:
+    """Return how much of the change the stored weights hold, and what to do where it is little."""
+    said = (
+        f"; {merged.dtype}: {merged.survived:.1%} of the change survived rounding "
+        f"(relative error {1 - merged.survived:.2g}, "
+        f"{merged.unchanged_share:.1%} of its entries unchanged)"
+    )
+    if merged.survived < _ENOUGH and merged.dtype != "float32":
+        said += (
+            "\nmuch of the change is lost in these weights: merge with --dtype float32, or export "
+            "the adapter without --merge"
+        )
+    return said
+
+
+def _exported_json(out: Path, exported: "Exported") -> dict[str, Any]:
+    from fedllm.steps.export import Merged
+
+    found = {
+        "out": str(out),
+        "round": exported.round,
+        "ranks": dict(exported.ranks),
+        "base_model": exported.base_model,
+        "merged": isinstance(exported, Merged),
+    }
+    if isinstance(exported, Merged):
+        found |= {
+            "dtype": exported.dtype,
+            "survived": exported.survived,
+            "unchanged_share": exported.unchanged_share,
+        }
+    return found

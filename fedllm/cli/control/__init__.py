@@ -1,0 +1,1 @@
+"""Commands that make a run go on, or clean up behind it."""

@@ -1,0 +1,41 @@
+"""`fedllm advance`: take the steps that are possible now."""
+
+from typing import Annotated
+
+import typer
+
+from fedllm.cli import execution
+from fedllm.cli.options import (
+    AsJson,
+    ConfigOrRun,
+    RunDir,
+    say,
+    say_json,
+)
+from fedllm.errors import LeaseError
+
+
+def advance(
+    run: ConfigOrRun,
+    run_dir: RunDir = None,
+    json_: AsJson = False,
+    chained: Annotated[
+        bool, typer.Option("--chained", help="As a Slurm job that leaves a successor waiting.")
+    ] = False,
+) -> None:
+    """Take the steps that are possible now and return: for cron, or by hand."""
+    if chained:
+        say("done" if execution.advance_link(run) else "not done yet")
+        return
+    try:
+        done = execution.advance_run(run, run_dir)
+    except LeaseError as error:
+        # as usual from cron as a step that is not possible yet
+        say(str(error))
+        raise typer.Exit(3) from error
+    if json_:
+        say_json({"done": done})
+    else:
+        say("done" if done else "not done yet; advance again later")
+    if not done:
+        raise typer.Exit(3)

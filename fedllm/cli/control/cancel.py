@@ -1,0 +1,95 @@
+"""`fedllm cancel`: end the jobs of a run and its coordinator."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from fedllm.cli import execution
+from fedllm.cli.options import (
+    RunFolder,
+    existing_run,
+    say,
+)
+from fedllm.config.loading import read_config
+from fedllm.config.models import Config
+from fedllm.planning.backoff import Backoff
+from fedllm.rounds.cancelling import cancel_jobs
+from fedllm.scheduling.slurm_coordinator import (
+    cancel_job,
+    coordinator_jobs,
+    job_is_gone,
+)
+from fedllm.scheduling.traits import traits_of
+from fedllm.storage.lease import highest, process_is_gone
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import RunRecord
+
+_LONGEST_PAUSE_SECONDS = 30.0
+
+
+def cancel(
+    run: RunFolder,
+    jobs_only: Annotated[
+        bool, typer.Option("--jobs-only", help="Leave the coordinator alone.")
+    ] = False,
+) -> None:
+    """End a run's jobs and its coordinator, nothing else. Resume goes on."""
+    paths = existing_run(run)
+    config = read_config(paths.config)
+    if not jobs_only:
+        told = [*_end_jobs(paths, config), *_end_holder(paths)]
+        say("\n".join(told) or "no coordinator is at work")
+    scheduler = execution.make_scheduler(paths, config)
+    try:
+        ended = cancel_jobs(paths, config, scheduler)
+    finally:
+        scheduler.close()
+    say(f"{ended} tasks cancelled" if ended else "no task was at work")
+
+
+def _end_jobs(paths: RunPaths, config: Config) -> Iterator[str]:
+    """End the jobs that coordinate or will, until none is left: a link submits another."""
+    if not traits_of(config).jobs_outlive_coordinator:
+        return
+    run_id = RunRecord.read(paths.run).run_id
+    while jobs := list(coordinator_jobs(run_id)):
+        # the last first: a successor starts when the one before it ends
+        for job in reversed(jobs):
+            yield _end_job(job)
+
+
+def _end_job(job: str) -> str:
+    cancel_job(job)
+    _await_end(partial(job_is_gone, job))
+    return f"coordinator job {job} cancelled"
+
+
+def _end_holder(paths: RunPaths) -> Iterator[str]:
+    """End who holds the run, a job that was submitted by hand or a process."""
+    number, holder = highest(paths)
+    if holder is None or paths.released(number).exists():
+        return
+    if holder.slurm_job:
+        if not job_is_gone(holder.slurm_job):
+            yield _end_job(holder.slurm_job)
+        return
+    gone = process_is_gone(holder)
+    if gone is None:
+        yield f"coordinator {number} is on {holder.host}, pid {holder.pid}: end it there"
+    elif not gone:
+        os.kill(holder.pid, signal.SIGTERM)
+        _await_end(partial(process_is_gone, holder))
+        yield f"coordinator {number} (pid {holder.pid}) told to stop"
+
+
+def _await_end(is_gone: Callable[[], bool | None]) -> None:
+    """Wait for a coordinator that was told to stop: until then it may submit more."""
+    pause = Backoff(0.1, max_seconds=_LONGEST_PAUSE_SECONDS)
+    while not is_gone() and pause.seconds < _LONGEST_PAUSE_SECONDS:
+        time.sleep(pause.seconds)
+        pause.fail()

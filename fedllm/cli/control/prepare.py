@@ -1,0 +1,36 @@
+"""`fedllm prepare`: fetch, fingerprint and tokenise what a run needs."""
+
+from fedllm.cli import execution
+from fedllm.cli.options import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    configuration,
+    say,
+    say_json,
+)
+from fedllm.storage.paths import cache_of
+
+
+def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Fetch, fingerprint and tokenise, where the network is; everything else runs offline."""
+    from fedllm.steps.prepare import describe_way
+    from fedllm.steps.prepare import prepare as prepare_step
+
+    loaded = configuration(config, set_ or [])
+    cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
+    prepared = prepare_step(loaded, cache)
+    if json_:
+        say_json(prepared.model_dump(mode="json"))
+        return
+    rows = sum(client.train_rows for client in prepared.clients)
+    trainable = sum(client.train_rows > 0 for client in prepared.clients)
+    say(f"model {prepared.model_path} ({prepared.model_parameters:,} parameters)")
+    say(f"data {prepared.data_path}: {trainable} clients, {rows:,} training rows")
+    answers = sum(client.cut_answers for client in prepared.clients)
+    prompts = sum(client.truncated_rows for client in prepared.clients) - answers
+    dropped = sum(client.dropped_rows for client in prepared.clients)
+    cutoff = loaded.data.cutoff_tokens
+    say(f"{prompts:,} prompts and {answers:,} answers cut at data.cutoff_tokens: {cutoff}")
+    say(f"{dropped:,} rows dropped without an answer")
+    say(describe_way(prepared.way))

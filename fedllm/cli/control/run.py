@@ -1,0 +1,28 @@
+"""`fedllm run`: a configuration to its end."""
+
+from typing import Annotated
+
+import typer
+
+from fedllm.cli import execution
+from fedllm.cli.options import (
+    ConfigFile,
+    Overrides,
+    RunDir,
+    TakeOver,
+    existing_run,
+    say,
+)
+from fedllm.reporting.summary import run_summary
+
+
+def run(
+    config: ConfigFile,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    take_over: TakeOver = False,
+    unattended: Annotated[bool, typer.Option("--unattended", hidden=True)] = False,
+) -> None:
+    """Run a configuration to its end; run it again to go on where it stopped."""
+    root = execution.start(config, set_ or [], run_dir, take_over=take_over, unattended=unattended)
+    say(run_summary(existing_run(root)))

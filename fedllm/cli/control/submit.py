@@ -1,0 +1,17 @@
+"""`fedllm submit`: the coordinator as a job of its own."""
+
+import shlex
+
+from fedllm.cli import execution
+from fedllm.cli.options import (
+    ConfigOrRun,
+    Overrides,
+    RunDir,
+    say,
+)
+
+
+def submit(config: ConfigOrRun, run_dir: RunDir = None, set_: Overrides = None) -> None:
+    """Submit the coordinator as a small Slurm job; it submits everything else."""
+    root, job = execution.submit(config, set_ or [], run_dir)
+    say(f"coordinator job {job}; fedllm status {shlex.quote(str(root))}")

@@ -1,0 +1,76 @@
+"""`fedllm doctor`: what stands in the way of a run, and what to change in which key."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.execution import default_run_dir
+from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
+from fedllm.config.models import SchedulerSection, StorageSection
+from fedllm.doctor.examination import Examinee, examine
+from fedllm.errors import ConfigError
+from fedllm.methods.table import check_names
+from fedllm.reporting.doctor import describe_findings
+from fedllm.scheduling.slurm_options import refuse_owned
+from fedllm.storage.findings import Finding
+
+
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="Default: the cluster with its own defaults."),
+    ] = None,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    wait: Annotated[
+        float,
+        typer.Option("--wait", metavar="SECONDS", help="For a compute node, where all are busy."),
+    ] = 120.0,
+    json_: AsJson = False,
+) -> None:
+    """Look for what stands in the way of a run: cluster, storage, compute nodes, configuration."""
+    findings, examinee = _admitted(config, run_dir, set_ or [], wait)
+    if not json_:
+        say("looking; a probe on every kind of compute node may take a minute")
+    findings += [*examine(examinee)]
+    if json_:
+        say_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        say(describe_findings(findings))
+    if any(finding.level == "fail" for finding in findings):
+        raise typer.Exit(2)
+
+
+def _admitted(
+    file: Path | None, run_dir: Path | None, overrides: Sequence[str], wait: float
+) -> tuple[list[Finding], Examinee]:
+    findings, config = [], None
+    if file is None:
+        why = "no CONFIG was given: the cluster's own defaults are looked at"
+        findings.append(Finding(check="configuration", level="not done", found=why))
+    else:
+        try:
+            loaded = configuration(file, overrides)
+            check_names(loaded.method.name, loaded.method.local)
+            refuse_owned(loaded.scheduler)
+            config = loaded
+            findings.append(Finding(check="configuration", level="ok", found=f"{file} is valid"))
+        except ConfigError as error:
+            findings += [
+                Finding(check="configuration", level="fail", found=line)
+                for line in str(error).splitlines()
+            ]
+            why = "the cluster's own defaults are looked at until CONFIG is valid"
+            findings.append(Finding(check="options of jobs", level="not done", found=why))
+    root = run_dir or default_run_dir(file or Path("run"))
+    examinee = Examinee(
+        scheduler=config.scheduler if config else SchedulerSection(),
+        storage=config.storage if config else StorageSection(),
+        root=root,
+        config=config,
+        wait_seconds=wait,
+    )
+    return findings, examinee

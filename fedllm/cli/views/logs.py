@@ -1,0 +1,38 @@
+"""`fedllm logs`: the ends of a run's logs."""
+
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.options import (
+    RunFolder,
+    existing_run,
+    say,
+)
+from fedllm.config.loading import read_config
+from fedllm.errors import DataError
+from fedllm.reporting.logs import client_log, newest_logs, tail
+
+
+def logs(
+    run: RunFolder,
+    client: Annotated[
+        str | None, typer.Option("--client", metavar="C", help="Where this client trained last.")
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", help="Lines from the end of each log.")] = 20,
+) -> None:
+    """Print the ends of the newest logs, or the log of the task that trained a client."""
+    paths = existing_run(run)
+    if client is None:
+        for path in newest_logs(paths):
+            say(f"==> {path} <==")
+            say(tail(path, lines))
+        return
+    found = client_log(paths, read_config(paths.config).rounds, client)
+    if found is None:
+        raise DataError(
+            f"client {client}: no task of this run has claimed it, or "
+            "its claims were pruned (storage.keep_logs); see fedllm status"
+        )
+    say(f"==> {found} <==")
+    say(tail(found, lines))

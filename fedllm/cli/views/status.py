@@ -1,0 +1,39 @@
+"""`fedllm status`: where a run stands."""
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.asking import ask_about, rarely_gone
+from fedllm.cli.options import (
+    AsJson,
+    RunFolder,
+    existing_run,
+    say,
+    say_json,
+)
+from fedllm.cli.watching import watch as follow
+from fedllm.reporting.status import StatusReader
+from fedllm.reporting.status_text import headline, status_text
+from fedllm.scheduling.slurm_advice import advice
+
+
+def status(
+    run: RunFolder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on until the run is done, or until Ctrl-C.")
+    ] = False,
+    json_: AsJson = False,
+) -> None:
+    """Say where a run stands: its files tell, and Slurm why its tasks wait."""
+    if watch and json_:
+        raise typer.BadParameter("--watch is for people: leave out --json")
+    paths = existing_run(run)
+    reader = StatusReader(paths, gone=rarely_gone(paths), ask=ask_about(paths), advice=advice)
+    if watch:
+        follow(reader.read, lambda found: status_text(run, found), headline)
+    elif json_:
+        say_json(dataclasses.asdict(reader.read()))
+    else:
+        say(status_text(run, reader.read()))
