@@ -18,10 +18,11 @@ from fedllm.model.passes import PACKERS, Cut
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.ways import set_way
 from fedllm.planning.grouping import GROUP_WAY
-from fedllm.training.group import Member, train_clients
 from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.plan import Draws, plan_steps
+from fedllm.training.together import Together
+from fedllm.training.trainer import Member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ def _selected(bench: Bench, clients: Sequence[Client]) -> Taken:
 def _co_trained(bench: Bench, clients: Sequence[Client]) -> Taken:
     members = [Member(received=lambda: bench.adapter, rows=c.rows, draws=c.draws) for c in clients]
     set_way(bench.slots.model, GROUP_WAY)
-    results = train_clients(bench.slots, members, settings=bench.settings)
+    results = Together(slots=bench.slots, settings=bench.settings).train(members)
     set_way(bench.slots.model, bench.way)
     seconds = sum(result.stats.step_seconds for result in results)
     return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, GROUP_WAY))

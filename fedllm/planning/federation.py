@@ -7,7 +7,7 @@ from fedllm.config.models import Config
 from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
 from fedllm.planning.cohorts import cohort_size, draw_cohort
 from fedllm.planning.costs import CostModel, seed_costs, training_cost
-from fedllm.planning.grouping import Group, group_clients
+from fedllm.planning.grouping import Group, engine_of
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
@@ -47,7 +47,7 @@ class Federation:
 
     def groups(self, cohort: Sequence[CohortClient]) -> list[Group]:
         """Return who of a whole cohort trains together."""
-        return group_clients(cohort, self.ranks, self.config.training.clients_per_batch)
+        return engine_of(self.config.training).groups(cohort, self.ranks)
 
     @property
     def enough(self) -> int | None:

@@ -1,9 +1,10 @@
-"""Which clients of a cohort are trained together, in one pass over the base model."""
+"""Which engine trains a run, and which clients of a cohort it trains together."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedllm.storage.records import CohortClient
+from fedllm.config.models import TrainingSection
+from fedllm.storage.records import CohortClient, WayRecord
 
 GROUP_WAY = "parts"
 """The way in which several clients' rows are computed together, on every kind of device.
@@ -39,6 +40,48 @@ class Group:
     def without(self, done: Collection[str]) -> "Group":
         """Return the group with fewer members missing."""
         return replace(self, missing=tuple(id_ for id_ in self.missing if id_ not in done))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """The engine that trains the clients of a run, as plans know it.
+
+    Attributes:
+        name: its trainer's key in `training.trainers.TRAINERS`.
+        clients_at_once: how many clients it trains side by side.
+        way: the way to compute rows that it needs; None: it takes any.
+    """
+
+    name: str
+    clients_at_once: int = 1
+    way: str | None = None
+
+    def groups(
+        self, clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]
+    ) -> list[Group]:
+        """Return who of a whole cohort trains together; `ranks` are tier -> module -> rank."""
+        return group_clients(clients, ranks, self.clients_at_once)
+
+    def has_way(self, way: WayRecord | None) -> bool:
+        """Say whether a base with this way, None for padded rows, has the one that it needs."""
+        return self.way is None or (way is not None and way.cpu == self.way)
+
+    def refusal(self, way: WayRecord | None) -> str | None:
+        """Return why it cannot train on a base with this way, and what to set instead."""
+        if self.has_way(way):
+            return None
+        found = f"rows are {way.cpu} ({way.why})" if way and way.why else "rows are padded"
+        return (
+            f"training.clients_per_batch: got {self.clients_at_once}, but with this base {found}, "
+            "in which clients cannot train together; need 1"
+        )
+
+
+def engine_of(training: TrainingSection) -> Engine:
+    """Return the engine that a configuration asks for."""
+    if training.clients_per_batch == 1:
+        return Engine(name="plain")
+    return Engine(name="together", clients_at_once=training.clients_per_batch, way=GROUP_WAY)
 
 
 def group_clients(

@@ -6,7 +6,7 @@ from fedllm.config.models import SbatchOptions
 from fedllm.planning.classes import tier_options
 from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.federation import Federation
-from fedllm.planning.grouping import Group, group_clients
+from fedllm.planning.grouping import Group, engine_of
 from fedllm.planning.sbatch_options import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
 from fedllm.rounds.lingering import lingering_workers
@@ -95,8 +95,7 @@ def _missing_groups(
 ) -> list[Group]:
     """Return the groups that train again, whole, for the members of theirs that are missing."""
     done = {client.id for client in cohort.clients} - {client.id for client in missing}
-    size = federation.config.training.clients_per_batch
-    groups = group_clients(cohort.clients, cohort.ranks, size)
+    groups = engine_of(federation.config.training).groups(cohort.clients, cohort.ranks)
     return [left for group in groups if (left := group.without(done)).missing]
 
 

@@ -48,7 +48,7 @@ class BundleTraining:
             task.session.stage(folder, opened.prepared)
         # a signal that came meanwhile leaves nothing to load for
         if not task.signals.came:
-            _ = opened.slots
+            _ = opened.trainer
         return cls(
             task=task,
             attempt=attempt,

@@ -10,8 +10,7 @@ from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.protocol import Method
 from fedllm.methods.table import local_rule
-from fedllm.model.slots import AdapterSlots
-from fedllm.planning.grouping import group_clients
+from fedllm.planning.grouping import engine_of
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.steps.adapters import adapter_of
@@ -26,11 +25,10 @@ from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile
-from fedllm.training.environment import environment
-from fedllm.training.group import Member, Snapshots, train_clients
 from fedllm.training.loop import LocalSettings, TrainResult
-from fedllm.training.memory import let_go, micro_batch_size, micro_batch_sizes, ran_out
+from fedllm.training.memory import micro_batch_size, micro_batch_sizes, ran_out
 from fedllm.training.plan import Draws, plan_steps
+from fedllm.training.trainer import Member, Snapshots, Trainer
 
 Save = Callable[[], None]
 
@@ -95,9 +93,9 @@ class ClientRound:
         )
 
     @property
-    def slots(self) -> AdapterSlots:
-        """The base model with its adapter slots, loaded on first use."""
-        return self.session.slots(self.config, self.prepared)
+    def trainer(self) -> Trainer:
+        """What trains the clients; the base model is loaded on first use."""
+        return self.session.trainer(self.config, self.prepared, self.settings)
 
     def received(self, client: str) -> Adapter:
         """Return what a client starts from: its tier's adapter, kept for the next one if small."""
@@ -114,8 +112,8 @@ class ClientRound:
     def group_of(self, client: str) -> tuple[str, ...]:
         """Return the clients that a client of the cohort is trained together with, itself too."""
         if not self._groups:
-            size = self.config.training.clients_per_batch
-            for group in group_clients(self.cohort.clients, self.cohort.ranks, size):
+            engine = engine_of(self.config.training)
+            for group in engine.groups(self.cohort.clients, self.cohort.ranks):
                 self._groups.update(dict.fromkeys(group.clients, group.clients))
         return self._groups.get(client, (client,))
 
@@ -164,8 +162,8 @@ class ClientRound:
                 if not ran_out(error):
                     raise
             # only now, without the error's traceback, can the tensors of that attempt go
-            let_go(self.slots)
-            trainings = _smaller(trainings, sizes)
+            self.trainer.let_go()
+            trainings = self._smaller(trainings, sizes)
         return [
             Trained(
                 record=self._record(training, result, attempt, bundle, identity),
@@ -227,7 +225,7 @@ class ClientRound:
                 group=tuple(group) if len(group) > 1 else (),
             ),
             micro_batch_size=size,
-            environment=environment(self.config.training, str(self.slots.device)),
+            environment=dict(self.trainer.environment),
         )
 
     def _train(
@@ -243,16 +241,30 @@ class ClientRound:
 
             before_step(step, save)
 
-        section, size = self.settings.training, trainings[0].micro_batch_size
-        # as configured, unless memory ran out: the bits are those of a run that asks for it
-        if size != micro_batch_size(section):
-            section = section.model_copy(update={"micro_batch_size": size})
-        settings = replace(self.settings, training=section)
         begun = [
             replace(member, progress=training.progress)
             for member, training in zip(members, trainings, strict=True)
         ]
-        return train_clients(self.slots, begun, settings=settings, before_step=hook)
+        size = trainings[0].micro_batch_size
+        return self.trainer.train(begun, micro_batch_size=size, before_step=hook)
+
+    def _smaller(self, trainings: Sequence[Resumable], sizes: Sequence[int]) -> list[Resumable]:
+        """Return the trainings to try after those that found too little memory.
+
+        Raises:
+            OutOfMemory: there are none.
+        """
+        clients = [training.identity.client for training in trainings]
+        size = trainings[0].micro_batch_size
+        told = f"{_named(clients)}: memory ran out with micro-batches of {size} rows"
+        smaller = next((other for other in sizes if other < size), None)
+        if smaller is not None:
+            say(f"{told}; it is trained again from its start with {smaller}")
+            return [training.anew(smaller) for training in trainings]
+        remedies = ", ".join(self.trainer.remedies(len(clients), size))
+        raise OutOfMemory(
+            f"{told}; give the task more memory and resume, or begin a new run with {remedies}"
+        )
 
     def _record(
         self,
@@ -288,31 +300,6 @@ class ClientRound:
 
 def _named(clients: Sequence[str]) -> str:
     return f"client {clients[0]}" if len(clients) == 1 else f"group of {', '.join(clients)}"
-
-
-def _smaller(trainings: Sequence[Resumable], sizes: Sequence[int]) -> list[Resumable]:
-    """Return the trainings to try after those that found too little memory.
-
-    Raises:
-        OutOfMemory: there are none.
-    """
-    clients = [training.identity.client for training in trainings]
-    size = trainings[0].micro_batch_size
-    told = f"{_named(clients)}: memory ran out with micro-batches of {size} rows"
-    smaller = next((other for other in sizes if other < size), None)
-    if smaller is not None:
-        say(f"{told}; it is trained again from its start with {smaller}")
-        return [training.anew(smaller) for training in trainings]
-    remedies = [
-        "a smaller training.clients_per_batch" if len(clients) > 1 else "",
-        "training.gradient_checkpointing: true or a smaller data.cutoff_tokens"
-        if size == 1
-        else "a smaller training.micro_batch_size or training.smaller_micro_batch: true",
-    ]
-    raise OutOfMemory(
-        f"{told}; give the task more memory and resume, or begin a new run with "
-        f"{', '.join(filter(None, remedies))}"
-    )
 
 
 def _state(run: RunPaths, cohort: CohortRecord) -> TensorFile:

@@ -21,7 +21,7 @@ from fedllm.model.memory import give_back_freed
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.model.ways import find_way, still_right
 from fedllm.planning.federation import plan_federation
-from fedllm.planning.grouping import GROUP_WAY
+from fedllm.planning.grouping import engine_of
 from fedllm.planning.roles import split_roles
 from fedllm.steps.aggregate import method_of
 from fedllm.steps.log import say
@@ -55,7 +55,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     if refusal:
         raise ConfigError(refusal)
     refuse_ranks(method, federation)
-    _check_groups(config, way)
+    _check_engine(config, way)
     say(describe_way(way))
     prepared = prepared.model_copy(update={"way": way})
     prepared.publish(run.prepared)
@@ -75,7 +75,7 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     """
     base, prepared = _described(config, cache, report)
     way = _best_way(config, base)
-    _check_groups(config, way)
+    _check_engine(config, way)
     return prepared.model_copy(update={"way": way})
 
 
@@ -154,15 +154,10 @@ def _way_as_begun(
     return way
 
 
-def _check_groups(config: Config, way: WayRecord | None) -> None:
-    """Refuse to train clients together where their rows cannot be kept apart."""
-    most = config.training.clients_per_batch
-    if most > 1 and (way is None or way.cpu != GROUP_WAY):
-        found = f"rows are {way.cpu} ({way.why})" if way and way.why else "rows are padded"
-        raise ConfigError(
-            f"training.clients_per_batch: got {most}, but with this base {found}, in which clients "
-            "cannot train together; need 1"
-        )
+def _check_engine(config: Config, way: WayRecord | None) -> None:
+    """Refuse an engine that cannot train where rows are computed in this way."""
+    if refusal := engine_of(config.training).refusal(way):
+        raise ConfigError(refusal)
 
 
 def _rows_apart(config: Config) -> bool:

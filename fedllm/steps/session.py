@@ -1,5 +1,6 @@
 """What a process loads once and keeps from step to step: the base model and the tokenised data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from fedllm.config.models import Config
 from fedllm.config.targets import Targets
 from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
-from fedllm.planning.grouping import GROUP_WAY
+from fedllm.planning.grouping import engine_of
 from fedllm.steps.log import say
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publish import Version, version_of
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fedllm.data.cache import TokenizedClients
     from fedllm.model.base import Base
     from fedllm.model.slots import AdapterSlots
+    from fedllm.training.loop import LocalSettings
+    from fedllm.training.trainer import OpenTrainer, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +52,19 @@ class Session:
         kept_bytes: of an adapter that clients start from and that is kept for the next one. A
             larger one is made anew: that takes less than a step, and no memory.
         held_bytes: of finished clients' adapters, which are then published.
+        trainers: by the name of the engine; None: those of `training.trainers`.
     """
 
-    def __init__(self, *, kept_bytes: int = 32 << 20, held_bytes: int = 128 << 20) -> None:
+    def __init__(
+        self,
+        *,
+        kept_bytes: int = 32 << 20,
+        held_bytes: int = 128 << 20,
+        trainers: "Mapping[str, OpenTrainer] | None" = None,
+    ) -> None:
         self.kept_bytes = kept_bytes
         self.held_bytes = held_bytes
+        self._trainers = trainers
         self._base: tuple[_BaseKey, Base] | None = None
         self._slots: tuple[_SlotsKey, AdapterSlots] | None = None
         self._data: tuple[str, TokenizedClients] | None = None
@@ -104,7 +115,7 @@ class Session:
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
-            way=_way_of_groups(config, prepared) or way_of(prepared, device),
+            way=_way_of_engine(config, prepared) or way_of(prepared, device),
         )
         if self._slots is not None and self._slots[0] != key:
             # its layers are in the model: take a clean one
@@ -129,6 +140,16 @@ class Session:
             )
             self._slots = key, slots
         return self._slots[1]
+
+    def trainer(
+        self, config: Config, prepared: PreparedRecord, settings: "LocalSettings"
+    ) -> "Trainer":
+        """Return what trains a run's clients; errors as of `slots`."""
+        from fedllm.training.trainers import TRAINERS
+
+        trainers = TRAINERS if self._trainers is None else self._trainers
+        slots = self.slots(config, prepared)
+        return trainers[engine_of(config.training).name](slots=slots, settings=settings)
 
     def data(self, path: str) -> "TokenizedClients":
         """Return the tokenised clients in folder `path`, or in its copy on this node."""
@@ -160,10 +181,10 @@ class Session:
         return self._prepared[1]
 
 
-def _way_of_groups(config: Config, prepared: PreparedRecord) -> str | None:
-    """Return the way of clients that train together, where there are any and the base has it."""
-    found = prepared.way is not None and prepared.way.cpu == GROUP_WAY
-    return GROUP_WAY if config.training.clients_per_batch > 1 and found else None
+def _way_of_engine(config: Config, prepared: PreparedRecord) -> str | None:
+    """Return the way that the run's engine needs, where it needs one and the base has it."""
+    engine = engine_of(config.training)
+    return engine.way if engine.has_way(prepared.way) else None
 
 
 def way_of(prepared: PreparedRecord, device: str) -> str:

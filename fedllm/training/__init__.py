@@ -1,1 +1,1 @@
-"""The local training loop."""
+"""The trainers of clients, by one protocol."""

@@ -30,9 +30,10 @@ from fedllm.model.passes import PACKERS, Cut
 from fedllm.model.precision import precision
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.targets import find_modules
-from fedllm.training.group import Member, train_clients
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.plan import Draws
+from fedllm.training.together import Together
+from fedllm.training.trainer import Member
 
 CPU = torch.device("cpu")
 LLAMA = LlamaConfig(
@@ -158,7 +159,7 @@ def test_clients_that_train_together_learn_in_bfloat16_as_in_float32() -> None:
             Member(received=partial(start, slots), rows=rows_of(client), draws=draws_of(client))
             for client in (0, 1)
         ]
-        results = train_clients(slots, members, settings=settings(name))
+        results = Together(slots=slots, settings=settings(name)).train(members)
         losses[name] = [result.stats.losses for result in results]
     for found, exact in zip(losses["bfloat16"], losses["float32"], strict=True):
         assert_learns_as(found, exact)

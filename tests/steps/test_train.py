@@ -279,7 +279,7 @@ def test_clients_train_in_the_recorded_way(
     changed.publish(attempt.run.prepared)
     client = cohort(attempt)[0]
     opened = ClientRound.open(attempt, Session())
-    assert opened.slots.way == used
+    assert opened.session.slots(opened.config, opened.prepared).way == used
     assert opened.settings.by_length is (recorded is not None)
     (trained,) = opened.train([client], attempt=1, bundle=0, identity=ME)
     expected, _ = updates(RunPaths(root=done).round(1))[client]

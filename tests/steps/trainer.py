@@ -57,7 +57,7 @@ def main() -> int:
     attempt = AttemptPaths(root=told.attempt, number=1)
     opened = ClientRound.open(attempt, LongRows() if told.long_rows else Session())
     opened.received(told.client)
-    assert opened.slots.num_slots == 0
+    assert opened.trainer.num_processes == 1
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
     if told.more_mib is not None:
         limit_memory(told.more_mib)

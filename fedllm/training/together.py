@@ -1,4 +1,4 @@
-"""The local training of several clients at once: they share passes over the base, nothing else.
+"""The trainer of several clients at once: they share passes over the base, nothing else.
 
 Every member has its own parameters, optimizer, clipping, rate and steps, and the seeds that it
 would have alone. In exact arithmetic each trains as by itself; its rounding depends on who else is
@@ -13,8 +13,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedllm.lora.factors import Adapter
-from fedllm.model.batches import TokenRow
 from fedllm.model.packing import Packed
 from fedllm.model.passes import PackedPass, Pass
 from fedllm.model.precision import precision
@@ -22,60 +20,44 @@ from fedllm.model.slots import AdapterSlots
 from fedllm.model.stacked import StackedPass
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
-from fedllm.training.plan import Draws
+from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress
+from fedllm.training.trainer import Member, StepHook, no_hook
 
-Snapshots = Callable[[], list[Progress]]
-StepHook = Callable[[int, Snapshots], None]
 _Told = TypeVar("_Told", Progress, TrainResult)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
-    """One client of a group: what it received, its rows, its identity, where it goes on.
+class Together(Plain):
+    """Trains several clients in one pass over the base, and one by itself as `Plain` does."""
 
-    `received` returns the adapter: once it is copied into the model, nobody need hold it.
-    """
+    def train(
+        self,
+        members: Sequence[Member],
+        *,
+        micro_batch_size: int | None = None,
+        before_step: StepHook = no_hook,
+    ) -> list[TrainResult]:
+        """Train the members, each on its own rows; see `Trainer`.
 
-    received: Callable[[], Adapter]
-    rows: Sequence[TokenRow]
-    draws: Draws
-    progress: Progress | None = None
+        A step is one of each member that has some left. Seconds are those of the group, shared out
+        by the tokens that were computed for each; the peak of memory is the group's.
+        """
+        if len(members) == 1:
+            return super().train(
+                members, micro_batch_size=micro_batch_size, before_step=before_step
+            )
+        settings = with_micro_batches(self.settings, micro_batch_size)
+        group = _Group(self.slots, members, settings)
+        for number in range(group.num_done, group.num_steps):
+            before_step(number, group.progress)
+            group.step(number)
+        return group.results()
 
-
-def train_clients(
-    slots: AdapterSlots,
-    members: Sequence[Member],
-    *,
-    settings: LocalSettings,
-    before_step: StepHook = lambda _step, _snapshots: None,
-) -> list[TrainResult]:
-    """Train copies of several adapters, each on its own client's rows; one as `train_client` does.
-
-    A step is one of each member that has some left. Seconds are those of the group, shared out by
-    the tokens that were computed for each; the peak of memory is the group's.
-
-    Args:
-        slots: the base model, in way `parts` where there are several.
-        members: the clients, each at the same step of the group or at its own end.
-        settings: how clients train.
-        before_step: called with the step's number, from 0, and a function that returns the
-            progress of every member; what it raises ends the training.
-    """
-    if len(members) == 1:
-        return [_alone(slots, members[0], settings, before_step)]
-    group = _Group(slots, members, settings)
-    for number in range(group.num_done, group.num_steps):
-        before_step(number, group.progress)
-        group.step(number)
-    return group.results()
-
-
-def _alone(
-    slots: AdapterSlots, member: Member, settings: LocalSettings, before_step: StepHook
-) -> TrainResult:
-    loop = Loop(slots, slots.install(member.received()), member.rows, settings, member.draws)
-    return loop.run(member.progress, lambda step, snapshot: before_step(step, lambda: [snapshot()]))
+    def remedies(self, num_clients: int, micro_batch_size: int) -> Sequence[str]:
+        """Name the key that makes a group smaller, then those that make a step smaller."""
+        fewer = ["a smaller training.clients_per_batch"] if num_clients > 1 else []
+        return [*fewer, *super().remedies(num_clients, micro_batch_size)]
 
 
 class _Group:

@@ -14,10 +14,11 @@ from fedllm.lora.factors import Adapter
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.model.slots import AdapterSlots
-from fedllm.training.group import Member, StepHook, train_clients
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress
+from fedllm.training.together import Together
+from fedllm.training.trainer import Member, StepHook
 from tests.decoders import Row
 from tests.tiny import Tiny
 from tests.training.test_loop import TARGETS, rows_of, same, start
@@ -101,10 +102,8 @@ def snapshots(
 ) -> tuple[list[TrainResult], list[list[Progress]]]:
     """The results, and the states of all before every step."""
     states: list[list[Progress]] = []
-    results = train_clients(
-        slots,
+    results = Together(slots=slots, settings=given).train(
         members,
-        settings=given,
         before_step=lambda _step, found: states.append([copied(each) for each in found()]),
     )
     return results, states
@@ -146,7 +145,7 @@ def test_dropout_masks_are_those_of_each_member_by_itself(
 ) -> None:
     slots = in_float64(make(0.2))
     members = members_of(slots)
-    results = train_clients(slots, members, settings=settings("fedavg"))
+    results = Together(slots=slots, settings=settings("fedavg")).train(members)
     for result, member in zip(results, members, strict=True):
         expected, _ = alone(slots, member, settings("fedavg"))
         assert result.stats.losses == pytest.approx(expected.stats.losses, rel=1e-6)
@@ -164,9 +163,9 @@ def test_a_member_that_diverges_leaves_the_others_their_bits(
     slots: AdapterSlots, place: int
 ) -> None:
     members = members_of(slots)
-    sound = train_clients(slots, members, settings=settings())
+    sound = Together(slots=slots, settings=settings()).train(members)
     members[place] = replace(members[place], received=partial(with_nan, members[place].received()))
-    found = train_clients(slots, members, settings=settings())
+    found = Together(slots=slots, settings=settings()).train(members)
     assert "not finite" in found[place].reason
     assert found[place].adapter == {}
     for n in {0, 1, 2} - {place}:
@@ -181,10 +180,8 @@ def test_a_group_that_goes_on_after_any_step_has_the_bits_of_one_that_never_stop
     expected, states = snapshots(slots, members, settings())
     assert [state.step for state in states[-1]] == [4, 2, 5]
     for found in states[1:]:
-        again = train_clients(
-            slots,
-            [replace(m, progress=p) for m, p in zip(members, found, strict=True)],
-            settings=settings(),
+        again = Together(slots=slots, settings=settings()).train(
+            [replace(m, progress=p) for m, p in zip(members, found, strict=True)]
         )
         assert all(map(same, again, expected))
         assert [r.stats.tokens for r in again] == [r.stats.tokens for r in expected]
@@ -200,23 +197,23 @@ def test_a_group_of_one_is_a_client_by_itself_to_the_bit(slots: AdapterSlots) ->
     assert same(found, expected)
     assert [[each.step for each in found] for found in states] == [[0], [1]]
     again = replace(member, progress=states[1][0])
-    assert same(train_clients(slots, [again], settings=settings())[0], expected)
+    assert same(Together(slots=slots, settings=settings()).train([again])[0], expected)
 
 
 def test_bits_do_not_depend_on_what_was_trained_before(slots: AdapterSlots) -> None:
     members = members_of(slots)
-    first = train_clients(slots, members, settings=settings())
+    first = Together(slots=slots, settings=settings()).train(members)
     other = train_client(
         slots, members[1].received(), members[1].rows, settings=settings(), draws=members[0].draws
     )
     assert math.isfinite(other.stats.losses[-1])
-    train_clients(slots, members[::-1], settings=settings())
-    assert all(map(same, train_clients(slots, members, settings=settings()), first))
+    Together(slots=slots, settings=settings()).train(members[::-1])
+    assert all(map(same, Together(slots=slots, settings=settings()).train(members), first))
 
 
 def test_the_groups_seconds_are_shared_by_computed_tokens(slots: AdapterSlots) -> None:
     members = members_of(slots)
-    one, two, three = train_clients(slots, members, settings=settings())
+    one, two, three = Together(slots=slots, settings=settings()).train(members)
     assert three.stats.step_seconds > one.stats.step_seconds > two.stats.step_seconds > 0
     for result in (one, two, three):
         assert result.stats.seconds > result.stats.step_seconds
@@ -225,9 +222,9 @@ def test_the_groups_seconds_are_shared_by_computed_tokens(slots: AdapterSlots) -
 
 def test_half_precision_passes_keep_the_factors_in_float32(slots: AdapterSlots) -> None:
     members = members_of(slots)
-    found = train_clients(slots, members, settings=settings(precision="bfloat16"))
+    found = Together(slots=slots, settings=settings(precision="bfloat16")).train(members)
     for result, exact_one in zip(
-        found, train_clients(slots, members, settings=settings()), strict=True
+        found, Together(slots=slots, settings=settings()).train(members), strict=True
     ):
         assert result.stats.losses == pytest.approx(exact_one.stats.losses, rel=0.02)
         assert result.stats.losses != exact_one.stats.losses
@@ -244,4 +241,4 @@ def test_what_the_hook_raises_ends_the_training(slots: AdapterSlots) -> None:
 
     hook: StepHook = stop_at_2
     with pytest.raises(Stop):
-        train_clients(slots, members_of(slots), settings=settings(), before_step=hook)
+        Together(slots=slots, settings=settings()).train(members_of(slots), before_step=hook)
