@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedllm.errors import ConfigError
 from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
 
 Execute = Callable[[str, Sequence[str], str, Path], int]
@@ -24,7 +25,13 @@ class InlineScheduler:
         return Capacity(free_slots=1, most_parallel=1, largest_array=sys.maxsize, resident=True)
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """There is nothing to refuse."""
+        """Refuse tasks of several processes."""
+        for job in jobs:
+            if job.processes_per_task > 1:
+                raise ConfigError(
+                    f"scheduler.kind: inline runs a task in one process, {job.name} has "
+                    f"{job.processes_per_task}; need local or slurm"
+                )
 
     def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
         """Nothing limits the queue."""
@@ -39,6 +46,7 @@ class InlineScheduler:
 
     def submit(self, job: Job) -> list[str]:
         """Run every task of the array now."""
+        self.check([job])
         ids = [f"inline-{next(self._numbers)}" for _ in range(job.tasks)]
         for task in ids:
             log = job.log_folder / "inline.log"

@@ -3,8 +3,10 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import selectors
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fedllm.scheduling.environment import process_variables
 from fedllm.scheduling.heap import with_heap_settings
 from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
 from fedllm.storage.publish import storage_errors
 
 SERVE = (sys.executable, "-m", "fedllm.steps.serve")
+# where the processes of a task meet
+_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,29 +35,49 @@ class _Task:
 
 @dataclass(kw_only=True, eq=False)
 class _Worker:
-    process: "subprocess.Popen[bytes]"
+    """Processes that take tasks together: as many of them as a task has, the first ones.
+
+    `how` and `log` tell of the process of the present task that ended badly first; those that are
+    still at it are killed at `deadline`.
+    """
+
+    name: str
+    processes: "list[_Process]" = field(default_factory=list)
+    task: _Task | None = None
+    how: str = ""
+    log: Path = Path()
+    deadline: float = math.inf
+
+
+@dataclass(kw_only=True, eq=False)
+class _Process:
+    worker: _Worker
+    popen: "subprocess.Popen[bytes]"
     inbox: IO[bytes]
     outbox: IO[bytes]
     log: Path
-    task: _Task | None = None
+    is_busy: bool = False
     buffer: bytes = b""
 
     @property
     def task_log(self) -> Path:
         """Where its present task writes; what it says before and after is in `log`."""
-        return self.task.job.log_folder / self.log.name if self.task else self.log
+        task = self.worker.task
+        return task.job.log_folder / self.log.name if task else self.log
 
 
 @dataclass(kw_only=True)
 class LocalScheduler:
-    """Gives tasks to `workers` resident processes, first come, first served.
+    """Gives tasks to `workers` resident workers, first come, first served.
+
+    A worker is as many processes as the tasks that it was given had at most.
 
     Attributes:
         workers: how many there are.
         log_folder: for what they say before and after their tasks.
-        serve: starts one, which reads a task per line and answers with its id and exit code.
-        grace_seconds: for workers that are told to end: one stops between two steps, and publishes
-            what it has finished.
+        serve: starts a process, which reads a task per line and answers with its id and exit code.
+        grace_seconds: for processes that are told to end: one stops between two steps, and
+            publishes what it has finished.
         end_seconds: for one that closed its pipes: it is at its end, or will never answer.
     """
 
@@ -127,8 +152,7 @@ class LocalScheduler:
         named = set(ids)
         self._queue = deque(task for task in self._queue if task.id not in named)
         for worker in [w for w in self._pool if w.task and w.task.id in named]:
-            worker.process.kill()
-            self._bury(worker)
+            self._kill(worker.processes)
         self._dispatch()
 
     def wait(self, seconds: float) -> None:
@@ -140,51 +164,70 @@ class LocalScheduler:
 
     def close(self) -> None:
         """End the workers; those at work may publish what they have finished."""
-        for worker in self._pool:
-            worker.process.terminate()
+        processes = [process for worker in self._pool for process in worker.processes]
+        for process in processes:
+            process.popen.terminate()
             # a line that the worker never read is lost with it
             with contextlib.suppress(BrokenPipeError):
-                worker.inbox.close()
+                process.inbox.close()
         deadline = time.monotonic() + self.grace_seconds
-        for worker in list(self._pool):
+        for process in processes:
             try:
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
+                process.popen.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                worker.process.kill()
-            self._bury(worker)
+                process.popen.kill()
+            self._bury(process)
 
     def _dispatch(self) -> None:
         while self._queue:
             free = next((w for w in self._pool if w.task is None), None)
             if free is None and len(self._pool) < self.workers:
-                free = self._start()
+                free = self._add_worker()
             if free is None:
                 return
             self._give(free, self._queue.popleft())
 
-    def _give(self, worker: _Worker, task: _Task) -> None:
-        worker.task = task
-        message = {
-            "id": task.id,
-            "program": task.job.program,
-            "argv": list(task.job.argv),
-            "log": str(worker.task_log),
-        }
-        try:
-            worker.inbox.write(json.dumps(message).encode() + b"\n")
-            worker.inbox.flush()
-        except BrokenPipeError:
-            self._bury(worker)
-
-    def _start(self) -> _Worker:
-        taken = {worker.log.stem for worker in self._pool}
+    def _add_worker(self) -> _Worker:
+        taken = {worker.name for worker in self._pool}
         name = next(f"worker-{n}" for n in itertools.count(1) if f"worker-{n}" not in taken)
-        log = self.log_folder / f"{name}.log"
+        worker = _Worker(name=name)
+        self._start(worker)
+        self._pool.append(worker)
+        return worker
+
+    def _give(self, worker: _Worker, task: _Task) -> None:
+        count = task.job.processes_per_task
+        while len(worker.processes) < count:
+            self._start(worker)
+        worker.task, worker.how, worker.deadline = task, "", math.inf
+        processes = worker.processes[:count]
+        for process in processes:
+            process.is_busy = True
+        rendezvous = f"{_HOST}:{_free_port()}" if count > 1 else ""
+        for rank, process in enumerate(processes):
+            message = {
+                "id": task.id,
+                "program": task.job.program,
+                "argv": list(task.job.argv),
+                "log": str(process.task_log),
+                "environment": process_variables(rank, count, rendezvous),
+            }
+            try:
+                process.inbox.write(json.dumps(message).encode() + b"\n")
+                process.inbox.flush()
+            except BrokenPipeError:
+                self._bury(process)
+
+    def _start(self, worker: _Worker) -> None:
+        """Start one more process of a worker."""
+        taken = {process.log.stem for process in worker.processes}
+        names = itertools.chain([worker.name], (f"{worker.name}.{n}" for n in itertools.count(1)))
+        log = self.log_folder / f"{next(name for name in names if name not in taken)}.log"
         with storage_errors(log):
             self.log_folder.mkdir(parents=True, exist_ok=True)
             stderr = log.open("ab")
         with stderr:
-            process = subprocess.Popen(
+            popen = subprocess.Popen(
                 self.serve,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -193,12 +236,13 @@ class LocalScheduler:
                 # Ctrl-C is for the coordinator: it ends its workers itself
                 start_new_session=True,
             )
-        assert process.stdin and process.stdout
-        os.set_blocking(process.stdout.fileno(), False)
-        worker = _Worker(process=process, inbox=process.stdin, outbox=process.stdout, log=log)
-        self._selector.register(worker.outbox, selectors.EVENT_READ, worker)
-        self._pool.append(worker)
-        return worker
+        assert popen.stdin and popen.stdout
+        os.set_blocking(popen.stdout.fileno(), False)
+        process = _Process(
+            worker=worker, popen=popen, inbox=popen.stdin, outbox=popen.stdout, log=log
+        )
+        self._selector.register(process.outbox, selectors.EVENT_READ, process)
+        worker.processes.append(process)
 
     def _hear(self, seconds: float) -> None:
         """Listen to the workers until a task ended, at most `seconds`; then give out tasks."""
@@ -206,56 +250,92 @@ class LocalScheduler:
         heard = False
         while not heard:
             left = deadline - time.monotonic()
-            events = self._selector.select(max(0.0, left))
+            until_killed = min((worker.deadline for worker in self._pool), default=math.inf)
+            patience = min(left, until_killed - time.monotonic())
+            events = self._selector.select(max(0.0, patience))
             for key, _ in events:
                 heard |= self._read(key.data)
             if not events:
-                heard |= self._bury_the_dead()
+                heard |= self._kill_overdue() | self._bury_the_dead()
                 if left <= 0:
                     break
         self._dispatch()
 
-    def _read(self, worker: _Worker) -> bool:
-        chunk = worker.outbox.read()
+    def _read(self, process: _Process) -> bool:
+        chunk = process.outbox.read()
         if chunk == b"":
-            self._bury(worker)
+            self._bury(process)
             return True
-        worker.buffer += chunk or b""
-        *lines, worker.buffer = worker.buffer.split(b"\n")
+        process.buffer += chunk or b""
+        *lines, process.buffer = process.buffer.split(b"\n")
         answers = [json.loads(line) for line in lines if line]
         ended = [a for a in answers if "exit" in a]
         for answer in ended:
-            self._end(worker, f"exit {answer['exit']}" if answer["exit"] else "")
+            self._end(process, f"exit {answer['exit']}" if answer["exit"] else "")
         return bool(ended)
 
+    def _kill_overdue(self) -> bool:
+        """Kill processes that went on for too long after another of their task had failed."""
+        now = time.monotonic()
+        overdue = [w for w in self._pool if w.deadline <= now]
+        for worker in overdue:
+            self._kill([process for process in worker.processes if process.is_busy])
+        return bool(overdue)
+
     def _bury_the_dead(self) -> bool:
-        """Bury workers whose end nobody heard: a child of theirs may keep the pipe open."""
-        dead = [worker for worker in self._pool if worker.process.poll() is not None]
-        for worker in dead:
-            self._bury(worker)
+        """Bury processes whose end nobody heard: a child of theirs may keep the pipe open."""
+        processes = [process for worker in self._pool for process in worker.processes]
+        dead = [process for process in processes if process.popen.poll() is not None]
+        for process in dead:
+            self._bury(process)
         return bool(dead)
 
-    def _bury(self, worker: _Worker) -> None:
-        try:
-            code = worker.process.wait(self.end_seconds)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            code = worker.process.wait()
-        self._end(worker, f"killed by signal {-code}" if code < 0 else f"exit {code}")
-        self._selector.unregister(worker.outbox)
-        worker.outbox.close()
-        with contextlib.suppress(BrokenPipeError):
-            worker.inbox.close()
-        self._pool.remove(worker)
+    def _kill(self, processes: Sequence[_Process]) -> None:
+        for process in processes:
+            process.popen.kill()
+        for process in list(processes):
+            self._bury(process)
 
-    def _end(self, worker: _Worker, how: str) -> None:
-        if worker.task is None:
+    def _bury(self, process: _Process) -> None:
+        try:
+            code = process.popen.wait(self.end_seconds)
+        except subprocess.TimeoutExpired:
+            process.popen.kill()
+            code = process.popen.wait()
+        worker = process.worker
+        worker.processes.remove(process)
+        self._end(process, f"killed by signal {-code}" if code < 0 else f"exit {code}")
+        self._selector.unregister(process.outbox)
+        process.outbox.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.inbox.close()
+        if not worker.processes:
+            self._pool.remove(worker)
+
+    def _end(self, process: _Process, how: str) -> None:
+        """Note that a process ended its part of a task, and end the others' if it failed."""
+        worker = process.worker
+        if worker.task is None or not process.is_busy:
             return
-        # one that died before it opened its task's log said why in its own
-        log = worker.task_log if worker.task_log.exists() else worker.log
-        if how:
-            self._ended[worker.task.id] = Ending(state=how, log=str(log))
-        worker.task = None
+        process.is_busy = False
+        others = [each for each in worker.processes if each.is_busy]
+        if how and not worker.how:
+            # one that died before it opened its task's log said why in its own
+            log = process.task_log if process.task_log.exists() else process.log
+            worker.how, worker.log = how, log
+            worker.deadline = time.monotonic() + self.grace_seconds
+            for other in others:
+                other.popen.terminate()
+        if not others:
+            if worker.how:
+                self._ended[worker.task.id] = Ending(state=worker.how, log=str(worker.log))
+            worker.task, worker.deadline = None, math.inf
+
+
+def _free_port() -> int:
+    with socket.create_server((_HOST, 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def _state(id_: str, running: set[str], waiting: set[str]) -> TaskState:

@@ -63,6 +63,9 @@ class Job:
     """An array of identical tasks: `tasks` times `program argv`, at most `parallel` at once.
 
     `worker_class` is whose bundles its workers take; None: it is a job of one task.
+
+    A task is `processes_per_task` times the program, evenly over `nodes_per_task` nodes. A signal
+    to a task reaches all its processes. It ends when all have ended; one that fails ends the rest.
     """
 
     name: str
@@ -72,7 +75,12 @@ class Job:
     worker_class: str | None = None
     tasks: int = 1
     parallel: int | None = None
+    processes_per_task: int = 1
+    nodes_per_task: int = 1
     options: Mapping[str, Option] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.processes_per_task % self.nodes_per_task == 0, "nodes of unequal parts"
 
 
 class Scheduler(Protocol):

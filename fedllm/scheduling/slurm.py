@@ -47,7 +47,13 @@ from fedllm.scheduling.slurm_options import (
     task_defaults,
 )
 from fedllm.scheduling.slurm_queue import Queue
-from fedllm.scheduling.slurm_script import exports, log_pattern, python_words, step_words
+from fedllm.scheduling.slurm_script import (
+    exports,
+    log_pattern,
+    processes_of,
+    python_words,
+    step_words,
+)
 from fedllm.storage.paths import shipped
 from fedllm.storage.publish import publish_bytes, storage_errors
 
@@ -291,7 +297,8 @@ class SlurmScheduler:
     def _flags(self, job: Job) -> Flags:
         defaults = {**task_defaults(job.options), "comment": f"fedllm {job.program}: {job.name}"}
         sbatch = self.section.sbatch
-        return sbatch_flags(job.options, sbatch=sbatch, program=job.program, defaults=defaults)
+        flags = sbatch_flags(job.options, sbatch=sbatch, program=job.program, defaults=defaults)
+        return {**flags, **processes_of(job)}
 
     def _command(self, job: Job, flags: Flags) -> str:
         program = self.jobs_folder / f"{job.program}.py"

@@ -88,7 +88,7 @@ def request(
         ValueError: an option that cannot be read.
     """
     gpus = _gpus(flags)
-    cpus = PROCESSES * int(str(flags.get("cpus-per-task", 1)))
+    cpus = _processes(flags) * int(str(flags.get("cpus-per-task", 1)))
     cpus = max(cpus, sum(gpus.values()) * int(str(flags.get("cpus-per-gpu", 0))))
     default = (partition.default_memory if partition else None) or configuration.default_memory
     return Request(
@@ -109,11 +109,16 @@ def request(
     )
 
 
+def _processes(flags: Mapping[str, object]) -> int:
+    """Return the processes of a task on one of its nodes."""
+    return int(str(flags.get("ntasks", PROCESSES))) // int(str(flags.get("nodes", 1)))
+
+
 def _gpus(flags: Mapping[str, object]) -> dict[str, int]:
     """Return the GPUs of a task by type."""
     if "gres" in flags:
         return generic(str(flags["gres"]))
-    for option, times in (("gpus-per-node", 1), ("gpus-per-task", PROCESSES), ("gpus", 1)):
+    for option, times in (("gpus-per-node", 1), ("gpus-per-task", _processes(flags)), ("gpus", 1)):
         if option in flags:
             asked = [part.rpartition(":") for part in separated(str(flags[option]))]
             return {type_: times * int(many) for type_, _, many in asked}

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm.config.models import SchedulerSection
@@ -21,6 +22,8 @@ _CACHES = {
     "CUDA_CACHE_PATH": "cuda",
     "XDG_CACHE_HOME": "cache",
 }
+# below the ports that systems give to outgoing connections
+_FIRST_PORT, _NUM_PORTS = 15000, 15000
 # `prepare` fetches: what it need not fetch again stays where it is
 _FETCHED = {"HF_HOME": "huggingface"}
 
@@ -62,7 +65,9 @@ def step_words(flags: Flags, log: str) -> list[str]:
     """
     words = ["srun", "--unbuffered", f"--output={log}", "--open-mode=append"]
     words += ["--kill-on-bad-exit=1", "--export=ALL"]
-    words += ["--nodes=1", f"--ntasks={flags.get('ntasks', PROCESSES)}"]
+    words += [f"--nodes={flags.get('nodes', 1)}", f"--ntasks={_processes(flags)}"]
+    if _processes(flags) > 1:
+        words.append(f"--ntasks-per-node={flags['ntasks-per-node']}")
     if "cpus-per-task" in flags:
         # srun does not take it over from sbatch since Slurm 22.05
         words.append(f"--cpus-per-task={flags['cpus-per-task']}")
@@ -83,12 +88,35 @@ def exports(job: Job, flags: Flags) -> list[str]:
         caches = _CACHES | _FETCHED
     return [
         'export FEDLLM_TASK="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
-        f"export FEDLLM_PROCESSES={flags.get('ntasks', PROCESSES)}",
-        f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_0_log.out"',
+        f"export FEDLLM_PROCESSES={_processes(flags)}",
+        *_several(folder, flags),
         *(f"export {name}={shlex.quote(value)}" for name, value in inherited.items()),
         shell_line(),
         *_scratch(),
         *(f'export {name}="${{{name}:-$fedllm_scratch/{kind}}}"' for name, kind in caches.items()),
+    ]
+
+
+def processes_of(job: Job) -> Mapping[str, int]:
+    """Return the flags of sbatch that say how many processes a task of a job is, and where."""
+    processes, nodes = job.processes_per_task, job.nodes_per_task
+    per_node = {"ntasks-per-node": processes // nodes} if processes > 1 else {}
+    return {"nodes": nodes, "ntasks": processes, **per_node}
+
+
+def _processes(flags: Flags) -> int:
+    return int(flags.get("ntasks", PROCESSES))
+
+
+def _several(folder: str, flags: Flags) -> list[str]:
+    """Return the lines that tell a process its log, and where all of a task meet."""
+    if _processes(flags) == 1:
+        return [f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_0_log.out"']
+    # the script runs on the first node, as the process of rank 0 does
+    port = f"$(({_FIRST_PORT} + SLURM_JOB_ID % {_NUM_PORTS}))"
+    return [
+        f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_%t_log.out"',
+        f'export FEDLLM_RENDEZVOUS="$(hostname):{port}"',
     ]
 
 

@@ -1,8 +1,8 @@
 """A resident process that runs one program after the other: `python -m fedllm.steps.serve`.
 
-It reads a JSON line per job on stdin, `{"id": ..., "program": ..., "argv": [...], "log": path}`,
-and answers `{"id": ..., "exit": n}` on stdout, after `{"ready": true}`. The base model and the
-data stay in memory between jobs. It ends when stdin closes, and with its parent.
+It reads a JSON line per job on stdin, `{"id": ..., "program": ..., "argv": [...], "log": path,
+"environment": {...}}`, and answers `{"id": ..., "exit": n}` on stdout, after `{"ready": true}`. The
+base model and the data stay in memory between jobs. It ends when stdin closes, and with its parent.
 """
 
 import ctypes
@@ -60,6 +60,7 @@ def _serve(message: dict[str, Any], session: Any) -> int:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     become_task(message["id"], message["log"])
+    os.environ.update(message["environment"])
     try:
         return run(message["program"], message["argv"], session=session)
     finally:

@@ -1,5 +1,6 @@
 """Resident local workers: they take task after task, and their end is never overlooked."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.config.loading import dump_config
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.scheduling.heap import SETTINGS, VARIABLE
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.local import LocalScheduler
@@ -32,8 +33,15 @@ def scheduler(tmp_path: Path) -> Iterator[LocalScheduler]:
     made.close()
 
 
-def job(folder: Path, *argv: str, tasks: int = 1) -> Job:
-    return Job(name="n", program="client", argv=argv, log_folder=folder / "0001", tasks=tasks)
+def job(folder: Path, *argv: str, tasks: int = 1, processes: int = 1) -> Job:
+    return Job(
+        name="n",
+        program="client",
+        argv=argv,
+        log_folder=folder / "0001",
+        tasks=tasks,
+        processes_per_task=processes,
+    )
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -243,7 +251,7 @@ def submit(program, *argv):
 scheduler.wait(60.0)
 print(scheduler.endings([failing]).get(failing), flush=True)
 submit("client", str(folder / "rounds/0001/attempts/01"))
-print(scheduler._pool[0].process.pid, flush=True)
+print(scheduler._pool[0].processes[0].popen.pid, flush=True)
 time.sleep(60)
 """
 
@@ -289,3 +297,91 @@ def test_every_kind_of_scheduler_has_its_own(tmp_path: Path) -> None:
     made = {kind: make(config, paths, lambda *_: 0) for kind, make in SCHEDULERS.items()}
     assert set(made) == {"inline", "local", "slurm"}
     assert [made[kind].capacity({}).most_parallel for kind in ("inline", "local")] == [1, 3]
+
+
+def told(log: Path) -> dict[str, str]:
+    """Return what the last task that told it was told of its processes."""
+    found: dict[str, str] = json.loads(log.read_text().splitlines()[-1])
+    return found
+
+
+def test_a_task_of_several_processes_has_a_rank_for_each_and_one_place_to_meet(
+    scheduler: LocalScheduler, tmp_path: Path
+) -> None:
+    alone = scheduler.submit(job(tmp_path, "tell", "0"))
+    finish(scheduler, alone)
+    first = tmp_path / "0001/worker-1.log"
+    expected = {"FEDLLM_PROCESSES": "1", "FEDLLM_RANK": "0", "FEDLLM_LOCAL_RANK": "0"}
+    assert told(first) == {**expected, "FEDLLM_RENDEZVOUS": ""}
+    ids = scheduler.submit(job(tmp_path, "tell", "0", tasks=2, processes=2))
+    finish(scheduler, ids)
+    assert _said(scheduler, ids) == {}
+    meet = set()
+    for worker in ("worker-1", "worker-2"):
+        one, other = (told(tmp_path / f"0001/{worker}{n}.log") for n in ("", ".1"))
+        assert (one["FEDLLM_PROCESSES"], other["FEDLLM_PROCESSES"]) == ("2", "2")
+        assert (one["FEDLLM_RANK"], other["FEDLLM_LOCAL_RANK"]) == ("0", "1")
+        assert one["FEDLLM_RENDEZVOUS"] == other["FEDLLM_RENDEZVOUS"]
+        meet.add(one["FEDLLM_RENDEZVOUS"])
+    assert len(meet) == 2
+    # the process that had the worker's first task is still the first
+    assert len({line.split()[0] for line in first.read_text().splitlines()[::2]}) == 1
+    again = scheduler.submit(job(tmp_path, "tell", "0"))
+    finish(scheduler, again)
+    assert told(first)["FEDLLM_PROCESSES"] == "1"
+
+
+def test_a_process_that_fails_or_dies_ends_the_others_of_its_task(
+    scheduler: LocalScheduler, tmp_path: Path
+) -> None:
+    log = tmp_path / "0001/worker-1.1.log"
+    (task,) = scheduler.submit(job(tmp_path, "last fails", "0", processes=2))
+    finish(scheduler, [task])
+    assert _said(scheduler, [task]) == {task: f"exit 4; log {log}"}
+    (task,) = scheduler.submit(job(tmp_path, "sleep", "0", processes=2))
+    until(lambda: log.exists() and task in log.read_text(), "the second did not start")
+    os.kill(int(log.read_text().splitlines()[-1].split()[0]), signal.SIGKILL)
+    finish(scheduler, [task])
+    assert _said(scheduler, [task]) == {task: f"killed by signal 9; log {log}"}
+    (task,) = scheduler.submit(job(tmp_path, "tell", "0", processes=2))
+    finish(scheduler, [task])
+    assert _said(scheduler, [task]) == {}
+
+
+def test_a_process_that_goes_on_after_another_failed_is_killed(tmp_path: Path) -> None:
+    scheduler = LocalScheduler(
+        workers=1, log_folder=tmp_path / "logs", serve=WORKER, grace_seconds=0.1
+    )
+    (task,) = scheduler.submit(job(tmp_path, "stubborn", processes=2))
+    log = tmp_path / "0001/worker-1.1.log"
+    until(lambda: log.exists() and task in log.read_text(), "the second did not start")
+    os.kill(int(log.read_text().split()[0]), signal.SIGKILL)
+    finish(scheduler, [task])
+    assert scheduler.states([task]) == {task: TaskState.GONE}
+    scheduler.close()
+
+
+def test_cancelling_and_closing_end_all_processes_of_a_task(
+    scheduler: LocalScheduler, tmp_path: Path
+) -> None:
+    def both(task: str) -> list[int]:
+        logs = [tmp_path / f"0001/worker-1{n}.log" for n in ("", ".1")]
+        until(lambda: all(log.exists() and task in log.read_text() for log in logs), "not there")
+        return [int(log.read_text().splitlines()[-1].split()[0]) for log in logs]
+
+    (task,) = scheduler.submit(job(tmp_path, "sleep", processes=2))
+    found = both(task)
+    scheduler.cancel([task])
+    assert not any(map(is_running, found))
+    (task,) = scheduler.submit(job(tmp_path, "sleep", processes=2))
+    found = both(task)
+    scheduler.close()
+    assert not any(map(is_running, found))
+
+
+def test_inline_refuses_a_task_of_several_processes_in_one_line(tmp_path: Path) -> None:
+    scheduler = InlineScheduler(execute=lambda *_: 0)
+    several = job(tmp_path, "exit", processes=2)
+    for refuse in (lambda: scheduler.check([several]), lambda: scheduler.submit(several)):
+        with pytest.raises(ConfigError, match=r"scheduler\.kind: inline .* n has 2; need local"):
+            refuse()

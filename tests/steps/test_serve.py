@@ -26,7 +26,7 @@ def server() -> Iterator["subprocess.Popen[str]"]:
 
 def asked(server: "subprocess.Popen[str]", **message: object) -> dict[str, object]:
     assert server.stdin and server.stdout
-    server.stdin.write(json.dumps(message) + "\n")
+    server.stdin.write(json.dumps({"environment": {}, **message}) + "\n")
     server.stdin.flush()
     answer: dict[str, object] = json.loads(server.stdout.readline())
     return answer
