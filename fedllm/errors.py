@@ -10,7 +10,8 @@ FedllmError
 │   ├── RunDirectoryError: a run directory of another run, or one that cannot be written
 │   └── LeaseError: another coordinator holds the run
 ├── RunFailed (exit 1): the run cannot go on (quorum missed, a job that fails again and again)
-│   └── OutOfMemory: a client's training needs more than there is
+│   ├── OutOfMemory: a client's training needs more than there is
+│   └── ProcessLost: a process of a task lost another one of it
 └── Incomplete (exit 3): `fedllm resume` will go on
     └── StorageFull: no space or quota left
 """
@@ -75,6 +76,10 @@ class RunFailed(FedllmError):
 
 class OutOfMemory(RunFailed):
     """A client's training needs more memory than there is."""
+
+
+class ProcessLost(RunFailed):
+    """A process of a task lost another one of it, which says why."""
 
 
 class Incomplete(FedllmError):

@@ -42,10 +42,7 @@ class BundleTraining:
         Raises:
             RunDirectoryError: a record or the server state is missing or damaged.
         """
-        opened = ClientRound.open(attempt, task.session)
-        folder = opened.config.storage.node_local
-        if folder is not None:
-            task.session.stage(folder, opened.prepared)
+        opened = open_round(task, attempt)
         # a signal that came meanwhile leaves nothing to load for
         if not task.signals.came:
             _ = opened.trainer
@@ -96,11 +93,11 @@ class BundleTraining:
             first = step if first is None else first
             self.task.stepped |= step > first
             self.progress.step(step)
-            if self.task.signals.came:
+            stop, due = self.task.agree(due=self._is_due())
+            if stop or due:
                 self._save(bundle, save)
+            if stop:
                 raise StopRequested
-            if self._is_due():
-                self._save(bundle, save)
 
         with self.progress.clients(group, len(missing)):
             results = self.round.train(
@@ -108,6 +105,7 @@ class BundleTraining:
                 attempt=self.attempt.number,
                 bundle=bundle.number,
                 identity=self.task.identity,
+                processes=self.task.processes,
                 before_step=before_step,
             )
         self.task.stepped = True
@@ -146,6 +144,19 @@ class BundleTraining:
         if self.attempt.number == 1 and not claimed.begun_before:
             return set()
         return {record.client for record in self.published.look()}
+
+
+def open_round(task: Task, attempt: AttemptPaths) -> ClientRound:
+    """Open the round of an attempt, from copies on this node's own disk where the run has them.
+
+    Raises:
+        RunDirectoryError: a record or the server state is missing or damaged.
+    """
+    opened = ClientRound.open(attempt, task.session)
+    folder = opened.config.storage.node_local
+    if folder is not None:
+        task.session.stage(folder, opened.prepared)
+    return opened
 
 
 def is_over(attempt: AttemptPaths) -> bool:

@@ -18,6 +18,7 @@ from fedllm.steps.aggregate import method_of
 from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError, common_step
 from fedllm.steps.log import say
 from fedllm.steps.patience import patiently
+from fedllm.steps.processes import OneProcess, Order, Processes
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
 from fedllm.storage.checkpoints import CheckpointIdentity
@@ -124,6 +125,7 @@ class ClientRound:
         attempt: int,
         bundle: int,
         identity: TaskIdentity,
+        processes: Processes | None = None,
         before_step: Callable[[int, Save], None] = lambda _step, _save: None,
         resume: bool = True,
     ) -> list[Trained]:
@@ -139,6 +141,7 @@ class ClientRound:
             attempt: the attempt that they are trained in.
             bundle: their bundle there.
             identity: the task that trains.
+            processes: those of the task, who train too; None: this one alone.
             before_step: called with the number of the optimizer step, from 0, and `save`, which
                 writes the clients' state as it is before that step to their checkpoints; nothing
                 is written where no step was taken since the training began or was resumed. What
@@ -148,29 +151,46 @@ class ClientRound:
         Raises:
             DataError: a client has no training rows.
             OutOfMemory: there is not enough memory.
+            UserError: the trainer needs another number of processes.
         """
+        self._require_processes(identity)
         members = [self._member(client) for client in clients]
-        sizes = list(
-            micro_batch_sizes(self.config.training, max(len(member.rows) for member in members))
-        )
+        sizes = self._sizes(members)
         trainings = self._begin(members, sizes, resume=resume)
-        while True:
-            try:
-                results = self._train(trainings, members, before_step)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
-                    raise
-            # only now, without the error's traceback, can the tensors of that attempt go
-            self.trainer.let_go()
-            trainings = self._smaller(trainings, sizes)
+        (processes or OneProcess()).tell(self._order(trainings, attempt))
+        done, results = self._train_in_memory(trainings, members, sizes, before_step)
         return [
             Trained(
                 record=self._record(training, result, attempt, bundle, identity),
                 adapter=result.adapter,
             )
-            for training, result in zip(trainings, results, strict=True)
+            for training, result in zip(done, results, strict=True)
         ]
+
+    def take_part(
+        self,
+        order: Order,
+        *,
+        identity: TaskIdentity,
+        before_step: Callable[[int, Save], None],
+    ) -> None:
+        """Train a group with the first process of a task, which keeps what it comes to.
+
+        Raises:
+            OutOfMemory: there is not enough memory.
+            RunDirectoryError: this process reads other checkpoints than the first one.
+            UserError: the trainer needs another number of processes.
+        """
+        self._require_processes(identity)
+        sizes = [order.micro_batch_size]
+        members = [self._member(client) for client in order.clients]
+        trainings = [
+            self._from_its_start(client, order.clients, sizes[0]) for client in order.clients
+        ]
+        if any(order.steps):
+            patience = traits_of(self.config).visibility_seconds
+            trainings = patiently(lambda: self._as_ordered(order, trainings, members), patience)
+        self._train_in_memory(trainings, members, sizes, before_step, is_first=False)
 
     def discard_checkpoint(self, client: str) -> None:
         """Remove what was saved of a client that is published."""
@@ -185,6 +205,68 @@ class ClientRound:
             raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
         draws = Draws(seed=self.config.seed, round=self.cohort.round, client=client)
         return Member(received=received, rows=rows, draws=draws)
+
+    def _require_processes(self, identity: TaskIdentity) -> None:
+        needed = self.trainer.num_processes
+        if identity.num_processes != needed:
+            raise UserError(
+                f"{identity.task}: a task of {identity.num_processes} processes; what trains this "
+                f"run's clients needs {needed}"
+            )
+
+    def _sizes(self, members: Sequence[Member]) -> list[int]:
+        """Return the micro-batches to train with, one after the other while memory runs out."""
+        most = max(len(member.rows) for member in members)
+        sizes = list(micro_batch_sizes(self.config.training, most))
+        # the others would not know that one of them lacks memory
+        return sizes if self.trainer.num_processes == 1 else sizes[:1]
+
+    def _order(self, trainings: Sequence[Resumable], attempt: int) -> Order:
+        return Order(
+            attempt=str(self.paths.attempt(attempt).root),
+            number=attempt,
+            clients=tuple(training.identity.client for training in trainings),
+            steps=tuple(training.begun_at for training in trainings),
+            micro_batch_size=trainings[0].micro_batch_size,
+        )
+
+    def _as_ordered(
+        self, order: Order, trainings: Sequence[Resumable], members: Sequence[Member]
+    ) -> list[Resumable]:
+        try:
+            resumed = [
+                training.resumed([order.micro_batch_size], member.received)
+                for training, member in zip(trainings, members, strict=True)
+            ]
+        except UnusableCheckpointError as error:
+            raise RunDirectoryError(str(error)) from error
+        found = tuple(training.begun_at for training in resumed)
+        if found != order.steps:
+            raise RunDirectoryError(
+                f"{resumed[0].path}: after {found} steps here, after {order.steps} where the first "
+                "process of this task reads it"
+            )
+        return resumed
+
+    def _train_in_memory(
+        self,
+        trainings: Sequence[Resumable],
+        members: Sequence[Member],
+        sizes: Sequence[int],
+        before_step: Callable[[int, Save], None],
+        *,
+        is_first: bool = True,
+    ) -> tuple[Sequence[Resumable], list[TrainResult]]:
+        """Train with the first micro-batches for which there is memory."""
+        while True:
+            try:
+                return trainings, self._train(trainings, members, before_step, is_first=is_first)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+            # only now, without the error's traceback, can the tensors of that attempt go
+            self.trainer.let_go()
+            trainings = self._smaller(trainings, sizes)
 
     def _begin(
         self, members: Sequence[Member], sizes: Sequence[int], *, resume: bool
@@ -233,11 +315,16 @@ class ClientRound:
         trainings: Sequence[Resumable],
         members: Sequence[Member],
         before_step: Callable[[int, Save], None],
+        *,
+        is_first: bool,
     ) -> list[TrainResult]:
         def hook(step: int, snapshots: Snapshots) -> None:
             def save() -> None:
-                for training, progress in zip(trainings, snapshots(), strict=True):
-                    training.save(progress)
+                # all processes may be needed for it, one writes
+                found = snapshots()
+                for training, progress in zip(trainings, found, strict=True):
+                    if is_first:
+                        training.save(progress)
 
             before_step(step, save)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from fedllm.errors import BadUpdate, FedllmError, UserError
+from fedllm.errors import BadUpdate, FedllmError, ProcessLost, UserError
 from fedllm.model.memory import give_back_freed
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.steps.log import say
@@ -198,7 +198,12 @@ def _record(
     )
     path = _error_path(program, arguments, identity.task)
     try:
-        if path is not None:
+        if path is None:
+            return
+        if isinstance(error, ProcessLost):
+            # the process that was lost may have said why
+            record.publish_once(path)
+        else:
             record.publish(path)
     except (FedllmError, OSError) as second:
         # a full disk takes no record either: the exit code and this line must do

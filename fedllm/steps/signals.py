@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -22,6 +23,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._all: set[int] = set()
+        self._heard: set[int] = set()
         self._before: dict[int, object] = {}
 
     @property
@@ -32,7 +34,19 @@ class StopSignals:
     @property
     def only_warned(self) -> bool:
         """Whether a warning came, and nothing that asked for the end itself."""
-        return self.came and self._all <= set(WARNINGS)
+        return self.came and self._all | self._heard <= set(WARNINGS)
+
+    @property
+    def flags(self) -> list[bool]:
+        """Which signals came, one flag for each that is noted."""
+        return [number in self._all for number in _HANDLED]
+
+    def hear(self, flags: Sequence[bool]) -> None:
+        """Note what came to any process of the task, by their flags."""
+        for number, flag in zip(_HANDLED, flags, strict=True):
+            if flag and number not in self._all:
+                self._heard.add(number)
+                self.received = self.received or number
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from fedllm.scheduling.environment import TaskIdentity
+from fedllm.steps.processes import OneProcess, Processes
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
 from fedllm.storage.records import ArrayRecord, SubmissionRecord
@@ -20,6 +21,7 @@ class Task:
     Attributes:
         worker_class: whose bundles it takes; None: all.
         began: when its process began, or was given this task.
+        processes: those that it is.
         array: the array that it belongs to, where it is known.
         stepped: whether this start of it took a training step.
     """
@@ -29,8 +31,22 @@ class Task:
     session: Session
     signals: StopSignals
     began: float = field(default_factory=time.monotonic)
+    processes: Processes = field(default_factory=OneProcess)
     array: ArrayRecord | None = None
     stepped: bool = False
+
+    def agree(self, *, due: bool) -> tuple[bool, bool]:
+        """Agree with all processes of the task, before each step, on what is done before it.
+
+        Args:
+            due: whether clients are to be saved, as far as this process knows.
+
+        Returns:
+            Whether to stop, since a signal came to any of them, and whether to save.
+        """
+        *came, due = self.processes.any_of([*self.signals.flags, due])
+        self.signals.hear(came)
+        return any(came), due
 
     def seconds_left(self) -> float | None:
         """Return how long it may still take up work; None: there is no limit."""

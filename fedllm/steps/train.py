@@ -10,9 +10,11 @@ from fedllm.scheduling.requeue import requeue
 from fedllm.scheduling.traits import traits_of
 from fedllm.steps.bundle import BundleTraining, is_over
 from fedllm.steps.claims import Claims, smallest_cost
+from fedllm.steps.following import follow
 from fedllm.steps.lingering import may_linger, next_attempt
 from fedllm.steps.log import say
 from fedllm.steps.patience import patiently
+from fedllm.steps.processes import meeting
 from fedllm.steps.progress import Progress, State
 from fedllm.steps.session import Session
 from fedllm.steps.signals import StopSignals
@@ -35,7 +37,8 @@ def work(
     """Be a worker of an attempt until no bundle of its class is left, or a signal comes.
 
     Every client that was finished is published, whatever ends the worker. Where the run says so,
-    the worker lingers for later attempts and rounds.
+    the worker lingers for later attempts and rounds. Where a task is several processes, the first
+    one does all this, and the others take part in the training.
 
     Args:
         attempt: where it begins.
@@ -52,30 +55,43 @@ def work(
         FedllmError: the attempt cannot be worked on, for example a damaged server state.
     """
     since = time.monotonic() if began is None else began
-    with nullcontext(signals) if signals else StopSignals() as noted:
+    with (
+        nullcontext(signals) if signals else StopSignals() as noted,
+        meeting(identity) as processes,
+    ):
         task = Task(
             identity=identity,
             worker_class=worker_class,
             session=session,
             signals=noted,
             began=since,
+            processes=processes,
         )
-        worker = Worker.open(task, attempt, since=since)
-        task.array = array_of(worker.plan, worker_class, identity)
-        while True:
-            worker.work()
-            if noted.came:
-                return _stop(worker)
-            if not worker.lingers:
-                return 0
-            since = time.monotonic()
-            later = next_attempt(
-                task, worker.attempt, need_seconds=smallest_cost(worker.claims.bundles)
-            )
-            if later is None:
-                worker.note("ended")
-                return 0
-            worker = Worker.open(task, later, since=since)
+        if not identity.is_first:
+            return follow(task)
+        exit_code = _lead(task, attempt)
+        processes.dismiss(exit_code)
+        return exit_code
+
+
+def _lead(task: Task, attempt: AttemptPaths) -> int:
+    """Work on attempt after attempt; return the exit code."""
+    worker = Worker.open(task, attempt, since=task.began)
+    task.array = array_of(worker.plan, task.worker_class, task.identity)
+    while True:
+        worker.work()
+        if task.signals.came:
+            return _stop(worker)
+        if not worker.lingers:
+            return 0
+        since = time.monotonic()
+        later = next_attempt(
+            task, worker.attempt, need_seconds=smallest_cost(worker.claims.bundles)
+        )
+        if later is None:
+            worker.note("ended")
+            return 0
+        worker = Worker.open(task, later, since=since)
 
 
 @dataclass(kw_only=True)

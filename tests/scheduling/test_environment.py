@@ -47,3 +47,15 @@ def test_a_process_that_takes_task_after_task_is_the_one_it_took_last(
     become_task("local-7", "/logs/worker-1.log")
     identity = TaskEnvironment().identity
     assert (identity.task, identity.log) == ("local-7", "/logs/worker-1.log")
+
+
+def test_ranks_are_those_of_the_tasks_own_step() -> None:
+    step = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "FEDLLM_LOG": "/logs/7_1_%t_log.out"}
+    found = TaskEnvironment(
+        variables=step | {"FEDLLM_TASK": "7_1", "FEDLLM_PROCESSES": "4"}
+    ).identity
+    assert (found.rank, found.num_processes, found.local_rank) == (3, 4, 1)
+    assert (found.is_first, found.log) == (False, "/logs/7_1_3_log.out")
+    # of somebody else's step
+    alone = TaskEnvironment(variables=step | {"FEDLLM_TASK": "local"}).identity
+    assert (alone.rank, alone.num_processes, alone.is_first) == (0, 1, True)
