@@ -26,9 +26,8 @@ class Certificate:
     smallest possible one by at most the share `relative_excess` of that smallest, with
     probability at least `1 - failure_probability` over the route's own random draws (0: certain).
     What is left out is measured on the sum as the route formed it, in float64 or, on the
-    iterative route, in float32 or in pairs of bfloat16, of which `RESOLUTION` or
-    `pairs.RESOLUTION` of the whole energy says nothing: where no more is left out,
-    `relative_excess` is 0.
+    iterative route, in float32, of which `RESOLUTION` of the whole energy says nothing: where no
+    more is left out, `relative_excess` is 0.
     """
 
     residual_energy: float

@@ -3,7 +3,7 @@
 Legend: G modules, O out, I in, R stacked rank, K wanted rank.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -54,20 +54,12 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     ]
 
 
-def summed(
-    partials: Iterable[Partial], used_up: Callable[[Tensor], None] = lambda _product: None
-) -> Tensor:
-    """Return the sum of the blocks' products, added up in their order, in the first one's place.
-
-    Args:
-        partials: the blocks.
-        used_up: is given each product that is not needed any more.
-    """
+def summed(partials: Iterable[Partial]) -> Tensor:
+    """Return the sum of the blocks' products, added up in their order, in the first one's place."""
     blocks = iter(partials)
     total = next(blocks)["W"]
     for block in blocks:
         total += block["W"]
-        used_up(block["W"])
         del block  # the next one may be made meanwhile
     return total
 

@@ -134,9 +134,9 @@ def _dense(problem: Problem, block_rank: int) -> int:
 
 
 def _iterative(problem: Problem, block_rank: int) -> int:
-    """The sum, a block's product, whose memory is kept, factors in pairs, and what is searched in.
+    """The sum, a block's product, its factors, A once more as it is weighted, and the search.
 
-    All in float32; two copies of the sum in half of that.
+    All in float32; the search has two copies of the sum in half of that.
     """
     product = problem.out * problem.in_
     folding = 3 * product + (problem.out + 2 * problem.in_) * block_rank

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedllm.aggregation import dense, pairs
+from fedllm.aggregation import dense
 from fedllm.aggregation.bounds import FAILURE_PROBABILITY
 from fedllm.aggregation.decomposition import (
-    RESOLUTION,
     Certificate,
     Decomposition,
     Partial,
@@ -23,7 +22,6 @@ from fedllm.aggregation.decomposition import (
     in_units,
     turned,
 )
-from fedllm.aggregation.spares import SPARES
 from fedllm.aggregation.subspace import FILTERS, Asked, Found, energies, gram, search
 from fedllm.errors import AdapterError
 from fedllm.lora.spectral import Spectral
@@ -35,32 +33,18 @@ _SMALL = 1e-3  # of the largest singular value
 
 
 def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
-    """Return a block's weighted sum of products, float32."""
-    (modules, out, _), in_, device = b_GOR.shape, a_GRI.shape[2], a_GRI.device
-    w_GOI = SPARES.empty((modules, out, in_), device=device)
-    amounts_GR1 = amounts_GR[..., None].float()
-    if not pairs.are_faster(device, out, in_):
-        _multiply(b_GOR, a_GRI, amounts_GR1, w_GOI)
-        return {"W": w_GOI}
-    for each in zip(b_GOR, a_GRI, amounts_GR1, w_GOI, strict=True):
-        b_OR, a_RI, amounts_R1, w_OI = each
-        if pairs.hold(b_OR, a_RI, amounts_R1):
-            pairs.multiply(b_OR, a_RI, amounts_R1, w_OI)
-        else:
-            _multiply(*(part[None] for part in each))
-    return {"W": w_GOI}
-
-
-def _multiply(b_GOR: Tensor, a_GRI: Tensor, amounts_GR1: Tensor, w_GOI: Tensor) -> None:
-    """Write the products to `w_GOI`, some ranks at a time."""
+    """Return a block's weighted sum of products, float32, some ranks at a time."""
+    (modules, out, _), in_ = b_GOR.shape, a_GRI.shape[2]
+    w_GOI = a_GRI.new_empty((modules, out, in_), dtype=torch.float32)
     parts = zip(
         torch.split(b_GOR, _RANKS, dim=2),
         torch.split(a_GRI, _RANKS, dim=1),
-        torch.split(amounts_GR1, _RANKS, dim=1),
+        torch.split(amounts_GR[..., None].float(), _RANKS, dim=1),
         strict=True,
     )
     for number, (b, a, amounts) in enumerate(parts):
         w_GOI.baddbmm_(b.float(), a.float() * amounts, beta=1 if number else 0)
+    return {"W": w_GOI}
 
 
 def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> list[Decomposition]:
@@ -70,11 +54,8 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     does not get there in time either (as where many singular values about the wanted last one
     are equal), the direct way is taken and named.
     """
-    sum_GOI = dense.summed(partials, used_up=SPARES.keep)
-    scaled = _Scaled.of(sum_GOI)
-    del sum_GOI
+    scaled = _Scaled.of(dense.summed(partials))
     found = _decomposed(scaled.w_GOI, scaled.energy_G, problem, start)
-    SPARES.keep(scaled.w_GOI)
     units = scaled.units_G.tolist()
     return [in_units(each, unit) for each, unit in zip(found, units, strict=True)]
 
@@ -86,12 +67,7 @@ def _decomposed(
     w_GMN = w_GOI.mT if wide else w_GOI
     found = search(
         w_GMN,
-        Asked(
-            rank=problem.rank,
-            tolerance=problem.tolerance,
-            energy_G=energy_G,
-            resolution=_resolution(w_GOI),
-        ),
+        Asked(rank=problem.rank, tolerance=problem.tolerance, energy_G=energy_G),
         near_GNJ=_near(w_GOI, start, problem),
         draws=torch.Generator().manual_seed(start.seed),
         probes=torch.Generator().manual_seed(seed_of(start.seed, "probes", *energy_G.tolist())),
@@ -106,12 +82,6 @@ def _decomposed(
         for i in range(len(w_GOI))
     ]
     return [each for one in alone for each in one]
-
-
-def _resolution(w_GOI: Tensor) -> float:
-    """Return the share of the energy that the sum does not tell from nothing."""
-    by_pairs = pairs.are_faster(w_GOI.device, *w_GOI.shape[1:])
-    return pairs.RESOLUTION if by_pairs else RESOLUTION
 
 
 def _of_module(start: Start, place: int) -> Start:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.bounds import Apply, GapBound, last_gap_bound, norm_ranges, own_gaps_bound
+from fedllm.aggregation.decomposition import RESOLUTION
 from fedllm.aggregation.devices import is_fast_at_bfloat16
 from fedllm.aggregation.orthogonal import on_triangle, triangle
 
@@ -41,15 +42,11 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is searched for: how many triplets, how good, in matrices of which energies.
-
-    Nothing is said of less than the share `resolution` of those.
-    """
+    """What is searched for: how many triplets, how good, in matrices of which energies."""
 
     rank: int
     tolerance: float
     energy_G: Tensor
-    resolution: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +358,7 @@ class _Bound:
             asked=asked,
             least_left_G=left_G - loses_G * asked.energy_G,
             rounding_G=_ROUNDING * wanted_G + _ROUNDING_OF_ALL * asked.energy_G,
-            done_G=left_G <= asked.resolution * asked.energy_G,
+            done_G=left_G <= RESOLUTION * asked.energy_G,
         )
 
     def __call__(self, rest_G: Tensor) -> Tensor:

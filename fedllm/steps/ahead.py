@@ -15,7 +15,6 @@ from functools import cached_property, reduce
 import torch
 from pydantic import ValidationError
 
-from fedllm.aggregation import onemkl
 from fedllm.aggregation.decomposition import Partial
 from fedllm.aggregation.devices import is_fast_at_bfloat16
 from fedllm.aggregation.groups import Group
@@ -263,6 +262,5 @@ def _kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     fast = "fast" if is_fast_at_bfloat16(device) else "slow"
-    library = "with oneMKL" if onemkl.is_there() else "without oneMKL"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{processor()}, {capability}, {fast} at bfloat16, {library}"
+    return f"{processor()}, {capability}, {fast} at bfloat16"

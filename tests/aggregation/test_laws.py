@@ -324,6 +324,13 @@ def test_blocks_of_different_types_are_summed_together(name: str) -> None:
 # --- larger modules: those that an iterative route is for
 
 
+@every_route
+def test_blocks_of_thousands_of_ranks_are_summed_whole(name: str) -> None:
+    factors = [random_factors(seed, out=8, in_=6, rank=1100) for seed in range(2)]
+    cohort = Cohort(factors=factors, weights=[1.0, 3.0])
+    agrees(name, through(name, cohort, 4), cohort.dense(), cohort.size(), 4)
+
+
 def decaying(out: int, in_: int, *, power: float, seed: int = 0) -> Cohort:
     """Clients whose sum has singular values that fall like a power of their number."""
     factors = []
