@@ -5,8 +5,7 @@ Legend: O out, I in, R rank.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,11 +122,6 @@ class AdapterSlots:
             token = tokenizer.eos_token_id or 0
         return int(token) if token < embedded_tokens(self.model) else 0
 
-    @property
-    def num_slots(self) -> int:
-        """How many distinct sets of ranks were installed so far."""
-        return len(self._slots)
-
     def install(self, adapter: Adapter) -> Installed:
         """Make the model compute with `adapter`, whose values are copied.
 
@@ -205,18 +199,6 @@ class AdapterSlots:
         """Set the model to evaluate: dropout is off."""
         if self.model.training:
             self.model.eval()
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Let the base compute alone for the block."""
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
 
     def _check(self, adapter: Adapter) -> None:
         if not adapter:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedllm.errors import AdapterError
@@ -35,6 +36,12 @@ def sides(base: Base) -> dict[str, tuple[int, int]]:
         for name, module in base.model.named_modules()
         if name.rpartition(".")[2] in TARGETS
     }
+
+
+def num_slots(slots: AdapterSlots) -> int:
+    """Return how many adapters PEFT holds beside any layer."""
+    layers = [module for module in slots.model.modules() if isinstance(module, LoraLayer)]
+    return max((len(layer.lora_A) for layer in layers), default=0)
 
 
 def adapter(
@@ -81,7 +88,7 @@ def test_an_installed_adapter_computes_what_a_fresh_peft_model_does(
     for wanted in others:
         slots.install(wanted)
         torch.testing.assert_close(logits(slots.model), logits(fresh_peft(tiny, wanted)))
-    assert slots.num_slots == 2
+    assert num_slots(slots) == 2
 
 
 def test_200_swaps_leave_base_and_memory_as_they_were(slots: AdapterSlots) -> None:
@@ -96,7 +103,7 @@ def test_200_swaps_leave_base_and_memory_as_they_were(slots: AdapterSlots) -> No
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for turn in range(200):
         slots.install(adapters[turn % 4])
-    assert slots.num_slots == 2
+    assert num_slots(slots) == 2
     assert len(list(slots.model.modules())) == modules
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib < 4096
     slots.install(adapters[2])
@@ -134,17 +141,6 @@ def test_factors_are_copies_of_what_was_trained(slots: AdapterSlots) -> None:
         assert torch.equal(taken[module].a_RI, factors.a_RI)
         assert torch.equal(taken[module].b_OR, factors.b_OR)
         assert taken[module].scale == factors.scale
-
-
-def test_disabled_is_the_base_alone(tiny: Tiny, slots: AdapterSlots) -> None:
-    alone = logits(load_base(tiny.model, dtype="float32", device="cpu").model)
-    wanted = adapter(sides(slots.base), seed=0)
-    installed = slots.install(wanted)
-    adapted = logits(slots.model)
-    with slots.disabled():
-        assert torch.equal(logits(slots.model), alone)
-    assert torch.equal(logits(slots.model), adapted)
-    assert all(p.requires_grad for p in installed.parameters)
 
 
 def test_an_adapter_of_fewer_modules_leaves_the_others_at_the_base(
@@ -222,4 +218,4 @@ def test_an_adapter_of_another_model_is_refused(
     assert callable(change)
     with pytest.raises(AdapterError, match=message):
         slots.install(change(adapter(sides(slots.base), seed=0)))
-    assert slots.num_slots == 0
+    assert num_slots(slots) == 0
