@@ -21,10 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fedllm.config.models import ColumnsSection
-from fedllm.data.blocks import Block, Place, row_number
+from fedllm.data.blocks import Block, Place
 from fedllm.data.conversations import TURN_LISTS, answers, turn_lists
-from fedllm.data.formats import ALPACA, SYSTEM, RowColumns, row_columns
+from fedllm.data.formats import SYSTEM, RowColumns
 from fedllm.data.turns import TURNS
 from fedllm.errors import DataError
 from fedllm.planning.seeding import seed_of
@@ -44,18 +43,6 @@ class ClientRows:
 
     client: str
     indices: npt.NDArray[np.int64]
-
-
-def canonical(raw: pa.Table, columns: ColumnsSection, where: str) -> pa.Table:
-    """Return the canonical columns of rows of the format `alpaca`; see `canonical_block`.
-
-    Raises:
-        DataError: as there, and where a column is missing.
-    """
-    wanted = row_columns(ALPACA, columns)
-    names = tuple(raw.column_names)
-    wanted.check(names, where)
-    return canonical_block(Block(table=raw, names=names, where=where, place=row_number), wanted)
 
 
 def canonical_block(block: Block, wanted: RowColumns) -> pa.Table:

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.config.models import ColumnsSection
+from fedllm.data.blocks import Block, row_number
 from fedllm.data.cache import TokenizedClients
-from fedllm.data.columns import canonical
+from fedllm.data.columns import canonical_block
+from fedllm.data.formats import ALPACA, row_columns
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.turns import TextRow
 from fedllm.data.writer import write_clients
@@ -26,7 +28,10 @@ COLUMNS = ColumnsSection(client="client", category="kind")
 
 
 def table(rows: list[dict[str, object]]) -> pa.Table:
-    return canonical(pa.Table.from_pylist(rows), COLUMNS, "rows")
+    raw_rows = pa.Table.from_pylist(rows)
+    names = tuple(raw_rows.column_names)
+    block = Block(table=raw_rows, names=names, where="rows", place=row_number)
+    return canonical_block(block, row_columns(ALPACA, COLUMNS))
 
 
 def raw(client: object, number: int, output: str = "") -> dict[str, object]:
