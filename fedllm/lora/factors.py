@@ -6,15 +6,13 @@ Legend: O out, I in, R rank. A module's change is `scale * b_OR @ a_RI`.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import AdapterError, ConfigError
 from fedllm.planning.seeding import seed_of
-
-Scaling: TypeAlias = Literal["fixed", "proportional", "rslora"]
 
 SCALES: Mapping[str, Callable[[float, int], float]] = {
     "fixed": lambda alpha, rank: alpha / rank,

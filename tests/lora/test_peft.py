@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedllm.lora.factors import Factors, Scaling, delta, scale_of
+from fedllm.lora.factors import Factors, delta, scale_of
 from fedllm.methods.flexlora import FlexLora
 from tests.methods.aggregating import aggregate
 
@@ -56,7 +56,7 @@ def factors_of(model: PeftModel, module: str, adapter: str) -> Factors:
     config: Any = CONFIGS[adapter]
     rank = config.rank_pattern.get(module, config.r)
     alpha = config.alpha_pattern.get(module, config.lora_alpha)
-    scaling: Scaling = "rslora" if config.use_rslora else "fixed"
+    scaling = "rslora" if config.use_rslora else "fixed"
     return Factors(
         a_RI=layer.lora_A[adapter].weight.detach(),
         b_OR=layer.lora_B[adapter].weight.detach(),
