@@ -83,10 +83,9 @@ class Route:
     """A way from blocks of factors to triplets.
 
     Attributes:
-        fold: `b_GOR`, `a_GRI` and each column's amount (G, R) -> what the block comes to. A block
-            is folded by itself, so that it can be done again, or ahead, without the others.
+        fold: `b_GOR`, `a_GRI` and each column's amount (G, R) -> what the block comes to.
         decompose: the blocks' partial results in their order -> triplets, module by module; the
-            partial results are used up, and their memory is written again.
+            partial results are used up.
     """
 
     fold: Callable[[Tensor, Tensor, Tensor], Partial]

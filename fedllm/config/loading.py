@@ -16,6 +16,8 @@ from fedllm.config.text import parse_yaml, read_yaml, write_yaml
 from fedllm.errors import ConfigError
 
 ENVIRONMENT = {"model.path": "FEDLLM_MODEL", "data.path": "FEDLLM_DATA"}
+# keys of earlier versions that no result depended on: runs that name them go on without
+_GONE = (("aggregation", "fold_ahead"),)
 # to ask for one of them is to take the other back
 _EITHER_OR = {"clients.cohort.count": "fraction", "clients.cohort.fraction": "count"}
 
@@ -39,7 +41,11 @@ def read_config(path: Path) -> Config:
     """Read the resolved configuration of a run."""
     if not path.is_file():
         raise ConfigError(f"{path.parent}: not a run directory (no {path.name}); see `fedllm run`")
-    return validate(as_meant(read_yaml(path), Config))
+    raw = as_meant(read_yaml(path), Config)
+    for section, key in _GONE:
+        if isinstance(part := raw.get(section), dict):
+            part.pop(key, None)
+    return validate(raw)
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:

@@ -210,7 +210,6 @@ class AggregationSection(Section):
     exact: bool = False
     tolerance: PositiveFloat = 1e-4
     block_clients: PositiveInt = 32
-    fold_ahead: Annotated[bool, Field(json_schema_extra=EXECUTION)] = False
     outliers: Literal["keep", "clip", "reject"] = "keep"
     outlier_factor: Annotated[float, Field(gt=1)] = 10.0
 
@@ -221,15 +220,6 @@ class AggregationSection(Section):
         if not names:
             wrong = ["got an empty list, need at least one"]
         _tell([f"aggregation.device: {each}; need auto, cpu, cuda or cuda:N" for each in wrong])
-        return self
-
-    @model_validator(mode="after")
-    def _norms_are_known_when_folding(self) -> "AggregationSection":
-        if self.fold_ahead and self.outliers != "keep":
-            raise ValueError(
-                f"fold_ahead with outliers: {self.outliers}, whose median needs all clients' "
-                "norms first: set fold_ahead: false, or outliers: keep"
-            )
         return self
 
 

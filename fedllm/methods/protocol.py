@@ -68,8 +68,8 @@ class Method(Protocol):
     def fold(self, block: Block, problem: Problem) -> Partial:
         """Return what a block of clients comes to, for each of its G modules.
 
-        A block is folded by itself, and may be long before the others. Its tensors lie in
-        buffers that the next block fills: the result holds nothing of them.
+        A block is folded by itself. Its tensors lie in buffers that the next block fills: the
+        result holds nothing of them.
 
         Args:
             block: rank 0 is a client without these modules: it counts as zero.

@@ -1,8 +1,7 @@
 """What a round writes, and where: counted by the same paths that the round will use."""
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,25 +83,10 @@ def folders_of_round(
             logs,
             total=len(cohort) * _LOG_LINE_BYTES + len(tasks) * _LOG_BYTES,
         ),
-        *_folds(federation, len(cohort), sent),
         _folder("aggregate", [*state, *(jobs[0].submission, jobs[0].jobs)], total=state_bytes),
         _folder("evaluation", [*scores, *(jobs[1].submission, jobs[1].jobs)], _RECORDS_BYTES),
         _folder("records", own, total=len(cohort) * _CLIENT_BYTES + _RECORDS_BYTES),
     )
-
-
-def _folds(federation: Federation, clients: int, sent: int) -> Iterator[FolderPlan]:
-    """Yield what blocks come to that are folded ahead, where any may be."""
-    section = federation.config.aggregation
-    if section.fold_ahead:
-        paths = RunPaths(root=Path()).round(1)
-        blocks = math.ceil(clients / section.block_clients)
-        yield _folder(
-            "folds",
-            [paths.fold(block) for block in range(blocks)],
-            total=sent,
-            note="at most, until the round is done",
-        )
 
 
 def _folder(

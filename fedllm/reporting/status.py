@@ -282,7 +282,7 @@ def _submissions(run: RunPaths, rounds: Sequence[RoundPaths]) -> Iterator[JobPat
     folders = [] if run.prepared.exists() else [run.prepare_job]
     for paths in rounds:
         if paths.root.exists():
-            folders += [paths.attempt, paths.fold_job, paths.aggregate_job, paths.evaluation_job]
+            folders += [paths.attempt, paths.aggregate_job, paths.evaluation_job]
     for folder in folders:
         yield from attempts_of(folder)
 

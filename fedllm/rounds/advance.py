@@ -9,7 +9,6 @@ from fedllm.planning.federation import Federation
 from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
 from fedllm.rounds.finishing import finish_rounds
-from fedllm.rounds.folding import end_folding
 from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
 from fedllm.rounds.submissions import single_job
@@ -95,7 +94,6 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
             scan = train(run, federation, cohort)
             if scan is None or collect(run, cohort, scan) is None:
                 return False
-        end_folding(run, number)
     return aggregate(run, number) is not None
 
 

@@ -36,7 +36,6 @@ def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
             continue
         for folder in (
             round_paths.attempt,
-            round_paths.fold_job,
             round_paths.aggregate_job,
             round_paths.evaluation_job,
         ):

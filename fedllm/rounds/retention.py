@@ -41,8 +41,8 @@ def removable(paths: RunPaths, config: Config) -> list[Removal]:
 
     Updates and checkpoints stay until the next round is aggregated. States of the last
     `storage.keep_states` rounds, of every `storage.keep_every`-th, and of the best evaluated one
-    stay; logs, claims and progress records of the last `storage.keep_logs` rounds do. What was
-    folded ahead, what was set aside and what writers left unfinished goes.
+    stay; logs, claims and progress records of the last `storage.keep_logs` rounds do. What was set
+    aside and what writers left unfinished goes.
     """
     rounds = [paths.round(number) for number in range(config.rounds + 1)]
     complete = [r for r in rounds if r.record.exists() and r.aggregate_record.exists()]
@@ -50,7 +50,6 @@ def removable(paths: RunPaths, config: Config) -> list[Removal]:
     for path in (
         *_states(paths, config, complete),
         *_updates(paths, complete),
-        *_existing(*(each.folds for each in complete)),
         *_accounts(paths, rounds, complete[: -config.storage.keep_logs]),
         *_leftovers(paths, complete),
     ):

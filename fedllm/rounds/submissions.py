@@ -38,7 +38,7 @@ def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> Non
     _send(run, paths, plan, logs, search=False)
 
 
-def is_active(run: Run, paths: JobPaths, logs: Path) -> bool:
+def _is_active(run: Run, paths: JobPaths, logs: Path) -> bool:
     """Say whether anything of a submission may still be at work, or has yet to be submitted."""
     return not all_sent(run, paths, logs) or bool(
         active_tasks(run.scheduler, known_tasks(run, paths))
@@ -221,7 +221,7 @@ def single_job(
     number = len(attempts_of(folder))
     if number:
         paths = folder(number)
-        if is_active(run, paths, logs) or not run.seen.settled(paths.root) or done.exists():
+        if _is_active(run, paths, logs) or not run.seen.settled(paths.root) or done.exists():
             return
         outcome = settle(run, paths)
         if is_mine(run, paths):
@@ -229,42 +229,20 @@ def single_job(
             if isinstance(error, UserError | Incomplete) or _is_last(run, folder, number):
                 raise error
             run.say(f"{error}; trying again")
-    submit_single(
-        run,
-        kind=kind,
-        paths=folder(number + 1),
-        step=f"{kind}-{number + 1:02d}",
-        arguments=[str(target)],
-        round_number=round_number,
-    )
+    _submit_single(run, kind, folder(number + 1), target, round_number)
 
 
-def submit_single(
-    run: Run,
-    *,
-    kind: SingleProgram,
-    paths: JobPaths,
-    step: str,
-    arguments: Sequence[str],
-    round_number: int,
+def _submit_single(
+    run: Run, kind: SingleProgram, paths: JobPaths, target: Path, round_number: int
 ) -> None:
-    """Plan and submit a job that is one task.
-
-    Args:
-        run: the run.
-        kind: which program.
-        paths: of this attempt.
-        step: for its name.
-        arguments: what the program is called with.
-        round_number: for its name and logs.
-    """
-    token = array_name(run, round_number, step)
+    """Plan and submit a job that is one task; `paths` are those of this attempt."""
+    token = array_name(run, round_number, f"{kind}-{int(paths.root.name):02d}")
     options = job_options(run.config.scheduler.sbatch, kind)
     plan = SubmissionRecord(
         token=token,
         lease=run.lease.number,
         kind=kind,
-        command=[*arguments, "--job", str(paths.root)],
+        command=[str(target), "--job", str(paths.root)],
         arrays=[ArrayRecord(name=token, worker_class=kind, tasks=1, options=options)],
     )
     submit(run, paths, plan, run.paths.logs(round_number))

@@ -7,7 +7,6 @@ from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
 from fedllm.rounds.attempts import start_attempt
 from fedllm.rounds.collecting import replaced_clients
-from fedllm.rounds.folding import fold_ahead
 from fedllm.rounds.lingering import at_work
 from fedllm.rounds.losses import (
     close_attempt,
@@ -41,7 +40,6 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     if is_enough(run, cohort, scan, paths):
         _end_stragglers(run, paths, number, cohort, scan)
         return scan
-    fold_ahead(run, cohort, scan)
     if number:
         attempt = paths.attempt(number)
         if _goes_on(run, attempt, cohort) or not run.seen.settled(attempt.root):

@@ -47,7 +47,7 @@ def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
     is_short = False
     look_again: int | None = None
     for paths in submissions:
-        is_short = is_short or lacks_workers(run, paths)
+        is_short = is_short or _lacks_workers(run, paths)
         if isinstance(paths, AttemptPaths):
             tasks += at_work(run, paths)
             look_again = _look_again_minutes(run, paths.round, is_short=is_short)
@@ -88,7 +88,7 @@ def _last(folder: Callable[[int], JobPaths]) -> Iterator[JobPaths]:
     yield from attempts_of(folder)[-1:]
 
 
-def lacks_workers(run: Run, paths: JobPaths) -> bool:
+def _lacks_workers(run: Run, paths: JobPaths) -> bool:
     """Say whether a submission wants more tasks than were submitted."""
     plan = run.seen.read(SubmissionRecord, paths.submission)
     jobs = run.seen.find(JobsRecord, paths.jobs)
@@ -101,7 +101,7 @@ def _look_again_minutes(run: Run, paths: RoundPaths, *, is_short: bool) -> int |
     """Return when a round that trains may have more to do before its arrays end."""
     found: list[int] = []
     is_cut_short = run.seen.read(CohortRecord, paths.cohort).enough is not None
-    if is_short or is_cut_short or run.config.aggregation.fold_ahead:
+    if is_short or is_cut_short:
         found.append(_LOOK_AGAIN_MINUTES)
     deadline_minutes = run.config.clients.deadline_minutes
     if deadline_minutes is not None:

@@ -1,7 +1,6 @@
 """The aggregation job: a frozen collection of updates to the next server state."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,6 @@ from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.scheduling.traits import traits_of
-from fedllm.steps.ahead import Ahead, Folding, fold_blocks
 from fedllm.steps.collected import CollectedUpdates
 from fedllm.steps.engine import Engine
 from fedllm.steps.starting import start_states
@@ -28,7 +26,6 @@ from fedllm.storage.records import (
     CollectionRecord,
     ModuleDiagnostics,
     PreparedRecord,
-    RunRecord,
 )
 from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
 
@@ -65,7 +62,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
         if paths.number:
             done = _aggregate(paths, federation, method, devices, output)
         else:
-            done = _Done(stages={}, clients=0, folded_ahead=[])
+            done = _Done(stages={}, clients=0)
             start_states(method, federation, devices, output.write)
     record = AggregateRecord(
         round=paths.number,
@@ -77,7 +74,6 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
         device=", ".join(map(str, devices)),
         stages=done.stages,
         modules={m: output.modules[m] for m in federation.prepared.modules if m in output.modules},
-        folded_ahead=done.folded_ahead,
     )
     record.publish(paths.aggregate_record)
     return record
@@ -120,40 +116,10 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True)
 class _Done:
-    """Seconds per stage, the number of clients, and the blocks that were folded ahead."""
+    """Seconds per stage, and the number of clients."""
 
     stages: dict[str, float]
     clients: int
-    folded_ahead: list[int]
-
-
-def fold_ahead(paths: RoundPaths, blocks: Sequence[int]) -> list[int]:
-    """Fold blocks of a round before it is collected; return those that were.
-
-    Raises:
-        AdapterError: a block could not be folded; the others were.
-    """
-    run = paths.run
-    config = read_config(run.config)
-    torch.set_num_threads(config.aggregation.threads)
-    federation = plan_federation(config, PreparedRecord.read(run.prepared))
-    devices = resolve_devices(config.aggregation.device)
-    folding = _folding(paths, federation, method_of(config), devices)
-    return fold_blocks(folding, blocks, RunRecord.read(run.run).run_id)
-
-
-def _folding(
-    paths: RoundPaths, federation: Federation, method: Method, devices: tuple[torch.device, ...]
-) -> Folding:
-    cohort = CohortRecord.read(paths.cohort)
-    return Folding(
-        paths=paths,
-        config=federation.config,
-        cohort=cohort,
-        method=method,
-        groups=groups_of(federation, cohort),
-        devices=devices,
-    )
 
 
 def _aggregate(
@@ -166,11 +132,10 @@ def _aggregate(
     """Aggregate a collection."""
     section = federation.config.aggregation
     collection = CollectionRecord.read(paths.collection)
-    folding = _folding(paths, federation, method, devices)
+    cohort = CohortRecord.read(paths.cohort)
     weights = method.weigh([update.weight for update in collection.updates])
     patience = traits_of(federation.config).visibility_seconds
-    updates = CollectedUpdates.open(paths, collection, folding.cohort, weights, patience)
-    ahead = Ahead.open(folding, updates.updates) if section.fold_ahead else None
+    updates = CollectedUpdates.open(paths, collection, cohort, weights, patience)
     previous = paths.run.round(paths.number - 1)
     with read_state(previous) as before:
         engine = Engine(
@@ -181,11 +146,9 @@ def _aggregate(
             before=before.module,
             take=output.take,
             devices=devices,
-            kept=ahead,
         )
-        stages = engine.run(folding.groups)
-    folded = sorted(ahead.files) if ahead else []
-    return _Done(stages=stages, clients=len(weights), folded_ahead=folded)
+        stages = engine.run(groups_of(federation, cohort))
+    return _Done(stages=stages, clients=len(weights))
 
 
 def _planned(method: Method, federation: Federation) -> dict[str, Planned]:

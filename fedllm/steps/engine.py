@@ -1,18 +1,16 @@
 """Groups of modules through a method, block by block, on one device or several.
 
 Groups are dealt to the devices in turn. What a group comes to depends on neither: two CPU devices
-give the bits of one. Nor does it matter when a block was folded: `folded` makes its result ahead of
-time, and an engine that finds it there does not read the block again.
+give the bits of one.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,34 +20,9 @@ from fedllm.aggregation.groups import Group
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Block
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.steps.feeding import Feed, Key, Portion, Source
+from fedllm.steps.feeding import Feed, Portion, Source
 
 STAGES = ("read", "fold", "decompose", "write")
-
-
-class Kept(Protocol):
-    """What blocks of groups came to that were folded before."""
-
-    def has(self, group: Group, clients: tuple[int, ...]) -> bool:
-        """Say whether there is a result of the same updates and weights."""
-
-    def take(self, group: Group, clients: tuple[int, ...]) -> Partial | None:
-        """Return it, on the CPU, or None where it was damaged: the block is folded anew."""
-
-
-def folded(
-    method: Method, source: Source, portions: Sequence[Portion], device: torch.device
-) -> Iterator[Partial]:
-    """Yield what each portion comes to, on the CPU, the next one being read meanwhile.
-
-    Raises:
-        AdapterError: factors that cannot be combined, by client and module.
-    """
-    with Feed(source, portions, device) as feed:
-        for portion in portions:
-            with feed.block() as block:
-                partial = _on(torch.device("cpu"), _fold(method, block, portion.group))
-            yield partial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +37,6 @@ class Engine:
         before: returns a module's state before.
         take: is given each module's name and result as soon as it is there, one at a time.
         devices: on which to compute; a device that is named twice is used twice.
-        kept: blocks that need not be folded any more.
     """
 
     method: Method
@@ -74,7 +46,6 @@ class Engine:
     before: Callable[[str], ModuleState]
     take: Callable[[str, ModuleAggregate], None]
     devices: Sequence[torch.device]
-    kept: Kept | None = None
 
     def run(self, groups: Sequence[Group]) -> dict[str, float]:
         """Aggregate all groups; return the seconds of each stage.
@@ -131,15 +102,13 @@ class _Worker:
         seconds: defaultdict[str, float] = defaultdict(float)
         written: Future[None] | None = None
         portions = {group.modules: self.engine.portions(group) for group in groups}
-        # asked once: what is read and what is not must not change in between
         every = [portion for each in portions.values() for portion in each]
-        ready = {portion.key for portion in every if self._has(portion)}
-        todo = [portion for portion in every if portion.key not in ready]
-        with Feed(self.engine.source, todo, self.device) as feed:
+        with Feed(self.engine.source, every, self.device) as feed:
             for group in groups:
                 self._go_on()
-                partials = self._partials(portions[group.modules], ready, feed, seconds)
-                found = self._aggregate(group, partials, seconds)
+                # without a name for each: what is summed up must not wait here for the next one
+                blocks = (self._folded(group, feed, seconds) for _ in portions[group.modules])
+                found = self._aggregate(group, blocks, seconds)
                 if written is not None:
                     written.result()
                 written = self.writer.submit(self._hand_on, group, found, seconds)
@@ -166,32 +135,6 @@ class _Worker:
         self._synchronize()
         seconds["decompose"] += time.perf_counter() - started - blocks.seconds
         return found
-
-    def _partials(
-        self,
-        portions: Iterable[Portion],
-        ready: Set[Key],
-        feed: Feed,
-        seconds: "defaultdict[str, float]",
-    ) -> Iterator[Partial]:
-        for portion in portions:
-            # without a name for it: what is summed up must not wait here for the next one
-            if portion.key in ready:
-                yield self._kept(portion)
-            else:
-                yield self._folded(portion.group, feed, seconds)
-
-    def _has(self, portion: Portion) -> bool:
-        kept = self.engine.kept
-        return kept is not None and kept.has(portion.group, portion.clients)
-
-    def _kept(self, portion: Portion) -> Partial:
-        assert self.engine.kept is not None
-        self._go_on()
-        partial = self.engine.kept.take(portion.group, portion.clients)
-        if partial is None:
-            partial = next(folded(self.engine.method, self.engine.source, [portion], self.device))
-        return _on(self.device, partial)
 
     def _folded(self, group: Group, feed: Feed, seconds: "defaultdict[str, float]") -> Partial:
         with feed.block() as block:

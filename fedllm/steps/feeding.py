@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from fedllm.steps.buffers import Buffer, Layout, buffer_for
 
 _MOST_READERS = 16
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-Key: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]
 
 
 class Source(Protocol):
@@ -61,11 +58,6 @@ class Portion:
 
     group: Group
     clients: tuple[int, ...]
-
-    @property
-    def key(self) -> Key:
-        """The modules and the clients: what tells it from all others of an aggregation."""
-        return self.group.modules, self.clients
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -88,19 +88,11 @@ def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("--scratch", type=Path, help="where --client leaves its update")
     else:
         parser.add_argument("--job", type=Path, help="where an error is recorded")
-    if program == "aggregate":
-        parser.add_argument(
-            "--fold", type=_blocks, metavar="BLOCKS", help="fold these blocks ahead (0,2), no more"
-        )
     arguments = parser.parse_args(argv)
     if program == "client" and (arguments.client is None) != (arguments.scratch is None):
         parser.error("--client and --scratch go together")
     arguments.target = arguments.target.resolve()
     return arguments
-
-
-def _blocks(text: str) -> list[int]:
-    return [int(block) for block in text.split(",")]
 
 
 def _prepare(call: _Call) -> int:
@@ -135,15 +127,11 @@ def _client(call: _Call) -> int:
 
 
 def _aggregate(call: _Call) -> int:
-    from fedllm.steps.aggregate import aggregate_round, fold_ahead
+    from fedllm.steps.aggregate import aggregate_round
 
     paths = RoundPaths(root=call.arguments.target)
     _share(paths.run, call.session)
-    if call.arguments.fold is None:
-        aggregate_round(paths)
-    else:
-        folded = fold_ahead(paths, call.arguments.fold)
-        say(f"blocks folded ahead: {', '.join(map(str, folded)) or 'none is worth it'}")
+    aggregate_round(paths)
     return 0
 
 

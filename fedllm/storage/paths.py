@@ -255,24 +255,6 @@ class RoundPaths:
         return JobPaths(root=self.aggregate_attempts / f"{number:02d}")
 
     @property
-    def folds(self) -> Path:
-        """The folder of what blocks of the cohort come to, folded ahead of the aggregation."""
-        return self.root / "folds"
-
-    def fold(self, block: int) -> Path:
-        """What block `block` of the cohort comes to."""
-        return shard(self.folds, block) / f"{block:03d}.safetensors"
-
-    @property
-    def fold_attempts(self) -> Path:
-        """The folder of jobs that fold blocks ahead."""
-        return self.folds / "attempts"
-
-    def fold_job(self, number: int) -> JobPaths:
-        """Job `number` that folds blocks ahead."""
-        return JobPaths(root=self.fold_attempts / f"{number:02d}")
-
-    @property
     def evaluation(self) -> Path:
         """The folder of the evaluation."""
         return self.root / "evaluation"

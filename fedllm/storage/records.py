@@ -466,27 +466,6 @@ class CollectionRecord(Record):
     training: dict[str, float] = {}
 
 
-class FoldMember(Record):
-    """A client's update as a block was folded with it; the weight is its rows."""
-
-    client: str
-    file: str
-    sha256: str
-    weight: float
-
-
-class FoldRecord(Record):
-    """What lies beside the tensors of a block that was folded ahead: what they follow from.
-
-    `made_with` is a fingerprint of all that their bits follow from beside the members' updates.
-    """
-
-    round: int
-    block: int
-    members: list[FoldMember]
-    made_with: str
-
-
 class RankQuality(Record):
     """What an adapter of `rank` keeps of the aggregated change of one module.
 
@@ -525,7 +504,7 @@ class ModuleDiagnostics(Record):
 
 
 class AggregateRecord(Record):
-    """The aggregation is complete; `folded_ahead` are the blocks that it found folded."""
+    """The aggregation is complete."""
 
     round: int
     method: str
@@ -536,7 +515,6 @@ class AggregateRecord(Record):
     device: str
     stages: dict[str, float] = {}
     modules: dict[str, ModuleDiagnostics] = {}
-    folded_ahead: list[int] = []
 
 
 class Scores(Record):

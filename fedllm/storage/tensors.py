@@ -209,40 +209,6 @@ class _Map:
         return found
 
 
-class CheckedFile:
-    """A file of records and tensors, mapped into memory: nothing is copied, each tensor is checked.
-
-    The map goes with the last of its views. Whoever changes a view changes no file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Map the file.
-
-        Raises:
-            FileNotFoundError: there is none.
-            DamagedUpdateError: it is truncated, or its header was altered.
-        """
-        self.path = path
-        with path.open("rb") as file:
-            self.header: Header = read_checked_header(file)
-            self._map = _Map(file)
-
-    def view(self, name: str) -> torch.Tensor:
-        """Return a tensor as it lies in the file, its digest not compared."""
-        return _view(self.header, name, self._map.content)
-
-    def check(self, name: str) -> None:
-        """Compare a tensor with its digest, which other threads need not wait for.
-
-        It is taken to be read by then: its pages no longer count as this process's memory.
-
-        Raises:
-            DamagedUpdateError: it was altered.
-        """
-        if self._map.digest(*self.header.place(name)).hex() != self.header.digests[name]:
-            raise DamagedUpdateError(f"the checksum of {name} does not match")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Kind:
     """A tensor that many clients send: its number among a client's, its type and shape."""

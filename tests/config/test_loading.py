@@ -82,6 +82,16 @@ def test_a_resolved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     }
 
 
+def test_a_run_that_names_a_key_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    config = loaded(tmp_path, SMALL)
+    path = tmp_path / "run.yaml"
+    text = dump_config(config).replace("aggregation:\n", "aggregation:\n  fold_ahead: true\n")
+    path.write_text(text, encoding="utf-8")
+    assert "fold_ahead" in text
+    assert read_config(path) == config
+    assert any("aggregation.fold_ahead" in line for line in problems(tmp_path, text))
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.yaml: no such configuration file; see configs/"):
         load_config(tmp_path / "none.yaml")

@@ -191,15 +191,6 @@ def test_no_folder_of_a_large_round_has_more_than_400_entries() -> None:
     assert {folder.folder: folder.files for folder in found.folders}["updates"] == 2000
 
 
-def test_blocks_that_are_folded_ahead_take_no_more_than_the_updates() -> None:
-    plain = {folder.folder: folder for folder in geometry(slurm_of()).folders}
-    assert "folds" not in plain
-    ahead = {"aggregation__fold_ahead": True, "aggregation__block_clients": 32}
-    found = {folder.folder: folder for folder in geometry(slurm_of(**ahead)).folders}
-    assert found["folds"].files == 3  # of 80 clients
-    assert 0 < found["folds"].bytes <= found["updates"].bytes
-
-
 def test_evaluations_are_counted_and_estimated() -> None:
     found = geometry(slurm_of(rounds=10, evaluation__every=4)).evaluation
     assert (found.times, found.clients, found.rows) == (4, 100, 200)

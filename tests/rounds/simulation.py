@@ -18,7 +18,6 @@ from fedllm.rounds.coordinate import coordinate
 from fedllm.rounds.opening import open_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.inline import InlineScheduler
-from fedllm.steps.aggregate import fold_ahead
 from fedllm.steps.programs import run as run_program
 from fedllm.steps.session import Session
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
@@ -91,8 +90,7 @@ class Simulation:
         """Run a program as the compute side would."""
         del log
         target = Path(argv[0])
-        fold = argv[argv.index("--fold") + 1] if "--fold" in argv else None
-        early = self.before("fold" if fold else program, target)
+        early = self.before(program, target)
         if early is not None:
             return early
         if program == "prepare":
@@ -100,8 +98,6 @@ class Simulation:
         elif program == "client":
             attempt = AttemptPaths(root=target, number=int(target.name))
             self.work(attempt, argv[argv.index("--class") + 1], task)
-        elif fold:
-            fold_ahead(RoundPaths(root=target), [int(block) for block in fold.split(",")])
         elif program == "aggregate":
             # leaves an error where a coordinator looks for it
             return run_program("aggregate", argv, session=Session())

@@ -2,25 +2,24 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Partial
-from fedllm.aggregation.groups import Group, blocks_of
+from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.groups import blocks_of
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, ConfigError
-from fedllm.lora.factors import Factors
-from fedllm.methods.protocol import ModuleAggregate
+from fedllm.lora.factors import Block, Factors
+from fedllm.methods.flexlora import FlexLora
 from fedllm.planning.federation import plan_federation
 from fedllm.steps.aggregate import aggregate_round, groups_of, method_of
 from fedllm.steps.collected import CollectedUpdates
-from fedllm.steps.engine import Engine, folded
-from fedllm.steps.feeding import Key, Portion
+from fedllm.steps.engine import Engine
 from fedllm.steps.state import read_state
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.publish import publish_bytes
@@ -116,100 +115,25 @@ def test_two_devices_give_the_bits_of_one(tmp_path: Path) -> None:
     assert one.modules == two.modules == five.modules
 
 
-class Folded:
-    """Blocks' results that were folded before; None where one was damaged since."""
+@dataclass(frozen=True, kw_only=True)
+class Failing(FlexLora):
+    """Cannot sum one group, which is told once a block of another is summed; that one waits."""
 
-    def __init__(self, partials: Mapping[Key, Partial | None]) -> None:
-        self.partials = partials
-        self.taken: set[Key] = set()
+    damaged: Problem
+    begun: threading.Event = field(default_factory=threading.Event)
+    told: threading.Event = field(default_factory=threading.Event)
+    summed: list[Problem] = field(default_factory=list)
 
-    def has(self, group: Group, clients: tuple[int, ...]) -> bool:
-        return (group.modules, clients) in self.partials
-
-    def take(self, group: Group, clients: tuple[int, ...]) -> Partial | None:
-        self.taken.add((group.modules, clients))
-        return self.partials[group.modules, clients]
-
-
-class Unread(CollectedUpdates):
-    """Updates of which some clients' must not be read any more."""
-
-    unreadable: ClassVar[set[int]] = set()
-
-    def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
-        assert client not in self.unreadable
-        return super().factors(client, module)
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_blocks_folded_before_give_the_same_bits_and_are_not_read_again(
-    tmp_path: Path, exact: bool
-) -> None:
-    paths = make_round(tmp_path / "run", exact=exact)
-    run = paths.run
-    config = read_config(run.config)
-    cohort = CohortRecord.read(paths.cohort)
-    groups = groups_of(plan_federation(config, PreparedRecord.read(run.prepared)), cohort)
-    collection = CollectionRecord.read(paths.collection)
-    weights = [update.weight for update in collection.updates]
-    source = Unread.open(paths, collection, cohort, weights)
-    cpu = torch.device("cpu")
-
-    def states(kept: Folded | None) -> dict[str, ModuleAggregate]:
-        found: dict[str, ModuleAggregate] = {}
-        with read_state(run.round(0)) as before:
-            engine = Engine(
-                method=method_of(config),
-                source=source,
-                blocks=blocks_of(list(source.updates), 2),
-                total=sum(weights),
-                before=before.module,
-                take=found.__setitem__,
-                devices=[cpu, cpu],
-                kept=kept,
-            )
-            engine.run(groups)
-        return found
-
-    now = states(None)
-    portions = [
-        Portion(group=group, clients=block)
-        for group in groups
-        for block in blocks_of(list(source.updates), 2)[:2]
-    ]
-    partials = list(folded(method_of(config), source, portions, cpu))
-    kept = Folded({p.key: each for p, each in zip(portions, partials, strict=True)})
-    Unread.unreadable = {0, 1, 2, 3}
-    try:
-        same_bits(states(kept), now)
-    finally:
-        Unread.unreadable = set()
-    assert kept.taken == {portion.key for portion in portions}
-    same_bits(states(Folded(dict.fromkeys(kept.partials))), now)
-
-
-class Failing:
-    """Blocks, all there but late; those of one group cannot be read."""
-
-    def __init__(self, partials: Mapping[Key, Partial], damaged: Group) -> None:
-        self.partials, self.damaged = partials, damaged
-        self.begun, self.told = threading.Event(), threading.Event()
-        self.taken: list[Group] = []
-
-    def has(self, group: Group, clients: tuple[int, ...]) -> bool:
-        del group, clients
-        return True
-
-    def take(self, group: Group, clients: tuple[int, ...]) -> Partial | None:
-        if group is self.damaged:
+    def fold(self, block: Block, problem: Problem) -> Partial:
+        if problem is self.damaged:
             assert self.begun.wait(60)
             self.told.set()
-            raise AdapterError("cannot be read")
-        self.taken.append(group)
+            raise AdapterError("cannot be summed")
+        self.summed.append(problem)
         self.begun.set()
         assert self.told.wait(60)
         time.sleep(1.0)
-        return self.partials[group.modules, clients]
+        return super().fold(block, problem)
 
 
 def test_where_one_device_failed_the_others_take_no_further_block(tmp_path: Path) -> None:
@@ -222,29 +146,18 @@ def test_where_one_device_failed_the_others_take_no_further_block(tmp_path: Path
     collection = CollectionRecord.read(paths.collection)
     weights = [update.weight for update in collection.updates]
     source = CollectedUpdates.open(paths, collection, cohort, weights)
-    blocks = blocks_of(list(source.updates), 2)
-    portions = [Portion(group=group, clients=block) for group in groups for block in blocks]
-    partials = folded(method_of(config), source, portions, torch.device("cpu"))
-    kept = Failing({p.key: each for p, each in zip(portions, partials, strict=True)}, groups[1])
-    with read_state(run.round(0)) as before, pytest.raises(AdapterError, match=r"^cannot be read$"):
+    method = Failing(damaged=groups[1].problem, **vars(method_of(config)))
+    with read_state(run.round(0)) as before, pytest.raises(AdapterError, match="cannot be summed"):
         Engine(
-            method=method_of(config),
+            method=method,
             source=source,
-            blocks=blocks,
+            blocks=blocks_of(list(source.updates), 2),
             total=sum(weights),
             before=before.module,
             take=lambda _module, _result: None,
             devices=[torch.device("cpu")] * 2,
-            kept=kept,
         ).run(groups)
-    assert kept.taken == [groups[0]]
-
-
-def same_bits(found: Mapping[str, ModuleAggregate], wanted: Mapping[str, ModuleAggregate]) -> None:
-    assert found.keys() == wanted.keys()
-    for module, result in wanted.items():
-        assert all(torch.equal(found[module].state[part], t) for part, t in result.state.items())
-        assert found[module].diagnostics == result.diagnostics
+    assert method.summed == [groups[0].problem]
 
 
 def test_groups_and_blocks_stay_whoever_is_left_out(tmp_path: Path) -> None:

@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.tensors import (
-    CheckedFile,
     Planned,
     TensorFile,
     TensorWriter,
@@ -228,80 +226,6 @@ def test_what_was_not_planned_or_is_written_twice_is_refused(tmp_path: Path) -> 
         writer.write("m.A", TENSORS["m.A"])
         writer.write("m.A", TENSORS["m.A"])
     assert not path.exists()
-
-
-def test_checked_tensors_are_views_of_their_file(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    tensors = {**TENSORS, "none": torch.ones(0, 3), "wide": torch.ones(2, dtype=torch.float64)}
-    with writing_checked(path, "records", planned_of(tensors)) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-    file = CheckedFile(path)
-    assert file.header.records == "records"
-    whole = path.read_bytes()
-    for name, tensor in load_file(path).items():
-        assert torch.equal(file.view(name), tensor)
-        file.check(name)
-    file.view("m.A").zero_()
-    assert path.read_bytes() == whole
-    place, _ = file.header.place("m.B")
-    with path.open("r+b") as raw:
-        raw.seek(place)
-        raw.write(b"\1")
-    altered = CheckedFile(path)
-    altered.check("m.A")
-    with pytest.raises(DamagedUpdateError, match=r"the checksum of m\.B does not match"):
-        altered.check("m.B")
-
-
-MANY = """
-import resource, sys
-from pathlib import Path
-from fedllm.storage.tensors import CheckedFile
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-files = [CheckedFile(path) for path in Path(sys.argv[1]).glob("c.*.safetensors")]
-for file in files:
-    file.check("m.A")
-print(len(files), sum(float(file.view("m.A").sum()) for file in files))
-"""
-
-
-def test_more_files_than_a_process_may_open_are_mapped_at_once(tmp_path: Path) -> None:
-    for number in range(200):
-        path = tmp_path / f"c.{number}.safetensors"
-        with writing_checked(path, "", planned_of({"m.A": TENSORS["m.A"]})) as writer:
-            writer.write("m.A", TENSORS["m.A"])
-    done = subprocess.run(
-        [sys.executable, "-c", MANY, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.stdout.split() == ["200", "3000.0"], done.stderr
-
-
-def resident_bytes() -> int:
-    text = Path("/proc/self/status").read_text().partition("RssFile:")[2]
-    return 1024 * int(text.split()[0])
-
-
-def test_what_was_checked_is_no_longer_resident_and_views_outlive_their_file(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "c.safetensors"
-    tensor = torch.arange(float(4 << 20))
-    with writing_checked(path, "", planned_of({"m": tensor})) as writer:
-        writer.write("m", tensor)
-    file = CheckedFile(path)
-    view = file.view("m")
-    before = resident_bytes()
-    assert torch.equal(view, tensor)
-    assert resident_bytes() - before > tensor.nbytes // 2
-    file.check("m")
-    assert resident_bytes() - before < tensor.nbytes // 8
-    del file
-    assert torch.equal(view, tensor)
 
 
 FULL = """
