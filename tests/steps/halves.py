@@ -39,7 +39,7 @@ class Half(Loop):
         for each in every[dist.get_rank() :: dist.get_world_size()]:
             self._slots.rows.enter(self.pieces(number, each))
             loss = each.loss_sum(self._slots.model) / max(1, targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         for tensor in (total, *(parameter.grad for parameter in self._parameters)):
             dist.all_reduce(tensor)
