@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+from fedllm.config.models import Config
 from fedllm.errors import ConfigError
 from fedllm.methods.local import LOCAL_RULES, LocalRule
 
@@ -64,6 +65,16 @@ def build_method(name: str, *, seed: int, alpha: float, scaling: str) -> "Method
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"method.name: {name} cannot be made: {error}") from error
+
+
+def method_of(config: Config) -> "Method":
+    """Return the configured method."""
+    return build_method(
+        config.method.name,
+        seed=config.seed,
+        alpha=config.lora.alpha,
+        scaling=config.lora.scaling,
+    )
 
 
 def _nearest(name: str, table: Mapping[str, object]) -> str:

@@ -7,10 +7,9 @@ import torch
 
 from fedllm.aggregation.groups import Group, ModuleRanks, blocks_of, group_modules
 from fedllm.config.loading import read_config
-from fedllm.config.models import Config
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.methods.table import build_method
+from fedllm.methods.table import method_of
 from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation
@@ -28,16 +27,6 @@ from fedllm.storage.records import (
     PreparedRecord,
 )
 from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
-
-
-def method_of(config: Config) -> Method:
-    """Return the configured method."""
-    return build_method(
-        config.method.name,
-        seed=config.seed,
-        alpha=config.lora.alpha,
-        scaling=config.lora.scaling,
-    )
 
 
 def aggregate_round(paths: RoundPaths) -> AggregateRecord:

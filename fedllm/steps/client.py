@@ -9,12 +9,11 @@ from fedllm.config.models import Config
 from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.protocol import Method
-from fedllm.methods.table import local_rule
+from fedllm.methods.table import local_rule, method_of
 from fedllm.planning.grouping import engine_of
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.steps.adapters import adapter_of
-from fedllm.steps.aggregate import method_of
 from fedllm.steps.checkpoints import Resumable, UnusableCheckpointError, common_step
 from fedllm.steps.log import say
 from fedllm.steps.patience import patiently

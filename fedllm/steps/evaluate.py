@@ -10,6 +10,7 @@ from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import mean_scores, score_rows
 from fedllm.methods.protocol import Method
+from fedllm.methods.table import method_of
 from fedllm.model.adapter_copies import check_copies
 from fedllm.model.adapter_files import TENSORS, read_peft_adapter
 from fedllm.model.adapter_names import names_in, place_of
@@ -18,7 +19,6 @@ from fedllm.model.slots import AdapterSlots
 from fedllm.planning.evaluation import Target, choose, is_complete
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.steps.adapters import adapter_of
-from fedllm.steps.aggregate import method_of
 from fedllm.steps.session import Session
 from fedllm.steps.state import read_state
 from fedllm.storage.fingerprints import sha256_of

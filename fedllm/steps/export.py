@@ -12,11 +12,11 @@ from fedllm.config.targets import is_target
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
 from fedllm.methods.protocol import Method
+from fedllm.methods.table import method_of
 from fedllm.model.adapter_config import CONFIG
 from fedllm.model.adapter_files import dtype_of
 from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.steps.adapters import adapter_of
-from fedllm.steps.aggregate import method_of
 from fedllm.steps.state import read_state
 from fedllm.storage.hub import hub_key
 from fedllm.storage.outputs import filling

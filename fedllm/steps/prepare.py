@@ -14,6 +14,7 @@ from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
 from fedllm.errors import ConfigError, DataError, RunDirectoryError
+from fedllm.methods.table import method_of
 from fedllm.model.attention import SHARED
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
@@ -23,7 +24,6 @@ from fedllm.model.ways import find_way, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import engine_of
 from fedllm.planning.roles import split_roles
-from fedllm.steps.aggregate import method_of
 from fedllm.steps.log import say
 from fedllm.steps.starting import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values

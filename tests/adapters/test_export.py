@@ -15,9 +15,9 @@ from fedllm.cli.main import run as fedllm
 from fedllm.config.loading import dump_config, read_config, validate
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import Factors, delta
+from fedllm.methods.table import method_of
 from fedllm.model.base import describe_base
 from fedllm.model.merging import merge
-from fedllm.steps.aggregate import method_of
 from fedllm.steps.export import export_adapter, export_model, newest_state, open_state
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths

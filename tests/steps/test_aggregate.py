@@ -16,8 +16,9 @@ from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, ConfigError
 from fedllm.lora.factors import Block, Factors
 from fedllm.methods.flexlora import FlexLora
+from fedllm.methods.table import method_of
 from fedllm.planning.federation import plan_federation
-from fedllm.steps.aggregate import aggregate_round, groups_of, method_of
+from fedllm.steps.aggregate import aggregate_round, groups_of
 from fedllm.steps.collected import CollectedUpdates
 from fedllm.steps.engine import Engine
 from fedllm.steps.state import read_state

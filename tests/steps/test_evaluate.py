@@ -10,12 +10,12 @@ from fedllm.cli.execution import start
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors
+from fedllm.methods.table import method_of
 from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.model.packing import common_prefix
 from fedllm.planning.evaluation import choose
 from fedllm.planning.federation import plan_federation
 from fedllm.steps.adapters import adapter_of
-from fedllm.steps.aggregate import method_of
 from fedllm.steps.evaluate import evaluate_adapter, evaluate_round, evaluate_state, score_targets
 from fedllm.steps.programs import run as run_program
 from fedllm.steps.session import Session
