@@ -39,7 +39,7 @@ from fedllm.lora.factors import Factors
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.model.slots import AdapterSlots
-from fedllm.steps.prepare import prepare
+from fedllm.programs.prepare import prepare
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord
 from fedllm.training.loop import LocalSettings, train_client

@@ -50,7 +50,7 @@ from fedllm.model.packing import length_of
 from fedllm.model.slots import AdapterSlots
 from fedllm.model.targets import find_modules
 from fedllm.model.ways import find_way
-from fedllm.steps.prepare import prepare
+from fedllm.programs.prepare import prepare
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord
 from fedllm.training.loop import LocalSettings

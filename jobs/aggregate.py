@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from fedllm.steps.programs import run
-from fedllm.steps.session import Session
+from fedllm.process.session import Session
+from fedllm.programs.entry_points import run
 
 
 def main(argv: Sequence[str]) -> int:

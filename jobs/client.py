@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from fedllm.steps.signals import StopSignals
+from fedllm.process.signals import StopSignals
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,9 +17,9 @@ def main(argv: Sequence[str]) -> int:
     Signals are noted before what takes seconds to import: a warning may come at once.
     """
     with StopSignals() as signals:
-        from fedllm.steps.clock import process_seconds
-        from fedllm.steps.programs import run
-        from fedllm.steps.session import Session
+        from fedllm.process.clock import process_seconds
+        from fedllm.process.session import Session
+        from fedllm.programs.entry_points import run
 
         began = time.monotonic() - process_seconds()
         return run("client", argv, session=Session(), signals=signals, began=began)

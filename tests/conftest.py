@@ -1,6 +1,8 @@
 """Fixtures that more than one room of tests needs."""
 
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +11,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from fedllm.process.session import Session
+    from fedllm.storage.paths import AttemptPaths
     from tests.tiny import Tiny
 
 # workers and coordinators that tests start inherit these
@@ -54,3 +58,38 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Tiny":
     from tests.tiny import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_handles_sigterm() -> Iterator[None]:
+    """Coverage does, by ending the process: a worker passes the signal on."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def done(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One undisturbed round."""
+    from fedllm.cli.execution import start
+
+    overrides = ["rounds=1", "evaluation.every=5", "scheduler.clients_per_bundle=2"]
+    return start(tiny.config, overrides, tmp_path_factory.mktemp("done") / "run")
+
+
+@pytest.fixture(scope="module")
+def session() -> "Session":
+    """What a worker keeps loaded."""
+    from fedllm.process.session import Session
+
+    return Session()
+
+
+@pytest.fixture
+def attempt(done: Path, tmp_path: Path) -> "AttemptPaths":
+    """The same round, planned but not yet trained."""
+    from fedllm.storage.paths import RunPaths
+    from tests.worker.attempts import untrained
+
+    shutil.copytree(done, tmp_path / "run")
+    return untrained(RunPaths(root=tmp_path / "run").round(1))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fedllm.config.loading import dump_config
 from fedllm.config.models import Config
 from fedllm.planning.federation import plan_federation
-from fedllm.steps.aggregate import aggregate_round
+from fedllm.server.aggregate import aggregate_round
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (

@@ -21,7 +21,7 @@ from fedllm.config.loading import read_config, validate
 from fedllm.config.models import Config
 from fedllm.errors import UserError
 from fedllm.planning.seeding import seed_of
-from fedllm.steps.aggregate import aggregate_round
+from fedllm.server.aggregate import aggregate_round
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,

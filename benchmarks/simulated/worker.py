@@ -13,7 +13,6 @@ from benchmarks.simulated.cluster import Running, Task
 from benchmarks.simulated.federation import MODULES, Recorded
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.steps.progress import State
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     BundleRecord,
@@ -27,6 +26,7 @@ from fedllm.storage.records import (
     UpdateRecord,
 )
 from fedllm.storage.tensors import publish_update
+from fedllm.worker.heartbeat import State
 
 _PROGRESS_SECONDS = 60.0
 # the warning before the end of a task's time, as sbatch is asked for it
@@ -101,7 +101,7 @@ class Unfinished:
 
 @dataclass(kw_only=True)
 class Worker:
-    """One start of an array task, as `fedllm.steps.train` does it."""
+    """One start of an array task, as `fedllm.worker.worker` does it."""
 
     task: Task
     attempt: Attempt

@@ -167,8 +167,8 @@ def compute_here() -> Execute:
 
 
 def _programs() -> Callable[[str, Sequence[str]], int]:
-    from fedllm.steps.programs import run
-    from fedllm.steps.session import Session
+    from fedllm.process.session import Session
+    from fedllm.programs.entry_points import run
 
     session = Session()
     return lambda program, argv: run(program, argv, session=session)

@@ -22,7 +22,7 @@ from fedllm.scheduling.heap import with_heap_settings
 from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
 from fedllm.storage.publish import storage_errors
 
-SERVE = (sys.executable, "-m", "fedllm.steps.serve")
+SERVE = (sys.executable, "-m", "fedllm.programs.serve")
 # where the processes of a task meet
 _HOST = "127.0.0.1"
 

@@ -134,7 +134,7 @@ class Probe:
 
     def _script(self) -> str:
         python = self.section.python or shlex.quote(sys.executable)
-        words = ["-m", "fedllm.steps.probe", str(self.folder)]
+        words = ["-m", "fedllm.programs.probe", str(self.folder)]
         words += [f"--also={path}" for path in self.also if path.exists()]
         words += [f"--patience={self.visibility_seconds}"]
         words += [f"--node-local={self.node_local}"] if self.node_local else []

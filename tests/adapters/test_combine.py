@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedllm.errors import AdapterError, ConfigError, DataError, RunDirectoryError
-from fedllm.steps.combine import (
+from fedllm.server.combine import (
     Combined,
     CombineRequest,
     RankWish,

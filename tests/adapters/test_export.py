@@ -18,7 +18,7 @@ from fedllm.lora.factors import Factors, delta
 from fedllm.methods.table import method_of
 from fedllm.model.base import describe_base
 from fedllm.model.merging import merge
-from fedllm.steps.export import export_adapter, export_model, newest_state, open_state
+from fedllm.server.export import export_adapter, export_model, newest_state, open_state
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publish import publish_bytes

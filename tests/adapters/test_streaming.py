@@ -35,7 +35,7 @@ def test_the_peak_is_a_few_modules_and_not_all_adapters(tmp_path: Path) -> None:
     total = sum(path.stat().st_size for path in tmp_path.glob("*/*.safetensors"))
     peak = peak_bytes(
         "import torch; from fedllm.aggregation import groups; from fedllm.cli.main import run; "
-        "import fedllm.steps.combine",
+        "import fedllm.server.combine",
         # module by module: these are far smaller than those that the working set is meant for
         "groups.WORKING_BYTES = 1; "
         f"folders = sorted(map(str, Path({str(tmp_path)!r}).iterdir())); "

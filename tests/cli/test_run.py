@@ -35,7 +35,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
     """Return the resident workers of a coordinator."""
     try:
         children = psutil.Process(pid).children()
-        return [child for child in children if "fedllm.steps.serve" in child.cmdline()]
+        return [child for child in children if "fedllm.programs.serve" in child.cmdline()]
     except psutil.NoSuchProcess:
         return []
 

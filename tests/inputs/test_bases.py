@@ -18,7 +18,7 @@ from fedllm.config.models import Config
 from fedllm.config.targets import is_target
 from fedllm.errors import ModelError
 from fedllm.model.base import load_base
-from fedllm.steps.prepare import prepare
+from fedllm.programs.prepare import prepare
 from fedllm.storage.paths import CachePaths
 from tests.tiny import Tiny
 

@@ -14,7 +14,7 @@ from fedllm.config.loading import (
 from fedllm.config.models import Config
 from fedllm.data.cache import IndexedClient
 from fedllm.errors import ConfigError, DataError
-from fedllm.steps.prepare import held_out_candidates
+from fedllm.programs.prepare import held_out_candidates
 
 TEXT = """model: {path: embedded}
 data: {path: embedded}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedllm.cli.execution import start
 from fedllm.data.cache import TokenizedClients
-from fedllm.steps.export import export_adapter, export_model, open_state
+from fedllm.server.export import export_adapter, export_model, open_state
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import EvaluationRecord, PreparedRecord
 from tests.tiny import Tiny

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedllm.cli.main import run as fedllm
-from fedllm.steps.export import export_adapter, open_state
+from fedllm.server.export import export_adapter, open_state
 from tests.adapters.peft_folders import deltas, make_llama, save_adapter, weighted_mean
 from tests.adapters.test_export import SCALINGS, expected, make_run
 from tests.tiny import Tiny

@@ -15,11 +15,11 @@ from fedllm.config.loading import dump_config, read_config, validate
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, delta
 from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
-from fedllm.steps.aggregate import aggregate_round
-from fedllm.steps.evaluate import evaluate_adapter, evaluate_state
-from fedllm.steps.export import export_adapter, open_state
-from fedllm.steps.prepare import prepare_run
-from fedllm.steps.session import Session
+from fedllm.process.session import Session
+from fedllm.programs.evaluate import evaluate_adapter, evaluate_state
+from fedllm.programs.prepare import prepare_run
+from fedllm.server.aggregate import aggregate_round
+from fedllm.server.export import export_adapter, open_state
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, PreparedRecord

@@ -14,12 +14,12 @@ from fedllm.config.loading import read_config, validate
 from fedllm.config.models import Config
 from fedllm.planning.evaluation import choose
 from fedllm.planning.seeding import seed_of
+from fedllm.process.session import Session
+from fedllm.programs.entry_points import run as run_program
 from fedllm.rounds.coordinate import coordinate
 from fedllm.rounds.opening import open_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.inline import InlineScheduler
-from fedllm.steps.programs import run as run_program
-from fedllm.steps.session import Session
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     ClaimRecord,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Serve as `fedllm.steps.serve` does, from the protocol alone."""
+    """Serve as `fedllm.programs.serve` does, from the protocol alone."""
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201
     for line in sys.stdin:
         message = json.loads(line)

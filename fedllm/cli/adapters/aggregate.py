@@ -18,7 +18,7 @@ from fedllm.cli.progress import modules_done
 from fedllm.errors import AdapterError
 
 if TYPE_CHECKING:
-    from fedllm.steps.combine import (
+    from fedllm.server.combine import (
         Combined,
         CombinedModule,
         CombineRequest,
@@ -84,7 +84,7 @@ def aggregate(
     json_: AsJson = False,
 ) -> None:
     """Combine PEFT adapters of any ranks into one that PEFT loads."""
-    from fedllm.steps.combine import CombineRequest, WeightedAdapter, combine_adapters
+    from fedllm.server.combine import CombineRequest, WeightedAdapter, combine_adapters
 
     pairs = [_adapter_and_weight(text) for text in adapters]
     request = CombineRequest(

@@ -75,21 +75,21 @@ def _score(
 
 
 def _score_run(paths: RunPaths, round_number: int | None, rank: int | None) -> EvaluationRecord:
-    from fedllm.steps.export import newest_state
+    from fedllm.server.export import newest_state
 
     number = newest_state(paths) if round_number is None else round_number
     if not paths.round(number).aggregate_record.exists():
         raise RunDirectoryError(f"--round {number}: not aggregated in {paths.root}")
-    from fedllm.steps.evaluate import evaluate_state
-    from fedllm.steps.session import Session
+    from fedllm.process.session import Session
+    from fedllm.programs.evaluate import evaluate_state
 
     return evaluate_state(paths, number, rank, Session())
 
 
 def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> EvaluationRecord:
-    from fedllm.steps.evaluate import evaluate_adapter
-    from fedllm.steps.prepare import prepare
-    from fedllm.steps.session import Session
+    from fedllm.process.session import Session
+    from fedllm.programs.evaluate import evaluate_adapter
+    from fedllm.programs.prepare import prepare
 
     loaded = configuration(config, overrides)
     prepared = prepare(loaded, cache_of(loaded.storage.cache, execution.default_run_dir(config)))

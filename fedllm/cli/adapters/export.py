@@ -19,7 +19,7 @@ from fedllm.cli.options import (
 from fedllm.errors import AdapterError
 
 if TYPE_CHECKING:
-    from fedllm.steps.export import Exported, Merged
+    from fedllm.server.export import Exported, Merged
 from fedllm.cli.adapters.aggregate import _span
 
 _ENOUGH = 0.95  # of a change, in the weights that it was merged into
@@ -48,7 +48,7 @@ def export(
     json_: AsJson = False,
 ) -> None:
     """Write a run's server state as a PEFT adapter, or merged as a plain model."""
-    from fedllm.steps.export import Merged, export_adapter, export_model, open_state
+    from fedllm.server.export import Merged, export_adapter, export_model, open_state
 
     if dtype and not merge:
         raise AdapterError("--dtype: is for --merge, an adapter is float32; leave it out")
@@ -88,7 +88,7 @@ def _survival(merged: "Merged") -> str:
 
 
 def _exported_json(out: Path, exported: "Exported") -> dict[str, Any]:
-    from fedllm.steps.export import Merged
+    from fedllm.server.export import Merged
 
     found = {
         "out": str(out),

@@ -14,8 +14,8 @@ from fedllm.storage.paths import cache_of
 
 def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -> None:
     """Fetch, fingerprint and tokenise, where the network is; everything else runs offline."""
-    from fedllm.steps.prepare import describe_way
-    from fedllm.steps.prepare import prepare as prepare_step
+    from fedllm.programs.prepare import describe_way
+    from fedllm.programs.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
     cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))

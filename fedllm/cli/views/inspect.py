@@ -17,7 +17,7 @@ def inspect(
     json_: AsJson = False,
 ) -> None:
     """Show a client's raw row, its prompt, its tokens and which of them carry loss."""
-    from fedllm.steps.inspect import describe, inspect_client
+    from fedllm.programs.inspect import describe, inspect_client
 
     loaded = configuration(config, set_ or [])
     cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))

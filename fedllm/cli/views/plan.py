@@ -38,7 +38,7 @@ def plan(
     json_: AsJson = False,
 ) -> None:
     """Print what a round submits, costs and writes, and how long it takes; submit nothing."""
-    from fedllm.steps.prepare import prepare as prepare_step
+    from fedllm.programs.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
     refuse_owned(loaded.scheduler)

@@ -1,0 +1,194 @@
+"""What a process loads once and keeps from step to step: the base model and the tokenised data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedllm.config.loading import read_config
+from fedllm.config.models import Config
+from fedllm.config.targets import Targets
+from fedllm.errors import ModelError
+from fedllm.model.device import resolve_device
+from fedllm.planning.grouping import engine_of
+from fedllm.process.log import say
+from fedllm.storage.paths import CachePaths
+from fedllm.storage.publish import Version, version_of
+from fedllm.storage.records import PreparedRecord
+from fedllm.storage.staging import near
+
+if TYPE_CHECKING:
+    from fedllm.data.cache import TokenizedClients
+    from fedllm.model.base import Base
+    from fedllm.model.slots import AdapterSlots
+    from fedllm.training.loop import LocalSettings
+    from fedllm.training.trainer import OpenTrainer, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BaseKey:
+    path: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SlotsKey:
+    base: _BaseKey
+    fingerprint: str
+    target_modules: Targets
+    dropout: float
+    way: str
+
+
+class Session:
+    """One base model with its adapter slots and one data set at a time.
+
+    transformers, peft and pyarrow load on first use: an aggregation needs none of them.
+
+    Args:
+        kept_bytes: of an adapter that clients start from and that is kept for the next one. A
+            larger one is made anew: that takes less than a step, and no memory.
+        held_bytes: of finished clients' adapters, which are then published.
+        trainers: by the name of the engine; None: those of `training.trainers`.
+    """
+
+    def __init__(
+        self,
+        *,
+        kept_bytes: int = 32 << 20,
+        held_bytes: int = 128 << 20,
+        trainers: "Mapping[str, OpenTrainer] | None" = None,
+    ) -> None:
+        self.kept_bytes = kept_bytes
+        self.held_bytes = held_bytes
+        self._trainers = trainers
+        self._base: tuple[_BaseKey, Base] | None = None
+        self._slots: tuple[_SlotsKey, AdapterSlots] | None = None
+        self._data: tuple[str, TokenizedClients] | None = None
+        self._config: tuple[tuple[Path, Version], Config] | None = None
+        self._prepared: tuple[tuple[Path, Version], PreparedRecord] | None = None
+        self._near: dict[str, str] = {}
+
+    def stage(self, folder: str, prepared: PreparedRecord) -> None:
+        """Read a run's base model and data from copies below `folder` on this node's own disk.
+
+        They are made where they are not there yet. Where that cannot be, this is said, and the
+        shared files are read.
+        """
+        below = CachePaths(root=Path())
+        for shared, name in (
+            (prepared.model_path, below.model(prepared.model_fingerprint)),
+            (prepared.data_path, below.data(prepared.data_fingerprint)),
+        ):
+            if shared not in self._near:
+                place, problem = near(Path(shared), name, folder)
+                self._near[shared] = str(place)
+                if problem:
+                    say(problem)
+
+    def base(self, path: str, *, dtype: str, device: str, threads: int) -> "Base":
+        """Return the base model of `path`, loaded by the first call; sets the threads."""
+        # other steps of this process may have set their own
+        torch.set_num_threads(threads)
+        key = _BaseKey(path=path, dtype=dtype, device=device)
+        if self._base is None or self._base[0] != key:
+            from fedllm.model.base import load_base
+
+            # let go of the old one before the new one takes memory
+            self._base = self._slots = None
+            self._base = key, load_base(Path(path), dtype=dtype, device=device)
+        return self._base[1]
+
+    def slots(self, config: Config, prepared: PreparedRecord) -> "AdapterSlots":
+        """Return the adapter slots of a run's base model.
+
+        Raises:
+            ModelError: its files are not those that were prepared.
+        """
+        device = str(resolve_device(config.training.device))
+        path = self._near.get(prepared.model_path, prepared.model_path)
+        key = _SlotsKey(
+            base=_BaseKey(path=path, dtype=config.model.dtype, device=device),
+            fingerprint=prepared.model_fingerprint,
+            target_modules=config.lora.target_modules,
+            dropout=config.lora.dropout,
+            way=_way_of_engine(config, prepared) or way_of(prepared, device),
+        )
+        if self._slots is not None and self._slots[0] != key:
+            # its layers are in the model: take a clean one
+            self._base = self._slots = None
+        base = self.base(
+            path,
+            dtype=config.model.dtype,
+            device=device,
+            threads=config.training.threads,
+        )
+        if base.fingerprint != prepared.model_fingerprint:
+            raise ModelError(
+                f"{path}: not the model that was prepared (fingerprint {base.fingerprint[:12]}, "
+                f"need {prepared.model_fingerprint[:12]}); "
+                + ("restore it" if path == prepared.model_path else "remove this copy of it")
+            )
+        if self._slots is None:
+            from fedllm.model.slots import AdapterSlots
+
+            slots = AdapterSlots(
+                base, target_modules=key.target_modules, dropout=key.dropout, way=key.way
+            )
+            self._slots = key, slots
+        return self._slots[1]
+
+    def trainer(
+        self, config: Config, prepared: PreparedRecord, settings: "LocalSettings"
+    ) -> "Trainer":
+        """Return what trains a run's clients; errors as of `slots`."""
+        from fedllm.training.trainers import TRAINERS
+
+        trainers = TRAINERS if self._trainers is None else self._trainers
+        slots = self.slots(config, prepared)
+        return trainers[engine_of(config.training).name](slots=slots, settings=settings)
+
+    def data(self, path: str) -> "TokenizedClients":
+        """Return the tokenised clients in folder `path`, or in its copy on this node."""
+        path = self._near.get(path, path)
+        if self._data is None or self._data[0] != path:
+            from fedllm.data.cache import TokenizedClients
+
+            self._data = path, TokenizedClients.open(Path(path))
+        return self._data[1]
+
+    def config(self, path: Path) -> Config:
+        """Return a run's configuration, read again where it changed."""
+        if not path.is_file():
+            return read_config(path)  # says what is wrong
+        version = path, version_of(path)
+        if self._config is None or self._config[0] != version:
+            self._config = version, read_config(path)
+        return self._config[1]
+
+    def prepared(self, path: Path) -> PreparedRecord:
+        """Return what prepare found, read again where it changed.
+
+        Raises:
+            FileNotFoundError: nothing is prepared.
+        """
+        version = path, version_of(path)
+        if self._prepared is None or self._prepared[0] != version:
+            self._prepared = version, PreparedRecord.read(path)
+        return self._prepared[1]
+
+
+def _way_of_engine(config: Config, prepared: PreparedRecord) -> str | None:
+    """Return the way that the run's engine needs, where it needs one and the base has it."""
+    engine = engine_of(config.training)
+    return engine.way if engine.has_way(prepared.way) else None
+
+
+def way_of(prepared: PreparedRecord, device: str) -> str:
+    """Return how rows are computed together on a device."""
+    if prepared.way is None:
+        return "padded"
+    return prepared.way.cuda if device.startswith("cuda") else prepared.way.cpu

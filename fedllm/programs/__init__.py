@@ -1,0 +1,1 @@
+"""The programs that jobs run: prepare, train, aggregate, evaluate, inspect."""

@@ -1,0 +1,206 @@
+"""The programs that a scheduler starts, by name; resident workers and inline runs call them too."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from fedllm.errors import BadUpdate, FedllmError, ProcessLost, UserError
+from fedllm.model.memory import give_back_freed
+from fedllm.process.log import say
+from fedllm.process.session import Session
+from fedllm.process.signals import StopSignals
+from fedllm.scheduling.environment import TaskEnvironment
+from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths
+from fedllm.storage.records import ErrorRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What a program is called with."""
+
+    arguments: argparse.Namespace
+    session: Session
+    signals: StopSignals | None
+    began: float
+
+
+_Step = Callable[[_Call], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, as all errors do."""
+        raise UserError(f"{self.prog}: {message}; see --help")
+
+
+def run(
+    program: str,
+    argv: Sequence[str],
+    *,
+    session: Session,
+    signals: StopSignals | None = None,
+    began: float | None = None,
+) -> int:
+    """Run `prepare`, `client`, `aggregate` or `evaluate` and return its exit code.
+
+    A failure leaves an `ErrorRecord` where the coordinator looks for it, and one line (or the
+    traceback of what nobody foresaw) on stderr.
+
+    Args:
+        program: which one.
+        argv: its words.
+        session: what is loaded already.
+        signals: where the caller notes signals, if it does.
+        began: the moment of `time.monotonic` since when the time of this process counts; now by
+            default.
+    """
+    began = time.monotonic() if began is None else began
+    arguments: argparse.Namespace | None = None
+    try:
+        arguments = _parse(program, argv)
+        TaskEnvironment().require_planned_processes()
+        call = _Call(arguments=arguments, session=session, signals=signals, began=began)
+        return _STEPS[program](call)
+    except FedllmError as error:
+        say(f"error: {error}")
+        _record(program, arguments, error, error.exit_code)
+        return error.exit_code
+    except Exception as error:
+        say(traceback.format_exc().rstrip())
+        _record(program, arguments, error, FedllmError.exit_code)
+        return FedllmError.exit_code
+    finally:
+        give_back_freed()  # the next program of this process needs other sizes
+
+
+def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=f"jobs/{program}.py", description=_DESCRIPTIONS[program])
+    parser.add_argument("target", type=Path, metavar=_TARGETS[program])
+    if program == "client":
+        parser.add_argument("--class", dest="worker_class", help="take bundles of this class only")
+        parser.add_argument("--client", help="train this client alone and compare its losses")
+        parser.add_argument("--scratch", type=Path, help="where --client leaves its update")
+    else:
+        parser.add_argument("--job", type=Path, help="where an error is recorded")
+    arguments = parser.parse_args(argv)
+    if program == "client" and (arguments.client is None) != (arguments.scratch is None):
+        parser.error("--client and --scratch go together")
+    arguments.target = arguments.target.resolve()
+    return arguments
+
+
+def _prepare(call: _Call) -> int:
+    from fedllm.programs.prepare import prepare_run
+
+    paths = RunPaths(root=call.arguments.target)
+    _share(paths, call.session)
+    prepare_run(paths)
+    return 0
+
+
+def _client(call: _Call) -> int:
+    from fedllm.worker.replay import replay
+    from fedllm.worker.worker import work
+
+    arguments, session = call.arguments, call.session
+    attempt = AttemptPaths(root=arguments.target, number=_number(arguments.target))
+    _share(attempt.run, session)
+    if arguments.client is None:
+        return work(
+            attempt,
+            arguments.worker_class,
+            TaskEnvironment().identity,
+            session,
+            signals=call.signals,
+            began=call.began,
+        )
+    signals = call.signals or StopSignals()
+    found = replay(attempt, arguments.client, arguments.scratch, session, signals)
+    sys.stdout.write("\n".join(found.lines()) + "\n")
+    return 0 if found.agrees else 1
+
+
+def _aggregate(call: _Call) -> int:
+    from fedllm.server.aggregate import aggregate_round
+
+    paths = RoundPaths(root=call.arguments.target)
+    _share(paths.run, call.session)
+    aggregate_round(paths)
+    return 0
+
+
+def _evaluate(call: _Call) -> int:
+    from fedllm.programs.evaluate import evaluate_round
+
+    paths = RoundPaths(root=call.arguments.target)
+    _share(paths.run, call.session)
+    evaluate_round(paths, call.session)
+    return 0
+
+
+def _share(run: RunPaths, session: Session) -> None:
+    """Let the group of a shared project write what this process writes, and nobody else read it."""
+    if session.config(run.config).storage.group is not None:
+        os.umask(0o007)
+
+
+_STEPS: Mapping[str, _Step] = {
+    "prepare": _prepare,
+    "client": _client,
+    "aggregate": _aggregate,
+    "evaluate": _evaluate,
+}
+_TARGETS = {"prepare": "RUN", "client": "ATTEMPT", "aggregate": "ROUND", "evaluate": "ROUND"}
+_DESCRIPTIONS = {
+    "prepare": "Fetch, fingerprint and tokenise what a run needs.",
+    "client": "Be a worker of an attempt: claim bundle after bundle and train its clients.",
+    "aggregate": "Make a round's server state from its collected updates.",
+    "evaluate": "Score a round's server state.",
+}
+
+
+def _number(attempt: Path) -> int:
+    if not attempt.name.isdigit():
+        raise UserError(f"{attempt}: not an attempt; need RUN/rounds/NNNN/attempts/NN")
+    return int(attempt.name)
+
+
+def _record(
+    program: str, arguments: argparse.Namespace | None, error: Exception, exit_code: int
+) -> None:
+    if arguments is None:
+        return
+    identity = TaskEnvironment().identity
+    record = ErrorRecord(
+        kind=type(error).__name__,
+        message=str(error) or type(error).__name__,
+        exit_code=exit_code,
+        log=identity.log,
+        bad_places=error.places if isinstance(error, BadUpdate) else {},
+    )
+    path = _error_path(program, arguments, identity.task)
+    try:
+        if path is None:
+            return
+        if isinstance(error, ProcessLost):
+            # the process that was lost may have said why
+            record.publish_once(path)
+        else:
+            record.publish(path)
+    except (FedllmError, OSError) as second:
+        # a full disk takes no record either: the exit code and this line must do
+        say(f"error: {path}: the error could not be recorded ({second})")
+
+
+def _error_path(program: str, arguments: argparse.Namespace, task: str) -> Path | None:
+    if program == "client":
+        if arguments.client is not None or not arguments.target.is_dir():
+            return None
+        return AttemptPaths(root=arguments.target, number=0).task_error(task)
+    return JobPaths(root=arguments.job.resolve()).error if arguments.job else None

@@ -1,0 +1,244 @@
+"""The evaluation job: a server state, scored on clients' test rows by generated answers."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.config.models import Config
+from fedllm.data.cache import TokenizedClients
+from fedllm.errors import AdapterError
+from fedllm.evaluation.scores import mean_scores, score_rows
+from fedllm.methods.protocol import Method
+from fedllm.methods.table import method_of
+from fedllm.model.adapter_copies import check_copies
+from fedllm.model.adapter_files import TENSORS, read_peft_adapter
+from fedllm.model.adapter_names import names_in, place_of
+from fedllm.model.precision import precision
+from fedllm.model.slots import AdapterSlots
+from fedllm.planning.evaluation import Target, choose, is_complete
+from fedllm.planning.federation import Federation, plan_federation
+from fedllm.process.adapters import adapter_of
+from fedllm.process.server_state import read_state
+from fedllm.process.session import Session
+from fedllm.storage.fingerprints import sha256_of
+from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.records import (
+    AggregateRecord,
+    ClientScores,
+    EvaluationRecord,
+    PreparedRecord,
+    Scores,
+)
+from fedllm.storage.tensors import TensorFile
+
+_Ranks = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores one server state; clients of equal ranks share an adapter, so also batches."""
+
+    method: Method
+    state: TensorFile
+    federation: Federation
+    slots: AdapterSlots
+    data: TokenizedClients
+    sha256: str
+
+    @classmethod
+    def open(cls, paths: RoundPaths, session: Session) -> "Scorer":
+        """Open the state of a round.
+
+        Raises:
+            RunDirectoryError: it is missing, pruned or damaged.
+        """
+        run = paths.run
+        config = session.config(run.config)
+        prepared = session.prepared(run.prepared)
+        return cls(
+            method=method_of(config),
+            state=read_state(paths),
+            federation=plan_federation(config, prepared),
+            slots=session.slots(config, prepared),
+            data=session.data(prepared.data_path),
+            sha256=AggregateRecord.read(paths.aggregate_record).sha256,
+        )
+
+    def score(self, round_number: int, chosen_as_in: int) -> EvaluationRecord:
+        """Return the scores of the clients and rows that round `chosen_as_in` evaluates."""
+        begun = time.perf_counter()
+        config = self.federation.config
+        targets = choose(config, self.federation.prepared, chosen_as_in)
+        deployed = self.as_deployed(targets)
+        # before training B is zero, unless the run starts from an adapter: any rank is the base
+        changed = round_number or config.model.adapter
+        largest = self.at_largest_rank(targets, deployed) if changed else deployed
+        record = _record(
+            targets,
+            deployed,
+            largest,
+            round_number=round_number,
+            sha256=self.sha256,
+            begun=begun,
+        )
+        complete = is_complete(config.evaluation, chosen_as_in, config.rounds)
+        return record.model_copy(update={"complete": complete})
+
+    def as_deployed(self, targets: Sequence[Target]) -> dict[str, Scores]:
+        """Return every client's scores at its own tier's ranks."""
+        found: dict[str, Scores] = {}
+        for ranks, tiers in _tiers_of_equal_ranks(self.federation):
+            found |= self.at(ranks, [target for target in targets if target.tier in tiers])
+        return found
+
+    def at_largest_rank(
+        self, targets: Sequence[Target], deployed: Mapping[str, Scores]
+    ) -> dict[str, Scores]:
+        """Return every client's scores at the largest ranks; those that run them have theirs."""
+        largest = self.federation.largest_ranks
+        ranks = self.federation.ranks
+        smaller = [target for target in targets if ranks[target.tier] != largest]
+        return {**deployed, **self.at(largest, smaller)}
+
+    def at(self, ranks: _Ranks, targets: Sequence[Target]) -> dict[str, Scores]:
+        """Return every client's scores with the adapter of `ranks`."""
+        if not targets:
+            return {}
+        # copied into the model: nothing holds the adapter, or its pages of the state, any longer
+        self.slots.install(adapter_of(self.method, self.state, ranks))
+        self.state.release()
+        return score_targets(self.slots, self.data, targets, self.federation.config)
+
+
+def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
+    """Score a round's state on the clients that the configuration chooses; publish the record.
+
+    Raises:
+        RunDirectoryError: the state is missing or damaged.
+    """
+    scorer = Scorer.open(paths, session)
+    record = scorer.score(paths.number, paths.number)
+    record.publish(paths.evaluation_record)
+    return record
+
+
+def evaluate_state(
+    run: RunPaths, round_number: int, rank: int | None, session: Session
+) -> EvaluationRecord:
+    """Score any round's state on the clients and rows of the last round's evaluation.
+
+    Args:
+        run: the run.
+        round_number: whose state; 0 is the base.
+        rank: for all clients and modules, at most what the state holds; None is each client's
+            own. With a rank there is one score, and both of the record's are it.
+        session: what this process has loaded.
+
+    Raises:
+        RunDirectoryError: the state is missing, pruned or damaged.
+    """
+    scorer = Scorer.open(run.round(round_number), session)
+    last = scorer.federation.config.rounds
+    if rank is None:
+        return scorer.score(round_number, last)
+    held = scorer.federation.largest_ranks
+    ranks = {module: min(rank, held[module]) for module in held}
+    begun = time.perf_counter()
+    targets = choose(scorer.federation.config, scorer.federation.prepared, last)
+    found = scorer.at(ranks, targets)
+    return _record(
+        targets, found, found, round_number=round_number, sha256=scorer.sha256, begun=begun
+    )
+
+
+def evaluate_adapter(
+    folder: Path, config: Config, prepared: PreparedRecord, session: Session
+) -> EvaluationRecord:
+    """Score a PEFT adapter folder, with its own rank, on what a run's last round evaluates.
+
+    Args:
+        folder: the adapter; it may adapt other modules than the configuration names.
+        config: base model, data and clients.
+        prepared: what `prepare` found for `config`.
+        session: what this process has loaded.
+
+    Raises:
+        AdapterError: it cannot be read, or belongs to another base model.
+    """
+    begun = time.perf_counter()
+    opened = read_peft_adapter(folder)
+    check_copies([opened], Path(prepared.model_path))
+    _refuse_head(folder, opened.factors)
+    leaves = tuple(sorted({module.rpartition(".")[2] for module in opened.factors}))
+    lora = config.lora.model_copy(update={"target_modules": leaves})
+    targets = choose(config, prepared, config.rounds)
+    slots = session.slots(config.model_copy(update={"lora": lora}), prepared)
+    adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
+    slots.install(adapter)
+    found = score_targets(slots, session.data(prepared.data_path), targets, config)
+    sha256 = sha256_of(folder / TENSORS)
+    return _record(targets, found, found, round_number=0, sha256=sha256, begun=begun)
+
+
+def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
+    heads = [module for module in modules if place_of(module) == "lm_head"]
+    if heads:
+        raise AdapterError(
+            f"{folder}: adapts {heads[0]}, whose LoRA is not computed here; score it with PEFT, or "
+            "train without it"
+        )
+
+
+def score_targets(
+    slots: AdapterSlots, data: TokenizedClients, targets: Sequence[Target], config: Config
+) -> dict[str, Scores]:
+    """Return the scores of every target's rows with the installed adapter.
+
+    Forward passes are in `training.precision`, as those of training are.
+    """
+    tests = (data.rows(target.client, "test") for target in targets)
+    clients = [
+        [test[index] for index in target.rows] for target, test in zip(targets, tests, strict=True)
+    ]
+    with precision(config.training.precision, slots.device):
+        scores = score_rows(slots, clients, config.evaluation, data.answer_form)
+    return {target.client: mean_scores(rows) for target, rows in zip(targets, scores, strict=True)}
+
+
+def _record(
+    targets: Sequence[Target],
+    deployed: Mapping[str, Scores],
+    largest: Mapping[str, Scores],
+    *,
+    round_number: int,
+    sha256: str,
+    begun: float,
+) -> EvaluationRecord:
+    return EvaluationRecord(
+        round=round_number,
+        state_sha256=sha256,
+        complete=True,
+        seconds=time.perf_counter() - begun,
+        clients=[
+            ClientScores(
+                client=target.client,
+                group=target.group,
+                tier=target.tier,
+                as_deployed=deployed[target.client],
+                at_largest_rank=largest[target.client],
+            )
+            for target in targets
+        ],
+    )
+
+
+def _tiers_of_equal_ranks(federation: Federation) -> list[tuple[_Ranks, set[str]]]:
+    groups: list[tuple[_Ranks, set[str]]] = []
+    for tier, ranks in federation.ranks.items():
+        same = next((tiers for other, tiers in groups if other == ranks), None)
+        if same is None:
+            groups.append((ranks, {tier}))
+        else:
+            same.add(tier)
+    return groups

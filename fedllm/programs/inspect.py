@@ -1,0 +1,149 @@
+"""Inspect: one row of a client, from the raw text to the tokens that carry loss."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from fedllm.config.models import Config
+from fedllm.data.cache import unknown_client
+from fedllm.data.columns import rows_by_client
+from fedllm.data.readers import open_source
+from fedllm.data.tokenize import EncodedRow
+from fedllm.data.turns import Turn
+from fedllm.data.writer import text_rows
+from fedllm.errors import DataError
+from fedllm.model.base import load_tokenizer, locate_base
+from fedllm.model.batches import LossOn, target_places
+from fedllm.process.log import say
+from fedllm.programs.prepare import Report, row_encoder
+from fedllm.storage.paths import CachePaths
+
+_WIDTH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token and whether its prediction is trained."""
+
+    id: int
+    text: str
+    loss: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A row as its owner wrote it, as the model reads it, and as it is trained.
+
+    `tokens` is empty where the row has no answer: it is then dropped.
+    """
+
+    client: str
+    split: str
+    row: int
+    rows: int
+    category: str
+    instruction: str
+    input: str
+    references: list[str]
+    turns: list[Turn]
+    prompt: str
+    prompt_cut: bool
+    answer_cut: bool
+    tokens: list[Token]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return dataclasses.asdict(self)
+
+
+def inspect_client(
+    config: Config, cache: CachePaths, client: str, row: int = 0, report: Report = say
+) -> Inspection:
+    """Show training row `row` of a client (a test row where it has no training rows).
+
+    Raises:
+        DataError: there is no such client or row.
+    """
+    tokenizer = load_tokenizer(locate_base(config.model, cache, report))
+    tables = open_source(config.data, cache, config.clients.split_seed).read()
+    split, table = _rows_of(tables, client)
+    if not 0 <= row < table.num_rows:
+        raise DataError(
+            f"--row: got {row}, client {client} has the {split} rows 0 to {table.num_rows - 1}"
+        )
+    chosen = table.slice(row, 1)
+    text = text_rows(chosen)[0]
+    encoder = row_encoder(config.data, tokenizer)
+    encoded = encoder.encode([text])[0]
+    return Inspection(
+        client=client,
+        split=split,
+        row=row,
+        rows=table.num_rows,
+        category=chosen["category"][0].as_py(),
+        instruction=text.instruction,
+        input=text.input,
+        references=list(text.references),
+        turns=list(text.turns),
+        prompt=encoder.prompt(text),
+        prompt_cut=encoded.prompt_cut,
+        answer_cut=encoded.answer_cut,
+        tokens=_tokens(encoded, tokenizer, config.data.loss_on),
+    )
+
+
+def describe(found: Inspection) -> str:
+    """Return an inspection as text; tokens that carry loss stand in brackets."""
+    marks = [f"[{t.text}]" if t.loss else t.text for t in found.tokens]
+    with_loss = sum(token.loss for token in found.tokens)
+    cuts = [name for name in ("prompt", "answer") if getattr(found, f"{name}_cut")]
+    lines = [
+        f"client {found.client}, {found.split} row {found.row} of {found.rows}",
+        f"category     {found.category}",
+        *_said(found),
+        "",
+        "prompt, before anything is cut:",
+        *(f"  {line}" for line in found.prompt.splitlines()),
+        "",
+        f"{len(found.tokens)} tokens, {with_loss} with loss (in brackets); "
+        f"cut: {' and '.join(cuts) or 'nothing'}",
+        "  " + "·".join(marks) if marks else "  dropped: the row has no answer",
+    ]
+    return "\n".join(lines)
+
+
+def _said(found: Inspection) -> list[str]:
+    """Return what the owner wrote: the turns of a conversation, or the columns of a row."""
+    if found.turns:
+        return [f"{turn.role:<12} {_shortened(turn.content)}" for turn in found.turns]
+    return [
+        f"instruction  {_shortened(found.instruction)}",
+        f"input        {_shortened(found.input)}",
+        f"output       {_shortened(' | '.join(found.references))}",
+    ]
+
+
+def _rows_of(tables: dict[str, pa.Table], client: str) -> tuple[str, pa.Table]:
+    known: dict[str, None] = {}
+    for split, table in tables.items():
+        for rows in rows_by_client(table):
+            if rows.client == client:
+                return split, table.take(pa.array(rows.indices))
+            known[rows.client] = None
+    raise DataError(unknown_client(client, list(known)))
+
+
+def _tokens(encoded: EncodedRow, tokenizer: Any, loss_on: LossOn) -> list[Token]:
+    ids = [*encoded.prompt_ids, *encoded.answer_ids]
+    with_loss = set(target_places(encoded, loss_on))
+    return [
+        Token(id=id_, text=tokenizer.decode([id_]), loss=place in with_loss)
+        for place, id_ in enumerate(ids)
+    ]
+
+
+def _shortened(text: str) -> str:
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}... ({len(text):,} characters)"

@@ -1,0 +1,276 @@
+"""Prepare: fetch the base, tokenise the data, index the clients; everything later runs offline."""
+
+import re
+from collections.abc import Callable, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from fedllm.config.loading import read_config
+from fedllm.config.models import ClientsSection, Config, DataSection, HeldOutSection
+from fedllm.config.text import decode_text
+from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
+from fedllm.data.chat import TEMPLATE_DATE
+from fedllm.data.readers import open_source
+from fedllm.data.tokenize import RowEncoder
+from fedllm.data.writer import FORMAT, write_clients
+from fedllm.errors import ConfigError, DataError, RunDirectoryError
+from fedllm.methods.table import method_of
+from fedllm.model.attention import SHARED
+from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
+from fedllm.model.fingerprint import fingerprint_tokenizer
+from fedllm.model.memory import give_back_freed
+from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
+from fedllm.model.ways import find_way, still_right
+from fedllm.planning.federation import plan_federation
+from fedllm.planning.grouping import engine_of
+from fedllm.planning.roles import split_roles
+from fedllm.process.log import say
+from fedllm.server.starting_adapter import describe_start, refuse_ranks
+from fedllm.storage.fingerprints import fingerprint_values
+from fedllm.storage.paths import CachePaths, RunPaths, cache_of
+from fedllm.storage.records import ClientRecord, CohortRecord, PreparedRecord, WayRecord
+
+Report = Callable[[str], None]
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def prepare_run(run: RunPaths) -> PreparedRecord:
+    """Prepare what a run's configuration names and publish `prepared.json`.
+
+    A run that has begun keeps its way to compute rows.
+
+    Raises:
+        ConfigError: configuration, model, data and method do not fit together.
+        RunDirectoryError: what is installed gets the run's way wrong.
+    """
+    config = read_config(run.config)
+    first = CohortRecord.find(run.round(1).cohort)
+    cache = cache_of(config.storage.cache, run.root)
+    base, prepared = _described(config, cache, say, begun=first is not None)
+    way = _best_way(config, base) if first is None else _way_as_begun(first, config, base, run)
+    federation = plan_federation(config, prepared)
+    method = method_of(config)
+    refusal = method.refuse(list(federation.ranks.values()))
+    if refusal:
+        raise ConfigError(refusal)
+    refuse_ranks(method, federation)
+    _check_engine(config, way)
+    say(describe_way(way))
+    prepared = prepared.model_copy(update={"way": way})
+    prepared.publish(run.prepared)
+    return prepared
+
+
+def prepare(config: Config, cache: CachePaths, report: Report = say) -> PreparedRecord:
+    """Bring base and data into the cache, where they are not yet, and describe them.
+
+    The same configuration, data and cache give the same record, to the byte.
+
+    Raises:
+        ConfigError: rows are too long for the base, or for the token budget; or clients cannot
+            train together on it.
+        ModelError: the base is missing or unsuitable.
+        DataError: the data are missing or not as described.
+    """
+    base, prepared = _described(config, cache, report)
+    way = _best_way(config, base)
+    _check_engine(config, way)
+    return prepared.model_copy(update={"way": way})
+
+
+def describe_way(way: WayRecord | None) -> str:
+    """Say how rows are computed together, and why not better."""
+    if way is None:
+        return "rows: padded, as in the rounds of this run so far"
+    found = way.cpu if way.cpu == way.cuda else f"{way.cpu} on a CPU, {way.cuda} on a GPU"
+    kind = "they share their common prefix" if {way.cpu, way.cuda} <= SHARED else ""
+    reason = way.why and f"not better, since {way.why}"
+    return f"rows: {'; '.join(filter(None, (found, kind, reason)))}"
+
+
+def _described(
+    config: Config, cache: CachePaths, report: Report, *, begun: bool = False
+) -> tuple[BaseDescription, PreparedRecord]:
+    """Describe base and data, without a way to compute rows."""
+    path = locate_base(config.model, cache, report)
+    notes: list[str] = []
+    base = describe_base(path, config.lora.target_modules, say=notes.append, begun=begun)
+    tokenizer, rows = load_tokenizer(path), base.embedded_tokens
+    beyond = check_tokens(path, tokenizer, rows, begun=begun)
+    folder = _tokenised(config, base.path, cache, report)
+    data = TokenizedClients.open(folder)
+    if tokens_beyond(tokenizer, rows):
+        check_rows(path, tokenizer, rows, data.largest_token())
+    notes += [beyond] if beyond else []
+    for note in notes:
+        report(note)
+    clients = list(data.clients.values())
+    candidates = held_out_candidates(config.clients, clients)
+    records = [_record(client, data, client.id in candidates) for client in clients]
+    _check_budget(config, records)
+    prepared = PreparedRecord(
+        model_fingerprint=base.fingerprint,
+        model_path=str(base.path),
+        data_fingerprint=folder.name,
+        data_path=str(folder),
+        model_parameters=base.parameters,
+        modules=base.modules,
+        clients=records,
+        notes=notes,
+    )
+    start = describe_start(config, base.path, prepared)
+    return base, prepared.model_copy(update={"start": start})
+
+
+def _best_way(config: Config, base: BaseDescription) -> WayRecord:
+    return find_way(
+        base.config,
+        cutoff_tokens=config.data.cutoff_tokens,
+        longest_answer=config.evaluation.max_new_tokens,
+        rows_apart=_rows_apart(config),
+    )
+
+
+def _way_as_begun(
+    first: CohortRecord, config: Config, base: BaseDescription, run: RunPaths
+) -> WayRecord | None:
+    """Return the way that the run's first round was trained in.
+
+    A run without one is not checked: what the check refuses has keys that it cannot change.
+    """
+    way = first.way
+    if way is None:
+        return None
+    found = _best_way(config, base)
+    if not still_right(way, found):
+        lost = "no FlexAttention" if way.cuda == "flex" != found.cuda else ""
+        why = "; ".join(filter(None, (found.why, lost)))
+        raise RunDirectoryError(
+            f"{run.root}: its rounds compute rows by {way.cpu} ({way.cuda} on a GPU), which the "
+            f"installed transformers gets wrong ({why}); install the versions that {run.run.name} "
+            "names"
+        )
+    return way
+
+
+def _check_engine(config: Config, way: WayRecord | None) -> None:
+    """Refuse an engine that cannot train where rows are computed in this way."""
+    if refusal := engine_of(config.training).refusal(way):
+        raise ConfigError(refusal)
+
+
+def _rows_apart(config: Config) -> bool:
+    training = config.training
+    largest = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    return largest == config.evaluation.batch_size == 1
+
+
+def _check_budget(config: Config, clients: Sequence[ClientRecord]) -> None:
+    """Refuse a token budget that the longest row of a client that trains does not fit."""
+    budget = config.training.micro_batch_tokens
+    if budget is None:
+        return
+    train = set(split_roles(config.clients, clients).train)
+    # the last token is a target only
+    over = [each for each in clients if each.id in train and each.longest_row - 1 > budget]
+    if over:
+        longest = max(over, key=lambda client: client.longest_row)
+        need = longest.longest_row - 1
+        raise ConfigError(
+            f"training.micro_batch_tokens: got {budget}, a training row of client {longest.id} has "
+            f"{longest.longest_row} tokens and computes {need} (its last one is a target only); "
+            f"need at least {need}, or data.cutoff_tokens: {budget + 1}"
+        )
+
+
+def row_encoder(section: DataSection, tokenizer: Any) -> RowEncoder:
+    """Return the encoder that a configuration describes."""
+    return RowEncoder(tokenizer, template=section.template, cutoff_tokens=section.cutoff_tokens)
+
+
+def held_out_candidates(section: ClientsSection, clients: Sequence[IndexedClient]) -> set[str]:
+    """Return the ids of the clients that may become dev or unseen.
+
+    Raises:
+        DataError: `clients.held_out_from` names a client, a file or a column that is not there.
+    """
+    chosen = section.held_out_from
+    if isinstance(chosen, HeldOutSection):
+        return _by_column(chosen, clients)
+    if chosen == "all":
+        return {client.id for client in clients}
+    known = [client.id for client in clients]
+    if isinstance(chosen, str):
+        chosen = _listed(Path(chosen).expanduser(), set(known))
+    for client in chosen:
+        if client not in set(known):
+            raise DataError(f"clients.held_out_from: {unknown_client(client, known)}")
+    return set(chosen)
+
+
+def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) -> Path:
+    source = open_source(config.data, cache, config.clients.split_seed)
+    key = fingerprint_values(
+        FORMAT,
+        source.fingerprint,
+        config.data.template,
+        config.data.cutoff_tokens,
+        TEMPLATE_DATE.isoformat(),
+        fingerprint_tokenizer(base),
+    )
+    folder = cache.data(key)
+    if not folder.is_dir():
+        encoder = row_encoder(config.data, load_tokenizer(base))
+        write_clients(folder, source.read(), encoder, report)
+        give_back_freed()  # the same process may train next
+    for note in source.notes:
+        report(note)
+    return folder
+
+
+def _record(client: IndexedClient, data: TokenizedClients, candidate: bool) -> ClientRecord:
+    return ClientRecord(
+        id=client.id,
+        category=client.category,
+        held_out_candidate=candidate,
+        train_rows=client.num_rows("train"),
+        validation_rows=client.num_rows("validation"),
+        test_rows=client.num_rows("test"),
+        dropped_rows=client.dropped_rows,
+        truncated_rows=client.cut_prompts + client.cut_answers,
+        cut_answers=client.cut_answers,
+        train_tokens=client.train_tokens,
+        longest_row=data.longest_row(client.id, "train"),
+    )
+
+
+def _by_column(chosen: HeldOutSection, clients: Sequence[IndexedClient]) -> set[str]:
+    for client in clients:
+        if chosen.column not in client.integers:
+            usable = set.intersection(*(set(c.integers) for c in clients))
+            raise DataError(
+                f"clients.held_out_from.column: `{chosen.column}` is no integer column with one "
+                f"value for client {client.id}; such columns: {', '.join(sorted(usable)) or 'none'}"
+            )
+    return {c.id for c in clients if c.integers[chosen.column] % chosen.modulo == chosen.equals}
+
+
+def _listed(file: Path, known: Set[str]) -> tuple[str, ...]:
+    """Return the ids of a file with one a line; blanks about one are not its own."""
+    if not file.is_file():
+        raise DataError(
+            f"clients.held_out_from: {file}: no such file; give all, a list of client ids, a file "
+            "with one id per line, or {column, modulo, equals}"
+        )
+    try:
+        text = decode_text(file.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"clients.held_out_from: {file}: cannot be read ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"clients.held_out_from: {file}: is no text ({error})") from error
+    # not `splitlines`: an id may hold what is a line's end to Unicode
+    lines = (line for line in _LINE_END.split(text) if line.strip())
+    return tuple(line if line in known else line.strip() for line in lines)

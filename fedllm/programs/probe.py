@@ -1,0 +1,158 @@
+"""What `fedllm doctor` runs on a compute node: `python -m fedllm.programs.probe FOLDER`.
+
+It prints what it found as one JSON line. Then, for every line on its input, it waits for the file
+that the other side has just written and prints how long that took, on its own clock: no two
+machines' clocks are compared.
+"""
+
+import argparse
+import importlib
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fedllm.errors import FedllmError, UserError
+from fedllm.scheduling.environment import TaskEnvironment
+from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.scheduling.slurm_commands import CommandRefused, call
+from fedllm.storage.paths import ProbePaths
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.staging import node_folder
+from fedllm.storage.trials import (
+    NodeRecord,
+    SightRecord,
+    existing,
+    installed,
+    seconds_until,
+    trial_folder,
+    try_folder,
+)
+
+_IMPORTED = ("torch", "transformers", "peft")
+# questions that change nothing; the coordinator and a task that requeues itself ask such
+_COMMANDS = {
+    "sbatch": ("sbatch", "--test-only", "--time=1", "--output=/dev/null", "--wrap=true"),
+    "squeue": ("squeue", "--noheader", f"--user={os.getuid()}", "-o", "%i"),
+    "scontrol": ("scontrol", "ping"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fedllm.programs.probe", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--also", type=Path, action="append", default=[], help="must be there too")
+    parser.add_argument("--node-local", metavar="DIR", help="a folder of the node's own")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a file")
+    arguments = parser.parse_args(argv)
+    paths, patience = ProbePaths(root=arguments.folder), arguments.patience
+    _print(look(paths, arguments.also, arguments.node_local, patience))
+    for _ in sys.stdin:
+        _print(SightRecord(seconds=seconds_until(paths.here.exists, patience=patience)))
+    return 0
+
+
+def look(
+    paths: ProbePaths, also: Sequence[Path], node_local: str | None, patience: float
+) -> NodeRecord:
+    """Return what a job finds here; the probe's folder may take `patience` seconds to appear."""
+    broken = dict(_broken())
+    local_bytes, local_problem = _node_local(node_local)
+    return NodeRecord(
+        node=TaskEnvironment().node,
+        host=socket.gethostname(),
+        python=f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})",
+        versions=dict(installed()),
+        broken=broken,
+        gpus=[] if "torch" in broken else _gpus(),
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=_memory_bytes(),
+        refused=dict(_refused()),
+        storage_problem=_storage_problem(paths, patience),
+        absent=[str(path) for path in also if not path.exists()],
+        local_bytes=local_bytes,
+        local_problem=local_problem,
+        clock=time.time(),
+    )
+
+
+def _print(record: NodeRecord | SightRecord) -> None:
+    sys.stdout.write(record.model_dump_json() + "\n")
+    sys.stdout.flush()
+
+
+def _broken() -> Iterator[tuple[str, str]]:
+    for package in _IMPORTED:
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a broken installation raises anything
+            yield package, (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+
+
+def _refused() -> Iterator[tuple[str, str]]:
+    for name, words in _COMMANDS.items():
+        try:
+            call(words)
+        except (CommandRefused, SchedulerUnreachable, UserError) as error:
+            yield name, str(error)
+
+
+def _storage_problem(paths: ProbePaths, patience: float) -> str:
+    if seconds_until(paths.root.is_dir, patience=patience) is None:
+        place = paths.place
+        return f"{place} is another folder there" if place.is_dir() else f"{place} is not there"
+    try:
+        try_folder(paths.root)
+        # from now on this side has looked in vain: what a cache remembers of that shows
+        paths.here.exists()
+        publish_bytes(paths.there, b"{}")
+    except (FedllmError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _node_local(configured: str | None) -> tuple[int | None, str]:
+    if configured is None:
+        return None, ""
+    try:
+        with trial_folder(existing(node_folder(configured))) as folder:
+            return shutil.disk_usage(folder).free, ""
+    except (FedllmError, OSError) as error:
+        return None, str(error)
+
+
+def _memory_bytes() -> int | None:
+    """Return the smallest memory limit of the control groups above this process."""
+    found = []
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in {"", "memory"}:
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = root / path.lstrip("/")
+        found += [_lines(each / name) for each in (group, *group.parents)]
+    limits = [int(lines[0]) for lines in found if lines and lines[0].isdigit()]
+    # without a limit version 1 says nearly 2 ** 63
+    return min((limit for limit in limits if limit < 2**60), default=None)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

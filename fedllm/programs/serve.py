@@ -1,0 +1,77 @@
+"""A resident process that runs one program after the other: `python -m fedllm.programs.serve`.
+
+It reads a JSON line per job on stdin, `{"id": ..., "program": ..., "argv": [...], "log": path,
+"environment": {...}}`, and answers `{"id": ..., "exit": n}` on stdout, after `{"ready": true}`. The
+base model and the data stay in memory between jobs. It ends when stdin closes, and with its parent.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Serve until stdin closes."""
+    end_with_parent()
+    # what jobs print goes to their logs, so the answers need a descriptor of their own
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    import fedllm.worker.worker  # noqa: F401 - the compute stack, before there is anything to do
+    from fedllm.process.session import Session
+
+    session = Session()
+    # what was imported stays: no collection need visit it again
+    gc.freeze()
+    _answer(answers, {"ready": True})
+    for line in sys.stdin:
+        if line.strip():
+            message = json.loads(line)
+            _answer(answers, {"id": message["id"], "exit": _serve(message, session)})
+    return 0
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with its parent (Linux; elsewhere stdin must do).
+
+    The signal goes with the thread that started this process.
+    """
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # it was gone before the kernel knew
+        os._exit(1)
+
+
+def _serve(message: dict[str, Any], session: Any) -> int:
+    from fedllm.programs.entry_points import run
+    from fedllm.scheduling.environment import become_task
+
+    log = Path(message["log"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    become_task(message["id"], message["log"])
+    os.environ.update(message["environment"])
+    try:
+        return run(message["program"], message["argv"], session=session)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

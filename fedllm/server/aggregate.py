@@ -1,0 +1,153 @@
+"""The aggregation job: a frozen collection of updates to the next server state."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fedllm.aggregation.groups import Group, ModuleRanks, blocks_of, group_modules
+from fedllm.config.loading import read_config
+from fedllm.lora.factors import ModuleShape
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.table import method_of
+from fedllm.methods.weights import total_of
+from fedllm.model.device import resolve_devices
+from fedllm.planning.federation import Federation, plan_federation
+from fedllm.process.server_state import read_state
+from fedllm.scheduling.traits import traits_of
+from fedllm.server.collected_updates import CollectedUpdates
+from fedllm.server.pipeline import Engine
+from fedllm.server.starting_adapter import start_states
+from fedllm.storage.paths import RoundPaths
+from fedllm.storage.records import (
+    AggregateRecord,
+    CohortRecord,
+    CollectionRecord,
+    ModuleDiagnostics,
+    PreparedRecord,
+)
+from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
+
+
+def aggregate_round(paths: RoundPaths) -> AggregateRecord:
+    """Make the server state of a round and publish it, its record last.
+
+    Round 0 is the state before training: no change, or that of `model.adapter`.
+
+    Raises:
+        AdapterError: an update cannot be read as it was collected, or is not finite; the message
+            names client, module and file.
+    """
+    started = time.perf_counter()
+    run = paths.run
+    config = read_config(run.config)
+    torch.set_num_threads(config.aggregation.threads)
+    federation = plan_federation(config, PreparedRecord.read(run.prepared))
+    method = method_of(config)
+    devices = resolve_devices(config.aggregation.device)
+    planned = _planned(method, federation)
+    with writing_tensors(paths.global_state, planned, {"method": config.method.name}) as writer:
+        output = _Output(writer=writer, modules={})
+        if paths.number:
+            done = _aggregate(paths, federation, method, devices, output)
+        else:
+            done = _Done(stages={}, clients=0)
+            start_states(method, federation, devices, output.write)
+    record = AggregateRecord(
+        round=paths.number,
+        method=config.method.name,
+        rank=federation.largest_ranks,
+        sha256=writer.sha256,
+        seconds=time.perf_counter() - started,
+        clients=done.clients,
+        device=", ".join(map(str, devices)),
+        stages=done.stages,
+        modules={m: output.modules[m] for m in federation.prepared.modules if m in output.modules},
+    )
+    record.publish(paths.aggregate_record)
+    return record
+
+
+def groups_of(federation: Federation, cohort: CohortRecord) -> list[Group]:
+    """Return the groups in which a cohort's modules are aggregated, whoever is left out of it."""
+    section = federation.config.aggregation
+    modules = {
+        module: ModuleRanks(
+            shape=_shape(federation, module),
+            clients=tuple(cohort.ranks[client.tier][module] for client in cohort.clients),
+            received=tuple(sorted({ranks[module] for ranks in cohort.ranks.values()})),
+        )
+        for module in federation.prepared.modules
+    }
+    return group_modules(
+        modules,
+        block_clients=section.block_clients,
+        exact=section.exact,
+        tolerance=section.tolerance,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """The state as it is written, and what is recorded of each module."""
+
+    writer: TensorWriter
+    modules: dict[str, ModuleDiagnostics]
+
+    def take(self, module: str, result: ModuleAggregate) -> None:
+        self.write(module, result.state)
+        self.modules[module] = result.diagnostics
+
+    def write(self, module: str, state: ModuleState) -> None:
+        for part, tensor in state.items():
+            self.writer.write(f"{module}.{part}", tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """Seconds per stage, and the number of clients."""
+
+    stages: dict[str, float]
+    clients: int
+
+
+def _aggregate(
+    paths: RoundPaths,
+    federation: Federation,
+    method: Method,
+    devices: tuple[torch.device, ...],
+    output: _Output,
+) -> _Done:
+    """Aggregate a collection."""
+    section = federation.config.aggregation
+    collection = CollectionRecord.read(paths.collection)
+    cohort = CohortRecord.read(paths.cohort)
+    weights = method.weigh([update.weight for update in collection.updates])
+    patience = traits_of(federation.config).visibility_seconds
+    updates = CollectedUpdates.open(paths, collection, cohort, weights, patience)
+    previous = paths.run.round(paths.number - 1)
+    with read_state(previous) as before:
+        engine = Engine(
+            method=method,
+            source=updates,
+            blocks=blocks_of(list(updates.updates), section.block_clients),
+            total=total_of(weights),
+            before=before.module,
+            take=output.take,
+            devices=devices,
+        )
+        stages = engine.run(groups_of(federation, cohort))
+    return _Done(stages=stages, clients=len(weights))
+
+
+def _planned(method: Method, federation: Federation) -> dict[str, Planned]:
+    return {
+        f"{module}.{part}": Planned(shape=tuple(shape))
+        for module, rank in federation.largest_ranks.items()
+        for part, shape in method.parts(_shape(federation, module), rank).items()
+    }
+
+
+def _shape(federation: Federation, module: str) -> ModuleShape:
+    record = federation.prepared.modules[module]
+    return ModuleShape(out=record.out_features, in_=record.in_features)

@@ -1,0 +1,86 @@
+"""The updates of a frozen collection as the engine reads them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+from torch import Tensor
+
+from fedllm.process.late_files import patiently
+from fedllm.storage.paths import RoundPaths
+from fedllm.storage.records import CohortRecord, CollectedUpdate, CollectionRecord
+from fedllm.storage.tensors import UpdateFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectedUpdates:
+    """A collection's updates by their clients' places in the cohort, and what each one counts."""
+
+    updates: Mapping[int, CollectedUpdate]
+    weights: Mapping[int, float]
+    files: Mapping[str, UpdateFile]
+
+    @classmethod
+    def open(
+        cls,
+        paths: RoundPaths,
+        collection: CollectionRecord,
+        cohort: CohortRecord,
+        weights: list[float],
+        patience: float = 0.0,
+    ) -> Self:
+        """Open the files of a collection, by their headers those that were frozen.
+
+        What another node wrote may be on its way: only after `patience` seconds is it damaged.
+
+        Raises:
+            AdapterError: one is missing, damaged or another file.
+        """
+        files = {
+            name: patiently(partial(UpdateFile, paths.updates / name, sha256), patience)
+            for name, sha256 in {u.file: u.sha256 for u in collection.updates}.items()
+        }
+        places = {client.id: place for place, client in enumerate(cohort.clients)}
+        mine = [places[update.client] for update in collection.updates]
+        return cls(
+            updates=dict(zip(mine, collection.updates, strict=True)),
+            weights=dict(zip(mine, weights, strict=True)),
+            files=files,
+        )
+
+    def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
+        """Return A (R, I) and B (O, R) as they lie in the file."""
+        update, file = self._of(client)
+        return file.view(update.client, module, "A"), file.view(update.client, module, "B")
+
+    def check(self, client: int, module: str, part: str) -> None:
+        """Compare A or B with its digest.
+
+        Raises:
+            AdapterError: it was altered.
+        """
+        update, file = self._of(client)
+        file.check(update.client, module, part)
+
+    def scale(self, client: int, module: str) -> float:
+        """Return the scale that the client trained with, times what its change is clipped to.
+
+        Not the weight: that counts A and B of a factor mean alike, and sums to the total.
+        """
+        update, file = self._of(client)
+        return file.scale(update.client, module) * update.clipped.get(module, 1.0)
+
+    def weight(self, client: int, module: str) -> float:
+        """Return the client's weight, the same for all modules."""
+        del module
+        return self.weights[client]
+
+    def name(self, client: int, module: str, part: str) -> str:
+        """Return the file, the client, the module and the factor."""
+        update, file = self._of(client)
+        return f"{file.path}: client {update.client}: {module} {part}"
+
+    def _of(self, client: int) -> tuple[CollectedUpdate, UpdateFile]:
+        update = self.updates[client]
+        return update, self.files[update.file]

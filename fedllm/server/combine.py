@@ -1,0 +1,367 @@
+"""PEFT adapters of any ranks into one: what a round aggregates, from folders that users have."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import ModuleShape
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.table import build_method
+from fedllm.methods.weights import shares, total_of
+from fedllm.model.adapter_base import CommonBase, common_base
+from fedllm.model.adapter_config import CONFIG, AdapterConfig
+from fedllm.model.adapter_copies import check_copies
+from fedllm.model.adapter_files import PeftAdapter, dtype_of, read_peft_adapter
+from fedllm.model.adapter_names import common_names
+from fedllm.model.adapter_writer import (
+    PeftDescription,
+    PeftWriter,
+    PlannedModule,
+    writing_peft_adapter,
+)
+from fedllm.model.device import resolve_devices
+from fedllm.server.pipeline import Engine
+from fedllm.storage.outputs import filling
+
+RankWish: TypeAlias = int | Literal["full"] | None
+Tell: TypeAlias = Callable[[int, int], None]  # how many modules are done, of how many
+
+_SEED = 0  # of directions in which nothing was trained
+_BLOCK_ADAPTERS = 32
+_ALL_LINEAR = "all-linear"  # PEFT's word
+_RESTRICTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedAdapter:
+    """An adapter folder and its weight, not yet normalised."""
+
+    folder: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineRequest:
+    """What to combine, and what to write.
+
+    `rank` is a number, `full` (the stacked ranks: nothing is lost), or None: the largest that an
+    input has, module by module. No module gets more than its smaller side. `dtype` is one of
+    `DTYPES`; `out` is a new or empty folder; `exact` and `tolerance` are as in
+    `aggregation.decomposition.Problem`. `base` is the base model of all of them, a folder or hub
+    name, whatever they call it; `allow_missing` lets adapters have few modules in common.
+    """
+
+    adapters: Sequence[WeightedAdapter]
+    out: Path
+    rank: RankWish = None
+    method: str = "flexlora"
+    device: str = "auto"
+    dtype: str = "float32"
+    exact: bool = False
+    tolerance: float = 1e-4
+    base: str | None = None
+    allow_missing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedInput:
+    """An adapter as it entered: its share (all sum to 1) and the modules that it lacks."""
+
+    folder: Path
+    share: float
+    largest_rank: int
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedModule:
+    """A module of the result: its rank, whether its smaller side set it, and what it keeps.
+
+    `energy_kept` is a share of `energy`, the squared Frobenius norm of the weighted mean. The
+    energy that it loses exceeds the least possible by at most the share `relative_excess` of that
+    least, but for `failure_probability`. `stacked_rank` is the sum of the inputs' ranks.
+    """
+
+    shape: ModuleShape
+    stacked_rank: int
+    rank: int
+    capped: bool
+    energy: float
+    energy_kept: float
+    route: str
+    relative_excess: float
+    failure_probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """What was combined into which modules."""
+
+    base_model: str | None
+    inputs: tuple[CombinedInput, ...]
+    modules: Mapping[str, CombinedModule]
+    seconds: Mapping[str, float]
+
+    @property
+    def energy_kept(self) -> float:
+        """The share of the squared norm of all modules together."""
+        total = math.fsum(module.energy for module in self.modules.values())
+        kept = math.fsum(module.energy * module.energy_kept for module in self.modules.values())
+        return kept / total if total else 1.0
+
+
+def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Combined:
+    """Write the weighted mean of the adapters' changes as one PEFT adapter.
+
+    All headers are checked before anything is computed. Factors are read, and the result is
+    written, a few modules at a time: all adapters together may be larger than the memory.
+
+    Args:
+        request: what to combine.
+        tell: is told how many modules are done, first that none is.
+
+    Raises:
+        AdapterError: adapters that cannot be read or combined.
+        ConfigError: a method or device that does not exist.
+        DataError: weights that sum to zero.
+        RunDirectoryError: `out` cannot be written.
+    """
+    dtype = dtype_of(request.dtype)
+    _check_numbers(request)
+    folders = [item.folder for item in request.adapters]
+    adapters = _with_common_names([read_peft_adapter(folder) for folder in folders])
+    base = common_base([adapter.config for adapter in adapters], folders, request.base)
+    check_copies(adapters, base.folder)
+    shapes = _shapes(adapters)
+    if not request.allow_missing:
+        _refuse_few_in_common(adapters, list(shapes))
+    # alpha = 2r: a scale of 2 at every rank, which is the one that is written
+    method = build_method(request.method, seed=_SEED, alpha=2.0, scaling="proportional")
+    weights = shares(method.weigh([item.weight for item in request.adapters]))
+    source = AdapterSource(adapters=adapters, weights=weights)
+    ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}
+    devices = resolve_devices(request.device)
+    about = _description([adapter.config for adapter in adapters], list(shapes), base)
+    planned = {
+        module: PlannedModule(shape=found.shape, rank=found.received[0])
+        for module, found in ranks.items()
+    }
+    with (
+        filling(request.out, last=CONFIG) as folder,
+        writing_peft_adapter(folder, planned, about=about, dtype=dtype) as writer,
+    ):
+        output = _Output(
+            method=method, writer=writer, ranks=ranks, wish=request.rank, tell=tell, modules={}
+        )
+        output.told()
+        engine = Engine(
+            method=method,
+            source=source,
+            blocks=blocks_of(range(len(adapters)), _BLOCK_ADAPTERS),
+            total=total_of(weights),
+            before=output.before,
+            take=output.take,
+            devices=devices,
+        )
+        groups = group_modules(
+            ranks,
+            block_clients=_BLOCK_ADAPTERS,
+            exact=request.exact,
+            tolerance=request.tolerance,
+        )
+        seconds = engine.run(groups)
+    return Combined(
+        base_model=about.base_model,
+        inputs=tuple(
+            _input(adapter, share, shapes) for adapter, share in zip(adapters, weights, strict=True)
+        ),
+        modules={module: output.modules[module] for module in shapes},
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSource:
+    """The adapters as the engine reads them."""
+
+    adapters: Sequence[PeftAdapter]
+    weights: Sequence[float]
+
+    def ranks(self, module: str, shape: ModuleShape, wish: RankWish) -> ModuleRanks:
+        """Return each adapter's rank of a module, 0 where it lacks it, and that of the result."""
+        held = [a.factors.rank(module) if module in a.factors else 0 for a in self.adapters]
+        rank = min(_wanted(wish, held), shape.largest_rank)
+        return ModuleRanks(shape=shape, clients=tuple(held), received=(rank,))
+
+    def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
+        """Return A (R, I) and B (O, R) as they lie in the file."""
+        return self.adapters[client].factors.views(module)
+
+    def check(self, client: int, module: str, part: str) -> None:
+        """Return: PEFT keeps no checksums."""
+
+    def scale(self, client: int, module: str) -> float:
+        """Return the scale that PEFT gives."""
+        return self.adapters[client].factors.scale(module)
+
+    def weight(self, client: int, module: str) -> float:
+        """Return the adapter's weight, the same for all its modules."""
+        del module
+        return self.weights[client]
+
+    def name(self, client: int, module: str, part: str) -> str:
+        """Return the folder and the tensor."""
+        return self.adapters[client].factors.name(module, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """The result as it is written, and what is told of it."""
+
+    method: Method
+    writer: PeftWriter
+    ranks: Mapping[str, ModuleRanks]
+    wish: RankWish
+    tell: Tell | None
+    modules: dict[str, CombinedModule]
+
+    def before(self, module: str) -> ModuleState:
+        """Return the start: nothing was aggregated before."""
+        ranks = self.ranks[module]
+        return self.method.start_module(module=module, shape=ranks.shape, rank=ranks.received[0])
+
+    def take(self, module: str, result: ModuleAggregate) -> None:
+        if self.method.base_delta(result.state) is not None:
+            raise AdapterError(f"--method {self.method.name}: changes the base, not only adapters")
+        ranks, found = self.ranks[module], result.diagnostics
+        rank = ranks.received[0]
+        factors = self.method.module_adapter(module=module, state=result.state, rank=rank)
+        self.writer.write(module, factors)
+        self.modules[module] = CombinedModule(
+            shape=ranks.shape,
+            stacked_rank=sum(ranks.clients),
+            rank=rank,
+            capped=_wanted(self.wish, ranks.clients) > rank,
+            energy=found.total_energy,
+            energy_kept=found.ranks[0].energy_kept,
+            route=found.route,
+            relative_excess=found.relative_excess,
+            failure_probability=found.failure_probability,
+        )
+        self.told()
+
+    def told(self) -> None:
+        if self.tell:
+            self.tell(len(self.modules), len(self.ranks))
+
+
+def _wanted(wish: RankWish, held: Sequence[int]) -> int:
+    if wish is None:
+        return max(held)
+    return sum(held) if wish == "full" else wish
+
+
+def _check_numbers(request: CombineRequest) -> None:
+    if isinstance(request.rank, int) and request.rank < 1:
+        raise AdapterError(f"--rank: got {request.rank}, need >= 1, or full")
+    if not (math.isfinite(request.tolerance) and request.tolerance > 0):
+        raise AdapterError(f"--tolerance: got {request.tolerance:g}, need a number > 0")
+    for item in request.adapters:
+        if not (math.isfinite(item.weight) and item.weight >= 0):
+            raise AdapterError(
+                f"{item.folder}: its weight is {item.weight:g}, need a finite number >= 0"
+            )
+
+
+def _with_common_names(adapters: Sequence[PeftAdapter]) -> list[PeftAdapter]:
+    """Return the adapters with one name for each module, whatever each of them calls it."""
+    names = common_names([list(adapter.factors) for adapter in adapters])
+    return [replace(adapter, factors=adapter.factors.named(names)) for adapter in adapters]
+
+
+def _refuse_few_in_common(adapters: Sequence[PeftAdapter], modules: Sequence[str]) -> None:
+    partly = [m for m in modules if not all(m in adapter.factors for adapter in adapters)]
+    if 2 * len(partly) > len(modules):
+        lacking = next(a for a in adapters if partly[0] not in a.factors)
+        raise AdapterError(
+            f"{len(partly)} of {len(modules)} modules are not in all adapters ({partly[0]} is not "
+            f"in {lacking.folder}): most would be averaged with zero; leave out what does not "
+            "belong together, or give --allow-missing"
+        )
+
+
+def _shapes(adapters: Sequence[PeftAdapter]) -> dict[str, ModuleShape]:
+    """Return every module that any adapter has, sorted."""
+    found: dict[str, tuple[ModuleShape, Path]] = {}
+    for adapter in adapters:
+        for module in adapter.factors:
+            shape = adapter.factors.shape(module)
+            known, folder = found.setdefault(module, (shape, adapter.folder))
+            if known != shape:
+                raise AdapterError(
+                    f"{module}: its weight is {known.out}x{known.in_} in {folder} and "
+                    f"{shape.out}x{shape.in_} in {adapter.folder}: they are for different models"
+                )
+    return {module: found[module][0] for module in sorted(found)}
+
+
+def _input(adapter: PeftAdapter, share: float, modules: Iterable[str]) -> CombinedInput:
+    return CombinedInput(
+        folder=adapter.folder,
+        share=share,
+        largest_rank=max(adapter.factors.rank(module) for module in adapter.factors),
+        missing=tuple(module for module in modules if module not in adapter.factors),
+    )
+
+
+def _description(
+    configs: Sequence[AdapterConfig], modules: Sequence[str], base: CommonBase
+) -> PeftDescription:
+    """Return what the result carries over: what all agree on, and the modules of any."""
+    first = configs[0]
+    agreed = {
+        name: getattr(first, name)
+        for name in ("task_type", "auto_mapping", "lora_dropout")
+        if all(getattr(config, name) == getattr(first, name) for config in configs)
+    }
+    return PeftDescription(
+        base_model=base.name,
+        revision=base.revision,
+        targets=_targets(configs, modules),
+        fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+        task_type=agreed.get("task_type"),
+        auto_mapping=agreed.get("auto_mapping"),
+        dropout=agreed.get("lora_dropout", 0.0),
+    )
+
+
+def _targets(configs: Sequence[AdapterConfig], modules: Sequence[str]) -> dict[str, Any]:
+    """Return PEFT's fields that choose `modules`, in the words of the inputs where they can."""
+    first = configs[0]
+    restricted = {name: getattr(first, name) for name in _RESTRICTIONS}
+    same = all(getattr(c, name) == restricted[name] for c in configs for name in restricted)
+    if same and all(c.target_modules == first.target_modules for c in configs):
+        if _selects(first.target_modules, modules):
+            return {"target_modules": first.target_modules, **restricted}
+    elif same and not any(restricted.values()):
+        lists = [c.target_modules for c in configs if isinstance(c.target_modules, list)]
+        joined = sorted(set().union(*lists))
+        if len(lists) == len(configs) and _selects(joined, modules):
+            return {"target_modules": joined}
+    return {"target_modules": list(modules)}
+
+
+def _selects(targets: list[str] | str | None, modules: Sequence[str]) -> bool:
+    """Say whether PEFT finds all modules by these words; their names may have changed."""
+    if isinstance(targets, list):
+        return all(any(f".{m}".endswith(f".{name}") for name in targets) for m in modules)
+    if targets is None or targets == _ALL_LINEAR:
+        return True
+    return all(re.fullmatch(targets, module) for module in modules)

@@ -1,0 +1,199 @@
+"""A run's server state for other programs: in PEFT's format, or merged into a plain model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedllm.config.loading import read_config
+from fedllm.config.models import Config
+from fedllm.config.targets import is_target
+from fedllm.errors import AdapterError, ModelError, RunDirectoryError
+from fedllm.lora.factors import delta
+from fedllm.methods.protocol import Method
+from fedllm.methods.table import method_of
+from fedllm.model.adapter_config import CONFIG
+from fedllm.model.adapter_files import dtype_of
+from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
+from fedllm.process.adapters import adapter_of
+from fedllm.process.server_state import read_state
+from fedllm.storage.hub import hub_key
+from fedllm.storage.outputs import filling
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import AggregateRecord, PreparedRecord
+from fedllm.storage.tensors import TensorFile
+
+_MODEL_CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """What a round left behind, opened: the method reads it, module by module."""
+
+    round: int
+    config: Config
+    prepared: PreparedRecord
+    method: Method
+    file: TensorFile
+    ranks: Mapping[str, int]
+
+    @property
+    def base_model(self) -> str:
+        """The base by the name that PEFT loads: a hub name, or the folder."""
+        path, section = self.prepared.model_path, self.config.model
+        # a relative folder looks like a hub name from where it does not lie
+        fetched = Path(path).name == hub_key(section.path, section.revision)
+        return section.path if fetched else path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written: of which round, every module's rank, and the base."""
+
+    round: int
+    ranks: Mapping[str, int]
+    base_model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Exported):
+    """A model that was written: of which number format, and what rounding left of the change."""
+
+    dtype: str
+    survived: float
+    unchanged_share: float
+
+
+def newest_state(run: RunPaths) -> int:
+    """Return the newest round that is aggregated; 0 is the state before training.
+
+    Raises:
+        RunDirectoryError: there is none yet.
+    """
+    newest = run.newest_state()
+    if newest is None:
+        raise RunDirectoryError(f"{run.root}: no round is aggregated yet; resume the run")
+    return newest.number
+
+
+def open_state(run: RunPaths, round_number: int | None) -> ServerState:
+    """Open a round's server state; None is the newest.
+
+    Raises:
+        RunDirectoryError: it is missing, pruned or damaged.
+    """
+    number = newest_state(run) if round_number is None else round_number
+    paths = run.round(number)
+    file = read_state(paths)
+    config = read_config(run.config)
+    return ServerState(
+        round=number,
+        config=config,
+        prepared=PreparedRecord.read(run.prepared),
+        method=method_of(config),
+        file=file,
+        ranks=AggregateRecord.read(paths.aggregate_record).rank,
+    )
+
+
+def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) -> Exported:
+    """Write a state's adapter in PEFT's format.
+
+    Args:
+        state: an opened server state.
+        out: a new or empty folder.
+        rank: the largest of any module; None is all that the state holds.
+
+    Raises:
+        AdapterError: a rank that the state does not hold, or a method that changes the base.
+    """
+    ranks = _ranks(state, rank)
+    if any(state.method.base_delta(state.file.module(module)) is not None for module in ranks):
+        raise AdapterError(
+            f"{state.config.method.name} changes the base too, which an adapter cannot hold; "
+            "use --merge"
+        )
+    about = PeftDescription(
+        base_model=state.base_model,
+        revision=state.config.model.revision,
+        targets={"target_modules": _target_modules(state.config, list(ranks))},
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(state.prepared.modules[module].transposed for module in ranks),
+        dropout=state.config.lora.dropout,
+    )
+    with filling(out, last=CONFIG) as folder:
+        adapter = adapter_of(state.method, state.file, ranks)
+        write_peft_adapter(folder, adapter, about=about)
+    return Exported(round=state.round, ranks=ranks, base_model=state.base_model)
+
+
+def export_model(
+    state: ServerState, out: Path, *, rank: int | None = None, dtype: str | None = None
+) -> Merged:
+    """Write the base with a state's adapter merged into it, and its tokenizer.
+
+    Args:
+        state: an opened server state.
+        out: a new or empty folder.
+        rank: the largest of any module; None is all that the state holds.
+        dtype: of the weights, one of `DTYPES`; None is that of the run's base.
+
+    Raises:
+        AdapterError: a rank that the state does not hold, or an unknown `dtype`.
+        ModelError: the base is not there any more, or another one, or a weight does not fit.
+    """
+    # transformers takes seconds to import: an adapter is written without it
+    from fedllm.model.base import load_base
+    from fedllm.model.merging import Rounding, merge, narrow, plain_lines_in_a_log, save_model
+
+    plain_lines_in_a_log()
+    ranks = _ranks(state, rank)
+    name = dtype or state.config.model.dtype
+    stored = dtype_of(name)
+    path = Path(state.prepared.model_path)
+    rounding = Rounding()
+    with filling(out, last=_MODEL_CONFIG) as folder:
+        base = load_base(path, dtype=state.config.model.dtype, device="cpu")
+        if base.fingerprint != state.prepared.model_fingerprint:
+            raise ModelError(f"{path}: not the model that the run trained on; restore it")
+        for module, change in _changes(state, ranks):
+            rounding += merge(base.model, module, change, dtype=stored)
+        narrow(base.model, stored)
+        save_model(base, folder)
+    return Merged(
+        round=state.round,
+        ranks=ranks,
+        base_model=state.base_model,
+        dtype=name,
+        survived=rounding.survived,
+        unchanged_share=rounding.unchanged_share,
+    )
+
+
+def _ranks(state: ServerState, wish: int | None) -> dict[str, int]:
+    largest = max(state.ranks.values())
+    if wish is not None and not 1 <= wish <= largest:
+        raise AdapterError(f"--rank: got {wish}, the state holds ranks 1 to {largest}")
+    return {module: min(held, wish or held) for module, held in state.ranks.items()}
+
+
+def _target_modules(config: Config, modules: Sequence[str]) -> list[str]:
+    """Return the configured names that occur, as PEFT matches them, else the modules themselves.
+
+    Other programs than PEFT do not read expressions.
+    """
+    targets = config.lora.target_modules
+    if isinstance(targets, str):
+        return list(modules)
+    names = [name for name in targets if any(is_target((name,), module) for module in modules)]
+    covered = all(is_target(names, module) for module in modules)
+    return names if covered else list(modules)
+
+
+def _changes(state: ServerState, ranks: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    for module, rank in ranks.items():
+        parts = state.file.module(module)
+        factors = state.method.module_adapter(module=module, state=parts, rank=rank)
+        of_base = state.method.base_delta(parts)
+        yield module, delta(factors) if of_base is None else delta(factors) + of_base.double()

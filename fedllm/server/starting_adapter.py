@@ -1,0 +1,206 @@
+"""The adapter that a run starts from: checked by prepare, made into the state before round 1.
+
+The state is what the method makes of one update that is this adapter: any method can start from it
+that could aggregate it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
+from fedllm.config.models import AggregationSection, Config
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import ModuleShape
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.model.adapter_base import fingerprint_of, folder_of
+from fedllm.model.adapter_config import CONFIG
+from fedllm.model.adapter_copies import check_copies
+from fedllm.model.adapter_files import TENSORS, PeftAdapter, read_peft_adapter
+from fedllm.model.adapter_names import names_in
+from fedllm.planning.federation import Federation
+from fedllm.process.log import say
+from fedllm.server.combine import AdapterSource
+from fedllm.server.pipeline import Engine
+from fedllm.storage.fingerprints import fingerprint_files
+from fedllm.storage.records import ModuleRecord, PreparedRecord, StartRecord
+
+_KEPT = 0.9999  # of the energy: less is told
+
+
+def describe_start(config: Config, base: Path, prepared: PreparedRecord) -> StartRecord | None:
+    """Return what prepare records of `model.adapter`; None where a run starts without one.
+
+    Raises:
+        AdapterError: it cannot be read, or is for another base or for other modules.
+    """
+    if config.model.adapter is None:
+        return None
+    folder = Path(config.model.adapter).expanduser().resolve()
+    adapter = _opened(folder, prepared.modules)
+    _refuse_other_base(adapter, base, prepared.model_fingerprint, config)
+    check_copies([adapter], base)
+    return StartRecord(path=str(folder), fingerprint=_fingerprint(folder))
+
+
+def refuse_ranks(method: Method, federation: Federation) -> None:
+    """Refuse an adapter that the method cannot aggregate with what the tiers send.
+
+    Raises:
+        AdapterError: it has other ranks than the method takes.
+    """
+    start = federation.prepared.start
+    if start is None:
+        return
+    # prepare has just taken its fingerprint
+    adapter = _opened(Path(start.path), federation.prepared.modules)
+    ranks = {module: adapter.factors.rank(module) for module in adapter.factors}
+    if method.refuse([*federation.ranks.values(), ranks]):
+        found = ", ".join(map(str, sorted(set(ranks.values()))))
+        raise AdapterError(
+            f"model.adapter: {adapter.folder} has rank {found}, from which {method.name} cannot "
+            "start with these clients.tiers; give the tiers its rank, or use flexlora"
+        )
+
+
+def start_states(
+    method: Method,
+    federation: Federation,
+    devices: tuple[torch.device, ...],
+    write: Callable[[str, ModuleState], None],
+) -> None:
+    """Write the state before training, module by module, and tell what it keeps of the adapter.
+
+    Raises:
+        AdapterError: the adapter is not the one that was prepared, or the method cannot hold it.
+    """
+    shapes = {
+        module: ModuleShape(out=record.out_features, in_=record.in_features)
+        for module, record in federation.prepared.modules.items()
+    }
+    adapter = _prepared_adapter(federation.prepared)
+    for module, rank in federation.largest_ranks.items():
+        if adapter is None or module not in adapter.factors:
+            write(module, method.start_module(module=module, shape=shapes[module], rank=rank))
+    if adapter is None:
+        return
+    ranks = {
+        module: ModuleRanks(
+            shape=shapes[module],
+            clients=(adapter.factors.rank(module),),
+            received=tuple(sorted({tier[module] for tier in federation.ranks.values()})),
+        )
+        for module in adapter.factors
+    }
+    kept: list[tuple[float, float]] = []
+
+    def take(module: str, result: ModuleAggregate) -> None:
+        found = result.diagnostics
+        kept.append((found.total_energy, found.total_energy * found.ranks[-1].energy_kept))
+        write(module, result.state)
+
+    _aggregate_alone(method, adapter, ranks, federation.config.aggregation, devices, take)
+    energy, held = (math.fsum(column) for column in zip(*kept, strict=True))
+    if energy and held < _KEPT * energy:
+        say(
+            f"model.adapter: {adapter.folder}: the largest ranks of clients.tiers keep "
+            f"{held / energy:.2%} of its energy; larger ranks keep more"
+        )
+
+
+def _aggregate_alone(
+    method: Method,
+    adapter: PeftAdapter,
+    ranks: Mapping[str, ModuleRanks],
+    section: AggregationSection,
+    devices: tuple[torch.device, ...],
+    take: Callable[[str, ModuleAggregate], None],
+) -> None:
+    def before(module: str) -> ModuleState:
+        wanted = ranks[module]
+        return method.start_module(module=module, shape=wanted.shape, rank=max(wanted.received))
+
+    engine = Engine(
+        method=method,
+        source=AdapterSource(adapters=[adapter], weights=[1.0]),
+        blocks=blocks_of(range(1), 1),
+        total=1.0,
+        before=before,
+        take=take,
+        devices=devices,
+    )
+    groups = group_modules(ranks, block_clients=1, exact=section.exact, tolerance=section.tolerance)
+    try:
+        engine.run(groups)
+    except AdapterError as error:
+        raise AdapterError(f"model.adapter: {adapter.folder}: {error}") from error
+
+
+def _opened(folder: Path, modules: Mapping[str, ModuleRecord]) -> PeftAdapter:
+    """Open the adapter by the base's names for its modules, which are all among `modules`."""
+    try:
+        adapter = read_peft_adapter(folder)
+    except AdapterError as error:
+        raise AdapterError(f"model.adapter: {error}") from error
+    factors = adapter.factors.named(names_in(adapter.factors, modules))
+    for module in factors:
+        record = modules.get(module)
+        if record is None:
+            raise AdapterError(
+                f"model.adapter: {folder} adapts {module}, which is not among the run's modules; "
+                "add it to lora.target_modules, or start from another adapter"
+            )
+        shape = factors.shape(module)
+        if (shape.out, shape.in_) != (record.out_features, record.in_features):
+            raise AdapterError(
+                f"model.adapter: {folder}: {module} is for a weight of {shape.out}x{shape.in_}, "
+                f"the base has {record.out_features}x{record.in_features}: it belongs to another "
+                "model"
+            )
+    return replace(adapter, factors=factors)
+
+
+def _prepared_adapter(prepared: PreparedRecord) -> PeftAdapter | None:
+    if prepared.start is None:
+        return None
+    folder = Path(prepared.start.path)
+    adapter = _opened(folder, prepared.modules)
+    if _fingerprint(folder) != prepared.start.fingerprint:
+        raise AdapterError(
+            f"model.adapter: {folder}: not the adapter that was prepared; restore it, or begin "
+            "another run with it"
+        )
+    return adapter
+
+
+def _fingerprint(folder: Path) -> str:
+    return fingerprint_files([folder / CONFIG, folder / TENSORS], folder)
+
+
+def _refuse_other_base(adapter: PeftAdapter, base: Path, fingerprint: str, config: Config) -> None:
+    """Refuse an adapter whose base lies here and is another; tell where that cannot be known."""
+    named, revision = adapter.base_model, adapter.config.revision
+    if named is None or folder_of(named) == base:
+        return
+    if named == config.model.path and revision == config.model.revision:
+        return
+    if named == config.model.path and None not in {revision, config.model.revision}:
+        raise AdapterError(
+            f"model.adapter: {adapter.folder} is for revision {revision} of {named}, the run's is "
+            f"{config.model.revision}; start from an adapter of this base"
+        )
+    here = folder_of(named)
+    found = None if here is None else fingerprint_of(here)
+    if found is None:
+        say(
+            f"model.adapter: {adapter.folder} names the base {named}, which is not here to compare "
+            "with; names and shapes of its modules fit"
+        )
+    elif found != fingerprint:
+        raise AdapterError(
+            f"model.adapter: {adapter.folder} is for {named}, whose files are not those of "
+            "model.path; start from an adapter of this base"
+        )

@@ -1,1 +1,0 @@
-"""What a job does, from paths to published records: prepare, train, aggregate, evaluate."""

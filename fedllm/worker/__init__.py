@@ -1,0 +1,1 @@
+"""What a worker does: it claims bundles, trains their clients and publishes their updates."""

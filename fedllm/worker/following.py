@@ -1,0 +1,31 @@
+"""The part of a worker's other processes: they train what the first one claimed, and no more."""
+
+from contextlib import suppress
+
+from fedllm.worker.bundle import StopRequested, open_round
+from fedllm.worker.client_training import ClientRound, Save
+from fedllm.worker.task import Task
+
+
+def follow(task: Task) -> int:
+    """Take part in the training of every group that the first process claims.
+
+    Returns:
+        The exit code that the first process ends with.
+    """
+    opened: ClientRound | None = None
+
+    def before_step(step: int, save: Save) -> None:
+        del step
+        stop, due = task.agree(due=False)
+        if stop or due:
+            save()
+        if stop:
+            raise StopRequested
+
+    while not isinstance(order := task.processes.hear(), int):
+        if opened is None or opened.paths != order.paths.round:
+            opened = open_round(task, order.paths)
+        with suppress(StopRequested):
+            opened.take_part(order, identity=task.identity, before_step=before_step)
+    return order

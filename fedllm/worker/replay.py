@@ -1,0 +1,85 @@
+"""A client of an attempt trained again, apart from its round, and compared with its record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.errors import Incomplete
+from fedllm.process.session import Session
+from fedllm.process.signals import StopSignals
+from fedllm.scheduling.environment import TaskEnvironment
+from fedllm.storage.paths import AttemptPaths, encode_client
+from fedllm.storage.records import SubmissionRecord, UpdateRecord
+from fedllm.storage.updates import Origin, UpdateScanner
+from fedllm.worker.client_training import ClientRound, Save
+from fedllm.worker.publisher import write_clients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A client that was trained again, and what the round recorded of it."""
+
+    record: UpdateRecord
+    recorded: UpdateRecord | None
+    file: Path
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there is nothing that differs from the record."""
+        return self.recorded is None or self.recorded.losses == self.record.losses
+
+    def lines(self) -> list[str]:
+        """Return one line per step, and how it compares."""
+        lines = [f"step {n} loss {loss:.6f}" for n, loss in enumerate(self.record.losses, 1)]
+        if self.record.status == "failed":
+            lines.append(f"failed: {self.record.reason}")
+        lines.append(f"update in {self.file}")
+        if self.recorded is None:
+            return [*lines, "no published update to compare with"]
+        if self.agrees:
+            return [*lines, "the losses are the recorded ones"]
+        was, now = self.recorded.environment, self.record.environment
+        changed = [
+            f"{key}: {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]
+        ]
+        recorded = " ".join(f"{loss:.6f}" for loss in self.recorded.losses)
+        return [*lines, f"the recorded losses differ: {recorded}", *changed]
+
+
+def replay(
+    attempt: AttemptPaths, client: str, scratch: Path, session: Session, signals: StopSignals
+) -> Replay:
+    """Train a client of an attempt again, with its group, and compare; its update is in `scratch`.
+
+    Raises:
+        Incomplete: a signal came.
+        UserError: the client is not in the attempt's round.
+        RunDirectoryError: the state it started from is gone or damaged.
+    """
+    opened = ClientRound.open(attempt, session)
+    submission = SubmissionRecord.read(attempt.submission)
+    bundles = [bundle.number for bundle in submission.bundles if client in bundle.clients]
+
+    def before_step(step: int, save: Save) -> None:
+        del save
+        if signals.came:
+            raise Incomplete(f"client {client}: stopped by {signals.name} before step {step}")
+
+    results = opened.train(
+        opened.group_of(client),
+        attempt=attempt.number,
+        bundle=bundles[0] if bundles else 0,
+        identity=TaskEnvironment().identity,
+        before_step=before_step,
+        resume=False,
+    )
+    (trained,) = (each for each in results if each.record.client == client)
+    file = scratch / f"{encode_client(client)}.safetensors"
+    write_clients(file, [trained])
+    scanner = UpdateScanner(
+        round=opened.paths,
+        origin=Origin.of(opened.run_id, opened.cohort),
+    )
+    published = scanner.scan().published.get(client)
+    return Replay(
+        record=trained.record, recorded=published.record if published else None, file=file
+    )

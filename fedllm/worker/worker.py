@@ -1,0 +1,186 @@
+"""The training job: a worker claims bundle after bundle of an attempt and trains their clients."""
+
+import time
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+
+from fedllm.errors import UserError
+from fedllm.process.late_files import patiently
+from fedllm.process.log import say
+from fedllm.process.session import Session
+from fedllm.process.signals import StopSignals
+from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity
+from fedllm.scheduling.requeue import requeue
+from fedllm.scheduling.traits import traits_of
+from fedllm.storage.paths import AttemptPaths
+from fedllm.storage.records import SubmissionRecord
+from fedllm.worker.bundle import BundleTraining, is_over
+from fedllm.worker.claims import Claims, smallest_cost
+from fedllm.worker.following import follow
+from fedllm.worker.heartbeat import Progress, State
+from fedllm.worker.idle import may_linger, next_attempt
+from fedllm.worker.process_group import meeting
+from fedllm.worker.task import Task, array_of
+
+STOPPED = 3  # the exit code of a worker that was told to end: another start or attempt goes on
+
+
+def work(
+    attempt: AttemptPaths,
+    worker_class: str | None,
+    identity: TaskIdentity,
+    session: Session,
+    *,
+    signals: StopSignals | None = None,
+    began: float | None = None,
+) -> int:
+    """Be a worker of an attempt until no bundle of its class is left, or a signal comes.
+
+    Every client that was finished is published, whatever ends the worker. Where the run says so,
+    the worker lingers for later attempts and rounds. Where a task is several processes, the first
+    one does all this, and the others take part in the training.
+
+    Args:
+        attempt: where it begins.
+        worker_class: whose bundles it takes; None: all.
+        identity: who it is.
+        session: what it keeps loaded.
+        signals: where signals are noted already.
+        began: the moment of `time.monotonic` since when its time counts; now by default.
+
+    Returns:
+        The exit code: 0, or `STOPPED` after a signal that left work undone.
+
+    Raises:
+        FedllmError: the attempt cannot be worked on, for example a damaged server state.
+    """
+    since = time.monotonic() if began is None else began
+    with (
+        nullcontext(signals) if signals else StopSignals() as noted,
+        meeting(identity) as processes,
+    ):
+        task = Task(
+            identity=identity,
+            worker_class=worker_class,
+            session=session,
+            signals=noted,
+            began=since,
+            processes=processes,
+        )
+        if not identity.is_first:
+            return follow(task)
+        exit_code = _lead(task, attempt)
+        processes.dismiss(exit_code)
+        return exit_code
+
+
+def _lead(task: Task, attempt: AttemptPaths) -> int:
+    """Work on attempt after attempt; return the exit code."""
+    worker = Worker.open(task, attempt, since=task.began)
+    task.array = array_of(worker.plan, task.worker_class, task.identity)
+    while True:
+        worker.work()
+        if task.signals.came:
+            return _stop(worker)
+        if not worker.lingers:
+            return 0
+        since = time.monotonic()
+        later = next_attempt(
+            task, worker.attempt, need_seconds=smallest_cost(worker.claims.bundles)
+        )
+        if later is None:
+            worker.note("ended")
+            return 0
+        worker = Worker.open(task, later, since=since)
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """One task at work on one attempt."""
+
+    task: Task
+    attempt: AttemptPaths
+    plan: SubmissionRecord
+    claims: Claims
+    progress: Progress
+    is_unfinished: bool = False
+
+    @classmethod
+    def open(cls, task: Task, attempt: AttemptPaths, *, since: float) -> "Worker":
+        """Read the plan of an attempt, and what an earlier start of this task did of it.
+
+        Raises:
+            UserError: it has no bundle of the worker's class.
+        """
+        patience = traits_of(task.session.config(attempt.run.config)).visibility_seconds
+        plan = patiently(lambda: SubmissionRecord.read(attempt.submission), patience)
+        classes = {bundle.worker_class for bundle in plan.bundles}
+        if task.worker_class is not None and task.worker_class not in classes:
+            raise UserError(
+                f"{attempt.submission}: no bundle of class {task.worker_class}; "
+                f"need one of {', '.join(sorted(classes))}"
+            )
+        progress = Progress.open(
+            attempt, task.identity, task.worker_class or "", began=since, first=task.began
+        )
+        restarted = progress.earlier is not None
+        return cls(
+            task=task,
+            attempt=attempt,
+            plan=plan,
+            claims=Claims(attempt, plan, task.worker_class, task.identity, restarted=restarted),
+            progress=progress,
+        )
+
+    @property
+    def lingers(self) -> bool:
+        """Whether it stays when nothing is left to do: not who was to take a single bundle."""
+        config = self.task.session.config(self.attempt.run.config)
+        return may_linger(config) and not self.plan.one_bundle
+
+    @property
+    def has_work_left(self) -> bool:
+        """Whether there is something that it would go on with."""
+        return self.is_unfinished or (not is_over(self.attempt) and self.claims.is_any_left())
+
+    def work(self) -> None:
+        """Take bundles and train their clients until none is left that fits, or a signal comes.
+
+        Who starts when the attempt is over leaves no trace.
+        """
+        if is_over(self.attempt):
+            return
+        self.note("starting")
+        signals = self.task.signals
+        with ExitStack() as stack:
+            training: BundleTraining | None = None
+            while not (signals.came or is_over(self.attempt)) and (
+                claimed := self.claims.next(self._seconds_left())
+            ):
+                if training is None:
+                    opened = BundleTraining.open(self.task, self.attempt, self.progress)
+                    training = stack.enter_context(closing(opened))
+                self.is_unfinished = not training.train(claimed)
+        self.note("lingering" if self.lingers and not signals.came else "ended")
+
+    def note(self, state: State) -> None:
+        """Write the task's record."""
+        self.progress.write(state)
+
+    def _seconds_left(self) -> float | None:
+        """Return what a bundle may take: the first one anything, or nothing would ever begin."""
+        return self.task.seconds_left() if self.task.stepped else None
+
+
+def _stop(worker: Worker) -> int:
+    """Say what stopped a worker, and have it started again where only its time is over."""
+    task, signals = worker.task.identity.task, worker.task.signals
+    if not worker.has_work_left:
+        return 0
+    say(f"{task}: stopped by {signals.name}; finished clients are published")
+    if signals.only_warned and TaskEnvironment().is_array_task(task):
+        # at a time limit that is too short for a step this would go on for ever
+        problem = requeue(task) if worker.task.stepped else "no step was taken since it started"
+        again = f"not requeued ({problem}); the next attempt goes on" if problem else "requeued"
+        say(f"{task}: {again}")
+    return STOPPED

@@ -1,0 +1,64 @@
+"""Signals are noted from the first moment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedllm.process.signals import StopSignals
+from fedllm.storage.paths import shipped
+
+WARNINGS = [signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", WARNINGS)
+def test_a_warning_is_told_from_a_request_to_end(number: int) -> None:
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert (signals.came, signals.only_warned, signals.name) == (False, False, "none")
+        os.kill(os.getpid(), number)
+        assert (signals.came, signals.only_warned) == (True, True)
+        assert signals.name == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_who_was_told_to_end_after_a_warning_was_not_only_warned() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (signals.name, signals.only_warned) == ("SIGUSR2", False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_while_python_still_imports_is_noted(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", shipped("jobs/client.py"), str(tmp_path / "01")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr
+        # the first module after the one that takes the signals over
+        while "fedllm.process.signals" not in process.stderr.readline():
+            pass
+        while not handles(process.pid, signal.SIGUSR2):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGUSR2)
+        said = process.stderr.read()
+    # it came to what is wrong with its arguments, torch and all
+    assert process.returncode == 2, said
+    assert "import" in said
+    assert "not a run directory" in said
+
+
+def handles(pid: int, number: int) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (mask,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)

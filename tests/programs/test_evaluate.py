@@ -1,0 +1,187 @@
+"""A state is scored as its clients run it, and as the largest of them would."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.cli.execution import start
+from fedllm.config.loading import read_config
+from fedllm.errors import AdapterError, RunDirectoryError
+from fedllm.lora.factors import Adapter, Factors
+from fedllm.methods.table import method_of
+from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
+from fedllm.model.packing import common_prefix
+from fedllm.planning.evaluation import choose
+from fedllm.planning.federation import plan_federation
+from fedllm.process.adapters import adapter_of
+from fedllm.process.server_state import read_state
+from fedllm.process.session import Session
+from fedllm.programs.entry_points import run as run_program
+from fedllm.programs.evaluate import evaluate_adapter, evaluate_round, evaluate_state, score_targets
+from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.records import EvaluationRecord, PreparedRecord, Scores
+from tests.tiny import Tiny
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    """A run of one round with a rate at which ranks make a difference."""
+    overrides = ["rounds=1", "training.learning_rate=0.05", "evaluation.rows_per_client=2"]
+    return RunPaths(root=start(tiny.config, overrides, tmp_path_factory.mktemp("e") / "run"))
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session()
+
+
+def adapter_at(run: RunPaths, ranks: dict[str, int] | None = None) -> Adapter:
+    config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
+    largest = plan_federation(config, prepared).largest_ranks
+    return adapter_of(method_of(config), read_state(run.round(1)), ranks or largest)
+
+
+def one_by_one(
+    run: RunPaths, session: Session, ranks: dict[str, dict[str, int]]
+) -> dict[str, Scores]:
+    """Every client by itself, with an adapter of its own."""
+    config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
+    slots, data = session.slots(config, prepared), session.data(prepared.data_path)
+    found: dict[str, Scores] = {}
+    for target in choose(config, prepared, 1):
+        slots.install(adapter_at(run, ranks[target.tier]))
+        found |= score_targets(slots, data, [target], config)
+    return found
+
+
+def assert_close(found: Scores, expected: Scores) -> None:
+    assert found.rows == expected.rows
+    assert found.loss == pytest.approx(expected.loss, abs=1e-4)
+    assert (found.rouge_l, found.exact_match) == (expected.rouge_l, expected.exact_match)
+
+
+def test_clients_are_scored_at_their_own_and_at_the_largest_rank(
+    run: RunPaths, session: Session
+) -> None:
+    record = EvaluationRecord.read(run.round(1).evaluation_record)
+    config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
+    federation = plan_federation(config, prepared)
+    ranks = {tier: dict(of_tier) for tier, of_tier in federation.ranks.items()}
+    deployed = one_by_one(run, session, ranks)
+    largest = one_by_one(run, session, dict.fromkeys(ranks, federation.largest_ranks))
+    assert [c.client for c in record.clients] == [t.client for t in choose(config, prepared, 1)]
+    for client in record.clients:
+        assert_close(client.as_deployed, deployed[client.client])
+        assert_close(client.at_largest_rank, largest[client.client])
+        if client.tier == "large":
+            assert client.as_deployed == client.at_largest_rank
+        else:
+            assert client.as_deployed.loss != client.at_largest_rank.loss
+
+
+def test_the_same_state_scores_the_same_again(run: RunPaths, session: Session) -> None:
+    record = EvaluationRecord.read(run.round(1).evaluation_record)
+    again = evaluate_state(run, 1, None, session)
+    assert again.clients == record.clients
+    assert again.state_sha256 == record.state_sha256
+
+
+def test_rows_of_a_client_are_read_together(run: RunPaths, session: Session) -> None:
+    """What a client's rows have in common is computed once, for their loss and their answers."""
+    config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
+    slots, data = session.slots(config, prepared), session.data(prepared.data_path)
+    targets = choose(config, prepared, 1)
+    clients = [[data.rows(t.client, "test")[index] for index in t.rows] for t in targets]
+    texts = [[[*row.prompt_ids, *row.answer_ids] for row in rows] for rows in clients]
+    shared = [common_prefix(of_client) for of_client in texts]
+    computed = sum(
+        prefix + sum(len(text) - 1 - prefix for text in of_client)
+        for prefix, of_client in zip(shared, texts, strict=True)
+    )
+    widths: list[int] = []
+    embedding: Any = slots.model.get_submodule("model.embed_tokens")
+    hook = embedding.register_forward_pre_hook(lambda _, args: widths.append(args[0].numel()))
+    try:
+        slots.install(adapter_at(run))
+        score_targets(slots, data, targets, config)
+    finally:
+        hook.remove()
+    assert all(len(rows) == 2 for rows in clients)
+    assert min(shared) > 50
+    assert sum(width for width in widths if width > config.evaluation.batch_size) == computed
+
+
+def test_round_0_scores_the_base(run: RunPaths, session: Session) -> None:
+    record = evaluate_state(run, 0, None, session)
+    for client in record.clients:
+        assert client.as_deployed.loss == pytest.approx(client.at_largest_rank.loss, abs=1e-5)
+
+
+def test_a_rank_is_the_same_for_all_and_at_most_the_states(run: RunPaths, session: Session) -> None:
+    record = EvaluationRecord.read(run.round(1).evaluation_record)
+    found = evaluate_state(run, 1, 1000, session)
+    for client, other in zip(found.clients, record.clients, strict=True):
+        assert client.as_deployed == client.at_largest_rank
+        assert_close(client.as_deployed, other.at_largest_rank)
+
+
+def test_an_exported_adapter_scores_as_its_state(
+    run: RunPaths, session: Session, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    about = PeftDescription(base_model=None, targets={"target_modules": ["q_proj"]})
+    write_peft_adapter(folder, adapter_at(run), about=about)
+    config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
+    found = evaluate_adapter(folder, config, prepared, session)
+    expected = evaluate_state(run, 1, 1000, session)
+    for client, other in zip(found.clients, expected.clients, strict=True):
+        assert_close(client.as_deployed, other.as_deployed)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    run: RunPaths, session: Session, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    wrong = {
+        module: Factors(a_RI=f.a_RI[:, :-1], b_OR=f.b_OR, scale=1.0)
+        for module, f in adapter_at(run).items()
+    }
+    about = PeftDescription(base_model=None, targets={"target_modules": ["q_proj"]})
+    write_peft_adapter(folder, wrong, about=about)
+    config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
+    with pytest.raises(AdapterError, match="belongs to another model"):
+        evaluate_adapter(folder, config, prepared, session)
+
+
+def test_the_program_writes_the_record_or_why_not(
+    run: RunPaths, session: Session, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(run.root, root)
+    paths = RoundPaths(root=root / "rounds" / "0001")
+    before = EvaluationRecord.read(paths.evaluation_record)
+    shutil.rmtree(paths.evaluation)
+    job = tmp_path / "job"
+    assert run_program("evaluate", [str(paths.root), "--job", str(job)], session=session) == 0
+    assert EvaluationRecord.read(paths.evaluation_record).clients == before.clients
+    paths.global_state.unlink()
+    assert run_program("evaluate", [str(paths.root), "--job", str(job)], session=session) == 2
+    assert "pruned" in (job / "error.json").read_text()
+    with pytest.raises(RunDirectoryError, match="pruned"):
+        evaluate_round(paths, session)
+
+
+def test_a_base_that_changed_since_it_was_prepared_is_refused(
+    run: RunPaths, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(run.root, root)
+    paths = RunPaths(root=root)
+    prepared = PreparedRecord.read(paths.prepared)
+    prepared.model_copy(update={"model_fingerprint": "another"}).publish(paths.prepared)
+    job = tmp_path / "job"
+    argv = [str(paths.round(1).root), "--job", str(job)]
+    assert run_program("evaluate", argv, session=Session()) == 2
+    assert "not the model that was prepared" in (job / "error.json").read_text()

@@ -1,0 +1,42 @@
+"""The updates of a collection as they are opened: late is not yet damaged."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedllm.errors import AdapterError
+from fedllm.server.collected_updates import CollectedUpdates
+from fedllm.storage.paths import RoundPaths
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.records import CohortRecord, CollectionRecord
+from tests.server.collection import make_round
+
+
+def opened(paths: RoundPaths, patience: float) -> CollectedUpdates:
+    collection = CollectionRecord.read(paths.collection)
+    weights = [update.weight for update in collection.updates]
+    return CollectedUpdates.open(
+        paths, collection, CohortRecord.read(paths.cohort), weights, patience
+    )
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("late", [Path.unlink, truncate])
+def test_a_file_that_another_node_wrote_may_come_late(
+    tmp_path: Path, late: Callable[[Path], None]
+) -> None:
+    paths = make_round(tmp_path / "run")
+    file = max(paths.updates.glob("*.safetensors"))
+    content = file.read_bytes()
+    late(file)
+    with pytest.raises(AdapterError, match=f"{file}: damaged update"):
+        opened(paths, 0.0)
+    coming = threading.Timer(0.2, publish_bytes, [file, content])
+    coming.start()
+    assert len(opened(paths, 60.0).updates) == 7
+    coming.join()

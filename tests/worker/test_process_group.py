@@ -1,0 +1,174 @@
+"""A worker of several processes claims, reports and publishes once, and stops and resumes whole."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedllm.process.signals import StopSignals
+from fedllm.storage.paths import AttemptPaths, RunPaths
+from fedllm.storage.records import ClaimRecord, ErrorRecord, TaskRecord
+from fedllm.worker.worker import STOPPED
+from tests.worker.attempts import (
+    assert_same_bits,
+    change_config,
+    round_of,
+    untrained,
+    updates,
+)
+from tests.worker.halves import PAUSE
+
+HALVES = Path(__file__).with_name("halves.py")
+PLAIN = Path(__file__).parents[2] / "jobs" / "client.py"
+TASK = "7_1"
+PATIENCE_SECONDS = 120.0
+
+Worker = list["subprocess.Popen[bytes]"]
+
+
+@contextmanager
+def worker(
+    attempt: AttemptPaths, *, program: Path = HALVES, pause: float = 0.0
+) -> Iterator[Worker]:
+    """Both processes of a task."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        own = {
+            **{"FEDLLM_TASK": TASK, "FEDLLM_PROCESSES": "2", "FEDLLM_RANK": str(rank)},
+            **{"FEDLLM_RENDEZVOUS": f"127.0.0.1:{port}", PAUSE: str(pause)},
+            "FEDLLM_LOG": str(attempt.run.root / "worker_%t.log"),
+        }
+        with (attempt.run.root / f"worker_{rank}.log").open("ab") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(program), str(attempt.root)],
+                    env={**os.environ, **own},
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def ended(processes: Worker) -> list[int]:
+    return [process.wait(PATIENCE_SECONDS) for process in processes]
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def said(attempt: AttemptPaths, rank: int) -> str:
+    return (attempt.run.root / f"worker_{rank}.log").read_text()
+
+
+def prepared(attempt: AttemptPaths) -> AttemptPaths:
+    """An attempt whose steps have a pass for every row."""
+    change_config(attempt, "training", micro_batch_size=1, checkpoint_every_minutes=1e-9)
+    return attempt
+
+
+@pytest.fixture(scope="module")
+def halved(done: Path, tmp_path_factory: pytest.TempPathFactory) -> AttemptPaths:
+    """A round that a worker of two processes has trained undisturbed."""
+    root = tmp_path_factory.mktemp("halved") / "run"
+    shutil.copytree(done, root)
+    attempt = prepared(untrained(RunPaths(root=root).round(1)))
+    with worker(attempt) as processes:
+        assert ended(processes) == [0, 0], said(attempt, 0) + said(attempt, 1)
+    return attempt
+
+
+@pytest.mark.slow
+def test_two_processes_claim_report_and_publish_as_one(halved: AttemptPaths, done: Path) -> None:
+    recorded = updates(RunPaths(root=done).round(1))
+    found = updates(round_of(halved))
+    assert found.keys() == recorded.keys()
+    for client, (record, _) in found.items():
+        assert record.losses == pytest.approx(recorded[client][0].losses, rel=1e-4)
+        assert (record.rows, record.tokens) == (
+            recorded[client][0].rows,
+            recorded[client][0].tokens,
+        )
+        assert (record.task, record.environment["processes"]) == (TASK, "2")
+    claims = [ClaimRecord.read(path) for path in halved.claim_files()]
+    assert {claim.task for claim in claims} == {TASK}
+    (task,) = halved.tasks.rglob("*.json")
+    assert TaskRecord.read(task).clients_done == len(found)
+    assert not halved.task_errors()
+    # the others say nothing
+    assert all(f"client {client}: " in said(halved, 0) for client in found)
+    assert said(halved, 1) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, (0, 1)), (signal.SIGUSR2, (1,))])
+def test_a_signal_stops_both_between_two_steps_and_the_task_goes_on_with_the_same_bits(
+    attempt: AttemptPaths, halved: AttemptPaths, number: int, ranks: tuple[int, ...]
+) -> None:
+    prepared(attempt)
+    paths = round_of(attempt)
+    with worker(attempt, pause=0.3) as processes:
+        until(lambda: list(paths.checkpoints.rglob("*.safetensors")))
+        for rank in ranks:
+            processes[rank].send_signal(number)
+        assert ended(processes) == [STOPPED, STOPPED], said(attempt, 0) + said(attempt, 1)
+    assert f"{TASK}: stopped by {signal.Signals(number).name}" in said(attempt, 0)
+    assert list(paths.checkpoints.rglob("*.safetensors"))
+    with worker(attempt) as processes:
+        assert ended(processes) == [0, 0], said(attempt, 0) + said(attempt, 1)
+    assert_same_bits(paths, halved.run.root)
+    resumed = [record.resumed_at for record, _ in updates(paths).values() if record.resumed_at]
+    assert len(resumed) == 1
+    assert TaskRecord.read(attempt.task(TASK)).starts == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_ends_the_other_which_records_it(attempt: AttemptPaths) -> None:
+    prepared(attempt)
+    with worker(attempt, pause=0.3) as processes:
+        until(lambda: list(round_of(attempt).checkpoints.rglob("*.safetensors")))
+        processes[1].kill()
+        assert ended(processes) == [1, -signal.SIGKILL]
+    (record,) = map(ErrorRecord.read, attempt.task_errors())
+    assert record.kind == "ProcessLost"
+    assert f"{TASK}: process 0 of 2 lost another one" in record.message
+    assert record.log.endswith("worker_0.log")
+
+
+def test_a_trainer_of_one_process_refuses_a_task_of_two_and_says_so_first(
+    attempt: AttemptPaths,
+) -> None:
+    with worker(attempt, program=PLAIN) as processes:
+        assert ended(processes) == [2, 1]
+    (record,) = map(ErrorRecord.read, attempt.task_errors())
+    assert record.message.startswith(f"{TASK}: a task of 2 processes; what trains this run's")
+    assert "Traceback" not in said(attempt, 0) + said(attempt, 1)
+
+
+def test_what_came_to_another_process_counts_as_if_it_had_come_to_this_one() -> None:
+    with StopSignals() as here, StopSignals() as there:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        here.hear(there.flags)
+        assert (here.came, here.only_warned, here.name) == (True, True, "SIGUSR2")
+        assert not any(here.flags)
+        here.hear([True, True, False])
+        assert not here.only_warned
