@@ -37,7 +37,7 @@ from fedllm.config.loading import validate
 from fedllm.config.models import Config
 from fedllm.rounds.coordinate import coordinate
 from fedllm.rounds.opening import open_run
-from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm.executor import SlurmScheduler
 
 ROUNDS = 2
 # as sites have them: Slurm's default, and what one user may have in the queue

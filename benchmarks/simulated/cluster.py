@@ -1,6 +1,6 @@
 """A Slurm cluster in memory: answers the command lines that fedllm issues, in virtual time.
 
-It stands where `fedllm.scheduling.slurm_commands.Commands` is: arrays with `%N`, MaxArraySize,
+It stands where `fedllm.scheduling.slurm.commands.Commands` is: arrays with `%N`, MaxArraySize,
 MaxSubmitJobs, time limits, a scheduler that is not at once. A command, option or format that it
 does not know fails loudly, so that it cannot answer what Slurm would not.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.simulated import answers
 from benchmarks.simulated.timeline import Timeline
-from fedllm.scheduling.slurm_answers import MARK
-from fedllm.scheduling.slurm_commands import CommandRefused
+from fedllm.scheduling.slurm.command_output import MARK
+from fedllm.scheduling.slurm.commands import CommandRefused
 
 # Slurm's default between a submission or an ending and the pass that starts tasks
 # (`batch_sched_delay`), and how many a pass looks at (`default_queue_depth`)

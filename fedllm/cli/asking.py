@@ -9,7 +9,7 @@ from fedllm.config.loading import read_config
 from fedllm.errors import UserError
 from fedllm.reporting.queue import Answers, Ask
 from fedllm.scheduling.seam import Scheduler, TaskState
-from fedllm.scheduling.slurm_coordinator import holder_is_gone
+from fedllm.scheduling.slurm.coordinator_job import holder_is_gone
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.lease import HolderIsGone
 from fedllm.storage.paths import RunPaths

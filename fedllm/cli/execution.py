@@ -16,19 +16,19 @@ from fedllm.rounds.opening import close_run, open_run, resumed_config
 from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import is_done
-from fedllm.scheduling import table
+from fedllm.scheduling import schedulers
 from fedllm.scheduling.environment import become_task
 from fedllm.scheduling.inline import Execute
+from fedllm.scheduling.schedulers import refuse_place
 from fedllm.scheduling.seam import Scheduler, SubmissionUnknown
-from fedllm.scheduling.slurm_coordinator import (
+from fedllm.scheduling.slurm.coordinator_job import (
     check_coordinator,
     holder_is_gone,
     refuse_second,
     submit_coordinator,
 )
-from fedllm.scheduling.slurm_options import refuse_owned
-from fedllm.scheduling.slurm_script import log_pattern
-from fedllm.scheduling.table import refuse_place
+from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
+from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 
@@ -145,7 +145,7 @@ def opened(root: Path, config: Config, *, take_over: bool = False, unattended: b
 
 def make_scheduler(paths: RunPaths, config: Config) -> Scheduler:
     """Return the configured scheduler."""
-    return table.make_scheduler(config, paths, compute_here())
+    return schedulers.make_scheduler(config, paths, compute_here())
 
 
 def compute_here() -> Execute:

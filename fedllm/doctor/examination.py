@@ -12,8 +12,9 @@ from fedllm.doctor.surroundings import folder_findings, readiness_findings
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.classes import asks_for_gpus
 from fedllm.reporting.doctor import Wanted, node_findings
-from fedllm.scheduling.slurm_capacity import Surveyor
-from fedllm.scheduling.slurm_commands import InstalledCommands
+from fedllm.scheduling.slurm.commands import InstalledCommands
+from fedllm.scheduling.slurm.free_capacity import Surveyor
+from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.scheduling.slurm_doctor import JobKind, ask_cluster, job_kinds, refusals
 from fedllm.scheduling.slurm_findings import (
     cluster_findings,
@@ -22,7 +23,6 @@ from fedllm.scheduling.slurm_findings import (
     partition_findings,
 )
 from fedllm.scheduling.slurm_probe import Probe, ProbeWaits, probed
-from fedllm.scheduling.slurm_script import log_pattern
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.findings import Finding, Level
 from fedllm.storage.paths import RunPaths, cache_of, shipped

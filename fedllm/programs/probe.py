@@ -18,7 +18,7 @@ from pathlib import Path
 from fedllm.errors import FedllmError, UserError
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerUnreachable
-from fedllm.scheduling.slurm_commands import CommandRefused, call
+from fedllm.scheduling.slurm.commands import CommandRefused, call
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.staging import node_folder

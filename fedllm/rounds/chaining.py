@@ -20,10 +20,10 @@ from fedllm.rounds.coordinate import (
 )
 from fedllm.rounds.run import Run
 from fedllm.rounds.work import Work
-from fedllm.scheduling import slurm_coordinator as slurm
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm_ids import arrays_of
+from fedllm.scheduling.slurm import coordinator_job as slurm
+from fedllm.scheduling.slurm.ids import arrays_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 

@@ -12,7 +12,7 @@ from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.usage import Options
 from fedllm.rounds.rehearsal import Rehearsal, rehearse, rehearsed_jobs
 from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable
-from fedllm.scheduling.slurm_coordinator import coordinator_flags
+from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
 from fedllm.storage.paths import MOST_ENTRIES, RunPaths, shipped
 from fedllm.storage.records import PreparedRecord
 

@@ -1,7 +1,7 @@
 """Why tasks ended, in words that hold for every scheduler."""
 
 from fedllm.scheduling.seam import Ending, EndReason
-from fedllm.scheduling.slurm_states import END_REASONS
+from fedllm.scheduling.slurm.states import END_REASONS
 
 _REASONS = {**{reason.value: reason for reason in EndReason}, **END_REASONS}
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.classes import classes_of, job_options, tier_options
-from fedllm.scheduling.slurm_capacity import Surveyor
-from fedllm.scheduling.slurm_check import problems
-from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
-from fedllm.scheduling.slurm_coordinator import coordinator_flags
-from fedllm.scheduling.slurm_options import (
+from fedllm.scheduling.slurm.check import problems
+from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
+from fedllm.scheduling.slurm.free_capacity import Surveyor
+from fedllm.scheduling.slurm.notation import entities, settings
+from fedllm.scheduling.slurm.sbatch_flags import (
     Flags,
     key_of,
     sbatch_flags,
     task_defaults,
 )
-from fedllm.scheduling.slurm_text import entities, settings
 
 Settings = Mapping[str, str]
 

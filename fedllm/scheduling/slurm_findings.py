@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from fedllm.config.models import SchedulerSection
-from fedllm.scheduling.slurm_capacity import Surveyor
+from fedllm.scheduling.slurm.free_capacity import Surveyor
+from fedllm.scheduling.slurm.limits import Allowed
 from fedllm.scheduling.slurm_doctor import Cluster, JobKind, Settings
-from fedllm.scheduling.slurm_limits import Allowed
 from fedllm.storage.findings import Finding
 
 # of SchedulerParameters: what decides how soon and how many array tasks start

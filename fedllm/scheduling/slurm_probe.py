@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import FedllmError, UserError
-from fedllm.scheduling.slurm_answers import MARK, marked
-from fedllm.scheduling.slurm_commands import CommandRefused, call, clean_environment
-from fedllm.scheduling.slurm_options import Flags, words_of
+from fedllm.scheduling.slurm.command_output import MARK, marked
+from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm.sbatch_flags import Flags, words_of
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.trials import NodeRecord, Sight, SightRecord, seconds_until

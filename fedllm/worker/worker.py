@@ -10,7 +10,7 @@ from fedllm.process.log import say
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity
-from fedllm.scheduling.requeue import requeue
+from fedllm.scheduling.slurm.requeue import requeue
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import SubmissionRecord

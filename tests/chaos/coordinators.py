@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedllm.scheduling.slurm_states import has_ended
+from fedllm.scheduling.slurm.states import has_ended
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 from tests.cli.commands import FEDLLM

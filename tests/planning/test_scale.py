@@ -8,7 +8,7 @@ import pytest
 from benchmarks.scale import memory, simulate
 from benchmarks.simulated.cluster import Running, SimulatedSlurm, Task
 from benchmarks.simulated.timeline import Timeline
-from fedllm.scheduling.slurm_commands import CommandRefused
+from fedllm.scheduling.slurm.commands import CommandRefused
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fedllm.planning.capacity import Capacity
 from fedllm.rounds.planned import RunPlan, plan_run
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.seam import Limits, Option, Scheduler, SchedulerUnreachable
-from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm.executor import SlurmScheduler
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import PreparedRecord
 from tests.rounds.simulation import Simulation, config_of

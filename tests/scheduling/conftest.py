@@ -32,7 +32,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 def _slurm(request: pytest.FixtureRequest, folder: Path) -> Iterator[Site]:
     from fedllm.config.models import SchedulerSection
-    from fedllm.scheduling.slurm import SlurmScheduler
+    from fedllm.scheduling.slurm.executor import SlurmScheduler
 
     cluster = request.getfixturevalue("limited_cluster")
     program(folder / "jobs", "client", sites.PROGRAM)

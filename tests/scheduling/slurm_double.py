@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedllm.scheduling.slurm_answers import MARK
+from fedllm.scheduling.slurm.command_output import MARK
 
 # What a development cluster of two nodes said, with accounts, a QOS and one running job.
 CONFIG = """Configuration data as of 2026-11-21T09:43:10

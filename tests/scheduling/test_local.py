@@ -16,8 +16,8 @@ from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.scheduling.heap import SETTINGS, VARIABLE
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.local import LocalScheduler
+from fedllm.scheduling.schedulers import SCHEDULERS
 from fedllm.scheduling.seam import Job, Scheduler, TaskState
-from fedllm.scheduling.table import SCHEDULERS
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publish import publish_bytes
 from tests.planning.federations import config_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.scheduling.requeue import requeue
+from fedllm.scheduling.slurm.requeue import requeue
 
 
 def a_scontrol(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError, UserError
 from fedllm.planning.capacity import Capacity
 from fedllm.scheduling.seam import SchedulerUnreachable
-from fedllm.scheduling.slurm import SlurmScheduler
-from fedllm.scheduling.slurm_commands import CommandRefused
-from fedllm.scheduling.slurm_nodes import NODE_COLUMNS
+from fedllm.scheduling.slurm.commands import CommandRefused
+from fedllm.scheduling.slurm.executor import SlurmScheduler
+from fedllm.scheduling.slurm.nodes import NODE_COLUMNS
 from tests.scheduling.slurm_double import ACCOUNTS, CONFIG, NODES, PARTITIONS, QOS, Answering
 
 ENVIRONMENT = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")

@@ -8,9 +8,9 @@ import pytest
 from fedllm.config.models import SbatchSection, SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.scheduling.seam import Job, SchedulerFull, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm import SlurmScheduler
-from fedllm.scheduling.slurm_answers import MARK
-from fedllm.scheduling.slurm_commands import CommandRefused, InstalledCommands
+from fedllm.scheduling.slurm.command_output import MARK
+from fedllm.scheduling.slurm.commands import CommandRefused, InstalledCommands
+from fedllm.scheduling.slurm.executor import SlurmScheduler
 from tests.scheduling.slurm_double import Answering
 
 LISTED = f"{MARK}7_0|RUNNING|lab|normal|low|None\n{MARK}7_1|PENDING|lab|normal|low|Priority\n"

@@ -16,7 +16,7 @@ from fedllm.config.models import (
 )
 from fedllm.errors import ConfigError, LeaseError
 from fedllm.scheduling.seam import TaskState
-from fedllm.scheduling.slurm_coordinator import (
+from fedllm.scheduling.slurm.coordinator_job import (
     cancel_job,
     coordinator_jobs,
     holder_is_gone,

@@ -11,7 +11,7 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.planning.capacity import Capacity
 from fedllm.scheduling.seam import Job, SchedulerFull
-from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm.executor import SlurmScheduler
 from tests.cli.commands import in_process, one_line
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.runs import ON_CLUSTER, settings

@@ -11,10 +11,10 @@ import pytest
 from fedllm.config.models import SbatchSection, SchedulerSection
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.scheduling.seam import Job, Program
-from fedllm.scheduling.slurm import SlurmScheduler
-from fedllm.scheduling.slurm_commands import clean_environment
-from fedllm.scheduling.slurm_coordinator import coordinator_flags, coordinator_script
-from fedllm.scheduling.slurm_options import TASK_DEFAULTS, refusal, sbatch_flags
+from fedllm.scheduling.slurm.commands import clean_environment
+from fedllm.scheduling.slurm.coordinator_job import coordinator_flags, coordinator_script
+from fedllm.scheduling.slurm.executor import SlurmScheduler
+from fedllm.scheduling.slurm.sbatch_flags import TASK_DEFAULTS, refusal, sbatch_flags
 
 
 def text_of(

@@ -11,7 +11,7 @@ from fedllm.errors import ConfigError, UserError
 from fedllm.scheduling.heap import SETTINGS
 from fedllm.scheduling.logs import log_of
 from fedllm.scheduling.seam import Job, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm_coordinator import job_is_gone
+from fedllm.scheduling.slurm.coordinator_job import job_is_gone
 from tests.slurm.cluster import Cluster, intercept, program, until
 from tests.slurm.workplace import Workplace
 
@@ -24,7 +24,7 @@ SUBMITTER = """
 import pathlib, sys
 from fedllm.config.models import SchedulerSection
 from fedllm.scheduling.seam import Job
-from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm.executor import SlurmScheduler
 jobs, logs, told = map(pathlib.Path, sys.argv[1:])
 scheduler = SlurmScheduler(section=SchedulerSection(), jobs_folder=jobs)
 argv = (str(told), "0", "0")

@@ -12,8 +12,8 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.scheduling.logs import log_of
 from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
-from fedllm.scheduling.slurm import SlurmScheduler
-from fedllm.scheduling.slurm_coordinator import coordinator_jobs, job_is_gone
+from fedllm.scheduling.slurm.coordinator_job import coordinator_jobs, job_is_gone
+from fedllm.scheduling.slurm.executor import SlurmScheduler
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import ErrorRecord, RunRecord
 from tests.cli.commands import fedllm

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedllm.config.models import SchedulerSection
 from fedllm.scheduling.seam import Job, TaskState
-from fedllm.scheduling.slurm import SlurmScheduler
+from fedllm.scheduling.slurm.executor import SlurmScheduler
 from tests.slurm.cluster import program, until
 
 # What a task is told, then as long as it is asked to stay, then its exit code.

@@ -19,7 +19,7 @@ from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.cancelling import cancel_jobs
-from fedllm.scheduling.slurm_coordinator import (
+from fedllm.scheduling.slurm.coordinator_job import (
     cancel_job,
     coordinator_jobs,
     job_is_gone,

@@ -14,7 +14,7 @@ from fedllm.doctor.examination import Examinee, examine
 from fedllm.errors import ConfigError
 from fedllm.methods.table import check_names
 from fedllm.reporting.doctor import describe_findings
-from fedllm.scheduling.slurm_options import refuse_owned
+from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
 from fedllm.storage.findings import Finding
 
 

@@ -20,7 +20,7 @@ from fedllm.cli.options import (
 from fedllm.reporting.plan_text import describe_plan
 from fedllm.rounds.planned import plan_run
 from fedllm.scheduling.logs import script_of
-from fedllm.scheduling.slurm_options import refuse_owned
+from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publish import publish_bytes
 

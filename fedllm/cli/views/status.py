@@ -16,7 +16,7 @@ from fedllm.cli.options import (
 from fedllm.cli.watching import watch as follow
 from fedllm.reporting.status import StatusReader
 from fedllm.reporting.status_text import headline, status_text
-from fedllm.scheduling.slurm_advice import advice
+from fedllm.scheduling.slurm.wait_reasons import advice
 
 
 def status(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from fedllm.scheduling.slurm_answers import fields
+from fedllm.scheduling.slurm.command_output import fields
 
 _UNITS = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 _SETTING = re.compile(r"(\w+(?:\[\d+\])?)\s*= ?(.*)")

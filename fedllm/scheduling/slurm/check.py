@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fedllm.config.models import SchedulerSection
 from fedllm.planning.sbatch_options import time_minutes
-from fedllm.scheduling.slurm_capacity import Survey
-from fedllm.scheduling.slurm_commands import CommandRefused
-from fedllm.scheduling.slurm_options import Flags, key_of, refusal, says_no_room, words_of
+from fedllm.scheduling.slurm.commands import CommandRefused
+from fedllm.scheduling.slurm.free_capacity import Survey
+from fedllm.scheduling.slurm.sbatch_flags import Flags, key_of, refusal, says_no_room, words_of
 
 
 def problems(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedllm.scheduling.slurm_ids import expressions, tasks_of, whole_arrays
-from fedllm.scheduling.slurm_text import counts, generic, hosts, mebibytes
+from fedllm.scheduling.slurm.ids import expressions, tasks_of, whole_arrays
+from fedllm.scheduling.slurm.notation import counts, generic, hosts, mebibytes
 
 
 def test_sizes_are_mebibytes_unless_they_say_otherwise() -> None:

@@ -11,8 +11,8 @@ from fedllm.errors import RunDirectoryError
 from fedllm.planning.sbatch_options import PROCESSES
 from fedllm.scheduling.heap import shell_line
 from fedllm.scheduling.seam import Job
-from fedllm.scheduling.slurm_commands import clean_environment
-from fedllm.scheduling.slurm_options import Flags
+from fedllm.scheduling.slurm.commands import clean_environment
+from fedllm.scheduling.slurm.sbatch_flags import Flags
 
 # Where libraries keep what they compiled: thousands of small files that a shared home suffers from.
 _CACHES = {

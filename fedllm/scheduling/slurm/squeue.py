@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 
 from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm_answers import MARK, fields, marked
-from fedllm.scheduling.slurm_commands import CommandRefused, Commands, squeue
-from fedllm.scheduling.slurm_endings import Endings
-from fedllm.scheduling.slurm_ids import expressions, named, whole_arrays
-from fedllm.scheduling.slurm_limits import Place
-from fedllm.scheduling.slurm_states import state_in_queue
+from fedllm.scheduling.slurm.command_output import MARK, fields, marked
+from fedllm.scheduling.slurm.commands import CommandRefused, Commands, squeue
+from fedllm.scheduling.slurm.endings import Endings
+from fedllm.scheduling.slurm.ids import expressions, named, whole_arrays
+from fedllm.scheduling.slurm.limits import Place
+from fedllm.scheduling.slurm.states import state_in_queue
 
 _LONGEST_PAUSE = 8  # in questions
 

@@ -1,7 +1,7 @@
 """Slurm's commands: one call, one clean environment, failures told apart.
 
 What is issued, and what is read of the answers; `Commands` is all that the rest goes through.
-Lines that are no answer are passed over: those of squeue begin with `slurm_answers.MARK`, or with a
+Lines that are no answer are passed over: those of squeue begin with `command_output.MARK`, or with a
 column that nobody reads, behind which an announcement may stand:
 
     sbatch FILE                                        `Submitted batch job 7`, `7`, `7;cluster`
@@ -16,8 +16,8 @@ column that nobody reads, behind which an announcement may stand:
     scancel --quiet 7_[0,1,4]
     scontrol show config                               `MaxArraySize            = 1001`, once
     scontrol --all --oneliner show partition           `PartitionName=low ... MaxTime=UNLIMITED`
-    sinfo --noheader --Node --partition=low -O ...     slurm_nodes.NODE_COLUMNS, each `NAME:|`
-    sacctmgr --noheader --parsable2 show ... format=   slurm_limits.*_COLUMNS; only where
+    sinfo --noheader --Node --partition=low -O ...     nodes.NODE_COLUMNS, each `NAME:|`
+    sacctmgr --noheader --parsable2 show ... format=   limits.*_COLUMNS; only where
         user name=ME cluster=C withassoc               AccountingStorageEnforce says more than none
         assoc user= cluster=C
         qos
@@ -33,7 +33,7 @@ from typing import Protocol
 
 from fedllm.errors import UserError
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
-from fedllm.scheduling.slurm_answers import quoted, submitted
+from fedllm.scheduling.slurm.command_output import quoted, submitted
 
 COMMAND_TIMEOUT_SECONDS = 120
 

@@ -6,7 +6,7 @@ from fedllm.config.models import Config
 from fedllm.scheduling.inline import Execute, InlineScheduler
 from fedllm.scheduling.local import LocalScheduler
 from fedllm.scheduling.seam import Scheduler
-from fedllm.scheduling.slurm_script import log_pattern
+from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths
 
@@ -21,7 +21,7 @@ def _local(config: Config, paths: RunPaths, execute: Execute) -> Scheduler:  # n
 
 def _slurm(config: Config, paths: RunPaths, execute: Execute) -> Scheduler:  # noqa: ARG001
     # submitit is imported only where a cluster is used
-    from fedllm.scheduling.slurm import SlurmScheduler
+    from fedllm.scheduling.slurm.executor import SlurmScheduler
 
     return SlurmScheduler(section=config.scheduler)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.planning.sbatch_options import time_minutes
-from fedllm.scheduling.slurm_text import counts, entities, number, rows, settings
+from fedllm.scheduling.slurm.notation import counts, entities, number, rows, settings
 
 # columns as they are asked for
 USER_COLUMNS = (

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedllm.planning.sbatch_options import PROCESSES
-from fedllm.scheduling.slurm_limits import Configuration, Partition
-from fedllm.scheduling.slurm_text import generic, hosts, mebibytes, rows, separated
+from fedllm.scheduling.slurm.limits import Configuration, Partition
+from fedllm.scheduling.slurm.notation import generic, hosts, mebibytes, rows, separated
 
 NODE_COLUMNS = (
     *("NodeList", "StateLong", "CPUsState", "Threads", "Memory", "AllocMem", "Gres", "GresUsed"),

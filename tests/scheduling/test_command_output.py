@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from fedllm.config.models import ClientsSection, Config, SchedulerSection, TierSection
 from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
-from fedllm.scheduling.slurm import SlurmScheduler
-from fedllm.scheduling.slurm_answers import MARK, Submitted, marked, submitted
-from fedllm.scheduling.slurm_coordinator import submit_coordinator
-from fedllm.scheduling.slurm_states import has_ended, state_in_queue
-from fedllm.scheduling.slurm_text import entities, settings
+from fedllm.scheduling.slurm.command_output import MARK, Submitted, marked, submitted
+from fedllm.scheduling.slurm.coordinator_job import submit_coordinator
+from fedllm.scheduling.slurm.executor import SlurmScheduler
+from fedllm.scheduling.slurm.notation import entities, settings
+from fedllm.scheduling.slurm.states import has_ended, state_in_queue
 from fedllm.storage.paths import RunPaths
 from tests.scheduling.slurm_double import CONFIG, PARTITIONS, Answering
 

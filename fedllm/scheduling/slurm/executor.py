@@ -26,10 +26,9 @@ from fedllm.scheduling.seam import (
     SubmissionUnknown,
     TaskState,
 )
-from fedllm.scheduling.slurm_answers import submitted
-from fedllm.scheduling.slurm_capacity import Surveyor, spare
-from fedllm.scheduling.slurm_check import problems
-from fedllm.scheduling.slurm_commands import (
+from fedllm.scheduling.slurm.check import problems
+from fedllm.scheduling.slurm.command_output import submitted
+from fedllm.scheduling.slurm.commands import (
     CommandRefused,
     Commands,
     InstalledCommands,
@@ -37,7 +36,8 @@ from fedllm.scheduling.slurm_commands import (
     clean_environment,
     unknown_answer,
 )
-from fedllm.scheduling.slurm_options import (
+from fedllm.scheduling.slurm.free_capacity import Surveyor, spare
+from fedllm.scheduling.slurm.sbatch_flags import (
     WRITTEN_BY_SUBMITIT,
     Flags,
     owned_problems,
@@ -46,14 +46,14 @@ from fedllm.scheduling.slurm_options import (
     sbatch_flags,
     task_defaults,
 )
-from fedllm.scheduling.slurm_queue import Queue
-from fedllm.scheduling.slurm_script import (
+from fedllm.scheduling.slurm.script import (
     exports,
     log_pattern,
     processes_of,
     python_words,
     step_words,
 )
+from fedllm.scheduling.slurm.squeue import Queue
 from fedllm.storage.paths import shipped
 from fedllm.storage.publish import publish_bytes, storage_errors
 

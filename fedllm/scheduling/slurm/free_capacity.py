@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from math import inf
 
 from fedllm.errors import UserError
-from fedllm.scheduling import slurm_limits, slurm_nodes
 from fedllm.scheduling.seam import Capacity, SchedulerUnreachable
-from fedllm.scheduling.slurm_commands import CommandRefused, Commands, clean_environment
-from fedllm.scheduling.slurm_limits import (
+from fedllm.scheduling.slurm import limits as slurm_limits
+from fedllm.scheduling.slurm import nodes as slurm_nodes
+from fedllm.scheduling.slurm.commands import CommandRefused, Commands, clean_environment
+from fedllm.scheduling.slurm.limits import (
     ACCOUNT_COLUMNS,
     QOS_COLUMNS,
     USER_COLUMNS,
@@ -20,7 +21,7 @@ from fedllm.scheduling.slurm_limits import (
     Partition,
     Place,
 )
-from fedllm.scheduling.slurm_nodes import NODE_COLUMNS, Request
+from fedllm.scheduling.slurm.nodes import NODE_COLUMNS, Request
 from fedllm.storage.paths import MOST_ENTRIES
 
 # a folder of logs and their sbatch files stays small

@@ -18,25 +18,25 @@ from fedllm.scheduling.seam import (
     SubmissionUnknown,
     TaskState,
 )
-from fedllm.scheduling.slurm_answers import MARK, marked, submitted
-from fedllm.scheduling.slurm_capacity import Surveyor
-from fedllm.scheduling.slurm_check import problems
-from fedllm.scheduling.slurm_commands import (
+from fedllm.scheduling.slurm.check import problems
+from fedllm.scheduling.slurm.command_output import MARK, marked, submitted
+from fedllm.scheduling.slurm.commands import (
     CommandRefused,
     InstalledCommands,
     call,
     clean_environment,
     unknown_answer,
 )
-from fedllm.scheduling.slurm_options import (
+from fedllm.scheduling.slurm.free_capacity import Surveyor
+from fedllm.scheduling.slurm.sbatch_flags import (
     Flags,
     refusal,
     says_no_room,
     sbatch_flags,
     words_of,
 )
-from fedllm.scheduling.slurm_script import log_pattern, python_words
-from fedllm.scheduling.slurm_states import state_in_queue
+from fedllm.scheduling.slurm.script import log_pattern, python_words
+from fedllm.scheduling.slurm.states import state_in_queue
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publish import publish_bytes, storage_errors

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fedllm.scheduling.slurm_advice import advice
+from fedllm.scheduling.slurm.wait_reasons import advice
 
 # the reasons of Slurm 22.05 that name a limit, as its library holds them
 LIMITS = re.findall(

@@ -1,0 +1,1 @@
+"""Slurm: submission, questions, limits and notations. Nothing of it is known elsewhere."""
