@@ -23,7 +23,7 @@ from fedllm.rounds.work import Work
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm import coordinator_job as slurm
-from fedllm.scheduling.slurm.ids import arrays_of
+from fedllm.scheduling.slurm.notation import arrays_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 

@@ -2,8 +2,15 @@
 
 import pytest
 
-from fedllm.scheduling.slurm.ids import expressions, tasks_of, whole_arrays
-from fedllm.scheduling.slurm.notation import counts, generic, hosts, mebibytes
+from fedllm.scheduling.slurm.notation import (
+    counts,
+    expressions,
+    generic,
+    hosts,
+    mebibytes,
+    tasks_of,
+    whole_arrays,
+)
 
 
 def test_sizes_are_mebibytes_unless_they_say_otherwise() -> None:

@@ -9,10 +9,10 @@ from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm.command_output import MARK, fields, marked
 from fedllm.scheduling.slurm.commands import CommandRefused, Commands, squeue
-from fedllm.scheduling.slurm.endings import Endings
-from fedllm.scheduling.slurm.ids import expressions, named, whole_arrays
 from fedllm.scheduling.slurm.limits import Place
+from fedllm.scheduling.slurm.notation import expressions, named, whole_arrays
 from fedllm.scheduling.slurm.states import state_in_queue
+from fedllm.scheduling.slurm.task_endings import Endings
 
 _LONGEST_PAUSE = 8  # in questions
 

@@ -6,7 +6,7 @@ from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable
 from fedllm.scheduling.slurm.command_output import fields
 from fedllm.scheduling.slurm.commands import CommandRefused, Commands, squeue
-from fedllm.scheduling.slurm.ids import arrays_of, tasks_of
+from fedllm.scheduling.slurm.notation import arrays_of, tasks_of
 from fedllm.scheduling.slurm.states import ended_well, has_ended
 
 _ACCOUNTING_WINDOW = "now-7days"
