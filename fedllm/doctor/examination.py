@@ -8,26 +8,26 @@ from functools import partial
 from pathlib import Path
 
 from fedllm.config.models import Config, SchedulerSection, StorageSection
-from fedllm.doctor.surroundings import folder_findings, readiness_findings
-from fedllm.errors import FedllmError, RunDirectoryError
-from fedllm.planning.classes import asks_for_gpus
-from fedllm.reporting.doctor import Wanted, node_findings
-from fedllm.scheduling.slurm.commands import InstalledCommands
-from fedllm.scheduling.slurm.free_capacity import Surveyor
-from fedllm.scheduling.slurm.script import log_pattern
-from fedllm.scheduling.slurm_doctor import JobKind, ask_cluster, job_kinds, refusals
-from fedllm.scheduling.slurm_findings import (
+from fedllm.doctor.cluster import JobKind, ask_cluster, job_kinds, refusals
+from fedllm.doctor.cluster_findings import (
     cluster_findings,
     endings_findings,
     limit_findings,
     partition_findings,
 )
-from fedllm.scheduling.slurm_probe import Probe, ProbeWaits, probed
+from fedllm.doctor.findings import Finding, Level
+from fedllm.doctor.node_probe import Probe, ProbeWaits, probed
+from fedllm.doctor.report import Wanted, node_findings
+from fedllm.doctor.surroundings import folder_findings, readiness_findings
+from fedllm.doctor.trials import Sight, existing, installed, trial_folder
+from fedllm.errors import FedllmError, RunDirectoryError
+from fedllm.planning.classes import asks_for_gpus
+from fedllm.scheduling.slurm.commands import InstalledCommands
+from fedllm.scheduling.slurm.free_capacity import Surveyor
+from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.findings import Finding, Level
 from fedllm.storage.paths import RunPaths, cache_of, shipped
 from fedllm.storage.publish import make_folder
-from fedllm.storage.trials import Sight, existing, installed, trial_folder
 
 # a question to Slurm is asked once, whatever the number of kinds of jobs
 _ONCE_SECONDS = 600.0

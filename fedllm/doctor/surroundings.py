@@ -8,16 +8,16 @@ from pathlib import Path
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config, StorageSection
+from fedllm.doctor.findings import Finding
+from fedllm.doctor.trials import existing, file_system, trial_folder, try_folder
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.federation import plan_federation
 from fedllm.reporting.summary import update_bytes
 from fedllm.reporting.tables import size
-from fedllm.storage.findings import Finding
 from fedllm.storage.hub import hub_key, is_hub_name
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.permissions import group_number
 from fedllm.storage.records import PreparedRecord
-from fedllm.storage.trials import existing, file_system, trial_folder, try_folder
 
 _OF_ONE_MACHINE = {"tmpfs", "ramfs", "overlay", "devtmpfs"}
 _MOSTLY_OF_ONE_MACHINE = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm", "/run")))

@@ -15,14 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedllm.errors import FedllmError, UserError
-from fedllm.scheduling.environment import TaskEnvironment
-from fedllm.scheduling.seam import SchedulerUnreachable
-from fedllm.scheduling.slurm.commands import CommandRefused, call
-from fedllm.storage.paths import ProbePaths
-from fedllm.storage.publish import publish_bytes
-from fedllm.storage.staging import node_folder
-from fedllm.storage.trials import (
+from fedllm.doctor.trials import (
     NodeRecord,
     SightRecord,
     existing,
@@ -31,6 +24,13 @@ from fedllm.storage.trials import (
     trial_folder,
     try_folder,
 )
+from fedllm.errors import FedllmError, UserError
+from fedllm.scheduling.environment import TaskEnvironment
+from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.scheduling.slurm.commands import CommandRefused, call
+from fedllm.storage.paths import ProbePaths
+from fedllm.storage.publish import publish_bytes
+from fedllm.storage.staging import node_folder
 
 _IMPORTED = ("torch", "transformers", "peft")
 # questions that change nothing; the coordinator and a task that requeues itself ask such

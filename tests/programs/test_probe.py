@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.doctor.trials import NodeRecord, SightRecord, installed
 from fedllm.programs import probe
 from fedllm.storage.paths import ProbePaths
-from fedllm.storage.trials import NodeRecord, SightRecord, installed
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from fedllm.cli.execution import default_run_dir
 from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
 from fedllm.config.models import SchedulerSection, StorageSection
 from fedllm.doctor.examination import Examinee, examine
+from fedllm.doctor.findings import Finding
+from fedllm.doctor.report import describe_findings
 from fedllm.errors import ConfigError
 from fedllm.methods.table import check_names
-from fedllm.reporting.doctor import describe_findings
 from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
-from fedllm.storage.findings import Finding
 
 
 def doctor(

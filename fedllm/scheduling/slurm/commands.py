@@ -1,8 +1,8 @@
 """Slurm's commands: one call, one clean environment, failures told apart.
 
-What is issued, and what is read of the answers; `Commands` is all that the rest goes through.
-Lines that are no answer are passed over: those of squeue begin with `command_output.MARK`, or with a
-column that nobody reads, behind which an announcement may stand:
+Every command that is issued, and what is read of its answer. Lines that are no answer are passed
+over: those of squeue begin with `command_output.MARK`, or with a column that nobody reads, behind
+which an announcement may stand:
 
     sbatch FILE                                        `Submitted batch job 7`, `7`, `7;cluster`
     sbatch --test-only --OPTION=VALUE ... --array=0-0 --wrap=true      exit status alone

@@ -1,4 +1,4 @@
-"""Slurm's notations: task ids such as `7_[0-2,5%8]`, sizes, lists of hosts, rows of tables. Pure."""
+"""Slurm's notations: task ids (`7_[0-2,5%8]`), sizes, lists of hosts, rows of tables. Pure."""
 
 import re
 from collections import defaultdict

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from fedllm.reporting.doctor import Wanted, describe_findings, node_findings
-from fedllm.storage.findings import Finding
-from fedllm.storage.trials import NodeRecord, Sight
+from fedllm.doctor.findings import Finding
+from fedllm.doctor.report import Wanted, describe_findings, node_findings
+from fedllm.doctor.trials import NodeRecord, Sight
 
 RUNS = Path("/shared/runs")
 HERE = {"fedllm": "1.0", "torch": "2.9"}

@@ -19,13 +19,13 @@ from typing import IO, TypeVar
 from pydantic import ValidationError
 
 from fedllm.config.models import SchedulerSection
+from fedllm.doctor.trials import NodeRecord, Sight, SightRecord, seconds_until
 from fedllm.errors import FedllmError, UserError
 from fedllm.scheduling.slurm.command_output import MARK, marked
 from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm.sbatch_flags import Flags, words_of
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publish import publish_bytes
-from fedllm.storage.trials import NodeRecord, Sight, SightRecord, seconds_until
 
 # What a batch job has and a step of seconds has not, or what decides its size.
 _NOT_OF_A_PROBE = {

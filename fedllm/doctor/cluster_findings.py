@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from fedllm.config.models import SchedulerSection
+from fedllm.doctor.cluster import Cluster, JobKind, Settings
+from fedllm.doctor.findings import Finding
 from fedllm.scheduling.slurm.free_capacity import Surveyor
 from fedllm.scheduling.slurm.limits import Allowed
-from fedllm.scheduling.slurm_doctor import Cluster, JobKind, Settings
-from fedllm.storage.findings import Finding
 
 # of SchedulerParameters: what decides how soon and how many array tasks start
 _OF_NOTE = (

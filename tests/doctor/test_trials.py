@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.errors import RunDirectoryError
-from fedllm.storage.trials import (
+from fedllm.doctor.trials import (
     existing,
     file_system,
     seconds_until,
     trial_folder,
     try_folder,
 )
+from fedllm.errors import RunDirectoryError
 
 
 def test_a_folder_that_keeps_its_promises_passes_and_nothing_is_left(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from fedllm.config.models import SchedulerSection
-from fedllm.scheduling.slurm_doctor import Cluster, JobKind, job_kinds
-from fedllm.scheduling.slurm_findings import (
+from fedllm.doctor.cluster import Cluster, JobKind, job_kinds
+from fedllm.doctor.cluster_findings import (
     cluster_findings,
     endings_findings,
     partition_findings,
 )
-from fedllm.storage.findings import Finding
+from fedllm.doctor.findings import Finding
 
 CONTROLLER = {
     "SLURM_VERSION": "23.11.4",

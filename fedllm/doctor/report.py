@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from fedllm.doctor.findings import Finding, Level
+from fedllm.doctor.trials import Sight
 from fedllm.reporting.tables import size
-from fedllm.storage.findings import Finding, Level
-from fedllm.storage.trials import Sight
 
 # what is written in time only just will one day not be
 _NEARLY = 0.5
