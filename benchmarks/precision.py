@@ -38,7 +38,7 @@ from fedllm.evaluation.reading import answer_losses, num_targets
 from fedllm.lora.factors import Factors
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import load_base
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from fedllm.programs.prepare import prepare
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord
@@ -191,7 +191,7 @@ class Bench:
 def precision_of(config: Config) -> AbstractContextManager[object]:
     """Return the context of an evaluation; older checkouts, of `--against` too, had none."""
     try:
-        from fedllm.model.precision import precision
+        from fedllm.packing.precision import precision
     except ImportError:
         return nullcontext()
     return precision(config.training.precision, torch.device("cpu"))

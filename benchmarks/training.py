@@ -46,10 +46,10 @@ from fedllm.errors import FedllmError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import Base, load_base, load_tokenizer
-from fedllm.model.packing import length_of
-from fedllm.model.slots import AdapterSlots
 from fedllm.model.targets import find_modules
-from fedllm.model.ways import find_way
+from fedllm.packing.layouts import find_way
+from fedllm.packing.sequences import length_of
+from fedllm.packing.slots import AdapterSlots
 from fedllm.programs.prepare import prepare
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord

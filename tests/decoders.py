@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedllm.model.attention import PARTS_ATTENTION
+from fedllm.packing.attention import PARTS_ATTENTION
 
 SIZES = {
     "vocab_size": 64,

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from benchmarks.rounds import plain_batch, plain_steps
 from fedllm.data.cache import Row
 from fedllm.lora.factors import Adapter
-from fedllm.model.attention import fitted
-from fedllm.model.losses import cross_entropies, forward
-from fedllm.model.packing import Packed, pack, shared_prefix, text_of
-from fedllm.model.passes import PACKERS, Cut
-from fedllm.model.slots import AdapterSlots
-from fedllm.model.ways import set_way
+from fedllm.packing.attention import fitted
+from fedllm.packing.layouts import set_way
+from fedllm.packing.losses import cross_entropies, forward
+from fedllm.packing.micro_batches import PACKERS, Cut
+from fedllm.packing.sequences import Packed, pack, shared_prefix, text_of
+from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.optimizers import build_optimizer

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from fedllm.config.models import EvaluationSection
 from fedllm.data.cache import BARE_ANSWERS, AnswerForm
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 
 
 def generate_answers(

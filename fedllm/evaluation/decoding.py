@@ -16,9 +16,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fedllm.evaluation.reading import plan_passes, read
-from fedllm.model.batches import TokenRow
 from fedllm.model.memory import give_back_freed
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.batches import TokenRow
+from fedllm.packing.slots import AdapterSlots
 
 _ROOM = 64  # buffers are as wide as a multiple of it: their sizes repeat, so memory is reused
 

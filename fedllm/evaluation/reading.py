@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fedllm.model.attention import fitted
-from fedllm.model.batches import TokenRow, collate, token_losses
-from fedllm.model.losses import cross_entropies, forward
-from fedllm.model.packing import (
+from fedllm.packing.attention import fitted
+from fedllm.packing.batches import TokenRow, collate, token_losses
+from fedllm.packing.losses import cross_entropies, forward
+from fedllm.packing.micro_batches import most_at_once, prefix_of
+from fedllm.packing.sequences import (
     Group,
     Packed,
     length_of,
@@ -23,8 +24,7 @@ from fedllm.model.packing import (
     pack_groups,
     plan_packs,
 )
-from fedllm.model.passes import most_at_once, prefix_of
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from fedllm.evaluation.answers import end_tokens, generate_answers, texts_of
 from fedllm.evaluation.decoding import answer_clients
 from fedllm.evaluation.reading import answer_losses, num_targets, padded_losses
 from fedllm.evaluation.text import exact_match, rouge_l
-from fedllm.model.batches import TokenRow
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.batches import TokenRow
+from fedllm.packing.slots import AdapterSlots
 from fedllm.storage.records import Scores
 
 _Clients = Sequence[Sequence[TokenRow]]

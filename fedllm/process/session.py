@@ -22,7 +22,7 @@ from fedllm.storage.staging import near
 if TYPE_CHECKING:
     from fedllm.data.cache import TokenizedClients
     from fedllm.model.base import Base
-    from fedllm.model.slots import AdapterSlots
+    from fedllm.packing.slots import AdapterSlots
     from fedllm.training.loop import LocalSettings
     from fedllm.training.trainer import OpenTrainer, Trainer
 
@@ -133,7 +133,7 @@ class Session:
                 + ("restore it" if path == prepared.model_path else "remove this copy of it")
             )
         if self._slots is None:
-            from fedllm.model.slots import AdapterSlots
+            from fedllm.packing.slots import AdapterSlots
 
             slots = AdapterSlots(
                 base, target_modules=key.target_modules, dropout=key.dropout, way=key.way

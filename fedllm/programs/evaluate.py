@@ -5,17 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedllm.adapters.base_copies import check_copies
+from fedllm.adapters.peft_files import TENSORS, read_peft_adapter
+from fedllm.adapters.tensor_names import names_in, place_of
 from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import mean_scores, score_rows
 from fedllm.methods.protocol import Method
 from fedllm.methods.table import method_of
-from fedllm.model.adapter_copies import check_copies
-from fedllm.model.adapter_files import TENSORS, read_peft_adapter
-from fedllm.model.adapter_names import names_in, place_of
-from fedllm.model.precision import precision
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.precision import precision
+from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.evaluation import Target, choose, is_complete
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.adapters import adapter_of

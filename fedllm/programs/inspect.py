@@ -15,7 +15,7 @@ from fedllm.data.turns import Turn
 from fedllm.data.writer import text_rows
 from fedllm.errors import DataError
 from fedllm.model.base import load_tokenizer, locate_base
-from fedllm.model.batches import LossOn, target_places
+from fedllm.packing.batches import LossOn, target_places
 from fedllm.process.log import say
 from fedllm.programs.prepare import Report, row_encoder
 from fedllm.storage.paths import CachePaths

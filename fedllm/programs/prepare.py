@@ -15,12 +15,12 @@ from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
 from fedllm.errors import ConfigError, DataError, RunDirectoryError
 from fedllm.methods.table import method_of
-from fedllm.model.attention import SHARED
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.memory import give_back_freed
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
-from fedllm.model.ways import find_way, still_right
+from fedllm.packing.attention import SHARED
+from fedllm.packing.layouts import find_way, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import engine_of
 from fedllm.planning.roles import split_roles

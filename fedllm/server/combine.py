@@ -9,23 +9,23 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
+from fedllm.adapters.base_copies import check_copies
+from fedllm.adapters.base_names import CommonBase, common_base
+from fedllm.adapters.peft_config import CONFIG, AdapterConfig
+from fedllm.adapters.peft_files import PeftAdapter, dtype_of, read_peft_adapter
+from fedllm.adapters.peft_writer import (
+    PeftDescription,
+    PeftWriter,
+    PlannedModule,
+    writing_peft_adapter,
+)
+from fedllm.adapters.tensor_names import common_names
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.table import build_method
 from fedllm.methods.weights import shares, total_of
-from fedllm.model.adapter_base import CommonBase, common_base
-from fedllm.model.adapter_config import CONFIG, AdapterConfig
-from fedllm.model.adapter_copies import check_copies
-from fedllm.model.adapter_files import PeftAdapter, dtype_of, read_peft_adapter
-from fedllm.model.adapter_names import common_names
-from fedllm.model.adapter_writer import (
-    PeftDescription,
-    PeftWriter,
-    PlannedModule,
-    writing_peft_adapter,
-)
 from fedllm.model.device import resolve_devices
 from fedllm.server.pipeline import Engine
 from fedllm.storage.outputs import filling

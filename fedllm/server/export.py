@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+from fedllm.adapters.peft_config import CONFIG
+from fedllm.adapters.peft_files import dtype_of
+from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.config.targets import is_target
@@ -13,9 +16,6 @@ from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
 from fedllm.methods.protocol import Method
 from fedllm.methods.table import method_of
-from fedllm.model.adapter_config import CONFIG
-from fedllm.model.adapter_files import dtype_of
-from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
 from fedllm.storage.hub import hub_key
@@ -144,8 +144,8 @@ def export_model(
         ModelError: the base is not there any more, or another one, or a weight does not fit.
     """
     # transformers takes seconds to import: an adapter is written without it
+    from fedllm.adapters.merging import Rounding, merge, narrow, plain_lines_in_a_log, save_model
     from fedllm.model.base import load_base
-    from fedllm.model.merging import Rounding, merge, narrow, plain_lines_in_a_log, save_model
 
     plain_lines_in_a_log()
     ranks = _ranks(state, rank)

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
+from fedllm.adapters.base_copies import check_copies
+from fedllm.adapters.base_names import fingerprint_of, folder_of
+from fedllm.adapters.peft_config import CONFIG
+from fedllm.adapters.peft_files import TENSORS, PeftAdapter, read_peft_adapter
+from fedllm.adapters.tensor_names import names_in
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
 from fedllm.config.models import AggregationSection, Config
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.model.adapter_base import fingerprint_of, folder_of
-from fedllm.model.adapter_config import CONFIG
-from fedllm.model.adapter_copies import check_copies
-from fedllm.model.adapter_files import TENSORS, PeftAdapter, read_peft_adapter
-from fedllm.model.adapter_names import names_in
 from fedllm.planning.federation import Federation
 from fedllm.process.log import say
 from fedllm.server.combine import AdapterSource

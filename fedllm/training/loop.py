@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
 from fedllm.methods.local import LocalRule
-from fedllm.model.batches import LossOn, TokenRow
-from fedllm.model.noise import Piece
-from fedllm.model.passes import PACKERS, Cut, Pass
-from fedllm.model.precision import precision
-from fedllm.model.slots import AdapterSlots, Installed
+from fedllm.packing.batches import LossOn, TokenRow
+from fedllm.packing.micro_batches import PACKERS, Cut, Pass
+from fedllm.packing.precision import precision
+from fedllm.packing.row_dropout import Piece
+from fedllm.packing.slots import AdapterSlots, Installed
 from fedllm.storage.records import TrainingStats
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.plan import Draws, plan_steps, rate_factor

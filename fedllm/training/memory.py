@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from fedllm.config.models import TrainingSection
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 
 # torch has an error of its own for the memory of GPUs alone, and not for all of that
 _SHORTAGES = (

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from fedllm.training.environment import environment
 from fedllm.training.loop import LocalSettings, Loop, TrainResult
 from fedllm.training.memory import let_go, micro_batch_size

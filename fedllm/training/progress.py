@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fedllm.lora.factors import Adapter
-from fedllm.model.slots import Installed
+from fedllm.packing.slots import Installed
 from fedllm.storage.records import TrainingStats
 
 

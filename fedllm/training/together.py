@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedllm.model.packing import Packed
-from fedllm.model.passes import PackedPass, Pass
-from fedllm.model.precision import precision
-from fedllm.model.slots import AdapterSlots
-from fedllm.model.stacked import StackedPass
+from fedllm.packing.micro_batches import PackedPass, Pass
+from fedllm.packing.precision import precision
+from fedllm.packing.sequences import Packed
+from fedllm.packing.slots import AdapterSlots
+from fedllm.packing.stacked_adapters import StackedPass
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
 from fedllm.training.plain import Plain, with_micro_batches

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedllm.lora.factors import Adapter
-from fedllm.model.batches import TokenRow
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.batches import TokenRow
+from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult
 from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress

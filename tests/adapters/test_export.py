@@ -11,13 +11,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedllm.adapters.merging import merge
 from fedllm.cli.main import run as fedllm
 from fedllm.config.loading import dump_config, read_config, validate
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import Factors, delta
 from fedllm.methods.table import method_of
 from fedllm.model.base import describe_base
-from fedllm.model.merging import merge
 from fedllm.server.export import export_adapter, export_model, newest_state, open_state
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths

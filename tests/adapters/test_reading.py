@@ -8,11 +8,11 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
+from fedllm.adapters.peft_config import AdapterConfig
+from fedllm.adapters.peft_files import read_peft_adapter
+from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, delta
-from fedllm.model.adapter_config import AdapterConfig
-from fedllm.model.adapter_files import read_peft_adapter
-from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from tests.adapters.peft_folders import deltas, save_adapter
 
 KINDS = ["plain", "rslora", "patterns", "regex", "bfloat16", "float16"]

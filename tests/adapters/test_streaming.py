@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.lora.factors import Factors
-from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from tests.anonymous import peak_bytes
 
 SIDE, RANK, MODULES, ADAPTERS = 512, 100, 24, 64

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fedllm.evaluation.decoding import Answered, answer_clients
 from fedllm.evaluation.reading import answer_losses, padded_losses, plan_passes
 from fedllm.model.base import Base
-from fedllm.model.packing import LEAST_SHARED, Group, pack_groups, shared_prefix, text_of
-from fedllm.model.passes import DENSE_TOKENS, PARTS_TOKENS
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.micro_batches import DENSE_TOKENS, PARTS_TOKENS
+from fedllm.packing.sequences import LEAST_SHARED, Group, pack_groups, shared_prefix, text_of
+from fedllm.packing.slots import AdapterSlots
 from tests.decoders import DECODERS, Row, in_way, make_decoder
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]

@@ -14,7 +14,7 @@ from fedllm.evaluation.answers import generate_answers
 from fedllm.evaluation.scores import RowScores, mean_scores, score_rows
 from fedllm.lora.factors import Factors
 from fedllm.model.base import load_base, load_tokenizer
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from tests.tiny import Tiny
 
 ROWS = [

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedllm.adapters.base_names import common_base
+from fedllm.adapters.peft_config import read_adapter_config
+from fedllm.adapters.peft_files import read_peft_adapter
+from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.cli.main import run as fedllm
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors
-from fedllm.model.adapter_base import common_base
-from fedllm.model.adapter_config import read_adapter_config
-from fedllm.model.adapter_files import read_peft_adapter
-from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from tests.adapters.peft_folders import edit_config, save_adapter
 from tests.tiny import Tiny
 

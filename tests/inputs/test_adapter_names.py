@@ -14,12 +14,12 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from fedllm.adapters.base_copies import check_copies
+from fedllm.adapters.peft_config import AdapterConfig
+from fedllm.adapters.peft_files import read_peft_adapter
+from fedllm.adapters.tensor_names import common_names, factor_key, names_in, place_of
 from fedllm.cli.main import run as fedllm
 from fedllm.errors import AdapterError
-from fedllm.model.adapter_config import AdapterConfig
-from fedllm.model.adapter_copies import check_copies
-from fedllm.model.adapter_files import read_peft_adapter
-from fedllm.model.adapter_names import common_names, factor_key, names_in, place_of
 from tests.adapters.peft_folders import (
     deltas,
     edit_config,

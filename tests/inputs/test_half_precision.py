@@ -26,10 +26,10 @@ from fedllm.evaluation.reading import answer_losses, padded_losses
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import Base
-from fedllm.model.passes import PACKERS, Cut
-from fedllm.model.precision import precision
-from fedllm.model.slots import AdapterSlots
 from fedllm.model.targets import find_modules
+from fedllm.packing.micro_batches import PACKERS, Cut
+from fedllm.packing.precision import precision
+from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.plan import Draws
 from fedllm.training.together import Together

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedllm.adapters.merging import narrow
 from fedllm.cli.main import run as fedllm
 from fedllm.errors import ModelError
-from fedllm.model.merging import narrow
 from fedllm.storage.paths import RunPaths
 from tests.adapters.test_export import expected, make_run
 from tests.tiny import Tiny

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.cli.execution import start
 from fedllm.cli.main import run as fedllm
 from fedllm.config.loading import dump_config, read_config, validate
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, delta
-from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
 from fedllm.process.session import Session
 from fedllm.programs.evaluate import evaluate_adapter, evaluate_state
 from fedllm.programs.prepare import prepare_run

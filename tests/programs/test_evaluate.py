@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.cli.execution import start
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.table import method_of
-from fedllm.model.adapter_writer import PeftDescription, write_peft_adapter
-from fedllm.model.packing import common_prefix
+from fedllm.packing.sequences import common_prefix
 from fedllm.planning.evaluation import choose
 from fedllm.planning.federation import plan_federation
 from fedllm.process.adapters import adapter_of

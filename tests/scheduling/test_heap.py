@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from fedllm.lora.factors import Factors
 from fedllm.model.base import Base
-from fedllm.model.slots import AdapterSlots
-from fedllm.model.noise import Piece
+from fedllm.packing.slots import AdapterSlots
+from fedllm.packing.row_dropout import Piece
 def peak_mib():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

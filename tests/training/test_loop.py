@@ -13,7 +13,7 @@ from fedllm.errors import DataError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import load_base
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from fedllm.training.environment import environment
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.plan import Draws, plan_steps, rate_factor

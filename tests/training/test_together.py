@@ -13,7 +13,7 @@ from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
 from fedllm.methods.local import LOCAL_RULES
 from fedllm.model.base import load_base
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress

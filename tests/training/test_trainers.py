@@ -8,7 +8,7 @@ import torch
 
 from fedllm.config.models import TrainingSection
 from fedllm.model.base import load_base
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.grouping import engine_of
 from fedllm.training.environment import environment
 from fedllm.training.loop import TrainResult, train_client

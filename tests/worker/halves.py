@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.programs.entry_points import run

@@ -61,7 +61,7 @@ def _score(
     if paths.run.exists():
         return _score_run(paths, round_number, rank)
     if not (target / _PEFT_CONFIG).is_file():
-        from fedllm.model.adapter_config import adapters_below
+        from fedllm.adapters.peft_config import adapters_below
 
         raise RunDirectoryError(
             f"{target}: neither a run (run.json) nor a PEFT adapter ({_PEFT_CONFIG})"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedllm.errors import ModelError
-from fedllm.model.attention import INPUTS
-from fedllm.model.batches import keeps_logits
-from fedllm.model.packing import Packed
+from fedllm.packing.attention import INPUTS
+from fedllm.packing.batches import keeps_logits
+from fedllm.packing.sequences import Packed
 
 _CHUNK_LOGITS = 1 << 22  # logits that are in float32 at one time
 

@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fedllm.errors import ModelError
-from fedllm.model.gated import is_large
-from fedllm.model.packing import Packed, Part, padded_to
+from fedllm.packing.gated_mlp import is_large
+from fedllm.packing.sequences import Packed, Part, padded_to
 
 Entries = Sequence[Sequence[Part]]
 """The parts of each batch entry; they cover its tokens, in order."""

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.errors import ModelError
-from fedllm.model.losses import cross_entropies, packed_losses, target_losses
-from fedllm.model.packing import pack
+from fedllm.packing.losses import cross_entropies, packed_losses, target_losses
+from fedllm.packing.sequences import pack
 from tests.decoders import AllLogits, Row, in_way, make_decoder
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.model.attention import PARTS_ATTENTION, SHARED, fitted
-from fedllm.model.batches import collate, token_losses
-from fedllm.model.losses import forward, packed_losses
-from fedllm.model.packing import Packed, length_of, pack, text_of
 from fedllm.model.small import integer, rotaries, silence, small_model
+from fedllm.packing.attention import PARTS_ATTENTION, SHARED, fitted
+from fedllm.packing.batches import collate, token_losses
+from fedllm.packing.losses import forward, packed_losses
+from fedllm.packing.sequences import Packed, length_of, pack, text_of
 from fedllm.storage.hub import first_line
 from fedllm.storage.records import WayRecord
 

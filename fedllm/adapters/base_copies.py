@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedllm.adapters.peft_files import PeftAdapter
+from fedllm.adapters.tensor_names import place_of
 from fedllm.errors import AdapterError
-from fedllm.model.adapter_files import PeftAdapter
-from fedllm.model.adapter_names import place_of
 from fedllm.model.fingerprint import weight_files
 from fedllm.storage.tensors import TensorFile
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fedllm.errors import ModelError
-from fedllm.model.attention import (
+from fedllm.packing.attention import (
     FLEX_BLOCK,
     PartsPlan,
     block_mask,
     boolean_mask,
     parts_attention,
 )
-from fedllm.model.gated import is_large
-from fedllm.model.packing import PADDING, Part
+from fedllm.packing.gated_mlp import is_large
+from fedllm.packing.sequences import PADDING, Part
 
 
 class Layer(nn.Module):
@@ -230,8 +230,8 @@ PEAK = """
 import torch
 from pathlib import Path
 from typing import Any
-from fedllm.model.attention import PartsPlan, parts_attention, boolean_mask
-from tests.model.test_attention import Layer, lay
+from fedllm.packing.attention import PartsPlan, parts_attention, boolean_mask
+from tests.packing.test_attention import Layer, lay
 torch.set_num_threads(1)
 def peak_kib():
     # of this process alone: ru_maxrss begins with that of its parent

@@ -11,16 +11,16 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter
-from fedllm.model.attention import PARTS_ATTENTION
 from fedllm.model.base import Base, load_base
-from fedllm.model.losses import packed_losses
-from fedllm.model.noise import Piece
-from fedllm.model.packing import Packed, pack, shared_prefix, text_of
-from fedllm.model.slots import AdapterSlots, Installed
-from fedllm.model.stacked import StackedPass
 from fedllm.model.targets import find_modules
+from fedllm.packing.attention import PARTS_ATTENTION
+from fedllm.packing.losses import packed_losses
+from fedllm.packing.row_dropout import Piece
+from fedllm.packing.sequences import Packed, pack, shared_prefix, text_of
+from fedllm.packing.slots import AdapterSlots, Installed
+from fedllm.packing.stacked_adapters import StackedPass
 from tests.decoders import Row
-from tests.model.test_slots import TARGETS, adapter, sides
+from tests.packing.test_slots import TARGETS, adapter, sides
 from tests.tiny import Tiny
 
 HEADS: tuple[list[int], ...] = (

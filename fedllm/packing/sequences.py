@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import DataError
-from fedllm.model.batches import LossOn, TokenRow, target_places
+from fedllm.packing.batches import LossOn, TokenRow, target_places
 
 PREFIX, PADDING = -1, -2  # what a part is that is no row's own
 

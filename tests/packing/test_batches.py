@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.model.base import load_base
-from fedllm.model.batches import collate, token_losses
+from fedllm.packing.batches import collate, token_losses
 from tests.decoders import AllLogits
 from tests.tiny import Tiny
 

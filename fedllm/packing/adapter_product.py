@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fedllm.model.gated import Activation, made_of
-from fedllm.model.noise import RowDropout
-from fedllm.model.precision import in_float32
+from fedllm.packing.gated_mlp import Activation, made_of
+from fedllm.packing.precision import in_float32
+from fedllm.packing.row_dropout import RowDropout
 
 
 class LeanFactor(nn.Module):

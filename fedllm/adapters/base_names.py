@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedllm.adapters.peft_config import AdapterConfig
 from fedllm.errors import AdapterError, ModelError
-from fedllm.model.adapter_config import AdapterConfig
 from fedllm.model.fingerprint import fingerprint_model
 from fedllm.storage.hub import is_hub_name
 

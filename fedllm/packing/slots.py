@@ -17,15 +17,15 @@ from fedllm.config.targets import Targets
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.base import Base
-from fedllm.model.gated import keep_less
-from fedllm.model.lean import LeanFactor
-from fedllm.model.noise import RowDropout, RowSeeds
-from fedllm.model.precision import keep_factor_wide, keep_sums_wide
-from fedllm.model.recompute import Recomputation, Recompute
-from fedllm.model.stacked import Seats, StackedA, StackedB
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
-from fedllm.model.ways import set_way
+from fedllm.packing.adapter_product import LeanFactor
+from fedllm.packing.gated_mlp import keep_less
+from fedllm.packing.layouts import set_way
+from fedllm.packing.precision import keep_factor_wide, keep_sums_wide
+from fedllm.packing.recompute import Recomputation, Recompute
+from fedllm.packing.row_dropout import RowDropout, RowSeeds
+from fedllm.packing.stacked_adapters import Seats, StackedA, StackedB
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
 _GROUP = "group"  # the name of the one PEFT adapter that computes with several adapters

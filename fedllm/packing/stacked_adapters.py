@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fedllm.model.losses import target_losses
-from fedllm.model.noise import Piece
-from fedllm.model.packing import Packed
-from fedllm.model.precision import in_float32
+from fedllm.packing.losses import target_losses
+from fedllm.packing.precision import in_float32
+from fedllm.packing.row_dropout import Piece
+from fedllm.packing.sequences import Packed
 
 
 class Seats:

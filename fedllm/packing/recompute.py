@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedllm.model.precision import as_now
+from fedllm.packing.precision import as_now
 
 Recompute = bool | Literal["auto"]
 """All layers, none, or as many as what the others keep needs to fit its budget."""

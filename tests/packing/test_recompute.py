@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from fedllm.lora.factors import Factors
 from fedllm.model.base import Base
-from fedllm.model.noise import Piece
-from fedllm.model.recompute import Recomputation, Recompute
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.recompute import Recomputation, Recompute
+from fedllm.packing.row_dropout import Piece
+from fedllm.packing.slots import AdapterSlots
 from fedllm.storage.records import ModuleRecord
 
 LAYERS = 6

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.model.base import Base, load_base
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.slots import AdapterSlots
 from tests.tiny import Tiny
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import DataError
-from fedllm.model.attention import boolean_mask
-from fedllm.model.packing import (
+from fedllm.packing.attention import boolean_mask
+from fedllm.packing.sequences import (
     LEAST_SHARED,
     PADDING,
     PREFIX,

@@ -8,9 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedllm.errors import DataError
-from fedllm.model.noise import RowDropout, RowSeeds
-from fedllm.model.packing import PREFIX, pack, text_of
-from fedllm.model.passes import (
+from fedllm.packing.micro_batches import (
     DENSE_TOKENS,
     FLEX_TOKENS,
     PACKERS,
@@ -19,6 +17,8 @@ from fedllm.model.passes import (
     PackedPass,
     Pass,
 )
+from fedllm.packing.row_dropout import RowDropout, RowSeeds
+from fedllm.packing.sequences import PREFIX, pack, text_of
 from tests.decoders import DECODERS, Row, gradients, in_way, make_decoder, plain_loss, worst
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]

@@ -19,9 +19,9 @@ from transformers import (
 
 from fedllm.lora.factors import Factors
 from fedllm.model.base import Base
-from fedllm.model.gated import LARGE, keep_less
-from fedllm.model.noise import Piece
-from fedllm.model.slots import AdapterSlots
+from fedllm.packing.gated_mlp import LARGE, keep_less
+from fedllm.packing.row_dropout import Piece
+from fedllm.packing.slots import AdapterSlots
 
 # two rows of so many tokens are as wide as pays
 WIDE, LONG = 1024, 128

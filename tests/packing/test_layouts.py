@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.model.ways import find_way, still_right
+from fedllm.packing.layouts import find_way, still_right
 from fedllm.storage.records import WayRecord
 
 WINDOW = {"sliding_window": 64}

@@ -16,15 +16,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedllm.errors import AdapterError, RunDirectoryError
-from fedllm.lora.factors import Factors, ModuleShape
-from fedllm.model.adapter_config import (
+from fedllm.adapters.peft_config import (
     CONFIG,
     AdapterConfig,
     read_adapter_config,
     refuse_pointer,
 )
-from fedllm.model.adapter_names import base_key, factor_key, place_of
+from fedllm.adapters.tensor_names import base_key, factor_key, place_of
+from fedllm.errors import AdapterError, RunDirectoryError
+from fedllm.lora.factors import Factors, ModuleShape
 from fedllm.storage.tensors import TensorFile
 
 TENSORS = "adapter_model.safetensors"

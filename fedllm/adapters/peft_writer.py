@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedllm.adapters.peft_config import CONFIG
+from fedllm.adapters.peft_files import TENSORS
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors, ModuleShape
-from fedllm.model.adapter_config import CONFIG
-from fedllm.model.adapter_files import TENSORS
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
 

@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedllm.model.attention import INPUTS, SHARED, fitted
-from fedllm.model.batches import Batch, LossOn, TokenRow, collate, token_losses
-from fedllm.model.losses import packed_losses
-from fedllm.model.noise import Piece
-from fedllm.model.packing import (
+from fedllm.packing.attention import INPUTS, SHARED, fitted
+from fedllm.packing.batches import Batch, LossOn, TokenRow, collate, token_losses
+from fedllm.packing.losses import packed_losses
+from fedllm.packing.row_dropout import Piece
+from fedllm.packing.sequences import (
     PADDING,
     PREFIX,
     Packed,

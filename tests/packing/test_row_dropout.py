@@ -6,9 +6,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedllm.errors import ModelError
-from fedllm.model.lean import LeanFactor
-from fedllm.model.noise import Piece, RowDropout, RowSeeds
-from fedllm.model.passes import PACKERS, Cut
+from fedllm.packing.adapter_product import LeanFactor
+from fedllm.packing.micro_batches import PACKERS, Cut
+from fedllm.packing.row_dropout import Piece, RowDropout, RowSeeds
 from tests.decoders import Row, in_way, make_decoder
 
 

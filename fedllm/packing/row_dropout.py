@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.errors import ModelError
-from fedllm.model.attention import FLEX_BLOCK
+from fedllm.packing.attention import FLEX_BLOCK
 from fedllm.planning.seeding import seed_of
 
 _LEVELS = 1 << 16  # a draw is a 16-bit integer: four of them per 64-bit random number

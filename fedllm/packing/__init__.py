@@ -1,0 +1,1 @@
+"""How rows are computed together: layouts, attention, dropout, and adapters in the base."""
