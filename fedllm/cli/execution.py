@@ -12,10 +12,10 @@ from fedllm.errors import LeaseError, UserError
 from fedllm.methods.table import check_names
 from fedllm.rounds.chaining import take_link, this_link
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
+from fedllm.rounds.dispatch.in_flight import is_done
+from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.rounds.opening import close_run, open_run, resumed_config
-from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
-from fedllm.rounds.work import is_done
 from fedllm.scheduling import schedulers
 from fedllm.scheduling.environment import become_task
 from fedllm.scheduling.inline import Execute

@@ -8,10 +8,10 @@ from fedllm.errors import RunDirectoryError
 from fedllm.planning.federation import Federation
 from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
+from fedllm.rounds.dispatch.preflight import check_jobs
+from fedllm.rounds.dispatch.submissions import single_job
 from fedllm.rounds.finishing import finish_rounds
-from fedllm.rounds.preflight import check_jobs
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import single_job
 from fedllm.rounds.training import train
 from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord
 

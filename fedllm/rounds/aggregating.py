@@ -5,8 +5,8 @@ import hashlib
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.evaluation import is_evaluated
 from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
+from fedllm.rounds.dispatch.submissions import single_job
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import single_job
 from fedllm.storage.paths import aside
 from fedllm.storage.records import AggregateRecord
 

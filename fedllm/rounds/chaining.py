@@ -18,8 +18,8 @@ from fedllm.rounds.coordinate import (
     advance_while_possible,
     stopping_on_signals,
 )
+from fedllm.rounds.dispatch.in_flight import Work
 from fedllm.rounds.run import Run
-from fedllm.rounds.work import Work
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm import coordinator_job as slurm

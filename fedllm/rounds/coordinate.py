@@ -10,9 +10,9 @@ from fedllm.errors import Incomplete
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
+from fedllm.rounds.dispatch.in_flight import Work, work_of
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
-from fedllm.rounds.work import Work, work_of
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 
 LONGEST_WAIT_SECONDS = 300.0

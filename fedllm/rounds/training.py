@@ -5,10 +5,12 @@ import dataclasses
 from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError
 from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
-from fedllm.rounds.attempts import start_attempt
 from fedllm.rounds.collecting import replaced_clients
-from fedllm.rounds.lingering import at_work
-from fedllm.rounds.losses import (
+from fedllm.rounds.dispatch.attempts import start_attempt
+from fedllm.rounds.dispatch.idle_workers import at_work
+from fedllm.rounds.dispatch.submissions import error_of, find_unrecorded, is_mine
+from fedllm.rounds.dispatch.waves import send_waves
+from fedllm.rounds.dispatch.worker_failures import (
     close_attempt,
     end_idle_workers,
     end_silent_workers,
@@ -16,8 +18,6 @@ from fedllm.rounds.losses import (
     idle_and_running,
 )
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import error_of, find_unrecorded, is_mine
-from fedllm.rounds.waves import send_waves
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, aside
 from fedllm.storage.publish import age_seconds

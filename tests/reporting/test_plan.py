@@ -11,7 +11,7 @@ from fedllm.planning.workers import STARTUP_SECONDS
 from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.plan_text import describe_plan, flags_text, queue_line
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
-from fedllm.rounds.rehearsal import rehearse
+from fedllm.rounds.dispatch.dry_run import rehearse
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import ClientRecord, PreparedRecord
 from tests.planning.federations import client, config_of, prepared_of

@@ -8,7 +8,7 @@ import pytest
 
 from fedllm.rounds.advance import advance
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
-from fedllm.rounds.work import Work, work_of
+from fedllm.rounds.dispatch.in_flight import Work, work_of
 from fedllm.scheduling.seam import Job, SchedulerUnreachable
 from fedllm.storage.lease import Lease
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of

@@ -10,7 +10,7 @@ import pytest
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError
 from fedllm.planning.capacity import Capacity
-from fedllm.rounds.planned import RunPlan, plan_run
+from fedllm.rounds.dispatch.planned import RunPlan, plan_run
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.seam import Limits, Option, Scheduler, SchedulerUnreachable
 from fedllm.scheduling.slurm.executor import SlurmScheduler

@@ -18,7 +18,7 @@ from fedllm.cli.options import (
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.planning.backoff import Backoff
-from fedllm.rounds.cancelling import cancel_jobs
+from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.scheduling.slurm.coordinator_job import (
     cancel_job,
     coordinator_jobs,

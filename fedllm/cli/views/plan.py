@@ -18,7 +18,7 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.reporting.plan_text import describe_plan
-from fedllm.rounds.planned import plan_run
+from fedllm.rounds.dispatch.planned import plan_run
 from fedllm.scheduling.logs import script_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
 from fedllm.storage.paths import RunPaths, cache_of

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from fedllm.config.models import Config
-from fedllm.rounds.submissions import active_tasks, task_ids
+from fedllm.rounds.dispatch.submissions import active_tasks, task_ids
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.paths import JobPaths, RunPaths, attempts_of
 from fedllm.storage.records import JobsRecord, SubmissionRecord

@@ -7,8 +7,8 @@ from typing import Literal
 
 from fedllm.errors import ConfigError, FedllmError, Incomplete, RunFailed, UserError
 from fedllm.planning.classes import job_options
+from fedllm.rounds.dispatch.visibility import unseen
 from fedllm.rounds.run import Run
-from fedllm.rounds.visibility import unseen
 from fedllm.scheduling.endings import reason_of
 from fedllm.scheduling.seam import (
     EndReason,

@@ -10,7 +10,7 @@ from fedllm.errors import ConfigError, UserError
 from fedllm.planning.capacity import Capacity
 from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.usage import Options
-from fedllm.rounds.rehearsal import Rehearsal, rehearse, rehearsed_jobs
+from fedllm.rounds.dispatch.dry_run import Rehearsal, rehearse, rehearsed_jobs
 from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable
 from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
 from fedllm.storage.paths import MOST_ENTRIES, RunPaths, shipped

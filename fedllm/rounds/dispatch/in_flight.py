@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
-from fedllm.rounds.lingering import at_work
+from fedllm.rounds.dispatch.idle_workers import at_work
+from fedllm.rounds.dispatch.submissions import active_tasks, known_tasks, unsent_arrays
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import active_tasks, known_tasks, unsent_arrays
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.publish import age_seconds
 from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord

@@ -9,9 +9,9 @@ from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import job_options, tier_options
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
-from fedllm.rounds.attempts import workers_record
-from fedllm.rounds.submissions import SingleProgram, job_of
-from fedllm.rounds.waves import arrays_within
+from fedllm.rounds.dispatch.attempts import workers_record
+from fedllm.rounds.dispatch.submissions import SingleProgram, job_of
+from fedllm.rounds.dispatch.waves import arrays_within
 from fedllm.scheduling.logs import files_of
 from fedllm.scheduling.seam import Job
 from fedllm.storage.paths import JobPaths, RunPaths

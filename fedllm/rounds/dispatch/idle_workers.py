@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 
+from fedllm.rounds.dispatch.submissions import known_tasks
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import known_tasks
 from fedllm.scheduling.seam import TaskState
 from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of
 from fedllm.storage.records import SubmissionRecord, TaskRecord

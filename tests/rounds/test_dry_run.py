@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fedllm.planning.capacity import Capacity
 from fedllm.rounds.coordinate import coordinate
+from fedllm.rounds.dispatch.dry_run import rehearse, rehearsed_jobs
 from fedllm.rounds.opening import open_run
-from fedllm.rounds.rehearsal import rehearse, rehearsed_jobs
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.seam import Job, Option
 from fedllm.storage.paths import RunPaths

@@ -9,7 +9,7 @@ import pytest
 
 from fedllm.errors import RunFailed, UserError
 from fedllm.rounds.advance import advance
-from fedllm.rounds.cancelling import cancel_jobs
+from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable

@@ -7,10 +7,10 @@ from pathlib import Path
 from fedllm.config.models import SbatchOptions
 from fedllm.errors import Incomplete, OutOfMemory
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
-from fedllm.rounds.lingering import workers_of
+from fedllm.rounds.dispatch.idle_workers import workers_of
+from fedllm.rounds.dispatch.submissions import is_mine, known_tasks, settle, was_preempted
+from fedllm.rounds.dispatch.waves import has_unclaimed
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import is_mine, known_tasks, settle, was_preempted
-from fedllm.rounds.waves import has_unclaimed
 from fedllm.scheduling.endings import exit_status, reason_of
 from fedllm.scheduling.seam import Ending, EndReason, TaskState
 from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of

@@ -9,11 +9,11 @@ from fedllm.planning.federation import Federation
 from fedllm.planning.grouping import Group, engine_of
 from fedllm.planning.sbatch_options import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
-from fedllm.rounds.lingering import lingering_workers
-from fedllm.rounds.losses import excluded_nodes, memory_factor, with_memory
+from fedllm.rounds.dispatch.idle_workers import lingering_workers
+from fedllm.rounds.dispatch.submissions import array_name, submit
+from fedllm.rounds.dispatch.waves import next_wave
+from fedllm.rounds.dispatch.worker_failures import excluded_nodes, memory_factor, with_memory
 from fedllm.rounds.run import Run
-from fedllm.rounds.submissions import array_name, submit
-from fedllm.rounds.waves import next_wave
 from fedllm.scheduling.logs import MOST_LOGS
 from fedllm.scheduling.seam import Capacity
 from fedllm.storage.records import (

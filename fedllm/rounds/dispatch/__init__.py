@@ -1,0 +1,1 @@
+"""Who trains where: attempts, their submission, and what becomes of their workers."""
