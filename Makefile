@@ -84,7 +84,7 @@ quickstart: venv
 	@.venv/bin/fedllm run configs/quickstart.yaml --run-dir runs/quickstart-smallest \
 	  $(foreach change,$(SMALLEST),--set $(change))
 	@.venv/bin/fedllm run configs/quickstart.yaml
-	@.venv/bin/python -m fedllm.reporting.comparison "smallest rank=runs/quickstart-smallest" \
+	@.venv/bin/python -m fedllm.reporting.results.comparison "smallest rank=runs/quickstart-smallest" \
 	  "FlexLoRA=runs/quickstart"
 	@echo; echo "next: .venv/bin/fedllm inspect configs/quickstart.yaml --client reverse-letters"; \
 	echo "      .venv/bin/fedllm export runs/quickstart --rank 4 --out adapters/rank-4"; \

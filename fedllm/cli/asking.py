@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedllm.cli import execution
 from fedllm.config.loading import read_config
 from fedllm.errors import UserError
-from fedllm.reporting.queue import Answers, Ask
+from fedllm.reporting.status.queue import Answers, Ask
 from fedllm.scheduling.seam import Scheduler, TaskState
 from fedllm.scheduling.slurm.coordinator_job import holder_is_gone
 from fedllm.scheduling.traits import traits_of

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from fedllm.cli.options import say
-from fedllm.reporting.status import RunStatus
+from fedllm.reporting.status.status import RunStatus
 
 REDRAW_SECONDS = 3.0
 

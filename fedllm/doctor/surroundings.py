@@ -12,7 +12,7 @@ from fedllm.doctor.findings import Finding
 from fedllm.doctor.trials import existing, file_system, trial_folder, try_folder
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.federation import plan_federation
-from fedllm.reporting.summary import update_bytes
+from fedllm.reporting.results.summary import update_bytes
 from fedllm.reporting.tables import size
 from fedllm.storage.hub import hub_key, is_hub_name
 from fedllm.storage.paths import RunPaths, cache_of

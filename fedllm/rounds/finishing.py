@@ -1,7 +1,7 @@
 """What is left of a round: its record, the metrics, and what retention keeps."""
 
 from fedllm.planning.evaluation import is_evaluated
-from fedllm.reporting.metrics import headline, write_metrics
+from fedllm.reporting.results.metrics import headline, write_metrics
 from fedllm.reporting.usage import round_usage
 from fedllm.rounds.retention import prune
 from fedllm.rounds.run import Run

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.reporting.comparison import compare, main
-from fedllm.reporting.metrics import by_group, by_tier, headline, mean_scores, write_metrics
-from fedllm.reporting.summary import (
+from fedllm.reporting.results.comparison import compare, main
+from fedllm.reporting.results.metrics import by_group, by_tier, headline, mean_scores, write_metrics
+from fedllm.reporting.results.summary import (
     last_evaluation,
     run_summary,
     score_table,

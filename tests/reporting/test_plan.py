@@ -8,8 +8,8 @@ import pytest
 from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.workers import STARTUP_SECONDS
-from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
-from fedllm.reporting.plan_text import describe_plan, flags_text, queue_line
+from fedllm.reporting.plan.plan import Geometry, RealOptions, Room, plan_geometry
+from fedllm.reporting.plan.plan_text import describe_plan, flags_text, queue_line
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
 from fedllm.rounds.dispatch.dry_run import rehearse
 from fedllm.storage.paths import RunPaths

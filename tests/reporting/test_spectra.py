@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.reporting.spectra import (
+from fedllm.reporting.results.spectra import (
     RankSummary,
     last_spectra_table,
     metrics_of,

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.reporting.attempts import AttemptStatus, EndingStatus, TaskStatus
-from fedllm.reporting.logs import client_log, newest_logs, tail
-from fedllm.reporting.pace import Estimate
-from fedllm.reporting.queue import Answers, ArrayStatus, Ask, QueueStatus, ReasonStatus
-from fedllm.reporting.status import (
+from fedllm.reporting.status.attempt_tasks import AttemptStatus, EndingStatus, TaskStatus
+from fedllm.reporting.status.logs import client_log, newest_logs, tail
+from fedllm.reporting.status.pace import Estimate
+from fedllm.reporting.status.queue import Answers, ArrayStatus, Ask, QueueStatus, ReasonStatus
+from fedllm.reporting.status.status import (
     FailedClient,
     RoundStatus,
     RunStatus,
     StatusReader,
     run_status,
 )
-from fedllm.reporting.status_text import status_text
+from fedllm.reporting.status.status_text import status_text
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
     AggregateRecord,

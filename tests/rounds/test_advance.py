@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import FedllmError, RunDirectoryError, RunFailed, StorageFull, UserError
-from fedllm.reporting.status import run_status
+from fedllm.reporting.status.status import run_status
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.opening import open_run, resumed_config
 from fedllm.scheduling.inline import InlineScheduler

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.config.models import Config
-from fedllm.reporting.status import run_status
+from fedllm.reporting.status.status import run_status
 from fedllm.rounds.retention import best_round, prune, removable
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import AggregateRecord, EvaluationRecord, RoundRecord, TaskRecord

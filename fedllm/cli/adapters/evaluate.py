@@ -35,7 +35,7 @@ def evaluate(
     if json_:
         say_json(record.model_dump(mode="json"))
         return
-    from fedllm.reporting.summary import score_table
+    from fedllm.reporting.results.summary import score_table
 
     of_run = (target / "run.json").exists()
     say(score_table(f"{target}, round {record.round}" if of_run else str(target), record))

@@ -13,7 +13,7 @@ from fedllm.cli.options import (
     existing_run,
     say,
 )
-from fedllm.reporting.summary import run_summary
+from fedllm.reporting.results.summary import run_summary
 
 
 def run(

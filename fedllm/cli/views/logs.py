@@ -11,7 +11,7 @@ from fedllm.cli.options import (
 )
 from fedllm.config.loading import read_config
 from fedllm.errors import DataError
-from fedllm.reporting.logs import client_log, newest_logs, tail
+from fedllm.reporting.status.logs import client_log, newest_logs, tail
 
 
 def logs(

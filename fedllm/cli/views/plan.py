@@ -17,7 +17,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
-from fedllm.reporting.plan_text import describe_plan
+from fedllm.reporting.plan.plan_text import describe_plan
 from fedllm.rounds.dispatch.planned import plan_run
 from fedllm.scheduling.logs import script_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_owned

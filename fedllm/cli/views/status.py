@@ -14,8 +14,8 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.cli.watching import watch as follow
-from fedllm.reporting.status import StatusReader
-from fedllm.reporting.status_text import headline, status_text
+from fedllm.reporting.status.status import StatusReader
+from fedllm.reporting.status.status_text import headline, status_text
 from fedllm.scheduling.slurm.wait_reasons import advice
 
 

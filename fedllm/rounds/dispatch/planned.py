@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedllm.config.models import Config, SbatchOptions
 from fedllm.errors import ConfigError, UserError
 from fedllm.planning.capacity import Capacity
-from fedllm.reporting.plan import Geometry, RealOptions, Room, plan_geometry
+from fedllm.reporting.plan.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.usage import Options
 from fedllm.rounds.dispatch.dry_run import Rehearsal, rehearse, rehearsed_jobs
 from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable

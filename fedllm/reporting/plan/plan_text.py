@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from fedllm.planning.sbatch_options import by_flag
-from fedllm.reporting.plan import Geometry, Room
-from fedllm.reporting.status_text import duration
+from fedllm.reporting.plan.plan import Geometry, Room
+from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.tables import number, size, text_table
 from fedllm.reporting.usage import Options
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedllm.reporting.spectra import metrics_of
+from fedllm.reporting.results.spectra import metrics_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publish import publish_bytes
 from fedllm.storage.records import (

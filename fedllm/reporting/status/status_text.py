@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedllm.reporting.attempts import AttemptStatus, TaskStatus
-from fedllm.reporting.pace import Estimate, Pace
-from fedllm.reporting.queue import QueueStatus
-from fedllm.reporting.status import RoundStatus, RunStatus
+from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus
+from fedllm.reporting.status.pace import Estimate, Pace
+from fedllm.reporting.status.queue import QueueStatus
+from fedllm.reporting.status.status import RoundStatus, RunStatus
 from fedllm.reporting.tables import text_table
 from fedllm.storage.records import in_training
 

@@ -1,4 +1,4 @@
-"""Runs on the same clients side by side: `python -m fedllm.reporting.comparison NAME=RUN ...`."""
+"""Runs on the same clients side by side: `python -m fedllm.reporting.results.comparison NAME=RUN ...`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fedllm.config.loading import read_config
 from fedllm.errors import FedllmError, RunDirectoryError, UserError
-from fedllm.reporting.spectra import last_spectra_table, rank_table
-from fedllm.reporting.summary import (
+from fedllm.reporting.results.spectra import last_spectra_table, rank_table
+from fedllm.reporting.results.summary import (
     bytes_table,
     last_evaluation,
     scores_by_tier,

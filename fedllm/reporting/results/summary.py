@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from fedllm.config.loading import read_config
 from fedllm.planning.costs import adapter_weights
-from fedllm.reporting.metrics import Mean, by_group, by_tier, mean_scores
-from fedllm.reporting.spectra import rank_table, spectra_table
+from fedllm.reporting.results.metrics import Mean, by_group, by_tier, mean_scores
+from fedllm.reporting.results.spectra import rank_table, spectra_table
 from fedllm.reporting.tables import number, size, text_table
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (

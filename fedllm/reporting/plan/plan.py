@@ -10,9 +10,14 @@ from fedllm.planning.classes import asks_for_gpus, job_options
 from fedllm.planning.evaluation import choose, is_evaluated
 from fedllm.planning.federation import TERAFLOPS, Federation
 from fedllm.planning.workers import ClassPlan
-from fedllm.reporting.plan_files import FolderPlan, folders_of_round
-from fedllm.reporting.plan_time import SlotsPlan, round_seconds, startup_seconds, times_for_slots
-from fedllm.reporting.summary import update_bytes
+from fedllm.reporting.plan.plan_files import FolderPlan, folders_of_round
+from fedllm.reporting.plan.plan_time import (
+    SlotsPlan,
+    round_seconds,
+    startup_seconds,
+    times_for_slots,
+)
+from fedllm.reporting.results.summary import update_bytes
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
 from fedllm.storage.records import CohortClient, PreparedRecord, SubmissionRecord
 

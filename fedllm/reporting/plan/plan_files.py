@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.planning.federation import Federation
-from fedllm.reporting.summary import update_bytes
+from fedllm.reporting.results.summary import update_bytes
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CohortClient, ModuleRecord, SubmissionRecord
 

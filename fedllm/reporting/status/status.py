@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.reporting.attempts import AttemptStatus, TaskStatus, work_of
-from fedllm.reporting.pace import Estimate, Pace, estimate, pace_of, recent_paces, written_at
-from fedllm.reporting.published import Sent, SentUpdates
-from fedllm.reporting.queue import (
+from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus, work_of
+from fedllm.reporting.status.pace import Estimate, Pace, estimate, pace_of, recent_paces, written_at
+from fedllm.reporting.status.published import Sent, SentUpdates
+from fedllm.reporting.status.queue import (
     RUNNING,
     WAITING,
     Answers,
