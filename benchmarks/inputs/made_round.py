@@ -7,7 +7,7 @@ from fedllm.config.models import Config
 from fedllm.planning.federation import plan_federation
 from fedllm.server.aggregate import aggregate_round
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import (
     ClientRecord,
     CohortClient,

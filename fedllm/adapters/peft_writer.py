@@ -23,7 +23,7 @@ from fedllm.adapters.peft_config import CONFIG
 from fedllm.adapters.peft_files import TENSORS
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors, ModuleShape
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
 
 # alpha = 2r is a whole number, and halving B is exact

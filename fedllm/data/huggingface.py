@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from fedllm.data.files.splits import SPLIT_NAMES, TRAIN
 from fedllm.errors import DataError
-from fedllm.storage.folders import publishing_folder
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
 from fedllm.storage.paths import CachePaths
+from fedllm.storage.publishing.folders import publishing_folder
 
 
 @dataclass(frozen=True, kw_only=True)

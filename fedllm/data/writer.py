@@ -14,7 +14,7 @@ from fedllm.data.cache import INDEX, TARGETS, CacheIndex, IndexedClient, SplitRo
 from fedllm.data.columns import INTEGER_PREFIX, rows_by_client
 from fedllm.data.tokenize import EncodedRow, RowEncoder
 from fedllm.data.turns import TURNS, TextRow, Turn
-from fedllm.storage.folders import publishing_folder
+from fedllm.storage.publishing.folders import publishing_folder
 
 # what decides the files besides the fingerprints of data and tokenizer: raise it with any change
 FORMAT = 2

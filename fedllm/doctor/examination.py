@@ -27,7 +27,7 @@ from fedllm.scheduling.slurm.free_capacity import Surveyor
 from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths, cache_of, shipped
-from fedllm.storage.publish import make_folder
+from fedllm.storage.publishing.publish import make_folder
 
 # a question to Slurm is asked once, whatever the number of kinds of jobs
 _ONCE_SECONDS = 600.0

@@ -25,7 +25,7 @@ from fedllm.scheduling.slurm.command_output import MARK, marked
 from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm.sbatch_flags import Flags, words_of
 from fedllm.storage.paths import ProbePaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 
 # What a batch job has and a step of seconds has not, or what decides its size.
 _NOT_OF_A_PROBE = {

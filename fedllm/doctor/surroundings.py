@@ -16,7 +16,7 @@ from fedllm.reporting.results.summary import update_bytes
 from fedllm.reporting.tables import size
 from fedllm.storage.hub import hub_key, is_hub_name
 from fedllm.storage.paths import RunPaths, cache_of
-from fedllm.storage.permissions import group_number
+from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.records import PreparedRecord
 
 _OF_ONE_MACHINE = {"tmpfs", "ramfs", "overlay", "devtmpfs"}

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.publish import publish_bytes, publish_once
+from fedllm.storage.publishing.publish import publish_bytes, publish_once
 from fedllm.storage.records import Record
 
 _PACKAGES = ("fedllm", "torch", "transformers", "peft", "tokenizers", "safetensors")

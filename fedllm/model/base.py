@@ -21,9 +21,9 @@ from fedllm.model.fingerprint import check_model_folder, fingerprint_model
 from fedllm.model.suitable import suitable_modules
 from fedllm.model.targets import adaptable_modules
 from fedllm.model.vocabulary import embedded_tokens
-from fedllm.storage.folders import publishing_folder
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
 from fedllm.storage.paths import CachePaths
+from fedllm.storage.publishing.folders import publishing_folder
 from fedllm.storage.records import ModuleRecord
 
 EMBEDDED = "embedded"

@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from fedllm.model.embedded_text import build_tokenizer, document
 from fedllm.storage.fingerprints import fingerprint_values
-from fedllm.storage.folders import publishing_folder
 from fedllm.storage.paths import CachePaths
+from fedllm.storage.publishing.folders import publishing_folder
 
 Report = Callable[[str], None]
 _REPORT_SECONDS = 10.0

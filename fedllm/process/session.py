@@ -15,9 +15,9 @@ from fedllm.model.device import resolve_device
 from fedllm.planning.grouping import engine_of
 from fedllm.process.log import say
 from fedllm.storage.paths import CachePaths
-from fedllm.storage.publish import Version, version_of
+from fedllm.storage.publishing.publish import Version, version_of
+from fedllm.storage.publishing.staging import near
 from fedllm.storage.records import PreparedRecord
-from fedllm.storage.staging import near
 
 if TYPE_CHECKING:
     from fedllm.data.cache import TokenizedClients

@@ -29,8 +29,8 @@ from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.scheduling.slurm.commands import CommandRefused, call
 from fedllm.storage.paths import ProbePaths
-from fedllm.storage.publish import publish_bytes
-from fedllm.storage.staging import node_folder
+from fedllm.storage.publishing.publish import publish_bytes
+from fedllm.storage.publishing.staging import node_folder
 
 _IMPORTED = ("torch", "transformers", "peft")
 # questions that change nothing; the coordinator and a task that requeues itself ask such

@@ -23,8 +23,8 @@ from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.paths import RunPaths, aside
-from fedllm.storage.permissions import share_with_group
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.permissions import share_with_group
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import ChangeRecord, RunRecord
 
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "submitit", "datasets", "safetensors")

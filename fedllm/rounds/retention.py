@@ -11,7 +11,7 @@ from pathlib import Path
 from fedllm.config.models import Config
 from fedllm.scheduling.logs import task_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
-from fedllm.storage.publish import storage_errors
+from fedllm.storage.publishing.publish import storage_errors
 from fedllm.storage.records import EvaluationRecord
 
 _SET_ASIDE = re.compile(r"\.(damaged|replaced|refused)-\d+$")

@@ -20,7 +20,7 @@ from fedllm.rounds.dispatch.worker_failures import (
 from fedllm.rounds.run import Run
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, aside
-from fedllm.storage.publish import age_seconds
+from fedllm.storage.publishing.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
 from fedllm.storage.updates import Published, Scan, norm_problem, shape_problem
 

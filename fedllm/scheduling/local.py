@@ -20,7 +20,7 @@ from typing import IO
 from fedllm.scheduling.environment import process_variables
 from fedllm.scheduling.heap import with_heap_settings
 from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
-from fedllm.storage.publish import storage_errors
+from fedllm.storage.publishing.publish import storage_errors
 
 SERVE = (sys.executable, "-m", "fedllm.programs.serve")
 # where the processes of a task meet

@@ -28,7 +28,7 @@ from fedllm.methods.table import build_method
 from fedllm.methods.weights import shares, total_of
 from fedllm.model.device import resolve_devices
 from fedllm.server.pipeline import Engine
-from fedllm.storage.outputs import filling
+from fedllm.storage.publishing.outputs import filling
 
 RankWish: TypeAlias = int | Literal["full"] | None
 Tell: TypeAlias = Callable[[int, int], None]  # how many modules are done, of how many

@@ -19,8 +19,8 @@ from fedllm.methods.table import method_of
 from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
 from fedllm.storage.hub import hub_key
-from fedllm.storage.outputs import filling
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.publishing.outputs import filling
 from fedllm.storage.records import AggregateRecord, PreparedRecord
 from fedllm.storage.tensors import TensorFile
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.publish import Version, version_of
+from fedllm.storage.publishing.publish import Version, version_of
 from fedllm.storage.records import Record
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

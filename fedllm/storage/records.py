@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.publish import publish_bytes, publish_once
+from fedllm.storage.publishing.publish import publish_bytes, publish_once
 
 
 class Record(BaseModel):

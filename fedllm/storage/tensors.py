@@ -28,10 +28,10 @@ from fedllm.storage.checked import (
     read_checked_header,
     read_whole,
 )
-from fedllm.storage.checkpoints import CheckpointRecord
+from fedllm.storage.checkpoint_header import CheckpointRecord
 from fedllm.storage.paths import encode_client
-from fedllm.storage.placing import HashedPlaces, Places, placing, placing_checked
-from fedllm.storage.publish import version_of
+from fedllm.storage.publishing.placing import HashedPlaces, Places, placing, placing_checked
+from fedllm.storage.publishing.publish import version_of
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.updates import Published, records_text, tensor_name, updates_in
 

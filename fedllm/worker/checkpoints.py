@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedllm.lora.factors import Adapter
 from fedllm.storage.checked import DamagedUpdateError
-from fedllm.storage.checkpoints import CheckpointIdentity, CheckpointRecord
+from fedllm.storage.checkpoint_header import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.records import TrainingStats
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
 from fedllm.training.progress import Progress

@@ -18,7 +18,7 @@ from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.checkpoints import CheckpointIdentity
+from fedllm.storage.checkpoint_header import CheckpointIdentity
 from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord

@@ -21,7 +21,7 @@ from fedllm.model.base import describe_base
 from fedllm.server.export import export_adapter, export_model, newest_state, open_state
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, PreparedRecord
 from fedllm.storage.tensors import write_tensors
 from tests.adapters.mounting import mounted

@@ -20,7 +20,7 @@ from fedllm.data.tokenize import RowEncoder
 from fedllm.data.turns import TextRow
 from fedllm.data.writer import write_clients
 from fedllm.errors import DataError, StorageFull
-from fedllm.storage.folders import publishing_folder
+from fedllm.storage.publishing.folders import publishing_folder
 from tests.data.test_tokenize import BYTES
 
 ENCODER = RowEncoder(BYTES, template="alpaca", cutoff_tokens=300)

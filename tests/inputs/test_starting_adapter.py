@@ -21,7 +21,7 @@ from fedllm.programs.prepare import prepare_run
 from fedllm.server.aggregate import aggregate_round
 from fedllm.server.export import export_adapter, open_state
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, PreparedRecord
 from tests.adapters.peft_folders import deltas, edit_config, rename_tensors, save_adapter
 from tests.tiny import Tiny, raw_config

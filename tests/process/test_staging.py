@@ -15,8 +15,8 @@ from fedllm.config.loading import read_config
 from fedllm.errors import ModelError
 from fedllm.process.session import Session
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.publishing.staging import near
 from fedllm.storage.records import PreparedRecord
-from fedllm.storage.staging import near
 from tests.storage.mounts import python_on_tmpfs
 from tests.tiny import Tiny
 
@@ -88,7 +88,7 @@ def test_a_copy_that_died_half_way_is_begun_anew_and_leaves_nothing(
     killed = (
         "import os, shutil, signal, sys\n"
         "from pathlib import Path\n"
-        "from fedllm.storage.staging import near\n"
+        "from fedllm.storage.publishing.staging import near\n"
         "die = lambda event, _: os.kill(os.getpid(), 9) if event == 'os.rename' else None\n"
         "sys.addaudithook(die)\n"
         f"near(Path({str(source)!r}), Path({str(NAME)!r}), {str(tmp_path / 'local')!r})\n"
@@ -141,7 +141,7 @@ def test_where_it_cannot_be_the_shared_files_are_read_and_this_is_said(
 def test_a_disk_without_room_is_left_alone(source: Path, tmp_path: Path) -> None:
     script = (
         "from pathlib import Path\n"
-        "from fedllm.storage.staging import near\n"
+        "from fedllm.storage.publishing.staging import near\n"
         f"folder = Path({str(tmp_path / 'disk')!r})\n"
         f"place, problem = near(Path({str(source)!r}), Path({str(NAME)!r}), str(folder))\n"
         "print(place, problem, [p.name for p in folder.rglob('*')], sep='\\n')\n"

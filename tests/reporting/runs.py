@@ -6,7 +6,7 @@ from pathlib import Path
 from fedllm.config.loading import dump_config
 from fedllm.storage.lease import Lease
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import (
     AggregateRecord,
     BundleRecord,

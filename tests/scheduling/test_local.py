@@ -19,7 +19,7 @@ from fedllm.scheduling.local import LocalScheduler
 from fedllm.scheduling.schedulers import SCHEDULERS
 from fedllm.scheduling.seam import Job, Scheduler, TaskState
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from tests.planning.federations import config_of
 
 WORKER = (sys.executable, str(Path(__file__).with_name("worker.py")))

@@ -23,7 +23,7 @@ from fedllm.server.aggregate import aggregate_round, groups_of
 from fedllm.server.collected_updates import CollectedUpdates
 from fedllm.server.pipeline import Engine
 from fedllm.storage.paths import RoundPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, PreparedRecord
 from fedllm.storage.tensors import UpdateFile, publish_update
 from fedllm.storage.updates import read_records

@@ -9,7 +9,7 @@ import pytest
 from fedllm.errors import AdapterError
 from fedllm.server.collected_updates import CollectedUpdates
 from fedllm.storage.paths import RoundPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import CohortRecord, CollectionRecord
 from tests.server.collection import make_round
 

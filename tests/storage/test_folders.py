@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.folders import publishing_folder
-from fedllm.storage.outputs import filling
+from fedllm.storage.publishing.folders import publishing_folder
+from fedllm.storage.publishing.outputs import filling
 from tests.storage.mounts import python_on_tmpfs
 
 FOREVER = """
 import itertools, sys
 from pathlib import Path
-from fedllm.storage.folders import publishing_folder
+from fedllm.storage.publishing.folders import publishing_folder
 for number in itertools.count():
     with publishing_folder(Path(sys.argv[1]) / str(number)) as beside:
         (beside / "deep").mkdir()
@@ -94,8 +94,8 @@ def test_a_block_that_fails_leaves_no_folder(tmp_path: Path) -> None:
 FULL = """
 from pathlib import Path
 from fedllm.errors import StorageFull
-from fedllm.storage.folders import publishing_folder
-from fedllm.storage.outputs import filling
+from fedllm.storage.publishing.folders import publishing_folder
+from fedllm.storage.publishing.outputs import filling
 folder = Path({folder!r})
 for publishing in (publishing_folder(folder / "key"), filling(folder / "out", last="a")):
     try:

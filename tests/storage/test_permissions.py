@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import ConfigError
-from fedllm.storage.permissions import share_with_group
+from fedllm.storage.publishing.permissions import share_with_group
 
 GROUPS = [grp.getgrgid(number) for number in {os.getegid(), *os.getgroups()}]
 # the last: one that new files would not belong to anyway, where this user has any other

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import FedllmError, Incomplete, RunDirectoryError, StorageFull
-from fedllm.storage.publish import (
+from fedllm.storage.publishing.publish import (
     make_folder,
     publish_bytes,
     publish_once,
@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 20
 FOREVER = """
 import itertools, sys
 from pathlib import Path
-from fedllm.storage.publish import publish_bytes, publish_once
+from fedllm.storage.publishing.publish import publish_bytes, publish_once
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
 for number in itertools.count():
     content = bytes([97 + number % 26]) * size
@@ -38,7 +38,7 @@ for number in itertools.count():
 CLAIM = """
 import sys
 from pathlib import Path
-from fedllm.storage.publish import publish_once
+from fedllm.storage.publishing.publish import publish_once
 folder, mine = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -185,7 +185,7 @@ def test_a_disk_that_fails_is_told_and_publishes_nothing(
 FULL = """
 from pathlib import Path
 from fedllm.errors import StorageFull
-from fedllm.storage.publish import publish_bytes, publish_once
+from fedllm.storage.publishing.publish import publish_bytes, publish_once
 folder = Path({folder!r})
 publish_bytes(folder / "old.json", b"old")
 for publish in (publish_bytes, publish_once):
@@ -210,7 +210,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_files_whole(tmp_path: Path) -> 
 READ_ONLY = """
 from pathlib import Path
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.publish import publish_bytes, publish_once
+from fedllm.storage.publishing.publish import publish_bytes, publish_once
 folder = Path({folder!r})
 for publish in (publish_bytes, publish_once):
     for name in ("new.json", "sub/new.json"):

@@ -2,7 +2,7 @@
 
 import json
 
-from fedllm.storage.checkpoints import CheckpointRecord
+from fedllm.storage.checkpoint_header import CheckpointRecord
 from fedllm.storage.records import TrainingStats, UpdateRecord, training_metrics
 from tests.storage.samples import record_of
 

@@ -14,7 +14,7 @@ from fedllm.config.models import TrainingSection
 from fedllm.methods.local import LocalRule
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
-from fedllm.storage.checkpoints import CheckpointIdentity, CheckpointRecord
+from fedllm.storage.checkpoint_header import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
 from fedllm.training.loop import LocalSettings, Snapshot, TrainResult, train_client
 from fedllm.training.plan import Draws

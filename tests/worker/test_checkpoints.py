@@ -15,7 +15,7 @@ from fedllm.cli.execution import start
 from fedllm.process.session import Session
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.checked import DamagedUpdateError
-from fedllm.storage.checkpoints import CheckpointRecord
+from fedllm.storage.checkpoint_header import CheckpointRecord
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint

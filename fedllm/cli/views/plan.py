@@ -22,7 +22,7 @@ from fedllm.rounds.dispatch.planned import plan_run
 from fedllm.scheduling.logs import script_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
 from fedllm.storage.paths import RunPaths, cache_of
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 
 
 def plan(

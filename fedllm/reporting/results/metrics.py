@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedllm.reporting.results.spectra import metrics_of
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import (
     AggregateRecord,
     ClientScores,

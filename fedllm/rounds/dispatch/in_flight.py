@@ -9,7 +9,7 @@ from fedllm.rounds.dispatch.idle_workers import at_work
 from fedllm.rounds.dispatch.submissions import active_tasks, known_tasks, unsent_arrays
 from fedllm.rounds.run import Run
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, attempts_of
-from fedllm.storage.publish import age_seconds
+from fedllm.storage.publishing.publish import age_seconds
 from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord
 
 # how often to look for enough updates while workers are still busy

@@ -39,7 +39,7 @@ from fedllm.scheduling.slurm.script import log_pattern, python_words
 from fedllm.scheduling.slurm.states import state_in_queue
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
-from fedllm.storage.publish import publish_bytes, storage_errors
+from fedllm.storage.publishing.publish import publish_bytes, storage_errors
 from fedllm.storage.records import CoordinatorJobRecord, DoubtRecord, LeaseRecord
 
 _SCRIPTS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}

@@ -55,7 +55,7 @@ from fedllm.scheduling.slurm.script import (
 )
 from fedllm.scheduling.slurm.squeue import Queue
 from fedllm.storage.paths import shipped
-from fedllm.storage.publish import publish_bytes, storage_errors
+from fedllm.storage.publishing.publish import publish_bytes, storage_errors
 
 # of a process, by its rank; the batch script writes to the first one's
 _LOG = log_of(Path(), "%A_%a", process="%t").name

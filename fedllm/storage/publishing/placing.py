@@ -20,7 +20,7 @@ from fedllm.storage.checked import (
     Layout,
     metadata_of,
 )
-from fedllm.storage.publish import publishing, storage_errors
+from fedllm.storage.publishing.publish import publishing, storage_errors
 
 _NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
 

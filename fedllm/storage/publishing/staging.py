@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedllm.errors import FedllmError
-from fedllm.storage.folders import publishing_folder
-from fedllm.storage.publish import make_folder
+from fedllm.storage.publishing.folders import publishing_folder
+from fedllm.storage.publishing.publish import make_folder
 
 _LOOK_SECONDS = 0.2
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedllm.storage.folders import sync_tree
-from fedllm.storage.publish import storage_errors, sync_folder
+from fedllm.storage.publishing.folders import sync_tree
+from fedllm.storage.publishing.publish import storage_errors, sync_folder
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedllm.storage.publish import beside_of, make_folder, storage_errors, sync_folder
+from fedllm.storage.publishing.publish import beside_of, make_folder, storage_errors, sync_folder
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from fedllm.errors import ConfigError
-from fedllm.storage.publish import make_folder, storage_errors
+from fedllm.storage.publishing.publish import make_folder, storage_errors
 
 _FOR_GROUP = 0o2770  # set-group-id: what is made below belongs to the group too
 _NOT_FOR_OTHERS = 0o007
