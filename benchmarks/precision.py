@@ -36,14 +36,14 @@ from fedllm.data.cache import TokenizedClients
 from fedllm.errors import FedllmError
 from fedllm.evaluation.reading import answer_losses, num_targets
 from fedllm.lora.factors import Factors
-from fedllm.methods.local import LOCAL_RULES
+from fedllm.methods.local_sides import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.programs.prepare import prepare
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord
 from fedllm.training.loop import LocalSettings, train_client
-from fedllm.training.plan import Draws
+from fedllm.training.step_plan import Draws
 
 PAIRS = ("float32/float32", "float32/bfloat16", "bfloat16/bfloat16", "bfloat16/float32")
 TIMED = "bfloat16/bfloat16"

@@ -44,7 +44,7 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import FedllmError
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.methods.local import LOCAL_RULES
+from fedllm.methods.local_sides import LOCAL_RULES
 from fedllm.model.base import Base, load_base, load_tokenizer
 from fedllm.model.targets import find_modules
 from fedllm.packing.layouts import find_way
@@ -54,7 +54,7 @@ from fedllm.programs.prepare import prepare
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.records import PreparedRecord
 from fedllm.training.loop import LocalSettings
-from fedllm.training.plan import Draws
+from fedllm.training.step_plan import Draws
 
 _PREPARED = "prepared.json"
 _LARGEST = 3  # groups that the process which measures memory trains

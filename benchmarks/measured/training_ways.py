@@ -20,7 +20,7 @@ from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.grouping import GROUP_WAY
 from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.optimizers import build_optimizer
-from fedllm.training.plan import Draws, plan_steps
+from fedllm.training.step_plan import Draws, plan_steps
 from fedllm.training.together import Together
 from fedllm.training.trainer import Member
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedllm.cli.options import configuration, existing_run, say
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
-from fedllm.methods.table import check_names
+from fedllm.methods.catalog import check_names
 from fedllm.rounds.chaining import take_link, this_link
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.dispatch.in_flight import is_done

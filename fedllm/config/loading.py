@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from fedllm.config.models import Config
 from fedllm.config.problems import is_section, problem_lines
 from fedllm.config.spelling import as_meant, is_null
-from fedllm.config.text import parse_yaml, read_yaml, write_yaml
+from fedllm.config.yaml_text import parse_yaml, read_yaml, write_yaml
 from fedllm.errors import ConfigError
 
 ENVIRONMENT = {"model.path": "FEDLLM_MODEL", "data.path": "FEDLLM_DATA"}

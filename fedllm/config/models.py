@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedllm.config.targets import problem_of
+from fedllm.config.target_modules import problem_of
 
 EXECUTION: dict[str, Any] = {"kind": "execution"}
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")

@@ -17,7 +17,7 @@ import pyarrow as pa
 from fedllm.config.models import ColumnsSection, DataSection
 from fedllm.data.blocks import Block, row_number
 from fedllm.data.columns import canonical_block, needed_columns, split_rows
-from fedllm.data.embedded import embedded_rows
+from fedllm.data.embedded_clients import embedded_rows
 from fedllm.data.files.csv_rows import peek_csv, read_csv
 from fedllm.data.files.json_objects import peek_json, read_json
 from fedllm.data.files.parquet_rows import columns_of, peek_parquet, read_parquet

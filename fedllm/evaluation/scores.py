@@ -10,7 +10,7 @@ from fedllm.data.cache import BARE_ANSWERS, AnswerForm
 from fedllm.evaluation.answers import end_tokens, generate_answers, texts_of
 from fedllm.evaluation.decoding import answer_clients
 from fedllm.evaluation.reading import answer_losses, num_targets, padded_losses
-from fedllm.evaluation.text import exact_match, rouge_l
+from fedllm.evaluation.text_scores import exact_match, rouge_l
 from fedllm.packing.batches import TokenRow
 from fedllm.packing.slots import AdapterSlots
 from fedllm.storage.records import Scores

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fedllm.config.models import ModelSection
-from fedllm.config.targets import Targets
+from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
 from fedllm.model.checkpoint import check_checkpoint, check_shapes
-from fedllm.model.embedded import Report, embedded_base
+from fedllm.model.embedded_base import Report, embedded_base
 from fedllm.model.fingerprint import check_model_folder, fingerprint_model
 from fedllm.model.suitable import suitable_modules
 from fedllm.model.targets import adaptable_modules

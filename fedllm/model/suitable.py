@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.config.models import LoraSection
-from fedllm.config.targets import Targets
+from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
 from fedllm.model.reach import Reach, measure_reach
 from fedllm.model.targets import adaptable_modules, find_modules, kind_of, names_for, sort_of

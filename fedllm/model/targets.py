@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedllm.config.targets import Targets, is_target
+from fedllm.config.target_modules import Targets, is_target
 from fedllm.errors import ModelError
 from fedllm.storage.records import ModuleRecord
 

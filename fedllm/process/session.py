@@ -9,7 +9,7 @@ import torch
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.config.targets import Targets
+from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
 from fedllm.planning.grouping import engine_of

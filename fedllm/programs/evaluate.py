@@ -12,8 +12,8 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import mean_scores, score_rows
+from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
-from fedllm.methods.table import method_of
 from fedllm.packing.precision import precision
 from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.evaluation import Target, choose, is_complete

@@ -7,14 +7,14 @@ from typing import Any
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import ClientsSection, Config, DataSection, HeldOutSection
-from fedllm.config.text import decode_text
+from fedllm.config.yaml_text import decode_text
 from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
 from fedllm.data.chat import TEMPLATE_DATE
 from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
 from fedllm.errors import ConfigError, DataError, RunDirectoryError
-from fedllm.methods.table import method_of
+from fedllm.methods.catalog import method_of
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.memory import give_back_freed

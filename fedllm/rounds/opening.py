@@ -17,8 +17,8 @@ from fedllm.config.loading import (
 )
 from fedllm.config.models import Config
 from fedllm.errors import FedllmError, RunDirectoryError
+from fedllm.rounds.known_records import Seen
 from fedllm.rounds.run import Run
-from fedllm.rounds.seen import Seen
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone

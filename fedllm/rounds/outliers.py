@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedllm.planning.outliers import Outlier, Sizes, find_outliers, size_bound
+from fedllm.planning.outlier_norms import Outlier, Sizes, find_outliers, size_bound
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths

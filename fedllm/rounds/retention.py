@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config.models import Config
-from fedllm.scheduling.logs import task_of
+from fedllm.scheduling.log_names import task_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.publishing.publish import storage_errors
 from fedllm.storage.records import EvaluationRecord

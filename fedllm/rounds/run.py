@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.config.models import Config
-from fedllm.rounds.seen import Seen
-from fedllm.rounds.watching import Watch
+from fedllm.rounds.known_records import Seen
+from fedllm.rounds.observations import Watch
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import Lease
 from fedllm.storage.paths import RunPaths

@@ -8,8 +8,8 @@ import torch
 from fedllm.aggregation.groups import Group, ModuleRanks, blocks_of, group_modules
 from fedllm.config.loading import read_config
 from fedllm.lora.factors import ModuleShape
+from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.methods.table import method_of
 from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation

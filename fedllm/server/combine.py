@@ -23,8 +23,8 @@ from fedllm.adapters.tensor_names import common_names
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
+from fedllm.methods.catalog import build_method
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.methods.table import build_method
 from fedllm.methods.weights import shares, total_of
 from fedllm.model.device import resolve_devices
 from fedllm.server.pipeline import Engine

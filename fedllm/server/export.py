@@ -11,11 +11,11 @@ from fedllm.adapters.peft_files import dtype_of
 from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.config.targets import is_target
+from fedllm.config.target_modules import is_target
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
+from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
-from fedllm.methods.table import method_of
 from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
 from fedllm.storage.hub import hub_key

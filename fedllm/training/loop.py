@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
-from fedllm.methods.local import LocalRule
+from fedllm.methods.local_sides import LocalRule
 from fedllm.packing.batches import LossOn, TokenRow
 from fedllm.packing.micro_batches import PACKERS, Cut, Pass
 from fedllm.packing.precision import precision
@@ -21,8 +21,8 @@ from fedllm.packing.row_dropout import Piece
 from fedllm.packing.slots import AdapterSlots, Installed
 from fedllm.storage.records import TrainingStats
 from fedllm.training.optimizers import build_optimizer
-from fedllm.training.plan import Draws, plan_steps, rate_factor
 from fedllm.training.progress import Progress, restore, tensors_of
+from fedllm.training.step_plan import Draws, plan_steps, rate_factor
 
 Snapshot = Callable[[], Progress]
 StepHook = Callable[[int, Snapshot], None]

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedllm.packing.slots import AdapterSlots
-from fedllm.training.environment import environment
 from fedllm.training.loop import LocalSettings, Loop, TrainResult
-from fedllm.training.memory import let_go, micro_batch_size
+from fedllm.training.out_of_memory import let_go, micro_batch_size
+from fedllm.training.provenance import environment
 from fedllm.training.trainer import Member, StepHook, no_hook
 
 

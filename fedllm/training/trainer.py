@@ -8,8 +8,8 @@ from fedllm.lora.factors import Adapter
 from fedllm.packing.batches import TokenRow
 from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult
-from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress
+from fedllm.training.step_plan import Draws
 
 Snapshots = Callable[[], list[Progress]]
 StepHook = Callable[[int, Snapshots], None]

@@ -8,8 +8,8 @@ from fedllm.config.loading import result_fingerprint
 from fedllm.config.models import Config
 from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
+from fedllm.methods.catalog import local_rule, method_of
 from fedllm.methods.protocol import Method
-from fedllm.methods.table import local_rule, method_of
 from fedllm.planning.grouping import engine_of
 from fedllm.process.adapters import adapter_of
 from fedllm.process.late_files import patiently
@@ -24,8 +24,8 @@ from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile
 from fedllm.training.loop import LocalSettings, TrainResult
-from fedllm.training.memory import micro_batch_size, micro_batch_sizes, ran_out
-from fedllm.training.plan import Draws, plan_steps
+from fedllm.training.out_of_memory import micro_batch_size, micro_batch_sizes, ran_out
+from fedllm.training.step_plan import Draws, plan_steps
 from fedllm.training.trainer import Member, Snapshots, Trainer
 from fedllm.worker.checkpoints import Resumable, UnusableCheckpointError, common_step
 from fedllm.worker.process_group import OneProcess, Order, Processes

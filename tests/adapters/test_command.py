@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fedllm.cli.main import run
-from fedllm.cli.progress import Lines
+from fedllm.cli.progress_bar import Lines
 from tests.adapters.mounting import mounted
 from tests.adapters.peft_folders import deltas
 

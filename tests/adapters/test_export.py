@@ -16,7 +16,7 @@ from fedllm.cli.main import run as fedllm
 from fedllm.config.loading import dump_config, read_config, validate
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import Factors, delta
-from fedllm.methods.table import method_of
+from fedllm.methods.catalog import method_of
 from fedllm.model.base import describe_base
 from fedllm.server.export import export_adapter, export_model, newest_state, open_state
 from fedllm.storage.hub import hub_key

@@ -17,7 +17,7 @@ from fedllm.config.loading import (
 )
 from fedllm.config.models import Config, HeldOutSection
 from fedllm.config.spelling import as_meant
-from fedllm.config.text import parse_yaml, write_yaml
+from fedllm.config.yaml_text import parse_yaml, write_yaml
 from fedllm.errors import ConfigError
 
 PATHS = "model: {path: embedded}\ndata: {path: embedded}\n"

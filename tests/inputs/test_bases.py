@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.config.loading import load_config, override_config
 from fedllm.config.models import Config
-from fedllm.config.targets import is_target
+from fedllm.config.target_modules import is_target
 from fedllm.errors import ModelError
 from fedllm.model.base import load_base
 from fedllm.programs.prepare import prepare

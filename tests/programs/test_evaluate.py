@@ -11,7 +11,7 @@ from fedllm.cli.execution import start
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.methods.table import method_of
+from fedllm.methods.catalog import method_of
 from fedllm.packing.sequences import common_prefix
 from fedllm.planning.evaluation import choose
 from fedllm.planning.federation import plan_federation

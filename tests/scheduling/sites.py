@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.local import LocalScheduler
-from fedllm.scheduling.logs import log_of
+from fedllm.scheduling.log_names import log_of
 from fedllm.scheduling.seam import EndReason, Job, Scheduler
 from tests.scheduling.toy_batch import ToyBatch
 

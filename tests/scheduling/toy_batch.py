@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.scheduling.environment import task_variables
-from fedllm.scheduling.logs import log_of
+from fedllm.scheduling.log_names import log_of
 from fedllm.scheduling.seam import (
     Capacity,
     Ending,

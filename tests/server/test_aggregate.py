@@ -15,8 +15,8 @@ from fedllm.aggregation.groups import blocks_of
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, ConfigError
 from fedllm.lora.factors import Block, Factors
+from fedllm.methods.catalog import method_of
 from fedllm.methods.flexlora import FlexLora
-from fedllm.methods.table import method_of
 from fedllm.planning.federation import plan_federation
 from fedllm.process.server_state import read_state
 from fedllm.server.aggregate import aggregate_round, groups_of

@@ -9,7 +9,7 @@ import pytest
 from fedllm.config.models import SbatchSection
 from fedllm.errors import ConfigError, UserError
 from fedllm.scheduling.heap import SETTINGS
-from fedllm.scheduling.logs import log_of
+from fedllm.scheduling.log_names import log_of
 from fedllm.scheduling.seam import Job, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm.coordinator_job import job_is_gone
 from tests.slurm.cluster import Cluster, intercept, program, until

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.scheduling.logs import log_of
+from fedllm.scheduling.log_names import log_of
 from tests.slurm.cluster import program, until
 from tests.slurm.workplace import Workplace
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
-from fedllm.scheduling.logs import log_of
+from fedllm.scheduling.log_names import log_of
 from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
 from fedllm.scheduling.slurm.coordinator_job import coordinator_jobs, job_is_gone
 from fedllm.scheduling.slurm.executor import SlurmScheduler

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from fedllm.config.models import TrainingSection
 from fedllm.errors import DataError
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.methods.local import LOCAL_RULES
+from fedllm.methods.local_sides import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
-from fedllm.training.environment import environment
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
-from fedllm.training.plan import Draws, plan_steps, rate_factor
+from fedllm.training.provenance import environment
+from fedllm.training.step_plan import Draws, plan_steps, rate_factor
 from tests.tiny import Tiny
 
 TARGETS = ("q_proj", "down_proj")

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedllm.config.models import TrainingSection
-from fedllm.methods.local import LocalRule
+from fedllm.methods.local_sides import LocalRule
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.storage.checkpoint_header import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
 from fedllm.training.loop import LocalSettings, Snapshot, TrainResult, train_client
-from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress
+from fedllm.training.step_plan import Draws
 from tests.tiny import Tiny
 from tests.training.test_loop import TARGETS, rows_of, start
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
-from fedllm.methods.local import LOCAL_RULES
+from fedllm.methods.local_sides import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
-from fedllm.training.plan import Draws
 from fedllm.training.progress import Progress
+from fedllm.training.step_plan import Draws
 from fedllm.training.together import Together
 from fedllm.training.trainer import Member, StepHook
 from tests.decoders import Row

@@ -10,9 +10,9 @@ from fedllm.config.models import TrainingSection
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.grouping import engine_of
-from fedllm.training.environment import environment
 from fedllm.training.loop import TrainResult, train_client
 from fedllm.training.progress import Progress
+from fedllm.training.provenance import environment
 from fedllm.training.trainer import Member, Snapshots, Trainer
 from fedllm.training.trainers import TRAINERS
 from tests.tiny import Tiny

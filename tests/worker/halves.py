@@ -16,10 +16,10 @@ from fedllm.packing.slots import AdapterSlots
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.programs.entry_points import run
-from fedllm.training.environment import environment
 from fedllm.training.loop import LocalSettings, Loop, TrainResult
 from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress
+from fedllm.training.provenance import environment
 from fedllm.training.trainer import Member, StepHook, no_hook
 
 PAUSE = "HALVES_PAUSE"  # seconds before a step

@@ -14,7 +14,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
-from fedllm.cli.progress import modules_done
+from fedllm.cli.progress_bar import modules_done
 from fedllm.errors import AdapterError
 
 if TYPE_CHECKING:

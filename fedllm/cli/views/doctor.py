@@ -14,7 +14,7 @@ from fedllm.doctor.examination import Examinee, examine
 from fedllm.doctor.findings import Finding
 from fedllm.doctor.report import describe_findings
 from fedllm.errors import ConfigError
-from fedllm.methods.table import check_names
+from fedllm.methods.catalog import check_names
 from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
 
 

@@ -19,7 +19,7 @@ from fedllm.cli.options import (
 )
 from fedllm.reporting.plan.plan_text import describe_plan
 from fedllm.rounds.dispatch.planned import plan_run
-from fedllm.scheduling.logs import script_of
+from fedllm.scheduling.log_names import script_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publishing.publish import publish_bytes

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fedllm.cli.asking import ask_about, rarely_gone
+from fedllm.cli.live_status import watch as follow
 from fedllm.cli.options import (
     AsJson,
     RunFolder,
@@ -13,7 +14,6 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
-from fedllm.cli.watching import watch as follow
 from fedllm.reporting.status.status import StatusReader
 from fedllm.reporting.status.status_text import headline, status_text
 from fedllm.scheduling.slurm.wait_reasons import advice

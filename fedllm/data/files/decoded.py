@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from fedllm.config.text import mark_of
+from fedllm.config.yaml_text import mark_of
 from fedllm.errors import DataError
 
 _CHUNK_BYTES = 1 << 20

@@ -1,4 +1,7 @@
-"""Runs on the same clients side by side: `python -m fedllm.reporting.results.comparison NAME=RUN ...`."""
+"""Runs on the same clients, side by side.
+
+python -m fedllm.reporting.results.comparison NAME=RUN ...
+"""
 
 import sys
 from collections.abc import Mapping, Sequence

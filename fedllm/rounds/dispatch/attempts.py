@@ -14,7 +14,7 @@ from fedllm.rounds.dispatch.submissions import array_name, submit
 from fedllm.rounds.dispatch.waves import next_wave
 from fedllm.rounds.dispatch.worker_failures import excluded_nodes, memory_factor, with_memory
 from fedllm.rounds.run import Run
-from fedllm.scheduling.logs import MOST_LOGS
+from fedllm.scheduling.log_names import MOST_LOGS
 from fedllm.scheduling.seam import Capacity
 from fedllm.storage.records import (
     CohortClient,

@@ -12,7 +12,7 @@ from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
 from fedllm.rounds.dispatch.submissions import SingleProgram, job_of
 from fedllm.rounds.dispatch.waves import arrays_within
-from fedllm.scheduling.logs import files_of
+from fedllm.scheduling.log_names import files_of
 from fedllm.scheduling.seam import Job
 from fedllm.storage.paths import JobPaths, RunPaths
 from fedllm.storage.records import (

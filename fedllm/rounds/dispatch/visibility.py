@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm.scheduling.endings import reason_of
-from fedllm.scheduling.logs import has_log
+from fedllm.scheduling.log_names import has_log
 from fedllm.scheduling.seam import Ending, EndReason
 
 

@@ -8,7 +8,7 @@ from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.workers import next_arrays
 from fedllm.rounds.dispatch.submissions import active_tasks, all_sent, known_tasks, submit
 from fedllm.rounds.run import Run
-from fedllm.scheduling.logs import need_folders
+from fedllm.scheduling.log_names import need_folders
 from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import ArrayRecord, JobsRecord, SubmissionRecord
 

@@ -15,7 +15,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
-from fedllm.scheduling.logs import log_of, script_of
+from fedllm.scheduling.log_names import log_of, script_of
 from fedllm.scheduling.seam import (
     Capacity,
     Ending,

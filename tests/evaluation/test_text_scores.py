@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from fedllm.evaluation.text import exact_match, rouge_l, unicode_tokens
+from fedllm.evaluation.text_scores import exact_match, rouge_l, unicode_tokens
 
 TEXTS = ["The cat sat.", "+", "?!", "你好世界", "สวัสดี", "हिन्दी में लिखो", "x² = 4", "naïve café"]
 

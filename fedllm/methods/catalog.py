@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError
-from fedllm.methods.local import LOCAL_RULES, LocalRule
+from fedllm.methods.local_sides import LOCAL_RULES, LocalRule
 
 if TYPE_CHECKING:
     from fedllm.methods.protocol import Method

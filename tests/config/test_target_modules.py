@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fedllm.config.targets import is_target, problem_of
+from fedllm.config.target_modules import is_target, problem_of
 
 PATH = "model.language_model.layers.11.self_attn.q_proj"
 

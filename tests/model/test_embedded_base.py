@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.config.models import LoraSection
-from fedllm.data.embedded import TASKS
+from fedllm.data.embedded_clients import TASKS
 from fedllm.model.base import describe_base, load_base
-from fedllm.model.embedded import Recipe, embedded_base, pretrain
+from fedllm.model.embedded_base import Recipe, embedded_base, pretrain
 from fedllm.model.embedded_text import build_tokenizer, document
 from fedllm.storage.paths import CachePaths
 

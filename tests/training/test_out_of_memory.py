@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedllm.config.models import TrainingSection
-from fedllm.training.memory import micro_batch_size, micro_batch_sizes, ran_out
+from fedllm.training.out_of_memory import micro_batch_size, micro_batch_sizes, ran_out
 
 
 def test_the_allocators_errors_are_recognised_and_no_others() -> None:

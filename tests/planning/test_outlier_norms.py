@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.planning.outliers import Outlier, Sizes, find_outliers, size_bound
+from fedllm.planning.outlier_norms import Outlier, Sizes, find_outliers, size_bound
 
 MODULES = ("layer.q_proj", "layer.up_proj")
 Round = dict[str, tuple[float, float]]

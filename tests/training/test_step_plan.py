@@ -3,7 +3,7 @@
 import pytest
 
 from fedllm.config.models import TrainingSection
-from fedllm.training.plan import Draws, plan_steps, rate_factor
+from fedllm.training.step_plan import Draws, plan_steps, rate_factor
 
 DRAWS = Draws(seed=0, round=1, client="a/b é")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.data.embedded import TASKS, embedded_rows
+from fedllm.data.embedded_clients import TASKS, embedded_rows
 from fedllm.errors import DataError
 
 

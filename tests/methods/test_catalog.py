@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError, DataError
+from fedllm.methods.catalog import METHODS, build_method, check_names, method_class
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.flexlora import FlexLora
-from fedllm.methods.local import LOCAL_RULES
-from fedllm.methods.table import METHODS, build_method, check_names, method_class
+from fedllm.methods.local_sides import LOCAL_RULES
 from fedllm.methods.weights import amounts, total_of
 
 
@@ -57,8 +57,8 @@ def test_a_method_of_ones_own_is_named_by_its_path() -> None:
         ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
         ("fedllm.methods.flexlora:Nothing", "has no attribute 'Nothing'"),
         (":Class", "cannot import ':Class'"),
-        ("fedllm.methods.local:LocalRule", "lacks base_delta, finish, fold, kind"),
-        ("fedllm.methods.table:METHODS", "lacks base_delta"),
+        ("fedllm.methods.local_sides:LocalRule", "lacks base_delta, finish, fold, kind"),
+        ("fedllm.methods.catalog:METHODS", "lacks base_delta"),
     ],
 )
 def test_a_method_that_is_none_is_refused_in_one_line(name: str, message: str) -> None:
