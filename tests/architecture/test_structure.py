@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
@@ -14,9 +15,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("fedllm", "jobs") for path in (ROOT / room).rglob("*.py"))
-COORDINATOR = ("config", "planning", "reporting", "rounds", "scheduling", "storage")
+MODULES = [path for path in SOURCES if path.name != "__init__.py" and path.parts[-2] != "jobs"]
+CLI = ROOT / "fedllm" / "cli"
+COORDINATOR = ("config", "doctor", "planning", "reporting", "rounds", "scheduling", "storage")
 COMPUTE = ("torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "deepspeed")
 LARGEST_TRACKED_FILE_KIB = 512
+MOST_FILES_OF_A_FOLDER = 16
 
 
 def test_nearly_all_functions_fit_on_a_screen_and_none_is_longer_than_two() -> None:
@@ -102,6 +106,28 @@ def test_records_are_made_by_keyword(path: Path) -> None:
     assert not positional
     tuples = [each.name for each in classes if "NamedTuple" in map(ast.unparse, each.bases)]
     assert not tuples
+
+
+def test_no_folder_is_crowded() -> None:
+    files = Counter(path.parent for path in MODULES)
+    crowded = {str(folder): count for folder, count in files.items()}
+    assert not {name: n for name, n in crowded.items() if n > MOST_FILES_OF_A_FOLDER}
+
+
+def test_a_file_has_a_name_of_its_own() -> None:
+    # those of commands have the names of their commands
+    names = Counter(path.name for path in MODULES if CLI not in path.parents)
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    names = Counter(
+        node.name
+        for path in MODULES
+        for node in _parse(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_no_file_is_named_after_nothing() -> None:
