@@ -30,7 +30,7 @@ from fedllm.aggregation.decomposition import Decomposition, Problem
 from fedllm.aggregation.groups import blocks_of
 from fedllm.aggregation.routes import decompose, fold, route_for
 from fedllm.errors import FedllmError
-from fedllm.lora.factors import Block, Factors
+from fedllm.lora.factors import FactorBlock, Factors
 
 # O out, I in, R stacked rank
 _LOOSE = 1e-2  # tolerance on flat spectra, beside the one asked for
@@ -88,13 +88,13 @@ class Buffers:
     """Memory for a module's blocks, filled again and again as an aggregation does."""
 
     factors: Sequence[Factors]
-    blocks: list[Block]
+    blocks: list[FactorBlock]
 
     @classmethod
     def of(cls, factors: Sequence[Factors], block_clients: int) -> "Buffers":
         """Return them filled once."""
         blocks = [
-            Block(
+            FactorBlock(
                 a_GRI=torch.cat([factors[place].a_RI for place in places])[None],
                 b_GOR=torch.cat([factors[place].b_OR for place in places], dim=1)[None],
                 ranks=tuple(factors[place].rank for place in places),
@@ -105,7 +105,7 @@ class Buffers:
         ]
         return cls(factors=factors, blocks=blocks)
 
-    def filled(self) -> list[Block]:
+    def filled(self) -> list[FactorBlock]:
         """Copy the factors side by side, block by block."""
         each = iter(self.factors)
         for block in self.blocks:
@@ -117,7 +117,7 @@ class Buffers:
         return self.blocks
 
 
-def ours(blocks: Sequence[Block], problem: Problem, total: float) -> Decomposition:
+def ours(blocks: Sequence[FactorBlock], problem: Problem, total: float) -> Decomposition:
     """Return the leading triplets by the route of the problem's shape."""
     return decompose((fold(block, problem) for block in blocks), problem, total=total)[0]
 

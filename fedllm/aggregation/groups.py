@@ -24,7 +24,7 @@ class ModuleRanks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ModuleGroup:
     """Modules of one shape and equal ranks, aggregated side by side.
 
     Attributes:
@@ -47,7 +47,7 @@ def group_modules(
     exact: bool,
     tolerance: float,
     working_bytes: int = WORKING_BYTES,
-) -> list[Group]:
+) -> list[ModuleGroup]:
     """Return the groups of all modules, those that take most first.
 
     Args:
@@ -60,7 +60,7 @@ def group_modules(
     alike: dict[ModuleRanks, list[str]] = {}
     for name, ranks in modules.items():
         alike.setdefault(ranks, []).append(name)
-    groups: list[tuple[int, Group]] = []
+    groups: list[tuple[int, ModuleGroup]] = []
     for ranks, names in alike.items():
         problem = Problem(
             out=ranks.shape.out,
@@ -73,7 +73,7 @@ def group_modules(
         each = _bytes_of_module(problem, _largest_block(ranks.clients, block_clients))
         count = max(1, working_bytes // each)
         for begin in range(0, len(names), count):
-            group = Group(
+            group = ModuleGroup(
                 modules=tuple(names[begin : begin + count]),
                 problem=problem,
                 clients=ranks.clients,

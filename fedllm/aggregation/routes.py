@@ -24,7 +24,7 @@ from fedllm.aggregation.dense import DENSE
 from fedllm.aggregation.factored import FACTORED
 from fedllm.aggregation.iterative import ITERATIVE
 from fedllm.aggregation.subspace import width
-from fedllm.lora.factors import Block, Stacked
+from fedllm.lora.factors import FactorBlock, Stacked
 from fedllm.lora.spectral import with_fixed_signs
 
 ROUTES: Mapping[str, Route] = {"factored": FACTORED, "iterative": ITERATIVE, "dense": DENSE}
@@ -45,7 +45,7 @@ def route_for(problem: Problem) -> str:
     return "factored" if problem.stacked_rank < narrow else "dense"
 
 
-def fold(block: Block, problem: Problem) -> Partial:
+def fold(block: FactorBlock, problem: Problem) -> Partial:
     """Return what a block's weighted sum of products comes to on the problem's route."""
     amounts_GC = block.weights_GC * block.scales_GC
     amounts_GR = amounts_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
@@ -87,7 +87,7 @@ def truncated_svd(stacked: Stacked, *, rank: int) -> Decomposition:
     problem = Problem(
         out=b_GOR.shape[1], in_=a_GRI.shape[2], stacked_rank=stacked.rank, rank=rank, exact=True
     )
-    block = Block(
+    block = FactorBlock(
         a_GRI=a_GRI,
         b_GOR=b_GOR,
         ranks=(stacked.rank,),

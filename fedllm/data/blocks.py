@@ -9,7 +9,7 @@ Place = Callable[[int], str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class RowBlock:
     """Rows of one file, and for every row its place there, such as `line 7`.
 
     `names` are all columns that were found; `table` may have more, of nulls only. `has_turns`:

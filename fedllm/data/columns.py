@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fedllm.data.blocks import Block, Place
+from fedllm.data.blocks import Place, RowBlock
 from fedllm.data.conversations import TURN_LISTS, answers, turn_lists
 from fedllm.data.formats import SYSTEM, RowColumns
 from fedllm.data.turns import TURNS
@@ -45,7 +45,7 @@ class ClientRows:
     indices: npt.NDArray[np.int64]
 
 
-def canonical_block(block: Block, wanted: RowColumns) -> pa.Table:
+def canonical_block(block: RowBlock, wanted: RowColumns) -> pa.Table:
     """Return the canonical columns of some rows; ids become text, missing text is empty.
 
     Raises:
@@ -143,7 +143,7 @@ def split_rows(table: pa.Table, fraction: float, seed: int) -> dict[str, pa.Tabl
     return {"train": table.filter(pa.array(~is_test)), "test": table.filter(pa.array(is_test))}
 
 
-def _clients(block: Block, name: str) -> pa.ChunkedArray:
+def _clients(block: RowBlock, name: str) -> pa.ChunkedArray:
     values = _plain(block.table[name])
     if pa.types.is_floating(values.type):
         values = values.cast(pa.float64())
@@ -167,14 +167,14 @@ def _clients(block: Block, name: str) -> pa.ChunkedArray:
     return clients
 
 
-def _texts(block: Block, key: str, name: str | None) -> pa.ChunkedArray:
+def _texts(block: RowBlock, key: str, name: str | None) -> pa.ChunkedArray:
     if name is None:
         empty = pa.repeat(pa.scalar("", pa.large_string()), block.table.num_rows)
         return pa.chunked_array([empty])
     return pc.fill_null(_as_text(_plain(block.table[name]), block, key, name), "")
 
 
-def _references(block: Block, name: str) -> pa.ChunkedArray:
+def _references(block: RowBlock, name: str) -> pa.ChunkedArray:
     """Return the answers of every row that are not empty, in a list."""
     lists = pa.list_(pa.large_string())
     chunks = []
@@ -191,7 +191,7 @@ def _references(block: Block, name: str) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, type=lists)
 
 
-def _turns(block: Block, name: str) -> pa.ChunkedArray:
+def _turns(block: RowBlock, name: str) -> pa.ChunkedArray:
     values = block.table[name]
     if block.has_turns:
         return values
@@ -232,7 +232,7 @@ def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return values
 
 
-def _as_text(values: pa.ChunkedArray, block: Block, key: str, name: str) -> pa.ChunkedArray:
+def _as_text(values: pa.ChunkedArray, block: RowBlock, key: str, name: str) -> pa.ChunkedArray:
     """Return values as text; null stays null, and NaN and infinite numbers become it."""
     where = f"data.columns.{key}: column `{name}` of {block.where}"
     type_ = values.type

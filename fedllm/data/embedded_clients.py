@@ -19,7 +19,7 @@ _PATIENCE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class TextTask:
     """A text transformation: `make` draws an input and gives its answer."""
 
     name: str
@@ -61,7 +61,7 @@ def embedded_rows(num_clients: int, rows_per_client: int) -> Iterator[EmbeddedRo
             )
 
 
-def _new_example(task: Task, draw: random.Random, seen: set[str]) -> Example:
+def _new_example(task: TextTask, draw: random.Random, seen: set[str]) -> Example:
     for _ in range(_PATIENCE):
         example = task.make(draw)
         # an answer that is the input itself teaches no transformation
@@ -198,8 +198,8 @@ def _next_number(draw: random.Random) -> Example:
     return " ".join(map(str, numbers[:-1])), str(numbers[-1])
 
 
-TASKS: tuple[Task, ...] = tuple(
-    Task(name=name, category=category, instruction=instruction, make=make)
+TASKS: tuple[TextTask, ...] = tuple(
+    TextTask(name=name, category=category, instruction=instruction, make=make)
     for name, category, instruction, make in (
         ("reverse-letters", "Order", "Write the word backwards.", _reverse_letters),
         ("count-words", "Counting", "Count the words.", _count_words),

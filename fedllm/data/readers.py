@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from fedllm.config.models import ColumnsSection, DataSection
-from fedllm.data.blocks import Block, row_number
+from fedllm.data.blocks import RowBlock, row_number
 from fedllm.data.columns import canonical_block, needed_columns, split_rows
 from fedllm.data.embedded_clients import embedded_rows
 from fedllm.data.files.csv_rows import peek_csv, read_csv
@@ -50,7 +50,7 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class _FileKind:
     peek: Callable[[Path], Peek]
-    read: Callable[[Path, RowColumns], Iterator[Block]]
+    read: Callable[[Path, RowColumns], Iterator[RowBlock]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class _Part:
     split: str
     name: str
     peek: Callable[[], Peek]
-    read: Callable[[RowColumns], Iterator[Block]]
+    read: Callable[[RowColumns], Iterator[RowBlock]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,14 +261,14 @@ def _embedded(section: DataSection) -> _Found:
 
 
 def _table_part(split: str, table: pa.Table, where: str) -> _Part:
-    block = Block(
+    block = RowBlock(
         table=table,
         names=tuple(table.column_names),
         where=f"{where} ({split})",
         place=row_number,
     )
 
-    def read(wanted: RowColumns) -> Iterator[Block]:
+    def read(wanted: RowColumns) -> Iterator[RowBlock]:
         wanted.check(block.names, f"{where} ({split})")
         yield replace(block, table=table.select(needed_columns(table.schema, wanted)))
 

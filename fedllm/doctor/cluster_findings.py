@@ -7,6 +7,7 @@ from fedllm.doctor.cluster import Cluster, JobKind, Settings
 from fedllm.doctor.findings import Finding
 from fedllm.scheduling.slurm.free_capacity import Surveyor
 from fedllm.scheduling.slurm.limits import Allowed
+from fedllm.scheduling.slurm.notation import version
 
 # of SchedulerParameters: what decides how soon and how many array tasks start
 _OF_NOTE = (
@@ -19,9 +20,8 @@ def cluster_findings(cluster: Cluster, section: SchedulerSection) -> Iterator[Fi
     """Judge what holds for all jobs."""
     found = cluster.controller
     host = found.get("SlurmctldHost[0]", "unknown")
-    version = f"Slurm {found.get('SLURM_VERSION', 'of unknown version')}"
     name = found.get("ClusterName", "unknown")
-    yield _ok("slurm", f"{version}, cluster {name}, controller {host}")
+    yield _ok("slurm", f"Slurm {version(found)}, cluster {name}, controller {host}")
     yield _accounting(cluster, section)
     yield _arrays(found, section)
     options = [o for o in found.get("SchedulerParameters", "").split(",") if _is_of_note(o)]

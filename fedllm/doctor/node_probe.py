@@ -22,7 +22,12 @@ from fedllm.config.models import SchedulerSection
 from fedllm.doctor.trials import NodeRecord, Sight, SightRecord, seconds_until
 from fedllm.errors import FedllmError, UserError
 from fedllm.scheduling.slurm.command_output import MARK, marked
-from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
+from fedllm.scheduling.slurm.commands import (
+    NODE_NAME_IN_SHELL,
+    CommandRefused,
+    call,
+    srun_environment,
+)
 from fedllm.scheduling.slurm.sbatch_flags import Flags, words_of
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publishing.publish import publish_bytes
@@ -34,7 +39,6 @@ _NOT_OF_A_PROBE = {
     *("nodes", "ntasks", "get-user-env", "export-file", "wait-all-nodes", "batch", "verbose"),
     "export",
 }
-_SITE_DEFAULT = "SBATCH_"
 # Python's start, and torch from a slow file system
 _ANSWER_SECONDS = 300.0
 _END_SECONDS = 5.0
@@ -111,7 +115,7 @@ class Probe:
         try:
             process = subprocess.Popen(
                 words,
-                env=_environment(self.flags),
+                env=srun_environment(self.flags),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -140,7 +144,7 @@ class Probe:
         words += [f"--node-local={self.node_local}"] if self.node_local else []
         return "\n".join(
             [
-                f'echo "{_START}${{SLURMD_NODENAME:-$(hostname)}}"',
+                f'echo "{_START}{NODE_NAME_IN_SHELL}"',
                 *self.section.setup,
                 # what a job's program would import, not what lies in the working directory
                 "export PYTHONSAFEPATH=1",
@@ -190,15 +194,6 @@ def probed(flags: Flags) -> tuple[tuple[str, str], ...]:
 
 def _started_on(line: str) -> str | None:
     return line.removeprefix(_START) if line.startswith(_START) else None
-
-
-def _environment(flags: Flags) -> dict[str, str]:
-    """Return srun's environment: a site's defaults have other names there than for sbatch."""
-    kept = clean_environment(configured=flags)
-    return {
-        name.replace(_SITE_DEFAULT, "SLURM_", 1) if name.startswith(_SITE_DEFAULT) else name: value
-        for name, value in kept.items()
-    }
 
 
 def _reason(name: str) -> str:

@@ -17,8 +17,8 @@ from fedllm.packing.batches import TokenRow, collate, token_losses
 from fedllm.packing.losses import cross_entropies, forward
 from fedllm.packing.micro_batches import most_at_once, prefix_of
 from fedllm.packing.sequences import (
-    Group,
     Packed,
+    RowGroup,
     length_of,
     own_tokens,
     pack_groups,
@@ -48,7 +48,7 @@ def num_targets(row: TokenRow) -> int:
 
 def plan_passes(
     clients: Sequence[Sequence[TokenRow]], *, way: str, batch_size: int
-) -> list[list[Group]]:
+) -> list[list[RowGroup]]:
     """Cut the rows of all clients into passes of at most `batch_size` rows.
 
     A pass has no more tokens than one of training without a budget (`most_at_once`). A row's place
@@ -58,7 +58,7 @@ def plan_passes(
     rows = [row for client in clients for row in client]
     lengths = [length_of(row) for row in rows]
     most_tokens = most_at_once(way, lengths)
-    groups: list[Group] = []
+    groups: list[RowGroup] = []
     start = 0
     for client in clients:
         places = sorted(range(start, start + len(client)), key=lambda place: lengths[place])
@@ -71,7 +71,7 @@ def plan_passes(
             most_tokens=most_tokens,
         )
         groups += [
-            Group(rows=rows, places=[places[n] for n in pack], prefix=prefix) for pack in packs
+            RowGroup(rows=rows, places=[places[n] for n in pack], prefix=prefix) for pack in packs
         ]
     groups.sort(key=lambda group: lengths[group.places[-1]])
     return _joined(groups, most_rows=batch_size, most_tokens=most_tokens)
@@ -111,7 +111,7 @@ def padded_losses(slots: AdapterSlots, rows: Sequence[TokenRow], batch_size: int
 
 
 def read(
-    slots: AdapterSlots, groups: Sequence[Group], way: str, cache: DynamicCache | None = None
+    slots: AdapterSlots, groups: Sequence[RowGroup], way: str, cache: DynamicCache | None = None
 ) -> Reading:
     """Compute one pass; the caller is in `torch.inference_mode`.
 
@@ -134,8 +134,10 @@ def read(
     )
 
 
-def _joined(groups: Sequence[Group], *, most_rows: int, most_tokens: int) -> list[list[Group]]:
-    passes: list[list[Group]] = []
+def _joined(
+    groups: Sequence[RowGroup], *, most_rows: int, most_tokens: int
+) -> list[list[RowGroup]]:
+    passes: list[list[RowGroup]] = []
     num_rows = num_tokens = 0
     for group in groups:
         computed = group.prefix + sum(
@@ -151,7 +153,7 @@ def _joined(groups: Sequence[Group], *, most_rows: int, most_tokens: int) -> lis
     return passes
 
 
-def _losses(groups: Sequence[Group], packed: Packed, logits_UV: Tensor) -> dict[int, float]:
+def _losses(groups: Sequence[RowGroup], packed: Packed, logits_UV: Tensor) -> dict[int, float]:
     assert packed.rows_K is not None, "targets were merged"
     losses_K = cross_entropies(logits_UV, packed.inverse_K, packed.targets_K).tolist()
     sums = {place: 0.0 for group in groups for place in group.places}
@@ -160,7 +162,7 @@ def _losses(groups: Sequence[Group], packed: Packed, logits_UV: Tensor) -> dict[
     return sums
 
 
-def _keys(groups: Sequence[Group], packed: Packed) -> dict[int, list[int]]:
+def _keys(groups: Sequence[RowGroup], packed: Packed) -> dict[int, list[int]]:
     own = {part.row: range(part.start, part.stop) for part in packed.parts}
     found: dict[int, list[int]] = {}
     begin = 0

@@ -77,7 +77,7 @@ def adapter_bytes(adapter: Adapter) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class FactorBlock:
     """Some clients' factors of G modules of one shape, side by side in the clients' order.
 
     `a_GRI` and `b_GOR` hold the factors as they were sent, R the sum of the clients' `ranks`;

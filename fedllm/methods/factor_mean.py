@@ -17,7 +17,7 @@ from torch import Tensor
 from fedllm.aggregation.decomposition import Decomposition, Partial, Problem
 from fedllm.aggregation.routes import truncated_svd
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Block, Factors, ModuleShape, initial_a, scale_of, stack
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of, stack
 from fedllm.lora.spectral import alive_directions
 from fedllm.methods.diagnostics import diagnose
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
@@ -72,7 +72,7 @@ class FactorMean(Method):
         """Return n_i."""
         return amounts(rows)
 
-    def fold(self, block: Block, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
         """Return sum_i n_i A_i and sum_i n_i B_i of the block.
 
         A client whose scale is not the state's has the difference folded into its B.

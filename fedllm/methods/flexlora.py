@@ -17,7 +17,7 @@ from torch import Tensor
 from fedllm.aggregation import routes
 from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Start
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Block, Factors, ModuleShape, initial_a, scale_of
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of
 from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
 from fedllm.methods.diagnostics import diagnose
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
@@ -65,7 +65,7 @@ class FlexLora(Method):
         """Return n_i."""
         return amounts(rows)
 
-    def fold(self, block: Block, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
         """Return the block's weighted sum of products, as the problem's route holds it."""
         return routes.fold(block, problem)
 

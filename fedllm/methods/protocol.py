@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol, TypeAlias
 from torch import Tensor
 
 from fedllm.aggregation.decomposition import Partial, Problem
-from fedllm.lora.factors import Block, Factors, ModuleShape
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
 from fedllm.storage.records import ModuleDiagnostics
 
 ModuleState: TypeAlias = Mapping[str, Tensor]  # part -> tensor: one module of the server's state
@@ -65,7 +65,7 @@ class Method(Protocol):
             DataError: rows that no weight follows from.
         """
 
-    def fold(self, block: Block, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
         """Return what a block of clients comes to, for each of its G modules.
 
         A block is folded by itself. Its tensors lie in buffers that the next block fills: the

@@ -78,7 +78,7 @@ class Packed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class RowGroup:
     """Rows at `places`, of which the first `prefix` tokens are the same."""
 
     rows: Sequence[TokenRow]
@@ -177,12 +177,12 @@ def pack(
         merge_targets: one target with a weight where rows share its position and token; else
             every target has its row in `rows_K`.
     """
-    group = Group(rows=rows, places=places, prefix=prefix)
+    group = RowGroup(rows=rows, places=places, prefix=prefix)
     return pack_groups([group], loss_on=loss_on, device=device, merge_targets=merge_targets)
 
 
 def pack_groups(
-    groups: Sequence[Group],
+    groups: Sequence[RowGroup],
     *,
     loss_on: LossOn,
     device: torch.device | str,
@@ -205,7 +205,7 @@ class _Layout:
         self._targets: list[tuple[int, int, int]] = []  # (index, token, row)
         self._num_tokens = 0
 
-    def add(self, group: Group, loss_on: LossOn) -> None:
+    def add(self, group: RowGroup, loss_on: LossOn) -> None:
         """Append a group's prefix and the own parts of its rows."""
         shared = text_of(group.rows[group.places[0]])[: group.prefix] if group.places else []
         begin = self._part(shared, row=PREFIX, prefix=(0, 0))

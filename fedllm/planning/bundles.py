@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedllm.planning.grouping import Group
+from fedllm.planning.grouping import ClientGroup
 from fedllm.storage.records import BundleRecord, CohortClient
 
 # Each bundle leaves a claim and an update: 10 s of work make their files cheap.
@@ -17,7 +17,7 @@ _BUNDLES_PER_WORKER = 8
 
 
 def cut_bundles(
-    groups: Sequence[Group],
+    groups: Sequence[ClientGroup],
     *,
     worker_class: str,
     seconds: Callable[[CohortClient], float],

@@ -17,7 +17,7 @@ _LARGEST_RATIO = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ClientGroup:
     """Clients that are trained together, those of larger ranks later.
 
     `missing` are the members whose updates are wanted; all members train all the same, since the
@@ -37,7 +37,7 @@ class Group:
         """The tier on whose workers they train: that of the largest ranks."""
         return self.members[-1].tier
 
-    def without(self, done: Collection[str]) -> "Group":
+    def without(self, done: Collection[str]) -> "ClientGroup":
         """Return the group with fewer members missing."""
         return replace(self, missing=tuple(id_ for id_ in self.missing if id_ not in done))
 
@@ -58,7 +58,7 @@ class Engine:
 
     def groups(
         self, clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]
-    ) -> list[Group]:
+    ) -> list[ClientGroup]:
         """Return who of a whole cohort trains together; `ranks` are tier -> module -> rank."""
         return group_clients(clients, ranks, self.clients_at_once)
 
@@ -86,7 +86,7 @@ def engine_of(training: TrainingSection) -> Engine:
 
 def group_clients(
     clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]], size: int
-) -> list[Group]:
+) -> list[ClientGroup]:
     """Cut a cohort into groups of at most `size` clients of similar ranks and costs.
 
     Clients are taken tier by tier, by the largest rank and then by the sum of all ranks; within a
@@ -112,7 +112,7 @@ def group_clients(
             cuts[-1].append(client)
         else:
             cuts.append([client])
-    return [Group(members=tuple(cut), missing=tuple(c.id for c in cut)) for cut in cuts]
+    return [ClientGroup(members=tuple(cut), missing=tuple(c.id for c in cut)) for cut in cuts]
 
 
 def _are_similar(clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]) -> bool:

@@ -9,7 +9,7 @@ from fedllm.errors import ConfigError
 from fedllm.planning.bundles import cut_bundles
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.costs import CostModel
-from fedllm.planning.grouping import Group
+from fedllm.planning.grouping import ClientGroup
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.sbatch_options import by_flag, time_minutes
 from fedllm.storage.records import BundleRecord
@@ -45,7 +45,7 @@ class ClassPlan:
 
 
 def plan_classes(
-    groups: Sequence[Group],
+    groups: Sequence[ClientGroup],
     classes: Mapping[str, str],
     *,
     costs: CostModel,
@@ -71,7 +71,7 @@ def plan_classes(
     Raises:
         ConfigError: a `time` that sbatch would not take.
     """
-    members: dict[str, list[Group]] = {}
+    members: dict[str, list[ClientGroup]] = {}
     for group in groups:
         members.setdefault(classes[group.tier], []).append(group)
     seconds = {

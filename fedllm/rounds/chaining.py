@@ -18,7 +18,7 @@ from fedllm.rounds.coordinate import (
     advance_while_possible,
     stopping_on_signals,
 )
-from fedllm.rounds.dispatch.in_flight import Work
+from fedllm.rounds.dispatch.in_flight import InFlight
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState
@@ -73,7 +73,7 @@ class Chain:
             )
         )
 
-    def hand_over(self, successor: str, work: Work) -> str:
+    def hand_over(self, successor: str, work: InFlight) -> str:
         """Have the successor start when something will have changed; say when that is."""
         arrays = arrays_of(work.tasks)
         if not arrays:

@@ -10,7 +10,7 @@ from fedllm.errors import Incomplete
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
-from fedllm.rounds.dispatch.in_flight import Work, work_of
+from fedllm.rounds.dispatch.in_flight import InFlight, work_of
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
@@ -38,7 +38,7 @@ def coordinate(run: Run) -> None:
             close_run(run)
 
 
-def advance_while_possible(run: Run) -> Work | None:
+def advance_while_possible(run: Run) -> InFlight | None:
     """Take every step that is possible without waiting for jobs, then close the run.
 
     Waits only until files that may be on their way must have come: who comes later would have

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.aggregation.groups import Group, ModuleRanks, blocks_of, group_modules
+from fedllm.aggregation.groups import ModuleGroup, ModuleRanks, blocks_of, group_modules
 from fedllm.config.loading import read_config
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.catalog import method_of
@@ -16,7 +16,7 @@ from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.server_state import read_state
 from fedllm.scheduling.traits import traits_of
 from fedllm.server.collected_updates import CollectedUpdates
-from fedllm.server.pipeline import Engine
+from fedllm.server.pipeline import Pipeline
 from fedllm.server.starting_adapter import start_states
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import (
@@ -68,7 +68,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     return record
 
 
-def groups_of(federation: Federation, cohort: CohortRecord) -> list[Group]:
+def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]:
     """Return the groups in which a cohort's modules are aggregated, whoever is left out of it."""
     section = federation.config.aggregation
     modules = {
@@ -127,7 +127,7 @@ def _aggregate(
     updates = CollectedUpdates.open(paths, collection, cohort, weights, patience)
     previous = paths.run.round(paths.number - 1)
     with read_state(previous) as before:
-        engine = Engine(
+        engine = Pipeline(
             method=method,
             source=updates,
             blocks=blocks_of(list(updates.updates), section.block_clients),

@@ -27,7 +27,7 @@ from fedllm.methods.catalog import build_method
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.weights import shares, total_of
 from fedllm.model.device import resolve_devices
-from fedllm.server.pipeline import Engine
+from fedllm.server.pipeline import Pipeline
 from fedllm.storage.publishing.outputs import filling
 
 RankWish: TypeAlias = int | Literal["full"] | None
@@ -161,7 +161,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
             method=method, writer=writer, ranks=ranks, wish=request.rank, tell=tell, modules={}
         )
         output.told()
-        engine = Engine(
+        engine = Pipeline(
             method=method,
             source=source,
             blocks=blocks_of(range(len(adapters)), _BLOCK_ADAPTERS),

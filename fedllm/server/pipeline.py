@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.decomposition import Partial
-from fedllm.aggregation.groups import Group
+from fedllm.aggregation.groups import ModuleGroup
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Block
+from fedllm.lora.factors import FactorBlock
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.server.prefetch import Feed, Portion, Source
+from fedllm.server.prefetch import FactorSource, Feed, Portion
 
 STAGES = ("read", "fold", "decompose", "write")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class Pipeline:
     """A method, what it is given, and who takes what it makes.
 
     Attributes:
         method: how modules are aggregated.
-        source: where factors are read; its clients have the numbers that `Group.clients` has.
+        source: where factors are read; its clients have the numbers that `ModuleGroup.clients` has.
         blocks: the clients of each block.
         total: what the clients' weights sum to.
         before: returns a module's state before.
@@ -40,14 +40,14 @@ class Engine:
     """
 
     method: Method
-    source: Source
+    source: FactorSource
     blocks: Sequence[tuple[int, ...]]
     total: float
     before: Callable[[str], ModuleState]
     take: Callable[[str, ModuleAggregate], None]
     devices: Sequence[torch.device]
 
-    def run(self, groups: Sequence[Group]) -> dict[str, float]:
+    def run(self, groups: Sequence[ModuleGroup]) -> dict[str, float]:
         """Aggregate all groups; return the seconds of each stage.
 
         Stages overlap, and each has a clock of its own, summed over the devices.
@@ -74,7 +74,7 @@ class Engine:
                 raise
         return {stage: sum(each[stage] for each in seconds) for stage in STAGES}
 
-    def portions(self, group: Group) -> list[Portion]:
+    def portions(self, group: ModuleGroup) -> list[Portion]:
         """Return what is read of a group: the blocks that have anything of it, in their order."""
         return [
             Portion(group=group, clients=block)
@@ -87,13 +87,13 @@ class Engine:
 class _Worker:
     """One device at work."""
 
-    engine: Engine
+    engine: Pipeline
     device: torch.device
     threads: int
     writer: ThreadPoolExecutor
     stop: Event
 
-    def work(self, groups: Sequence[Group]) -> Mapping[str, float]:
+    def work(self, groups: Sequence[ModuleGroup]) -> Mapping[str, float]:
         """Aggregate some groups; return the seconds of each stage."""
         # a thread begins with its own numbers of both
         torch.set_num_threads(self.threads)
@@ -118,7 +118,7 @@ class _Worker:
         return seconds
 
     def _aggregate(
-        self, group: Group, partials: Iterator[Partial], seconds: "defaultdict[str, float]"
+        self, group: ModuleGroup, partials: Iterator[Partial], seconds: "defaultdict[str, float]"
     ) -> list[ModuleAggregate]:
         before = [_on(self.device, self.engine.before(module)) for module in group.modules]
         started = time.perf_counter()
@@ -136,7 +136,9 @@ class _Worker:
         seconds["decompose"] += time.perf_counter() - started - blocks.seconds
         return found
 
-    def _folded(self, group: Group, feed: Feed, seconds: "defaultdict[str, float]") -> Partial:
+    def _folded(
+        self, group: ModuleGroup, feed: Feed, seconds: "defaultdict[str, float]"
+    ) -> Partial:
         with feed.block() as block:
             self._go_on()
             started = time.perf_counter()
@@ -146,7 +148,10 @@ class _Worker:
         return partial
 
     def _hand_on(
-        self, group: Group, found: Sequence[ModuleAggregate], seconds: "defaultdict[str, float]"
+        self,
+        group: ModuleGroup,
+        found: Sequence[ModuleAggregate],
+        seconds: "defaultdict[str, float]",
     ) -> None:
         started = time.perf_counter()
         for module, result in zip(group.modules, found, strict=True):
@@ -163,7 +168,7 @@ class _Worker:
             torch.cuda.current_stream(self.device).synchronize()
 
 
-def _fold(method: Method, block: Block, group: Group) -> Partial:
+def _fold(method: Method, block: FactorBlock, group: ModuleGroup) -> Partial:
     try:
         return method.fold(block, group.problem)
     except AdapterError as error:
@@ -175,7 +180,7 @@ def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 @contextmanager
-def _naming(group: Group, partials: "_Timed") -> Iterator[None]:
+def _naming(group: ModuleGroup, partials: "_Timed") -> Iterator[None]:
     """Have the message of a sum that cannot be carried begin with the modules it may be of.
 
     What was wrong with an update, which is read within the block, is named already.

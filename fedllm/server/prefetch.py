@@ -20,16 +20,16 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.groups import Group
+from fedllm.aggregation.groups import ModuleGroup
 from fedllm.errors import AdapterError, BadUpdate
-from fedllm.lora.factors import Block
+from fedllm.lora.factors import FactorBlock
 from fedllm.server.buffer_pool import Buffer, Layout, buffer_for
 
 _MOST_READERS = 16
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Source(Protocol):
+class FactorSource(Protocol):
     """Clients' factors by client and module; what is read is read when it is copied."""
 
     def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class Source(Protocol):
 class Portion:
     """What is read at once: a block of a group's clients, by their numbers in the source."""
 
-    group: Group
+    group: ModuleGroup
     clients: tuple[int, ...]
 
     @property
@@ -74,7 +74,9 @@ class Feed:
         device: where the blocks are computed on.
     """
 
-    def __init__(self, source: Source, portions: Sequence[Portion], device: torch.device) -> None:
+    def __init__(
+        self, source: FactorSource, portions: Sequence[Portion], device: torch.device
+    ) -> None:
         self.read_seconds = 0.0
         self._source, self._portions = source, portions
         self._stopped = False
@@ -103,7 +105,7 @@ class Feed:
             self._readers.shutdown()
 
     @contextmanager
-    def block(self) -> Iterator[Block]:
+    def block(self) -> Iterator[FactorBlock]:
         """Give the next portion's block; afterwards its memory is filled with another.
 
         Raises:
@@ -116,7 +118,7 @@ class Feed:
         a_GRI, b_GOR = filled.buffer.tensors()
         if not (_is_finite(a_GRI) and _is_finite(b_GOR)):
             raise self._not_finite(filled)
-        yield Block(
+        yield FactorBlock(
             a_GRI=a_GRI,
             b_GOR=b_GOR,
             ranks=filled.portion.ranks,

@@ -24,7 +24,7 @@ from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.planning.federation import Federation
 from fedllm.process.log import say
 from fedllm.server.combine import AdapterSource
-from fedllm.server.pipeline import Engine
+from fedllm.server.pipeline import Pipeline
 from fedllm.storage.fingerprints import fingerprint_files
 from fedllm.storage.records import ModuleRecord, PreparedRecord, StartRecord
 
@@ -123,7 +123,7 @@ def _aggregate_alone(
         wanted = ranks[module]
         return method.start_module(module=module, shape=wanted.shape, rank=max(wanted.received))
 
-    engine = Engine(
+    engine = Pipeline(
         method=method,
         source=AdapterSource(adapters=[adapter], weights=[1.0]),
         blocks=blocks_of(range(1), 1),

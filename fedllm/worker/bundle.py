@@ -14,9 +14,9 @@ from fedllm.storage.records import BundleRecord, UpdateRecord
 from fedllm.storage.update_reader import UpdateReader
 from fedllm.worker.claims import Claimed
 from fedllm.worker.client_training import ClientRound, Save
-from fedllm.worker.heartbeat import Progress
+from fedllm.worker.heartbeat import Heartbeat
 from fedllm.worker.publisher import Publisher, published_clients
-from fedllm.worker.task import Task
+from fedllm.worker.task import WorkerTask
 
 
 class StopRequested(Exception):
@@ -27,16 +27,16 @@ class StopRequested(Exception):
 class BundleTraining:
     """What trains the bundles of one attempt in one task."""
 
-    task: Task
+    task: WorkerTask
     attempt: AttemptPaths
     round: ClientRound
-    progress: Progress
+    progress: Heartbeat
     publisher: Publisher
     published: UpdateReader[UpdateRecord]
     _saved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, task: Task, attempt: AttemptPaths, progress: Progress) -> "BundleTraining":
+    def open(cls, task: WorkerTask, attempt: AttemptPaths, progress: Heartbeat) -> "BundleTraining":
         """Load all that clients train from: the first of them is not to wait for it.
 
         Raises:
@@ -146,7 +146,7 @@ class BundleTraining:
         return {record.client for record in self.published.look()}
 
 
-def open_round(task: Task, attempt: AttemptPaths) -> ClientRound:
+def open_round(task: WorkerTask, attempt: AttemptPaths) -> ClientRound:
     """Open the round of an attempt, from copies on this node's own disk where the run has them.
 
     Raises:

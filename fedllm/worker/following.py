@@ -4,10 +4,10 @@ from contextlib import suppress
 
 from fedllm.worker.bundle import StopRequested, open_round
 from fedllm.worker.client_training import ClientRound, Save
-from fedllm.worker.task import Task
+from fedllm.worker.task import WorkerTask
 
 
-def follow(task: Task) -> int:
+def follow(task: WorkerTask) -> int:
     """Take part in the training of every group that the first process claims.
 
     Returns:

@@ -15,7 +15,7 @@ _EVERY_SECONDS = 60.0
 
 
 @dataclass(kw_only=True)
-class Progress:
+class Heartbeat:
     """What a worker has come to; moments are of `time.monotonic`.
 
     Args:
@@ -52,7 +52,7 @@ class Progress:
         *,
         began: float,
         first: float,
-    ) -> "Progress":
+    ) -> "Heartbeat":
         """Go on with the record of an earlier start of the same task, where there is one.
 
         `first` is when the task began its first attempt: one that lingered took this up just now.

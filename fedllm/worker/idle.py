@@ -7,7 +7,7 @@ from fedllm.config.models import Config
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import SubmissionRecord
-from fedllm.worker.task import Task
+from fedllm.worker.task import WorkerTask
 
 # often at first: rounds may be short; then cheap, whatever the number of workers
 _SHORTEST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.2, 5.0
@@ -21,7 +21,9 @@ def may_linger(config: Config) -> bool:
     return traits_of(config).tasks_start_anew and config.scheduler.linger_minutes > 0
 
 
-def next_attempt(task: Task, done: AttemptPaths, *, need_seconds: float) -> AttemptPaths | None:
+def next_attempt(
+    task: WorkerTask, done: AttemptPaths, *, need_seconds: float
+) -> AttemptPaths | None:
     """Wait for an attempt after `done` that takes this worker over.
 
     The configuration is read at every look: `scheduler.linger_minutes` may change.
@@ -71,7 +73,7 @@ def newest_attempt(run: RunPaths, done: AttemptPaths) -> AttemptPaths | None:
     return None
 
 
-def _counts_on(attempt: AttemptPaths, task: Task) -> bool:
+def _counts_on(attempt: AttemptPaths, task: WorkerTask) -> bool:
     """Say whether the coordinator took a worker over into an attempt.
 
     Only then does it wait for this worker: nobody else may train what another could be given.
@@ -86,7 +88,7 @@ def _numbers(folder: Path) -> list[int]:
         return []
 
 
-def _sleep(task: Task, seconds: float) -> None:
+def _sleep(task: WorkerTask, seconds: float) -> None:
     until = time.monotonic() + min(max(seconds, _SHORTEST_LOOK_SECONDS), _LONGEST_LOOK_SECONDS)
     while not task.signals.came and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _SLEEP_SECONDS))

@@ -15,7 +15,7 @@ _MARGIN_SHARE = 0.15
 
 
 @dataclass(kw_only=True)
-class Task:
+class WorkerTask:
     """One task; moments are of `time.monotonic`.
 
     Attributes:

@@ -17,10 +17,10 @@ from fedllm.storage.records import SubmissionRecord
 from fedllm.worker.bundle import BundleTraining, is_over
 from fedllm.worker.claims import Claims, smallest_cost
 from fedllm.worker.following import follow
-from fedllm.worker.heartbeat import Progress, State
+from fedllm.worker.heartbeat import Heartbeat, State
 from fedllm.worker.idle import may_linger, next_attempt
 from fedllm.worker.process_group import meeting
-from fedllm.worker.task import Task, array_of
+from fedllm.worker.task import WorkerTask, array_of
 
 STOPPED = 3  # the exit code of a worker that was told to end: another start or attempt goes on
 
@@ -59,7 +59,7 @@ def work(
         nullcontext(signals) if signals else StopSignals() as noted,
         meeting(identity) as processes,
     ):
-        task = Task(
+        task = WorkerTask(
             identity=identity,
             worker_class=worker_class,
             session=session,
@@ -74,7 +74,7 @@ def work(
         return exit_code
 
 
-def _lead(task: Task, attempt: AttemptPaths) -> int:
+def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:
     """Work on attempt after attempt; return the exit code."""
     worker = Worker.open(task, attempt, since=task.began)
     task.array = array_of(worker.plan, task.worker_class, task.identity)
@@ -98,15 +98,15 @@ def _lead(task: Task, attempt: AttemptPaths) -> int:
 class Worker:
     """One task at work on one attempt."""
 
-    task: Task
+    task: WorkerTask
     attempt: AttemptPaths
     plan: SubmissionRecord
     claims: Claims
-    progress: Progress
+    progress: Heartbeat
     is_unfinished: bool = False
 
     @classmethod
-    def open(cls, task: Task, attempt: AttemptPaths, *, since: float) -> "Worker":
+    def open(cls, task: WorkerTask, attempt: AttemptPaths, *, since: float) -> "Worker":
         """Read the plan of an attempt, and what an earlier start of this task did of it.
 
         Raises:
@@ -120,7 +120,7 @@ class Worker:
                 f"{attempt.submission}: no bundle of class {task.worker_class}; "
                 f"need one of {', '.join(sorted(classes))}"
             )
-        progress = Progress.open(
+        progress = Heartbeat.open(
             attempt, task.identity, task.worker_class or "", began=since, first=task.began
         )
         restarted = progress.earlier is not None

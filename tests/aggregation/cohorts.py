@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Start
 from fedllm.aggregation.routes import ROUTES
-from fedllm.lora.factors import Block, Factors
+from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.lora.spectral import Spectral
 from tests.lora.adapters import Cohort
 
@@ -25,9 +25,9 @@ def problem_of(cohort: Cohort, rank: int, *, tolerance: float = 1e-4) -> Problem
     )
 
 
-def block_of(factors: Sequence[Sequence[Factors]], weights: Sequence[float]) -> Block:
+def block_of(factors: Sequence[Sequence[Factors]], weights: Sequence[float]) -> FactorBlock:
     """Return the block of some clients' factors of G modules: a list of clients for each."""
-    return Block(
+    return FactorBlock(
         a_GRI=torch.stack([torch.cat([item.a_RI for item in module]) for module in factors]),
         b_GOR=torch.stack([torch.cat([item.b_OR for item in module], dim=1) for module in factors]),
         ranks=tuple(item.rank for item in factors[0]),
@@ -36,7 +36,7 @@ def block_of(factors: Sequence[Sequence[Factors]], weights: Sequence[float]) -> 
     )
 
 
-def blocks_of(cohorts: Sequence[Cohort], cuts: Cuts | None = None) -> list[Block]:
+def blocks_of(cohorts: Sequence[Cohort], cuts: Cuts | None = None) -> list[FactorBlock]:
     """Return the blocks of G modules whose clients have equal ranks and weights."""
     weights, blocks, begin = cohorts[0].weights, [], 0
     for size in cuts or [len(weights)]:
@@ -47,7 +47,7 @@ def blocks_of(cohorts: Sequence[Cohort], cuts: Cuts | None = None) -> list[Block
     return blocks
 
 
-def partials_of(name: str, blocks: Sequence[Block]) -> list[Partial]:
+def partials_of(name: str, blocks: Sequence[FactorBlock]) -> list[Partial]:
     """Fold blocks by a route."""
     found = []
     for block in blocks:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedllm.aggregation.groups import (
     WORKING_BYTES,
-    Group,
+    ModuleGroup,
     ModuleRanks,
     blocks_of,
     group_modules,
@@ -25,7 +25,7 @@ def grouped(
     modules: Mapping[str, ModuleRanks],
     block_clients: int = 32,
     working_bytes: int = WORKING_BYTES,
-) -> list[Group]:
+) -> list[ModuleGroup]:
     return group_modules(
         modules,
         block_clients=block_clients,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.config.models import ColumnsSection
-from fedllm.data.blocks import Block, row_number
+from fedllm.data.blocks import RowBlock, row_number
 from fedllm.data.cache import TokenizedClients
 from fedllm.data.columns import canonical_block
 from fedllm.data.formats import ALPACA, row_columns
@@ -30,7 +30,7 @@ COLUMNS = ColumnsSection(client="client", category="kind")
 def table(rows: list[dict[str, object]]) -> pa.Table:
     raw_rows = pa.Table.from_pylist(rows)
     names = tuple(raw_rows.column_names)
-    block = Block(table=raw_rows, names=names, where="rows", place=row_number)
+    block = RowBlock(table=raw_rows, names=names, where="rows", place=row_number)
     return canonical_block(block, row_columns(ALPACA, COLUMNS))
 
 

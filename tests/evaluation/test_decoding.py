@@ -15,7 +15,7 @@ from fedllm.evaluation.decoding import Answered, answer_clients
 from fedllm.evaluation.reading import answer_losses, padded_losses, plan_passes
 from fedllm.model.base import Base
 from fedllm.packing.micro_batches import DENSE_TOKENS, PARTS_TOKENS
-from fedllm.packing.sequences import LEAST_SHARED, Group, pack_groups, shared_prefix, text_of
+from fedllm.packing.sequences import LEAST_SHARED, RowGroup, pack_groups, shared_prefix, text_of
 from fedllm.packing.slots import AdapterSlots
 from tests.decoders import DECODERS, Row, in_way, make_decoder
 
@@ -243,7 +243,7 @@ LENGTHS = st.lists(st.lists(st.integers(1, 700), max_size=6), max_size=6)
 MOST_AT_ONCE = {"parts": PARTS_TOKENS, "mask": DENSE_TOKENS, "packed": DENSE_TOKENS}
 
 
-def tokens_at_once(groups: Sequence[Group]) -> int:
+def tokens_at_once(groups: Sequence[RowGroup]) -> int:
     return pack_groups(groups, loss_on="answer", device="cpu").computed_tokens
 
 

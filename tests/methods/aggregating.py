@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from fedllm.aggregation.decomposition import Problem
-from fedllm.lora.factors import Block, Factors
+from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 
 
-def block_of(factors: Sequence[Factors], weights: Sequence[float]) -> Block:
+def block_of(factors: Sequence[Factors], weights: Sequence[float]) -> FactorBlock:
     """Return the block of some clients' factors of one module."""
-    return Block(
+    return FactorBlock(
         a_GRI=torch.cat([item.a_RI for item in factors])[None],
         b_GOR=torch.cat([item.b_OR for item in factors], dim=1)[None],
         ranks=tuple(item.rank for item in factors),

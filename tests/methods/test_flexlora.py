@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedllm.aggregation.decomposition import Problem
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Block, Factors, ModuleShape, delta, initial_a
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, initial_a
 from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from tests.lora.adapters import Cohort, cohorts, random_factors
@@ -172,7 +172,7 @@ def test_modules_of_one_shape_are_aggregated_together_as_each_alone() -> None:
     ]
     problem = Problem(out=10, in_=7, stacked_rank=6, rank=4)
     blocks = [block_of(factors, [1.0, 2.0, 3.0]) for factors in modules]
-    together = Block(
+    together = FactorBlock(
         a_GRI=torch.cat([block.a_GRI for block in blocks]),
         b_GOR=torch.cat([block.b_GOR for block in blocks]),
         ranks=blocks[0].ranks,

@@ -13,8 +13,8 @@ from fedllm.packing.sequences import (
     LEAST_SHARED,
     PADDING,
     PREFIX,
-    Group,
     Packed,
+    RowGroup,
     common_prefix,
     pack,
     pack_groups,
@@ -169,7 +169,10 @@ def test_targets_that_are_not_merged_have_their_rows() -> None:
 
 def test_groups_follow_each_other_with_prefixes_of_their_own() -> None:
     rows = [Row([2, 3, 4], [1]), Row([2, 3, 5], [1]), Row([6, 7, 8], [1]), Row([6, 7], [9, 1])]
-    groups = [Group(rows=rows, places=[0, 1], prefix=2), Group(rows=rows, places=[2, 3], prefix=2)]
+    groups = [
+        RowGroup(rows=rows, places=[0, 1], prefix=2),
+        RowGroup(rows=rows, places=[2, 3], prefix=2),
+    ]
     packed = pack_groups(groups, loss_on="answer", device="cpu", merge_targets=False)
     assert packed.tokens_1T.tolist() == [[2, 3, 4, 5, 6, 7, 8, 9]]
     assert packed.rows_K is not None

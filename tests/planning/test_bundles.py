@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.planning.bundles import SMALLEST_BUNDLE_SECONDS, cut_bundles
-from fedllm.planning.grouping import Group, group_clients
+from fedllm.planning.grouping import ClientGroup, group_clients
 from fedllm.storage.records import BundleRecord, CohortClient
 
 Size = int | Literal["auto"]
@@ -145,5 +145,5 @@ def test_a_group_stays_whole_and_costs_all_its_members_though_some_are_done(
         assert size == "auto" or len(bundle.clients) <= max(size, most)
 
 
-def sorted_by_cost(groups: list[Group]) -> list[Group]:
+def sorted_by_cost(groups: list[ClientGroup]) -> list[ClientGroup]:
     return sorted(groups, key=lambda g: (-math.fsum(m.cost for m in g.members), g.missing))

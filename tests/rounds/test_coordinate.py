@@ -8,7 +8,7 @@ import pytest
 
 from fedllm.rounds.advance import advance
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
-from fedllm.rounds.dispatch.in_flight import Work, work_of
+from fedllm.rounds.dispatch.in_flight import InFlight, work_of
 from fedllm.scheduling.seam import Job, SchedulerUnreachable
 from fedllm.storage.lease import Lease
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
@@ -45,11 +45,13 @@ def cluster() -> HandMoved:
 
 
 def test_who_need_not_stay_waits_for_the_tasks_at_work(tmp_path: Path, cluster: HandMoved) -> None:
-    assert advance_while_possible(hand_moved(tmp_path, cluster)) == Work(tasks=tuple(cluster.alive))
+    assert advance_while_possible(hand_moved(tmp_path, cluster)) == InFlight(
+        tasks=tuple(cluster.alive)
+    )
     ended, *left = cluster.alive
     cluster.end("FAILED", ended)
     # the first gave its lease back
-    assert advance_while_possible(hand_moved(tmp_path, cluster)) == Work(tasks=tuple(left))
+    assert advance_while_possible(hand_moved(tmp_path, cluster)) == InFlight(tasks=tuple(left))
     cluster.work(*cluster.alive)
     assert advance_while_possible(hand_moved(tmp_path, cluster)) is None
     Lease.acquire(paths_of(tmp_path))
@@ -110,10 +112,10 @@ def test_workers_that_linger_are_not_waited_for(tmp_path: Path, cluster: HandMov
 def test_tasks_that_found_no_room_are_waited_for_too(tmp_path: Path) -> None:
     cluster = HandMoved(Simulation(), most_tasks=3)
     work = advance_while_possible(hand_moved(tmp_path, cluster))
-    assert work == Work(tasks=tuple(cluster.alive), waits_for_room=True, look_again_minutes=5)
+    assert work == InFlight(tasks=tuple(cluster.alive), waits_for_room=True, look_again_minutes=5)
     full = HandMoved(Simulation(), most_tasks=0)
     none = advance_while_possible(hand_moved(tmp_path / "full", full))
-    assert none == Work(tasks=(), waits_for_room=True)
+    assert none == InFlight(tasks=(), waits_for_room=True)
 
 
 def test_a_scheduler_that_does_not_answer_is_asked_again_ever_more_rarely(tmp_path: Path) -> None:

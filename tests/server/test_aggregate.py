@@ -14,14 +14,14 @@ from fedllm.aggregation.decomposition import Partial, Problem
 from fedllm.aggregation.groups import blocks_of
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, ConfigError
-from fedllm.lora.factors import Block, Factors
+from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.catalog import method_of
 from fedllm.methods.flexlora import FlexLora
 from fedllm.planning.federation import plan_federation
 from fedllm.process.server_state import read_state
 from fedllm.server.aggregate import aggregate_round, groups_of
 from fedllm.server.collected_updates import CollectedUpdates
-from fedllm.server.pipeline import Engine
+from fedllm.server.pipeline import Pipeline
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, PreparedRecord
@@ -125,7 +125,7 @@ class Failing(FlexLora):
     told: threading.Event = field(default_factory=threading.Event)
     summed: list[Problem] = field(default_factory=list)
 
-    def fold(self, block: Block, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
         if problem is self.damaged:
             assert self.begun.wait(60)
             self.told.set()
@@ -149,7 +149,7 @@ def test_where_one_device_failed_the_others_take_no_further_block(tmp_path: Path
     source = CollectedUpdates.open(paths, collection, cohort, weights)
     method = Failing(damaged=groups[1].problem, **vars(method_of(config)))
     with read_state(run.round(0)) as before, pytest.raises(AdapterError, match="cannot be summed"):
-        Engine(
+        Pipeline(
             method=method,
             source=source,
             blocks=blocks_of(list(source.updates), 2),

@@ -11,7 +11,7 @@ from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import ArrayRecord, BundleRecord, ClaimRecord, SubmissionRecord
 from fedllm.worker.claims import Claims
-from fedllm.worker.task import Task, array_of
+from fedllm.worker.task import WorkerTask, array_of
 
 
 def me(number: int = 1, array: str = "") -> TaskIdentity:
@@ -133,9 +133,9 @@ def test_what_others_have_costs_one_look_at_the_folder(
     assert len(looked) == 1
 
 
-def limited(minutes: float | None, **more: float) -> Task:
+def limited(minutes: float | None, **more: float) -> WorkerTask:
     array = ArrayRecord(name="a", worker_class="gpu", tasks=1, minutes=minutes)
-    task = Task(
+    task = WorkerTask(
         identity=me(), worker_class="gpu", session=Session(), signals=StopSignals(), array=array
     )
     task.began -= more.get("passed", 0.0)

@@ -28,7 +28,7 @@ from fedllm.storage.records import (
     WayRecord,
 )
 from fedllm.worker.client_training import ClientRound
-from fedllm.worker.heartbeat import Progress
+from fedllm.worker.heartbeat import Heartbeat
 from fedllm.worker.replay import replay
 from fedllm.worker.worker import STOPPED, work
 from tests.planning.federations import prepared_of
@@ -203,7 +203,7 @@ def test_progress_tells_what_a_worker_came_to(attempt: AttemptPaths, session: Se
 
 
 def test_progress_names_client_and_step_while_a_client_trains(attempt: AttemptPaths) -> None:
-    progress = Progress.open(attempt, ME, "small", began=time.monotonic(), first=0.0)
+    progress = Heartbeat.open(attempt, ME, "small", began=time.monotonic(), first=0.0)
     progress = dataclasses.replace(progress, every_seconds=0.0)
     with progress.clients(["a/b", "c, d"], 1):
         progress.step(0)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from fedllm.data.blocks import Block, Place
+from fedllm.data.blocks import Place, RowBlock
 from fedllm.data.columns import client_texts, named_once
 from fedllm.data.files.decoded import decoded
 from fedllm.data.files.quotes import checked_quotes
@@ -40,7 +40,7 @@ def peek_csv(file: Path, delimiter: str) -> dict[str, bool] | None:
     return dict.fromkeys(names, False) if names else None
 
 
-def read_csv(file: Path, wanted: RowColumns, delimiter: str) -> Iterator[Block]:
+def read_csv(file: Path, wanted: RowColumns, delimiter: str) -> Iterator[RowBlock]:
     """Yield the rows of a file whose first row names the columns.
 
     Raises:
@@ -56,7 +56,7 @@ def read_csv(file: Path, wanted: RowColumns, delimiter: str) -> Iterator[Block]:
             place = partial(_row, start)
             table = _with_clients(pa.table(batch), wanted.columns.client, where, place)
             start += batch.num_rows
-            yield Block(
+            yield RowBlock(
                 table=_with_integers(table, wanted),
                 names=tuple(names),
                 where=where,

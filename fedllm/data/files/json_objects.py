@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fedllm.data.blocks import Block
+from fedllm.data.blocks import RowBlock
 from fedllm.data.columns import client_text, no_client
 from fedllm.data.conversations import turn_lists
 from fedllm.data.files.decoded import decoded
@@ -55,7 +55,7 @@ def peek_json(file: Path) -> dict[str, bool] | None:
     return found if any_rows else None
 
 
-def read_json(file: Path, wanted: RowColumns) -> Iterator[Block]:
+def read_json(file: Path, wanted: RowColumns) -> Iterator[RowBlock]:
     """Yield the rows of a file of JSON objects in blocks.
 
     Raises:
@@ -167,14 +167,14 @@ class _Scanner:
         return DataError(f"data.path: {self._file} line {self._line} is not JSON ({what})")
 
 
-def _block(rows: Sequence[_Object], wanted: RowColumns, file: Path) -> Block:
+def _block(rows: Sequence[_Object], wanted: RowColumns, file: Path) -> RowBlock:
     _check_format(rows, wanted, file)
     columns = _Columns(rows, wanted, file)
     names = tuple(dict.fromkeys(name for each in rows for name in each.row))
     if wanted.columns.client not in names:
         wanted.check(names, str(file))
     arrays = {name: columns.array(name) for name in (*wanted.named.values(), *names)}
-    return Block(
+    return RowBlock(
         table=pa.table(arrays),
         names=names,
         where=str(file),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedllm.data.blocks import Block, row_number
+from fedllm.data.blocks import RowBlock, row_number
 from fedllm.data.columns import needed_columns
 from fedllm.data.formats import RowColumns
 from fedllm.errors import DataError
@@ -31,7 +31,7 @@ def columns_of(schema: pa.Schema) -> dict[str, bool]:
     return {field.name: pa.types.is_nested(field.type) for field in schema}
 
 
-def read_parquet(file: Path, wanted: RowColumns) -> Iterator[Block]:
+def read_parquet(file: Path, wanted: RowColumns) -> Iterator[RowBlock]:
     """Yield the rows of a parquet file, all at once: as Arrow holds them they are small.
 
     Raises:
@@ -44,7 +44,7 @@ def read_parquet(file: Path, wanted: RowColumns) -> Iterator[Block]:
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
     names = tuple(schema.names)
-    yield Block(table=table, names=names, where=str(file), place=row_number)
+    yield RowBlock(table=table, names=names, where=str(file), place=row_number)
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:

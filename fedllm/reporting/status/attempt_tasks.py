@@ -65,7 +65,7 @@ class AttemptStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class AttemptWork:
     """The attempts of a round, and what the last one's tasks hold."""
 
     attempts: tuple[AttemptStatus, ...]
@@ -75,7 +75,7 @@ class Work:
 
 def work_of(
     records: RecordCache, paths: RoundPaths, published: Collection[str], states: Mapping[str, str]
-) -> Work:
+) -> AttemptWork:
     """Read how a round's attempts fare.
 
     Args:
@@ -93,11 +93,11 @@ def work_of(
         attempts.append(_attempt(records, attempt, plan, len(claims)))
         last = (attempt, plan, claims)
     if last is None:
-        return Work(attempts=(), tasks=(), claimed=0)
+        return AttemptWork(attempts=(), tasks=(), claimed=0)
     attempt, plan, claims = last
     held = _held(plan, claims, published)
     tasks = _tasks(records, attempt, held, claims, states)
-    return Work(
+    return AttemptWork(
         attempts=tuple(attempts),
         tasks=tuple(tasks),
         claimed=sum(task.held for task in tasks if task.state != GONE),

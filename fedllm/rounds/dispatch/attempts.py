@@ -6,7 +6,7 @@ from fedllm.config.models import SbatchOptions
 from fedllm.planning.classes import tier_options
 from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.federation import Federation
-from fedllm.planning.grouping import Group, engine_of
+from fedllm.planning.grouping import ClientGroup, engine_of
 from fedllm.planning.sbatch_options import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
 from fedllm.rounds.dispatch.idle_workers import lingering_workers
@@ -92,7 +92,7 @@ def start_attempt(
 
 def _missing_groups(
     federation: Federation, cohort: CohortRecord, missing: Sequence[CohortClient]
-) -> list[Group]:
+) -> list[ClientGroup]:
     """Return the groups that train again, whole, for the members of theirs that are missing."""
     done = {client.id for client in cohort.clients} - {client.id for client in missing}
     groups = engine_of(federation.config.training).groups(cohort.clients, cohort.ranks)

@@ -17,7 +17,7 @@ _LOOK_AGAIN_MINUTES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class InFlight:
     """What the next step of a run waits for.
 
     Attributes:
@@ -32,9 +32,9 @@ class Work:
     look_again_minutes: int | None = None
 
 
-def work_of(run: Run) -> Work:
+def work_of(run: Run) -> InFlight:
     """Return what is at work; evaluations where nothing else is, as no other step needs them."""
-    return _work(run, _unfinished(run)) or _work(run, _unevaluated(run)) or Work(tasks=())
+    return _work(run, _unfinished(run)) or _work(run, _unevaluated(run)) or InFlight(tasks=())
 
 
 def is_done(paths: RunPaths, config: Config) -> bool:
@@ -42,7 +42,7 @@ def is_done(paths: RunPaths, config: Config) -> bool:
     return all(paths.round(number).record.exists() for number in range(config.rounds + 1))
 
 
-def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
+def _work(run: Run, submissions: Iterator[JobPaths]) -> InFlight | None:
     tasks: list[str] = []
     is_short = False
     look_again: int | None = None
@@ -55,7 +55,7 @@ def _work(run: Run, submissions: Iterator[JobPaths]) -> Work | None:
             tasks += active_tasks(run.scheduler, known_tasks(run, paths))
     if not tasks and not is_short:
         return None
-    return Work(tasks=tuple(tasks), waits_for_room=is_short, look_again_minutes=look_again)
+    return InFlight(tasks=tuple(tasks), waits_for_room=is_short, look_again_minutes=look_again)
 
 
 def _begun(run: Run) -> Iterator[RoundPaths]:

@@ -47,6 +47,8 @@ _OWN = {
     *("FEDLLM_RANK", "FEDLLM_LOCAL_RANK", "FEDLLM_RENDEZVOUS"),
 }
 # A site's or user's defaults stay in force where the configuration says nothing.
+# the name of its node, in a shell that Slurm started: all nodes of one host have its host name
+NODE_NAME_IN_SHELL = "${SLURMD_NODENAME:-$(hostname)}"
 _SITE_DEFAULTS = ("account", "partition", "qos", "reservation", "constraint")
 
 _TRANSIENT = (
@@ -113,7 +115,7 @@ class InstalledCommands:
         time.sleep(seconds)
 
 
-class Pace:
+class QueryPace:
     """Lets at most `most` pass in any `seconds`."""
 
     def __init__(self, *, most: int, seconds: float, commands: Commands) -> None:
@@ -147,6 +149,15 @@ def clean_environment(
         name: value
         for name, value in given.items()
         if name in kept or not (name.startswith(_INHERITED) or name in _OWN)
+    }
+
+
+def srun_environment(configured: Collection[str]) -> dict[str, str]:
+    """Return the environment of srun: a site's defaults have other names there than for sbatch."""
+    kept = clean_environment(configured=configured)
+    return {
+        name.replace("SBATCH_", "SLURM_", 1) if name.startswith("SBATCH_") else name: value
+        for name, value in kept.items()
     }
 
 

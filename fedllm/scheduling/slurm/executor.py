@@ -32,7 +32,7 @@ from fedllm.scheduling.slurm.commands import (
     CommandRefused,
     Commands,
     InstalledCommands,
-    Pace,
+    QueryPace,
     clean_environment,
     unknown_answer,
 )
@@ -131,11 +131,11 @@ class SlurmScheduler:
     commands: Commands = field(default_factory=InstalledCommands)
     _queue: Queue = field(init=False)
     _surveyor: Surveyor = field(init=False)
-    _pace: Pace = field(init=False)
+    _pace: QueryPace = field(init=False)
 
     def __post_init__(self) -> None:
         seconds, commands = self.section.query_seconds, self.commands
-        pace = Pace(most=_MOST_SUBMISSIONS, seconds=seconds, commands=commands)
+        pace = QueryPace(most=_MOST_SUBMISSIONS, seconds=seconds, commands=commands)
         object.__setattr__(self, "_queue", Queue(query_seconds=seconds, commands=commands))
         object.__setattr__(self, "_surveyor", Surveyor(query_seconds=seconds, commands=commands))
         object.__setattr__(self, "_pace", pace)

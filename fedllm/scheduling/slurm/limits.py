@@ -48,7 +48,7 @@ class Partition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class SlurmLimits:
     """A row's limits on tasks; None: none. `tres`: cpu, mem in MiB, node, gres/gpu of them all."""
 
     running: int | None = None
@@ -72,7 +72,7 @@ class Association:
     default_qos: str
     qos: tuple[str, ...]
     is_default: bool
-    limits: Limits
+    limits: SlurmLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class Accounting:
 
     associations: Sequence[Association] = ()
     parents: Mapping[str, str] = field(default_factory=dict)
-    accounts: Mapping[str, Limits] = field(default_factory=dict)
-    qos: Mapping[str, Limits] = field(default_factory=dict)
+    accounts: Mapping[str, SlurmLimits] = field(default_factory=dict)
+    qos: Mapping[str, SlurmLimits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Allowed:
     most_tres: Mapping[str, float] = field(default_factory=dict)
 
 
-_Ranked = tuple[Limits, Place]
+_Ranked = tuple[SlurmLimits, Place]
 
 
 def configuration(said: str) -> Configuration:
@@ -175,8 +175,8 @@ def _associations(said: str) -> Iterator[Association]:
         )
 
 
-def _association_limits(row: Mapping[str, str]) -> Limits:
-    return Limits(
+def _association_limits(row: Mapping[str, str]) -> SlurmLimits:
+    return SlurmLimits(
         running=number(row.get("MaxJobs", "")),
         queued=number(row.get("MaxSubmitJobs", "")),
         group_running=number(row["GrpJobs"]),
@@ -186,8 +186,8 @@ def _association_limits(row: Mapping[str, str]) -> Limits:
     )
 
 
-def _qos_limits(row: Mapping[str, str]) -> Limits:
-    return Limits(
+def _qos_limits(row: Mapping[str, str]) -> SlurmLimits:
+    return SlurmLimits(
         running=number(row["MaxJobsPU"]),
         queued=number(row["MaxSubmitPU"]),
         account_running=number(row["MaxJobsPA"]),
@@ -281,7 +281,7 @@ def _bounds(sort: str, ranked: Sequence[_Ranked], last: Sequence[_Ranked]) -> li
     return first or [Bound(most=most, place=place) for most, place in found if most is not None]
 
 
-def _tres(ranked: Sequence[Limits]) -> dict[str, float]:
+def _tres(ranked: Sequence[SlurmLimits]) -> dict[str, float]:
     """Return how much of each resource all tasks together may use."""
     most: dict[str, float] = {}
     for sort in ("user_tres", "account_tres", "group_tres"):

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fedllm.scheduling.slurm.command_output import fields
 
@@ -23,6 +23,11 @@ def settings(said: str) -> dict[str, str]:
     """Return the lines `Key    = value` of `scontrol show config`."""
     found = (_SETTING.fullmatch(line.strip()) for line in said.splitlines())
     return {match[1]: match[2] for match in found if match}
+
+
+def version(configuration: Mapping[str, str]) -> str:
+    """Return Slurm's version from the lines of `scontrol show config`."""
+    return configuration.get("SLURM_VERSION", "of unknown version")
 
 
 def entities(said: str, name: str) -> dict[str, dict[str, str]]:
