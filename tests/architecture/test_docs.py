@@ -105,6 +105,13 @@ def test_every_file_that_a_page_links_to_exists(page: Path) -> None:
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+def test_every_file_that_the_architecture_names_exists() -> None:
+    named = re.findall(
+        r"`((?:fedllm|jobs)/[\w/.]+)`", (ROOT / "docs" / "architecture.md").read_text()
+    )
+    assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_make_target_of_a_page_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
