@@ -38,26 +38,28 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 def prepare_run(run: RunPaths) -> PreparedRecord:
     """Prepare what a run's configuration names and publish `prepared.json`.
 
-    A run that has begun keeps its way to compute rows.
+    A run that has begun keeps its layout of rows.
 
     Raises:
         ConfigError: configuration, model, data and method do not fit together.
-        RunDirectoryError: what is installed gets the run's way wrong.
+        RunDirectoryError: the installed libraries compute the run's layout wrongly.
     """
     config = read_config(run.config)
     first = CohortRecord.find(run.round(1).cohort)
     cache = cache_of(config.storage.cache, run.root)
     base, prepared = _described(config, cache, say, begun=first is not None)
-    way = _best_way(config, base) if first is None else _way_as_begun(first, config, base, run)
+    layout = (
+        _best_layout(config, base) if first is None else _begun_layout(first, config, base, run)
+    )
     federation = plan_federation(config, prepared)
     method = method_of(config)
     refusal = method.refuse(list(federation.ranks.values()))
     if refusal:
         raise ConfigError(refusal)
     refuse_ranks(method, federation)
-    _check_engine(config, way)
-    say(describe_way(way))
-    prepared = prepared.model_copy(update={"way": way})
+    _check_engine(config, layout)
+    say(describe_layout(layout))
+    prepared = prepared.model_copy(update={"way": layout})
     prepared.publish(run.prepared)
     return prepared
 
@@ -74,25 +76,26 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
         DataError: the data are missing or not as described.
     """
     base, prepared = _described(config, cache, report)
-    way = _best_way(config, base)
-    _check_engine(config, way)
-    return prepared.model_copy(update={"way": way})
+    layout = _best_layout(config, base)
+    _check_engine(config, layout)
+    return prepared.model_copy(update={"way": layout})
 
 
-def describe_way(way: WayRecord | None) -> str:
-    """Say how rows are computed together, and why not better."""
-    if way is None:
+def describe_layout(layout: WayRecord | None) -> str:
+    """Return the layout of rows as a line of text, with the reason why there is no better one."""
+    if layout is None:
         return "rows: padded, as in the rounds of this run so far"
-    found = way.cpu if way.cpu == way.cuda else f"{way.cpu} on a CPU, {way.cuda} on a GPU"
-    kind = "they share their common prefix" if {way.cpu, way.cuda} <= SHARED else ""
-    reason = way.why and f"not better, since {way.why}"
-    return f"rows: {'; '.join(filter(None, (found, kind, reason)))}"
+    cpu, cuda = layout.cpu, layout.cuda
+    names = cpu if cpu == cuda else f"{cpu} on a CPU, {cuda} on a GPU"
+    prefix = "they share their common prefix" if {cpu, cuda} <= SHARED else ""
+    reason = layout.why and f"not better, since {layout.why}"
+    return f"rows: {'; '.join(filter(None, (names, prefix, reason)))}"
 
 
 def _described(
     config: Config, cache: CachePaths, report: Report, *, begun: bool = False
 ) -> tuple[BaseDescription, PreparedRecord]:
-    """Describe base and data, without a way to compute rows."""
+    """Describe base and data; the record has no layout of rows yet."""
     path = locate_base(config.model, cache, report)
     notes: list[str] = []
     base = describe_base(path, config.lora.target_modules, say=notes.append, begun=begun)
@@ -123,7 +126,7 @@ def _described(
     return base, prepared.model_copy(update={"start": start})
 
 
-def _best_way(config: Config, base: BaseDescription) -> WayRecord:
+def _best_layout(config: Config, base: BaseDescription) -> WayRecord:
     return find_way(
         base.config,
         cutoff_tokens=config.data.cutoff_tokens,
@@ -132,31 +135,35 @@ def _best_way(config: Config, base: BaseDescription) -> WayRecord:
     )
 
 
-def _way_as_begun(
+def _begun_layout(
     first: CohortRecord, config: Config, base: BaseDescription, run: RunPaths
 ) -> WayRecord | None:
-    """Return the way that the run's first round was trained in.
+    """Return the layout with which the run's first round was trained.
 
-    A run without one is not checked: what the check refuses has keys that it cannot change.
+    A run without a layout is not checked: a run that has begun cannot change the keys that the
+    check's message names.
+
+    Raises:
+        RunDirectoryError: the installed libraries compute this layout wrongly.
     """
-    way = first.way
-    if way is None:
+    layout = first.way
+    if layout is None:
         return None
-    found = _best_way(config, base)
-    if not still_right(way, found):
-        lost = "no FlexAttention" if way.cuda == "flex" != found.cuda else ""
-        why = "; ".join(filter(None, (found.why, lost)))
+    best = _best_layout(config, base)
+    if not still_right(layout, best):
+        lost = "no FlexAttention" if layout.cuda == "flex" != best.cuda else ""
+        why = "; ".join(filter(None, (best.why, lost)))
         raise RunDirectoryError(
-            f"{run.root}: its rounds compute rows by {way.cpu} ({way.cuda} on a GPU), which the "
-            f"installed transformers gets wrong ({why}); install the versions that {run.run.name} "
-            "names"
+            f"{run.root}: its rounds compute rows by {layout.cpu} ({layout.cuda} on a GPU), which "
+            f"the installed transformers gets wrong ({why}); install the versions that "
+            f"{run.run.name} names"
         )
-    return way
+    return layout
 
 
-def _check_engine(config: Config, way: WayRecord | None) -> None:
-    """Refuse an engine that cannot train where rows are computed in this way."""
-    if refusal := engine_of(config.training).refusal(way):
+def _check_engine(config: Config, layout: WayRecord | None) -> None:
+    """Refuse an engine that cannot train with this layout of rows."""
+    if refusal := engine_of(config.training).refusal(layout):
         raise ConfigError(refusal)
 
 

@@ -17,7 +17,7 @@ _ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class BlockLayout:
     """How a block lies in memory: A of all modules, then B.
 
     `ranks` are the clients' own, 0 where one has no such modules.
@@ -72,12 +72,12 @@ class Layout:
 class CpuBuffer:
     """Memory of one block on the CPU: every factor is copied where the arithmetic reads it."""
 
-    layout: Layout
+    layout: BlockLayout
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def lay_out(self, layout: Layout) -> list[tuple[Tensor, Tensor]]:
+    def lay_out(self, layout: BlockLayout) -> list[tuple[Tensor, Tensor]]:
         """Make room for a block; return where each client's A (G, R, I) and B (G, O, R) belong."""
         if self._memory.numel() < layout.size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first
@@ -109,7 +109,7 @@ class GpuBuffer:
     it faster, puts their columns side by side.
     """
 
-    layout: Layout
+    layout: BlockLayout
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -117,7 +117,7 @@ class GpuBuffer:
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._grow(0)
 
-    def lay_out(self, layout: Layout) -> list[tuple[Tensor, Tensor]]:
+    def lay_out(self, layout: BlockLayout) -> list[tuple[Tensor, Tensor]]:
         """Make room for a block; return where each client's A (G, R, I) and B (G, O, R) belong."""
         if self._pinned.numel() < layout.size:
             self._grow(layout.size)
@@ -163,6 +163,6 @@ def buffer_for(device: torch.device) -> Buffer:
     return GpuBuffer(device) if device.type == "cuda" else CpuBuffer()
 
 
-def _split(layout: Layout, stacked: Tensor, dim: int) -> list[Tensor]:
+def _split(layout: BlockLayout, stacked: Tensor, dim: int) -> list[Tensor]:
     """Return each client's share of a stacked tensor."""
     return list(torch.split(stacked, list(layout.ranks), dim=dim))

@@ -20,7 +20,7 @@ from fedllm.aggregation.groups import ModuleGroup
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.server.prefetch import FactorSource, Feed, Portion
+from fedllm.server.prefetch import FactorSource, Portion, Prefetch
 
 STAGES = ("read", "fold", "decompose", "write")
 
@@ -103,18 +103,18 @@ class _Worker:
         written: Future[None] | None = None
         portions = {group.modules: self.engine.portions(group) for group in groups}
         every = [portion for each in portions.values() for portion in each]
-        with Feed(self.engine.source, every, self.device) as feed:
+        with Prefetch(self.engine.source, every, self.device) as prefetch:
             for group in groups:
                 self._go_on()
                 # without a name for each: what is summed up must not wait here for the next one
-                blocks = (self._folded(group, feed, seconds) for _ in portions[group.modules])
+                blocks = (self._folded(group, prefetch, seconds) for _ in portions[group.modules])
                 found = self._aggregate(group, blocks, seconds)
                 if written is not None:
                     written.result()
                 written = self.writer.submit(self._hand_on, group, found, seconds)
         if written is not None:
             written.result()
-        seconds["read"] = feed.read_seconds
+        seconds["read"] = prefetch.read_seconds
         return seconds
 
     def _aggregate(
@@ -137,9 +137,9 @@ class _Worker:
         return found
 
     def _folded(
-        self, group: ModuleGroup, feed: Feed, seconds: "defaultdict[str, float]"
+        self, group: ModuleGroup, prefetch: Prefetch, seconds: "defaultdict[str, float]"
     ) -> Partial:
-        with feed.block() as block:
+        with prefetch.block() as block:
             self._go_on()
             started = time.perf_counter()
             partial = _fold(self.engine.method, block, group)

@@ -23,9 +23,9 @@ from torch import Tensor
 from fedllm.aggregation.groups import ModuleGroup
 from fedllm.errors import AdapterError, BadUpdate
 from fedllm.lora.factors import FactorBlock
-from fedllm.server.buffer_pool import Buffer, Layout, buffer_for
+from fedllm.server.buffer_pool import BlockLayout, Buffer, buffer_for
 
-_MOST_READERS = 16
+_MAX_READERS = 16
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,7 +65,7 @@ class Portion:
         return tuple(self.group.clients[client] for client in self.clients)
 
 
-class Feed:
+class Prefetch:
     """The blocks of some portions, one after the other.
 
     Args:
@@ -87,7 +87,7 @@ class Feed:
         for _ in range(3 if on_gpu else 2):
             self._free.put(buffer_for(device))
         # where the CPU does the arithmetic its cores are for that
-        readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
+        readers = min(_MAX_READERS, len(os.sched_getaffinity(0)))
         self._readers = ThreadPoolExecutor(readers) if on_gpu else None
         self._thread = threading.Thread(target=self._fill_all, daemon=True)
 
@@ -145,7 +145,7 @@ class Feed:
         having = [c for c, rank in enumerate(ranks) if rank]
         pairs = {c: [self._announced(portion, c, ranks[c], m) for m in modules] for c in having}
         dtypes = {tensor.dtype for each in pairs.values() for pair in each for tensor in pair}
-        layout = Layout(
+        layout = BlockLayout(
             modules=len(modules),
             problem=portion.group.problem,
             ranks=ranks,

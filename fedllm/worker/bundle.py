@@ -30,13 +30,15 @@ class BundleTraining:
     task: WorkerTask
     attempt: AttemptPaths
     round: ClientRound
-    progress: Heartbeat
+    heartbeat: Heartbeat
     publisher: Publisher
     published: UpdateReader[UpdateRecord]
     _saved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, task: WorkerTask, attempt: AttemptPaths, progress: Heartbeat) -> "BundleTraining":
+    def open(
+        cls, task: WorkerTask, attempt: AttemptPaths, heartbeat: Heartbeat
+    ) -> "BundleTraining":
         """Load all that clients train from: the first of them is not to wait for it.
 
         Raises:
@@ -50,7 +52,7 @@ class BundleTraining:
             task=task,
             attempt=attempt,
             round=opened,
-            progress=progress,
+            heartbeat=heartbeat,
             publisher=Publisher(opened, attempt.number),
             published=published_clients(opened),
         )
@@ -92,14 +94,14 @@ class BundleTraining:
             nonlocal first
             first = step if first is None else first
             self.task.stepped |= step > first
-            self.progress.step(step)
+            self.heartbeat.step(step)
             stop, due = self.task.agree(due=self._is_due())
             if stop or due:
                 self._save(bundle, save)
             if stop:
                 raise StopRequested
 
-        with self.progress.clients(group, len(missing)):
+        with self.heartbeat.clients(group, len(missing)):
             results = self.round.train(
                 group,
                 attempt=self.attempt.number,

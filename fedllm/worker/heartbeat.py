@@ -23,7 +23,7 @@ class Heartbeat:
         identity: who it is.
         worker_class: whose bundles it takes, empty for all.
         began: since when its time counts for this attempt.
-        took_up: since when it is about this attempt: later than `began` for one that lingered.
+        startup_began: when it took up this attempt; later than `began` if it was idle before.
         every_seconds: how often it writes while it trains.
         earlier: its record of the start before, where it was requeued.
     """
@@ -32,7 +32,7 @@ class Heartbeat:
     identity: TaskIdentity
     worker_class: str
     began: float
-    took_up: float
+    startup_began: float
     every_seconds: float = _EVERY_SECONDS
     earlier: TaskRecord | None = None
     _clients_done: int = 0
@@ -55,14 +55,14 @@ class Heartbeat:
     ) -> "Heartbeat":
         """Go on with the record of an earlier start of the same task, where there is one.
 
-        `first` is when the task began its first attempt: one that lingered took this up just now.
+        `first` is when the task began its first attempt: a task that was idle took this one up now.
         """
         return cls(
             attempt=attempt,
             identity=identity,
             worker_class=worker_class,
             began=began,
-            took_up=began if began == first else time.monotonic(),
+            startup_began=began if began == first else time.monotonic(),
             earlier=TaskRecord.find(attempt.task(identity.task)),
         )
 
@@ -72,7 +72,7 @@ class Heartbeat:
         self._clients, self._step = list(names), 0
         self._busy_since = time.monotonic()
         if self._startup_seconds is None:
-            self._startup_seconds = self._busy_since - self.took_up
+            self._startup_seconds = self._busy_since - self.startup_began
         try:
             yield
             self._clients_done += count
@@ -90,7 +90,9 @@ class Heartbeat:
         now = self._written_at = time.monotonic()
         before = self.earlier
         clients = self._clients if state == "training" else []
-        startup = now - self.took_up if self._startup_seconds is None else self._startup_seconds
+        startup = (
+            now - self.startup_began if self._startup_seconds is None else self._startup_seconds
+        )
         TaskRecord(
             task=self.identity.task,
             node=self.identity.node,

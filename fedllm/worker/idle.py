@@ -16,7 +16,7 @@ _LOOKS_PER_WAIT = 10
 _SLEEP_SECONDS = 1.0
 
 
-def may_linger(config: Config) -> bool:
+def may_idle(config: Config) -> bool:
     """Say whether workers stay: only those that queue and load anew, which local ones do not."""
     return traits_of(config).tasks_start_anew and config.scheduler.linger_minutes > 0
 
@@ -45,7 +45,7 @@ def next_attempt(
                 return attempt
             done = attempt
         config, waited = task.session.config(run.config), time.monotonic() - began
-        if not may_linger(config) or waited >= 60.0 * config.scheduler.linger_minutes:
+        if not may_idle(config) or waited >= 60.0 * config.scheduler.linger_minutes:
             return None
         left = task.seconds_left()
         if run.round(config.rounds).record.exists() or (left is not None and left <= need_seconds):

@@ -18,7 +18,7 @@ from fedllm.worker.bundle import BundleTraining, is_over
 from fedllm.worker.claims import Claims, smallest_cost
 from fedllm.worker.following import follow
 from fedllm.worker.heartbeat import Heartbeat, State
-from fedllm.worker.idle import may_linger, next_attempt
+from fedllm.worker.idle import may_idle, next_attempt
 from fedllm.worker.process_group import meeting
 from fedllm.worker.task import WorkerTask, array_of
 
@@ -37,8 +37,8 @@ def work(
     """Be a worker of an attempt until no bundle of its class is left, or a signal comes.
 
     Every client that was finished is published, whatever ends the worker. Where the run says so,
-    the worker lingers for later attempts and rounds. Where a task is several processes, the first
-    one does all this, and the others take part in the training.
+    the worker stays idle and waits for later attempts and rounds. Where a task is several
+    processes, the first one does all this, and the others take part in the training.
 
     Args:
         attempt: where it begins.
@@ -82,7 +82,7 @@ def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:
         worker.work()
         if task.signals.came:
             return _stop(worker)
-        if not worker.lingers:
+        if not worker.stays_idle:
             return 0
         since = time.monotonic()
         later = next_attempt(
@@ -102,7 +102,7 @@ class Worker:
     attempt: AttemptPaths
     plan: SubmissionRecord
     claims: Claims
-    progress: Heartbeat
+    heartbeat: Heartbeat
     is_unfinished: bool = False
 
     @classmethod
@@ -120,23 +120,23 @@ class Worker:
                 f"{attempt.submission}: no bundle of class {task.worker_class}; "
                 f"need one of {', '.join(sorted(classes))}"
             )
-        progress = Heartbeat.open(
+        heartbeat = Heartbeat.open(
             attempt, task.identity, task.worker_class or "", began=since, first=task.began
         )
-        restarted = progress.earlier is not None
+        restarted = heartbeat.earlier is not None
         return cls(
             task=task,
             attempt=attempt,
             plan=plan,
             claims=Claims(attempt, plan, task.worker_class, task.identity, restarted=restarted),
-            progress=progress,
+            heartbeat=heartbeat,
         )
 
     @property
-    def lingers(self) -> bool:
+    def stays_idle(self) -> bool:
         """Whether it stays when nothing is left to do: not who was to take a single bundle."""
         config = self.task.session.config(self.attempt.run.config)
-        return may_linger(config) and not self.plan.one_bundle
+        return may_idle(config) and not self.plan.one_bundle
 
     @property
     def has_work_left(self) -> bool:
@@ -158,14 +158,14 @@ class Worker:
                 claimed := self.claims.next(self._seconds_left())
             ):
                 if training is None:
-                    opened = BundleTraining.open(self.task, self.attempt, self.progress)
+                    opened = BundleTraining.open(self.task, self.attempt, self.heartbeat)
                     training = stack.enter_context(closing(opened))
                 self.is_unfinished = not training.train(claimed)
-        self.note("lingering" if self.lingers and not signals.came else "ended")
+        self.note("lingering" if self.stays_idle and not signals.came else "ended")
 
     def note(self, state: State) -> None:
         """Write the task's record."""
-        self.progress.write(state)
+        self.heartbeat.write(state)
 
     def _seconds_left(self) -> float | None:
         """Return what a bundle may take: the first one anything, or nothing would ever begin."""

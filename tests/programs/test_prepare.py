@@ -13,7 +13,7 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from fedllm.programs.inspect import describe, inspect_client
-from fedllm.programs.prepare import describe_way, prepare, prepare_run
+from fedllm.programs.prepare import describe_layout, prepare, prepare_run
 from fedllm.storage.paths import CachePaths, RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord, WayRecord
 from tests.tiny import IDS, Tiny
@@ -172,10 +172,11 @@ def test_the_record_says_how_rows_are_computed_and_why_not_better(
     other = override_config(config, [f"model.path={folder}"])
     prepared = prepare(other, CachePaths(root=tmp_path / "cache"), quiet)
     assert prepared.way is not None
-    line = describe_way(prepared.way)
+    line = describe_layout(prepared.way)
     assert line.startswith("rows: packed; not better, since Gemma2ForCausalLM: parts: ")
     assert (
-        describe_way(BEST) == "rows: parts on a CPU, mask on a GPU; they share their common prefix"
+        describe_layout(BEST)
+        == "rows: parts on a CPU, mask on a GPU; they share their common prefix"
     )
 
 

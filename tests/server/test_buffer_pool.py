@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedllm.aggregation.decomposition import Problem
-from fedllm.server.buffer_pool import CpuBuffer, Layout
+from fedllm.server.buffer_pool import BlockLayout, CpuBuffer
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -13,7 +13,7 @@ def test_what_travels_client_by_client_is_the_block_of_the_cpu(
     dtype: torch.dtype, ranks: tuple[int, ...]
 ) -> None:
     problem = Problem(out=5, in_=7, stacked_rank=sum(ranks), rank=2)
-    layout = Layout(modules=3, problem=problem, ranks=ranks, dtype=dtype)
+    layout = BlockLayout(modules=3, problem=problem, ranks=ranks, dtype=dtype)
     buffer, memory = CpuBuffer(), torch.zeros(layout.size, dtype=torch.uint8)
     draws = torch.Generator().manual_seed(0)
     travelling = zip(
@@ -37,7 +37,7 @@ def test_a_smaller_block_takes_the_memory_of_a_larger_one() -> None:
 
     def first_byte(modules: int) -> int:
         problem = Problem(out=5, in_=7, stacked_rank=3, rank=2)
-        layout = Layout(modules=modules, problem=problem, ranks=(1, 2), dtype=torch.float32)
+        layout = BlockLayout(modules=modules, problem=problem, ranks=(1, 2), dtype=torch.float32)
         buffer.lay_out(layout)
         return buffer.tensors()[0].data_ptr()
 

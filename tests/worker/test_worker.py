@@ -187,7 +187,9 @@ def test_what_cannot_be_published_is_an_error(attempt: AttemptPaths, session: Se
         work(attempt, None, ME, session)
 
 
-def test_progress_tells_what_a_worker_came_to(attempt: AttemptPaths, session: Session) -> None:
+def test_the_record_of_a_task_counts_all_its_starts(
+    attempt: AttemptPaths, session: Session
+) -> None:
     clients = cohort(attempt)
     plan(attempt, [clients])
     assert stopped_after(attempt, session, 2) == STOPPED
@@ -202,13 +204,13 @@ def test_progress_tells_what_a_worker_came_to(attempt: AttemptPaths, session: Se
     assert second.earlier_allocated_seconds == first.allocated_seconds
 
 
-def test_progress_names_client_and_step_while_a_client_trains(attempt: AttemptPaths) -> None:
-    progress = Heartbeat.open(attempt, ME, "small", began=time.monotonic(), first=0.0)
-    progress = dataclasses.replace(progress, every_seconds=0.0)
-    with progress.clients(["a/b", "c, d"], 1):
-        progress.step(0)
+def test_the_record_names_client_and_step_while_a_client_trains(attempt: AttemptPaths) -> None:
+    heartbeat = Heartbeat.open(attempt, ME, "small", began=time.monotonic(), first=0.0)
+    heartbeat = dataclasses.replace(heartbeat, every_seconds=0.0)
+    with heartbeat.clients(["a/b", "c, d"], 1):
+        heartbeat.step(0)
         one = TaskRecord.read(attempt.task(ME.task))
-        progress.step(1)
+        heartbeat.step(1)
     two = TaskRecord.read(attempt.task(ME.task))
     assert (two.client, two.step, two.state, two.clients_done) == ("a/b", 1, "training", 0)
     assert two.clients == ["a/b", "c, d"]

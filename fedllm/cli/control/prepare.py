@@ -14,7 +14,7 @@ from fedllm.storage.paths import cache_of
 
 def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -> None:
     """Fetch, fingerprint and tokenise, where the network is; everything else runs offline."""
-    from fedllm.programs.prepare import describe_way
+    from fedllm.programs.prepare import describe_layout
     from fedllm.programs.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
@@ -33,4 +33,4 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     cutoff = loaded.data.cutoff_tokens
     say(f"{prompts:,} prompts and {answers:,} answers cut at data.cutoff_tokens: {cutoff}")
     say(f"{dropped:,} rows dropped without an answer")
-    say(describe_way(prepared.way))
+    say(describe_layout(prepared.way))
