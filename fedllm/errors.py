@@ -1,17 +1,17 @@
-"""Every error a user can meet, drawn once.
+"""Errors that a user can meet, as one tree.
 
 FedllmError
 ├── UserError (exit 2): the user must change something
-│   ├── ConfigError: the configuration, all problems together
-│   ├── DataError: training data or a client that is not as described
+│   ├── ConfigError: a wrong configuration, all problems together
+│   ├── DataError: data or a client that is missing or not as the configuration says
 │   ├── ModelError: a base model that is missing or unsuitable
 │   ├── AdapterError: an adapter that cannot be read or combined
-│   │   └── BadUpdate: values that are not finite; an aggregation is possible without them
+│   │   └── BadUpdate: adapters with values that are not finite; the aggregation can omit them
 │   ├── RunDirectoryError: a run directory of another run, or one that cannot be written
 │   └── LeaseError: another coordinator holds the run
 ├── RunFailed (exit 1): the run cannot go on (quorum missed, a job that fails again and again)
 │   ├── OutOfMemory: a client's training needs more than there is
-│   └── ProcessLost: a process of a task lost another one of it
+│   └── ProcessLost: a process cannot reach another process of the same task
 └── Incomplete (exit 3): `fedllm resume` will go on
     └── StorageFull: no space or quota left
 """
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 
 class FedllmError(Exception):
-    """An error told to the user as one line, without a traceback."""
+    """An error that the user sees as one line, without a traceback."""
 
     exit_code = 1
 
@@ -48,14 +48,14 @@ class AdapterError(UserError):
 
 
 class BadUpdate(AdapterError):
-    """Adapters hold values that no aggregation can use; without them it may go on.
+    """Adapters hold values that no aggregation can use; it may go on without these adapters.
 
-    `places` says what is wrong with each, by its number in what is aggregated: of a round its
-    client's place in the cohort.
+    `places` maps the number of each such adapter to what is wrong with it. Adapters are numbered
+    in the order of the aggregation; in a round, the number is the client's place in the cohort.
     """
 
     def __init__(self, message: str, places: Mapping[int, str]) -> None:
-        """Keep whose they are."""
+        """Store the message and the problem of each adapter."""
         super().__init__(message)
         self.places = dict(places)
 
@@ -69,7 +69,7 @@ class LeaseError(UserError):
 
 
 class RunFailed(FedllmError):
-    """The run cannot go on without a change of circumstances."""
+    """The run cannot go on until its circumstances change."""
 
     exit_code = 1
 
@@ -79,7 +79,7 @@ class OutOfMemory(RunFailed):
 
 
 class ProcessLost(RunFailed):
-    """A process of a task lost another one of it, which says why."""
+    """A process cannot reach another process of its task; that process reports the reason."""
 
 
 class Incomplete(FedllmError):

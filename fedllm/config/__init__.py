@@ -1,1 +1,1 @@
-"""Configuration: pydantic models (pure) and YAML -> models, all errors together."""
+"""Configuration: pydantic models (pure), and loading from YAML with all errors together."""

@@ -1,4 +1,4 @@
-"""YAML and `--set` to a configuration, with every problem told at once."""
+"""Configurations from YAML and `--set`; all problems are reported at once."""
 
 import hashlib
 import json
@@ -11,19 +11,19 @@ from pydantic import BaseModel, ValidationError
 
 from fedllm.config.models import Config
 from fedllm.config.problems import is_section, problem_lines
-from fedllm.config.spelling import as_meant, is_null
+from fedllm.config.spelling import is_null, resolve_scalars
 from fedllm.config.yaml_text import parse_yaml, read_yaml, write_yaml
 from fedllm.errors import ConfigError
 
 ENVIRONMENT = {"model.path": "FEDLLM_MODEL", "data.path": "FEDLLM_DATA"}
-# keys of earlier versions that no result depended on: runs that name them go on without
-_GONE = (("aggregation", "fold_ahead"),)
-# to ask for one of them is to take the other back
-_EITHER_OR = {"clients.cohort.count": "fraction", "clients.cohort.fraction": "count"}
+# keys of earlier versions that changed no result: a run that has them in its file ignores them
+_REMOVED_KEYS = (("aggregation", "fold_ahead"),)
+# setting one of these keys unsets the other
+_EXCLUSIVE_KEYS = {"clients.cohort.count": "fraction", "clients.cohort.fraction": "count"}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file and apply `key=value` overrides, `a.b=c` by `a.b=c`.
+    """Read a configuration file and apply `key=value` overrides, one after the other.
 
     Raises:
         ConfigError: one line per problem, each with path, value and remedy.
@@ -32,7 +32,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: no such configuration file; see configs/ for examples")
     raw = read_yaml(path)
     _apply_all(raw, overrides)
-    raw = as_meant(raw, Config)
+    raw = resolve_scalars(raw, Config)
     _drop_empty_sections(raw, Config)
     return _validated(raw, list(_take_from_environment(raw)))
 
@@ -41,8 +41,8 @@ def read_config(path: Path) -> Config:
     """Read the resolved configuration of a run."""
     if not path.is_file():
         raise ConfigError(f"{path.parent}: not a run directory (no {path.name}); see `fedllm run`")
-    raw = as_meant(read_yaml(path), Config)
-    for section, key in _GONE:
+    raw = resolve_scalars(read_yaml(path), Config)
+    for section, key in _REMOVED_KEYS:
         if isinstance(part := raw.get(section), dict):
             part.pop(key, None)
     return validate(raw)
@@ -52,7 +52,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """Return `config` with `key=value` overrides applied."""
     raw = config.model_dump(mode="json")
     _apply_all(raw, overrides)
-    return validate(as_meant(raw, Config))
+    return validate(resolve_scalars(raw, Config))
 
 
 def dump_config(config: Config) -> str:
@@ -82,10 +82,10 @@ def _validated(raw: Mapping[str, Any], problems: Sequence[str]) -> Config:
 def flatten(
     config: BaseModel, prefix: str = "", kind: str = "result"
 ) -> dict[str, tuple[str, Any]]:
-    """Return every key as dotted path with its kind and value.
+    """Return every key as a dotted path, with its kind and value.
 
-    The kind is `result`, `execution` or `may grow`. The value of a table of sections, as
-    `clients.tiers`, is the list of its names: their order decides who is in which.
+    The kind is `result`, `execution` or `may grow`. The value of a table of sections, such as
+    `clients.tiers`, is the list of its names: their order decides which client is in which tier.
     """
     keys: dict[str, tuple[str, Any]] = {}
     for name, field in type(config).model_fields.items():
@@ -111,15 +111,15 @@ def result_fingerprint(config: Config) -> str:
 
 
 def _apply_all(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    given = [_parsed(override) for override in overrides]
-    for key, value in given:
-        other = _EITHER_OR.get(".".join(key))
-        if other and not is_null(value) and (*key[:-1], other) not in {k for k, _ in given}:
+    assignments = [_parse_override(override) for override in overrides]
+    for key, value in assignments:
+        other = _EXCLUSIVE_KEYS.get(".".join(key))
+        if other and not is_null(value) and (*key[:-1], other) not in {k for k, _ in assignments}:
             _apply(raw, (*key[:-1], other), None)
         _apply(raw, key, value)
 
 
-def _parsed(override: str) -> tuple[tuple[str, ...], Any]:
+def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: need KEY=VALUE, for example --set rounds=5")
@@ -139,7 +139,7 @@ def _apply(raw: dict[str, Any], key: Sequence[str], value: Any) -> None:
 
 
 def _drop_empty_sections(raw: dict[str, Any], model: type[BaseModel]) -> None:
-    """A section whose keys are all commented out is null in YAML: the same as its absence."""
+    """Remove sections that are null: in YAML, a section is null if all its keys are comments."""
     for name, field in model.model_fields.items():
         if not is_section(field.annotation):
             continue
@@ -150,15 +150,15 @@ def _drop_empty_sections(raw: dict[str, Any], model: type[BaseModel]) -> None:
 
 
 def _take_from_environment(raw: dict[str, Any]) -> Iterator[str]:
-    """Fill in what only the environment gives; yield a line for what nothing gives."""
+    """Fill in missing paths from the environment; yield a problem for each that stays missing."""
     for key, variable in ENVIRONMENT.items():
         section, name = key.split(".")
         part = raw.setdefault(section, {})
         if not isinstance(part, dict) or part.get(name) is not None:
             continue
         part.pop(name, None)
-        if given := os.environ.get(variable):
-            part[name] = given
+        if path := os.environ.get(variable):
+            part[name] = path
             continue
         yield (
             f"{key}: not given; set it in the file, with --set {key}=PATH or ${variable}"

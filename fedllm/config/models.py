@@ -1,7 +1,7 @@
-"""The configuration as frozen models; every default lives here and nowhere else.
+"""Configuration as frozen models; every default is here and nowhere else.
 
-A section marked `EXECUTION` may change on resume; everything else decides the result and is
-frozen with the first round. Single keys are marked the same way.
+Sections and keys that are marked `EXECUTION` may change on resume. All others decide the result
+and are frozen with the first round.
 """
 
 import re
@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedllm.config.target_modules import problem_of
+from fedllm.config.target_modules import target_problem
 
 EXECUTION: dict[str, Any] = {"kind": "execution"}
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 # the type of an error whose message is whole lines, each with its own key
-TOLD = "told"
+WHOLE_LINES = "whole_lines"
 
 
-Name = str  # of a client or a tier: `spelling` keeps what looks like a number or a boolean
+Name = str  # of a client or a tier; may look like a number or a boolean (see `spelling`)
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -30,9 +30,9 @@ RowFormat = Literal["auto", "alpaca", "messages", "sharegpt", "completion"]
 SbatchOptions = dict[str, str | int | float | bool | None]
 
 
-def _tell(lines: Sequence[str]) -> None:
+def _raise_lines(lines: Sequence[str]) -> None:
     if lines:
-        raise PydanticCustomError(TOLD, "{lines}", {"lines": "\n".join(lines)})
+        raise PydanticCustomError(WHOLE_LINES, "{lines}", {"lines": "\n".join(lines)})
 
 
 class Section(BaseModel):
@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model, a directory, a hub name or `embedded`; and an adapter to start from."""
+    """Base model (a directory, a hub name or `embedded`), and an adapter to start from."""
 
     path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
     revision: str | None = None
@@ -53,7 +53,7 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """What is adapted and how updates are scaled."""
+    """LoRA: the modules that are adapted, and how updates are scaled."""
 
     target_modules: tuple[str, ...] | str = (
         "q_proj",
@@ -71,7 +71,7 @@ class LoraSection(Section):
     @field_validator("target_modules")
     @classmethod
     def _can_name_modules(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
-        if problem := problem_of(value):
+        if problem := target_problem(value):
             raise ValueError(problem)
         return value
 
@@ -87,7 +87,7 @@ class ColumnsSection(Section):
 
 
 class DataSection(Section):
-    """Rows, how they become tokens, and which tokens carry loss."""
+    """Data: the rows, how they become tokens, and which tokens have a loss."""
 
     path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
     revision: str | None = None
@@ -109,7 +109,7 @@ class TierSection(Section):
 
 
 class CohortSection(Section):
-    """How many clients train in a round."""
+    """Cohort size: how many clients train in a round."""
 
     count: PositiveInt | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -122,7 +122,7 @@ class CohortSection(Section):
 
 
 class HeldOutSection(Section):
-    """The clients that may become dev or unseen: `column` modulo `modulo` equals `equals`."""
+    """Clients that may become dev or unseen: `column` modulo `modulo` equals `equals`."""
 
     column: str
     modulo: PositiveInt
@@ -130,7 +130,7 @@ class HeldOutSection(Section):
 
 
 class ClientsSection(Section):
-    """Who the clients are, what they can run, and who never trains."""
+    """Clients: their tiers, how many train in a round, and which never train."""
 
     tiers: Annotated[dict[Name, TierSection], Field(min_length=1)]
     distribution: Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal"] | None = (
@@ -150,7 +150,7 @@ class ClientsSection(Section):
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> "ClientsSection":
-        _tell([*self._share_problems(), *self._assign_problems()])
+        _raise_lines([*self._share_problems(), *self._assign_problems()])
         return self
 
     def _share_problems(self) -> Iterator[str]:
@@ -174,7 +174,7 @@ class ClientsSection(Section):
 
 
 class TrainingSection(Section):
-    """The local training of one client in one round."""
+    """Local training of one client in one round."""
 
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
@@ -196,14 +196,14 @@ class TrainingSection(Section):
 
 
 class MethodSection(Section):
-    """`name` is the server side, `local` the client side."""
+    """Federated method: `name` is the server side, `local` the client side."""
 
     name: str = "flexlora"
     local: str = "fedit"
 
 
 class AggregationSection(Section):
-    """Where, how exactly and after which checks the server aggregates."""
+    """Aggregation: on which devices, how exactly, and after which checks of the updates."""
 
     device: Annotated[str | tuple[str, ...], Field(json_schema_extra=EXECUTION)] = "auto"
     threads: PositiveInt = 1
@@ -216,15 +216,15 @@ class AggregationSection(Section):
     @model_validator(mode="after")
     def _devices_are_named(self) -> "AggregationSection":
         names = (self.device,) if isinstance(self.device, str) else self.device
-        wrong = [f"got {name!r}" for name in names if not _DEVICE.fullmatch(name)]
+        problems = [f"got {name!r}" for name in names if not _DEVICE.fullmatch(name)]
         if not names:
-            wrong = ["got an empty list, need at least one"]
-        _tell([f"aggregation.device: {each}; need auto, cpu, cuda or cuda:N" for each in wrong])
+            problems = ["got an empty list, need at least one"]
+        _raise_lines([f"aggregation.device: {p}; need auto, cpu, cuda or cuda:N" for p in problems])
         return self
 
 
 class EvaluationSection(Section):
-    """Which clients are scored, when (`every: 0` is never), and on how many rows."""
+    """Evaluation: which clients are scored, when (`every: 0` is never), and on how many rows."""
 
     every: NonNegativeInt = 1
     clients: PositiveInt | None = None
@@ -247,7 +247,7 @@ class SbatchSection(Section):
 
 
 class SchedulerSection(Section):
-    """Where jobs run. Execution keys: none of them changes a result."""
+    """Scheduler: where and how jobs run. No key here changes a result."""
 
     kind: Literal["inline", "local", "slurm"] = "local"
     workers: PositiveInt = 2
@@ -272,7 +272,7 @@ class SchedulerSection(Section):
     def _one_bundle_size(self) -> "SchedulerSection":
         bundle, task = self.clients_per_bundle, self.clients_per_task
         if "auto" not in {bundle, task}:
-            _tell(
+            _raise_lines(
                 [
                     f"scheduler.clients_per_task: got {task} beside clients_per_bundle {bundle}; "
                     "give one of them and leave the other `auto`"
@@ -282,7 +282,7 @@ class SchedulerSection(Section):
 
 
 class StorageSection(Section):
-    """The shared cache and what is kept."""
+    """Storage: the shared cache, and what is kept of a run."""
 
     cache: str | None = None
     visibility_seconds: Annotated[float, Field(ge=0)] = 90.0
@@ -314,5 +314,5 @@ class Config(Section):
         names = ", ".join(self.clients.tiers)
         unknown = [tier for tier in self.scheduler.sbatch.tiers if tier not in self.clients.tiers]
         where = "scheduler.sbatch.tiers"
-        _tell([f"{where}.{tier}: no such tier; need one of {names}" for tier in unknown])
+        _raise_lines([f"{where}.{tier}: no such tier; need one of {names}" for tier in unknown])
         return self

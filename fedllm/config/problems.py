@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, a line per key: path, value and remedy."""
+"""Problems of a configuration as lines, one per key: path, value and remedy."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, TypeGuard, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from fedllm.config.models import TOLD, Config
+from fedllm.config.models import WHOLE_LINES, Config
 
 _LIMITS = {
     "greater_than_equal": (">=", "ge"),
@@ -34,13 +34,13 @@ _Problem = Mapping[str, Any]
 
 
 def problem_lines(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line per key that is wrong; `raw` is what was validated."""
+    """Yield one line for every wrong key of `raw`, the configuration that was validated."""
     by_key: dict[str, list[_Problem]] = {}
     for problem in error.errors():
         key = ".".join(_key_parts(problem["loc"], problem["type"], raw))
         by_key.setdefault(key, []).append(problem)
     for key, problems in by_key.items():
-        # a key of several forms reports each form that does not fit; the deepest one says most
+        # pydantic reports every member of a union that does not fit; the deepest key helps most
         if not any(other.startswith(f"{key}.") for other in by_key):
             yield _line(key, problems)
 
@@ -51,7 +51,7 @@ def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
 
 
 def _key_parts(location: Sequence[str | int], kind: str, raw: Any) -> Iterator[str]:
-    """Yield what the user wrote of a location: pydantic adds the names of union members."""
+    """Yield the keys of a location that the user wrote; pydantic adds names of union members."""
     node = raw
     for part in location:
         children = dict(enumerate(node)) if isinstance(node, list | tuple) else node
@@ -64,27 +64,28 @@ def _key_parts(location: Sequence[str | int], kind: str, raw: Any) -> Iterator[s
 
 def _line(key: str, problems: Sequence[_Problem]) -> str:
     problem = next((p for p in problems if p["type"] in _LIMITS), problems[0])
-    kind, found = problem["type"], problem["input"]
-    if kind == TOLD:
+    kind, value = problem["type"], problem["input"]
+    if kind == WHOLE_LINES:
         return str(problem["msg"])
     if kind == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(key)}"
+        return f"{key}: unknown key{_suggestion(key)}"
     if kind == "missing":
         return f"{key}: missing; add it"
     if kind in _LIMITS:
         sign, name = _LIMITS[kind]
-        return f"{key}: got {found}, need {sign} {problem['ctx'][name]}"
+        return f"{key}: got {value}, need {sign} {problem['ctx'][name]}"
     if kind == "value_error":
-        return f"{key}: got {found!r}, {problem['msg'].removeprefix('Value error, ')}"
-    return f"{key}: got {found!r}, need {' or '.join(dict.fromkeys(map(_need, problems)))}"
+        return f"{key}: got {value!r}, {problem['msg'].removeprefix('Value error, ')}"
+    return f"{key}: got {value!r}, need {' or '.join(dict.fromkeys(map(_need, problems)))}"
 
 
 def _need(problem: _Problem) -> str:
-    said: str = problem["msg"]
-    return _NEEDS.get(problem["type"], said.removeprefix("Input should be ").split(", unable")[0])
+    message: str = problem["msg"]
+    need = message.removeprefix("Input should be ").split(", unable")[0]
+    return _NEEDS.get(problem["type"], need)
 
 
-def _nearest(key: str) -> str:
+def _suggestion(key: str) -> str:
     *parents, last = key.split(".")
     names = _keys_below(Config, parents)
     close = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
@@ -103,7 +104,7 @@ def _keys_below(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
     if is_section(annotation):
         return _keys_below(annotation, parents[1:])
     section = next(member for member in get_args(annotation) if is_section(member))
-    # in a table of sections, as clients.tiers.<name>, the user's name is passed over
+    # skip the user's own name in a table of sections, such as clients.tiers.<name>
     return _keys_below(section, parents[2:])
 
 

@@ -1,4 +1,4 @@
-"""YAML as people write it: YAML 1.2's numbers, no surprises, no key twice."""
+"""YAML files of people: numbers as in YAML 1.2, spellings kept, no key given twice."""
 
 import codecs
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fedllm.config.spelling import Spelt
+from fedllm.config.spelling import UnquotedScalar
 from fedllm.errors import ConfigError
 
 # YAML 1.1 reads 2:00:00 as 7200, 010 as 8, 2026-01-01 as a date and 1e-4 as a text
@@ -16,14 +16,14 @@ _INT = re.compile(r"^([-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"
 )
-_REPLACED = (":int", ":float", ":timestamp")
+_REPLACED_TAGS = (":int", ":float", ":timestamp")
 _RESOLVERS = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_REPLACED)]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_REPLACED_TAGS)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-_MARKS = (  # the longer ones first: those of UTF-32 begin as those of UTF-16
+_BYTE_ORDER_MARKS = (  # UTF-32 before UTF-16: the marks of UTF-32 begin with those of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
@@ -33,14 +33,14 @@ _MARKS = (  # the longer ones first: those of UTF-32 begin as those of UTF-16
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads with our resolvers, keeps spellings and refuses a key that is given twice."""
+    """YAML loader that has our resolvers, keeps spellings and refuses a key given twice."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for position, (key, _) in enumerate(node.value):
-            # merged defaults (`<<: *base`) may be given again
+            # a key of merged defaults (`<<: *base`) may be given again
             if isinstance(key, yaml.ScalarNode) and key.value in keys[:position]:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key `{key.value}` is given twice", key.start_mark
@@ -48,13 +48,13 @@ class _Loader(yaml.SafeLoader):
         self.flatten_mapping(node)
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                key.tag = "tag:yaml.org,2002:str"  # a name, whatever it is spelled like
+                key.tag = "tag:yaml.org,2002:str"  # a key is a name, however it is spelled
         return super().construct_mapping(node, deep=deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ARG002
-        """Return the value of a node; refuse one that its tag does not fit, or within itself."""
+        """Return the value of a node; refuse one that contains itself or does not fit its tag."""
         try:
-            # deep: what holds itself is found only so
+            # only deep construction finds a node that contains itself
             return super().construct_object(node, deep=True)
         except (ValueError, LookupError, AttributeError) as error:
             kind = node.tag.rpartition(":")[2]
@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
             ) from error
 
     def scan_to_next_token(self) -> None:
-        """Pass over what is between tokens: blanks, and tabs where they are no indentation."""
+        """Skip what is between tokens: blanks, and tabs that are not indentation."""
         super().scan_to_next_token()
         while self.peek() == "\t" and self._tabs_only_separate():
             while self.peek() == "\t":
@@ -77,13 +77,13 @@ class _Loader(yaml.SafeLoader):
         rest = line[self.column :].strip()
         return bool(self.flow_level) or not indents or not rest or rest.startswith("#")
 
-    def construct_spelt(self, node: yaml.ScalarNode) -> Spelt:
+    def construct_unquoted(self, node: yaml.ScalarNode) -> UnquotedScalar:
         construct = yaml.SafeLoader.yaml_constructors[node.tag]
-        return Spelt(value=construct(self, node), spelling=node.value)
+        return UnquotedScalar(value=construct(self, node), spelling=node.value)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever our loader would take for something else than a text."""
+    """YAML dumper that quotes every text that our loader would not read as text."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
@@ -92,23 +92,27 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 for _kind in ("bool", "int", "float", "null"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_spelt)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_unquoted)
 
 
-def mark_of(given: bytes) -> tuple[bytes, str]:
-    """Return the byte order mark that a text begins with, maybe none, and what it is encoded in."""
-    return next((each for each in _MARKS if given.startswith(each[0])), (b"", "utf-8"))
+def byte_order_mark(data: bytes) -> tuple[bytes, str]:
+    """Return the byte order mark at the beginning of `data` (empty without one) and the encoding.
+
+    Without a mark the encoding is UTF-8.
+    """
+    marks = (pair for pair in _BYTE_ORDER_MARKS if data.startswith(pair[0]))
+    return next(marks, (b"", "utf-8"))
 
 
-def decode_text(given: bytes) -> str:
-    """Return the text of a file, in UTF-8 or with the byte order mark of another one of Unicode.
+def decode_text(data: bytes) -> str:
+    """Return the text of a file: UTF-8, or the Unicode encoding of its byte order mark.
 
     Raises:
-        ValueError: it is none; says what to do.
+        ValueError: it is not text; the message has the remedy.
     """
-    mark, encoding = mark_of(given)
+    mark, encoding = byte_order_mark(data)
     try:
-        text = given[len(mark) :].decode(encoding)
+        text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         place = len(mark) + error.start + 1
         raise ValueError(f"byte {place} is not {encoding}: save it as UTF-8") from error
@@ -121,7 +125,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read the keys and values of a file, as `parse_yaml` returns them.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, or something else than keys and values.
+        ConfigError: it cannot be read, is not YAML, or does not hold keys and values.
     """
     try:
         raw = parse_yaml(path.read_bytes(), str(path))
@@ -134,14 +138,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def parse_yaml(given: bytes, where: str) -> Any:
-    """Return the value of a YAML text; keys are texts, and `Spelt` what is not plainly a text.
+def parse_yaml(data: bytes, where: str) -> Any:
+    """Return the value of a YAML text.
+
+    Keys are texts; booleans, numbers and null without quotes are `UnquotedScalar`.
+
+    Args:
+        data: the text, encoded.
+        where: its file or option, for errors.
 
     Raises:
-        ConfigError: it is not YAML; names the line.
+        ConfigError: it is not YAML; the message names the line.
     """
     try:
-        text = decode_text(given)
+        text = decode_text(data)
     except ValueError as error:
         raise ConfigError(f"{where}: is not YAML ({error})") from error
     try:
@@ -162,5 +172,5 @@ def parse_yaml(given: bytes, where: str) -> Any:
 
 
 def write_yaml(raw: Mapping[str, Any]) -> str:
-    """Return YAML that reads back as `raw`."""
+    """Return YAML text that reads back as `raw`."""
     return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Configuration: what people write is what they get, and all that is wrong is told at once."""
+"""Configuration files give the values that people wrote, and all problems are reported at once."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from fedllm.config.loading import (
     validate,
 )
 from fedllm.config.models import Config, HeldOutSection
-from fedllm.config.spelling import as_meant
+from fedllm.config.spelling import resolve_scalars
 from fedllm.config.yaml_text import parse_yaml, write_yaml
 from fedllm.errors import ConfigError
 
@@ -52,7 +52,7 @@ def small(*overrides: str) -> Config:
 # --- files
 
 
-def test_a_file_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> None:
+def test_keys_that_a_file_omits_have_their_defaults(tmp_path: Path) -> None:
     config = loaded(tmp_path, SMALL + "training: {learning_rate: 1e-4}\n")
     assert list(config.clients.tiers) == ["small", "large"]
     assert config.training.learning_rate == 1e-4
@@ -141,7 +141,7 @@ def test_an_empty_file_lacks_everything(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in lines] == ["model.path", "data.path", "clients"]
 
 
-def test_a_section_whose_keys_are_commented_out_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+def test_a_section_whose_keys_are_commented_out_has_its_defaults(tmp_path: Path) -> None:
     text = SMALL + "evaluation:\n  # every: 2\nscheduler:\n  sbatch:\n"
     assert loaded(tmp_path, text) == loaded(tmp_path, SMALL)
 
@@ -176,7 +176,7 @@ def test_defaults_may_be_merged(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_numbers_and_times_are_texts(text: str, value: object) -> None:
-    found = as_meant(parse_yaml(text.encode(), "here"))
+    found = resolve_scalars(parse_yaml(text.encode(), "here"))
     assert (type(found), found) == (type(value), value)
 
 
@@ -197,7 +197,7 @@ def test_numbers_are_numbers_and_times_are_texts(text: str, value: object) -> No
 )
 def test_whatever_is_written_reads_back_as_it_was(value: object) -> None:
     written = write_yaml({"key": value}).encode()
-    assert as_meant(parse_yaml(written, "here")) == {"key": value}
+    assert resolve_scalars(parse_yaml(written, "here")) == {"key": value}
 
 
 # --- --set and the environment
@@ -249,14 +249,14 @@ def test_the_last_set_of_a_key_counts() -> None:
         ("clients..cohort=5", "clients.: unknown key"),
     ],
 )
-def test_a_set_that_cannot_be_is_one_line(override: str, words: str) -> None:
+def test_an_invalid_override_is_reported_in_one_line(override: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         small(override)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_to_ask_for_a_count_is_to_ask_no_longer_for_a_fraction(tmp_path: Path) -> None:
+def test_setting_a_count_unsets_the_fraction(tmp_path: Path) -> None:
     text = SMALL + "  cohort: {fraction: 0.5}\n"
     assert loaded(tmp_path, text, "clients.cohort.count=3").clients.cohort.count == 3
     assert small("clients.cohort.count=3").clients.cohort.fraction is None
@@ -272,7 +272,7 @@ def test_to_ask_for_a_count_is_to_ask_no_longer_for_a_fraction(tmp_path: Path) -
         small("clients.cohort.fraction=null")
 
 
-def test_the_environment_gives_paths_that_the_file_leaves_open(
+def test_environment_variables_give_the_paths_that_a_file_omits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = SMALL.replace("model: {path: embedded}", "model: {path: null}").replace(
@@ -302,7 +302,7 @@ def test_the_environment_gives_paths_that_the_file_leaves_open(
 # --- what is wrong
 
 
-def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_path: Path) -> None:
     text = PATHS + (
         "rouns: 3\nlearning_rate: 1\ntrainnig: {}\n"
         "clients:\n  tiers:\n    a: {ranks: {mlp: 0}, rank: 2}\n    3: {ranks: 0}\n"
@@ -383,15 +383,13 @@ def test_all_problems_are_told_at_once_each_with_path_value_and_remedy(tmp_path:
         ),
     ],
 )
-def test_a_value_that_cannot_be_is_told_with_path_value_and_remedy(
-    override: str, line: str
-) -> None:
+def test_an_invalid_value_is_reported_with_path_value_and_remedy(override: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         small(override)
     assert line in str(caught.value).splitlines()
 
 
-def test_a_distribution_is_of_four_tiers_without_shares() -> None:
+def test_a_distribution_needs_four_tiers_without_shares() -> None:
     tiers = "clients.tiers={a: {ranks: 1}, b: {ranks: 1}, c: {ranks: 1}, d: {ranks: 1}}"
     assert small(tiers, "clients.distribution=normal").clients.distribution == "normal"
     with pytest.raises(ConfigError, match="got 4 tiers, 1 with a share"):
@@ -438,7 +436,7 @@ def test_the_order_of_tiers_decides_the_result_so_it_is_in_the_fingerprint() -> 
     assert result_fingerprint(turned) != result_fingerprint(small())
 
 
-def test_the_order_of_assignments_says_nothing() -> None:
+def test_the_order_of_assignments_does_not_change_the_fingerprint() -> None:
     one, other = (
         small(f"clients.assign={{{pairs}}}")
         for pairs in ("a: small, b: large", "b: large, a: small")
@@ -456,7 +454,7 @@ def test_the_order_of_assignments_says_nothing() -> None:
         ("CPU", "got 'CPU'"),
     ],
 )
-def test_a_device_of_the_aggregation_that_is_none_is_told_by_its_key(
+def test_an_unknown_aggregation_device_is_reported_with_its_key(
     tmp_path: Path, value: str, words: str
 ) -> None:
     (line,) = problems(tmp_path, SMALL + f"aggregation: {{device: {value}}}\n")
@@ -467,11 +465,13 @@ def test_a_device_of_the_aggregation_that_is_none_is_told_by_its_key(
 def test_devices_of_the_aggregation_are_one_or_a_list(tmp_path: Path, value: str) -> None:
     config = loaded(tmp_path, SMALL + f"aggregation: {{device: {value}}}\n")
     assert config.aggregation.device == (
-        tuple(as_meant(parse_yaml(value.encode(), "here"))) if value.startswith("[") else value
+        tuple(resolve_scalars(parse_yaml(value.encode(), "here")))
+        if value.startswith("[")
+        else value
     )
 
 
-def test_two_sizes_of_bundles_are_told_by_their_keys(tmp_path: Path) -> None:
+def test_two_bundle_sizes_are_refused(tmp_path: Path) -> None:
     text = SMALL + "scheduler: {clients_per_task: 1, clients_per_bundle: 2}\n"
     assert problems(tmp_path, text) == [
         "scheduler.clients_per_task: got 1 beside clients_per_bundle 2; give one of them and leave "

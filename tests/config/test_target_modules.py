@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fedllm.config.target_modules import is_target, problem_of
+from fedllm.config.target_modules import is_target, target_problem
 
 PATH = "model.language_model.layers.11.self_attn.q_proj"
 
@@ -39,13 +39,13 @@ def test_a_list_names_ends_of_paths_and_an_expression_whole_paths(
         ("([^.]*)*b", "repeats a group"),
         ("(?:a?){9}b", "repeats a group"),
         (".*.*.*.*.*x", "it has 5 of"),
-        (".*(q_proj", "no regular expression"),
-        ("*q_proj", "no regular expression"),
+        (".*(q_proj", "not a regular expression"),
+        ("*q_proj", "not a regular expression"),
         ("q_proj", r"need a list \(\[q_proj\]\)"),
     ],
 )
-def test_an_expression_that_cannot_be_used_is_told(pattern: str, words: str) -> None:
-    assert re.search(words, problem_of(pattern))
+def test_an_unusable_expression_is_refused(pattern: str, words: str) -> None:
+    assert re.search(words, target_problem(pattern))
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_an_expression_that_cannot_be_used_is_told(pattern: str, words: str) -> 
         "all-linear",
     ],
 )
-def test_an_expression_of_use_is_taken(pattern: str) -> None:
-    assert problem_of(pattern) == ""
+def test_a_usable_expression_is_accepted(pattern: str) -> None:
+    assert target_problem(pattern) == ""
 
 
-def test_whatever_is_taken_ends_soon_on_paths_that_do_not_match() -> None:
-    assert problem_of(".*.*.*x.*y") == ""
+def test_accepted_expressions_end_soon_on_paths_that_do_not_match() -> None:
+    assert target_problem(".*.*.*x.*y") == ""
     begun = time.monotonic()
     assert not any(is_target(".*.*.*x.*y", f"{PATH}.{n}") for n in range(50))
     assert time.monotonic() - begun < 30

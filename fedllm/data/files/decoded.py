@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from fedllm.config.yaml_text import mark_of
+from fedllm.config.yaml_text import byte_order_mark
 from fedllm.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
@@ -23,7 +23,7 @@ def decoded(file: Path) -> Iterator[str]:
     """
     chunks = _chunks(file)
     first = next(chunks, b"")
-    mark, encoding = mark_of(first)
+    mark, encoding = byte_order_mark(first)
     decoder = codecs.getincrementaldecoder(encoding)()
     line = 1
     for chunk in chain([first[len(mark) :]], chunks, [None]):
