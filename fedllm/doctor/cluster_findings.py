@@ -88,12 +88,12 @@ def limit_findings(
 
 
 def _told(allowed: Allowed) -> str:
-    queued = min((bound.most for bound in allowed.queued), default=None)
+    queued = min((bound.max_tasks for bound in allowed.queued), default=None)
     limits = {
         "queued": queued,
-        "running": allowed.most_running,
-        "minutes": allowed.most_minutes,
-        **allowed.most_tres,
+        "running": allowed.max_running,
+        "minutes": allowed.max_minutes,
+        **allowed.max_tres,
     }
     told = [f"{name} {value:g}" for name, value in limits.items() if value is not None]
     return f"at most: {', '.join(told)}; more goes in waves" if told else "none"

@@ -1,39 +1,39 @@
-"""What a scheduler has room for."""
+"""How many tasks a scheduler can take, now and at most."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What there is room for, for tasks of certain options.
+    """The tasks of certain options that a scheduler can take.
 
     Attributes:
         free_slots: tasks that could start now.
-        most_parallel: tasks that may run at once.
+        max_parallel: tasks that may run at once.
         largest_array: tasks that one array may have.
         free_tasks: tasks that may be submitted now; None: no limit is known.
-        most_minutes: the longest time limit; None: none is known.
-        resident: workers that are there anyway, whatever there is to do.
+        max_minutes: the longest time limit; None: no limit is known.
+        resident: the workers stay for the whole run, even without tasks.
     """
 
     free_slots: int
-    most_parallel: int
+    max_parallel: int
     largest_array: int
     free_tasks: int | None = None
-    most_minutes: float | None = None
+    max_minutes: float | None = None
     resident: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a scheduler allows to be submitted; None: no limit is known.
+    """The limits on what may be submitted to a scheduler; None: no limit is known.
 
     Attributes:
         largest_array: tasks that one array may have.
-        most_submitted: tasks that may wait and run at a time.
-        problem: why nothing is known; else empty.
+        max_submitted: tasks that may wait and run at a time.
+        problem: why no limit could be read; empty where they were read.
     """
 
     largest_array: int | None = None
-    most_submitted: int | None = None
+    max_submitted: int | None = None
     problem: str = ""

@@ -125,8 +125,8 @@ def _parallel(
 
     What a class cannot use, having few groups or little room, goes to the others.
     """
-    slots = max(room[name].most_parallel for name in seconds)
-    most = {name: max(1, min(counts[name], room[name].most_parallel)) for name in seconds}
+    slots = max(room[name].max_parallel for name in seconds)
+    most = {name: max(1, min(counts[name], room[name].max_parallel)) for name in seconds}
     work = {name: value or 1.0 for name, value in seconds.items()}
     parallel: dict[str, int] = {}
     while work:
@@ -155,7 +155,7 @@ def _minutes(seconds: float, costs: CostModel, room: Capacity, section: Schedule
     minutes = max(least, math.ceil(margin * seconds / 60.0))
     if section.linger_minutes:
         minutes = math.ceil(max(minutes, section.target_minutes) + section.linger_minutes)
-    return minutes if room.most_minutes is None else min(minutes, room.most_minutes)
+    return minutes if room.max_minutes is None else min(minutes, room.max_minutes)
 
 
 def _has_time(options: SbatchOptions) -> bool:

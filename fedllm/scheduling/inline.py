@@ -22,7 +22,7 @@ class InlineScheduler:
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         """One process, one slot."""
-        return Capacity(free_slots=1, most_parallel=1, largest_array=sys.maxsize, resident=True)
+        return Capacity(free_slots=1, max_parallel=1, largest_array=sys.maxsize, resident=True)
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Refuse tasks of several processes."""

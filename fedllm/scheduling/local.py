@@ -97,7 +97,7 @@ class LocalScheduler:
         """As many slots as there are workers."""
         slots = self.workers
         return Capacity(
-            free_slots=slots, most_parallel=slots, largest_array=sys.maxsize, resident=True
+            free_slots=slots, max_parallel=slots, largest_array=sys.maxsize, resident=True
         )
 
     def check(self, jobs: Sequence[Job]) -> None:

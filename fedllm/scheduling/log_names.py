@@ -6,7 +6,7 @@ from pathlib import Path
 from fedllm.storage.paths import MOST_ENTRIES
 
 # tasks whose logs lie in one folder, beside the script of their array
-MOST_LOGS = MOST_ENTRIES - 1
+MAX_LOGS = MOST_ENTRIES - 1
 
 
 def need_folders(tasks: int) -> bool:

@@ -9,7 +9,7 @@ from tests.chaos.plan import Kind
 
 _TAIL_LINES = 40
 _LOG_TAIL_LINES = 12
-_MOST_LOGS = 12
+_MAX_LOGS = 12
 
 
 def summary(campaign: Campaign) -> str:
@@ -64,4 +64,4 @@ def _tail(path: Path, count: int) -> list[str]:
 
 def _logs(newest: list[Path]) -> Iterator[Path]:
     logs = [path for path in newest if path.suffix in {".out", ".log"}]
-    yield from logs[-_MOST_LOGS:]
+    yield from logs[-_MAX_LOGS:]

@@ -31,16 +31,16 @@ def planned(
     parallel: int = 64,
     costs: CostModel = COSTS,
     resident: bool = False,
-    most_minutes: float | None = None,
+    max_minutes: float | None = None,
     options: dict[str, str | int | float | bool | None] | None = None,
     together: int = 1,
     **section: object,
 ) -> dict[str, ClassPlan]:
     capacity = Capacity(
         free_slots=free,
-        most_parallel=parallel,
+        max_parallel=parallel,
         largest_array=400,
-        most_minutes=most_minutes,
+        max_minutes=max_minutes,
         resident=resident,
     )
     plans = plan_classes(
@@ -137,7 +137,7 @@ def test_the_time_limit_is_the_estimate_with_a_margin_that_shrinks_once_measured
 def test_the_longest_client_has_its_time_and_the_partition_its_limit() -> None:
     work = [*clients_of("t1", 60, 1.0), CohortClient(id="long", tier="t1", cost=6000.0)]
     assert planned(work, free=64)["t1"].minutes == math.ceil(1.5 * 101)
-    assert planned(work, free=64, most_minutes=45.0)["t1"].minutes == 45.0
+    assert planned(work, free=64, max_minutes=45.0)["t1"].minutes == 45.0
 
 
 def test_a_configured_time_limit_is_taken_as_it_is() -> None:

@@ -18,7 +18,7 @@ from tests.planning.federations import client, config_of, prepared_of
 from tests.rounds.simulation import Simulation, complete
 from tests.rounds.simulation import config_of as simulated_config
 
-PLENTY = Capacity(free_slots=64, most_parallel=64, largest_array=400)
+PLENTY = Capacity(free_slots=64, max_parallel=64, largest_array=400)
 TIERS = "scheduler__sbatch__tiers"
 
 
@@ -99,7 +99,7 @@ def test_arrays_are_split_and_sent_in_waves_and_one_line_says_so() -> None:
     tasks = slurm_of(scheduler__clients_per_task=1, clients__cohort={"count": 24})
     split = geometry(
         tasks,
-        Capacity(free_slots=64, most_parallel=64, largest_array=10),
+        Capacity(free_slots=64, max_parallel=64, largest_array=10),
         room=Room(largest_array=10),
     )
     assert (split.tasks, len(split.waves)) == (24, 1)
@@ -110,7 +110,7 @@ def test_arrays_are_split_and_sent_in_waves_and_one_line_says_so() -> None:
     assert queue_line(split).startswith("MaxArraySize 10, no limit on submitted jobs: 24 tasks go")
     waves = geometry(
         tasks,
-        Capacity(free_slots=64, most_parallel=64, largest_array=10, free_tasks=5),
+        Capacity(free_slots=64, max_parallel=64, largest_array=10, free_tasks=5),
         room=Room(largest_array=10, most_submitted=5, free_tasks=5),
     )
     assert waves.waves == (5, 5, 5, 5, 4)
@@ -121,7 +121,7 @@ def test_arrays_are_split_and_sent_in_waves_and_one_line_says_so() -> None:
     assert "MaxSubmitJobs 5 (room for 4 tasks now): " in queue_line(
         geometry(tasks, PLENTY, room=fewer)
     )
-    full = Capacity(free_slots=0, most_parallel=64, largest_array=10, free_tasks=0)
+    full = Capacity(free_slots=0, max_parallel=64, largest_array=10, free_tasks=0)
     assert queue_line(geometry(tasks, full)).endswith("no room for any of the 24 tasks now")
     unknown = Room(problem="Slurm does not answer here")
     assert queue_line(geometry(tasks, room=unknown)) == (
@@ -139,7 +139,7 @@ def test_a_task_for_each_client_starts_each_anew() -> None:
 
 
 def test_workers_that_are_there_anyway_need_no_start() -> None:
-    resident = Capacity(free_slots=2, most_parallel=2, largest_array=400, resident=True)
+    resident = Capacity(free_slots=2, max_parallel=2, largest_array=400, resident=True)
     found = geometry(slurm_of(), resident)
     assert found.startup_minutes == 0
     assert [array.requested_minutes for array in found.arrays] == [None]
@@ -150,7 +150,7 @@ def test_files_and_folders_are_those_that_a_round_really_writes(tmp_path: Path) 
     complete(tmp_path, Simulation(), config)
     run = RunPaths(root=tmp_path)
     prepared = PreparedRecord.read(run.prepared)
-    resident = Capacity(free_slots=1, most_parallel=1, largest_array=400, resident=True)
+    resident = Capacity(free_slots=1, max_parallel=1, largest_array=400, resident=True)
     found = rehearse(config, prepared, run, lambda _options: resident)
     planned = plan_geometry(
         found.federation,

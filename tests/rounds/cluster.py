@@ -17,10 +17,10 @@ class HandMoved:
     """Jobs of one task run at once; workers wait until the test lets them work or ends them."""
 
     def __init__(
-        self, simulation: Simulation, *, most_tasks: int | None = None, largest_array: int = 400
+        self, simulation: Simulation, *, max_tasks: int | None = None, largest_array: int = 400
     ) -> None:
         self.simulation = simulation
-        self.most_tasks = most_tasks
+        self.max_tasks = max_tasks
         self.largest_array = largest_array
         self.jobs: list[Job] = []
         self.alive: dict[str, tuple[Job, TaskState]] = {}
@@ -32,25 +32,25 @@ class HandMoved:
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
         return Capacity(
             free_slots=100,
-            most_parallel=100,
+            max_parallel=100,
             largest_array=self.largest_array,
             free_tasks=self.room(options),
         )
 
     def room(self, options: Mapping[str, Option]) -> int | None:
         del options
-        return None if self.most_tasks is None else self.most_tasks - len(self.alive)
+        return None if self.max_tasks is None else self.max_tasks - len(self.alive)
 
     def limits(self, options: Mapping[str, Option]) -> Limits:
         del options
-        return Limits(largest_array=self.largest_array, most_submitted=self.most_tasks)
+        return Limits(largest_array=self.largest_array, max_submitted=self.max_tasks)
 
     def script(self, job: Job) -> str | None:
         del job
         return None
 
     def submit(self, job: Job) -> list[str]:
-        if self.most_tasks is not None and len(self.alive) + job.tasks > self.most_tasks:
+        if self.max_tasks is not None and len(self.alive) + job.tasks > self.max_tasks:
             raise SchedulerFull("too many jobs")
         self.jobs.append(job)
         array = next(self._numbers)

@@ -110,10 +110,10 @@ def test_workers_that_linger_are_not_waited_for(tmp_path: Path, cluster: HandMov
 
 
 def test_tasks_that_found_no_room_are_waited_for_too(tmp_path: Path) -> None:
-    cluster = HandMoved(Simulation(), most_tasks=3)
+    cluster = HandMoved(Simulation(), max_tasks=3)
     work = advance_while_possible(hand_moved(tmp_path, cluster))
     assert work == InFlight(tasks=tuple(cluster.alive), waits_for_room=True, look_again_minutes=5)
-    full = HandMoved(Simulation(), most_tasks=0)
+    full = HandMoved(Simulation(), max_tasks=0)
     none = advance_while_possible(hand_moved(tmp_path / "full", full))
     assert none == InFlight(tasks=(), waits_for_room=True)
 

@@ -23,7 +23,7 @@ class Recorder(InlineScheduler):
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
         memory = options.get("mem")
-        return Capacity(free_slots=10, most_parallel=10, largest_array=3 if memory else 10)
+        return Capacity(free_slots=10, max_parallel=10, largest_array=3 if memory else 10)
 
     def submit(self, job: Job) -> list[str]:
         self.taken.append(job)

@@ -18,7 +18,7 @@ from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import PreparedRecord
 from tests.rounds.simulation import Simulation, config_of
 
-TWO = Capacity(free_slots=2, most_parallel=2, largest_array=400)
+TWO = Capacity(free_slots=2, max_parallel=2, largest_array=400)
 SLOW = {"scheduler__clients_per_bundle": 1, "scheduler__worker_teraflops": 1e-3}
 
 

@@ -31,7 +31,7 @@ def test_arrays_are_split_at_the_largest_size(tmp_path: Path) -> None:
 
 def test_waves_follow_the_room_in_the_queue_and_single_jobs_wait_for_it(tmp_path: Path) -> None:
     say: list[str] = []
-    cluster = HandMoved(Simulation(), most_tasks=2)
+    cluster = HandMoved(Simulation(), max_tasks=2)
     run = hand_moved(tmp_path / "run", cluster, say, clients__cohort__count=8)
     most = 0
     while not advance(run):
@@ -46,7 +46,7 @@ def test_waves_follow_the_room_in_the_queue_and_single_jobs_wait_for_it(tmp_path
 
 
 def test_no_wave_follows_when_every_bundle_is_taken(tmp_path: Path) -> None:
-    cluster = HandMoved(Simulation(), most_tasks=2)
+    cluster = HandMoved(Simulation(), max_tasks=2)
     run = hand_moved(tmp_path / "run", cluster, clients__cohort__count=8)
     assert not advance(run)
     first, second = cluster.alive
@@ -58,7 +58,7 @@ def test_no_wave_follows_when_every_bundle_is_taken(tmp_path: Path) -> None:
 
 def test_a_full_queue_is_not_asked_again_and_again(tmp_path: Path) -> None:
     say: list[str] = []
-    cluster = HandMoved(Simulation(), most_tasks=0)
+    cluster = HandMoved(Simulation(), max_tasks=0)
     run = hand_moved(tmp_path / "run", cluster, say, scheduler__query_seconds=1000)
     for _ in range(5):
         assert not advance(run)
@@ -90,7 +90,7 @@ def test_a_wave_that_is_refused_leaves_its_clients_to_the_mended_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"clients__cohort__count": 8, "rounds": 1}
-    cluster = HandMoved(Simulation(), most_tasks=3)
+    cluster = HandMoved(Simulation(), max_tasks=3)
     run = hand_moved(tmp_path / "run", cluster, **changes)
     assert not advance(run)
     cluster.end("COMPLETED", *list(cluster.alive)[:2])
@@ -114,7 +114,7 @@ def test_a_wave_that_is_refused_leaves_its_clients_to_the_mended_configuration(
 
 def test_another_coordinator_goes_on_with_the_waves(tmp_path: Path) -> None:
     other = tmp_path / "other"
-    cluster = HandMoved(Simulation(), most_tasks=3)
+    cluster = HandMoved(Simulation(), max_tasks=3)
     run = hand_moved(tmp_path / "run", cluster, clients__cohort__count=8)
     assert not advance(run)
     close_run(run)

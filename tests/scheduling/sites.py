@@ -19,7 +19,7 @@ print("begun", flush=True)
 time.sleep(float(sys.argv[1]))
 sys.exit(int(sys.argv[2]))
 """
-MOST_TASKS = 5
+MAX_TASKS = 5
 _LONG = 60.0
 
 
@@ -87,7 +87,7 @@ def local(folder: Path) -> Iterator[Site]:
 def toy(folder: Path) -> Iterator[Site]:
     """A batch system of two slots that is nobody's."""
     toy = ToyBatch(
-        most_tasks=MOST_TASKS, command=lambda job: [sys.executable, "-c", PROGRAM, *job.argv]
+        max_tasks=MAX_TASKS, command=lambda job: [sys.executable, "-c", PROGRAM, *job.argv]
     )
     yield Site(
         scheduler=toy,

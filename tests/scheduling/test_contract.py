@@ -9,7 +9,7 @@ import pytest
 from fedllm.scheduling.endings import exit_status, reason_of
 from fedllm.scheduling.seam import EndReason, Job, Scheduler, SchedulerFull, TaskState
 from tests.scheduling.conftest import on_sites
-from tests.scheduling.sites import MOST_TASKS, Site
+from tests.scheduling.sites import MAX_TASKS, Site
 
 LONG_SECONDS = 60.0
 EVERYWHERE = on_sites("inline", "local", "toy", "slurm")
@@ -83,12 +83,12 @@ def test_capacity_room_and_limits_agree(site: Site) -> None:
     scheduler = site.scheduler
     found, limits = scheduler.capacity({}), scheduler.limits({})
     assert found.free_slots >= 1
-    assert found.free_slots <= found.most_parallel or found.resident
+    assert found.free_slots <= found.max_parallel or found.resident
     assert found.largest_array >= 1
     assert found.free_tasks == scheduler.room({})
     assert found.resident is not site.is_batch
     assert bool(limits.problem) is not site.is_batch
-    assert limits.most_submitted == (MOST_TASKS if site.is_batch else None)
+    assert limits.max_submitted == (MAX_TASKS if site.is_batch else None)
     scheduler.check([site.job("checked")])
     script = scheduler.script(site.job("checked"))
     assert (script is not None) is site.is_batch
@@ -147,7 +147,7 @@ def test_closing_ends_what_belongs_to_this_process_alone(site: Site) -> None:
 @BATCH
 def test_a_full_queue_takes_nothing_and_has_room_again_later(site: Site) -> None:
     scheduler = site.scheduler
-    ids = scheduler.submit(site.job("first", tasks=MOST_TASKS - 1, stays=True))
+    ids = scheduler.submit(site.job("first", tasks=MAX_TASKS - 1, stays=True))
     with pytest.raises(SchedulerFull):
         scheduler.submit(site.job("too many", tasks=2))
     assert scheduler.find("too many") is None

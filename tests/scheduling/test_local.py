@@ -296,7 +296,7 @@ def test_every_kind_of_scheduler_has_its_own(tmp_path: Path) -> None:
     config = config_of(scheduler__workers=3)
     made = {kind: make(config, paths, lambda *_: 0) for kind, make in SCHEDULERS.items()}
     assert set(made) == {"inline", "local", "slurm"}
-    assert [made[kind].capacity({}).most_parallel for kind in ("inline", "local")] == [1, 3]
+    assert [made[kind].capacity({}).max_parallel for kind in ("inline", "local")] == [1, 3]
 
 
 def told(log: Path) -> dict[str, str]:

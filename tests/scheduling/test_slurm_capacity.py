@@ -38,7 +38,7 @@ def told(**answers: str) -> Answering:
 def test_limits_of_association_account_and_cluster_are_taken_together() -> None:
     # MaxSubmitJobs 5, one job runs, one place is kept; GrpJobs 3 of `team`, above `lab`
     assert capacity() == Capacity(
-        free_slots=3, most_parallel=3, largest_array=10, free_tasks=3, most_minutes=None
+        free_slots=3, max_parallel=3, largest_array=10, free_tasks=3, max_minutes=None
     )
 
 
@@ -46,14 +46,14 @@ def test_an_association_of_a_partition_comes_before_one_of_all() -> None:
     short = capacity(partition="short")
     # MaxSubmitJobs 2; the job that runs is counted elsewhere
     assert short.free_tasks == 1
-    assert short.most_minutes == 30
+    assert short.max_minutes == 30
 
 
 def test_a_qos_comes_before_the_association() -> None:
     big = capacity(qos="big")
     # MaxSubmitPU 8, of which none is used; GrpSubmitJobs 9 of `team`, of which one is
     assert big.free_tasks == 7
-    assert big.most_minutes == 120
+    assert big.max_minutes == 120
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_qos_comes_before_the_association() -> None:
 def test_what_may_run_at_once_is_the_least_of_all_limits(limits: str, most: int) -> None:
     slurm = told(qos=limits + "\n", assoc=ACCOUNTS.replace("3|9|cpu=6,gres/gpu=3", "|9|"))
     found = capacity(slurm, qos="big", cpus_per_task=2, mem=100)
-    assert found.most_parallel == most
+    assert found.max_parallel == most
 
 
 def test_the_qos_of_a_partition_comes_before_that_of_the_job() -> None:
@@ -77,7 +77,7 @@ def test_the_qos_of_a_partition_comes_before_that_of_the_job() -> None:
     )
     found = capacity(slurm, qos="big")
     # one job is in this partition
-    assert (found.most_parallel, found.free_tasks, found.most_minutes) == (2, 2, 10)
+    assert (found.max_parallel, found.free_tasks, found.max_minutes) == (2, 2, 10)
 
 
 def test_options_come_before_the_environment_and_that_before_the_default_account(
@@ -101,7 +101,7 @@ def test_tasks_just_submitted_count_before_slurm_lists_them() -> None:
 def test_without_enforcement_no_limit_counts_and_none_is_asked_for() -> None:
     slurm = told(config=CONFIG.replace("associations,limits,qos", "none"))
     found = capacity(slurm)
-    assert (found.free_tasks, found.most_parallel, found.largest_array) == (None, 16, 10)
+    assert (found.free_tasks, found.max_parallel, found.largest_array) == (None, 16, 10)
     assert slurm.count("sacctmgr") == 0
 
 
@@ -190,7 +190,7 @@ def test_what_slurm_does_not_tell_limits_nothing(silent: str, error: Exception) 
         "sacctmgr": (6, 16, 10, None),
         "sinfo": (3, 3, 10, 3),
     }
-    measured = (found.free_slots, found.most_parallel, found.largest_array, found.free_tasks)
+    measured = (found.free_slots, found.max_parallel, found.largest_array, found.free_tasks)
     assert measured == expected[silent]
 
 

@@ -41,14 +41,14 @@ class _Task:
 
 @dataclass(kw_only=True)
 class ToyBatch:
-    """Runs at most `slots` tasks at once and takes no more than `most_tasks` that have not ended.
+    """Runs at most `slots` tasks at once and takes no more than `max_tasks` that have not ended.
 
     `command` says what starts a job's program. Jobs go on when whoever submitted them closes;
     `shut_down` ends the system itself.
     """
 
     slots: int = 2
-    most_tasks: int | None = None
+    max_tasks: int | None = None
     command: Callable[[Job], Sequence[str]] = real_program
     _tasks: dict[str, _Task] = field(default_factory=dict)
     _queue: deque[_Task] = field(default_factory=deque)
@@ -60,16 +60,16 @@ class ToyBatch:
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
         most, room = self.slots, self.room(options)
-        return Capacity(free_slots=most, most_parallel=most, largest_array=100, free_tasks=room)
+        return Capacity(free_slots=most, max_parallel=most, largest_array=100, free_tasks=room)
 
     def room(self, options: Mapping[str, Option]) -> int | None:
         del options
         with self._change:
-            return None if self.most_tasks is None else self.most_tasks - len(self._alive())
+            return None if self.max_tasks is None else self.max_tasks - len(self._alive())
 
     def limits(self, options: Mapping[str, Option]) -> Limits:
         del options
-        return Limits(largest_array=100, most_submitted=self.most_tasks)
+        return Limits(largest_array=100, max_submitted=self.max_tasks)
 
     def check(self, jobs: Sequence[Job]) -> None:
         del jobs
@@ -79,8 +79,8 @@ class ToyBatch:
 
     def submit(self, job: Job) -> list[str]:
         with self._change:
-            if self.most_tasks is not None and len(self._alive()) + job.tasks > self.most_tasks:
-                raise SchedulerFull(f"no more than {self.most_tasks} tasks")
+            if self.max_tasks is not None and len(self._alive()) + job.tasks > self.max_tasks:
+                raise SchedulerFull(f"no more than {self.max_tasks} tasks")
             self._arrays += 1
             tasks = [_Task(id=f"toy{self._arrays}_{n}", job=job) for n in range(job.tasks)]
             self._tasks |= {task.id: task for task in tasks}

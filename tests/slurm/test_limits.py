@@ -48,10 +48,10 @@ def test_room_is_what_the_limits_of_cluster_partition_and_association_leave(
 ) -> None:
     # 2 nodes of 4 CPUs and 2 GPUs; MaxSubmitJobs 5, one place is kept
     assert scheduler.capacity({"mem": 100}) == Capacity(
-        free_slots=8, most_parallel=64, largest_array=10, free_tasks=4
+        free_slots=8, max_parallel=64, largest_array=10, free_tasks=4
     )
     assert scheduler.capacity({"gpus": 1, "exclude": "n2"}).free_slots == 2
-    assert scheduler.capacity({"partition": "short"}).most_minutes == 30
+    assert scheduler.capacity({"partition": "short"}).max_minutes == 30
     scheduler.submit(held(3))
     assert scheduler.capacity({}).free_tasks == 1
 
@@ -65,7 +65,7 @@ def test_limits_of_a_qos_come_before_those_of_the_association(
     large = {"qos": "large"}
     until(lambda: not _is_refused(scheduler, held(1, **large)))
     found = scheduler.capacity(large)
-    assert (found.free_tasks, found.most_parallel, found.most_minutes) == (7, 6, 120)
+    assert (found.free_tasks, found.max_parallel, found.max_minutes) == (7, 6, 120)
     # more than the association's 5
     scheduler.submit(held(7, **large))
     assert scheduler.capacity(large).free_tasks == 0

@@ -53,7 +53,7 @@ def times_for_slots(
     found = []
     for number in slots:
         rooms = {
-            name: replace(room, free_slots=number, most_parallel=number)
+            name: replace(room, free_slots=number, max_parallel=number)
             for name, room in capacities.items()
         }
         classes = plan_classes(

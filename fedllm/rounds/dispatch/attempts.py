@@ -14,7 +14,7 @@ from fedllm.rounds.dispatch.submissions import array_name, submit
 from fedllm.rounds.dispatch.waves import next_wave
 from fedllm.rounds.dispatch.worker_failures import excluded_nodes, memory_factor, with_memory
 from fedllm.rounds.run import Run
-from fedllm.scheduling.log_names import MOST_LOGS
+from fedllm.scheduling.log_names import MAX_LOGS
 from fedllm.scheduling.seam import Capacity
 from fedllm.storage.records import (
     CohortClient,
@@ -117,7 +117,7 @@ def workers_record(
     return WorkersRecord(
         tasks=plan.workers - adopted,
         parallel=max(1, plan.parallel - adopted),
-        largest_array=min(capacity.largest_array, MOST_LOGS),
+        largest_array=min(capacity.largest_array, MAX_LOGS),
         memory_factor=memory_factor,
         minutes=plan.minutes,
         options=plan.options,

@@ -68,7 +68,7 @@ def plan_run(
         room = _capacity(scheduler, options, config.scheduler.max_parallel)
         if slots is None:
             return room
-        return dataclasses.replace(room, free_slots=slots, most_parallel=slots)
+        return dataclasses.replace(room, free_slots=slots, max_parallel=slots)
 
     rehearsal = rehearse(config, prepared, run, capacity)
     scripts = tuple(_scripts(scheduler, rehearsal, run))
@@ -83,13 +83,13 @@ def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capaci
     except ConfigError:
         raise
     except (UserError, SchedulerUnreachable):
-        return Capacity(free_slots=most, most_parallel=most, largest_array=MOST_ENTRIES)
+        return Capacity(free_slots=most, max_parallel=most, largest_array=MOST_ENTRIES)
 
 
 def _geometry(
     config: Config, rehearsal: Rehearsal, scripts: Sequence[JobScript], room: Room
 ) -> Geometry:
-    most = max(room.most_parallel for room in rehearsal.capacities.values())
+    most = max(room.max_parallel for room in rehearsal.capacities.values())
     return plan_geometry(
         rehearsal.federation,
         rehearsal.cohort,
@@ -145,7 +145,7 @@ def _room(scheduler: Scheduler, rehearsal: Rehearsal) -> Room:
     if not known:
         return Room(problem=next((limits.problem for limits in said), ""))
     sizes = [limits.largest_array for limits in known]
-    queued = [limits.most_submitted for limits in known]
+    queued = [limits.max_submitted for limits in known]
     free = [room.free_tasks for room in rehearsal.capacities.values()]
     return Room(largest_array=_least(sizes), most_submitted=_least(queued), free_tasks=_least(free))
 

@@ -35,7 +35,7 @@ def problems(
     """
     yield from _elsewhere(survey)
     tested = flags
-    most = survey.most_minutes
+    most = survey.max_minutes
     if most is not None and _is_longer(flags.get("time"), most):
         key = key_of("time", flags["time"], sbatch=section.sbatch, program=program)
         yield (f"{key}: {flags['time']}: {_place(survey)} allows {most:g} minutes; ask for no more")
@@ -72,7 +72,7 @@ def _is_longer(time: object, most: float) -> bool:
 
 def _place(found: Survey) -> str:
     names = ",".join(partition.name for partition in found.partitions)
-    qos = f" with QOS {found.place.qos}" if found.allowed.most_minutes is not None else ""
+    qos = f" with QOS {found.place.qos}" if found.allowed.max_minutes is not None else ""
     return f"partition {names}{qos}"
 
 

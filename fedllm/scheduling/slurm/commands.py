@@ -116,15 +116,15 @@ class InstalledCommands:
 
 
 class QueryPace:
-    """Lets at most `most` pass in any `seconds`."""
+    """A limit on the rate of calls: at most `max_calls` within any `seconds`."""
 
-    def __init__(self, *, most: int, seconds: float, commands: Commands) -> None:
+    def __init__(self, *, max_calls: int, seconds: float, commands: Commands) -> None:
         self._seconds = seconds
         self._commands = commands
-        self._passed: deque[float] = deque(maxlen=most)
+        self._passed: deque[float] = deque(maxlen=max_calls)
 
     def wait(self) -> None:
-        """Return when one more may pass."""
+        """Wait until one more call is allowed."""
         if len(self._passed) == self._passed.maxlen:
             early = self._passed[0] + self._seconds - self._commands.monotonic()
             if early > 0:

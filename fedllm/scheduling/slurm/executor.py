@@ -59,8 +59,8 @@ from fedllm.storage.publishing.publish import publish_bytes, storage_errors
 
 # of a process, by its rank; the batch script writes to the first one's
 _LOG = log_of(Path(), "%A_%a", process="%t").name
-# sbatch in a time of `scheduler.query_seconds`
-_MOST_SUBMISSIONS = 10
+# calls of sbatch within `scheduler.query_seconds`
+_MAX_SUBMISSIONS = 10
 
 
 class ArrayExecutor(SlurmExecutor):
@@ -135,7 +135,7 @@ class SlurmScheduler:
 
     def __post_init__(self) -> None:
         seconds, commands = self.section.query_seconds, self.commands
-        pace = QueryPace(most=_MOST_SUBMISSIONS, seconds=seconds, commands=commands)
+        pace = QueryPace(max_calls=_MAX_SUBMISSIONS, seconds=seconds, commands=commands)
         object.__setattr__(self, "_queue", Queue(query_seconds=seconds, commands=commands))
         object.__setattr__(self, "_surveyor", Surveyor(query_seconds=seconds, commands=commands))
         object.__setattr__(self, "_pace", pace)
@@ -163,7 +163,7 @@ class SlurmScheduler:
             return Limits(problem="Slurm does not answer here; planned as if there were none")
         return Limits(
             largest_array=survey.configuration.max_array_size,
-            most_submitted=min((bound.most for bound in survey.allowed.queued), default=None),
+            max_submitted=min((bound.max_tasks for bound in survey.allowed.queued), default=None),
         )
 
     def check(self, jobs: Sequence[Job]) -> None:

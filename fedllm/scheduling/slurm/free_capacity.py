@@ -55,10 +55,10 @@ class Survey:
     allowed: Allowed = field(default_factory=Allowed)
 
     @property
-    def most_minutes(self) -> float | None:
+    def max_minutes(self) -> float | None:
         """The longest time limit: that of all partitions, and of QOS or association."""
-        limits = [partition.most_minutes for partition in self.partitions]
-        limits.append(self.allowed.most_minutes)
+        limits = [partition.max_minutes for partition in self.partitions]
+        limits.append(self.allowed.max_minutes)
         return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -113,19 +113,19 @@ class Surveyor:
         configuration = found.configuration
         if configuration is None:
             return Capacity(
-                free_slots=max_parallel, most_parallel=max_parallel, largest_array=LARGEST_ARRAY
+                free_slots=max_parallel, max_parallel=max_parallel, largest_array=LARGEST_ARRAY
             )
         asked = _request(flags, found)
-        most = _most_parallel(found.allowed, asked, max_parallel)
+        most = _max_parallel(found.allowed, asked, max_parallel)
         fits = self._fitting(asked, found) if asked else None
         sizes = [LARGEST_ARRAY, configuration.max_array_size, configuration.max_array_tasks]
         free = self.room(flags, queued=queued)
         return Capacity(
             free_slots=most if fits is None else min(most, fits),
-            most_parallel=most,
+            max_parallel=most,
             largest_array=max(1, min(size for size in sizes if size is not None)),
             free_tasks=spare(free),
-            most_minutes=found.most_minutes,
+            max_minutes=found.max_minutes,
         )
 
     def room(
@@ -209,12 +209,12 @@ def _request(flags: Mapping[str, object], found: Survey) -> Request | None:
         return None
 
 
-def _most_parallel(allowed: Allowed, asked: Request | None, max_parallel: int) -> int:
+def _max_parallel(allowed: Allowed, asked: Request | None, max_parallel: int) -> int:
     most = [max_parallel]
-    if allowed.most_running is not None:
-        most.append(allowed.most_running)
+    if allowed.max_running is not None:
+        most.append(allowed.max_running)
     for name, amount in asked.tres().items() if asked else ():
-        if amount and name in allowed.most_tres:
-            most.append(int(allowed.most_tres[name] // amount))
+        if amount and name in allowed.max_tres:
+            most.append(int(allowed.max_tres[name] // amount))
     # a task that fits no limit is sbatch's to refuse
     return max(1, min(most))

@@ -42,7 +42,7 @@ class Partition:
 
     name: str
     is_default: bool
-    most_minutes: float | None
+    max_minutes: float | None
     qos: str
     default_memory: Mapping[str, str]
 
@@ -96,9 +96,9 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """At most so many tasks of those whose place matches."""
+    """A limit on the number of tasks whose place matches."""
 
-    most: int
+    max_tasks: int
     place: Place
 
 
@@ -107,9 +107,9 @@ class Allowed:
     """What a job of one place may do: all limits together."""
 
     queued: tuple[Bound, ...] = ()
-    most_running: int | None = None
-    most_minutes: float | None = None
-    most_tres: Mapping[str, float] = field(default_factory=dict)
+    max_running: int | None = None
+    max_minutes: float | None = None
+    max_tres: Mapping[str, float] = field(default_factory=dict)
 
 
 _Ranked = tuple[SlurmLimits, Place]
@@ -135,7 +135,7 @@ def partitions(said: str) -> dict[str, Partition]:
         name: Partition(
             name=name,
             is_default=words.get("Default") == "YES",
-            most_minutes=time_minutes(words.get("MaxTime", "")),
+            max_minutes=time_minutes(words.get("MaxTime", "")),
             qos=words.get("QoS", "").replace("N/A", ""),
             default_memory=_default_memory(words),
         )
@@ -241,13 +241,13 @@ def allowed(place: Place, partition_qos: str, known: Accounting) -> Allowed:
         ("group_", [*own, *above]),
     )
     running = [
-        bound.most for sort, last in sorts for bound in _bounds(f"{sort}running", ranked, last)
+        bound.max_tasks for sort, last in sorts for bound in _bounds(f"{sort}running", ranked, last)
     ]
     return Allowed(
         queued=tuple(b for sort, last in sorts for b in _bounds(f"{sort}queued", ranked, last)),
-        most_running=min(running, default=None),
-        most_minutes=_first([limits.minutes for limits, _ in [*ranked, *own]]),
-        most_tres=_tres([limits for limits, _ in [*ranked, *own, *above]]),
+        max_running=min(running, default=None),
+        max_minutes=_first([limits.minutes for limits, _ in [*ranked, *own]]),
+        max_tres=_tres([limits for limits, _ in [*ranked, *own, *above]]),
     )
 
 
@@ -255,7 +255,8 @@ def room(allowed: Allowed, queued: Mapping[Place, int]) -> int | None:
     """Return how many more tasks may be queued, or None if nothing limits them."""
     return min(
         (
-            bound.most - sum(count for each, count in queued.items() if _matches(each, bound.place))
+            bound.max_tasks
+            - sum(count for each, count in queued.items() if _matches(each, bound.place))
             for bound in allowed.queued
         ),
         default=None,
@@ -276,9 +277,9 @@ def _matches(each: Place, of: Place) -> bool:
 def _bounds(sort: str, ranked: Sequence[_Ranked], last: Sequence[_Ranked]) -> list[Bound]:
     """Return the first limit of a sort that a QOS has, else all that associations have."""
     found = [(getattr(limits, sort), place) for limits, place in ranked]
-    first = [Bound(most=most, place=place) for most, place in found if most is not None][:1]
+    first = [Bound(max_tasks=n, place=place) for n, place in found if n is not None][:1]
     found = [(getattr(limits, sort), place) for limits, place in last]
-    return first or [Bound(most=most, place=place) for most, place in found if most is not None]
+    return first or [Bound(max_tasks=n, place=place) for n, place in found if n is not None]
 
 
 def _tres(ranked: Sequence[SlurmLimits]) -> dict[str, float]:
