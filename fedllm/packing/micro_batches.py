@@ -147,6 +147,7 @@ class Cut:
     """How the rows of an optimizer step become passes; None: no bound.
 
     `by_length` lets padded rows of similar length go together; else they stay in their order.
+    `places` are the rows of the step to compute; None: all. The prefix stays that of all rows.
     """
 
     loss_on: LossOn
@@ -155,6 +156,11 @@ class Cut:
     most_rows: int | None = None
     most_tokens: int | None = None
     by_length: bool = True
+    places: Sequence[int] | None = None
+
+    def of(self, rows: Sequence[TokenRow]) -> Sequence[int]:
+        """Return the places of the rows of a step that are computed."""
+        return range(len(rows)) if self.places is None else self.places
 
 
 def most_at_once(way: str, lengths: Sequence[int]) -> int:
@@ -177,7 +183,7 @@ Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]
 
 
 def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
-    batches = _plan_batches([length_of(row) for row in rows], cut)
+    batches = _plan_batches([length_of(row) for row in rows], cut.of(rows), cut)
     return [
         PaddedPass(
             batch=collate(
@@ -192,9 +198,9 @@ def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
     ]
 
 
-def _plan_batches(lengths: Sequence[int], cut: Cut) -> list[list[int]]:
+def _plan_batches(lengths: Sequence[int], places: Sequence[int], cut: Cut) -> list[list[int]]:
     """Cut rows into batches in which no row is, by length, padded to more than its double."""
-    order = list(range(len(lengths)))
+    order = list(places)
     if cut.by_length:
         order.sort(key=lengths.__getitem__)
     batches: list[list[int]] = []
@@ -215,8 +221,17 @@ def _packed(rows: Sequence[TokenRow], cut: Cut, *, way: str) -> list[PackedPass]
     prefix = prefix_of(rows, way)
     lengths = [length_of(row) for row in rows]
     most_tokens = most_at_once(way, lengths) if cut.most_tokens is None else cut.most_tokens
-    plan = plan_packs(lengths, prefix, most_rows=cut.most_rows, most_tokens=most_tokens)
-    packs = (pack(rows, places, prefix, loss_on=cut.loss_on, device=cut.device) for places in plan)
+    own = cut.of(rows)
+    plan = plan_packs(
+        [lengths[place] for place in own],
+        prefix,
+        most_rows=cut.most_rows,
+        most_tokens=most_tokens,
+    )
+    packs = (
+        pack(rows, [own[n] for n in some], prefix, loss_on=cut.loss_on, device=cut.device)
+        for some in plan
+    )
     return [PackedPass(packed=fitted(packed, way), way=way) for packed in packs]
 
 

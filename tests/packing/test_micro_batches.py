@@ -312,3 +312,32 @@ def test_rows_that_share_cannot_be_left_to_their_positions(llama: nn.Module) -> 
     packed = pack(MANY, range(len(MANY)), len(HEAD), loss_on="answer", device="cpu")
     with pytest.raises(AssertionError, match="a prefix would be lost"):
         PackedPass(packed=packed, way="packed").loss_sum(llama)
+
+
+@pytest.mark.parametrize("shares", [[[0, 3, 4], [1, 2, 5]], [[5, 2], [0, 1, 3, 4], []]])
+@pytest.mark.parametrize("way", ["parts", "mask", "packed", "padded"])
+def test_a_step_computed_in_shares_is_the_step(
+    llama: nn.Module, way: str, shares: list[list[int]]
+) -> None:
+    every = [one for share in shares for one in passes_of(MANY, way, places=share)]
+    targets = sum(one.num_targets for one in passes_of(MANY, way))
+    assert sum(one.num_targets for one in every) == targets
+    whole = gradients(llama, lambda: step_loss(llama, MANY, way))
+    parts = gradients(
+        llama,
+        lambda: torch.stack([one.loss_sum(in_way(llama, way)) for one in every]).sum() / targets,
+    )
+    assert parts[0] == pytest.approx(whole[0], rel=1e-9)
+    assert worst(parts[1], whole[1]) < 1e-6
+
+
+@pytest.mark.parametrize("way", ["parts", "mask", "packed", "padded"])
+def test_a_share_has_the_prefix_of_its_step_and_its_rows_keep_their_places(way: str) -> None:
+    rows = [Row([*HEAD, 20, n % 2, 21], [22, n, 1]) for n in range(4)]
+    step = {piece.seed for one in passes_of(rows, way) for piece in one.pieces(int, -1)}
+    (share,) = passes_of(rows, way, places=[1, 3])
+    assert share.num_tokens == sum(len(text_of(rows[place])) for place in (1, 3))
+    found = share.pieces(int, -1)
+    assert {piece.seed for piece in found} == step - {0, 2}
+    # rows 1 and 3 have a longer one in common
+    assert [p.stop - p.start for p in found if p.seed == -1] in ([], [len(HEAD) + 1])
