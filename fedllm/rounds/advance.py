@@ -22,11 +22,11 @@ def advance(run: Run) -> bool:
     Raises:
         FedllmError: the run cannot go on, with the exit code that says why.
     """
-    run.watch.training_seconds = None
+    run.observations.training_seconds = None
     federation = prepare(run)
     if federation is None:
         return False
-    for number in range(run.watch.done, run.config.rounds + 1):
+    for number in range(run.observations.done, run.config.rounds + 1):
         if not advance_round(run, federation, number):
             break
         evaluate(run, number)
@@ -51,13 +51,13 @@ def prepare(run: Run) -> Federation | None:
         done=run.paths.prepared,
         round_number=0,
     )
-    prepared = run.seen.find(PreparedRecord, run.paths.prepared)
+    prepared = run.known_records.find(PreparedRecord, run.paths.prepared)
     if prepared is None:
         return None
     _require_same_content(run, prepared)
     for note in prepared.notes if is_new else ():
         run.say(f"prepare: {note}")
-    return run.seen.federation(prepared)
+    return run.known_records.federation(prepared)
 
 
 def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
@@ -67,7 +67,7 @@ def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
         RunDirectoryError: the first round was trained on another base model or other data.
     """
     path = run.paths.round(1).cohort
-    if run.watch.content is prepared or not path.exists():
+    if run.observations.content is prepared or not path.exists():
         return
     first = CohortRecord.read(path)
     for key, was, found in (
@@ -80,7 +80,7 @@ def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
                 f"was {was[:12]}); resume with --set {key}=<a path of the same content>, or with "
                 "the version of fedllm that began the run: another one may make other tokens"
             )
-    run.watch.content = prepared
+    run.observations.content = prepared
 
 
 def advance_round(run: Run, federation: Federation, number: int) -> bool:
@@ -100,7 +100,7 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
 def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
     """Draw the round's cohort, or return the one that was drawn."""
     paths = run.paths.round(number)
-    drawn = run.seen.find(CohortRecord, paths.cohort)
+    drawn = run.known_records.find(CohortRecord, paths.cohort)
     if drawn:
         return drawn
     before = AggregateRecord.read(run.paths.round(number - 1).aggregate_record)

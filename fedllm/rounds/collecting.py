@@ -43,7 +43,7 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
     except UnreadableUpdateError as error:
         # it was whole when it was scanned: the next scan finds what it is now
         run.say(f"round {cohort.round}: {error}")
-        run.seen.forget_update(error.file)
+        run.known_records.forget_update(error.file)
         return None
     updates, failed = checked.updates, {**checked.rejected, **_failures(cohort, scan)}
     _require_quorum(run, cohort, len(updates), failed)
@@ -199,10 +199,10 @@ def _bad_clients(run: Run, paths: RoundPaths) -> dict[str, str]:
     for told in sorted(
         attempts.parent.glob(f"{attempts.name}*/*/{JobPaths(root=attempts).error.name}")
     ):
-        places |= run.seen.read(ErrorRecord, told).bad_places
+        places |= run.known_records.read(ErrorRecord, told).bad_places
     if not places:
         return {}
-    clients = run.seen.read(CohortRecord, paths.cohort).clients
+    clients = run.known_records.read(CohortRecord, paths.cohort).clients
     return {clients[place].id: why for place, why in places.items()}
 
 
@@ -211,7 +211,7 @@ def _replace(run: Run, paths: RoundPaths) -> None:
     if paths.aggregate_attempts.exists():
         paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
     paths.collection.rename(aside(paths.collection, "replaced"))
-    run.seen.forget_updates()
+    run.known_records.forget_updates()
 
 
 def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
@@ -227,7 +227,7 @@ def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
 def replaced_collection(run: Run, paths: RoundPaths) -> CollectionRecord | None:
     """Return the first collection that was replaced, if any was, without clients left out since."""
     path = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
-    first = run.seen.find(CollectionRecord, path)
+    first = run.known_records.find(CollectionRecord, path)
     bad = _bad_clients(run, paths) if first else {}
     if not first or not bad:
         return first

@@ -51,7 +51,7 @@ def advance_while_possible(run: Run) -> InFlight | None:
         redo_damaged_state(run)
         while not advance(run):
             work = work_of(run)
-            if work.waits_for_room or (work.tasks and not run.seen.is_settling):
+            if work.waits_for_room or (work.tasks and not run.known_records.is_settling):
                 return work
             run.scheduler.wait(run.config.scheduler.poll_seconds)
         return None
@@ -90,7 +90,7 @@ def _rare_garbage_collection() -> Iterator[None]:
 def _pause_seconds(run: Run) -> float:
     """Return when to look again: of long training at most a hundredth of its time is lost."""
     section = run.config.scheduler
-    trained = run.watch.training_seconds or 0.0
+    trained = run.observations.training_seconds or 0.0
     return max(section.poll_seconds, min(section.query_seconds, trained / 100))
 
 

@@ -18,10 +18,10 @@ def finish_rounds(run: Run) -> bool:
     """Complete every round whose state and evaluation exist; say whether all rounds are done."""
     done = True
     finished = False
-    for number in range(run.watch.done, run.config.rounds + 1):
+    for number in range(run.observations.done, run.config.rounds + 1):
         if run.paths.round(number).record.exists():
             # all rounds before are done too: nobody needs to look at them again
-            run.watch.done += run.watch.done == number
+            run.observations.done += run.observations.done == number
             continue
         if _may_finish(run, number):
             _finish(run, number)

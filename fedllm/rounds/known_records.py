@@ -16,7 +16,7 @@ from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord
 from fedllm.storage.updates import Origin, Published, UpdateScanner
 
 
-class Seen:
+class KnownRecords:
     """Records, update files and the plan of clients, each read or worked out once.
 
     Args:

@@ -10,7 +10,7 @@ from fedllm.storage.records import CohortRecord, PreparedRecord
 
 
 @dataclass(kw_only=True)
-class Watch:
+class Observations:
     """Moments to look again, workers that are silent, arrays that found no room.
 
     Decisions that last are records; a coordinator that starts anew watches anew.

@@ -17,7 +17,7 @@ from fedllm.config.loading import (
 )
 from fedllm.config.models import Config
 from fedllm.errors import FedllmError, RunDirectoryError
-from fedllm.rounds.known_records import Seen
+from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
@@ -74,7 +74,7 @@ def open_run(
         lease=lease,
         scheduler=scheduler,
         say=say,
-        seen=Seen(paths, config, record),
+        known_records=KnownRecords(paths, config, record),
     )
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.config.models import Config
-from fedllm.rounds.known_records import Seen
-from fedllm.rounds.observations import Watch
+from fedllm.rounds.known_records import KnownRecords
+from fedllm.rounds.observations import Observations
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import Lease
 from fedllm.storage.paths import RunPaths
@@ -23,8 +23,8 @@ class Run:
     lease: Lease
     scheduler: Scheduler
     say: Callable[[str], None]
-    seen: Seen
-    watch: Watch = field(default_factory=Watch)
+    known_records: KnownRecords
+    observations: Observations = field(default_factory=Observations)
 
     def publish(self, record: Record, path: Path) -> None:
         """Publish a coordinator's record while the lease holds."""

@@ -36,14 +36,14 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     """
     paths = run.paths.round(cohort.round)
     scan = scan_updates(run, federation, cohort)
-    number = run.watch.attempts.get(cohort.round) or paths.last_attempt()
+    number = run.observations.attempts.get(cohort.round) or paths.last_attempt()
     if is_enough(run, cohort, scan, paths):
         _end_stragglers(run, paths, number, cohort, scan)
         return scan
     if number:
         attempt = paths.attempt(number)
-        if _goes_on(run, attempt, cohort) or not run.seen.settled(attempt.root):
-            run.watch.training_seconds = run.watch.training_seconds_of(attempt.root)
+        if _goes_on(run, attempt, cohort) or not run.known_records.settled(attempt.root):
+            run.observations.training_seconds = run.observations.training_seconds_of(attempt.root)
             return None
         # what was published while the tasks were found gone
         scan = scan_updates(run, federation, cohort)
@@ -53,7 +53,7 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     wanted = replaced_clients(run, paths)
     missing = [c for c in _missing(cohort, scan) if wanted is None or c.id in wanted]
     start_attempt(run, federation, cohort, missing, number + 1)
-    run.watch.attempts[cohort.round] = number + 1
+    run.observations.attempts[cohort.round] = number + 1
     # an inline scheduler is through by now
     scan = scan_updates(run, federation, cohort)
     return scan if is_enough(run, cohort, scan, paths) else None
@@ -82,7 +82,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
     """Scan the round's updates and set aside those that are truncated, foreign or misshapen."""
     modules = federation.prepared.modules
     sides = {name: (m.out_features, m.in_features) for name, m in modules.items()}
-    tiers = run.watch.tiers_of(cohort)
+    tiers = run.observations.tiers_of(cohort)
 
     def problem(update: Published) -> str | None:
         tier = tiers.get(update.record.client)
@@ -92,7 +92,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
         needed = run.config.aggregation.outliers != "keep"
         return problem or (norm_problem(update) if needed else None)
 
-    scanner = run.seen.scanner(cohort, problem)
+    scanner = run.known_records.scanner(cohort, problem)
     scan = scanner.scan()
     moved = [name for name, why in scan.damaged.items() if _set_aside(run, cohort, name, why)]
     for name in moved:
@@ -102,7 +102,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
 
 def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
     path = run.paths.round(cohort.round).updates / name
-    if not run.seen.settled(path):
+    if not run.known_records.settled(path):
         return False
     run.lease.check()
     path.rename(aside(path, "damaged"))
@@ -112,7 +112,7 @@ def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
 
 def _goes_on(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
     """Say whether an attempt has workers that train, or will have."""
-    if not run.watch.is_due(("workers", attempt.root), _pause_seconds(run, attempt)):
+    if not run.observations.is_due(("workers", attempt.root), _pause_seconds(run, attempt)):
         return True
     everything_sent = send_waves(run, attempt, run.paths.logs(cohort.round))
     end_silent_workers(run, attempt)
@@ -120,14 +120,14 @@ def _goes_on(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
         end_idle_workers(run, attempt)
     goes_on = bool(at_work(run, attempt)) or not everything_sent
     if not goes_on:
-        run.watch.look_again(("workers", attempt.root))
+        run.observations.look_again(("workers", attempt.root))
     return goes_on
 
 
 def _pause_seconds(run: Run, attempt: AttemptPaths) -> float:
     """Return how long the scheduler's answers last: of long training a hundredth of its time."""
     query_seconds = traits_of(run.config).query_seconds
-    trained = run.watch.training_seconds_of(attempt.root)
+    trained = run.observations.training_seconds_of(attempt.root)
     # half a query's time, so that other pauses of a query are not doubled
     return max(query_seconds / 2, min(_MOST_QUERIES * query_seconds, trained / 100))
 

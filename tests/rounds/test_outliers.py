@@ -217,7 +217,9 @@ def test_a_file_that_changes_between_scan_and_collection_is_looked_at_again(
     paths = run.paths.round(1)
     paths.collection.unlink()
     cohort = CohortRecord.read(paths.cohort)
-    scan = scan_updates(run, run.seen.federation(PreparedRecord.read(run.paths.prepared)), cohort)
+    scan = scan_updates(
+        run, run.known_records.federation(PreparedRecord.read(run.paths.prepared)), cohort
+    )
     assert len(scan.published) == 4
     victim, other = sorted(paths.updates.iterdir())[:2]
     content = {"emptied": b"", "another": other.read_bytes()}

@@ -273,7 +273,7 @@ def test_preemption_does_not_count_where_others_were_not_needed_but_silence_does
     assert not advance(run)
     preempted, silent, *idle = cluster.alive
     cluster.cancel([silent, *idle])
-    run.watch.cancelled[silent] = "no progress"
+    run.observations.cancelled[silent] = "no progress"
     cluster.end("PREEMPTED", preempted)
     with pytest.raises(RunFailed):
         advance(run)

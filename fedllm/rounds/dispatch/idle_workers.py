@@ -33,7 +33,7 @@ def lingering_workers(
 
 def workers_of(run: Run, attempt: AttemptPaths) -> list[str]:
     """Return the tasks of an attempt, its own and those that it took over."""
-    plan = run.seen.find(SubmissionRecord, attempt.submission)
+    plan = run.known_records.find(SubmissionRecord, attempt.submission)
     return [*known_tasks(run, attempt), *(plan.adopted if plan else [])]
 
 
@@ -48,7 +48,7 @@ def at_work(run: Run, attempt: AttemptPaths) -> list[str]:
 
 
 def _lingers(run: Run, attempt: AttemptPaths, task: str, state: TaskState) -> bool:
-    record = run.seen.find(TaskRecord, attempt.task(task))
+    record = run.known_records.find(TaskRecord, attempt.task(task))
     return state is TaskState.RUNNING and record is not None and record.state == "lingering"
 
 

@@ -90,8 +90,8 @@ def _last(folder: Callable[[int], JobPaths]) -> Iterator[JobPaths]:
 
 def _lacks_workers(run: Run, paths: JobPaths) -> bool:
     """Say whether a submission wants more tasks than were submitted."""
-    plan = run.seen.read(SubmissionRecord, paths.submission)
-    jobs = run.seen.find(JobsRecord, paths.jobs)
+    plan = run.known_records.read(SubmissionRecord, paths.submission)
+    jobs = run.known_records.find(JobsRecord, paths.jobs)
     wanted = sum(workers.tasks for workers in plan.workers.values())
     unsent = unsent_arrays(plan, jobs)
     return bool(unsent) or wanted > sum(array.tasks for array in plan.arrays)
@@ -100,7 +100,7 @@ def _lacks_workers(run: Run, paths: JobPaths) -> bool:
 def _look_again_minutes(run: Run, paths: RoundPaths, *, is_short: bool) -> int | None:
     """Return when a round that trains may have more to do before its arrays end."""
     found: list[int] = []
-    is_cut_short = run.seen.read(CohortRecord, paths.cohort).enough is not None
+    is_cut_short = run.known_records.read(CohortRecord, paths.cohort).enough is not None
     if is_short or is_cut_short:
         found.append(_LOOK_AGAIN_MINUTES)
     deadline_minutes = run.config.clients.deadline_minutes

@@ -52,14 +52,14 @@ def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
     arrays are looked up by name, and submitted where there are none. Should both exist in the
     end, the second finds nothing to do.
     """
-    plan = run.seen.read(SubmissionRecord, paths.submission)
-    jobs = run.seen.find(JobsRecord, paths.jobs)
+    plan = run.known_records.read(SubmissionRecord, paths.submission)
+    jobs = run.known_records.find(JobsRecord, paths.jobs)
     unsent = unsent_arrays(plan, jobs)
     if not unsent and jobs:
         return True
     # what found no room was not submitted: no need to look for it
-    search = not unsent <= run.watch.no_room
-    if search or run.watch.is_due(paths.root, run.config.scheduler.query_seconds):
+    search = not unsent <= run.observations.no_room
+    if search or run.observations.is_due(paths.root, run.config.scheduler.query_seconds):
         return _send(run, paths, plan, logs, search=search)
     return False
 
@@ -71,10 +71,10 @@ def unsent_arrays(plan: SubmissionRecord, jobs: JobsRecord | None) -> set[str]:
 
 def find_unrecorded(run: Run, paths: JobPaths) -> None:
     """Record the ids of arrays whose coordinator died before it could; submit nothing."""
-    plan = run.seen.read(SubmissionRecord, paths.submission)
-    jobs = run.seen.find(JobsRecord, paths.jobs)
+    plan = run.known_records.read(SubmissionRecord, paths.submission)
+    jobs = run.known_records.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
-    unsent = unsent_arrays(plan, jobs) - run.watch.no_room
+    unsent = unsent_arrays(plan, jobs) - run.observations.no_room
     found = {name: tasks for name in sorted(unsent) if (tasks := run.scheduler.find(name))}
     if found:
         run.publish(JobsRecord(ids=ids | found), paths.jobs)
@@ -88,7 +88,7 @@ def active_tasks(scheduler: Scheduler, ids: Sequence[str]) -> list[str]:
 
 def known_tasks(run: Run, paths: JobPaths) -> list[str]:
     """Return the ids of all tasks of a submission."""
-    return _tasks(run.seen.find(JobsRecord, paths.jobs))
+    return _tasks(run.known_records.find(JobsRecord, paths.jobs))
 
 
 def task_ids(paths: JobPaths) -> list[str]:
@@ -101,21 +101,21 @@ def _tasks(jobs: JobsRecord | None) -> list[str]:
 
 
 def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool) -> bool:
-    jobs = run.seen.find(JobsRecord, paths.jobs)
+    jobs = run.known_records.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
     room = True
     try:
         for array in (array for array in plan.arrays if array.name not in ids):
             ids[array.name] = _sent_once(run, paths, job_of(plan, array, logs), search=search)
-            run.watch.no_room.discard(array.name)
+            run.observations.no_room.discard(array.name)
     except SchedulerFull as error:
         room = False
-        if array.name not in run.watch.no_room:
+        if array.name not in run.observations.no_room:
             run.say(f"{array.name}: waits for room in the queue ({error})")
         rest = [array.name for array in plan.arrays if array.name not in ids]
         # once looked for, nobody needs to look for them again
         ids |= {name: found for name in rest if search and (found := run.scheduler.find(name))}
-        run.watch.no_room |= set(rest) - ids.keys()
+        run.observations.no_room |= set(rest) - ids.keys()
     except SubmissionUnknown:
         if ids:
             run.publish(JobsRecord(ids=ids), paths.jobs)
@@ -130,7 +130,7 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
 
 def _sent_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[str]:
     """Return the tasks of an array, submitted now unless it is found or may exist unseen."""
-    doubt = run.seen.find(DoubtRecord, paths.doubt)
+    doubt = run.known_records.find(DoubtRecord, paths.doubt)
     in_doubt = doubt is not None and doubt.name == job.name
     found = run.scheduler.find(job.name) if search or in_doubt else None
     if found is not None:
@@ -221,7 +221,11 @@ def single_job(
     number = len(attempts_of(folder))
     if number:
         paths = folder(number)
-        if _is_active(run, paths, logs) or not run.seen.settled(paths.root) or done.exists():
+        if (
+            _is_active(run, paths, logs)
+            or not run.known_records.settled(paths.root)
+            or done.exists()
+        ):
             return
         outcome = settle(run, paths)
         if is_mine(run, paths):
@@ -250,7 +254,7 @@ def _submit_single(
 
 def is_mine(run: Run, paths: JobPaths) -> bool:
     """Say whether a plan was made since a person started this coordinator or those before it."""
-    return run.seen.read(SubmissionRecord, paths.submission).lease >= run.lease.since
+    return run.known_records.read(SubmissionRecord, paths.submission).lease >= run.lease.since
 
 
 def _is_last(run: Run, folder: Callable[[int], JobPaths], number: int) -> bool:
@@ -267,10 +271,10 @@ def settle(
     progressed: bool = False,
 ) -> OutcomeRecord:
     """Record once how the tasks of a submission ended: Slurm forgets it within minutes."""
-    known = run.seen.find(OutcomeRecord, paths.outcome)
+    known = run.known_records.find(OutcomeRecord, paths.outcome)
     if known:
         return known
-    plan = run.seen.find(SubmissionRecord, paths.submission)
+    plan = run.known_records.find(SubmissionRecord, paths.submission)
     adopted = plan.adopted if plan else []
     endings = run.scheduler.endings([*known_tasks(run, paths), *adopted])
     outcome = OutcomeRecord(
@@ -278,7 +282,7 @@ def settle(
             id_: EndingRecord(state=e.state, exit_code=e.exit_code, node=e.node, log=e.log)
             for id_, e in endings.items()
         },
-        cancelled={id_: why for id_, why in run.watch.cancelled.items() if id_ in endings},
+        cancelled={id_: why for id_, why in run.observations.cancelled.items() if id_ in endings},
         checkpoints=dict(checkpoints or {}),
         progressed=progressed,
     )
@@ -306,7 +310,7 @@ def job_error(run: Run, paths: JobPaths, logs: Path, outcome: OutcomeRecord) -> 
     if told:
         return error_of(told)
     ended = "; ".join(f"{id_}: {ending}" for id_, ending in outcome.endings.items())
-    kind = run.seen.read(SubmissionRecord, paths.submission).kind
+    kind = run.known_records.read(SubmissionRecord, paths.submission).kind
     blind = unseen(run.paths.root, kind, outcome.endings, logs)
     if blind:
         # no job of a run that begins so would fare better; later it may be one node's mount

@@ -21,11 +21,11 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     """
     if not all_sent(run, attempt, logs):
         return False
-    plan = run.seen.read(SubmissionRecord, attempt.submission)
+    plan = run.known_records.read(SubmissionRecord, attempt.submission)
     if not any(_left(plan).values()):
         return True
     # each look may cost a question to the scheduler
-    if not run.watch.is_due(("wave", attempt.root), run.config.scheduler.query_seconds):
+    if not run.observations.is_due(("wave", attempt.root), run.config.scheduler.query_seconds):
         return False
     if not has_unclaimed(run, attempt, [name for name, count in _left(plan).items() if count]):
         return True
@@ -34,7 +34,7 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
         more = plan.model_copy(update={"arrays": [*plan.arrays, *arrays]})
         submit(run, attempt, more, logs)
         run.say(f"{plan.token}: {sum(a.tasks for a in arrays)} more workers")
-    return not any(_left(run.seen.read(SubmissionRecord, attempt.submission)).values())
+    return not any(_left(run.known_records.read(SubmissionRecord, attempt.submission)).values())
 
 
 def next_wave(
@@ -107,7 +107,7 @@ def _left(plan: SubmissionRecord) -> dict[str, int]:
 
 def _alive(run: Run, attempt: AttemptPaths) -> dict[str, int]:
     """Return array -> tasks that did not end."""
-    jobs = run.seen.find(JobsRecord, attempt.jobs)
+    jobs = run.known_records.find(JobsRecord, attempt.jobs)
     alive = set(active_tasks(run.scheduler, known_tasks(run, attempt)))
     return {name: len(alive.intersection(ids)) for name, ids in jobs.ids.items()} if jobs else {}
 
@@ -117,12 +117,12 @@ def has_unclaimed(run: Run, attempt: AttemptPaths, classes: Iterable[str]) -> bo
 
     A claim stays: each is looked for until it is there, and not again.
     """
-    plan = run.seen.read(SubmissionRecord, attempt.submission)
+    plan = run.known_records.read(SubmissionRecord, attempt.submission)
     for name in classes:
-        unseen = run.watch.unclaimed.get((attempt.root, name))
+        unseen = run.observations.unclaimed.get((attempt.root, name))
         if unseen is None:
             unseen = [b.number for b in plan.bundles if b.worker_class == name]
-            run.watch.unclaimed[attempt.root, name] = unseen
+            run.observations.unclaimed[attempt.root, name] = unseen
         while unseen and attempt.claim(unseen[-1]).exists():
             unseen.pop()
         if unseen:

@@ -40,14 +40,14 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         SchedulerUnreachable: one could not be cancelled; it is looked at again.
     """
     hung_seconds = 60.0 * run.config.scheduler.hung_minutes
-    if not run.watch.is_due(("silent", attempt.root), min(60.0, hung_seconds / 4)):
+    if not run.observations.is_due(("silent", attempt.root), min(60.0, hung_seconds / 4)):
         return
     ids = workers_of(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
     running = [task for task, state in states.items() if state is TaskState.RUNNING]
-    for task in [task for task in running if task not in run.watch.cancelled]:
+    for task in [task for task in running if task not in run.observations.cancelled]:
         path = attempt.task(task)
-        silent = run.watch.silent_seconds(task, _modified_ns(path))
+        silent = run.observations.silent_seconds(task, _modified_ns(path))
         record = TaskRecord.find(path) if silent >= hung_seconds else None
         if silent < hung_seconds or (record and record.state == "lingering"):
             continue
@@ -57,7 +57,7 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         why = f"no progress for {silent / 60:.1f} minutes ({doing})"
         run.lease.check()
         run.scheduler.cancel([task])
-        run.watch.cancelled[task] = why
+        run.observations.cancelled[task] = why
         run.say(f"{task}: {why}; cancelled, its clients train elsewhere")
 
 
@@ -67,19 +67,19 @@ def end_idle_workers(run: Run, attempt: AttemptPaths) -> None:
     They would start for nothing, and until then take room under the limits. A requeued task that
     waits holds bundles: it stays.
     """
-    if not run.watch.is_due(("idle", attempt.root), run.config.scheduler.query_seconds):
+    if not run.observations.is_due(("idle", attempt.root), run.config.scheduler.query_seconds):
         return
     waiting, _ = idle_and_running(run, attempt)
     if not waiting:
         return
-    holders = run.watch.holders.get(attempt.root)
+    holders = run.observations.holders.get(attempt.root)
     if holders is None:
-        plan = run.seen.read(SubmissionRecord, attempt.submission)
+        plan = run.known_records.read(SubmissionRecord, attempt.submission)
         if has_unclaimed(run, attempt, {bundle.worker_class for bundle in plan.bundles}):
             return
         # every bundle has its claim now: they are read once
         holders = {ClaimRecord.read(path).task for path in attempt.claim_files()}
-        run.watch.holders[attempt.root] = holders
+        run.observations.holders[attempt.root] = holders
     if idle := [task for task in waiting if task not in holders]:
         run.lease.check()
         run.scheduler.cancel(idle)
@@ -96,7 +96,7 @@ def idle_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[s
 
 def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
     """Record once how an attempt ended, and whether its unfinished clients came further."""
-    known = run.seen.find(OutcomeRecord, attempt.outcome)
+    known = run.known_records.find(OutcomeRecord, attempt.outcome)
     if known:
         return known
     paths = attempt.round
@@ -147,7 +147,7 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     before: set[str] = set()
     if paths.number > 1:
         for last in attempts_of(paths.before.attempt)[-1:]:
-            before = set(run.seen.read(SubmissionRecord, last.submission).excluded_nodes)
+            before = set(run.known_records.read(SubmissionRecord, last.submission).excluded_nodes)
     failures: Counter[str] = Counter()
     ran: set[str] = set()
     for number in range(1, attempts + 1):
@@ -161,7 +161,7 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     if not (ran | set(failures)) - broken:
         broken = set()
     for node in sorted(broken - before):
-        if run.watch.is_new(("excluded", node)):
+        if run.observations.is_new(("excluded", node)):
             run.say(f"node {node}: {failures[node]} tasks failed there; excluded from now on")
     return sorted(before | broken)
 
@@ -193,7 +193,7 @@ def memory_factor(run: Run, paths: RoundPaths, attempts: int, worker_class: str)
     if not number:
         return 1.0
     attempt = last.attempt(number)
-    plan = run.seen.find(SubmissionRecord, attempt.submission)
+    plan = run.known_records.find(SubmissionRecord, attempt.submission)
     workers = plan.workers.get(worker_class) if plan else None
     factor = workers.memory_factor if workers else 1.0
     ran_out = attempt.outcome.exists() and _ran_out_of_memory(run, attempt, worker_class)
@@ -220,12 +220,12 @@ def with_memory(
 
 def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bool:
     endings = close_attempt(run, attempt).endings
-    plan = run.seen.read(SubmissionRecord, attempt.submission)
-    jobs = run.seen.find(JobsRecord, attempt.jobs)
+    plan = run.known_records.read(SubmissionRecord, attempt.submission)
+    jobs = run.known_records.find(JobsRecord, attempt.jobs)
     mine = [a for a in plan.arrays if a.worker_class == worker_class]
     tasks = {task for array in mine if jobs for task in jobs.ids.get(array.name, [])}
     for task in plan.adopted:
-        record = run.seen.find(TaskRecord, attempt.task(task))
+        record = run.known_records.find(TaskRecord, attempt.task(task))
         if record and record.worker_class == worker_class:
             tasks.add(task)
     ended = [reason_of(endings[task]) for task in tasks if task in endings]
