@@ -11,7 +11,7 @@ from fedllm.planning.workers import STARTUP_SECONDS
 from fedllm.reporting.plan.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.plan.plan_text import describe_plan, flags_text, queue_line
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
-from fedllm.rounds.dispatch.dry_run import rehearse
+from fedllm.rounds.dispatch.dry_run import plan_first_round
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import ClientRecord, PreparedRecord
 from tests.planning.federations import client, config_of, prepared_of
@@ -33,15 +33,15 @@ def geometry(
 ) -> Geometry:
     prepared = prepared_of([heavy(str(n)) for n in range(clients)])
     prepared = prepared.model_copy(update={"model_parameters": 1_000_000_000})
-    found = rehearse(config, prepared, RunPaths(root=Path("/run")), lambda _options: capacity)
+    dry_run = plan_first_round(config, prepared, RunPaths(root=Path("/run")), lambda _: capacity)
     return plan_geometry(
-        found.federation,
-        found.cohort,
-        found.classes,
-        found.plan,
-        capacities=found.capacities,
-        waves=found.waves,
-        logs=found.logs,
+        dry_run.federation,
+        dry_run.cohort,
+        dry_run.classes,
+        dry_run.plan,
+        capacities=dry_run.capacities,
+        waves=dry_run.waves,
+        logs=dry_run.logs,
         slots=slots,
         room=room or Room(),
         options=options or RealOptions(),
@@ -151,15 +151,15 @@ def test_files_and_folders_are_those_that_a_round_really_writes(tmp_path: Path) 
     run = RunPaths(root=tmp_path)
     prepared = PreparedRecord.read(run.prepared)
     resident = Capacity(free_slots=1, max_parallel=1, largest_array=400, resident=True)
-    found = rehearse(config, prepared, run, lambda _options: resident)
+    dry_run = plan_first_round(config, prepared, run, lambda _options: resident)
     planned = plan_geometry(
-        found.federation,
-        found.cohort,
-        found.classes,
-        found.plan,
-        capacities=found.capacities,
-        waves=found.waves,
-        logs=found.logs,
+        dry_run.federation,
+        dry_run.cohort,
+        dry_run.classes,
+        dry_run.plan,
+        capacities=dry_run.capacities,
+        waves=dry_run.waves,
+        logs=dry_run.logs,
         slots=(),
         room=Room(),
         options=RealOptions(),

@@ -1,4 +1,4 @@
-"""A rehearsal names, job for job, what the first round submits."""
+"""A dry_run names, job for job, what the first round submits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedllm.planning.capacity import Capacity
 from fedllm.rounds.coordinate import coordinate
-from fedllm.rounds.dispatch.dry_run import rehearse, rehearsed_jobs
+from fedllm.rounds.dispatch.dry_run import dry_run_jobs, plan_first_round
 from fedllm.rounds.opening import open_run
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.seam import Job, Option
@@ -30,7 +30,7 @@ class Recorder(InlineScheduler):
         return super().submit(job)
 
 
-def test_everything_that_the_first_round_submits_was_rehearsed(tmp_path: Path) -> None:
+def test_everything_that_the_first_round_submits_is_in_the_dry_run(tmp_path: Path) -> None:
     config = config_of(
         rounds=1,
         scheduler__kind="slurm",
@@ -50,8 +50,8 @@ def test_everything_that_the_first_round_submits_was_rehearsed(tmp_path: Path) -
         )
     )
     run = RunPaths(root=tmp_path)
-    found = rehearse(config, PreparedRecord.read(run.prepared), run, scheduler.capacity)
-    rehearsed = {job.name: job for job in rehearsed_jobs(found, run)}
+    dry_run = plan_first_round(config, PreparedRecord.read(run.prepared), run, scheduler.capacity)
+    planned = {job.name: job for job in dry_run_jobs(dry_run, run)}
     run_id = RunRecord.read(run.run).run_id
     submitted = {
         name: replace(job, name=name)
@@ -65,4 +65,4 @@ def test_everything_that_the_first_round_submits_was_rehearsed(tmp_path: Path) -
         "aggregate",
         "evaluate",
     }
-    assert rehearsed == submitted
+    assert planned == submitted

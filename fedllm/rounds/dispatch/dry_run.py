@@ -26,7 +26,7 @@ _RUN_ID = "plan"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
+class DryRun:
     """The first round as it would be submitted.
 
     Attributes:
@@ -48,12 +48,12 @@ class Rehearsal:
     logs: tuple[Path, ...]
 
 
-def rehearse(
+def plan_first_round(
     config: Config,
     prepared: PreparedRecord,
     run: RunPaths,
     capacity: Callable[[SbatchOptions], Capacity],
-) -> Rehearsal:
+) -> DryRun:
     """Plan the first round of a run in `run`.
 
     Raises:
@@ -88,7 +88,7 @@ def rehearse(
     )
     waves = list(_waves(plan, capacities))
     arrays = [array for wave in waves for array in wave]
-    return Rehearsal(
+    return DryRun(
         federation=federation,
         cohort=cohort,
         classes=classes,
@@ -115,11 +115,11 @@ def _logs(arrays: Sequence[ArrayRecord], folder: Path) -> Iterator[Path]:
         yield from files_of(folder / array.logs, array.name, tasks)
 
 
-def rehearsed_jobs(rehearsal: Rehearsal, run: RunPaths) -> list[Job]:
+def dry_run_jobs(dry_run: DryRun, run: RunPaths) -> list[Job]:
     """Return everything that the first round would submit, as the scheduler takes it."""
-    sbatch = rehearsal.federation.config.scheduler.sbatch
+    sbatch = dry_run.federation.config.scheduler.sbatch
     logs, first = run.logs(1), run.round(1)
-    jobs = [job_of(rehearsal.plan, array, logs) for array in rehearsal.plan.arrays]
+    jobs = [job_of(dry_run.plan, array, logs) for array in dry_run.plan.arrays]
     steps: tuple[tuple[SingleProgram, Path, JobPaths, int], ...] = (
         ("prepare", run.root, run.prepare_job(1), 0),
         ("aggregate", first.root, first.aggregate_job(1), 1),

@@ -10,7 +10,7 @@ from fedllm.errors import ConfigError, UserError
 from fedllm.planning.capacity import Capacity
 from fedllm.reporting.plan.plan import Geometry, RealOptions, Room, plan_geometry
 from fedllm.reporting.usage import Options
-from fedllm.rounds.dispatch.dry_run import Rehearsal, rehearse, rehearsed_jobs
+from fedllm.rounds.dispatch.dry_run import DryRun, dry_run_jobs, plan_first_round
 from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable
 from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
 from fedllm.storage.paths import MOST_ENTRIES, RunPaths, shipped
@@ -70,9 +70,9 @@ def plan_run(
             return room
         return dataclasses.replace(room, free_slots=slots, max_parallel=slots)
 
-    rehearsal = rehearse(config, prepared, run, capacity)
-    scripts = tuple(_scripts(scheduler, rehearsal, run))
-    geometry = _geometry(config, rehearsal, scripts, _room(scheduler, rehearsal))
+    dry_run = plan_first_round(config, prepared, run, capacity)
+    scripts = tuple(_scripts(scheduler, dry_run, run))
+    geometry = _geometry(config, dry_run, scripts, _room(scheduler, dry_run))
     return RunPlan(geometry=geometry, scripts=scripts)
 
 
@@ -87,26 +87,26 @@ def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capaci
 
 
 def _geometry(
-    config: Config, rehearsal: Rehearsal, scripts: Sequence[JobScript], room: Room
+    config: Config, dry_run: DryRun, scripts: Sequence[JobScript], room: Room
 ) -> Geometry:
-    most = max(room.max_parallel for room in rehearsal.capacities.values())
+    most = max(room.max_parallel for room in dry_run.capacities.values())
     return plan_geometry(
-        rehearsal.federation,
-        rehearsal.cohort,
-        rehearsal.classes,
-        rehearsal.plan,
-        capacities=rehearsal.capacities,
-        waves=rehearsal.waves,
-        logs=rehearsal.logs,
+        dry_run.federation,
+        dry_run.cohort,
+        dry_run.classes,
+        dry_run.plan,
+        capacities=dry_run.capacities,
+        waves=dry_run.waves,
+        logs=dry_run.logs,
         slots=sorted({max(1, most // 4), max(1, most // 2), most, 2 * most, 4 * most}),
         room=room,
         options=_real_options(config, scripts) if scripts else RealOptions(),
     )
 
 
-def _scripts(scheduler: Scheduler, rehearsal: Rehearsal, run: RunPaths) -> Iterator[JobScript]:
+def _scripts(scheduler: Scheduler, dry_run: DryRun, run: RunPaths) -> Iterator[JobScript]:
     """Yield what a batch system would be given; nothing where none is used."""
-    for job in rehearsed_jobs(rehearsal, run):
+    for job in dry_run_jobs(dry_run, run):
         text = scheduler.script(job)
         if text is not None:
             yield JobScript(job=job, text=text)
@@ -138,15 +138,15 @@ def _options(text: str) -> Options:
     }
 
 
-def _room(scheduler: Scheduler, rehearsal: Rehearsal) -> Room:
+def _room(scheduler: Scheduler, dry_run: DryRun) -> Room:
     """Return what the scheduler says of its limits, those that leave the least."""
-    said = [scheduler.limits(workers.options) for workers in rehearsal.plan.workers.values()]
+    said = [scheduler.limits(workers.options) for workers in dry_run.plan.workers.values()]
     known = [limits for limits in said if not limits.problem]
     if not known:
         return Room(problem=next((limits.problem for limits in said), ""))
     sizes = [limits.largest_array for limits in known]
     queued = [limits.max_submitted for limits in known]
-    free = [room.free_tasks for room in rehearsal.capacities.values()]
+    free = [room.free_tasks for room in dry_run.capacities.values()]
     return Room(largest_array=_least(sizes), most_submitted=_least(queued), free_tasks=_least(free))
 
 
