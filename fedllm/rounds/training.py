@@ -7,15 +7,15 @@ from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
 from fedllm.rounds.collecting import replaced_clients
 from fedllm.rounds.dispatch.attempts import start_attempt
-from fedllm.rounds.dispatch.idle_workers import at_work
+from fedllm.rounds.dispatch.idle_workers import busy_tasks
 from fedllm.rounds.dispatch.submissions import error_of, find_unrecorded, is_mine
 from fedllm.rounds.dispatch.waves import send_waves
 from fedllm.rounds.dispatch.worker_failures import (
+    cancel_queued_tasks,
+    cancel_silent_workers,
     close_attempt,
-    end_idle_workers,
-    end_silent_workers,
     fruitless,
-    idle_and_running,
+    waiting_and_running,
 )
 from fedllm.rounds.run import Run
 from fedllm.scheduling.traits import traits_of
@@ -115,10 +115,10 @@ def _goes_on(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
     if not run.observations.is_due(("workers", attempt.root), _pause_seconds(run, attempt)):
         return True
     everything_sent = send_waves(run, attempt, run.paths.logs(cohort.round))
-    end_silent_workers(run, attempt)
+    cancel_silent_workers(run, attempt)
     if everything_sent:
-        end_idle_workers(run, attempt)
-    goes_on = bool(at_work(run, attempt)) or not everything_sent
+        cancel_queued_tasks(run, attempt)
+    goes_on = bool(busy_tasks(run, attempt)) or not everything_sent
     if not goes_on:
         run.observations.look_again(("workers", attempt.root))
     return goes_on
@@ -140,7 +140,7 @@ def _end_stragglers(
     if not number:
         return
     find_unrecorded(run, attempt)
-    waiting, running = idle_and_running(run, attempt)
+    waiting, running = waiting_and_running(run, attempt)
     late = len(scan.published) < len(cohort.clients)
     if late:
         run.say(

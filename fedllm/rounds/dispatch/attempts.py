@@ -9,7 +9,7 @@ from fedllm.planning.federation import Federation
 from fedllm.planning.grouping import ClientGroup, engine_of
 from fedllm.planning.sbatch_options import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
-from fedllm.rounds.dispatch.idle_workers import lingering_workers
+from fedllm.rounds.dispatch.idle_workers import find_idle_workers
 from fedllm.rounds.dispatch.submissions import array_name, submit
 from fedllm.rounds.dispatch.waves import next_wave
 from fedllm.rounds.dispatch.worker_failures import excluded_nodes, memory_factor, with_memory
@@ -57,7 +57,7 @@ def start_attempt(
         section=run.config.scheduler,
         startup_seconds=_startup_seconds(before),
     )
-    lingering = lingering_workers(run, paths, excluded_nodes=excluded)
+    lingering = find_idle_workers(run, paths, excluded_nodes=excluded)
     # those that run have no more memory than they were given
     adopted = {
         each.worker_class: lingering.get(each.worker_class, [])[: each.workers]

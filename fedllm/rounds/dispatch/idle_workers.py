@@ -10,7 +10,7 @@ from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of
 from fedllm.storage.records import SubmissionRecord, TaskRecord
 
 
-def lingering_workers(
+def find_idle_workers(
     run: Run, paths: RoundPaths, *, excluded_nodes: Collection[str]
 ) -> Mapping[str, list[str]]:
     """Return class -> running tasks of earlier attempts that have nothing to do."""
@@ -23,7 +23,7 @@ def lingering_workers(
         for attempt in attempts
         for record in map(TaskRecord.read, attempt.task_files())
     }
-    running = set(_running(run, [task for a in attempts for task in workers_of(run, a)]))
+    running = set(_running(run, [task for a in attempts for task in all_tasks(run, a)]))
     for task, record in sorted(records.items()):
         is_free = task in running and record.state == "lingering"
         if is_free and record.node not in excluded_nodes:
@@ -31,23 +31,23 @@ def lingering_workers(
     return found
 
 
-def workers_of(run: Run, attempt: AttemptPaths) -> list[str]:
+def all_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
     """Return the tasks of an attempt, its own and those that it took over."""
     plan = run.known_records.find(SubmissionRecord, attempt.submission)
     return [*known_tasks(run, attempt), *(plan.adopted if plan else [])]
 
 
-def at_work(run: Run, attempt: AttemptPaths) -> list[str]:
+def busy_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
     """Return the tasks of an attempt that may still train: they live and do not linger."""
-    ids = workers_of(run, attempt)
+    ids = all_tasks(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
     alive = [task for task, state in states.items() if state is not TaskState.GONE]
     if not run.config.scheduler.linger_minutes:
         return alive
-    return [task for task in alive if not _lingers(run, attempt, task, states[task])]
+    return [task for task in alive if not _is_idle(run, attempt, task, states[task])]
 
 
-def _lingers(run: Run, attempt: AttemptPaths, task: str, state: TaskState) -> bool:
+def _is_idle(run: Run, attempt: AttemptPaths, task: str, state: TaskState) -> bool:
     record = run.known_records.find(TaskRecord, attempt.task(task))
     return state is TaskState.RUNNING and record is not None and record.state == "lingering"
 

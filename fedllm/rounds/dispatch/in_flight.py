@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
-from fedllm.rounds.dispatch.idle_workers import at_work
+from fedllm.rounds.dispatch.idle_workers import busy_tasks
 from fedllm.rounds.dispatch.submissions import active_tasks, known_tasks, unsent_arrays
 from fedllm.rounds.run import Run
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, attempts_of
@@ -49,7 +49,7 @@ def _work(run: Run, submissions: Iterator[JobPaths]) -> InFlight | None:
     for paths in submissions:
         is_short = is_short or _lacks_workers(run, paths)
         if isinstance(paths, AttemptPaths):
-            tasks += at_work(run, paths)
+            tasks += busy_tasks(run, paths)
             look_again = _look_again_minutes(run, paths.round, is_short=is_short)
         else:
             tasks += active_tasks(run.scheduler, known_tasks(run, paths))

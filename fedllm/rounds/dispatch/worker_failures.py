@@ -7,7 +7,7 @@ from pathlib import Path
 from fedllm.config.models import SbatchOptions
 from fedllm.errors import Incomplete, OutOfMemory
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
-from fedllm.rounds.dispatch.idle_workers import workers_of
+from fedllm.rounds.dispatch.idle_workers import all_tasks
 from fedllm.rounds.dispatch.submissions import is_mine, known_tasks, settle, was_preempted
 from fedllm.rounds.dispatch.waves import has_unclaimed
 from fedllm.rounds.run import Run
@@ -30,7 +30,7 @@ _A_NODES_FAULT = {EndReason.FAILED, EndReason.NODE_LOST}
 _MEMORY_GROWTH = 1.5
 
 
-def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
+def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
     """Cancel running tasks whose progress has not changed for `scheduler.hung_minutes`.
 
     Counted on this coordinator's own clock; a worker that lingers has nothing to say. Workers
@@ -42,7 +42,7 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
     hung_seconds = 60.0 * run.config.scheduler.hung_minutes
     if not run.observations.is_due(("silent", attempt.root), min(60.0, hung_seconds / 4)):
         return
-    ids = workers_of(run, attempt)
+    ids = all_tasks(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
     running = [task for task, state in states.items() if state is TaskState.RUNNING]
     for task in [task for task in running if task not in run.observations.cancelled]:
@@ -61,15 +61,15 @@ def end_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         run.say(f"{task}: {why}; cancelled, its clients train elsewhere")
 
 
-def end_idle_workers(run: Run, attempt: AttemptPaths) -> None:
+def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
     """Cancel tasks that wait in the queue once every bundle is taken by others.
 
     They would start for nothing, and until then take room under the limits. A requeued task that
     waits holds bundles: it stays.
     """
-    if not run.observations.is_due(("idle", attempt.root), run.config.scheduler.query_seconds):
+    if not run.observations.is_due(("queued", attempt.root), run.config.scheduler.query_seconds):
         return
-    waiting, _ = idle_and_running(run, attempt)
+    waiting, _ = waiting_and_running(run, attempt)
     if not waiting:
         return
     holders = run.observations.holders.get(attempt.root)
@@ -85,7 +85,7 @@ def end_idle_workers(run: Run, attempt: AttemptPaths) -> None:
         run.scheduler.cancel(idle)
 
 
-def idle_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[str]]:
+def waiting_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[str]]:
     """Return the tasks of an attempt that wait in the queue, and those that may be at work."""
     ids = known_tasks(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
