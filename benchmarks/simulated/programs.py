@@ -10,7 +10,7 @@ from benchmarks.simulated.cluster import Running, Task
 from benchmarks.simulated.federation import MODULES, Recorded, prepared_record
 from benchmarks.simulated.worker import Attempt, Trained, Worker
 from fedllm.config.loading import read_config
-from fedllm.planning.evaluation import choose
+from fedllm.planning.evaluation import choose_targets
 from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
@@ -97,7 +97,9 @@ class Programs:
         paths = RoundPaths(root=target)
         run = paths.run
         scores = Scores(rows=1, loss=1.0 / (1 + paths.number), rouge_l=0.5, exact_match=0.5)
-        targets = choose(read_config(run.config), PreparedRecord.read(run.prepared), paths.number)
+        targets = choose_targets(
+            read_config(run.config), PreparedRecord.read(run.prepared), paths.number
+        )
         EvaluationRecord(
             round=paths.number,
             state_sha256="",

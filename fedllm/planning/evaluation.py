@@ -37,7 +37,7 @@ def is_complete(section: EvaluationSection, round_number: int, rounds: int) -> b
     return section.complete_at_end and round_number in {0, rounds}
 
 
-def choose(config: Config, prepared: PreparedRecord, round_number: int) -> list[Target]:
+def choose_targets(config: Config, prepared: PreparedRecord, round_number: int) -> list[Target]:
     """Return what a round's evaluation scores.
 
     Subsets are fixed by `clients.split_seed`, the same in every round: at most

@@ -33,7 +33,7 @@ class Outlier:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class UpdateSizes:
     """How much a client changes each of some modules, in their order: upper bounds of norms."""
 
     client: str
@@ -47,7 +47,7 @@ def size_bound(*, scale: float, norms: tuple[float, float]) -> float:
     return abs(scale) * norm_a * norm_b
 
 
-def find_outliers(clients: Iterable[Sizes], *, factor: float) -> dict[str, list[Outlier]]:
+def find_outliers(clients: Iterable[UpdateSizes], *, factor: float) -> dict[str, list[Outlier]]:
     """Return what is too large per client, the furthest above its limit first.
 
     A module's limit is `factor` times the (upper) median over the clients that change it at all:
@@ -55,7 +55,7 @@ def find_outliers(clients: Iterable[Sizes], *, factor: float) -> dict[str, list[
     outliers. Fewer than half of those that are compared can be outliers; of one or two, none.
 
     Args:
-        clients: the round's clients; the order does not matter. Sizes are >= 0.
+        clients: the round's clients; the order does not matter. UpdateSizes are >= 0.
         factor: above 1.
     """
     by_module: dict[str, list[tuple[float, str]]] = {}

@@ -79,7 +79,7 @@ def by_flag(options: Mapping[str, Value]) -> dict[str, Value]:
     return {flag_name(key): value for key, value in options.items()}
 
 
-def reason_against(name: str, value: object) -> str | None:
+def refusal_reason(name: str, value: object) -> str | None:
     """Return why an option is not the user's to set, or is none; None: it may be given.
 
     sbatch takes a name that is cut short, too: `ntasks-per-no`.

@@ -16,7 +16,7 @@ from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
 from fedllm.packing.precision import precision
 from fedllm.packing.slots import AdapterSlots
-from fedllm.planning.evaluation import Target, choose, is_complete
+from fedllm.planning.evaluation import Target, choose_targets, is_complete
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
@@ -69,7 +69,7 @@ class Scorer:
         """Return the scores of the clients and rows that round `chosen_as_in` evaluates."""
         begun = time.perf_counter()
         config = self.federation.config
-        targets = choose(config, self.federation.prepared, chosen_as_in)
+        targets = choose_targets(config, self.federation.prepared, chosen_as_in)
         deployed = self.as_deployed(targets)
         # before training B is zero, unless the run starts from an adapter: any rank is the base
         changed = round_number or config.model.adapter
@@ -145,7 +145,7 @@ def evaluate_state(
     held = scorer.federation.largest_ranks
     ranks = {module: min(rank, held[module]) for module in held}
     begun = time.perf_counter()
-    targets = choose(scorer.federation.config, scorer.federation.prepared, last)
+    targets = choose_targets(scorer.federation.config, scorer.federation.prepared, last)
     found = scorer.at(ranks, targets)
     return _record(
         targets, found, found, round_number=round_number, sha256=scorer.sha256, begun=begun
@@ -172,7 +172,7 @@ def evaluate_adapter(
     _refuse_head(folder, opened.factors)
     leaves = tuple(sorted({module.rpartition(".")[2] for module in opened.factors}))
     lora = config.lora.model_copy(update={"target_modules": leaves})
-    targets = choose(config, prepared, config.rounds)
+    targets = choose_targets(config, prepared, config.rounds)
     slots = session.slots(config.model_copy(update={"lora": lora}), prepared)
     adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
     slots.install(adapter)

@@ -9,7 +9,7 @@ from fedllm.planning.federation import Federation
 from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
 from fedllm.rounds.dispatch.preflight import check_jobs
-from fedllm.rounds.dispatch.submissions import single_job
+from fedllm.rounds.dispatch.submissions import run_single_job
 from fedllm.rounds.finishing import finish_rounds
 from fedllm.rounds.run import Run
 from fedllm.rounds.training import train
@@ -43,7 +43,7 @@ def prepare(run: Run) -> Federation | None:
             f"prepare: model {section.model.path}, data {section.data.path}; "
             f"progress in {run.paths.logs(0)}"
         )
-    single_job(
+    run_single_job(
         run,
         kind="prepare",
         folder=run.paths.prepare_job,

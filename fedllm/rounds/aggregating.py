@@ -5,7 +5,7 @@ import hashlib
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.evaluation import is_evaluated
 from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
-from fedllm.rounds.dispatch.submissions import single_job
+from fedllm.rounds.dispatch.submissions import run_single_job
 from fedllm.rounds.run import Run
 from fedllm.storage.paths import aside
 from fedllm.storage.records import AggregateRecord
@@ -20,7 +20,7 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
     """
     paths = run.paths.round(number)
     try:
-        single_job(
+        run_single_job(
             run,
             kind="aggregate",
             folder=paths.aggregate_job,
@@ -39,7 +39,7 @@ def evaluate(run: Run, number: int) -> None:
     if not is_evaluated(run.config.evaluation, number, run.config.rounds):
         return
     paths = run.paths.round(number)
-    single_job(
+    run_single_job(
         run,
         kind="evaluate",
         folder=paths.evaluation_job,

@@ -62,18 +62,18 @@ class Chain:
         lost = self._lost_links()
         waiting = self._others()
         for surplus in waiting[1:]:
-            self.patiently(partial(slurm.cancel_job, surplus))
+            self.retry(partial(slurm.cancel_job, surplus))
         if waiting:
             record = CoordinatorJobRecord(job=waiting[0], mode="chained", lost=lost + 1)
             record.publish(self.paths.coordinator_job)
             return waiting[0]
-        return self.patiently(
+        return self.retry(
             lambda: slurm.submit_link(
                 self.paths, self.config, self.run_id, after=self.job, lost=lost + 1
             )
         )
 
-    def hand_over(self, successor: str, work: InFlight) -> str:
+    def start_successor_after(self, successor: str, work: InFlight) -> str:
         """Have the successor start when something will have changed; say when that is."""
         arrays = arrays_of(work.tasks)
         if not arrays:
@@ -81,28 +81,28 @@ class Chain:
             return "in a few minutes: there is no room for what it wants to submit"
         minutes = work.look_again_minutes
         if minutes is None:
-            self.patiently(lambda: slurm.start_after(successor, arrays))
+            self.retry(lambda: slurm.start_after(successor, arrays))
             return f"after {' and '.join(arrays)}"
         link = (self.job, minutes)
-        self.patiently(lambda: slurm.start_after_any(successor, arrays, minutes_after=link))
+        self.retry(lambda: slurm.start_after_any(successor, arrays, minutes_after=link))
         return f"after {' or '.join(arrays)}, at the latest {minutes} minutes after this one began"
 
     def postpone(self, successor: str) -> None:
         """Have the successor start, but not at once."""
         seconds = min(30 * self.config.scheduler.poll_seconds, LONGEST_WAIT_SECONDS)
-        self.patiently(lambda: slurm.start_later(successor, seconds))
+        self.retry(lambda: slurm.start_later(successor, seconds))
 
     def end(self) -> None:
         """Cancel what waits: the run is done, or must not go on by itself."""
         for job in self._others():
-            self.patiently(partial(slurm.cancel_job, job))
+            self.retry(partial(slurm.cancel_job, job))
 
-    def ends_orderly(self, successor: str) -> None:
+    def record_orderly_end(self, successor: str) -> None:
         """Record that this link was not lost."""
         record = CoordinatorJobRecord(job=successor, mode="chained")
         record.publish(self.paths.coordinator_job)
 
-    def patiently(self, ask: Callable[[], Answer]) -> Answer:
+    def retry(self, ask: Callable[[], Answer]) -> Answer:
         """Ask Slurm until it answers and has room, ever more rarely."""
         pause = self._backoff()
         while True:
@@ -116,7 +116,7 @@ class Chain:
     def _others(self) -> list[str]:
         """Return the links that wait, once none runs beside this one."""
         while True:
-            jobs = self.patiently(lambda: slurm.coordinator_jobs(self.run_id))
+            jobs = self.retry(lambda: slurm.coordinator_jobs(self.run_id))
             others = {job: state for job, state in jobs.items() if job != self.job}
             if TaskState.RUNNING not in others.values():
                 return list(others)
@@ -168,15 +168,15 @@ def _take_steps(chain: Chain, open_run: Callable[[], Run]) -> bool:
         work = advance_while_possible(open_run())
         if work is None:
             return True
-        chain.say(f"link {successor} goes on {chain.hand_over(successor, work)}")
+        chain.say(f"link {successor} goes on {chain.start_successor_after(successor, work)}")
     except (LeaseError, SchedulerUnreachable, SchedulerFull) as error:
         # the lease: a person goes on with the run, or cron, or a link that ends just now
         chain.say(f"{error}; link {successor} tries again in a while")
         chain.postpone(successor)
     except Stopped:
-        chain.ends_orderly(successor)
+        chain.record_orderly_end(successor)
         raise
-    chain.ends_orderly(successor)
+    chain.record_orderly_end(successor)
     return False
 
 

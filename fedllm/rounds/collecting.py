@@ -5,7 +5,7 @@ from statistics import median_high
 
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_of
-from fedllm.rounds.outliers import Checked, UnreadableUpdateError, check_outliers, clipped
+from fedllm.rounds.outliers import CheckedUpdates, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import JobPaths, RoundPaths, aside, attempts_of
@@ -85,10 +85,10 @@ def _failures(cohort: CohortRecord, scan: Scan) -> dict[str, str]:
     }
 
 
-def _as_before(first: CollectionRecord, updates: Sequence[CollectedUpdate]) -> Checked:
+def _as_before(first: CollectionRecord, updates: Sequence[CollectedUpdate]) -> CheckedUpdates:
     """Treat a replaced collection's clients as it did: with others left out the median differs."""
     clips = {update.client: update.clipped for update in first.updates}
-    return Checked(
+    return CheckedUpdates(
         updates=[clipped(update, clips[update.client]) for update in updates],
         rejected=first.failed,
     )

@@ -10,7 +10,7 @@ from fedllm.errors import Incomplete
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
-from fedllm.rounds.dispatch.in_flight import InFlight, work_of
+from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
@@ -50,8 +50,8 @@ def advance_while_possible(run: Run) -> InFlight | None:
     try:
         redo_damaged_state(run)
         while not advance(run):
-            work = work_of(run)
-            if work.waits_for_room or (work.tasks and not run.known_records.is_settling):
+            work = find_in_flight(run)
+            if work.waits_for_room or (work.tasks and not run.known_records.is_waiting):
                 return work
             run.scheduler.wait(run.config.scheduler.poll_seconds)
         return None

@@ -80,7 +80,7 @@ class KnownRecords:
         """Let the next scan read every update file again."""
         self._scanner = None
 
-    def settled(self, path: Path) -> bool:
+    def wait_is_over(self, path: Path) -> bool:
         """Say whether what is missing or damaged under `path` cannot be on its way any more.
 
         Counts on this process's own clock from the first time it was asked: no decision compares
@@ -90,7 +90,7 @@ class KnownRecords:
         return time.monotonic() - since >= self._visibility_seconds
 
     @property
-    def is_settling(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether anything that was asked for by `settled` may still be on its way."""
         now = time.monotonic()
         return any(now - since < self._visibility_seconds for since in self._first_seen.values())

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedllm.planning.outlier_norms import Outlier, Sizes, find_outliers, size_bound
+from fedllm.planning.outlier_norms import Outlier, UpdateSizes, find_outliers, size_bound
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths
@@ -14,7 +14,7 @@ _NAMED = 5  # clients in the log: the collection lists all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class CheckedUpdates:
     """The updates that a round uses, and why it uses others not."""
 
     updates: list[CollectedUpdate]
@@ -30,7 +30,7 @@ class UnreadableUpdateError(Exception):
         self.file = file
 
 
-def check_outliers(run: Run, paths: RoundPaths, updates: list[CollectedUpdate]) -> Checked:
+def check_outliers(run: Run, paths: RoundPaths, updates: list[CollectedUpdate]) -> CheckedUpdates:
     """Clip or reject clients by `aggregation.outliers`, or keep all as they are.
 
     A function of the updates alone: their order and files do not matter.
@@ -40,12 +40,12 @@ def check_outliers(run: Run, paths: RoundPaths, updates: list[CollectedUpdate]) 
     """
     section = run.config.aggregation
     if section.outliers == "keep":
-        return Checked(updates=updates, rejected={})
+        return CheckedUpdates(updates=updates, rejected={})
     found = find_outliers(_sizes(paths, updates), factor=section.outlier_factor)
     if section.outliers == "reject":
         rejected = {client: _reason(outliers) for client, outliers in found.items()}
         kept = [update for update in updates if update.client not in rejected]
-        return Checked(updates=kept, rejected=rejected)
+        return CheckedUpdates(updates=kept, rejected=rejected)
     for client, outliers in list(found.items())[:_NAMED]:
         run.say(f"round {paths.number}: {client} is scaled down: {_reason(outliers)}")
     if len(found) > _NAMED:
@@ -53,7 +53,7 @@ def check_outliers(run: Run, paths: RoundPaths, updates: list[CollectedUpdate]) 
             f"round {paths.number}: {len(found) - _NAMED} other clients are scaled down; "
             f"{paths.collection.name} lists them"
         )
-    return Checked(
+    return CheckedUpdates(
         updates=[clipped(u, _factors(found.get(u.client, []))) for u in updates], rejected={}
     )
 
@@ -72,7 +72,7 @@ def _reason(outliers: Sequence[Outlier]) -> str:
     return f"{worst}{f', and {others} other modules' if others else ''}"
 
 
-def _sizes(paths: RoundPaths, updates: Sequence[CollectedUpdate]) -> Iterator[Sizes]:
+def _sizes(paths: RoundPaths, updates: Sequence[CollectedUpdate]) -> Iterator[UpdateSizes]:
     """Read the norms again: a coordinator does not hold them, they grow with the modules."""
     files = {update.file: update.sha256 for update in updates}
     wanted = {update.client for update in updates}
@@ -86,7 +86,7 @@ def _sizes(paths: RoundPaths, updates: Sequence[CollectedUpdate]) -> Iterator[Si
         yield from (_size(update.record) for update in found if update.record.client in wanted)
 
 
-def _size(record: UpdateRecord) -> Sizes:
+def _size(record: UpdateRecord) -> UpdateSizes:
     modules = tuple(record.norms)
     bounds = [size_bound(scale=record.scales[m], norms=record.norms[m]) for m in modules]
-    return Sizes(client=record.client, modules=modules, values=bounds)
+    return UpdateSizes(client=record.client, modules=modules, values=bounds)

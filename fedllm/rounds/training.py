@@ -14,7 +14,7 @@ from fedllm.rounds.dispatch.worker_failures import (
     cancel_queued_tasks,
     cancel_silent_workers,
     close_attempt,
-    fruitless,
+    count_fruitless_attempts,
     waiting_and_running,
 )
 from fedllm.rounds.run import Run
@@ -37,18 +37,20 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     paths = run.paths.round(cohort.round)
     scan = scan_updates(run, federation, cohort)
     number = run.observations.attempts.get(cohort.round) or paths.last_attempt()
-    if is_enough(run, cohort, scan, paths):
+    if has_enough_updates(run, cohort, scan, paths):
         _end_stragglers(run, paths, number, cohort, scan)
         return scan
     if number:
         attempt = paths.attempt(number)
-        if _goes_on(run, attempt, cohort) or not run.known_records.settled(attempt.root):
+        if _goes_on(run, attempt, cohort) or not run.known_records.wait_is_over(attempt.root):
             run.observations.training_seconds = run.observations.training_seconds_of(attempt.root)
             return None
         # what was published while the tasks were found gone
         scan = scan_updates(run, federation, cohort)
         close_attempt(run, attempt)
-        if is_enough(run, cohort, scan, paths) or not _may_retry(run, attempt, scan, cohort):
+        if has_enough_updates(run, cohort, scan, paths) or not _may_retry(
+            run, attempt, scan, cohort
+        ):
             return scan
     wanted = replaced_clients(run, paths)
     missing = [c for c in _missing(cohort, scan) if wanted is None or c.id in wanted]
@@ -56,10 +58,10 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     run.observations.attempts[cohort.round] = number + 1
     # an inline scheduler is through by now
     scan = scan_updates(run, federation, cohort)
-    return scan if is_enough(run, cohort, scan, paths) else None
+    return scan if has_enough_updates(run, cohort, scan, paths) else None
 
 
-def is_enough(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundPaths) -> bool:
+def has_enough_updates(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundPaths) -> bool:
     """Say whether a round needs no further update.
 
     All clients sent one, or as many valid ones came as the cohort was to have, or the quorum did
@@ -102,7 +104,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
 
 def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
     path = run.paths.round(cohort.round).updates / name
-    if not run.known_records.settled(path):
+    if not run.known_records.wait_is_over(path):
         return False
     run.lease.check()
     path.rename(aside(path, "damaged"))
@@ -168,7 +170,7 @@ def _may_retry(run: Run, attempt: AttemptPaths, scan: Scan, cohort: CohortRecord
     # where others of the attempt trained it may be one node's fault; a full disk is everybody's
     if isinstance(error, UserError | Incomplete) and (_is_full(attempt) or not brought):
         raise error
-    if fruitless(run, attempt, scan) < run.config.scheduler.max_attempts:
+    if count_fruitless_attempts(run, attempt, scan) < run.config.scheduler.max_attempts:
         return True
     if scan.valid >= quorum_of(run.config.clients, cohort):
         return False

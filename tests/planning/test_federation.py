@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError
-from fedllm.planning.evaluation import Target, choose, is_complete, is_evaluated
+from fedllm.planning.evaluation import Target, choose_targets, is_complete, is_evaluated
 from fedllm.planning.federation import plan_federation
 from fedllm.storage.records import ClientRecord
 from tests.planning.federations import client, client_lists, config_of, prepared_of
@@ -46,7 +46,7 @@ def test_what_does_not_fit_the_data_is_told_before_anything_starts() -> None:
 def scored(**changes: object) -> list[Target]:
     clients = {"clients__dev": 2, "clients__unseen": 2}
     config = config_of(rounds=4, **clients, **changes)
-    return choose(config, prepared_of(TEN), 2)
+    return choose_targets(config, prepared_of(TEN), 2)
 
 
 def test_all_roles_are_scored_on_all_rows_unless_limited() -> None:
@@ -71,13 +71,13 @@ def test_limits_are_per_group_and_per_client_and_draw_subsets_in_order() -> None
 def test_the_subset_is_the_same_in_every_round(number: int, other: int) -> None:
     config = config_of(rounds=4, evaluation__clients=3, evaluation__rows_per_client=2)
     prepared = prepared_of(TEN)
-    assert choose(config, prepared, number) == choose(config, prepared, other)
+    assert choose_targets(config, prepared, number) == choose_targets(config, prepared, other)
 
 
 def test_another_split_seed_scores_another_subset() -> None:
     limits = {"evaluation__clients": 3, "evaluation__rows_per_client": 2}
     subsets = [
-        choose(config_of(rounds=9, clients__split_seed=s, **limits), prepared_of(TEN), 1)
+        choose_targets(config_of(rounds=9, clients__split_seed=s, **limits), prepared_of(TEN), 1)
         for s in range(3)
     ]
     assert len({str(subset) for subset in subsets}) == 3
@@ -86,14 +86,20 @@ def test_another_split_seed_scores_another_subset() -> None:
 def test_at_the_start_and_the_end_everyone_is_scored() -> None:
     config = config_of(rounds=4, evaluation__clients=1, evaluation__rows_per_client=1)
     prepared = prepared_of(TEN)
-    assert [len(choose(config, prepared, number)) for number in range(5)] == [10, 1, 1, 1, 10]
+    assert [len(choose_targets(config, prepared, number)) for number in range(5)] == [
+        10,
+        1,
+        1,
+        1,
+        10,
+    ]
     section = config_of(evaluation__complete_at_end=False).evaluation
     assert not any(is_complete(section, number, 4) for number in range(5))
 
 
 def test_a_client_without_test_rows_is_not_scored() -> None:
     clients = [client("a"), client("b", test=0)]
-    assert [t.client for t in choose(config_of(), prepared_of(clients), 0)] == ["a"]
+    assert [t.client for t in choose_targets(config_of(), prepared_of(clients), 0)] == ["a"]
 
 
 def test_rounds_are_scored_at_the_start_at_every_nth_and_at_the_end() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.planning.outlier_norms import Outlier, Sizes, find_outliers, size_bound
+from fedllm.planning.outlier_norms import Outlier, UpdateSizes, find_outliers, size_bound
 
 MODULES = ("layer.q_proj", "layer.up_proj")
 Round = dict[str, tuple[float, float]]
@@ -23,7 +23,10 @@ factors = st.sampled_from([1.001, 1.5, 2.0, 10.0, 1e4])
 
 def outliers(clients: Round, factor: float) -> dict[str, list[Outlier]]:
     return find_outliers(
-        [Sizes(client=name, modules=MODULES, values=sizes) for name, sizes in clients.items()],
+        [
+            UpdateSizes(client=name, modules=MODULES, values=sizes)
+            for name, sizes in clients.items()
+        ],
         factor=factor,
     )
 
@@ -151,8 +154,8 @@ def test_the_bound_of_a_change_is_reached_where_its_factors_are_of_one_rank(
 
 def test_clients_may_change_different_modules() -> None:
     sizes = [
-        Sizes(client="a", modules=("x",), values=[1.0]),
-        Sizes(client="b", modules=("x", "y"), values=[1.0, 500.0]),
-        Sizes(client="c", modules=("x",), values=[100.0]),
+        UpdateSizes(client="a", modules=("x",), values=[1.0]),
+        UpdateSizes(client="b", modules=("x", "y"), values=[1.0, 500.0]),
+        UpdateSizes(client="c", modules=("x",), values=[100.0]),
     ]
     assert places(find_outliers(sizes, factor=10.0)) == {("c", "x")}

@@ -1,6 +1,6 @@
 import pytest
 
-from fedllm.planning.sbatch_options import by_flag, flag_name, reason_against, time_minutes
+from fedllm.planning.sbatch_options import by_flag, flag_name, refusal_reason, time_minutes
 
 
 def test_options_go_by_their_long_flags_however_they_are_written() -> None:
@@ -22,10 +22,10 @@ def test_options_go_by_their_long_flags_however_they_are_written() -> None:
 def test_what_would_change_what_a_task_is_may_not_be_given(written: str) -> None:
     name = flag_name(written)
     for value in (3, "3", True):
-        reason = reason_against(name, value) or ""
+        reason = refusal_reason(name, value) or ""
         assert reason.startswith(f"got {value}; fedllm sets it (")
         assert reason.endswith("); remove it")
-    assert reason_against(name, None) is reason_against(name, False) is None
+    assert refusal_reason(name, None) is refusal_reason(name, False) is None
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_what_would_change_what_a_task_is_may_not_be_given(written: str) -> None
     ],
 )
 def test_what_leaves_a_task_one_process_may_be_given(name: str, value: object) -> None:
-    assert reason_against(name, value) is None
+    assert refusal_reason(name, value) is None
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_what_leaves_a_task_one_process_may_be_given(name: str, value: object) -
     ],
 )
 def test_an_option_that_hides_another_is_refused(name: str, value: object, told: str) -> None:
-    assert (reason_against(name, value) or "").startswith(told)
+    assert (refusal_reason(name, value) or "").startswith(told)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.catalog import method_of
 from fedllm.packing.sequences import common_prefix
-from fedllm.planning.evaluation import choose
+from fedllm.planning.evaluation import choose_targets
 from fedllm.planning.federation import plan_federation
 from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
@@ -50,7 +50,7 @@ def one_by_one(
     config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
     slots, data = session.slots(config, prepared), session.data(prepared.data_path)
     found: dict[str, Scores] = {}
-    for target in choose(config, prepared, 1):
+    for target in choose_targets(config, prepared, 1):
         slots.install(adapter_at(run, ranks[target.tier]))
         found |= score_targets(slots, data, [target], config)
     return found
@@ -71,7 +71,9 @@ def test_clients_are_scored_at_their_own_and_at_the_largest_rank(
     ranks = {tier: dict(of_tier) for tier, of_tier in federation.ranks.items()}
     deployed = one_by_one(run, session, ranks)
     largest = one_by_one(run, session, dict.fromkeys(ranks, federation.largest_ranks))
-    assert [c.client for c in record.clients] == [t.client for t in choose(config, prepared, 1)]
+    assert [c.client for c in record.clients] == [
+        t.client for t in choose_targets(config, prepared, 1)
+    ]
     for client in record.clients:
         assert_close(client.as_deployed, deployed[client.client])
         assert_close(client.at_largest_rank, largest[client.client])
@@ -92,7 +94,7 @@ def test_rows_of_a_client_are_read_together(run: RunPaths, session: Session) -> 
     """What a client's rows have in common is computed once, for their loss and their answers."""
     config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
     slots, data = session.slots(config, prepared), session.data(prepared.data_path)
-    targets = choose(config, prepared, 1)
+    targets = choose_targets(config, prepared, 1)
     clients = [[data.rows(t.client, "test")[index] for index in t.rows] for t in targets]
     texts = [[[*row.prompt_ids, *row.answer_ids] for row in rows] for rows in clients]
     shared = [common_prefix(of_client) for of_client in texts]

@@ -12,7 +12,7 @@ import torch
 
 from fedllm.config.loading import read_config, validate
 from fedllm.config.models import Config
-from fedllm.planning.evaluation import choose
+from fedllm.planning.evaluation import choose_targets
 from fedllm.planning.seeding import seed_of
 from fedllm.process.session import Session
 from fedllm.programs.entry_points import run as run_program
@@ -202,7 +202,9 @@ class Simulation:
         """Publish scores that say nothing."""
         run = paths.run
         scores = Scores(rows=1, loss=1.0 / (1 + paths.number), rouge_l=0.5, exact_match=0.5)
-        targets = choose(read_config(run.config), PreparedRecord.read(run.prepared), paths.number)
+        targets = choose_targets(
+            read_config(run.config), PreparedRecord.read(run.prepared), paths.number
+        )
         EvaluationRecord(
             round=paths.number,
             state_sha256="",

@@ -8,7 +8,7 @@ import pytest
 
 from fedllm.rounds.advance import advance
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
-from fedllm.rounds.dispatch.in_flight import InFlight, work_of
+from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight
 from fedllm.scheduling.seam import Job, SchedulerUnreachable
 from fedllm.storage.lease import Lease
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
@@ -106,7 +106,7 @@ def test_workers_that_linger_are_not_waited_for(tmp_path: Path, cluster: HandMov
     first, *others = cluster.alive
     cluster.start(first)
     cluster.note(first, "lingering")
-    assert set(work_of(run).tasks) == set(others)
+    assert set(find_in_flight(run).tasks) == set(others)
 
 
 def test_tasks_that_found_no_room_are_waited_for_too(tmp_path: Path) -> None:

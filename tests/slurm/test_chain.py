@@ -254,7 +254,7 @@ def test_a_link_keeps_one_successor_and_waits_until_no_other_runs(
     assert state_of(cluster, running) == "CANCELLED"
     noted = CoordinatorJobRecord.read(chain.paths.coordinator_job)
     assert noted == CoordinatorJobRecord(job=successor, mode="chained", lost=1)
-    chain.ends_orderly(successor)
+    chain.record_orderly_end(successor)
     assert CoordinatorJobRecord.read(chain.paths.coordinator_job).lost == 0
     chain.end()
     assert state_of(cluster, successor) == "CANCELLED"

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import asks_for_gpus, job_options
-from fedllm.planning.evaluation import choose, is_evaluated
+from fedllm.planning.evaluation import choose_targets, is_evaluated
 from fedllm.planning.federation import TERAFLOPS, Federation
 from fedllm.planning.workers import ClassPlan
 from fedllm.reporting.plan.plan_files import FolderPlan, folders_of_round
@@ -233,7 +233,7 @@ def _evaluation(config: Config, prepared: PreparedRecord) -> EvaluationPlan:
     """Return the cost of evaluations; those that score most are the base's and the last."""
     section = config.evaluation
     scored = [n for n in range(config.rounds + 1) if is_evaluated(section, n, config.rounds)]
-    targets = choose(config, prepared, config.rounds) if scored else []
+    targets = choose_targets(config, prepared, config.rounds) if scored else []
     rows = sum(len(target.rows) for target in targets)
     by_id = {client.id: client for client in prepared.clients}
     tokens = 0.0

@@ -32,7 +32,7 @@ class InFlight:
     look_again_minutes: int | None = None
 
 
-def work_of(run: Run) -> InFlight:
+def find_in_flight(run: Run) -> InFlight:
     """Return what is at work; evaluations where nothing else is, as no other step needs them."""
     return _work(run, _unfinished(run)) or _work(run, _unevaluated(run)) or InFlight(tasks=())
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedllm.errors import ConfigError, FedllmError, Incomplete, RunFailed, UserError
 from fedllm.planning.classes import job_options
-from fedllm.rounds.dispatch.visibility import unseen
+from fedllm.rounds.dispatch.visibility import visibility_problem
 from fedllm.rounds.run import Run
 from fedllm.scheduling.endings import reason_of
 from fedllm.scheduling.seam import (
@@ -40,12 +40,12 @@ def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> Non
 
 def _is_active(run: Run, paths: JobPaths, logs: Path) -> bool:
     """Say whether anything of a submission may still be at work, or has yet to be submitted."""
-    return not all_sent(run, paths, logs) or bool(
+    return not submit_unsent(run, paths, logs) or bool(
         active_tasks(run.scheduler, known_tasks(run, paths))
     )
 
 
-def all_sent(run: Run, paths: JobPaths, logs: Path) -> bool:
+def submit_unsent(run: Run, paths: JobPaths, logs: Path) -> bool:
     """Submit what a plan names and no record has an id of; False where there is no room yet.
 
     That was left by a coordinator that died between its intent and the record of the ids: its
@@ -193,7 +193,7 @@ def array_name(run: Run, round_number: int, step: str) -> str:
     return f"fedllm-{run.record.run_id}-r{round_number:04d}-{step}"
 
 
-def single_job(
+def run_single_job(
     run: Run,
     *,
     kind: SingleProgram,
@@ -223,11 +223,11 @@ def single_job(
         paths = folder(number)
         if (
             _is_active(run, paths, logs)
-            or not run.known_records.settled(paths.root)
+            or not run.known_records.wait_is_over(paths.root)
             or done.exists()
         ):
             return
-        outcome = settle(run, paths)
+        outcome = record_outcome(run, paths)
         if is_mine(run, paths):
             error = job_error(run, paths, logs, outcome)
             if isinstance(error, UserError | Incomplete) or _is_last(run, folder, number):
@@ -259,11 +259,11 @@ def is_mine(run: Run, paths: JobPaths) -> bool:
 
 def _is_last(run: Run, folder: Callable[[int], JobPaths], number: int) -> bool:
     mine = [folder(n) for n in range(1, number + 1) if is_mine(run, folder(n))]
-    spent = sum(not was_preempted(settle(run, paths)) for paths in mine)
+    spent = sum(not was_preempted(record_outcome(run, paths)) for paths in mine)
     return spent >= run.config.scheduler.max_attempts
 
 
-def settle(
+def record_outcome(
     run: Run,
     paths: JobPaths,
     *,
@@ -311,7 +311,7 @@ def job_error(run: Run, paths: JobPaths, logs: Path, outcome: OutcomeRecord) -> 
         return error_of(told)
     ended = "; ".join(f"{id_}: {ending}" for id_, ending in outcome.endings.items())
     kind = run.known_records.read(SubmissionRecord, paths.submission).kind
-    blind = unseen(run.paths.root, kind, outcome.endings, logs)
+    blind = visibility_problem(run.paths.root, kind, outcome.endings, logs)
     if blind:
         # no job of a run that begins so would fare better; later it may be one node's mount
         return UserError(blind) if kind == "prepare" else RunFailed(blind)

@@ -8,7 +8,7 @@ from fedllm.scheduling.log_names import has_log
 from fedllm.scheduling.seam import Ending, EndReason
 
 
-def nodes_without_sight(endings: Mapping[str, Ending], logs: Path) -> list[str]:
+def blind_nodes(endings: Mapping[str, Ending], logs: Path) -> list[str]:
     """Return the nodes on which a task failed before it could open its log in `logs`.
 
     A log is opened before the first line of a job runs: a failed task without one could not reach
@@ -24,9 +24,11 @@ def nodes_without_sight(endings: Mapping[str, Ending], logs: Path) -> list[str]:
     )
 
 
-def unseen(root: Path, kind: str, endings: Mapping[str, Ending], logs: Path) -> str | None:
+def visibility_problem(
+    root: Path, kind: str, endings: Mapping[str, Ending], logs: Path
+) -> str | None:
     """Return one line when nodes could not see the run directory `root`, else None."""
-    nodes = nodes_without_sight(endings, logs)
+    nodes = blind_nodes(endings, logs)
     if not nodes:
         return None
     return (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.workers import next_arrays
-from fedllm.rounds.dispatch.submissions import active_tasks, all_sent, known_tasks, submit
+from fedllm.rounds.dispatch.submissions import active_tasks, known_tasks, submit, submit_unsent
 from fedllm.rounds.run import Run
 from fedllm.scheduling.log_names import need_folders
 from fedllm.storage.paths import AttemptPaths
@@ -19,7 +19,7 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     Returns:
         Whether all are submitted that there are bundles for.
     """
-    if not all_sent(run, attempt, logs):
+    if not submit_unsent(run, attempt, logs):
         return False
     plan = run.known_records.read(SubmissionRecord, attempt.submission)
     if not any(_left(plan).values()):
@@ -27,7 +27,9 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     # each look may cost a question to the scheduler
     if not run.observations.is_due(("wave", attempt.root), run.config.scheduler.query_seconds):
         return False
-    if not has_unclaimed(run, attempt, [name for name, count in _left(plan).items() if count]):
+    if not has_unclaimed_bundles(
+        run, attempt, [name for name, count in _left(plan).items() if count]
+    ):
         return True
     arrays = next_wave(run, plan, _alive(run, attempt))
     if arrays:
@@ -112,7 +114,7 @@ def _alive(run: Run, attempt: AttemptPaths) -> dict[str, int]:
     return {name: len(alive.intersection(ids)) for name, ids in jobs.ids.items()} if jobs else {}
 
 
-def has_unclaimed(run: Run, attempt: AttemptPaths, classes: Iterable[str]) -> bool:
+def has_unclaimed_bundles(run: Run, attempt: AttemptPaths, classes: Iterable[str]) -> bool:
     """Say whether there are bundles of these classes that nobody took.
 
     A claim stays: each is looked for until it is there, and not again.

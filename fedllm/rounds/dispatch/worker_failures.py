@@ -8,8 +8,8 @@ from fedllm.config.models import SbatchOptions
 from fedllm.errors import Incomplete, OutOfMemory
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
 from fedllm.rounds.dispatch.idle_workers import all_tasks
-from fedllm.rounds.dispatch.submissions import is_mine, known_tasks, settle, was_preempted
-from fedllm.rounds.dispatch.waves import has_unclaimed
+from fedllm.rounds.dispatch.submissions import is_mine, known_tasks, record_outcome, was_preempted
+from fedllm.rounds.dispatch.waves import has_unclaimed_bundles
 from fedllm.rounds.run import Run
 from fedllm.scheduling.endings import exit_status, reason_of
 from fedllm.scheduling.seam import Ending, EndReason, TaskState
@@ -75,7 +75,7 @@ def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
     holders = run.observations.holders.get(attempt.root)
     if holders is None:
         plan = run.known_records.read(SubmissionRecord, attempt.submission)
-        if has_unclaimed(run, attempt, {bundle.worker_class for bundle in plan.bundles}):
+        if has_unclaimed_bundles(run, attempt, {bundle.worker_class for bundle in plan.bundles}):
             return
         # every bundle has its claim now: they are read once
         holders = {ClaimRecord.read(path).task for path in attempt.claim_files()}
@@ -101,10 +101,12 @@ def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
         return known
     paths = attempt.round
     before = (
-        settle(run, paths.attempt(attempt.number - 1)).checkpoints if attempt.number > 1 else {}
+        record_outcome(run, paths.attempt(attempt.number - 1)).checkpoints
+        if attempt.number > 1
+        else {}
     )
     checkpoints = {p.name: _modified_ns(p) for p in paths.checkpoint_files()}
-    outcome = settle(
+    outcome = record_outcome(
         run, attempt, checkpoints=checkpoints, progressed=bool(checkpoints.items() - before.items())
     )
     for line in _told(attempt, outcome):
@@ -122,7 +124,7 @@ def _told(attempt: AttemptPaths, outcome: OutcomeRecord) -> Iterator[str]:
         )
 
 
-def fruitless(run: Run, attempt: AttemptPaths, scan: Scan) -> int:
+def count_fruitless_attempts(run: Run, attempt: AttemptPaths, scan: Scan) -> int:
     """Return how many attempts, to the last, brought no update and no checkpoint further.
 
     Those that preemption ended are passed over: it never counts. So are those before a person

@@ -9,7 +9,7 @@ from fedllm.planning.sbatch_options import (
     PROCESSES,
     by_flag,
     flag_name,
-    reason_against,
+    refusal_reason,
     time_minutes,
 )
 from fedllm.scheduling.seam import Option
@@ -102,7 +102,7 @@ def sbatch_flags(
     problems = [
         f"{key_of(name, value, sbatch=sbatch, program=program)}: {reason}"
         for name, value in given.items()
-        if (reason := reason_against(name, value))
+        if (reason := refusal_reason(name, value))
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -127,7 +127,7 @@ def owned_problems(sbatch: SbatchSection) -> list[str]:
         f"scheduler.sbatch.{name}.{key}: {reason}"
         for name, options in sections
         for key, value in options.items()
-        if (reason := reason_against(flag_name(key), value))
+        if (reason := refusal_reason(flag_name(key), value))
     ]
 
 
