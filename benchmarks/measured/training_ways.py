@@ -17,7 +17,7 @@ from fedllm.packing.losses import cross_entropies, forward
 from fedllm.packing.micro_batches import PACKERS, Cut
 from fedllm.packing.sequences import Packed, pack, shared_prefix, text_of
 from fedllm.packing.slots import AdapterSlots
-from fedllm.planning.grouping import GROUP_WAY
+from fedllm.planning.grouping import GROUP_LAYOUT
 from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.step_plan import Draws, plan_steps
@@ -127,11 +127,11 @@ def _selected(bench: Bench, clients: Sequence[Client]) -> Taken:
 
 def _co_trained(bench: Bench, clients: Sequence[Client]) -> Taken:
     members = [Member(received=lambda: bench.adapter, rows=c.rows, draws=c.draws) for c in clients]
-    set_way(bench.slots.model, GROUP_WAY)
+    set_way(bench.slots.model, GROUP_LAYOUT)
     results = Together(slots=bench.slots, settings=bench.settings).train(members)
     set_way(bench.slots.model, bench.way)
     seconds = sum(result.stats.step_seconds for result in results)
-    return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, GROUP_WAY))
+    return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, GROUP_LAYOUT))
 
 
 def _packed_tokens(bench: Bench, clients: Sequence[Client], way: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fedllm.config.models import TrainingSection
 from fedllm.storage.records import CohortClient, WayRecord
 
-GROUP_WAY = "parts"
+GROUP_LAYOUT = "parts"
 """The way in which several clients' rows are computed together, on every kind of device.
 
 No part of a sequence ever meets another client's, so that what is not finite stays where it is.
@@ -54,7 +54,7 @@ class Engine:
 
     name: str
     clients_at_once: int = 1
-    way: str | None = None
+    layout: str | None = None
 
     def groups(
         self, clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]
@@ -62,17 +62,19 @@ class Engine:
         """Return who of a whole cohort trains together; `ranks` are tier -> module -> rank."""
         return group_clients(clients, ranks, self.clients_at_once)
 
-    def has_way(self, way: WayRecord | None) -> bool:
+    def has_layout(self, layout: WayRecord | None) -> bool:
         """Say whether a base with this way, None for padded rows, has the one that it needs."""
-        return self.way is None or (way is not None and way.cpu == self.way)
+        return self.layout is None or (layout is not None and layout.cpu == self.layout)
 
-    def refusal(self, way: WayRecord | None) -> str | None:
+    def refusal(self, layout: WayRecord | None) -> str | None:
         """Return why it cannot train on a base with this way, and what to set instead."""
-        if self.has_way(way):
+        if self.has_layout(layout):
             return None
-        found = f"rows are {way.cpu} ({way.why})" if way and way.why else "rows are padded"
+        rows = "rows are padded"
+        if layout and layout.why:
+            rows = f"rows are {layout.cpu} ({layout.why})"
         return (
-            f"training.clients_per_batch: got {self.clients_at_once}, but with this base {found}, "
+            f"training.clients_per_batch: got {self.clients_at_once}, but with this base {rows}, "
             "in which clients cannot train together; need 1"
         )
 
@@ -81,7 +83,7 @@ def engine_of(training: TrainingSection) -> Engine:
     """Return the engine that a configuration asks for."""
     if training.clients_per_batch == 1:
         return Engine(name="plain")
-    return Engine(name="together", clients_at_once=training.clients_per_batch, way=GROUP_WAY)
+    return Engine(name="together", clients_at_once=training.clients_per_batch, layout=GROUP_LAYOUT)
 
 
 def group_clients(

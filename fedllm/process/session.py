@@ -184,7 +184,7 @@ class Session:
 def _way_of_engine(config: Config, prepared: PreparedRecord) -> str | None:
     """Return the way that the run's engine needs, where it needs one and the base has it."""
     engine = engine_of(config.training)
-    return engine.way if engine.has_way(prepared.way) else None
+    return engine.layout if engine.has_layout(prepared.way) else None
 
 
 def way_of(prepared: PreparedRecord, device: str) -> str:

@@ -18,7 +18,7 @@ from fedllm.packing.precision import precision
 from fedllm.packing.sequences import Packed
 from fedllm.packing.slots import AdapterSlots
 from fedllm.packing.stacked_adapters import StackedPass
-from fedllm.planning.grouping import GROUP_WAY
+from fedllm.planning.grouping import GROUP_LAYOUT
 from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
 from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress
@@ -68,7 +68,7 @@ class _Group:
     ) -> None:
         self._begun = time.perf_counter()
         self._slots, self._settings = slots, settings
-        assert slots.way == GROUP_WAY, f"rows are {slots.way}: clients cannot train together"
+        assert slots.way == GROUP_LAYOUT, f"rows are {slots.way}: clients cannot train together"
         installed = slots.install_group([member.received() for member in members])
         self._loops = [
             Loop(slots, own, member.rows, settings, member.draws)
@@ -109,7 +109,7 @@ class _Group:
     def step(self, number: int) -> None:
         """Take a step of every member that has one."""
         active = [n for n, loop in enumerate(self._loops) if number < loop.num_steps]
-        passes = {n: self._loops[n].passes(number, GROUP_WAY) for n in active}
+        passes = {n: self._loops[n].passes(number, GROUP_LAYOUT) for n in active}
         # of the base's own dropouts, where it has any
         reseed(self._loops[active[0]].draws.step(number), self._slots.device)
         begun = time.perf_counter()
@@ -135,7 +135,7 @@ class _Group:
         pieces = [self._loops[n].pieces(number, each) for n, each in present.items()]
         self._slots.rows.enter(stacked.pieces(pieces))
         with precision(self._settings.training.precision, self._slots.device):
-            return stacked.loss_sums(self._slots.model, GROUP_WAY)
+            return stacked.loss_sums(self._slots.model, GROUP_LAYOUT)
 
     @staticmethod
     def _packed(one: Pass) -> Packed:
