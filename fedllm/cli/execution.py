@@ -9,7 +9,7 @@ from pathlib import Path
 from fedllm.cli.options import configuration, existing_run, say
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
-from fedllm.methods.catalog import check_names
+from fedllm.methods.catalog import check_method
 from fedllm.rounds.chaining import take_link, this_link
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.dispatch.in_flight import is_done
@@ -129,7 +129,7 @@ def opened(root: Path, config: Config, *, take_over: bool = False, unattended: b
         ConfigError: options of sbatch that fedllm sets itself.
         RunDirectoryError: it cannot be used, or its path not be said to Slurm.
     """
-    check_names(config.method.name, config.method.local)
+    check_method(config.method)
     refuse_owned(config.scheduler)
     refuse_place(config, RunPaths(root=root.resolve()))
     return open_run(

@@ -18,6 +18,8 @@ from fedllm.errors import ConfigError
 ENVIRONMENT = {"model.path": "FEDLLM_MODEL", "data.path": "FEDLLM_DATA"}
 # keys of earlier versions that changed no result: a run that has them in its file ignores them
 _REMOVED_KEYS = (("aggregation", "fold_ahead"),)
+# result keys of later versions: at these values a run keeps the fingerprint that it began with
+_ADDED_KEYS: Mapping[str, Any] = {"method.options": {}}
 # setting one of these keys unsets the other
 _EXCLUSIVE_KEYS = {"clients.cohort.count": "fraction", "clients.cohort.fraction": "count"}
 
@@ -106,7 +108,11 @@ def flatten(
 
 def result_fingerprint(config: Config) -> str:
     """Return the SHA-256 of all result keys."""
-    result = {key: value for key, (kind, value) in flatten(config).items() if kind == "result"}
+    result = {
+        key: value
+        for key, (kind, value) in flatten(config).items()
+        if kind == "result" and not (key in _ADDED_KEYS and value == _ADDED_KEYS[key])
+    }
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 

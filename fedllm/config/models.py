@@ -28,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 RankSpec = PositiveInt | dict[str, PositiveInt]
 RowFormat = Literal["auto", "alpaca", "messages", "sharegpt", "completion"]
 SbatchOptions = dict[str, str | int | float | bool | None]
+MethodOptions = dict[str, str | int | float | bool | None]
 
 
 def _raise_lines(lines: Sequence[str]) -> None:
@@ -196,10 +197,14 @@ class TrainingSection(Section):
 
 
 class MethodSection(Section):
-    """Federated method: `name` is the server side, `local` the client side."""
+    """Federated method: `name` is the server side with its `options`, `local` the client side.
+
+    `fedllm.methods.options` checks the options: each method has its own.
+    """
 
     name: str = "flexlora"
     local: str = "fedit"
+    options: MethodOptions = {}
 
 
 class AggregationSection(Section):

@@ -33,8 +33,20 @@ _NEEDS = {
 _Problem = Mapping[str, Any]
 
 
-def problem_lines(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for every wrong key of `raw`, the configuration that was validated."""
+def problem_lines(
+    error: ValidationError,
+    raw: Mapping[str, Any],
+    model: type[BaseModel] = Config,
+    prefix: str = "",
+) -> Iterator[str]:
+    """Yield one line for every wrong key.
+
+    Args:
+        error: what pydantic raised.
+        raw: the values that were validated.
+        model: the model that refused them.
+        prefix: the path of the model's keys, with its last dot.
+    """
     by_key: dict[str, list[_Problem]] = {}
     for problem in error.errors():
         key = ".".join(_key_parts(problem["loc"], problem["type"], raw))
@@ -42,7 +54,9 @@ def problem_lines(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[st
     for key, problems in by_key.items():
         # pydantic reports every member of a union that does not fit; the deepest key helps most
         if not any(other.startswith(f"{key}.") for other in by_key):
-            yield _line(key, problems)
+            unknown = problems[0]["type"] == "extra_forbidden"
+            guess = _suggestion(key, model, prefix) if unknown else ""
+            yield _line(f"{prefix}{key}", problems, guess)
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -62,13 +76,13 @@ def _key_parts(location: Sequence[str | int], kind: str, raw: Any) -> Iterator[s
             yield str(part)
 
 
-def _line(key: str, problems: Sequence[_Problem]) -> str:
+def _line(key: str, problems: Sequence[_Problem], guess: str) -> str:
     problem = next((p for p in problems if p["type"] in _LIMITS), problems[0])
     kind, value = problem["type"], problem["input"]
     if kind == WHOLE_LINES:
         return str(problem["msg"])
     if kind == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(key)}"
+        return f"{key}: unknown key{guess}"
     if kind == "missing":
         return f"{key}: missing; add it"
     if kind in _LIMITS:
@@ -85,15 +99,15 @@ def _need(problem: _Problem) -> str:
     return _NEEDS.get(problem["type"], need)
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, model: type[BaseModel], prefix: str) -> str:
     *parents, last = key.split(".")
-    names = _keys_below(Config, parents)
+    names = _keys_below(model, parents)
     close = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean `{'.'.join([*parents, close[0]])}`?"
-    everywhere = [name for name in _all_keys(Config) if name.split(".")[-1] == last]
+        return f"; did you mean `{prefix}{'.'.join([*parents, close[0]])}`?"
+    everywhere = [name for name in _all_keys(model) if name.split(".")[-1] == last]
     if everywhere:
-        return f"; did you mean `{everywhere[0]}`?"
+        return f"; did you mean `{prefix}{everywhere[0]}`?"
     return f"; valid here: {', '.join(sorted(names))}"
 
 

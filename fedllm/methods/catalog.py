@@ -4,11 +4,12 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from fedllm.config.models import Config
+from fedllm.config.models import Config, MethodSection
 from fedllm.errors import ConfigError
 from fedllm.methods.local_sides import LOCAL_RULES, LocalRule
+from fedllm.methods.options import OPTIONS, NoOptions, parse_options
 
 if TYPE_CHECKING:
     from fedllm.methods.protocol import Method
@@ -32,6 +33,19 @@ def check_names(name: str, local: str) -> None:
     local_rule(local)
 
 
+def check_method(section: MethodSection) -> None:
+    """Check a `method` section without importing anything.
+
+    The options of a user's own method are checked when the method is made.
+
+    Raises:
+        ConfigError: no such method or rule, or options that the method does not have.
+    """
+    check_names(section.name, section.local)
+    if section.name in METHODS:
+        parse_options(section.name, OPTIONS.get(section.name, NoOptions), section.options)
+
+
 def local_rule(local: str) -> LocalRule:
     """Return what `method.local` names.
 
@@ -53,14 +67,28 @@ def method_class(name: str) -> "type[Method]":
     return _imported(METHODS.get(name, name))
 
 
-def build_method(name: str, *, seed: int, alpha: float, scaling: str) -> "Method":
+def build_method(
+    name: str,
+    *,
+    seed: int,
+    alpha: float,
+    scaling: str,
+    options: Mapping[str, Any] | None = None,
+) -> "Method":
     """Return the method of that name with its settings.
+
+    Options that are given are passed as `options`, an instance of the class's `options_class`.
 
     Raises:
         ConfigError: no such method, or one that cannot be made from these settings.
     """
+    found = method_class(name)
+    settings: dict[str, Any] = {"seed": seed, "alpha": alpha, "scaling": scaling}
+    if options:
+        model = getattr(found, "options_class", NoOptions)
+        settings["options"] = parse_options(name, model, options)
     try:
-        return method_class(name)(seed=seed, alpha=alpha, scaling=scaling)  # type: ignore[call-arg]
+        return found(**settings)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -74,6 +102,7 @@ def method_of(config: Config) -> "Method":
         seed=config.seed,
         alpha=config.lora.alpha,
         scaling=config.lora.scaling,
+        options=config.method.options,
     )
 
 

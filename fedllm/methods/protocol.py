@@ -1,8 +1,10 @@
 """What a federated method is: the seam between the maths and everything that carries it.
 
-A method is made with keyword settings only (`seed`, `alpha`, `scaling` and its own options) and
-holds no state: state in, state out. Clients' updates come in blocks, for some modules of one shape
-at once: `fold` says what one block comes to, `finish` makes the new states of all blocks together.
+A method is made with keyword settings only (`seed`, `alpha`, `scaling`) and holds no state: state
+in, state out. A method with options of its own has a class attribute `options_class`, a
+`fedllm.config.models.Section`; where `method.options` gives any, the method is made with `options`
+too, an instance of that class. Clients' updates come in blocks, for some modules of one shape at
+once: `fold` says what one block comes to, `finish` makes the new states of all blocks together.
 Legend: G modules, C clients, O out, I in, R rank.
 """
 

@@ -39,6 +39,7 @@ def test_all_unknown_keys_are_told_at_once_with_the_nearest_valid_name(
         ("method.name=flexlra", ["method.name", "flexlora"]),
         ("method.local=fedot", ["method.local", "fedit"]),
         ("method.name=factor_mean", ["factor_mean", "rank"]),
+        ("method.options.zebra=1", ["method.options.zebra", "unknown option", "flexlora"]),
         ("clients.assign.nobody=small", ["clients.assign.nobody"]),
     ],
 )

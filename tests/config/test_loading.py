@@ -418,7 +418,10 @@ def test_every_key_has_a_kind() -> None:
         assert keys[key][0] == "execution"
 
 
-@pytest.mark.parametrize("override", ["seed=1", "clients.tiers.small.ranks=3", "data.revision=x"])
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "clients.tiers.small.ranks=3", "data.revision=x", "method.options.truncated=keep"],
+)
 def test_a_result_key_changes_the_fingerprint(override: str) -> None:
     assert result_fingerprint(small(override)) != result_fingerprint(small())
 
@@ -428,6 +431,17 @@ def test_a_result_key_changes_the_fingerprint(override: str) -> None:
 )
 def test_an_execution_key_or_more_rounds_leave_the_fingerprint(override: str) -> None:
     assert result_fingerprint(small(override)) == result_fingerprint(small())
+
+
+def test_a_run_that_was_begun_before_a_key_was_added_keeps_its_fingerprint() -> None:
+    # printed by the version before `method.options`
+    before = "9bfd630e7934c4aa20cbd52a55b911822108f750f94c42c17aa0c901f7a54a3b"
+    tiers = {"a": {"ranks": 2}, "b": {"ranks": 4}}
+    config = validate({"clients": {"tiers": tiers}})
+    assert result_fingerprint(config) == before
+    old = config.model_dump(mode="json")
+    del old["method"]["options"]
+    assert validate(old) == config
 
 
 def test_the_order_of_tiers_decides_the_result_so_it_is_in_the_fingerprint() -> None:

@@ -3,13 +3,23 @@
 import dataclasses
 import math
 import random
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
+from fedllm.config.models import MethodSection, Section
 from fedllm.errors import ConfigError, DataError
-from fedllm.methods.catalog import METHODS, build_method, check_names, method_class
+from fedllm.methods.catalog import (
+    METHODS,
+    build_method,
+    check_method,
+    check_names,
+    method_class,
+)
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.local_sides import LOCAL_RULES
@@ -30,8 +40,27 @@ class Refusing(FlexLora):
         raise ValueError(f"nothing pleases it: {seed} {alpha} {scaling}")
 
 
-def build(name: str) -> object:
-    return build_method(name, seed=1, alpha=16.0, scaling="fixed")
+class ForgettingOptions(Section):
+    """Options of a user's own method."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    kind: Literal["slow", "fast"] = "slow"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forgetting(FactorMean):
+    """A user's own method with options."""
+
+    options_class: ClassVar[type[ForgettingOptions]] = ForgettingOptions
+
+    options: ForgettingOptions = dataclasses.field(default_factory=ForgettingOptions)
+
+
+OWN = f"{__name__}:Forgetting"
+
+
+def build(name: str, options: Mapping[str, object] | None = None) -> object:
+    return build_method(name, seed=1, alpha=16.0, scaling="fixed", options=options)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -80,6 +109,45 @@ def test_a_method_that_cannot_be_made_is_refused() -> None:
         build(f"{__name__}:Demanding")
     with pytest.raises(ConfigError, match="nothing pleases it"):
         build(f"{__name__}:Refusing")
+
+
+def test_a_method_of_ones_own_gets_its_own_options() -> None:
+    method = build(OWN, {"share": "0.25"})
+    assert isinstance(method, Forgetting)
+    assert method.options == ForgettingOptions(share=0.25, kind="slow")
+    assert build(OWN) == build(OWN, {}) == Forgetting(seed=1, alpha=16.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({"shar": 1}, ["shar: unknown option; did you mean `method.options.share`?"]),
+        ({"zebra": 1}, [f"zebra: unknown option; {OWN} has share, kind"]),
+        ({"share": 2}, ["share: got 2, need <= 1"]),
+        ({"kind": "quick"}, ["kind: got 'quick', need 'slow' or 'fast'"]),
+        ({"kid": 1, "share": None}, ["kid: unknown option", "share: got None, need a number"]),
+    ],
+)
+def test_wrong_options_are_refused_all_at_once(
+    options: Mapping[str, object], lines: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build(OWN, options)
+    found = str(refused.value).splitlines()
+    assert len(found) == len(lines)
+    for line, words in zip(found, lines, strict=True):
+        assert line.startswith(f"method.options.{words}")
+
+
+def test_a_method_without_options_takes_none() -> None:
+    section = MethodSection(name="factor_mean", options={"zebra": 1})
+    words = r"^method.options.zebra: unknown option; factor_mean has no options$"
+    with pytest.raises(ConfigError, match=words):
+        build(section.name, section.options)
+    with pytest.raises(ConfigError, match=words):
+        check_method(section)
+    # a user's own class is not imported here
+    check_method(MethodSection(name="no.such:Class", options={"zebra": 1}))
 
 
 def test_an_unknown_local_rule_is_refused_with_the_nearest_one() -> None:

@@ -14,7 +14,7 @@ from fedllm.doctor.examination import Examinee, examine
 from fedllm.doctor.findings import Finding
 from fedllm.doctor.report import describe_findings
 from fedllm.errors import ConfigError
-from fedllm.methods.catalog import check_names
+from fedllm.methods.catalog import check_method
 from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
 
 
@@ -54,7 +54,7 @@ def _admitted(
     else:
         try:
             loaded = configuration(file, overrides)
-            check_names(loaded.method.name, loaded.method.local)
+            check_method(loaded.method)
             refuse_owned(loaded.scheduler)
             config = loaded
             findings.append(Finding(check="configuration", level="ok", found=f"{file} is valid"))

@@ -1,0 +1,62 @@
+"""Options of the methods, `method.options`: a frozen, validated class for each method that has any.
+
+The coordinator checks options before it starts a job: nothing here loads torch.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedllm.config.models import Section
+from fedllm.config.problems import problem_lines
+from fedllm.errors import ConfigError
+
+_KEY = "method.options"
+
+
+class NoOptions(Section):
+    """A method without options."""
+
+
+OPTIONS: Mapping[str, type[Section]] = {}
+
+
+def parse_options(method: str, model: type[Section], raw: Mapping[str, Any]) -> Section:
+    """Return the options of a method.
+
+    Args:
+        method: what `method.name` says.
+        model: the method's class of options.
+        raw: what `method.options` says.
+
+    Raises:
+        ConfigError: one line per option that is unknown, belongs to another method, or has a value
+            that is not allowed.
+    """
+    unknown = list(_unknown(method, model, raw))
+    known = {name: value for name, value in raw.items() if name in model.model_fields}
+    try:
+        options = model.model_validate(known)
+    except ValidationError as error:
+        lines = problem_lines(error, known, model, f"{_KEY}.")
+        raise ConfigError("\n".join([*unknown, *lines])) from error
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return options
+
+
+def _unknown(method: str, model: type[Section], raw: Mapping[str, Any]) -> Iterator[str]:
+    names = list(model.model_fields)
+    valid = f"{method} has {', '.join(names)}" if names else f"{method} has no options"
+    for name in raw:
+        if name in names:
+            continue
+        owners = [other for other, its in OPTIONS.items() if name in its.model_fields]
+        if owners:
+            yield f"{_KEY}.{name}: an option of {', '.join(owners)}; {valid}"
+        elif near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
+            yield f"{_KEY}.{name}: unknown option; did you mean `{_KEY}.{near[0]}`?"
+        else:
+            yield f"{_KEY}.{name}: unknown option; {valid}"
