@@ -181,7 +181,7 @@ class Bench:
         for rows in (each[: self._num_read] for each in self.rows.values()):
             with precision_of(self.config):
                 one, other = (
-                    sum(answer_losses(self.slots, [rows], way=self.slots.way, batch_size=size))
+                    sum(answer_losses(self.slots, [rows], layout=self.slots.way, batch_size=size))
                     for size in (self._num_read, 1)
                 )
             found.append(abs(one - other) / sum(map(num_targets, rows)))

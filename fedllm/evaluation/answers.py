@@ -1,4 +1,4 @@
-"""Generated answers of padded batches: greedy decoding by transformers."""
+"""Answers generated in padded batches: greedy decoding by transformers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,33 +19,34 @@ def generate_answers(
     section: EvaluationSection,
     form: AnswerForm = BARE_ANSWERS,
 ) -> list[str]:
-    """Return the model's answer to every prompt, in their order, as text without spaces around.
+    """Return the model's answers as stripped text, in the order of the prompts.
 
-    Greedy, at most `max_new_tokens`, ends where trained answers end; what else the model's own
-    generation configuration asks for, such as penalties, is left out. Prompts of similar length
-    share a batch and are padded on the left. A prompt without tokens has no answer.
+    Decoding is greedy. An answer has at most `max_new_tokens` tokens and ends where trained
+    answers end. The model's own generation configuration, such as penalties, is ignored. Prompts
+    of similar length share a batch and are padded on the left. The answer to a prompt without
+    tokens is empty.
     """
     slots.evaluate()
     config = _config(slots, section, form)
     answers = [""] * len(prompts)
-    with torch.inference_mode(), _plainly(slots.model):
+    with torch.inference_mode(), _without_model_config(slots.model):
         for places in _by_length(prompts, section.batch_size):
             batch = _padded([prompts[place] for place in places], slots)
             # transformers types `generate` for its own classes only
             model: Any = slots.model
             output = model.generate(**batch, generation_config=config)
-            new = output[:, batch["input_ids"].shape[1] :]
-            for place, text in zip(places, texts_of(slots, new.tolist(), form), strict=True):
+            written = output[:, batch["input_ids"].shape[1] :].tolist()
+            for place, text in zip(places, answer_texts(slots, written, form), strict=True):
                 answers[place] = text
     return answers
 
 
-def texts_of(
+def answer_texts(
     slots: AdapterSlots, answers: Sequence[Sequence[int]], form: AnswerForm = BARE_ANSWERS
 ) -> list[str]:
-    """Return answers as text, without special tokens and spaces around.
+    """Return answers as stripped text, without special tokens.
 
-    Left out are also the end of the turn and what a chat template writes before an answer.
+    The end of the turn, and what a chat template writes before an answer, are removed too.
     """
     written = [takewhile(lambda token: token not in form.ends, answer) for answer in answers]
     decode = slots.base.tokenizer.batch_decode
@@ -54,7 +55,7 @@ def texts_of(
 
 
 def end_tokens(slots: AdapterSlots, form: AnswerForm = BARE_ANSWERS) -> set[int]:
-    """Return the tokens that end an answer: those of training, the tokenizer's and the model's."""
+    """Return the tokens that end an answer: of training, of the tokenizer and of the model."""
     ends = getattr(slots.model.generation_config, "eos_token_id", None)
     ends = {*ends} if isinstance(ends, list) else {ends}
     ends |= {slots.base.tokenizer.eos_token_id, *form.ends}
@@ -67,8 +68,8 @@ def _without_lead(text: str, leads: Sequence[str]) -> str:
 
 
 @contextmanager
-def _plainly(model: Any) -> Iterator[None]:
-    """Hide the model's own configuration: `generate` takes from it whatever is not given."""
+def _without_model_config(model: Any) -> Iterator[None]:
+    """Hide the model's generation configuration, from which `generate` takes all missing values."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

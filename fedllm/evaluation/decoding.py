@@ -1,7 +1,8 @@
-"""Greedy answers, a token per row and step, from prompts that were read in packed passes.
+"""Greedy decoding: one token per row and step, after packed passes have computed the prompts.
 
-A row leaves when it ends and the next one joins, so that a step has as many rows as may be. They
-are aligned on the right: keys are as far apart as their positions, so sliding windows stay right.
+When a row is finished it leaves the batch and the next row takes its place, so that every step has
+as many rows as possible. Rows are aligned on the right: keys are as far apart as their positions,
+so sliding windows stay correct.
 Legend: N rows, H heads, T tokens of a pass, W key positions, D features of a head.
 """
 
@@ -15,20 +16,21 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fedllm.evaluation.reading import plan_passes, read
+from fedllm.evaluation.reading import compute_pass, plan_passes
 from fedllm.model.memory import give_back_freed
 from fedllm.packing.batches import TokenRow
 from fedllm.packing.slots import AdapterSlots
 
-_ROOM = 64  # buffers are as wide as a multiple of it: their sizes repeat, so memory is reused
+# the width of buffers is a multiple of this: their sizes repeat, so memory is reused
+_WIDTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
-    """What the model made of a row.
+class RowAnswer:
+    """The model's answer to a row, and its loss on the row's own answer.
 
-    `loss` is the sum over the tokens of the row's answer; `tokens` are what the model wrote
-    itself, the end included.
+    `loss` is the sum over the tokens of the row's own answer. `tokens` are the tokens that the
+    model wrote, the end included.
     """
 
     loss: float
@@ -39,107 +41,111 @@ def answer_clients(
     slots: AdapterSlots,
     clients: Sequence[Sequence[TokenRow]],
     *,
-    way: str,
+    layout: str,
     batch_size: int,
-    most_tokens: int,
+    max_tokens: int,
     ends: Collection[int],
-) -> list[Answered]:
-    """Return the answer loss and the greedy answer of every client's rows, one after the other.
+) -> list[RowAnswer]:
+    """Return the loss and the greedy answer of every row, client after client.
 
-    A prefix that the rows of a client share is computed once per pass; a row without a prompt
+    A prefix that the rows of a client share is computed once per pass. A row without a prompt
     gets no answer.
 
     Args:
-        slots: with the adapter that is installed, or with none.
-        clients: their rows.
-        way: how the model is set to share prefixes.
-        batch_size: most rows in a pass, and in a step.
-        most_tokens: of an answer.
+        slots: the model, with its installed adapter or with none.
+        clients: the rows of each client.
+        layout: the layout with a shared prefix that the model is set to.
+        batch_size: maximum number of rows in a pass and in a step.
+        max_tokens: maximum number of tokens of an answer.
         ends: tokens that end an answer.
     """
     slots.evaluate()
-    steps = _Steps(slots, most_tokens=most_tokens, ends=ends)
+    batch = _DecodingBatch(slots, max_tokens=max_tokens, ends=ends)
     losses: dict[int, float] = {}
     tokens: dict[int, Sequence[int]] = {}
     with torch.inference_mode():
-        for groups in plan_passes(clients, way=way, batch_size=batch_size):
-            # without the configuration: no layer drops what a shorter row still needs
+        for groups in plan_passes(clients, layout=layout, batch_size=batch_size):
+            # without the model's configuration no layer drops keys that a shorter row needs
             cache = DynamicCache()
-            reading = read(slots, groups, way, cache)
-            losses |= reading.losses
-            rows = [_Row(keys, reading.firsts[place]) for place, keys in reading.keys.items()]
-            tokens |= {place: row.tokens for place, row in zip(reading.keys, rows, strict=True)}
-            rows = [row for row in rows if not steps.is_over(row)]
+            output = compute_pass(slots, groups, layout, cache)
+            losses |= output.losses
+            rows = [
+                _DecodedRow(keys, output.first_tokens[place])
+                for place, keys in output.prompt_keys.items()
+            ]
+            tokens |= {
+                place: row.tokens for place, row in zip(output.prompt_keys, rows, strict=True)
+            }
+            rows = [row for row in rows if not batch.is_finished(row)]
             while rows:
-                room = batch_size - len(steps.rows)
-                steps.join(rows[:room], cache)
+                room = batch_size - len(batch.rows)
+                batch.add(rows[:room], cache)
                 rows = rows[room:]
-                steps.take_until(batch_size - 1)
-        steps.take_until(0)
+                batch.step_until(batch_size - 1)
+        batch.step_until(0)
     return [
-        Answered(loss=losses[place], tokens=tokens.get(place, ())) for place in range(len(losses))
+        RowAnswer(loss=losses[place], tokens=tokens.get(place, ())) for place in range(len(losses))
     ]
 
 
-class _Row:
-    """A row that is being answered: where its prompt's keys are, and what was written so far."""
+class _DecodedRow:
+    """Row that is being answered: the indices of its prompt's keys, and the tokens written."""
 
     def __init__(self, keys: Sequence[int], first: int) -> None:
         self.keys = keys
         self.tokens = [first]
 
 
-class _Steps:
-    """The rows that are being answered, and the keys and values of all they consist of.
+class _DecodingBatch:
+    """Rows that are being answered, with the keys and values of all their tokens but the last.
 
-    Before a step every row has `width` key positions, of which the first `gap` are not its own,
-    and a last token that was not computed yet.
+    Before a step every row has `width` key positions. The first `gap` of them are not its own.
     """
 
-    def __init__(self, slots: AdapterSlots, *, most_tokens: int, ends: Collection[int]) -> None:
-        self.rows: list[_Row] = []
+    def __init__(self, slots: AdapterSlots, *, max_tokens: int, ends: Collection[int]) -> None:
+        self.rows: list[_DecodedRow] = []
         self._model = slots.model
         self._device = slots.device
-        self._most_tokens = most_tokens
+        self._max_tokens = max_tokens
         self._ends = ends
         self._gaps: list[int] = []
         self._width = 0
         self._layers: list[_Layer] = []
 
-    def is_over(self, row: _Row) -> bool:
-        """Say whether a row has its last token."""
-        return row.tokens[-1] in self._ends or len(row.tokens) >= self._most_tokens
+    def is_finished(self, row: _DecodedRow) -> bool:
+        """Return whether a row has its last token."""
+        return row.tokens[-1] in self._ends or len(row.tokens) >= self._max_tokens
 
-    def join(self, rows: Sequence[_Row], cache: DynamicCache) -> None:
-        """Let rows take part whose prompts are in the cache of a pass."""
+    def add(self, rows: Sequence[_DecodedRow], cache: DynamicCache) -> None:
+        """Add rows whose prompts are in the cache of a pass."""
         width = max([self._width, *(len(row.keys) for row in rows)])
         gaps = [width - len(row.keys) for row in rows]
-        # not seen, but finite: a row's own
+        # a gap holds keys of its own row: they are masked, but have to be finite
         keys = [[row.keys[0]] * gap + [*row.keys] for gap, row in zip(gaps, rows, strict=True)]
         keys_NW = torch.tensor(keys, device=self._device)
         self._layers = self._layers or [_Layer() for _ in cache.layers]
         grew = False
-        for layer, read_layer in zip(self._layers, cache.layers, strict=True):
-            keys_NHWD = _gathered(read_layer.keys, keys_NW)
-            values_NHWD = _gathered(read_layer.values, keys_NW)
+        for layer, pass_layer in zip(self._layers, cache.layers, strict=True):
+            keys_NHWD = _gathered(pass_layer.keys, keys_NW)
+            values_NHWD = _gathered(pass_layer.values, keys_NW)
             if self.rows:
                 keys_NHWD = _joined(layer.keys, keys_NHWD)
                 values_NHWD = _joined(layer.values, values_NHWD)
-            grew |= layer.hold(keys_NHWD, values_NHWD)
+            grew |= layer.store(keys_NHWD, values_NHWD)
         if grew:
-            give_back_freed()  # the smaller buffers fit nothing that follows
+            give_back_freed()  # later buffers are larger, so these are not reused
         self._gaps = [gap + width - self._width for gap in self._gaps] + gaps
         self._width = width
         self.rows += rows
 
-    def take_until(self, num_rows: int) -> None:
-        """Take steps until at most so many rows are left."""
-        with _attention_of_steps(self._model):
+    def step_until(self, num_rows: int) -> None:
+        """Take steps until at most `num_rows` rows are left."""
+        with _attention_of_one_query(self._model):
             while len(self.rows) > num_rows:
-                self._take()
+                self._step()
 
-    def _take(self) -> None:
-        """Write one more token of every row; those that are over then leave."""
+    def _step(self) -> None:
+        """Write one more token of every row, then remove the finished rows."""
         gaps_N1 = torch.tensor(self._gaps, device=self._device).unsqueeze(1)
         positions_W = torch.arange(self._width + 1, device=self._device)
         last_N1 = torch.tensor([row.tokens[-1:] for row in self.rows], device=self._device)
@@ -153,42 +159,42 @@ class _Steps:
         self._width += 1
         for row, token in zip(self.rows, logits_N1V[:, -1].argmax(dim=1).tolist(), strict=True):
             row.tokens.append(token)
-        self._leave()
+        self._remove_finished()
 
-    def _leave(self) -> None:
-        kept = [n for n, row in enumerate(self.rows) if not self.is_over(row)]
+    def _remove_finished(self) -> None:
+        kept = [n for n, row in enumerate(self.rows) if not self.is_finished(row)]
         if len(kept) == len(self.rows):
             return
         self.rows = [self.rows[n] for n in kept]
-        least = min((self._gaps[n] for n in kept), default=self._width)
-        self._gaps = [self._gaps[n] - least for n in kept]
-        self._width -= least
+        min_gap = min((self._gaps[n] for n in kept), default=self._width)
+        self._gaps = [self._gaps[n] - min_gap for n in kept]
+        self._width -= min_gap
         kept_N = torch.tensor(kept, dtype=torch.int64, device=self._device)
         for layer in self._layers:
-            layer.hold(layer.keys[kept_N, :, least:], layer.values[kept_N, :, least:])
+            layer.store(layer.keys[kept_N, :, min_gap:], layer.values[kept_N, :, min_gap:])
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """Keys and values with room behind them: most steps write a token and copy nothing else."""
+    """Keys and values of one layer in buffers with free space: most steps copy one token only."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._roomy: list[Tensor] = []
+        self._buffers: list[Tensor] = []
 
-    def hold(self, keys_NHWD: Tensor, values_NHWD: Tensor) -> bool:
-        """Put copies of these in place of all others; return whether that took larger buffers."""
+    def store(self, keys_NHWD: Tensor, values_NHWD: Tensor) -> bool:
+        """Replace all keys and values by copies of these; return whether the buffers grew."""
         self.lazy_initialization(keys_NHWD, values_NHWD)
-        before, self._roomy = (
-            self._roomy,
+        before, self._buffers = (
+            self._buffers,
             [
-                _with_room(x_NHWD, roomy)
-                for x_NHWD, roomy in zip(
-                    (keys_NHWD, values_NHWD), self._roomy or (None, None), strict=True
+                _buffered(x_NHWD, buffer)
+                for x_NHWD, buffer in zip(
+                    (keys_NHWD, values_NHWD), self._buffers or (None, None), strict=True
                 )
             ],
         )
-        self._show(*keys_NHWD.shape[::2])
-        return not before or before[0] is not self._roomy[0]
+        self._set_views(*keys_NHWD.shape[::2])
+        return not before or before[0] is not self._buffers[0]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
@@ -196,37 +202,39 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
         """Append keys and values (N, H, tokens, D) and return all."""
         start = self.keys.shape[2]
         stop = start + key_states.shape[2]
-        if stop > self._roomy[0].shape[2]:
-            self._roomy = [_with_room(x, None, stop) for x in (self.keys, self.values)]
+        if stop > self._buffers[0].shape[2]:
+            self._buffers = [_buffered(x, None, stop) for x in (self.keys, self.values)]
         rows = len(key_states)
-        for roomy_XHYD, new in zip(self._roomy, (key_states, value_states), strict=True):
-            roomy_XHYD[:rows, :, start:stop] = new
-        self._show(rows, stop)
+        for buffer_XHYD, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer_XHYD[:rows, :, start:stop] = new
+        self._set_views(rows, stop)
         return self.keys, self.values
 
-    def _show(self, rows: int, width: int) -> None:
-        self.keys, self.values = (roomy_XHYD[:rows, :, :width] for roomy_XHYD in self._roomy)
+    def _set_views(self, rows: int, width: int) -> None:
+        self.keys, self.values = (buffer_XHYD[:rows, :, :width] for buffer_XHYD in self._buffers)
 
 
-def _with_room(x_NHWD: Tensor, roomy_XHYD: Tensor | None, width: int = 0) -> Tensor:
-    """Return a copy at the beginning of `roomy_XHYD`, or of a new buffer where that is too small.
+def _buffered(x_NHWD: Tensor, buffer_XHYD: Tensor | None, width: int = 0) -> Tensor:
+    """Return the buffer, or a new one if it is too small, with a copy of `x_NHWD` at its beginning.
 
     Args:
-        x_NHWD: keys or values that are no part of `roomy_XHYD`.
-        roomy_XHYD: the buffer so far.
-        width: positions for which there has to be room.
+        x_NHWD: keys or values that do not lie in `buffer_XHYD`.
+        buffer_XHYD: the buffer so far; None: there is none.
+        width: minimum number of positions of the buffer.
     """
     num_rows, heads, positions, features = x_NHWD.shape
     width = max(width, positions)
-    if roomy_XHYD is None or roomy_XHYD.shape[0] < num_rows or roomy_XHYD.shape[2] < width:
-        roomy_XHYD = x_NHWD.new_zeros(num_rows, heads, -(-width // _ROOM) * _ROOM, features)
-    roomy_XHYD[:num_rows, :, :positions] = x_NHWD
-    return roomy_XHYD
+    if buffer_XHYD is None or buffer_XHYD.shape[0] < num_rows or buffer_XHYD.shape[2] < width:
+        buffer_XHYD = x_NHWD.new_zeros(
+            num_rows, heads, -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, features
+        )
+    buffer_XHYD[:num_rows, :, :positions] = x_NHWD
+    return buffer_XHYD
 
 
 @contextmanager
-def _attention_of_steps(model: Any) -> Iterator[None]:
-    """FlexAttention is for blocks of queries; a step has one query per row."""
+def _attention_of_one_query(model: Any) -> Iterator[None]:
+    """Use SDPA instead of FlexAttention, which needs blocks of queries: a step has one per row."""
     before = model.config._attn_implementation
     if before == "flex_attention":
         model.set_attn_implementation("sdpa")
@@ -238,7 +246,7 @@ def _attention_of_steps(model: Any) -> Iterator[None]:
 
 
 def _gathered(x_1HTD: Tensor, keys_NW: Tensor) -> Tensor:
-    """Return every row's own of what a pass computed (N, H, W, D)."""
+    """Return the keys or values of every row (N, H, W, D), from those of a pass."""
     return x_1HTD[0][:, keys_NW].transpose(0, 1)
 
 

@@ -1,8 +1,8 @@
-"""Rows read once: packed passes in which the rows of a client share their common prefix.
+"""Forward passes over rows to evaluate; the rows of a client share their common prefix.
 
-A pass reads prompts together with their answers. Its logits give the loss of every answer and the
-first token that the model itself would write; its keys and values are what the next tokens attend
-to. Legend: N rows, T packed tokens, U positions with logits, V vocabulary.
+A packed pass computes prompts together with their answers. Its logits give the loss of every
+answer, and the first token that the model itself would write. Its keys and values are what the
+next tokens attend to. Legend: N rows, T packed tokens, U positions with logits, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,42 +28,42 @@ from fedllm.packing.slots import AdapterSlots
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What a pass found, by the places of its rows.
+class PassOutput:
+    """The output of a pass for every row, by the row's place.
 
-    `losses` are sums over the answer's tokens. `keys` are the indices of the prompt's tokens in
-    the pass, in their order, and `firsts` the tokens that the model puts after them; both without
-    rows of no prompt.
+    `losses` are sums over the answer's tokens. `prompt_keys` are the indices of the prompt's
+    tokens in the pass, in their order. `first_tokens` are the tokens that the model writes after
+    the prompts. The last two have no entry for a row without a prompt.
     """
 
     losses: Mapping[int, float]
-    keys: Mapping[int, Sequence[int]]
-    firsts: Mapping[int, int]
+    prompt_keys: Mapping[int, Sequence[int]]
+    first_tokens: Mapping[int, int]
 
 
 def num_targets(row: TokenRow) -> int:
-    """Return how many tokens of a row's answer follow another token, so carry loss."""
+    """Return the number of tokens of a row's answer that follow a token, so have a loss."""
     return len(row.answer_ids) - (not row.prompt_ids)
 
 
 def plan_passes(
-    clients: Sequence[Sequence[TokenRow]], *, way: str, batch_size: int
+    clients: Sequence[Sequence[TokenRow]], *, layout: str, batch_size: int
 ) -> list[list[RowGroup]]:
-    """Cut the rows of all clients into passes of at most `batch_size` rows.
+    """Divide the rows of all clients into passes of at most `batch_size` rows.
 
-    A pass has no more tokens than one of training without a budget (`most_at_once`). A row's place
-    is its number when the rows of all clients are counted through. Rows of a client stay together
-    where they fit; neighbours are of similar length.
+    A pass has at most the tokens of a training pass without a budget (`most_at_once`). A row's
+    place is its index in the list of all clients' rows. Rows of a client stay together if they
+    fit; neighbours have similar lengths.
     """
     rows = [row for client in clients for row in client]
     lengths = [length_of(row) for row in rows]
-    most_tokens = most_at_once(way, lengths)
+    most_tokens = most_at_once(layout, lengths)
     groups: list[RowGroup] = []
     start = 0
     for client in clients:
         places = sorted(range(start, start + len(client)), key=lambda place: lengths[place])
         start += len(client)
-        prefix = prefix_of(client, way)
+        prefix = prefix_of(client, layout)
         packs = plan_packs(
             [lengths[place] for place in places],
             prefix,
@@ -78,19 +78,19 @@ def plan_passes(
 
 
 def answer_losses(
-    slots: AdapterSlots, clients: Sequence[Sequence[TokenRow]], *, way: str, batch_size: int
+    slots: AdapterSlots, clients: Sequence[Sequence[TokenRow]], *, layout: str, batch_size: int
 ) -> list[float]:
-    """Return the sum of the losses of every row's answer, the clients' rows counted through."""
+    """Return the summed loss of every row's answer, client after client."""
     slots.evaluate()
     losses: dict[int, float] = {}
     with torch.inference_mode():
-        for groups in plan_passes(clients, way=way, batch_size=batch_size):
-            losses |= read(slots, groups, way).losses
+        for groups in plan_passes(clients, layout=layout, batch_size=batch_size):
+            losses |= compute_pass(slots, groups, layout).losses
     return [losses[place] for place in range(len(losses))]
 
 
 def padded_losses(slots: AdapterSlots, rows: Sequence[TokenRow], batch_size: int) -> list[float]:
-    """Return the sum of the losses of every row's answer, computed in padded batches."""
+    """Return the summed loss of every row's answer, computed in padded batches."""
     slots.evaluate()
     losses = [0.0] * len(rows)
     lengths = [(len(row.answer_ids), len(row.prompt_ids)) for row in rows]
@@ -110,27 +110,27 @@ def padded_losses(slots: AdapterSlots, rows: Sequence[TokenRow], batch_size: int
     return losses
 
 
-def read(
-    slots: AdapterSlots, groups: Sequence[RowGroup], way: str, cache: DynamicCache | None = None
-) -> Reading:
-    """Compute one pass; the caller is in `torch.inference_mode`.
+def compute_pass(
+    slots: AdapterSlots, groups: Sequence[RowGroup], layout: str, cache: DynamicCache | None = None
+) -> PassOutput:
+    """Compute one pass; the caller has entered `torch.inference_mode`.
 
     Args:
-        slots: with the adapter that is installed, or with none.
-        groups: the rows, of one numbering.
-        way: how the model is set to compute them together.
-        cache: is filled; None: no keys and values are kept.
+        slots: the model, with its installed adapter or with none.
+        groups: the rows; their places have to be distinct.
+        layout: the packed layout that the model is set to.
+        cache: takes the keys and values; None: they are not kept.
     """
     packed = pack_groups(groups, loss_on="last_answer", device=slots.device, merge_targets=False)
-    packed = fitted(packed, way)
+    packed = fitted(packed, layout)
     caching = {} if cache is None else {"use_cache": True, "past_key_values": cache}
-    output = forward(slots.model, packed, way, kept=packed.kept_U, **caching)
+    output = forward(slots.model, packed, layout, kept=packed.kept_U, **caching)
     logits_UV = output.logits[0]
-    keys = _keys(groups, packed)
-    return Reading(
+    prompt_keys = _prompt_keys(groups, packed)
+    return PassOutput(
         losses=_losses(groups, packed, logits_UV),
-        keys=keys,
-        firsts=_firsts(packed, logits_UV, keys),
+        prompt_keys=prompt_keys,
+        first_tokens=_first_tokens(packed, logits_UV, prompt_keys),
     )
 
 
@@ -162,9 +162,9 @@ def _losses(groups: Sequence[RowGroup], packed: Packed, logits_UV: Tensor) -> di
     return sums
 
 
-def _keys(groups: Sequence[RowGroup], packed: Packed) -> dict[int, list[int]]:
+def _prompt_keys(groups: Sequence[RowGroup], packed: Packed) -> dict[int, list[int]]:
     own = {part.row: range(part.start, part.stop) for part in packed.parts}
-    found: dict[int, list[int]] = {}
+    keys: dict[int, list[int]] = {}
     begin = 0
     for group in groups:
         prefix = range(begin, begin + group.prefix)
@@ -174,11 +174,13 @@ def _keys(groups: Sequence[RowGroup], packed: Packed) -> dict[int, list[int]]:
             begin += len(row)
             prompt = len(group.rows[place].prompt_ids)
             if prompt:
-                found[place] = [*prefix, *row][:prompt]
-    return found
+                keys[place] = [*prefix, *row][:prompt]
+    return keys
 
 
-def _firsts(packed: Packed, logits_UV: Tensor, keys: Mapping[int, Sequence[int]]) -> dict[int, int]:
-    ends_N = torch.tensor([row[-1] for row in keys.values()], dtype=torch.int64)
+def _first_tokens(
+    packed: Packed, logits_UV: Tensor, prompt_keys: Mapping[int, Sequence[int]]
+) -> dict[int, int]:
+    ends_N = torch.tensor([keys[-1] for keys in prompt_keys.values()], dtype=torch.int64)
     places_N = torch.searchsorted(packed.kept_U, ends_N.to(packed.kept_U.device))
-    return dict(zip(keys, logits_UV[places_N].argmax(dim=1).tolist(), strict=True))
+    return dict(zip(prompt_keys, logits_UV[places_N].argmax(dim=1).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Scores of rows and of clients: answer loss, Rouge-L and exact match of generated answers."""
+"""Scores of rows and clients: answer loss, Rouge-L and exact match of generated answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from fedllm.config.models import EvaluationSection
 from fedllm.data.cache import BARE_ANSWERS, AnswerForm
-from fedllm.evaluation.answers import end_tokens, generate_answers, texts_of
+from fedllm.evaluation.answers import answer_texts, end_tokens, generate_answers
 from fedllm.evaluation.decoding import answer_clients
 from fedllm.evaluation.reading import answer_losses, num_targets, padded_losses
 from fedllm.evaluation.text_scores import exact_match, rouge_l
@@ -19,7 +19,7 @@ _Clients = Sequence[Sequence[TokenRow]]
 
 
 class ScoredRow(TokenRow, Protocol):
-    """A row with the answers that count as right."""
+    """Row with the answers that count as correct."""
 
     @property
     def references(self) -> Sequence[str]:
@@ -28,7 +28,7 @@ class ScoredRow(TokenRow, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """How well one row is answered; `loss` is the sum over its `tokens` answer tokens."""
+    """Scores of one row; `loss` is the sum over its `tokens` answer tokens."""
 
     loss: float
     tokens: int
@@ -44,9 +44,9 @@ def score_rows(
 ) -> list[list[RowScores]]:
     """Return the scores of every row of every client, with the installed adapter or with none.
 
-    Rows are computed together the way that `slots` has; those of a client share their common
-    prefix where it allows that. Of a conversation the last answer is scored. `form` says what
-    stands around the answers that were trained.
+    Rows are computed together in the layout of `slots`. The rows of a client share their common
+    prefix if that layout allows it. Only the last answer of a conversation is scored. `form` is
+    the text around the answers that were trained.
     """
     losses, answers = _SCORERS[slots.way](slots, clients, section, form)
     rows = [row for client in clients for row in client]
@@ -63,7 +63,7 @@ def score_rows(
 
 
 def mean_scores(rows: Sequence[RowScores]) -> Scores:
-    """Return a client's scores: loss per answer token, the others per row."""
+    """Return a client's mean scores: the loss per answer token, the others per row."""
     tokens = sum(row.tokens for row in rows)
     return Scores(
         rows=len(rows),
@@ -73,28 +73,30 @@ def mean_scores(rows: Sequence[RowScores]) -> Scores:
     )
 
 
-def _shared(
+def _score_shared(
     slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
 ) -> tuple[list[float], list[str]]:
     answered = answer_clients(
         slots,
         clients,
-        way=slots.way,
+        layout=slots.way,
         batch_size=section.batch_size,
-        most_tokens=section.max_new_tokens,
+        max_tokens=section.max_new_tokens,
         ends=end_tokens(slots, form),
     )
-    return [row.loss for row in answered], texts_of(slots, [row.tokens for row in answered], form)
+    return [row.loss for row in answered], answer_texts(
+        slots, [row.tokens for row in answered], form
+    )
 
 
-def _packed(
+def _score_packed(
     slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
 ) -> tuple[list[float], list[str]]:
-    losses = answer_losses(slots, clients, way="packed", batch_size=section.batch_size)
+    losses = answer_losses(slots, clients, layout="packed", batch_size=section.batch_size)
     return losses, _generated(slots, clients, section, form)
 
 
-def _padded(
+def _score_padded(
     slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
 ) -> tuple[list[float], list[str]]:
     rows = [row for client in clients for row in client]
@@ -109,14 +111,14 @@ def _generated(
     return generate_answers(slots, prompts, section, form)
 
 
-# per way: the sum of the losses of every row's answer, and the answer that the model writes
+# per layout: the summed loss of every row's answer, and the answer that the model writes
 _Scorer = Callable[
     [AdapterSlots, _Clients, EvaluationSection, AnswerForm], tuple[list[float], list[str]]
 ]
 _SCORERS: Mapping[str, _Scorer] = {
-    "parts": _shared,
-    "flex": _shared,
-    "mask": _shared,
-    "packed": _packed,
-    "padded": _padded,
+    "parts": _score_shared,
+    "flex": _score_shared,
+    "mask": _score_shared,
+    "packed": _score_packed,
+    "padded": _score_padded,
 }

@@ -1,4 +1,4 @@
-"""How close a generated text is to its references: Rouge-L and exact match in any script."""
+"""Text scores of a generated answer against its references: Rouge-L and exact match, any script."""
 
 import re
 import string
@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORD = re.compile(r"[A-Za-z0-9]")
-# Scripts that write no spaces between words, by the start of their characters' Unicode names.
+# Scripts without spaces between words, by the start of their characters' Unicode names.
 _WITHOUT_SPACES = (
     "CJK",
     "HIRAGANA",
@@ -28,25 +28,25 @@ _WITHOUT_SPACES = (
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Return the best Rouge-L F-measure (Lin 2004) over the references, in 0..1.
 
-    English as usual: `rouge_score`'s tokens with the Porter stemmer where a reference is ASCII
-    and holds a letter or digit. Its tokens know only `[a-z0-9]`, so all other references use
-    `unicode_tokens`. Two empty strings score 1.
+    A reference that is ASCII and has a letter or digit is scored as usual for English: with the
+    tokens of `rouge_score` and the Porter stemmer. Those tokens are `[a-z0-9]` only, so all other
+    references use `unicode_tokens`. Two empty strings score 1.
     """
     return max(_rouge_l(prediction, reference) for reference in references)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 where the prediction equals a reference, else 0.
+    """Return 1 if the prediction equals a reference, else 0.
 
-    Lower case, ASCII punctuation removed, white space folded; a text of punctuation alone keeps
-    it, since there it is the answer.
+    Both are compared in lower case, without ASCII punctuation and with single spaces. A text of
+    punctuation alone keeps its punctuation, because that is the answer.
     """
     answer = _folded(prediction)
     return float(any(answer == _folded(reference) for reference in references))
 
 
 def unicode_tokens(text: str) -> list[str]:
-    """Return words, single characters of scripts without spaces, and symbols, in lower case."""
+    """Return tokens in lower case: words, symbols, single characters of scripts without spaces."""
     tokens: list[str] = []
     in_word = False
     for character in unicodedata.normalize("NFKC", text).lower():
@@ -73,7 +73,7 @@ def _rouge_l(prediction: str, reference: str) -> float:
 
 
 class _UnicodeTokenizer:
-    """What `RougeScorer` wants of a tokenizer."""
+    """Tokenizer with the interface that `RougeScorer` needs."""
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of `text`."""

@@ -1,4 +1,4 @@
-"""Rows that share their prefix are answered and scored as each row is by itself."""
+"""Rows that share a prefix get the same answers and scores as each row alone."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.evaluation.decoding import Answered, answer_clients
+from fedllm.evaluation.decoding import RowAnswer, answer_clients
 from fedllm.evaluation.reading import answer_losses, padded_losses, plan_passes
 from fedllm.model.base import Base
 from fedllm.packing.micro_batches import DENSE_TOKENS, PARTS_TOKENS
@@ -40,7 +40,7 @@ CLIENTS = {
     "a prompt of one token": [Row([20], [21, 1]), Row([20], [22, 1])],
 }
 ROWS = [row for client in CLIENTS.values() for row in client]
-MOST = 7
+MAX_TOKENS = 7
 
 
 def slots_of(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> AdapterSlots:
@@ -56,13 +56,13 @@ def llama() -> AdapterSlots:
 
 
 def greedy(
-    slots: AdapterSlots, row: Row, ends: Collection[int] = (), most: int = MOST
+    slots: AdapterSlots, row: Row, ends: Collection[int] = (), max_tokens: int = MAX_TOKENS
 ) -> list[int]:
-    """Token by token, without a cache or a batch."""
+    """Return the greedy answer, computed token by token without a cache or a batch."""
     slots.evaluate()
     model = in_way(slots.model, "padded")
     ids = list(row.prompt_ids)
-    for _ in range(most):
+    for _ in range(max_tokens):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
         ids.append(int(logits[0, -1].argmax()))
@@ -75,24 +75,24 @@ def answer(
     slots: AdapterSlots,
     clients: Sequence[Sequence[Row]],
     *,
-    way: str = "parts",
+    layout: str = "parts",
     batch_size: int = 16,
-    most: int = MOST,
+    max_tokens: int = MAX_TOKENS,
     ends: Collection[int] = (),
-) -> list[Answered]:
-    in_way(slots.model, way)
+) -> list[RowAnswer]:
+    in_way(slots.model, layout)
     return answer_clients(
-        slots, clients, way=way, batch_size=batch_size, most_tokens=most, ends=ends
+        slots, clients, layout=layout, batch_size=batch_size, max_tokens=max_tokens, ends=ends
     )
 
 
-def tokens_of(answered: Sequence[Answered]) -> list[list[int]]:
+def tokens_of(answered: Sequence[RowAnswer]) -> list[list[int]]:
     return [list(row.tokens) for row in answered]
 
 
 @contextmanager
 def passes_of(slots: AdapterSlots) -> Iterator[list[torch.Size]]:
-    """The shapes of the token batches that the model embeds meanwhile."""
+    """Record the shapes of the token batches that the model embeds."""
     shapes: list[torch.Size] = []
     embedding = slots.model.get_input_embeddings()  # type: ignore[operator]
     handle = embedding.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
@@ -104,21 +104,21 @@ def passes_of(slots: AdapterSlots) -> Iterator[list[torch.Size]]:
 
 @pytest.fixture(scope="module")
 def ends(llama: AdapterSlots) -> set[int]:
-    """Tokens at which some rows end at once, some later and some never."""
+    """Return end tokens at which some rows end at once, some later and some never."""
     alone = [greedy(llama, row) for row in ROWS]
     ends = {alone[0][0], alone[2][3]}
     lengths = {len(greedy(llama, row, ends)) for row in ROWS}
-    assert {1, MOST} < lengths
+    assert {1, MAX_TOKENS} < lengths
     return ends
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-@pytest.mark.parametrize("way", ["parts", "mask"])
-def test_answers_and_losses_are_those_of_rows_by_themselves(
-    llama: AdapterSlots, ends: set[int], way: str, batch_size: int
+@pytest.mark.parametrize("layout", ["parts", "mask"])
+def test_answers_and_losses_are_those_of_single_rows(
+    llama: AdapterSlots, ends: set[int], layout: str, batch_size: int
 ) -> None:
     clients = list(CLIENTS.values())
-    found = answer(llama, clients, way=way, batch_size=batch_size, ends=ends)
+    found = answer(llama, clients, layout=layout, batch_size=batch_size, ends=ends)
     assert tokens_of(found) == [greedy(llama, row, ends) for row in ROWS]
     expected = padded_losses(llama, ROWS, 4)
     assert [row.loss for row in found] == pytest.approx(expected, rel=1e-6)
@@ -142,23 +142,28 @@ def test_every_decoder_answers_greedily(name: str) -> None:
 def test_a_window_shorter_than_a_prompt_moves_on_with_the_answer() -> None:
     windows, without = slots_of("mistral, windows"), slots_of("mistral, windows", sliding_window=99)
     assert all(len(row.prompt_ids) > 5 for row in DIFFERENT)
-    found = tokens_of(answer(windows, [DIFFERENT], most=20))
-    assert found == [greedy(windows, row, most=20) for row in DIFFERENT]
-    assert found != tokens_of(answer(without, [DIFFERENT], most=20))
+    found = tokens_of(answer(windows, [DIFFERENT], max_tokens=20))
+    assert found == [greedy(windows, row, max_tokens=20) for row in DIFFERENT]
+    assert found != tokens_of(answer(without, [DIFFERENT], max_tokens=20))
 
 
 @pytest.mark.filterwarnings(
     "ignore:flex_attention called without torch.compile:UserWarning",
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
 )
-def test_what_flex_attention_read_is_answered_by_sdpa() -> None:
+def test_prompts_computed_by_flex_attention_are_answered_by_sdpa() -> None:
     slots = slots_of("llama", head_dim=16)
     expected = [greedy(slots, row) for row in ROWS]
     model: Any = slots.model
     model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):
         found = answer_clients(
-            slots, list(CLIENTS.values()), way="flex", batch_size=4, most_tokens=MOST, ends=()
+            slots,
+            list(CLIENTS.values()),
+            layout="flex",
+            batch_size=4,
+            max_tokens=MAX_TOKENS,
+            ends=(),
         )
     assert tokens_of(found) == expected
     assert model.config._attn_implementation == "flex_attention"
@@ -170,7 +175,7 @@ def test_a_model_in_train_mode_is_set_to_evaluate(llama: AdapterSlots) -> None:
     assert not llama.model.training
 
 
-def test_a_prefix_is_computed_once_and_no_token_in_vain(
+def test_a_prefix_is_computed_once_and_no_token_needlessly(
     llama: AdapterSlots, ends: set[int]
 ) -> None:
     clients = [DIFFERENT, CLIENTS["identical prompts"]]
@@ -189,11 +194,11 @@ def test_a_prefix_is_computed_once_and_no_token_in_vain(
 
 def test_a_row_joins_when_another_ends(llama: AdapterSlots) -> None:
     rows = [Row([n, n + 1], [1]) for n in range(10, 40)]
-    alone = [greedy(llama, row, most=12) for row in rows]
+    alone = [greedy(llama, row, max_tokens=12) for row in rows]
     ends = {tokens[1] for tokens in alone[:8]}
-    lengths = [len(greedy(llama, row, ends, most=12)) for row in rows]
+    lengths = [len(greedy(llama, row, ends, max_tokens=12)) for row in rows]
     with passes_of(llama) as shapes:
-        found = answer(llama, [rows], batch_size=4, most=12, ends=ends)
+        found = answer(llama, [rows], batch_size=4, max_tokens=12, ends=ends)
     assert [len(row.tokens) for row in found] == lengths
     steps = [n for n, width in shapes if width == 1]
     assert max(steps) == 4
@@ -202,11 +207,11 @@ def test_a_row_joins_when_another_ends(llama: AdapterSlots) -> None:
 
 
 def test_rows_that_end_at_once_take_no_step(llama: AdapterSlots) -> None:
-    firsts = {greedy(llama, row, most=1)[0] for row in ROWS}
+    firsts = {greedy(llama, row, max_tokens=1)[0] for row in ROWS}
     with passes_of(llama) as shapes:
         found = answer(llama, list(CLIENTS.values()), ends=firsts)
         assert [len(row.tokens) for row in found] == [1] * len(ROWS)
-        answer(llama, list(CLIENTS.values()), most=1)
+        answer(llama, list(CLIENTS.values()), max_tokens=1)
     assert all(n == 1 and width > 1 for n, width in shapes)
 
 
@@ -218,17 +223,17 @@ def test_a_row_without_a_prompt_gets_no_answer(llama: AdapterSlots) -> None:
 
 
 def test_a_row_of_one_token_has_no_loss(llama: AdapterSlots) -> None:
-    assert answer(llama, [[Row([], [20])]]) == [Answered(loss=0.0, tokens=())]
+    assert answer(llama, [[Row([], [20])]]) == [RowAnswer(loss=0.0, tokens=())]
 
 
-@pytest.mark.parametrize("way", ["parts", "mask", "packed"])
-def test_losses_do_not_depend_on_batch_and_grouping(way: str) -> None:
+@pytest.mark.parametrize("layout", ["parts", "mask", "packed"])
+def test_losses_do_not_depend_on_batch_and_grouping(layout: str) -> None:
     slots = slots_of("llama", torch.float32)
-    in_way(slots.model, way)
+    in_way(slots.model, layout)
     expected = padded_losses(slots, ROWS, 16)
     for clients in (list(CLIENTS.values()), [ROWS], [[row] for row in ROWS]):
         for batch_size in (1, 3, 16):
-            found = answer_losses(slots, clients, way=way, batch_size=batch_size)
+            found = answer_losses(slots, clients, layout=layout, batch_size=batch_size)
             assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -240,46 +245,50 @@ def test_the_same_rows_give_the_same_bits_again(llama: AdapterSlots) -> None:
 LENGTHS = st.lists(st.lists(st.integers(1, 700), max_size=6), max_size=6)
 
 
-MOST_AT_ONCE = {"parts": PARTS_TOKENS, "mask": DENSE_TOKENS, "packed": DENSE_TOKENS}
+MAX_AT_ONCE = {"parts": PARTS_TOKENS, "mask": DENSE_TOKENS, "packed": DENSE_TOKENS}
 
 
 def tokens_at_once(groups: Sequence[RowGroup]) -> int:
     return pack_groups(groups, loss_on="answer", device="cpu").computed_tokens
 
 
-@given(lengths=LENGTHS, batch_size=st.integers(1, 8), way=st.sampled_from(list(MOST_AT_ONCE)))
+@given(lengths=LENGTHS, batch_size=st.integers(1, 8), layout=st.sampled_from(list(MAX_AT_ONCE)))
 def test_passes_hold_every_row_once_within_their_bounds(
-    lengths: list[list[int]], batch_size: int, way: str
+    lengths: list[list[int]], batch_size: int, layout: str
 ) -> None:
     clients = [[Row([7] * length, [1]) for length in client] for client in lengths]
-    passes = plan_passes(clients, way=way, batch_size=batch_size)
+    passes = plan_passes(clients, layout=layout, batch_size=batch_size)
     places = [[place for group in groups for place in group.places] for groups in passes]
     assert sorted(chain(*places)) == list(range(sum(map(len, clients))))
     assert all(1 <= len(of_pass) <= batch_size for of_pass in places)
     longest = max(chain(*lengths), default=0) + 1
-    most = max(2048, 4 * longest) if way == "parts" else 1024
-    assert all(tokens_at_once(groups) <= most for groups in passes)
+    max_tokens = max(2048, 4 * longest) if layout == "parts" else 1024
+    assert all(tokens_at_once(groups) <= max_tokens for groups in passes)
 
 
-@pytest.mark.parametrize(("way", "most"), MOST_AT_ONCE.items())
+@pytest.mark.parametrize(("layout", "max_tokens"), MAX_AT_ONCE.items())
 @pytest.mark.parametrize("per_client", [1, 40])
-def test_passes_are_as_full_as_their_bound_lets_them(way: str, most: int, per_client: int) -> None:
+def test_passes_are_as_full_as_their_bound_lets_them(
+    layout: str, max_tokens: int, per_client: int
+) -> None:
     rows = [Row([n, *[7] * 100], [1]) for n in range(2, 42)]
     clients = [rows[start : start + per_client] for start in range(0, 40, per_client)]
-    computed = [tokens_at_once(groups) for groups in plan_passes(clients, way=way, batch_size=64)]
+    computed = [
+        tokens_at_once(groups) for groups in plan_passes(clients, layout=layout, batch_size=64)
+    ]
     assert sum(computed) == 40 * 101
-    assert most - 101 < max(computed) <= most
+    assert max_tokens - 101 < max(computed) <= max_tokens
 
 
-@pytest.mark.parametrize(("way", "rows"), [("parts", 4), ("mask", 1), ("packed", 1)])
-def test_rows_over_the_bound_are_read_a_few_at_once(way: str, rows: int) -> None:
+@pytest.mark.parametrize(("layout", "rows"), [("parts", 4), ("mask", 1), ("packed", 1)])
+def test_rows_over_the_bound_are_computed_a_few_at_once(layout: str, rows: int) -> None:
     clients = [[Row([n, *[7] * 3000], [1]) for n in range(2, 10)]]
-    passes = plan_passes(clients, way=way, batch_size=64)
+    passes = plan_passes(clients, layout=layout, batch_size=64)
     assert [sum(len(group.places) for group in groups) for groups in passes] == [rows] * (8 // rows)
 
 
 @given(sizes=st.lists(st.integers(1, 5), max_size=8))
 def test_rows_of_a_client_stay_together_where_they_fit(sizes: list[int]) -> None:
     clients = [[Row([*HEAD, n], [1])] * size for n, size in enumerate(sizes)]
-    passes = plan_passes(clients, way="parts", batch_size=5)
+    passes = plan_passes(clients, layout="parts", batch_size=5)
     assert sum(map(len, passes)) == len(sizes)

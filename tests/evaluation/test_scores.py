@@ -1,4 +1,4 @@
-"""Scores are those of generated answers, the same whatever was batched together, in any way."""
+"""Scores are those of generated answers, the same in every batch and every layout."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ WAYS = ["parts", "mask", "packed", "padded"]
 
 
 def slots_of(folder: Path, way: str, target: str, path: str) -> AdapterSlots:
-    """Slots with an adapter of rank 4 on `target`, in each of two layers at `path`."""
+    """Return slots with an adapter of rank 4 on `target`, in each of two layers at `path`."""
     base = load_base(folder, dtype="float32", device="cpu")
     slots = AdapterSlots(base, target_modules=[target], dropout=0.5, way=way)
     draws = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def slots_of(folder: Path, way: str, target: str, path: str) -> AdapterSlots:
 def llama_slots(tiny: Tiny, way: str) -> AdapterSlots:
     slots = slots_of(tiny.model, way, "q_proj", "model.layers.{}.self_attn.q_proj")
     generation: Any = slots.model.generation_config
-    generation.repetition_penalty = 5.0  # which no answer may show
+    generation.repetition_penalty = 5.0  # must not change any answer
     return slots
 
 
@@ -71,7 +71,7 @@ def section(batch_size: int = 16, max_new_tokens: int = 6) -> EvaluationSection:
 
 
 def greedy(slots: AdapterSlots, prompt: list[int], most: int) -> list[int]:
-    """Token by token, without a cache or a batch."""
+    """Return the greedy answer, computed token by token without a cache or a batch."""
     ids = list(prompt)
     for _ in range(most):
         with torch.no_grad():
@@ -82,7 +82,7 @@ def greedy(slots: AdapterSlots, prompt: list[int], most: int) -> list[int]:
 
 
 def answered(slots: AdapterSlots, rows: list[Row]) -> list[Row]:
-    """The rows, with the greedy answers of the model for references."""
+    """Return the rows with the greedy answers of the model as references."""
     slots.evaluate()
     return [
         Row(
@@ -99,7 +99,7 @@ def answered(slots: AdapterSlots, rows: list[Row]) -> list[Row]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_answers_are_greedy_whatever_shares_a_batch(slots: AdapterSlots, batch_size: int) -> None:
+def test_answers_are_greedy_in_every_batch(slots: AdapterSlots, batch_size: int) -> None:
     slots.train()
     found = generate_answers(slots, [row.prompt_ids for row in ROWS], section(batch_size))
     generation: Any = slots.model.generation_config
@@ -117,7 +117,7 @@ def test_a_prompt_without_tokens_has_no_answer(slots: AdapterSlots) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_scores_are_the_same_in_every_way(
+def test_scores_are_the_same_in_every_layout(
     slots: AdapterSlots, in_any_way: AdapterSlots, batch_size: int
 ) -> None:
     clients = [answered(slots, rows) for rows in (ROWS, ALIKE)]

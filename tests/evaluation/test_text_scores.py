@@ -1,4 +1,4 @@
-"""Every reference can be met, in any script, and only by what it says."""
+"""A text scores 1 against an equal reference, in any script, and less against others."""
 
 import pytest
 from hypothesis import given

@@ -256,7 +256,7 @@ def test_answers_are_scored_in_the_precision_of_training() -> None:
         slots = slots_of("bfloat16")
         slots.install(start(slots, 1e-4))
         with precision(name, CPU):
-            read = answer_losses(slots, [rows_of(0)], way="parts", batch_size=section.batch_size)
+            read = answer_losses(slots, [rows_of(0)], layout="parts", batch_size=section.batch_size)
             padded = padded_losses(slots, rows_of(0), section.batch_size)
         assert sum(read) == pytest.approx(loss_of(slots, name, rows_of(0)).item(), rel=1e-3)
         assert padded == pytest.approx(read, rel=0.01)
