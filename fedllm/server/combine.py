@@ -20,7 +20,7 @@ from fedllm.adapters.peft_writer import (
     writing_peft_adapter,
 )
 from fedllm.adapters.tensor_names import common_names
-from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
+from fedllm.aggregation.groups import WORKING_BYTES, ModuleRanks, blocks_of, group_modules
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.catalog import build_method
@@ -56,6 +56,7 @@ class CombineRequest:
     `DTYPES`; `out` is a new or empty folder; `exact` and `tolerance` are as in
     `aggregation.decomposition.Problem`. `base` is the base model of all of them, a folder or hub
     name, whatever they call it; `allow_missing` lets adapters have few modules in common.
+    `working_bytes` is the memory of the modules that are aggregated at once.
     """
 
     adapters: Sequence[WeightedAdapter]
@@ -68,6 +69,7 @@ class CombineRequest:
     tolerance: float = 1e-4
     base: str | None = None
     allow_missing: bool = False
+    working_bytes: int = WORKING_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
             block_clients=_BLOCK_ADAPTERS,
             exact=request.exact,
             tolerance=request.tolerance,
+            working_bytes=request.working_bytes,
         )
         seconds = engine.run(groups)
     return Combined(

@@ -71,12 +71,12 @@ def test_a_group_is_limited_by_its_bytes_and_one_module_always_fits() -> None:
 GROUP = """
 from fedllm.aggregation.decomposition import Problem
 from fedllm.aggregation.routes import decompose, fold
-from fedllm.lora.factors import Block
+from fedllm.lora.factors import FactorBlock
 problem = Problem(out={out}, in_={in_}, stacked_rank=8 * {rank}, rank={wanted}, exact={exact})
 def block():
     ones = torch.ones({modules}, 1, dtype=torch.float64)
     a, b = torch.randn({modules}, {rank}, {in_}), torch.randn({modules}, {out}, {rank})
-    return Block(a_GRI=a, b_GOR=b, ranks=({rank},), scales_GC=ones, weights_GC=ones)
+    return FactorBlock(a_GRI=a, b_GOR=b, ranks=({rank},), scales_GC=ones, weights_GC=ones)
 found = decompose((fold(block(), problem) for _ in range(8)), problem, total=8.0)
 assert {{each.route for each in found}} == {{{route!r}}}
 """

@@ -1,6 +1,7 @@
 """A packed step is the padded step: the same loss, the same gradient of every factor."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -99,8 +100,14 @@ def test_every_decoder_computes_parts_as_padded_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_float32_differs_by_its_rounding(name: str) -> None:
+    rows = STEPS["very different lengths"]
     model = make_decoder(name, torch.float32)
-    assert_equal(model, STEPS["very different lengths"], "parts", 1e-5)
+    exact = deepcopy(model).double()
+    _, true = gradients(in_way(exact, "padded"), lambda: plain_loss(exact, rows))
+    _, padded = gradients(in_way(model, "padded"), lambda: plain_loss(model, rows))
+    _, parts = gradients(model, lambda: step_loss(model, rows, "parts"))
+    # how far float32 is from float64 depends on the processor, so the padded step is the measure
+    assert worst(parts, true) < 8 * worst(padded, true)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
