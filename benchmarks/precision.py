@@ -141,9 +141,9 @@ class Bench:
         self._num_read = asked.rows
         prepared = PreparedRecord.read(asked.scratch / "prepared.json")
         base = load_base(Path(prepared.model_path), dtype=self.config.model.dtype, device="cpu")
-        assert prepared.way is not None
+        assert prepared.layout is not None
         targets = self.config.lora.target_modules
-        self.slots = AdapterSlots(base, target_modules=targets, way=prepared.way.cpu)
+        self.slots = AdapterSlots(base, target_modules=targets, layout=prepared.layout.cpu)
         data = TokenizedClients.open(Path(prepared.data_path))
         ids = sorted(record.id for record in prepared.clients if record.train_rows >= asked.rows)
         self.rows = {id_: list(data.rows(id_, "train")) for id_ in ids[: asked.clients]}
@@ -181,7 +181,9 @@ class Bench:
         for rows in (each[: self._num_read] for each in self.rows.values()):
             with precision_of(self.config):
                 one, other = (
-                    sum(answer_losses(self.slots, [rows], layout=self.slots.way, batch_size=size))
+                    sum(
+                        answer_losses(self.slots, [rows], layout=self.slots.layout, batch_size=size)
+                    )
                     for size in (self._num_read, 1)
                 )
             found.append(abs(one - other) / sum(map(num_targets, rows)))

@@ -47,7 +47,7 @@ from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local_sides import LOCAL_RULES
 from fedllm.model.base import Base, load_base, load_tokenizer
 from fedllm.model.targets import find_modules
-from fedllm.packing.layouts import find_way
+from fedllm.packing.layouts import find_layout
 from fedllm.packing.sequences import length_of
 from fedllm.packing.slots import AdapterSlots
 from fedllm.programs.prepare import prepare
@@ -174,12 +174,12 @@ def bench_of(asked: argparse.Namespace) -> Bench:
     """Load the base twice: for the plain loop and for fedllm."""
     plain, base = base_of(asked), base_of(asked)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
-    found = find_way(base.model.config, cutoff_tokens=asked.cutoff)
-    way: str = getattr(found, torch.device(asked.device).type)
+    found = find_layout(base.model.config, cutoff_tokens=asked.cutoff)
+    layout: str = getattr(found, torch.device(asked.device).type)
     return Bench(
         plain=get_peft_model(plain.model, lora).train(),
-        slots=AdapterSlots(base, target_modules=TARGETS, way=way),
-        way=way,
+        slots=AdapterSlots(base, target_modules=TARGETS, layout=layout),
+        layout=layout,
         adapter=first_adapter(base),
         settings=settings_of(asked),
     )
@@ -236,7 +236,7 @@ def timed(asked: argparse.Namespace) -> dict[str, Any]:
                 for turn, each in zip(turns, seconds, strict=True)
             ],
         }
-    return {"way": bench.way, "steps": num_steps, "groups": len(groups), "ways": found}
+    return {"layout": bench.layout, "steps": num_steps, "groups": len(groups), "ways": found}
 
 
 def one_turn(
@@ -298,7 +298,8 @@ def report(found: dict[str, Any], asked: argparse.Namespace) -> None:
         return
     print(
         f"{found['steps']} steps of {asked.batch} rows, at most {asked.cutoff} tokens, on "
-        f"{asked.device} ({found['way']}), {asked.threads} threads; {asked.co} clients co-trained"
+        f"{asked.device} ({found['layout']}), {asked.threads} threads; "
+        f"{asked.co} clients co-trained"
     )
     for name, way in found["ways"].items():
         ms, fast = way["ms_a_step"], way["times_as_fast"]

@@ -96,9 +96,9 @@ def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
 
 
-def in_way(model: nn.Module, way: str) -> nn.Module:
-    """Return the model with the attention that a way needs."""
-    model.set_attn_implementation(PARTS_ATTENTION if way == "parts" else "sdpa")  # type: ignore[operator]
+def in_layout(model: nn.Module, layout: str) -> nn.Module:
+    """Return the model with the attention that a layout needs."""
+    model.set_attn_implementation(PARTS_ATTENTION if layout == "parts" else "sdpa")  # type: ignore[operator]
     return model
 
 

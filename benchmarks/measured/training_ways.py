@@ -12,7 +12,7 @@ from benchmarks.rounds import plain_batch, plain_steps
 from fedllm.data.cache import Row
 from fedllm.lora.factors import Adapter
 from fedllm.packing.attention import fitted
-from fedllm.packing.layouts import set_way
+from fedllm.packing.layouts import set_layout
 from fedllm.packing.losses import cross_entropies, forward
 from fedllm.packing.micro_batches import PACKERS, Cut
 from fedllm.packing.sequences import Packed, pack, shared_prefix, text_of
@@ -40,11 +40,11 @@ class Client:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """The models that the ways train, made once, and how: `way` is what prepare would find."""
+    """The models that the ways train, made once, and how: `layout` is what prepare would find."""
 
     plain: nn.Module
     slots: AdapterSlots
-    way: str
+    layout: str
     adapter: Adapter
     settings: LocalSettings
 
@@ -94,7 +94,7 @@ def _one_pack(bench: Bench, rows: Sequence[Row], share: bool) -> Packed:
     prefix = shared_prefix([text_of(row) for row in rows]) if share else 0
     places = range(len(rows))
     packed = pack(rows, places, prefix, loss_on="answer", device=bench.slots.device)
-    return fitted(packed, bench.way)
+    return fitted(packed, bench.layout)
 
 
 def _steps(bench: Bench, parameters: Sequence[nn.Parameter], packs: Sequence[Packed]) -> None:
@@ -110,7 +110,7 @@ def _steps(bench: Bench, parameters: Sequence[nn.Parameter], packs: Sequence[Pac
 
 def _loss_of_all_logits(bench: Bench, packed: Packed) -> Tensor:
     every_T = torch.arange(packed.computed_tokens, device=packed.kept_U.device)
-    logits_TV = forward(bench.slots.model, packed, bench.way, kept=every_T).logits[0]
+    logits_TV = forward(bench.slots.model, packed, bench.layout, kept=every_T).logits[0]
     losses_K = cross_entropies(logits_TV[packed.kept_U], packed.inverse_K, packed.targets_K)
     return (losses_K * packed.weights_K).sum() / packed.num_targets
 
@@ -122,22 +122,22 @@ def _selected(bench: Bench, clients: Sequence[Client]) -> Taken:
         ).stats.step_seconds
         for client in clients
     )
-    return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, bench.way))
+    return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, bench.layout))
 
 
 def _co_trained(bench: Bench, clients: Sequence[Client]) -> Taken:
     members = [Member(received=lambda: bench.adapter, rows=c.rows, draws=c.draws) for c in clients]
-    set_way(bench.slots.model, GROUP_LAYOUT)
+    set_layout(bench.slots.model, GROUP_LAYOUT)
     results = Together(slots=bench.slots, settings=bench.settings).train(members)
-    set_way(bench.slots.model, bench.way)
+    set_layout(bench.slots.model, bench.layout)
     seconds = sum(result.stats.step_seconds for result in results)
     return Taken(seconds=seconds, tokens=_packed_tokens(bench, clients, GROUP_LAYOUT))
 
 
-def _packed_tokens(bench: Bench, clients: Sequence[Client], way: str) -> int:
+def _packed_tokens(bench: Bench, clients: Sequence[Client], layout: str) -> int:
     cut = Cut(loss_on="answer", pad_token=0, device="cpu")
     batches = (rows for client in clients for rows in client.batches(bench.settings))
-    return sum(one.computed_tokens for rows in batches for one in PACKERS[way](rows, cut))
+    return sum(one.computed_tokens for rows in batches for one in PACKERS[layout](rows, cut))
 
 
 WAYS: Mapping[str, Way] = {

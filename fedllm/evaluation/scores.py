@@ -48,7 +48,7 @@ def score_rows(
     prefix if that layout allows it. Only the last answer of a conversation is scored. `form` is
     the text around the answers that were trained.
     """
-    losses, answers = _SCORERS[slots.way](slots, clients, section, form)
+    losses, answers = _SCORERS[slots.layout](slots, clients, section, form)
     rows = [row for client in clients for row in client]
     scores = iter(
         RowScores(
@@ -79,7 +79,7 @@ def _score_shared(
     answered = answer_clients(
         slots,
         clients,
-        layout=slots.way,
+        layout=slots.layout,
         batch_size=section.batch_size,
         max_tokens=section.max_new_tokens,
         ends=end_tokens(slots, form),

@@ -270,9 +270,9 @@ SHARED = frozenset({"parts", "flex", "mask"})
 """The ways that compute the common prefix of rows once."""
 
 
-def fitted(packed: Packed, way: str) -> Packed:
+def fitted(packed: Packed, layout: str) -> Packed:
     """Return packed rows as a way takes them: filled up to whole blocks for `flex`."""
-    block = FLEX_BLOCK if way == "flex" else 1
+    block = FLEX_BLOCK if layout == "flex" else 1
     return padded_to(packed, -(-packed.computed_tokens // block) * block)
 
 

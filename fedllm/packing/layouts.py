@@ -24,7 +24,7 @@ from fedllm.packing.batches import collate, token_losses
 from fedllm.packing.losses import forward, packed_losses
 from fedllm.packing.sequences import Packed, length_of, pack, text_of
 from fedllm.storage.hub import first_line
-from fedllm.storage.records import WayRecord
+from fedllm.storage.records import LayoutRecord
 
 _CHECKED = ("parts", "mask", "packed", "padded")  # in the order of preference
 # largest relative error; transformers computes norms and rotary angles in float32: 1e-8 is seen
@@ -53,9 +53,9 @@ _ROWS = tuple(
 )
 
 
-def find_way(
+def find_layout(
     config: Any, *, cutoff_tokens: int, longest_answer: int = 0, rows_apart: bool = False
-) -> WayRecord:
+) -> LayoutRecord:
     """Return how a model of this configuration computes rows together.
 
     Args:
@@ -76,10 +76,10 @@ def find_way(
     # whatever a class raises that cannot be made small: it is not checked then, and this is said
     except Exception as error:
         why = f"a small {type(config).__name__} cannot be made ({first_line(error)})"
-        return WayRecord(cpu="padded", cuda="padded", why=why)
+        return LayoutRecord(cpu="padded", cuda="padded", why=why)
     name = type(model).__name__
     with silence():
-        wrong = _wrong_ways(model)
+        wrong = _wrong_layouts(model)
     if "padded" in wrong and not rows_apart:
         if not _is_padded_right(config):
             raise ModelError(
@@ -88,8 +88,8 @@ def find_way(
                 "training.micro_batch_size: 1 and evaluation.batch_size: 1"
             )
         name += ", where rows are longer than its window"
-    right = [way for way in _CHECKED if way not in wrong] or ["padded"]
-    cpu, gpu = right[0], next(way for way in [*right, "padded"] if way != "parts")
+    right = [layout for layout in _CHECKED if layout not in wrong] or ["padded"]
+    cpu, gpu = right[0], next(layout for layout in [*right, "padded"] if layout != "parts")
     if gpu == "mask" and _has_block_masks(model, config.get_text_config()):
         with silence():
             problem = _problem(model, "flex")
@@ -97,43 +97,43 @@ def find_way(
             wrong["flex"] = problem
         else:
             gpu = "flex"
-    why = "; ".join(f"{way}: {problem}" for way, problem in wrong.items())
-    return WayRecord.model_validate(
+    why = "; ".join(f"{layout}: {problem}" for layout, problem in wrong.items())
+    return LayoutRecord.model_validate(
         {"cpu": cpu, "cuda": gpu, "why": f"{name}: {why}" if why else ""}
     )
 
 
-def still_right(recorded: WayRecord, found: WayRecord) -> bool:
+def still_right(recorded: LayoutRecord, found: LayoutRecord) -> bool:
     """Say whether a check that chose `found` found nothing wrong with `recorded`."""
     if recorded.cuda == "flex" and found.cuda != "flex":
         return False  # masks alone are still right
     return _rank(recorded.cpu) >= _rank(found.cpu) and _rank(recorded.cuda) >= _rank(found.cuda)
 
 
-def set_way(model: nn.Module, way: str) -> None:
+def set_layout(model: nn.Module, layout: str) -> None:
     """Make a model ready to compute rows in a way; generation and padded rows keep their bits."""
     causal: Any = model
-    if way == "parts":
+    if layout == "parts":
         causal.set_attn_implementation(PARTS_ATTENTION)
-    elif way == "flex":
+    elif layout == "flex":
         causal.set_attn_implementation("flex_attention")
 
 
-def _rank(way: str) -> int:
+def _rank(layout: str) -> int:
     """Return the place of a way in the order of preference; block masks are masks."""
-    return _CHECKED.index("mask" if way == "flex" else way)
+    return _CHECKED.index("mask" if layout == "flex" else layout)
 
 
-def _wrong_ways(model: nn.Module) -> dict[str, str]:
+def _wrong_layouts(model: nn.Module) -> dict[str, str]:
     """Return what is wrong with the ways before the first that serves every device."""
     wrong: dict[str, str] = {}
-    for way in _CHECKED:
-        if way == "padded":
+    for layout in _CHECKED:
+        if layout == "padded":
             # eager attention gives NaN for padding in float64: its softmax is in float32
             model.float()
-        if problem := _problem(model, way):
-            wrong[way] = problem
-        elif way != "parts":
+        if problem := _problem(model, layout):
+            wrong[layout] = problem
+        elif layout != "parts":
             break
     return wrong
 
@@ -144,17 +144,17 @@ def _is_padded_right(config: Any) -> bool:
         return not _problem(small_model(config, cutoff_tokens=0).float(), "padded")
 
 
-def _problem(model: nn.Module, way: str) -> str:
+def _problem(model: nn.Module, layout: str) -> str:
     """Say how a way differs from every row by itself, or nothing."""
     causal: Any = model
     own = causal.config._attn_implementation
     # FlexAttention has no gradient on a CPU, and is compiled on a GPU only
-    compute = _loss_only if way == "flex" else _computed
+    compute = _loss_only if layout == "flex" else _computed
     alone = compute(model, lambda: torch.stack([_alone(model, row) for row in _ROWS]).sum())
-    set_way(model, way)
+    set_layout(model, layout)
     try:
-        found = _difference(alone, compute(model, lambda: _together(model, way)))
-        return found or (_cache_problem(model, way, own) if way in SHARED else "")
+        found = _difference(alone, compute(model, lambda: _together(model, layout)))
+        return found or (_cache_problem(model, layout, own) if layout in SHARED else "")
     # a class that cannot take these inputs raises what it likes: then it is not this way
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
@@ -169,37 +169,37 @@ def _alone(model: nn.Module, row: _Row) -> Tensor:
     return nn.functional.cross_entropy(logits_TV, text[0, 1:], reduction="sum")
 
 
-def _together(model: nn.Module, way: str) -> Tensor:
-    if way == "padded":
+def _together(model: nn.Module, layout: str) -> Tensor:
+    if layout == "padded":
         batch = collate(_ROWS, loss_on="all", pad_token=0, device="cpu")
         return token_losses(model, batch).sum()
-    return packed_losses(model, _packed(way), way)
+    return packed_losses(model, _packed(layout), layout)
 
 
-def _packed(way: str) -> Packed:
-    prefix = len(_PREFIX) if way in SHARED else 0
-    return fitted(pack(_ROWS, range(len(_ROWS)), prefix, loss_on="all", device="cpu"), way)
+def _packed(layout: str) -> Packed:
+    prefix = len(_PREFIX) if layout in SHARED else 0
+    return fitted(pack(_ROWS, range(len(_ROWS)), prefix, loss_on="all", device="cpu"), layout)
 
 
-def _cache_problem(model: nn.Module, way: str, own: str) -> str:
+def _cache_problem(model: nn.Module, layout: str, own: str) -> str:
     """Say how a step behind the keys and values of shared rows differs, or nothing.
 
     Evaluation answers so: each row gathers its keys from the cache of a packed pass, and the rows
     are aligned on the right for a step of a token each.
     """
-    packed = _packed(way)
+    packed = _packed(layout)
     cache = DynamicCache()
     lengths = [length_of(row) for row in _ROWS]
     width = max(lengths)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        forward(model, packed, way, kept=packed.kept_U, use_cache=True, past_key_values=cache)
+        forward(model, packed, layout, kept=packed.kept_U, use_cache=True, past_key_values=cache)
         steps = DynamicCache()
         gaps_N1 = torch.tensor([[width - length] for length in lengths])
         keys_NW = torch.tensor(_keys(packed, width - 1))
         for number, layer in enumerate(cache.layers):
             keys, values = (x[0][:, keys_NW].transpose(0, 1) for x in (layer.keys, layer.values))
             steps.update(keys, values, number)
-        if way == "flex":  # its blocks are for many queries
+        if layout == "flex":  # its blocks are for many queries
             cast(Any, model).set_attn_implementation(own)
         together_NV = model(
             input_ids=torch.tensor([text_of(row)[-1:] for row in _ROWS]),

@@ -17,19 +17,19 @@ from fedllm.packing.sequences import Packed
 _CHUNK_LOGITS = 1 << 22  # logits that are in float32 at one time
 
 
-def packed_losses(model: nn.Module, packed: Packed, way: str) -> Tensor:
+def packed_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
     """Return the sum of the losses of all targets of all rows, a scalar for training."""
-    losses_K = target_losses(model, packed, way)
+    losses_K = target_losses(model, packed, layout)
     return (losses_K * packed.weights_K).sum()
 
 
-def target_losses(model: nn.Module, packed: Packed, way: str) -> Tensor:
+def target_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
     """Return the cross entropy of every target (K,), in float32 at least."""
-    logits_UV = forward(model, packed, way, kept=packed.kept_U).logits[0]
+    logits_UV = forward(model, packed, layout, kept=packed.kept_U).logits[0]
     return cross_entropies(logits_UV, packed.inverse_K, packed.targets_K)
 
 
-def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **options: Any) -> Any:
+def forward(model: nn.Module, packed: Packed, layout: str, *, kept: Tensor, **options: Any) -> Any:
     """Return the model's output for packed rows, with logits (1, U, V) at the indices `kept`.
 
     `options` go to the model, for example a cache to fill; without them it keeps none.
@@ -37,7 +37,7 @@ def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **optio
     Raises:
         ModelError: the model does not compute with the attention of the way.
     """
-    inputs = INPUTS[way](model, [packed.parts], packed.computed_tokens, packed.tokens_1T.device)
+    inputs = INPUTS[layout](model, [packed.parts], packed.computed_tokens, packed.tokens_1T.device)
     keeps = keeps_logits(model)
     output = model(
         input_ids=packed.tokens_1T,
@@ -52,7 +52,7 @@ def forward(model: nn.Module, packed: Packed, way: str, *, kept: Tensor, **optio
     if plan is not None and not plan.calls:
         raise ModelError(
             f"{type(model).__name__}: its attention does not go through transformers' attention "
-            f"interface; need another way to train its rows than {way}"
+            f"interface; need another way to train its rows than {layout}"
         )
     return output
 

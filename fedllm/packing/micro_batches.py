@@ -107,7 +107,7 @@ class PackedPass:
     """Rows as a packed sequence, and the way the model attends within it."""
 
     packed: Packed
-    way: str
+    layout: str
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +139,7 @@ class PackedPass:
 
     def loss_sum(self, model: nn.Module) -> Tensor:
         """Return the sum of the losses of all targets, a scalar."""
-        return packed_losses(model, self.packed, self.way)
+        return packed_losses(model, self.packed, self.layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,20 +163,20 @@ class Cut:
         return range(len(rows)) if self.places is None else self.places
 
 
-def most_at_once(way: str, lengths: Sequence[int]) -> int:
+def most_at_once(layout: str, lengths: Sequence[int]) -> int:
     """Return how many tokens to compute at once without a budget.
 
     Args:
-        way: how packed rows are computed together.
+        layout: of the packed rows.
         lengths: tokens of each row.
     """
-    most_tokens, least_rows = _AT_ONCE[way]
+    most_tokens, least_rows = _AT_ONCE[layout]
     return max(most_tokens, least_rows * max(lengths, default=0))
 
 
-def prefix_of(rows: Sequence[TokenRow], way: str) -> int:
+def prefix_of(rows: Sequence[TokenRow], layout: str) -> int:
     """Return how many first tokens of these rows a way computes once."""
-    return shared_prefix([text_of(row) for row in rows]) if way in SHARED else 0
+    return shared_prefix([text_of(row) for row in rows]) if layout in SHARED else 0
 
 
 Packer = Callable[[Sequence[TokenRow], Cut], Sequence[Pass]]
@@ -216,11 +216,11 @@ def _plan_batches(lengths: Sequence[int], places: Sequence[int], cut: Cut) -> li
     return batches
 
 
-def _packed(rows: Sequence[TokenRow], cut: Cut, *, way: str) -> list[PackedPass]:
+def _packed(rows: Sequence[TokenRow], cut: Cut, *, layout: str) -> list[PackedPass]:
     # the prefix is of the whole step, not of a pass: how a step is cut changes rounding only
-    prefix = prefix_of(rows, way)
+    prefix = prefix_of(rows, layout)
     lengths = [length_of(row) for row in rows]
-    most_tokens = most_at_once(way, lengths) if cut.most_tokens is None else cut.most_tokens
+    most_tokens = most_at_once(layout, lengths) if cut.most_tokens is None else cut.most_tokens
     own = cut.of(rows)
     plan = plan_packs(
         [lengths[place] for place in own],
@@ -232,11 +232,11 @@ def _packed(rows: Sequence[TokenRow], cut: Cut, *, way: str) -> list[PackedPass]
         pack(rows, [own[n] for n in some], prefix, loss_on=cut.loss_on, device=cut.device)
         for some in plan
     )
-    return [PackedPass(packed=fitted(packed, way), way=way) for packed in packs]
+    return [PackedPass(packed=fitted(packed, layout), layout=layout) for packed in packs]
 
 
 PACKERS: Mapping[str, Packer] = {
     "padded": _padded,
-    **{way: partial(_packed, way=way) for way in INPUTS},
+    **{layout: partial(_packed, layout=layout) for layout in INPUTS},
 }
 """Per way: the rows of an optimizer step to its passes."""

@@ -189,13 +189,13 @@ def pack_groups(
     merge_targets: bool = True,
 ) -> Packed:
     """Return several groups, each behind its own prefix, as one packed sequence; see `pack`."""
-    layout = _Layout()
+    builder = _PackBuilder()
     for group in groups:
-        layout.add(group, loss_on)
-    return layout.packed(device, merge_targets)
+        builder.add(group, loss_on)
+    return builder.packed(device, merge_targets)
 
 
-class _Layout:
+class _PackBuilder:
     """A packed sequence in the making, in lists."""
 
     def __init__(self) -> None:

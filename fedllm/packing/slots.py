@@ -21,7 +21,7 @@ from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.packing.adapter_product import LeanFactor
 from fedllm.packing.gated_mlp import keep_less
-from fedllm.packing.layouts import set_way
+from fedllm.packing.layouts import set_layout
 from fedllm.packing.precision import keep_factor_wide, keep_sums_wide
 from fedllm.packing.recompute import Recomputation, Recompute
 from fedllm.packing.row_dropout import RowDropout, RowSeeds
@@ -80,7 +80,7 @@ class AdapterSlots:
 
     There is one PEFT adapter per distinct set of ranks, `c0`, `c1`, ...; installing copies A, B
     and scale in place, so that memory does not grow with the clients. Only the installed adapter
-    requires gradients. `way` is how the model computes rows together, one of `ways`.
+    requires gradients. `layout` is how the model computes rows together, one of `layouts`.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class AdapterSlots:
         *,
         target_modules: Targets,
         dropout: float = 0.0,
-        way: str = "padded",
+        layout: str = "padded",
     ) -> None:
         self.base = base
         self.model: nn.Module = base.model
-        self.way = way
+        self.layout = layout
         self.rows = RowSeeds()
         self._modules = find_modules(base.model, target_modules)
         self._dropout = dropout
@@ -106,7 +106,7 @@ class AdapterSlots:
         self.model.requires_grad_(False)
         keep_sums_wide(self.model)
         keep_less(self.model)
-        set_way(self.model, way)
+        set_layout(self.model, layout)
 
     @property
     def device(self) -> torch.device:

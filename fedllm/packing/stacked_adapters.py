@@ -195,9 +195,9 @@ class StackedPass:
             for piece in pieces
         ]
 
-    def loss_sums(self, model: nn.Module, way: str) -> list[Tensor]:
+    def loss_sums(self, model: nn.Module, layout: str) -> list[Tensor]:
         """Return the sum of the losses of every client's targets, a scalar each."""
-        losses_K = target_losses(model, self.packed, way) * self.packed.weights_K
+        losses_K = target_losses(model, self.packed, layout) * self.packed.weights_K
         return [own_K.sum() for own_K in torch.split(losses_K, list(self.entries))]
 
 

@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedllm.config.models import TrainingSection
-from fedllm.storage.records import CohortClient, WayRecord
+from fedllm.storage.records import CohortClient, LayoutRecord
 
 GROUP_LAYOUT = "parts"
-"""The way in which several clients' rows are computed together, on every kind of device.
+"""The layout of rows of several clients that train together, on every kind of device.
 
 No part of a sequence ever meets another client's, so that what is not finite stays where it is.
 """
@@ -49,7 +49,7 @@ class Engine:
     Attributes:
         name: its trainer's key in `training.trainers.TRAINERS`.
         clients_at_once: how many clients it trains side by side.
-        way: the way to compute rows that it needs; None: it takes any.
+        layout: the layout of rows that it needs; None: it takes any.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Engine:
         """Return who of a whole cohort trains together; `ranks` are tier -> module -> rank."""
         return group_clients(clients, ranks, self.clients_at_once)
 
-    def has_layout(self, layout: WayRecord | None) -> bool:
-        """Say whether a base with this way, None for padded rows, has the one that it needs."""
+    def has_layout(self, layout: LayoutRecord | None) -> bool:
+        """Say whether this layout of a base, None for padded rows, is the one that it needs."""
         return self.layout is None or (layout is not None and layout.cpu == self.layout)
 
-    def refusal(self, layout: WayRecord | None) -> str | None:
-        """Return why it cannot train on a base with this way, and what to set instead."""
+    def refusal(self, layout: LayoutRecord | None) -> str | None:
+        """Return why it cannot train on a base with this layout, and what to set instead."""
         if self.has_layout(layout):
             return None
         rows = "rows are padded"

@@ -40,7 +40,7 @@ class _SlotsKey:
     fingerprint: str
     target_modules: Targets
     dropout: float
-    way: str
+    layout: str
 
 
 class Session:
@@ -115,7 +115,7 @@ class Session:
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
-            way=_way_of_engine(config, prepared) or way_of(prepared, device),
+            layout=_layout_of_engine(config, prepared) or layout_of(prepared, device),
         )
         if self._slots is not None and self._slots[0] != key:
             # its layers are in the model: take a clean one
@@ -136,7 +136,7 @@ class Session:
             from fedllm.packing.slots import AdapterSlots
 
             slots = AdapterSlots(
-                base, target_modules=key.target_modules, dropout=key.dropout, way=key.way
+                base, target_modules=key.target_modules, dropout=key.dropout, layout=key.layout
             )
             self._slots = key, slots
         return self._slots[1]
@@ -181,14 +181,14 @@ class Session:
         return self._prepared[1]
 
 
-def _way_of_engine(config: Config, prepared: PreparedRecord) -> str | None:
-    """Return the way that the run's engine needs, where it needs one and the base has it."""
+def _layout_of_engine(config: Config, prepared: PreparedRecord) -> str | None:
+    """Return the layout that the run's engine needs, where it needs one and the base has it."""
     engine = engine_of(config.training)
-    return engine.layout if engine.has_layout(prepared.way) else None
+    return engine.layout if engine.has_layout(prepared.layout) else None
 
 
-def way_of(prepared: PreparedRecord, device: str) -> str:
+def layout_of(prepared: PreparedRecord, device: str) -> str:
     """Return how rows are computed together on a device."""
-    if prepared.way is None:
+    if prepared.layout is None:
         return "padded"
-    return prepared.way.cuda if device.startswith("cuda") else prepared.way.cpu
+    return prepared.layout.cuda if device.startswith("cuda") else prepared.layout.cpu

@@ -20,7 +20,7 @@ from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.memory import give_back_freed
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.packing.attention import SHARED
-from fedllm.packing.layouts import find_way, still_right
+from fedllm.packing.layouts import find_layout, still_right
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import engine_of
 from fedllm.planning.roles import split_roles
@@ -28,7 +28,7 @@ from fedllm.process.log import say
 from fedllm.server.starting_adapter import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
-from fedllm.storage.records import ClientRecord, CohortRecord, PreparedRecord, WayRecord
+from fedllm.storage.records import ClientRecord, CohortRecord, LayoutRecord, PreparedRecord
 
 Report = Callable[[str], None]
 
@@ -59,7 +59,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     refuse_ranks(method, federation)
     _check_engine(config, layout)
     say(describe_layout(layout))
-    prepared = prepared.model_copy(update={"way": layout})
+    prepared = prepared.model_copy(update={"layout": layout})
     prepared.publish(run.prepared)
     return prepared
 
@@ -78,10 +78,10 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     base, prepared = _described(config, cache, report)
     layout = _best_layout(config, base)
     _check_engine(config, layout)
-    return prepared.model_copy(update={"way": layout})
+    return prepared.model_copy(update={"layout": layout})
 
 
-def describe_layout(layout: WayRecord | None) -> str:
+def describe_layout(layout: LayoutRecord | None) -> str:
     """Return the layout of rows as a line of text, with the reason why there is no better one."""
     if layout is None:
         return "rows: padded, as in the rounds of this run so far"
@@ -126,8 +126,8 @@ def _described(
     return base, prepared.model_copy(update={"start": start})
 
 
-def _best_layout(config: Config, base: BaseDescription) -> WayRecord:
-    return find_way(
+def _best_layout(config: Config, base: BaseDescription) -> LayoutRecord:
+    return find_layout(
         base.config,
         cutoff_tokens=config.data.cutoff_tokens,
         longest_answer=config.evaluation.max_new_tokens,
@@ -137,7 +137,7 @@ def _best_layout(config: Config, base: BaseDescription) -> WayRecord:
 
 def _begun_layout(
     first: CohortRecord, config: Config, base: BaseDescription, run: RunPaths
-) -> WayRecord | None:
+) -> LayoutRecord | None:
     """Return the layout with which the run's first round was trained.
 
     A run without a layout is not checked: a run that has begun cannot change the keys that the
@@ -146,7 +146,7 @@ def _begun_layout(
     Raises:
         RunDirectoryError: the installed libraries compute this layout wrongly.
     """
-    layout = first.way
+    layout = first.layout
     if layout is None:
         return None
     best = _best_layout(config, base)
@@ -161,7 +161,7 @@ def _begun_layout(
     return layout
 
 
-def _check_engine(config: Config, layout: WayRecord | None) -> None:
+def _check_engine(config: Config, layout: LayoutRecord | None) -> None:
     """Refuse an engine that cannot train with this layout of rows."""
     if refusal := engine_of(config.training).refusal(layout):
         raise ConfigError(refusal)

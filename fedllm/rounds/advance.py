@@ -113,7 +113,7 @@ def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
         ranks={tier: dict(ranks) for tier, ranks in federation.ranks.items()},
         clients=federation.cohort(number),
         enough=federation.enough,
-        way=federation.prepared.way,
+        layout=federation.prepared.layout,
     )
     run.publish(cohort, paths.cohort)
     return cohort

@@ -17,13 +17,14 @@ class Record(BaseModel):
         extra="ignore",
         frozen=True,
         protected_namespaces=(),
+        populate_by_name=True,
         # JSON has no numbers for them, and a diverged loss must come back as what it was
         ser_json_inf_nan="strings",
     )
 
     def to_bytes(self) -> bytes:
         """Return the record as indented JSON."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        return (self.model_dump_json(indent=1, by_alias=True) + "\n").encode()
 
     def publish(self, path: Path) -> None:
         """Write the record under `path`, whole or not at all."""
@@ -60,6 +61,10 @@ class Record(BaseModel):
             return None
 
 
+# the name in JSON; records of runs that began with an earlier version have it
+_LAYOUT = Field(default=None, validation_alias="way", serialization_alias="way")
+
+
 class ModuleRecord(Record):
     """A target module of the base: W is (out, in), stored as (in, out) where it is `transposed`."""
 
@@ -69,13 +74,13 @@ class ModuleRecord(Record):
     transposed: bool = False
 
 
-class WayRecord(Record):
-    """How rows are computed together, on each kind of device; found once, kept for the run.
+class LayoutRecord(Record):
+    """The layout of rows in a forward pass, per kind of device; found once, kept for the run.
 
     `parts`, `flex` and `mask` compute the common prefix of rows once: one attention call per part
     of the sequence, block masks of FlexAttention, or one boolean mask. `packed` rows lie one after
-    the other and share nothing; `padded` ones fill a rectangle. `why` says what an earlier way
-    failed at.
+    the other and share nothing; `padded` ones fill a rectangle. `why` says what is wrong
+    with the better layouts.
     """
 
     cpu: Literal["parts", "mask", "packed", "padded"]
@@ -113,8 +118,8 @@ class StartRecord(Record):
 class PreparedRecord(Record):
     """What prepare found: everything a coordinator needs to know of model and data.
 
-    A run that was prepared before there were ways has none, and goes on with padded rows. `notes`
-    is what the user should know of the base and is no error.
+    A run that was prepared before there were layouts has none, and goes on with padded rows.
+    `notes` is what the user should know of the base and is no error.
     """
 
     model_fingerprint: str
@@ -124,7 +129,7 @@ class PreparedRecord(Record):
     model_parameters: int
     modules: dict[str, ModuleRecord]
     clients: list[ClientRecord]
-    way: WayRecord | None = None
+    layout: LayoutRecord | None = _LAYOUT
     notes: list[str] = []
     start: StartRecord | None = None
 
@@ -186,8 +191,8 @@ class CohortClient(Record):
 class CohortRecord(Record):
     """The clients of a round and what each tier trains.
 
-    `enough` valid updates complete the round; null: all. `cost` of a client is in tokens. `way` is
-    that of prepare; the first round's holds for the run.
+    `enough` valid updates complete the round; null: all. `cost` of a client is in tokens. `layout`
+    is that of prepare; the first round's holds for the run.
     """
 
     round: int
@@ -198,7 +203,7 @@ class CohortRecord(Record):
     ranks: dict[str, dict[str, int]]
     clients: list[CohortClient]
     enough: int | None = None
-    way: WayRecord | None = None
+    layout: LayoutRecord | None = _LAYOUT
 
 
 class BundleRecord(Record):

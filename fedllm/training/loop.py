@@ -199,7 +199,7 @@ class Loop:
             scales=dict(self.installed.scales),
         )
 
-    def passes(self, number: int, way: str) -> Sequence[Pass]:
+    def passes(self, number: int, layout: str) -> Sequence[Pass]:
         """Return the rows of an optimizer step as the forward passes that compute them."""
         training = self._settings.training
         cut = Cut(
@@ -210,7 +210,7 @@ class Loop:
             most_tokens=training.micro_batch_tokens,
             by_length=self._settings.by_length,
         )
-        return PACKERS[way]([self._rows[place] for place in self._steps[number]], cut)
+        return PACKERS[layout]([self._rows[place] for place in self._steps[number]], cut)
 
     def pieces(self, number: int, one: Pass) -> list[Piece]:
         """Return the pieces of a pass of an optimizer step, with their seeds."""
@@ -218,7 +218,7 @@ class Loop:
 
     def step(self, number: int) -> None:
         """Take one optimizer step; its loss is the mean over all its targets."""
-        passes = self.passes(number, self._slots.way)
+        passes = self.passes(number, self._slots.layout)
         targets = sum(each.num_targets for each in passes)
         reseed(self.draws.step(number), self.device)
         begun = time.perf_counter()

@@ -68,7 +68,9 @@ class _Group:
     ) -> None:
         self._begun = time.perf_counter()
         self._slots, self._settings = slots, settings
-        assert slots.way == GROUP_LAYOUT, f"rows are {slots.way}: clients cannot train together"
+        assert slots.layout == GROUP_LAYOUT, (
+            f"rows are {slots.layout}: clients cannot train together"
+        )
         installed = slots.install_group([member.received() for member in members])
         self._loops = [
             Loop(slots, own, member.rows, settings, member.draws)

@@ -85,8 +85,8 @@ class ClientRound:
                 training=config.training,
                 rule=local_rule(config.method.local),
                 loss_on=config.data.loss_on,
-                # a run that was prepared before there were ways keeps its bits
-                by_length=prepared.way is not None,
+                # a run that was prepared before there were layouts keeps its bits
+                by_length=prepared.layout is not None,
             ),
             session=session,
             tiers={client.id: client.tier for client in cohort.clients},

@@ -17,7 +17,7 @@ from fedllm.model.base import Base
 from fedllm.packing.micro_batches import DENSE_TOKENS, PARTS_TOKENS
 from fedllm.packing.sequences import LEAST_SHARED, RowGroup, pack_groups, shared_prefix, text_of
 from fedllm.packing.slots import AdapterSlots
-from tests.decoders import DECODERS, Row, in_way, make_decoder
+from tests.decoders import DECODERS, Row, in_layout, make_decoder
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 DIFFERENT = [
@@ -60,7 +60,7 @@ def greedy(
 ) -> list[int]:
     """Return the greedy answer, computed token by token without a cache or a batch."""
     slots.evaluate()
-    model = in_way(slots.model, "padded")
+    model = in_layout(slots.model, "padded")
     ids = list(row.prompt_ids)
     for _ in range(max_tokens):
         with torch.no_grad():
@@ -80,7 +80,7 @@ def answer(
     max_tokens: int = MAX_TOKENS,
     ends: Collection[int] = (),
 ) -> list[RowAnswer]:
-    in_way(slots.model, layout)
+    in_layout(slots.model, layout)
     return answer_clients(
         slots, clients, layout=layout, batch_size=batch_size, max_tokens=max_tokens, ends=ends
     )
@@ -229,7 +229,7 @@ def test_a_row_of_one_token_has_no_loss(llama: AdapterSlots) -> None:
 @pytest.mark.parametrize("layout", ["parts", "mask", "packed"])
 def test_losses_do_not_depend_on_batch_and_grouping(layout: str) -> None:
     slots = slots_of("llama", torch.float32)
-    in_way(slots.model, layout)
+    in_layout(slots.model, layout)
     expected = padded_losses(slots, ROWS, 16)
     for clients in (list(CLIENTS.values()), [ROWS], [[row] for row in ROWS]):
         for batch_size in (1, 3, 16):

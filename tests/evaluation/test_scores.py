@@ -27,13 +27,13 @@ ALIKE = [
     Row(prompt_ids=[*HEAD, 60], answer_ids=[71, 1], references=["ab"]),
     Row(prompt_ids=[*HEAD, 61, 62, 63, 64], answer_ids=[71, 72, 1], references=["c"]),
 ]
-WAYS = ["parts", "mask", "packed", "padded"]
+LAYOUTS = ["parts", "mask", "packed", "padded"]
 
 
-def slots_of(folder: Path, way: str, target: str, path: str) -> AdapterSlots:
+def slots_of(folder: Path, layout: str, target: str, path: str) -> AdapterSlots:
     """Return slots with an adapter of rank 4 on `target`, in each of two layers at `path`."""
     base = load_base(folder, dtype="float32", device="cpu")
-    slots = AdapterSlots(base, target_modules=[target], dropout=0.5, way=way)
+    slots = AdapterSlots(base, target_modules=[target], dropout=0.5, layout=layout)
     draws = torch.Generator().manual_seed(0)
     modules = {path.format(n): base.modules[path.format(n)] for n in range(2)}
     slots.install(
@@ -49,8 +49,8 @@ def slots_of(folder: Path, way: str, target: str, path: str) -> AdapterSlots:
     return slots
 
 
-def llama_slots(tiny: Tiny, way: str) -> AdapterSlots:
-    slots = slots_of(tiny.model, way, "q_proj", "model.layers.{}.self_attn.q_proj")
+def llama_slots(tiny: Tiny, layout: str) -> AdapterSlots:
+    slots = slots_of(tiny.model, layout, "q_proj", "model.layers.{}.self_attn.q_proj")
     generation: Any = slots.model.generation_config
     generation.repetition_penalty = 5.0  # must not change any answer
     return slots
@@ -61,8 +61,8 @@ def slots(tiny: Tiny) -> AdapterSlots:
     return llama_slots(tiny, "padded")
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def in_any_way(tiny: Tiny, request: pytest.FixtureRequest) -> AdapterSlots:
+@pytest.fixture(scope="module", params=LAYOUTS)
+def in_any_layout(tiny: Tiny, request: pytest.FixtureRequest) -> AdapterSlots:
     return llama_slots(tiny, request.param)
 
 
@@ -118,13 +118,13 @@ def test_a_prompt_without_tokens_has_no_answer(slots: AdapterSlots) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_scores_are_the_same_in_every_layout(
-    slots: AdapterSlots, in_any_way: AdapterSlots, batch_size: int
+    slots: AdapterSlots, in_any_layout: AdapterSlots, batch_size: int
 ) -> None:
     clients = [answered(slots, rows) for rows in (ROWS, ALIKE)]
     expected = score_rows(slots, clients, section())
     assert all(row.exact_match == 1.0 for client in expected for row in client)
-    in_any_way.train()
-    found = score_rows(in_any_way, clients, section(batch_size))
+    in_any_layout.train()
+    found = score_rows(in_any_layout, clients, section(batch_size))
     assert [len(rows) for rows in found] == [3, 2]
     for client, others in zip(found, expected, strict=True):
         for row, other in zip(client, others, strict=True):
@@ -137,29 +137,31 @@ def test_scores_are_the_same_in_every_layout(
     assert [row.tokens for row in found[0]] == [3, 2, 5]
 
 
-def test_a_row_is_scored_by_its_own_answer(slots: AdapterSlots, in_any_way: AdapterSlots) -> None:
+def test_a_row_is_scored_by_its_own_answer(
+    slots: AdapterSlots, in_any_layout: AdapterSlots
+) -> None:
     answers = generate_answers(slots, [row.prompt_ids for row in ROWS], section())
     right = [
         Row(prompt_ids=row.prompt_ids, answer_ids=row.answer_ids, references=["no", answer])
         for row, answer in zip(ROWS, answers, strict=True)
     ]
-    found, others = score_rows(in_any_way, [right, ROWS], section())
+    found, others = score_rows(in_any_layout, [right, ROWS], section())
     assert [row.exact_match for row in found] == [1.0] * 3
     assert [row.rouge_l for row in found] == [1.0] * 3
     assert [row.loss for row in found] == pytest.approx([row.loss for row in others])
 
 
-def test_an_answer_ends_where_the_model_says_too(in_any_way: AdapterSlots) -> None:
-    in_any_way.evaluate()
-    tokens = greedy(in_any_way, ROWS[0].prompt_ids, 6)
+def test_an_answer_ends_where_the_model_says_too(in_any_layout: AdapterSlots) -> None:
+    in_any_layout.evaluate()
+    tokens = greedy(in_any_layout, ROWS[0].prompt_ids, 6)
     end = tokens[2]
-    kept = in_any_way.base.tokenizer.decode(tokens[: tokens.index(end) + 1]).strip()
+    kept = in_any_layout.base.tokenizer.decode(tokens[: tokens.index(end) + 1]).strip()
     row = Row(prompt_ids=ROWS[0].prompt_ids, answer_ids=[71, 1], references=[kept])
-    assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 0.0
-    generation: Any = in_any_way.model.generation_config
+    assert score_rows(in_any_layout, [[row]], section())[0][0].exact_match == 0.0
+    generation: Any = in_any_layout.model.generation_config
     generation.eos_token_id = [end]
     try:
-        assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 1.0
+        assert score_rows(in_any_layout, [[row]], section())[0][0].exact_match == 1.0
     finally:
         generation.eos_token_id = 1
 
@@ -192,27 +194,27 @@ def test_a_clients_loss_is_the_mean_over_its_tokens() -> None:
     assert (found.rows, found.loss, found.rouge_l, found.exact_match) == (2, 1.0, 0.75, 0.5)
 
 
-def test_an_answer_ends_where_training_ended_it(in_any_way: AdapterSlots) -> None:
-    tokens = greedy(in_any_way, ROWS[0].prompt_ids, 6)
+def test_an_answer_ends_where_training_ended_it(in_any_layout: AdapterSlots) -> None:
+    tokens = greedy(in_any_layout, ROWS[0].prompt_ids, 6)
     end = len(set(tokens)) - 1  # what comes last was not written before
     kept = tokens[: tokens.index(tokens[end])]
-    row = replace(ROWS[0], references=[in_any_way.base.tokenizer.decode(kept).strip()])
+    row = replace(ROWS[0], references=[in_any_layout.base.tokenizer.decode(kept).strip()])
     ends = AnswerForm(ends=(tokens[end],))
-    assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 0.0
-    assert score_rows(in_any_way, [[row]], section(), ends)[0][0].exact_match == 1.0
+    assert score_rows(in_any_layout, [[row]], section())[0][0].exact_match == 0.0
+    assert score_rows(in_any_layout, [[row]], section(), ends)[0][0].exact_match == 1.0
 
 
-def test_what_a_template_writes_before_an_answer_is_not_scored(in_any_way: AdapterSlots) -> None:
-    tokens = greedy(in_any_way, ROWS[0].prompt_ids, 6)
-    first, *rest = in_any_way.base.tokenizer.decode(tokens, skip_special_tokens=True).split()
+def test_what_a_template_writes_before_an_answer_is_not_scored(in_any_layout: AdapterSlots) -> None:
+    tokens = greedy(in_any_layout, ROWS[0].prompt_ids, 6)
+    first, *rest = in_any_layout.base.tokenizer.decode(tokens, skip_special_tokens=True).split()
     row = replace(ROWS[0], references=[" ".join(rest)])
-    assert score_rows(in_any_way, [[row]], section())[0][0].exact_match == 0.0
+    assert score_rows(in_any_layout, [[row]], section())[0][0].exact_match == 0.0
     form = AnswerForm(leads=(first,))
-    assert score_rows(in_any_way, [[row]], section(), form)[0][0].exact_match == 1.0
+    assert score_rows(in_any_layout, [[row]], section(), form)[0][0].exact_match == 1.0
 
 
-def test_of_a_conversation_the_last_answer_is_scored(in_any_way: AdapterSlots) -> None:
+def test_of_a_conversation_the_last_answer_is_scored(in_any_layout: AdapterSlots) -> None:
     talk = replace(ROWS[0], prompt_targets=[2, 3])
-    found = score_rows(in_any_way, [[talk], [ROWS[0]]], section())
+    found = score_rows(in_any_layout, [[talk], [ROWS[0]]], section())
     assert found[0][0].tokens == found[1][0].tokens
     assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-6)

@@ -62,7 +62,7 @@ OTHERS: dict[str, PretrainedConfig] = {
     ),
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WAYS = ("parts", "mask", "packed", "padded")
+LAYOUTS = ("parts", "mask", "packed", "padded")
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def model_of(config: PretrainedConfig, dtype: str) -> nn.Module:
     return model.bfloat16().to(getattr(torch, dtype)).eval()
 
 
-def slots_of(dtype: str, way: str = "parts") -> AdapterSlots:
+def slots_of(dtype: str, layout: str = "parts") -> AdapterSlots:
     model = model_of(LLAMA, dtype)
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
     base = Base(
         model=model, tokenizer=tokenizer, fingerprint="", modules=find_modules(model, TARGETS)
     )
-    return AdapterSlots(base, target_modules=TARGETS, way=way)
+    return AdapterSlots(base, target_modules=TARGETS, layout=layout)
 
 
 def start(slots: AdapterSlots, b: float = 0.0) -> Adapter:
@@ -129,8 +129,8 @@ def draws_of(client: int) -> Draws:
     return Draws(seed=0, round=1, client=str(client))
 
 
-def trained(dtype: str, precision_: str, way: str = "parts", **changes: object) -> TrainResult:
-    slots = slots_of(dtype, way)
+def trained(dtype: str, precision_: str, layout: str = "parts", **changes: object) -> TrainResult:
+    slots = slots_of(dtype, layout)
     chosen = settings(precision_, **changes)
     return train_client(slots, start(slots), rows_of(0), settings=chosen, draws=draws_of(0))
 
@@ -142,11 +142,11 @@ def assert_learns_as(found: list[float], exact: list[float]) -> None:
     assert found[0] - found[-1] == pytest.approx(exact[0] - exact[-1], rel=0.25)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bfloat16_learns_in_eight_steps_what_float32_learns(dtype: str, way: str) -> None:
-    exact = trained("float32", "float32", way).stats.losses
-    found = trained(dtype, "bfloat16", way).stats.losses
+def test_bfloat16_learns_in_eight_steps_what_float32_learns(dtype: str, layout: str) -> None:
+    exact = trained("float32", "float32", layout).stats.losses
+    found = trained(dtype, "bfloat16", layout).stats.losses
     assert found != exact
     assert_learns_as(found, exact)
 
@@ -191,18 +191,18 @@ def test_no_wide_copy_of_a_bfloat16_base_is_kept() -> None:
 
 def loss_of(slots: AdapterSlots, name: str, rows: list[Row]) -> Tensor:
     cut = Cut(loss_on="answer", pad_token=0, device="cpu")
-    (one,) = PACKERS[slots.way](rows, cut)
+    (one,) = PACKERS[slots.layout](rows, cut)
     with precision(name, CPU):
         return one.loss_sum(slots.model)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_change_below_the_last_place_arrives_behind_attention(name: str, way: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_change_below_the_last_place_arrives_behind_attention(name: str, layout: str) -> None:
     """Of the values too: they are sums that attention takes up as they are."""
 
     def heard(dtype: str, name: str, b: float) -> Tensor:
-        slots = slots_of(dtype, way)
+        slots = slots_of(dtype, layout)
         adapter = start(slots, b)
         slots.install({m: f for m, f in adapter.items() if m.endswith("layers.0.self_attn.v_proj")})
         caught: list[Tensor] = []

@@ -237,18 +237,18 @@ def peak_kib():
     # of this process alone: ru_maxrss begins with that of its parent
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-def grown(way, prefix, rows):
+def grown(layout, prefix, rows):
     before = peak_kib()
     parts = lay([(prefix, rows)])
     tokens = parts[-1].stop
     qkv = [torch.randn(1, 2, tokens, 8).requires_grad_() for _ in range(3)]
-    plan = PartsPlan([parts], tokens, "cpu") if way == "parts" else None
-    mask = None if way == "parts" else boolean_mask(parts, tokens)
+    plan = PartsPlan([parts], tokens, "cpu") if layout == "parts" else None
+    mask = None if layout == "parts" else boolean_mask(parts, tokens)
     parts_attention(Layer(1), *qkv, mask, parts=plan)[0].sum().backward()
     return (peak_kib() - before) // 1024
-for way in ("parts", "mask"):
-    grown(way, 8, [8, 8])
-    print(grown(way, 96, [250] * 32))
+for layout in ("parts", "mask"):
+    grown(layout, 8, [8, 8])
+    print(grown(layout, 96, [250] * 32))
 """
 
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.packing.layouts import find_way, still_right
-from fedllm.storage.records import WayRecord
+from fedllm.packing.layouts import find_layout, still_right
+from fedllm.storage.records import LayoutRecord
 
 WINDOW = {"sliding_window": 64}
 LLAMA3 = {
@@ -23,8 +23,8 @@ LLAMA3 = {
 }
 
 
-def way(kind: str, cutoff_tokens: int = 512, **changes: Any) -> WayRecord:
-    return find_way(AutoConfig.for_model(kind, **changes), cutoff_tokens=cutoff_tokens)
+def layout_for(kind: str, cutoff_tokens: int = 512, **changes: Any) -> LayoutRecord:
+    return find_layout(AutoConfig.for_model(kind, **changes), cutoff_tokens=cutoff_tokens)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def way(kind: str, cutoff_tokens: int = 512, **changes: Any) -> WayRecord:
         ("mamba", {}, "padded", "padded"),
     ],
 )
-def test_every_decoder_gets_the_best_way_it_computes_right(
+def test_every_decoder_gets_the_best_layout_it_computes_right(
     kind: str, changes: dict[str, Any], cpu: str, cuda: str
 ) -> None:
-    found = way(kind, **changes)
+    found = layout_for(kind, **changes)
     assert (found.cpu, found.cuda) == (cpu, cuda)
     assert bool(found.why) == (cpu != "parts" or cuda not in {"flex", "mask"})
 
 
 def test_the_reason_names_the_model_and_what_is_wrong_with_better_ways() -> None:
-    found = way("gemma2", **WINDOW)
+    found = layout_for("gemma2", **WINDOW)
     assert found.why.startswith("Gemma2ForCausalLM: parts: ModelError: Gemma2Attention: its ")
     assert "softcap" in found.why
     assert "mask: relative error" in found.why
@@ -82,38 +82,38 @@ def test_the_reason_names_the_model_and_what_is_wrong_with_better_ways() -> None
 
 
 def test_block_masks_that_a_model_ignores_are_not_taken() -> None:
-    found = way("doge")
+    found = layout_for("doge")
     assert found.cuda == "mask"
     assert "; flex: relative error " in found.why
 
 
 def test_rows_are_not_shared_where_a_cache_of_them_cannot_be_answered_from() -> None:
-    found = way("deepseek_v32")
+    found = layout_for("deepseek_v32")
     assert {found.cpu, found.cuda} <= {"packed", "padded"}
     assert "mask: ValueError: Cannot call `update_indexer`" in found.why
 
 
 def test_a_window_that_no_row_reaches_is_none() -> None:
-    assert way("mistral", cutoff_tokens=64, **WINDOW).cuda == "flex"
-    assert way("mistral", cutoff_tokens=65, **WINDOW).cuda == "packed"
+    assert layout_for("mistral", cutoff_tokens=64, **WINDOW).cuda == "flex"
+    assert layout_for("mistral", cutoff_tokens=65, **WINDOW).cuda == "packed"
 
 
 def test_the_check_leaves_configuration_and_generator_alone() -> None:
     config = AutoConfig.for_model("gemma3_text", **WINDOW)
     before, state = copy.deepcopy(config.to_dict()), torch.random.get_rng_state()
-    assert find_way(config, cutoff_tokens=512) == find_way(config, cutoff_tokens=512)
+    assert find_layout(config, cutoff_tokens=512) == find_layout(config, cutoff_tokens=512)
     assert config.to_dict() == before
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_model_that_cannot_be_made_small_is_padded_and_this_is_said() -> None:
-    found = way("llama", rope_parameters={"rope_type": "default", "rope_theta": "broad"})
+    found = layout_for("llama", rope_parameters={"rope_type": "default", "rope_theta": "broad"})
     assert (found.cpu, found.cuda) == ("padded", "padded")
     assert found.why.startswith("a small LlamaConfig cannot be made (")
 
 
 def test_a_model_that_stays_large_is_not_computed_with() -> None:
-    found = way("mamba", state_size=1 << 16)
+    found = layout_for("mamba", state_size=1 << 16)
     assert (found.cpu, found.cuda) == ("padded", "padded")
     assert re.search(r"cannot be made \([\d,]+ parameters remain\)$", found.why)
 
@@ -144,22 +144,22 @@ def test_a_model_that_ignores_masks_is_refused_unless_its_rows_stay_apart(
     careless: CarelessConfig,
 ) -> None:
     with pytest.raises(ModelError) as refused:
-        find_way(careless, cutoff_tokens=100)
+        find_layout(careless, cutoff_tokens=100)
     assert "Careless computes a row differently beside others (relative error" in str(refused.value)
     assert str(refused.value).endswith(
         "need training.micro_batch_size: 1 and evaluation.batch_size: 1"
     )
-    apart = find_way(careless, cutoff_tokens=100, rows_apart=True)
+    apart = find_layout(careless, cutoff_tokens=100, rows_apart=True)
     assert (apart.cpu, apart.cuda) == ("padded", "padded")
 
 
 def test_what_differs_beyond_its_window_alone_is_padded_and_this_is_said() -> None:
-    found = way("doge", cutoff_tokens=4096)
+    found = layout_for("doge", cutoff_tokens=4096)
     assert (found.cpu, found.cuda) == ("padded", "padded")
     assert found.why.startswith("DogeForCausalLM, where rows are longer than its window: parts: ")
     assert "; padded: relative error " in found.why
     with pytest.raises(ModelError, match=r"Doge.* differently beside others"):
-        way("doge", cutoff_tokens=4096, keep_window_size=5)
+        layout_for("doge", cutoff_tokens=4096, keep_window_size=5)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_what_differs_beyond_its_window_alone_is_padded_and_this_is_said() -> No
 def test_whatever_prunes_keys_by_length_is_as_short_in_the_check(
     kind: str, window: str, wrong: str
 ) -> None:
-    short, long = (way(kind, cutoff_tokens=cutoff, **{window: 64}) for cutoff in (65, 64))
+    short, long = (layout_for(kind, cutoff_tokens=cutoff, **{window: 64}) for cutoff in (65, 64))
     assert f"{wrong}: relative error" in short.why
     assert f"{wrong}: relative error" not in long.why
 
@@ -195,17 +195,17 @@ def test_rows_whose_result_depends_on_their_neighbours_length_are_refused(
     rotary: dict[str, Any], most: int
 ) -> None:
     config = AutoConfig.for_model("llama", rope_parameters=rotary)
-    assert find_way(config, cutoff_tokens=most).cpu == "parts"
+    assert find_layout(config, cutoff_tokens=most).cpu == "parts"
     with pytest.raises(
         ConfigError, match=rf"cutoff_tokens: got {most + 1}, .* need at most {most}$"
     ):
-        find_way(config, cutoff_tokens=most + 1)
-    assert find_way(config, cutoff_tokens=most - 8, longest_answer=8).cpu == "parts"
+        find_layout(config, cutoff_tokens=most + 1)
+    assert find_layout(config, cutoff_tokens=most - 8, longest_answer=8).cpu == "parts"
     with pytest.raises(
         ConfigError,
         match=rf"got {most - 8} and evaluation\.max_new_tokens: 9, .* at most {most} together$",
     ):
-        find_way(config, cutoff_tokens=most - 8, longest_answer=9)
+        find_layout(config, cutoff_tokens=most - 8, longest_answer=9)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_rows_whose_result_depends_on_their_neighbours_length_are_refused(
         (("parts", "flex"), ("parts", "packed"), False),
     ],
 )
-def test_a_way_that_the_check_passed_over_is_no_longer_right(
+def test_a_layout_that_the_check_passed_over_is_no_longer_right(
     recorded: tuple[Any, Any], found: tuple[Any, Any], holds: bool
 ) -> None:
-    before, now = (WayRecord(cpu=cpu, cuda=cuda) for cpu, cuda in (recorded, found))
+    before, now = (LayoutRecord(cpu=cpu, cuda=cuda) for cpu, cuda in (recorded, found))
     assert still_right(before, now) is holds

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fedllm.errors import ModelError
 from fedllm.packing.losses import cross_entropies, packed_losses, target_losses
 from fedllm.packing.sequences import pack
-from tests.decoders import AllLogits, Row, in_way, make_decoder
+from tests.decoders import AllLogits, Row, in_layout, make_decoder
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 ROWS = [
@@ -65,20 +65,20 @@ def alone(model: nn.Module, row: Row) -> Tensor:
     return nn.functional.cross_entropy(logits[first - 1 : -1], ids[0, first:], reduction="sum")
 
 
-@pytest.mark.parametrize("way", ["parts", "mask"])
-def test_every_row_has_the_loss_it_has_alone(llama: nn.Module, way: str) -> None:
+@pytest.mark.parametrize("layout", ["parts", "mask"])
+def test_every_row_has_the_loss_it_has_alone(llama: nn.Module, layout: str) -> None:
     rows = [*ROWS, ROWS[0]]
     packed = pack(rows, range(4), 9, loss_on="answer", device="cpu", merge_targets=False)
     with torch.no_grad():
-        losses_K = target_losses(in_way(llama, way), packed, way)
-        expected = torch.stack([alone(in_way(llama, "padded"), row) for row in rows])
+        losses_K = target_losses(in_layout(llama, layout), packed, layout)
+        expected = torch.stack([alone(in_layout(llama, "padded"), row) for row in rows])
     assert packed.rows_K is not None
     found = torch.zeros(4, dtype=torch.float64).index_add_(0, packed.rows_K, losses_K)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_a_model_that_computes_all_logits_gives_the_same(llama: nn.Module) -> None:
-    model = in_way(llama, "parts")
+    model = in_layout(llama, "parts")
     packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
     every = AllLogits(model)
     with torch.no_grad():
@@ -90,4 +90,4 @@ def test_a_model_that_computes_all_logits_gives_the_same(llama: nn.Module) -> No
 def test_a_model_that_attends_elsewhere_is_refused(llama: nn.Module) -> None:
     packed = pack(ROWS, range(3), 9, loss_on="answer", device="cpu")
     with pytest.raises(ModelError, match="does not go through transformers' attention interface"):
-        packed_losses(in_way(llama, "mask"), packed, "parts")
+        packed_losses(in_layout(llama, "mask"), packed, "parts")

@@ -20,7 +20,7 @@ from fedllm.packing.micro_batches import (
 )
 from fedllm.packing.row_dropout import RowDropout, RowSeeds
 from fedllm.packing.sequences import PREFIX, pack, text_of
-from tests.decoders import DECODERS, Row, gradients, in_way, make_decoder, plain_loss, worst
+from tests.decoders import DECODERS, Row, gradients, in_layout, make_decoder, plain_loss, worst
 
 HEAD = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 DRAW = torch.Generator().manual_seed(3)
@@ -54,11 +54,11 @@ STEPS = {
 }
 
 
-def step_loss(model: nn.Module, rows: Sequence[Row], way: str, **cut: object) -> Tensor:
+def step_loss(model: nn.Module, rows: Sequence[Row], layout: str, **cut: object) -> Tensor:
     """The mean loss of a step as the training loop has it."""
-    passes = passes_of(rows, way, **cut)
+    passes = passes_of(rows, layout, **cut)
     targets = sum(one.num_targets for one in passes)
-    return torch.stack([one.loss_sum(in_way(model, way)) for one in passes]).sum() / targets
+    return torch.stack([one.loss_sum(in_layout(model, layout)) for one in passes]).sum() / targets
 
 
 @pytest.fixture(scope="module")
@@ -67,28 +67,28 @@ def llama() -> nn.Module:
 
 
 def assert_equal(
-    model: nn.Module, rows: Sequence[Row], way: str, bound: float, **cut: object
+    model: nn.Module, rows: Sequence[Row], layout: str, bound: float, **cut: object
 ) -> None:
     loss_on = str(cut.get("loss_on", "answer"))
-    plain = gradients(in_way(model, "padded"), lambda: plain_loss(model, rows, loss_on=loss_on))
-    found = gradients(model, lambda: step_loss(model, rows, way, **cut))
+    plain = gradients(in_layout(model, "padded"), lambda: plain_loss(model, rows, loss_on=loss_on))
+    found = gradients(model, lambda: step_loss(model, rows, layout, **cut))
     assert found[0] == pytest.approx(plain[0], rel=bound)
     assert worst(found[1], plain[1]) < bound
 
 
-@pytest.mark.parametrize("way", ["parts", "mask", "packed", "padded"])
+@pytest.mark.parametrize("layout", ["parts", "mask", "packed", "padded"])
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
 @pytest.mark.parametrize("step", STEPS)
 def test_loss_and_gradients_are_those_of_the_padded_step(
-    llama: nn.Module, step: str, loss_on: str, way: str
+    llama: nn.Module, step: str, loss_on: str, layout: str
 ) -> None:
-    assert_equal(llama, STEPS[step], way, 1e-6, loss_on=loss_on)
+    assert_equal(llama, STEPS[step], layout, 1e-6, loss_on=loss_on)
 
 
 def test_a_row_of_one_token_has_no_loss_by_itself(llama: nn.Module) -> None:
     (one,) = passes_of([Row([], [20])], "padded")
     assert (one.num_tokens, one.num_targets) == (1, 0)
-    loss, grads = gradients(in_way(llama, "padded"), lambda: one.loss_sum(llama))
+    loss, grads = gradients(in_layout(llama, "padded"), lambda: one.loss_sum(llama))
     assert loss == 0
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads.values())
 
@@ -103,8 +103,8 @@ def test_float32_differs_by_its_rounding(name: str) -> None:
     rows = STEPS["very different lengths"]
     model = make_decoder(name, torch.float32)
     exact = deepcopy(model).double()
-    _, true = gradients(in_way(exact, "padded"), lambda: plain_loss(exact, rows))
-    _, padded = gradients(in_way(model, "padded"), lambda: plain_loss(model, rows))
+    _, true = gradients(in_layout(exact, "padded"), lambda: plain_loss(exact, rows))
+    _, padded = gradients(in_layout(model, "padded"), lambda: plain_loss(model, rows))
     _, parts = gradients(model, lambda: step_loss(model, rows, "parts"))
     # how far float32 is from float64 depends on the processor, so the padded step is the measure
     assert worst(parts, true) < 8 * worst(padded, true)
@@ -113,9 +113,9 @@ def test_float32_differs_by_its_rounding(name: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_neither_side_of_padding_is_another_step(llama: nn.Module, side: str) -> None:
     rows = STEPS["very different lengths"]
-    plain = gradients(in_way(llama, "padded"), lambda: plain_loss(llama, rows, side=side))
-    for way in ("parts", "padded"):
-        found = gradients(llama, lambda way=way: step_loss(llama, rows, way))  # type: ignore[misc]
+    plain = gradients(in_layout(llama, "padded"), lambda: plain_loss(llama, rows, side=side))
+    for layout in ("parts", "padded"):
+        found = gradients(llama, lambda layout=layout: step_loss(llama, rows, layout))  # type: ignore[misc]
         assert found[0] == pytest.approx(plain[0], rel=1e-6)
         assert worst(found[1], plain[1]) < 1e-6
 
@@ -124,34 +124,34 @@ MANY = [row for name in ("very different lengths", "identical rows") for row in 
 
 
 @pytest.mark.parametrize("cut", [{"most_rows": 1}, {"most_rows": 4}, {"most_tokens": 75}])
-@pytest.mark.parametrize("way", ["parts", "mask", "packed", "padded"])
+@pytest.mark.parametrize("layout", ["parts", "mask", "packed", "padded"])
 def test_how_a_step_is_cut_changes_rounding_only(
-    llama: nn.Module, way: str, cut: dict[str, int]
+    llama: nn.Module, layout: str, cut: dict[str, int]
 ) -> None:
-    assert len(passes_of(MANY, way, **cut)) > 1
-    assert_equal(llama, MANY, way, 1e-6, **cut)
+    assert len(passes_of(MANY, layout, **cut)) > 1
+    assert_equal(llama, MANY, layout, 1e-6, **cut)
 
 
-def passes_of(rows: Sequence[Row], way: str, **cut: object) -> Sequence[Pass]:
+def passes_of(rows: Sequence[Row], layout: str, **cut: object) -> Sequence[Pass]:
     options = {"loss_on": "answer", "pad_token": 0, "device": "cpu", **cut}
-    return PACKERS[way](rows, Cut(**options))  # type: ignore[arg-type]
+    return PACKERS[layout](rows, Cut(**options))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("way", PACKERS)
-def test_counts_are_those_of_the_rows(way: str) -> None:
+@pytest.mark.parametrize("layout", PACKERS)
+def test_counts_are_those_of_the_rows(layout: str) -> None:
     for cut in ({}, {"most_rows": 2}):
-        passes = passes_of(MANY, way, **cut)
+        passes = passes_of(MANY, layout, **cut)
         assert sum(p.num_tokens for p in passes) == sum(len(text_of(row)) for row in MANY)
         assert sum(p.num_targets for p in passes) == sum(len(row.answer_ids) for row in MANY)
-        conversations = passes_of(STEPS["earlier answers in the prompt"], way, **cut)
+        conversations = passes_of(STEPS["earlier answers in the prompt"], layout, **cut)
         assert sum(p.num_targets for p in conversations) == 7 + 7
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
     own = [len(text_of(row)) - 1 - len(HEAD) for row in MANY]
     computed = {
-        way: [p.computed_tokens for p in passes_of(MANY, way)]
-        for way in ("parts", "packed", "padded", "flex")
+        layout: [p.computed_tokens for p in passes_of(MANY, layout)]
+        for layout in ("parts", "packed", "padded", "flex")
     }
     assert computed["parts"] == [len(HEAD) + sum(own)]
     assert computed["packed"] == [len(MANY) * len(HEAD) + sum(own)]
@@ -172,16 +172,16 @@ def test_padded_rows_are_beside_rows_of_similar_length(most_rows: int | None) ->
     assert computed[True] < 0.8 * computed[False]
 
 
-@pytest.mark.parametrize("way", PACKERS)
-def test_a_row_over_the_budget_is_refused_in_every_way(way: str) -> None:
+@pytest.mark.parametrize("layout", PACKERS)
+def test_a_row_over_the_budget_is_refused_in_every_layout(layout: str) -> None:
     longest = max(len(text_of(row)) for row in MANY)
-    passes_of(MANY, way, most_tokens=longest - 1)
+    passes_of(MANY, layout, most_tokens=longest - 1)
     with pytest.raises(DataError, match=f"a training row of {longest} tokens"):
-        passes_of(MANY, way, most_tokens=longest - 2)
+        passes_of(MANY, layout, most_tokens=longest - 2)
 
 
 @pytest.mark.parametrize(
-    ("way", "most"),
+    ("layout", "most"),
     [
         ("mask", DENSE_TOKENS),
         ("packed", DENSE_TOKENS),
@@ -189,17 +189,17 @@ def test_a_row_over_the_budget_is_refused_in_every_way(way: str) -> None:
         ("flex", FLEX_TOKENS),
     ],
 )
-def test_long_steps_are_cut_without_a_budget(way: str, most: int) -> None:
-    rows = [Row([*HEAD, n, *LONG], [n, 1]) for n in range(2, 42 if way != "flex" else 402)]
-    computed = [one.computed_tokens for one in passes_of(rows, way)]
+def test_long_steps_are_cut_without_a_budget(layout: str, most: int) -> None:
+    rows = [Row([*HEAD, n, *LONG], [n, 1]) for n in range(2, 42 if layout != "flex" else 402)]
+    computed = [one.computed_tokens for one in passes_of(rows, layout)]
     assert len(computed) > 1
     assert most - 80 < max(computed) <= most
 
 
-@pytest.mark.parametrize("way", ["mask", "packed", "parts", "flex"])
-def test_a_row_of_any_length_fits_without_a_budget(way: str) -> None:
+@pytest.mark.parametrize("layout", ["mask", "packed", "parts", "flex"])
+def test_a_row_of_any_length_fits_without_a_budget(layout: str) -> None:
     rows = [Row([*HEAD, n, *LONG * 80], [n, 1]) for n in (2, 3, 4, 5)]
-    assert len(passes_of(rows, way)) == (1 if way in {"parts", "flex"} else 4)
+    assert len(passes_of(rows, layout)) == (1 if layout in {"parts", "flex"} else 4)
 
 
 def masks(one: Pass) -> dict[int, Tensor]:
@@ -252,7 +252,7 @@ def test_dropout_is_the_same_however_a_step_is_cut(checkpointing: bool) -> None:
         total, found = 0.0, dict[str, Tensor]()
         for one in passes:
             seeds.enter(one.pieces(lambda place: 100 + place, 7))
-            loss, grads = gradients(in_way(model, "parts"), lambda one=one: one.loss_sum(model))  # type: ignore[misc]
+            loss, grads = gradients(in_layout(model, "parts"), lambda one=one: one.loss_sum(model))  # type: ignore[misc]
             total += loss
             found = {path: found.get(path, 0) + grad for path, grad in grads.items()}
         return total, found
@@ -272,9 +272,9 @@ def sum_of(model: nn.Module) -> Tensor:
 
 
 def test_checkpointing_computes_the_same_gradients(llama: nn.Module) -> None:
-    whole = gradients(in_way(llama, "parts"), lambda: sum_of(llama))
+    whole = gradients(in_layout(llama, "parts"), lambda: sum_of(llama))
     model = make_decoder("mistral, windows")
-    in_way(model, "parts")
+    in_layout(model, "parts")
     plain = gradients(model, lambda: sum_of(model))
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     found = gradients(model, lambda: sum_of(model))
@@ -284,7 +284,7 @@ def test_checkpointing_computes_the_same_gradients(llama: nn.Module) -> None:
 
 def test_bfloat16_autocast_stays_near() -> None:
     model = make_decoder("llama", torch.float32)
-    exact = gradients(in_way(model, "padded"), lambda: plain_loss(model, MANY))
+    exact = gradients(in_layout(model, "padded"), lambda: plain_loss(model, MANY))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(model, lambda: step_loss(model, MANY, "parts"))
     assert found[0] == pytest.approx(exact[0], rel=3e-2)
@@ -300,7 +300,7 @@ def test_block_masks_give_the_loss_of_the_padded_step() -> None:
     model = make_decoder("llama", hidden_size=64, head_dim=16)
     (one,) = passes_of(MANY, "flex")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected = plain_loss(in_way(model, "padded"), MANY)
+        expected = plain_loss(in_layout(model, "padded"), MANY)
         model.set_attn_implementation("flex_attention")  # type: ignore[operator]
         found = one.loss_sum(model) / one.num_targets
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -308,7 +308,7 @@ def test_block_masks_give_the_loss_of_the_padded_step() -> None:
 
 def test_an_eager_model_takes_the_mask_as_numbers_to_add() -> None:
     model = make_decoder("llama")
-    expected = plain_loss(in_way(model, "padded"), MANY)
+    expected = plain_loss(in_layout(model, "padded"), MANY)
     model.set_attn_implementation("eager")  # type: ignore[operator]
     (one,) = passes_of(MANY, "mask")
     found = one.loss_sum(model) / one.num_targets
@@ -318,31 +318,33 @@ def test_an_eager_model_takes_the_mask_as_numbers_to_add() -> None:
 def test_rows_that_share_cannot_be_left_to_their_positions(llama: nn.Module) -> None:
     packed = pack(MANY, range(len(MANY)), len(HEAD), loss_on="answer", device="cpu")
     with pytest.raises(AssertionError, match="a prefix would be lost"):
-        PackedPass(packed=packed, way="packed").loss_sum(llama)
+        PackedPass(packed=packed, layout="packed").loss_sum(llama)
 
 
 @pytest.mark.parametrize("shares", [[[0, 3, 4], [1, 2, 5]], [[5, 2], [0, 1, 3, 4], []]])
-@pytest.mark.parametrize("way", ["parts", "mask", "packed", "padded"])
+@pytest.mark.parametrize("layout", ["parts", "mask", "packed", "padded"])
 def test_a_step_computed_in_shares_is_the_step(
-    llama: nn.Module, way: str, shares: list[list[int]]
+    llama: nn.Module, layout: str, shares: list[list[int]]
 ) -> None:
-    every = [one for share in shares for one in passes_of(MANY, way, places=share)]
-    targets = sum(one.num_targets for one in passes_of(MANY, way))
+    every = [one for share in shares for one in passes_of(MANY, layout, places=share)]
+    targets = sum(one.num_targets for one in passes_of(MANY, layout))
     assert sum(one.num_targets for one in every) == targets
-    whole = gradients(llama, lambda: step_loss(llama, MANY, way))
+    whole = gradients(llama, lambda: step_loss(llama, MANY, layout))
     parts = gradients(
         llama,
-        lambda: torch.stack([one.loss_sum(in_way(llama, way)) for one in every]).sum() / targets,
+        lambda: (
+            torch.stack([one.loss_sum(in_layout(llama, layout)) for one in every]).sum() / targets
+        ),
     )
     assert parts[0] == pytest.approx(whole[0], rel=1e-9)
     assert worst(parts[1], whole[1]) < 1e-6
 
 
-@pytest.mark.parametrize("way", ["parts", "mask", "packed", "padded"])
-def test_a_share_has_the_prefix_of_its_step_and_its_rows_keep_their_places(way: str) -> None:
+@pytest.mark.parametrize("layout", ["parts", "mask", "packed", "padded"])
+def test_a_share_has_the_prefix_of_its_step_and_its_rows_keep_their_places(layout: str) -> None:
     rows = [Row([*HEAD, 20, n % 2, 21], [22, n, 1]) for n in range(4)]
-    step = {piece.seed for one in passes_of(rows, way) for piece in one.pieces(int, -1)}
-    (share,) = passes_of(rows, way, places=[1, 3])
+    step = {piece.seed for one in passes_of(rows, layout) for piece in one.pieces(int, -1)}
+    (share,) = passes_of(rows, layout, places=[1, 3])
     assert share.num_tokens == sum(len(text_of(rows[place])) for place in (1, 3))
     found = share.pieces(int, -1)
     assert {piece.seed for piece in found} == step - {0, 2}

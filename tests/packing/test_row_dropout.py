@@ -9,7 +9,7 @@ from fedllm.errors import ModelError
 from fedllm.packing.adapter_product import LeanFactor
 from fedllm.packing.micro_batches import PACKERS, Cut
 from fedllm.packing.row_dropout import Piece, RowDropout, RowSeeds
-from tests.decoders import Row, in_way, make_decoder
+from tests.decoders import Row, in_layout, make_decoder
 
 
 def dropped(
@@ -53,16 +53,16 @@ def test_evaluation_drops_nothing() -> None:
 STEP = [Row([*range(5, 14), n], [*range(20, 20 + 3 * n), 1]) for n in (3, 5, 8)]
 
 
-@pytest.mark.parametrize("way", ["parts", "packed", "padded"])
-def test_tokens_in_one_list_have_the_masks_of_their_rows(way: str) -> None:
-    model, rows = in_way(make_decoder("opt"), way), RowSeeds()
+@pytest.mark.parametrize("layout", ["parts", "packed", "padded"])
+def test_tokens_in_one_list_have_the_masks_of_their_rows(layout: str) -> None:
+    model, rows = in_layout(make_decoder("opt"), layout), RowSeeds()
     outputs: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             dropout = module.lora_dropout["c0"] = RowDropout(0.3, module=path, rows=rows)
             dropout.register_forward_hook(lambda _, __, y, path=path: outputs.update({path: y}))
     cut = Cut(loss_on="answer", pad_token=0, device="cpu")
-    for one in PACKERS[way](STEP, cut):
+    for one in PACKERS[layout](STEP, cut):
         pieces = one.pieces(lambda place: 100 + place, 7)
         rows.enter(pieces)
         one.loss_sum(model)

@@ -15,10 +15,10 @@ from fedllm.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from fedllm.programs.inspect import describe, inspect_client
 from fedllm.programs.prepare import describe_layout, prepare, prepare_run
 from fedllm.storage.paths import CachePaths, RunPaths
-from fedllm.storage.records import CohortRecord, PreparedRecord, WayRecord
+from fedllm.storage.records import CohortRecord, LayoutRecord, PreparedRecord
 from tests.tiny import IDS, Tiny
 
-BEST = WayRecord(cpu="parts", cuda="mask")  # heads of 8 are too small for block masks
+BEST = LayoutRecord(cpu="parts", cuda="mask")  # heads of 8 are too small for block masks
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_a_run_gets_its_record(config: Config, tmp_path: Path) -> None:
     assert PreparedRecord.read(run.prepared) == prepared
 
 
-def begun(config: Config, root: Path, way: WayRecord | None) -> RunPaths:
-    """A run whose first round was drawn with a way."""
+def begun(config: Config, root: Path, layout: LayoutRecord | None) -> RunPaths:
+    """A run whose first round was drawn with a layout."""
     run = RunPaths(root=root)
     run.root.mkdir()
     run.config.write_text(dump_config(config), encoding="utf-8")
@@ -88,30 +88,30 @@ def begun(config: Config, root: Path, way: WayRecord | None) -> RunPaths:
         state_sha256="",
         ranks={},
         clients=[],
-        way=way,
+        layout=layout,
     )
     cohort.publish(run.round(1).cohort)
     return run
 
 
 @pytest.mark.parametrize(
-    ("way", "line"),
+    ("layout", "line"),
     [
         (None, "rows: padded, as in the rounds of this run so far\n"),
-        (WayRecord(cpu="mask", cuda="mask"), "rows: mask; they share their common prefix\n"),
+        (LayoutRecord(cpu="mask", cuda="mask"), "rows: mask; they share their common prefix\n"),
     ],
 )
-def test_a_run_that_has_begun_keeps_its_way(
+def test_a_run_that_has_begun_keeps_its_layout(
     config: Config,
     tmp_path: Path,
-    way: WayRecord | None,
+    layout: LayoutRecord | None,
     line: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert prepare(config, CachePaths(root=tmp_path / "cache")).way == BEST
-    run = begun(config, tmp_path / "run", way)
-    assert prepare_run(run).way == way
-    assert PreparedRecord.read(run.prepared).way == way
+    assert prepare(config, CachePaths(root=tmp_path / "cache")).layout == BEST
+    run = begun(config, tmp_path / "run", layout)
+    assert prepare_run(run).layout == layout
+    assert PreparedRecord.read(run.prepared).layout == layout
     assert capsys.readouterr().err.endswith(line)
 
 
@@ -125,7 +125,7 @@ def base_of(kind: str, tiny: Tiny, folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_a_run_that_began_without_a_way_goes_on_where_a_new_one_is_refused(
+def test_a_run_that_began_without_a_layout_goes_on_where_a_new_one_is_refused(
     config: Config, tiny: Tiny, tmp_path: Path
 ) -> None:
     rotary = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
@@ -133,14 +133,14 @@ def test_a_run_that_began_without_a_way_goes_on_where_a_new_one_is_refused(
     folder = base_of("llama", tiny, tmp_path / "base", **changes)
     other = override_config(config, [f"model.path={folder}", "data.cutoff_tokens=160"])
     run = begun(other, tmp_path / "run", None)
-    assert prepare_run(run).way is None
-    assert PreparedRecord.read(run.prepared).way is None
+    assert prepare_run(run).layout is None
+    assert PreparedRecord.read(run.prepared).layout is None
     run.round(1).cohort.unlink()
     with pytest.raises(ConfigError, match=r"got 160 and .*_tokens: 4, .* at most 128 together$"):
         prepare_run(run)
 
 
-def test_what_is_wrong_with_a_runs_way_by_now_is_told(
+def test_what_is_wrong_with_a_runs_layout_by_now_is_told(
     config: Config, tiny: Tiny, tmp_path: Path
 ) -> None:
     # as if an earlier transformers had let this class compute its parts
@@ -158,7 +158,7 @@ def test_what_is_wrong_with_a_runs_way_by_now_is_told(
 
 
 def test_block_masks_that_are_gone_are_told(config: Config, tmp_path: Path) -> None:
-    run = begun(config, tmp_path / "run", WayRecord(cpu="parts", cuda="flex"))
+    run = begun(config, tmp_path / "run", LayoutRecord(cpu="parts", cuda="flex"))
     with pytest.raises(
         RunDirectoryError, match=r"parts \(flex on a GPU\), .* \(no FlexAttention\);"
     ):
@@ -171,8 +171,8 @@ def test_the_record_says_how_rows_are_computed_and_why_not_better(
     folder = base_of("gemma2", tiny, tmp_path / "base", head_dim=8, sliding_window=64)
     other = override_config(config, [f"model.path={folder}"])
     prepared = prepare(other, CachePaths(root=tmp_path / "cache"), quiet)
-    assert prepared.way is not None
-    line = describe_layout(prepared.way)
+    assert prepared.layout is not None
+    line = describe_layout(prepared.layout)
     assert line.startswith("rows: packed; not better, since Gemma2ForCausalLM: parts: ")
     assert (
         describe_layout(BEST)
@@ -200,7 +200,7 @@ def test_a_budget_below_the_longest_row_is_refused_and_one_that_holds_it_is_not(
         f"{tokens - 1}, or data.cutoff_tokens: {tokens - 1}"
     )
     remedied = override_config(below, [f"data.cutoff_tokens={tokens - 1}"])
-    assert prepare(remedied, cache, quiet).way == BEST
+    assert prepare(remedied, cache, quiet).layout == BEST
 
 
 def test_rows_of_clients_that_never_train_need_no_room_in_the_budget(

@@ -7,10 +7,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.records import ClaimRecord, RoundRecord, Scores, UpdateRecord
+from fedllm.storage.records import (
+    ClaimRecord,
+    CohortRecord,
+    LayoutRecord,
+    PreparedRecord,
+    RoundRecord,
+    Scores,
+    UpdateRecord,
+)
 from tests.storage.samples import record_of
 
 CLAIM = ClaimRecord(bundle=7, task="12_3", node="node1")
+_LAYOUT = """ "way": {
+  "cpu": "parts",
+  "cuda": "flex",
+  "why": ""
+ }"""
+# as earlier versions wrote them, whose field had this name in Python too
+_WITH_LAYOUT = {
+    PreparedRecord: f"""{{
+ "model_fingerprint": "m",
+ "model_path": "/m",
+ "data_fingerprint": "d",
+ "data_path": "/d",
+ "model_parameters": 7,
+ "modules": {{}},
+ "clients": [],
+{_LAYOUT},
+ "notes": [],
+ "start": null
+}}
+""",
+    CohortRecord: f"""{{
+ "round": 1,
+ "lease": 1,
+ "base_fingerprint": "b",
+ "data_fingerprint": "d",
+ "state_sha256": "s",
+ "ranks": {{}},
+ "clients": [],
+ "enough": null,
+{_LAYOUT}
+}}
+""",
+}
 
 
 def test_a_record_is_read_as_it_was_published(tmp_path: Path) -> None:
@@ -58,6 +99,14 @@ def test_a_damaged_record_is_named_with_what_to_do(
         assert str(caught.value).startswith(f"{path}: damaged record")
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [PreparedRecord, CohortRecord])
+def test_the_layout_keeps_its_name_in_json(kind: type[PreparedRecord | CohortRecord]) -> None:
+    content = _WITH_LAYOUT[kind]
+    record = kind.model_validate_json(content)
+    assert record.layout == LayoutRecord(cpu="parts", cuda="flex")
+    assert record.to_bytes().decode() == content
 
 
 def test_keys_of_a_later_version_are_passed_over() -> None:

@@ -18,7 +18,7 @@ def test_all_ways_take_the_same_steps_and_compute_ever_fewer_tokens(
     asked.scratch = tmp_path
     prepared_in(tmp_path, asked)
     found = timed(asked)
-    assert (found["way"], found["steps"], found["groups"]) == ("parts", 6, 2)
+    assert (found["layout"], found["steps"], found["groups"]) == ("parts", 6, 2)
     assert list(found["ways"]) == list(WAYS)
     tokens = [way["tokens_a_step"] for way in found["ways"].values()]
     assert tokens[0] > tokens[1] > tokens[2] == tokens[3] == tokens[4]

@@ -20,7 +20,7 @@ from fedllm.training.step_plan import Draws, plan_steps, rate_factor
 from tests.tiny import Tiny
 
 TARGETS = ("q_proj", "down_proj")
-WAYS = ("parts", "mask", "packed", "padded")
+LAYOUTS = ("parts", "mask", "packed", "padded")
 Make = Callable[[float], AdapterSlots]
 
 
@@ -43,12 +43,12 @@ def rows_of(client: int, count: int = 7) -> list[Row]:
     return rows
 
 
-def made(tiny: Tiny, dropout: float, way: str) -> AdapterSlots:
+def made(tiny: Tiny, dropout: float, layout: str) -> AdapterSlots:
     base = load_base(tiny.model, dtype="float32", device="cpu")
-    return AdapterSlots(base, target_modules=TARGETS, dropout=dropout, way=way)
+    return AdapterSlots(base, target_modules=TARGETS, dropout=dropout, layout=layout)
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=LAYOUTS)
 def make(tiny: Tiny, request: pytest.FixtureRequest) -> Make:
     return lambda dropout: made(tiny, dropout, request.param)
 
@@ -162,8 +162,8 @@ def test_all_ways_train_to_the_same_factors(tiny: Tiny) -> None:
     padded = trained(made(tiny, 0.0, "padded"), **section)
     assert padded.stats.steps == 20
     assert padded.stats.losses[-1] < padded.stats.losses[0] - 0.01
-    for way in WAYS[:-1]:
-        close(trained(made(tiny, 0.0, way), **section), padded, 1e-4)
+    for layout in LAYOUTS[:-1]:
+        close(trained(made(tiny, 0.0, layout), **section), padded, 1e-4)
 
 
 @pytest.mark.parametrize("by_length", [False, True])

@@ -47,7 +47,7 @@ class Interrupted(Exception):
 def processes(tiny: Tiny, request: pytest.FixtureRequest) -> list[AdapterSlots]:
     """Base models that have nothing in common, as those of several processes."""
     bases = [load_base(tiny.model, dtype="float32", device="cpu") for _ in range(2)]
-    options = {"target_modules": TARGETS, "dropout": 0.2, "way": request.param}
+    options = {"target_modules": TARGETS, "dropout": 0.2, "layout": request.param}
     return [AdapterSlots(base, **options) for base in bases]
 
 

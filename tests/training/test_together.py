@@ -32,7 +32,7 @@ HEAD = list(range(40, 52))
 def make(tiny: Tiny) -> Callable[[float], AdapterSlots]:
     def build(dropout: float) -> AdapterSlots:
         base = load_base(tiny.model, dtype="float32", device="cpu")
-        return AdapterSlots(base, target_modules=TARGETS, dropout=dropout, way="parts")
+        return AdapterSlots(base, target_modules=TARGETS, dropout=dropout, layout="parts")
 
     return build
 

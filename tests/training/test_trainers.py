@@ -29,7 +29,7 @@ class Stop(Exception):
 @pytest.fixture(scope="module")
 def slots(tiny: Tiny) -> AdapterSlots:
     base = load_base(tiny.model, dtype="float32", device="cpu")
-    return AdapterSlots(base, target_modules=TARGETS, dropout=0.2, way="parts")
+    return AdapterSlots(base, target_modules=TARGETS, dropout=0.2, layout="parts")
 
 
 @pytest.fixture(params=sorted(TRAINERS))

@@ -31,7 +31,7 @@ class Half(Loop):
     def step(self, number: int) -> None:
         """Take one optimizer step by the gradients of all processes."""
         time.sleep(float(os.environ.get(PAUSE, "0")))
-        every = self.passes(number, self._slots.way)
+        every = self.passes(number, self._slots.layout)
         targets = sum(each.num_targets for each in every)
         total = torch.zeros(())
         for parameter in self._parameters:

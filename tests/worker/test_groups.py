@@ -20,10 +20,10 @@ from fedllm.storage.paths import AttemptPaths, CachePaths, RunPaths
 from fedllm.storage.records import (
     CohortRecord,
     JobsRecord,
+    LayoutRecord,
     PreparedRecord,
     SubmissionRecord,
     TaskRecord,
-    WayRecord,
 )
 from fedllm.worker.client_training import ClientRound, Save, Trained
 from fedllm.worker.replay import replay
@@ -346,20 +346,20 @@ def test_clients_of_a_base_whose_rows_are_padded_do_not_train_together(
     with pytest.raises(ConfigError, match=refused):
         prepare(config, cache)
     alone = prepare(override_config(config, ["training.clients_per_batch=1"]), cache)
-    assert Session().slots(config, alone).way == "padded"
+    assert Session().slots(config, alone).layout == "padded"
 
 
 @pytest.mark.parametrize(
-    ("way", "used"),
+    ("layout", "used"),
     [
-        (WayRecord(cpu="parts", cuda="flex"), "parts"),
-        (WayRecord(cpu="mask", cuda="flex"), "mask"),
+        (LayoutRecord(cpu="parts", cuda="flex"), "parts"),
+        (LayoutRecord(cpu="mask", cuda="flex"), "mask"),
         (None, "padded"),
     ],
 )
-def test_the_way_of_groups_is_taken_where_it_was_found_right(
-    attempt: AttemptPaths, way: WayRecord | None, used: str
+def test_the_layout_of_groups_is_taken_where_it_was_found_right(
+    attempt: AttemptPaths, layout: LayoutRecord | None, used: str
 ) -> None:
     run = attempt.run
-    prepared = PreparedRecord.read(run.prepared).model_copy(update={"way": way})
-    assert Session().slots(read_config(run.config), prepared).way == used
+    prepared = PreparedRecord.read(run.prepared).model_copy(update={"layout": layout})
+    assert Session().slots(read_config(run.config), prepared).layout == used

@@ -15,17 +15,17 @@ import pytest
 
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import RunDirectoryError, UserError
-from fedllm.process.session import Session, way_of
+from fedllm.process.session import Session, layout_of
 from fedllm.process.signals import StopSignals
 from fedllm.programs.entry_points import run as run_program
 from fedllm.storage.paths import AttemptPaths, RunPaths, shipped
 from fedllm.storage.records import (
     CohortRecord,
     ErrorRecord,
+    LayoutRecord,
     PreparedRecord,
     SubmissionRecord,
     TaskRecord,
-    WayRecord,
 )
 from fedllm.worker.client_training import ClientRound
 from fedllm.worker.heartbeat import Heartbeat
@@ -266,22 +266,22 @@ def test_a_state_that_the_cohort_was_not_drawn_from_is_named(
 
 @pytest.mark.parametrize(
     ("recorded", "used"),
-    [(WayRecord(cpu="mask", cuda="packed"), "mask"), (None, "padded")],
-    ids=["recorded", "of before there were ways"],
+    [(LayoutRecord(cpu="mask", cuda="packed"), "mask"), (None, "padded")],
+    ids=["recorded", "of before there were layouts"],
 )
-def test_clients_train_in_the_recorded_way(
-    attempt: AttemptPaths, done: Path, recorded: WayRecord | None, used: str
+def test_clients_train_in_the_recorded_layout(
+    attempt: AttemptPaths, done: Path, recorded: LayoutRecord | None, used: str
 ) -> None:
     path = RunPaths(root=done).prepared
     prepared = PreparedRecord.read(path)
-    assert prepared.way is not None
-    assert prepared.way.cpu == "parts"
-    assert CohortRecord.read(RunPaths(root=done).round(1).cohort).way == prepared.way
-    changed = prepared.model_copy(update={"way": recorded})
+    assert prepared.layout is not None
+    assert prepared.layout.cpu == "parts"
+    assert CohortRecord.read(RunPaths(root=done).round(1).cohort).layout == prepared.layout
+    changed = prepared.model_copy(update={"layout": recorded})
     changed.publish(attempt.run.prepared)
     client = cohort(attempt)[0]
     opened = ClientRound.open(attempt, Session())
-    assert opened.session.slots(opened.config, opened.prepared).way == used
+    assert opened.session.slots(opened.config, opened.prepared).layout == used
     assert opened.settings.by_length is (recorded is not None)
     (trained,) = opened.train([client], attempt=1, bundle=0, identity=ME)
     expected, _ = updates(RunPaths(root=done).round(1))[client]
@@ -290,11 +290,11 @@ def test_clients_train_in_the_recorded_way(
     assert trained.record.tokens == expected.tokens
 
 
-def test_a_gpu_has_a_way_of_its_own() -> None:
-    way = WayRecord(cpu="parts", cuda="flex")
-    prepared = prepared_of([]).model_copy(update={"way": way})
-    assert way_of(prepared, "cpu") == "parts"
-    assert way_of(prepared, "cuda:1") == "flex"
+def test_a_gpu_has_a_layout_of_its_own() -> None:
+    layout = LayoutRecord(cpu="parts", cuda="flex")
+    prepared = prepared_of([]).model_copy(update={"layout": layout})
+    assert layout_of(prepared, "cpu") == "parts"
+    assert layout_of(prepared, "cuda:1") == "flex"
 
 
 def test_a_divergent_client_is_published_as_failed(attempt: AttemptPaths, session: Session) -> None:

@@ -21,7 +21,7 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
     prepared = prepare_step(loaded, cache)
     if json_:
-        say_json(prepared.model_dump(mode="json"))
+        say_json(prepared.model_dump(mode="json", by_alias=True))
         return
     rows = sum(client.train_rows for client in prepared.clients)
     trainable = sum(client.train_rows > 0 for client in prepared.clients)
@@ -33,4 +33,4 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     cutoff = loaded.data.cutoff_tokens
     say(f"{prompts:,} prompts and {answers:,} answers cut at data.cutoff_tokens: {cutoff}")
     say(f"{dropped:,} rows dropped without an answer")
-    say(describe_layout(prepared.way))
+    say(describe_layout(prepared.layout))
