@@ -1,6 +1,6 @@
-"""The groups of a bundle trained one after the other, saved and published on the way.
+"""Bundles: a task trains their groups one after the other, saves and publishes them.
 
-A group is the clients that train together, a single one by default.
+A group is the clients that train together; by default it is one client.
 """
 
 import time
@@ -20,12 +20,12 @@ from fedllm.worker.task import WorkerTask
 
 
 class StopRequested(Exception):
-    """A signal came while clients were in training; their checkpoints are written."""
+    """A signal came while clients were training; their checkpoints are written."""
 
 
 @dataclass(kw_only=True)
 class BundleTraining:
-    """What trains the bundles of one attempt in one task."""
+    """The training of an attempt's bundles in one task."""
 
     task: WorkerTask
     attempt: AttemptPaths
@@ -39,13 +39,13 @@ class BundleTraining:
     def open(
         cls, task: WorkerTask, attempt: AttemptPaths, heartbeat: Heartbeat
     ) -> "BundleTraining":
-        """Load all that clients train from: the first of them is not to wait for it.
+        """Open the round and load the base model, before the first client needs them.
 
         Raises:
             RunDirectoryError: a record or the server state is missing or damaged.
         """
         opened = open_round(task, attempt)
-        # a signal that came meanwhile leaves nothing to load for
+        # after a signal no client will train: do not load the base model
         if not task.signals.came:
             _ = opened.trainer
         return cls(
@@ -58,10 +58,12 @@ class BundleTraining:
         )
 
     def train(self, claimed: Claimed) -> bool:
-        """Train what is not yet published of a bundle; publish what was finished in any case.
+        """Train the clients of a bundle that are not published yet, and publish the finished ones.
+
+        The finished clients are published even where an error ends the training.
 
         Returns:
-            Whether the bundle is through; False: a signal came first.
+            True if the bundle is done; False if a signal came first.
         """
         bundle, published = claimed.bundle, self._published(claimed)
         try:
@@ -75,7 +77,7 @@ class BundleTraining:
                     break
                 self._train(group, missing, bundle)
                 if self.publisher.is_full:
-                    self._write_out(bundle)
+                    self._flush(bundle)
         except StopRequested:
             return False
         finally:
@@ -83,11 +85,11 @@ class BundleTraining:
         return True
 
     def close(self) -> None:
-        """Return when everything that was to be published is."""
+        """Wait until the finished clients are published."""
         self.publisher.close()
 
     def _train(self, group: Sequence[str], missing: Collection[str], bundle: BundleRecord) -> None:
-        """Train a group, whole, and hold the updates of those that miss one."""
+        """Train the whole group, and hold the updates of its missing clients."""
         first: int | None = None
 
         def before_step(step: int, save: Save) -> None:
@@ -113,7 +115,7 @@ class BundleTraining:
         self.task.stepped = True
         for trained in results:
             if trained.record.client in missing:
-                say(_told(trained.record))
+                say(_summary(trained.record))
                 self.publisher.hold(trained)
             else:
                 self.publisher.discard_later(trained.record.client)
@@ -121,8 +123,8 @@ class BundleTraining:
             self.publisher.publish(bundle.number)
             self._saved_at = time.monotonic()
 
-    def _write_out(self, bundle: BundleRecord) -> None:
-        """Publish what is held and free its memory, before the next client needs as much."""
+    def _flush(self, bundle: BundleRecord) -> None:
+        """Publish the held clients and free their memory before the next client trains."""
         self.publisher.publish(bundle.number)
         self.publisher.wait()
         give_back_freed()
@@ -133,15 +135,15 @@ class BundleTraining:
         return time.monotonic() - self._saved_at >= 60.0 * minutes
 
     def _save(self, bundle: BundleRecord, save: Save) -> None:
-        """Publish finished clients, and write the state of those in training meanwhile."""
+        """Publish finished clients; meanwhile write checkpoints of those in training."""
         self.publisher.publish(bundle.number)
         save()
         self._saved_at = time.monotonic()
 
     def _published(self, claimed: Claimed) -> set[str]:
-        """Return the clients that need no training.
+        """Return the published clients, which need no training.
 
-        A bundle that was just claimed in the first attempt was never anybody's.
+        A bundle of the first attempt has none, unless an earlier start of this task began it.
         """
         if self.attempt.number == 1 and not claimed.begun_before:
             return set()
@@ -149,7 +151,7 @@ class BundleTraining:
 
 
 def open_round(task: WorkerTask, attempt: AttemptPaths) -> ClientRound:
-    """Open the round of an attempt, from copies on this node's own disk where the run has them.
+    """Open the round of an attempt; with `storage.node_local` from copies on this node's disk.
 
     Raises:
         RunDirectoryError: a record or the server state is missing or damaged.
@@ -162,7 +164,7 @@ def open_round(task: WorkerTask, attempt: AttemptPaths) -> ClientRound:
 
 
 def is_over(attempt: AttemptPaths) -> bool:
-    """Say whether nobody waits for an attempt: its round is collected, or a later one trains."""
+    """Return whether an attempt is over: its round is collected, or a later attempt trains."""
     paths = attempt.round
     return (
         paths.collection.exists()
@@ -171,7 +173,7 @@ def is_over(attempt: AttemptPaths) -> bool:
     )
 
 
-def _told(record: UpdateRecord) -> str:
+def _summary(record: UpdateRecord) -> str:
     if record.status == "failed":
         return f"client {record.client}: failed: {record.reason}"
     losses = f", loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f}" if record.losses else ""

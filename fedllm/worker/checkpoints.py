@@ -1,4 +1,4 @@
-"""A client's checkpoint: the training that a worker could not finish, and another goes on with."""
+"""Checkpoints of clients: one worker begins the training, another one resumes it."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,16 +11,22 @@ from fedllm.storage.records import TrainingStats
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
 from fedllm.training.progress import Progress
 
-# These differ within one run where fedllm was upgraded or its configuration was edited.
-_OF_CONFIGURATION = {"result_fingerprint", "group"}
+# These change within a run if fedllm is upgraded or the configuration is edited.
+_CONFIGURATION_KEYS = {"result_fingerprint", "group"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumable:
-    """What one training of a client leaves of itself, and takes from the one before.
+    """A client's training that is saved to a checkpoint and resumed from it.
 
-    `progress` is where it begins, None at its start; `resumed_at` and `environments` tell of the
-    processes that it was in before, those of the one that now trains last.
+    Attributes:
+        path: the checkpoint file.
+        identity: which training it is; a checkpoint of another identity is refused.
+        micro_batch_size: rows in memory at once.
+        environment: the versions and the hardware of this process.
+        progress: where the training resumes; None: it begins at its start.
+        resumed_at: the optimizer steps after which it was resumed, in order.
+        environments: those of the processes that trained it before, the latest last.
     """
 
     path: Path
@@ -33,16 +39,16 @@ class Resumable:
 
     @property
     def begun_at(self) -> int:
-        """How many optimizer steps were taken before it."""
+        """The number of optimizer steps that earlier processes took."""
         return self.progress.step if self.progress else 0
 
     @property
     def earlier_environments(self) -> list[dict[str, str]]:
         """The environments that differ from the present one."""
-        return [found for found in self.environments if found != self.environment]
+        return [other for other in self.environments if other != self.environment]
 
     def save(self, progress: Progress) -> None:
-        """Publish the progress, unless there is none since this training began.
+        """Publish a checkpoint, if a step was taken since this training began.
 
         Raises:
             StorageFull: no space or quota is left.
@@ -62,11 +68,11 @@ class Resumable:
     def resumed(
         self, micro_batch_sizes: Collection[int], received: Callable[[], Adapter]
     ) -> "Resumable":
-        """Return the training as its checkpoint has it; this one where there is no checkpoint.
+        """Return the training resumed from its checkpoint; itself if there is no checkpoint.
 
         Args:
-            micro_batch_sizes: those that it may be trained with: others round differently.
-            received: returns what the client starts from.
+            micro_batch_sizes: the sizes it may be trained with: others round differently.
+            received: returns the adapter that the client starts from.
 
         Raises:
             UnusableCheckpointError: the checkpoint is damaged, or of another training.
@@ -78,7 +84,7 @@ class Resumable:
         for key, value in self.identity:
             if getattr(record.identity, key) != value:
                 why = f"it is of another {key.replace('_', ' ')}"
-                if key in _OF_CONFIGURATION:
+                if key in _CONFIGURATION_KEYS:
                     why += ": written by another version of fedllm or with another configuration"
                 raise self._unusable(why)
         if record.micro_batch_size not in micro_batch_sizes:
@@ -94,8 +100,8 @@ class Resumable:
             environments=record.environments,
         )
 
-    def anew(self, micro_batch_size: int) -> "Resumable":
-        """Return the same training at its start, with other micro-batches."""
+    def restarted(self, micro_batch_size: int) -> "Resumable":
+        """Return the same training at its start, with another micro-batch size."""
         return Resumable(
             path=self.path,
             identity=self.identity,
@@ -118,24 +124,24 @@ class Resumable:
 
 
 class UnusableCheckpointError(Exception):
-    """A checkpoint that this training cannot go on from; the text says which, and why."""
+    """A checkpoint cannot be resumed; the message says which file, and why."""
 
 
 def common_step(trainings: Sequence[Resumable], ends: Sequence[int]) -> int:
-    """Return the step that clients who train together go on from.
+    """Return the optimizer step from which a group resumes.
 
     Args:
-        trainings: theirs, with what was read of their checkpoints.
-        ends: how many steps each client has: it is at the common step, or at its own end.
+        trainings: one for each client of the group, resumed from its checkpoint.
+        ends: the number of steps of each client; a client is at the common step or at its end.
 
     Raises:
-        UnusableCheckpointError: their files were not written together.
+        UnusableCheckpointError: the group's checkpoints were not written at the same step.
     """
     step = max(training.begun_at for training in trainings)
     size = trainings[0].micro_batch_size
     for training, end in zip(trainings, ends, strict=True):
         if (training.begun_at, training.micro_batch_size) != (min(step, end), size):
-            raise UnusableCheckpointError(f"{training.path}: of another moment than its group's")
+            raise UnusableCheckpointError(f"{training.path}: is of another step than its group's")
     return step
 
 

@@ -1,4 +1,4 @@
-"""What the clients of a round share, and the training of one or a group of them."""
+"""Training of a round's clients: one by itself, or a group together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ Save = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A client's record and, unless it failed, its factors."""
+    """A trained client: its record and its adapter, which is empty if it failed."""
 
     record: UpdateRecord
     adapter: Adapter
@@ -43,7 +43,7 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRound:
-    """A round as a worker sees it: what was drawn, what clients start from, how they train."""
+    """A round that a worker trains: the cohort, the state that clients start from, the settings."""
 
     paths: RoundPaths
     run_id: str
@@ -61,14 +61,14 @@ class ClientRound:
 
     @classmethod
     def open(cls, attempt: AttemptPaths, session: Session) -> "ClientRound":
-        """Read what an attempt's round trains from.
+        """Open the round of an attempt: read its records and the server state.
 
         Raises:
             RunDirectoryError: a record or the server state is missing or damaged.
         """
         paths, run = attempt.round, attempt.run
         config = session.config(run.config)
-        # files of another node may become visible late
+        # files that another node wrote may become visible late
         patience = traits_of(config).visibility_seconds
         prepared = patiently(lambda: session.prepared(run.prepared), patience)
         cohort = patiently(lambda: CohortRecord.read(paths.cohort), patience)
@@ -85,7 +85,7 @@ class ClientRound:
                 training=config.training,
                 rule=local_rule(config.method.local),
                 loss_on=config.data.loss_on,
-                # a run that was prepared before there were layouts keeps its bits
+                # a run that was prepared before layouts were recorded keeps its bits
                 by_length=prepared.layout is not None,
             ),
             session=session,
@@ -94,11 +94,11 @@ class ClientRound:
 
     @property
     def trainer(self) -> Trainer:
-        """What trains the clients; the base model is loaded on first use."""
+        """The trainer of the clients; its first use loads the base model."""
         return self.session.trainer(self.config, self.prepared, self.settings)
 
     def received(self, client: str) -> Adapter:
-        """Return what a client starts from: its tier's adapter, kept for the next one if small."""
+        """Return the adapter of a client's tier, from which it starts; a small one is kept."""
         tier = self.tiers[client]
         if tier in self._adapters:
             return self._adapters[tier]
@@ -110,7 +110,7 @@ class ClientRound:
         return adapter
 
     def group_of(self, client: str) -> tuple[str, ...]:
-        """Return the clients that a client of the cohort is trained together with, itself too."""
+        """Return the group of clients with which a client of the cohort trains, itself included."""
         if not self._groups:
             engine = engine_of(self.config.training)
             for group in engine.groups(self.cohort.clients, self.cohort.ranks):
@@ -128,24 +128,24 @@ class ClientRound:
         before_step: Callable[[int, Save], None] = lambda _step, _save: None,
         resume: bool = True,
     ) -> list[Trained]:
-        """Train a client, or a whole group together, from checkpoints of the same training.
+        """Train a client, or a whole group together, and resume from checkpoints if there are any.
 
-        The losses and factors depend on round and group alone, wherever and however often the
-        training was interrupted. Where memory runs out and `training.smaller_micro_batch` allows
-        it, the clients are trained again from their start with half the micro-batch, which changes
-        their rounding and is recorded; the next ones begin with the configured one.
+        The losses and factors depend on the round and the group alone, wherever and however often
+        the training is interrupted. If memory runs out and `training.smaller_micro_batch` allows
+        it, the clients are trained again from their start with half the micro-batch size. That
+        changes their rounding and is recorded; the next clients begin with the configured size.
 
         Args:
-            clients: of the round's cohort, as `group_of` has them.
-            attempt: the attempt that they are trained in.
-            bundle: their bundle there.
+            clients: a group of the round's cohort, as `group_of` returns it.
+            attempt: the number of the attempt.
+            bundle: the number of their bundle in the attempt.
             identity: the task that trains.
-            processes: those of the task, who train too; None: this one alone.
-            before_step: called with the number of the optimizer step, from 0, and `save`, which
-                writes the clients' state as it is before that step to their checkpoints; nothing
-                is written where no step was taken since the training began or was resumed. What
-                it raises ends the training.
-            resume: False trains from the start, whatever checkpoints there are.
+            processes: the processes of the task, which all train; None: this one alone.
+            before_step: called before each optimizer step with its number, from 0, and `save`.
+                `save` writes the clients' state before that step to their checkpoints, if a step
+                was taken since the training began or was resumed. An error that `before_step`
+                raises ends the training.
+            resume: False ignores all checkpoints and trains from the start.
 
         Raises:
             DataError: a client has no training rows.
@@ -156,7 +156,7 @@ class ClientRound:
         members = [self._member(client) for client in clients]
         sizes = self._sizes(members)
         trainings = self._begin(members, sizes, resume=resume)
-        (processes or OneProcess()).tell(self._order(trainings, attempt))
+        (processes or OneProcess()).send_order(self._order(trainings, attempt))
         done, results = self._train_in_memory(trainings, members, sizes, before_step)
         return [
             Trained(
@@ -173,7 +173,7 @@ class ClientRound:
         identity: TaskIdentity,
         before_step: Callable[[int, Save], None],
     ) -> None:
-        """Train a group with the first process of a task, which keeps what it comes to.
+        """Train a group together with the first process of a task, which keeps the results.
 
         Raises:
             OutOfMemory: there is not enough memory.
@@ -184,7 +184,7 @@ class ClientRound:
         sizes = [order.micro_batch_size]
         members = [self._member(client) for client in order.clients]
         trainings = [
-            self._from_its_start(client, order.clients, sizes[0]) for client in order.clients
+            self._new_training(client, order.clients, sizes[0]) for client in order.clients
         ]
         if any(order.steps):
             patience = traits_of(self.config).visibility_seconds
@@ -192,7 +192,7 @@ class ClientRound:
         self._train_in_memory(trainings, members, sizes, before_step, is_first=False)
 
     def discard_checkpoint(self, client: str) -> None:
-        """Remove what was saved of a client that is published."""
+        """Remove the checkpoint of a client that is published."""
         self.paths.checkpoint(client).unlink(missing_ok=True)
 
     def _member(self, client: str) -> Member:
@@ -209,15 +209,15 @@ class ClientRound:
         needed = self.trainer.num_processes
         if identity.num_processes != needed:
             raise UserError(
-                f"{identity.task}: a task of {identity.num_processes} processes; what trains this "
-                f"run's clients needs {needed}"
+                f"{identity.task}: a task of {identity.num_processes} processes; this run's "
+                f"trainer needs {needed}"
             )
 
     def _sizes(self, members: Sequence[Member]) -> list[int]:
-        """Return the micro-batches to train with, one after the other while memory runs out."""
-        most = max(len(member.rows) for member in members)
-        sizes = list(micro_batch_sizes(self.config.training, most))
-        # the others would not know that one of them lacks memory
+        """Return the micro-batch sizes to try, the next one each time that memory runs out."""
+        max_rows = max(len(member.rows) for member in members)
+        sizes = list(micro_batch_sizes(self.config.training, max_rows))
+        # where memory runs out in one process, the others would not know
         return sizes if self.trainer.num_processes == 1 else sizes[:1]
 
     def _order(self, trainings: Sequence[Resumable], attempt: int) -> Order:
@@ -232,6 +232,7 @@ class ClientRound:
     def _as_ordered(
         self, order: Order, trainings: Sequence[Resumable], members: Sequence[Member]
     ) -> list[Resumable]:
+        """Return the trainings resumed at the steps of an order, or refuse other checkpoints."""
         try:
             resumed = [
                 training.resumed([order.micro_batch_size], member.received)
@@ -239,11 +240,11 @@ class ClientRound:
             ]
         except UnusableCheckpointError as error:
             raise RunDirectoryError(str(error)) from error
-        found = tuple(training.begun_at for training in resumed)
-        if found != order.steps:
+        steps = tuple(training.begun_at for training in resumed)
+        if steps != order.steps:
             raise RunDirectoryError(
-                f"{resumed[0].path}: after {found} steps here, after {order.steps} where the first "
-                "process of this task reads it"
+                f"{resumed[0].path}: this process reads {steps} steps, the first process of this "
+                f"task reads {order.steps}"
             )
         return resumed
 
@@ -256,23 +257,23 @@ class ClientRound:
         *,
         is_first: bool = True,
     ) -> tuple[Sequence[Resumable], list[TrainResult]]:
-        """Train with the first micro-batches for which there is memory."""
+        """Train with the first micro-batch size for which there is enough memory."""
         while True:
             try:
                 return trainings, self._train(trainings, members, before_step, is_first=is_first)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-            # only now, without the error's traceback, can the tensors of that attempt go
+            # the tensors can be freed only here, where the error's traceback is gone
             self.trainer.let_go()
             trainings = self._smaller(trainings, sizes)
 
     def _begin(
         self, members: Sequence[Member], sizes: Sequence[int], *, resume: bool
     ) -> list[Resumable]:
-        """Return the clients' trainings, with the checkpoints that all of them go on from."""
+        """Return the clients' trainings, resumed if the checkpoints of all of them fit together."""
         clients = [member.draws.client for member in members]
-        trainings = [self._from_its_start(client, clients, sizes[0]) for client in clients]
+        trainings = [self._new_training(client, clients, sizes[0]) for client in clients]
         if not resume:
             return trainings
         try:
@@ -286,13 +287,13 @@ class ClientRound:
             ]
             step = common_step(resumed, ends)
         except UnusableCheckpointError as error:
-            say(f"{_named(clients)}: trains from its start: {error}")
+            say(f"{_label(clients)}: trains from its start: {error}")
             return trainings
         if step:
-            say(f"{_named(clients)}: goes on after {step} steps, from {resumed[0].path}")
+            say(f"{_label(clients)}: goes on after {step} steps, from {resumed[0].path}")
         return resumed
 
-    def _from_its_start(self, client: str, group: Sequence[str], size: int) -> Resumable:
+    def _new_training(self, client: str, group: Sequence[str], size: int) -> Resumable:
         return Resumable(
             path=self.paths.checkpoint(client),
             identity=CheckpointIdentity(
@@ -319,9 +320,8 @@ class ClientRound:
     ) -> list[TrainResult]:
         def hook(step: int, snapshots: Snapshots) -> None:
             def save() -> None:
-                # all processes may be needed for it, one writes
-                found = snapshots()
-                for training, progress in zip(trainings, found, strict=True):
+                # every process may have to take part in a snapshot; only the first one writes
+                for training, progress in zip(trainings, snapshots(), strict=True):
                     if is_first:
                         training.save(progress)
 
@@ -335,21 +335,21 @@ class ClientRound:
         return self.trainer.train(begun, micro_batch_size=size, before_step=hook)
 
     def _smaller(self, trainings: Sequence[Resumable], sizes: Sequence[int]) -> list[Resumable]:
-        """Return the trainings to try after those that found too little memory.
+        """Return the trainings at their start, with the next smaller micro-batch size.
 
         Raises:
-            OutOfMemory: there are none.
+            OutOfMemory: there is no smaller size.
         """
         clients = [training.identity.client for training in trainings]
         size = trainings[0].micro_batch_size
-        told = f"{_named(clients)}: memory ran out with micro-batches of {size} rows"
+        problem = f"{_label(clients)}: memory ran out with micro-batches of {size} rows"
         smaller = next((other for other in sizes if other < size), None)
         if smaller is not None:
-            say(f"{told}; it is trained again from its start with {smaller}")
-            return [training.anew(smaller) for training in trainings]
+            say(f"{problem}; it is trained again from its start with {smaller}")
+            return [training.restarted(smaller) for training in trainings]
         remedies = ", ".join(self.trainer.remedies(len(clients), size))
         raise OutOfMemory(
-            f"{told}; give the task more memory and resume, or begin a new run with {remedies}"
+            f"{problem}; give the task more memory and resume, or begin a new run with {remedies}"
         )
 
     def _record(
@@ -384,7 +384,7 @@ class ClientRound:
         )
 
 
-def _named(clients: Sequence[str]) -> str:
+def _label(clients: Sequence[str]) -> str:
     return f"client {clients[0]}" if len(clients) == 1 else f"group of {', '.join(clients)}"
 
 
@@ -393,7 +393,7 @@ def _state(run: RunPaths, cohort: CohortRecord) -> TensorFile:
     path = before.global_state
     if path.exists() and sha256_of(path) == cohort.state_sha256:
         return TensorFile(path)
-    # says what is wrong, where the state is not the one of its own record
+    # raises an error if the state does not match its own record
     read_state(before)
     raise RunDirectoryError(
         f"{path}: not the state that round {cohort.round} was drawn from; restore it"

@@ -1,4 +1,4 @@
-"""The part of a worker's other processes: they train what the first one claimed, and no more."""
+"""The other processes of a worker: they train what the first one claims, and do no more."""
 
 from contextlib import suppress
 
@@ -23,7 +23,7 @@ def follow(task: WorkerTask) -> int:
         if stop:
             raise StopRequested
 
-    while not isinstance(order := task.processes.hear(), int):
+    while not isinstance(order := task.processes.receive(), int):
         if opened is None or opened.paths != order.paths.round:
             opened = open_round(task, order.paths)
         with suppress(StopRequested):

@@ -1,4 +1,4 @@
-"""The progress record of a worker, one for every attempt that it works on."""
+"""Heartbeat of a worker: its progress record, one for every attempt that it works on."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ _EVERY_SECONDS = 60.0
 
 @dataclass(kw_only=True)
 class Heartbeat:
-    """What a worker has come to; moments are of `time.monotonic`.
+    """Progress of a worker on one attempt; moments are of `time.monotonic`.
 
     Args:
-        attempt: what it works on.
-        identity: who it is.
-        worker_class: whose bundles it takes, empty for all.
-        began: since when its time counts for this attempt.
+        attempt: the attempt.
+        identity: the task of the worker.
+        worker_class: the class whose bundles it takes, empty for all.
+        began: when its time for this attempt began to count, idle time included.
         startup_began: when it took up this attempt; later than `began` if it was idle before.
         every_seconds: how often it writes while it trains.
-        earlier: its record of the start before, where it was requeued.
+        earlier: the record of the task's earlier start, if it was requeued.
     """
 
     attempt: AttemptPaths
@@ -53,7 +53,7 @@ class Heartbeat:
         began: float,
         first: float,
     ) -> "Heartbeat":
-        """Go on with the record of an earlier start of the same task, where there is one.
+        """Open the record of a task, and continue that of an earlier start if there is one.
 
         `first` is when the task began its first attempt: a task that was idle took this one up now.
         """
@@ -68,7 +68,7 @@ class Heartbeat:
 
     @contextmanager
     def clients(self, names: Sequence[str], count: int) -> Iterator[None]:
-        """Count the block as training of clients, and `count` of them as done at its end."""
+        """Count the time of this block as training, and `count` clients as done at its end."""
         self._clients, self._step = list(names), 0
         self._busy_since = time.monotonic()
         if self._startup_seconds is None:
@@ -80,13 +80,13 @@ class Heartbeat:
             self._busy_seconds, self._busy_since = self._busy(), None
 
     def step(self, number: int) -> None:
-        """Note a step, and write where the last record is old."""
+        """Note a step, and write the record if the last one is `every_seconds` old."""
         self._step = number
         if time.monotonic() - self._written_at >= self.every_seconds:
             self.write("training")
 
     def write(self, state: State) -> None:
-        """Publish the record; every one differs from the one before."""
+        """Publish the record; every record differs from the one before, if only in its seconds."""
         now = self._written_at = time.monotonic()
         before = self.earlier
         clients = self._clients if state == "training" else []
@@ -116,7 +116,7 @@ class Heartbeat:
 
 
 def _sum(record: TaskRecord | None, name: str) -> float:
-    """Return what all starts up to that of `record` took."""
+    """Return the seconds of all starts of the task, up to that of `record`."""
     if record is None:
         return 0.0
     total: float = getattr(record, name) + getattr(record, f"earlier_{name}")

@@ -1,4 +1,4 @@
-"""A worker without work stays for the next attempt or round, with all that it has loaded."""
+"""Idle workers: they wait for the next attempt or round, with the base model still loaded."""
 
 import time
 from pathlib import Path
@@ -9,39 +9,39 @@ from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import SubmissionRecord
 from fedllm.worker.task import WorkerTask
 
-# often at first: rounds may be short; then cheap, whatever the number of workers
-_SHORTEST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.2, 5.0
+# look often at first, since rounds may be short; then seldom, since many workers may look
+_MIN_LOOK_SECONDS, _MAX_LOOK_SECONDS = 0.2, 5.0
 _LOOKS_PER_WAIT = 10
-# a signal does not end a sleep
+# a signal does not end a sleep, so no sleep is long
 _SLEEP_SECONDS = 1.0
 
 
 def may_idle(config: Config) -> bool:
-    """Say whether workers stay: only those that queue and load anew, which local ones do not."""
+    """Return whether workers may wait idle: not local ones, which neither queue nor load again."""
     return traits_of(config).tasks_start_anew and config.scheduler.linger_minutes > 0
 
 
 def next_attempt(
     task: WorkerTask, done: AttemptPaths, *, need_seconds: float
 ) -> AttemptPaths | None:
-    """Wait for an attempt after `done` that takes this worker over.
+    """Wait for an attempt after `done` whose plan adopts this worker.
 
-    The configuration is read at every look: `scheduler.linger_minutes` may change.
+    The configuration is read at every look, since `scheduler.linger_minutes` may change.
 
     Args:
         task: the worker.
-        done: the attempt, in which nothing is left to do.
-        need_seconds: with less time left there is nothing to wait for.
+        done: the attempt in which it has no bundle left.
+        need_seconds: the wait ends when the task has no more time left than this.
 
     Returns:
-        The attempt; None when the wait is over: its minutes have passed, the run is done, a
+        The attempt; None if the wait is over: its minutes have passed, the run is done, or a
         signal came.
     """
     run, began = done.run, time.monotonic()
     while not task.signals.came:
         attempt = newest_attempt(run, done)
         if attempt is not None:
-            if _counts_on(attempt, task):
+            if _adopts(attempt, task):
                 return attempt
             done = attempt
         config, waited = task.session.config(run.config), time.monotonic() - began
@@ -55,9 +55,9 @@ def next_attempt(
 
 
 def newest_attempt(run: RunPaths, done: AttemptPaths) -> AttemptPaths | None:
-    """Return the newest training attempt of a run with a plan, if it came after `done`.
+    """Return the newest attempt of a run that has a plan; None if it is not later than `done`.
 
-    Folders are listed: NFS remembers for a while that a file was not there.
+    The folders are listed, since NFS caches for a while that a file does not exist.
     """
     first = done.round.number
     for number in reversed(_numbers(run.rounds)):
@@ -73,10 +73,11 @@ def newest_attempt(run: RunPaths, done: AttemptPaths) -> AttemptPaths | None:
     return None
 
 
-def _counts_on(attempt: AttemptPaths, task: WorkerTask) -> bool:
-    """Say whether the coordinator took a worker over into an attempt.
+def _adopts(attempt: AttemptPaths, task: WorkerTask) -> bool:
+    """Return whether the plan of an attempt adopts a worker.
 
-    Only then does it wait for this worker: nobody else may train what another could be given.
+    Only an adopted worker may train: the coordinator waits for no other one, and could give its
+    bundles to a second worker.
     """
     return task.identity.task in SubmissionRecord.read(attempt.submission).adopted
 
@@ -89,6 +90,6 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _sleep(task: WorkerTask, seconds: float) -> None:
-    until = time.monotonic() + min(max(seconds, _SHORTEST_LOOK_SECONDS), _LONGEST_LOOK_SECONDS)
+    until = time.monotonic() + min(max(seconds, _MIN_LOOK_SECONDS), _MAX_LOOK_SECONDS)
     while not task.signals.came and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _SLEEP_SECONDS))

@@ -1,4 +1,4 @@
-"""The processes of a worker: what the first claims reaches all, and all of them stop together."""
+"""Processes of one worker: the first sends its orders to the others, and all stop together."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,19 +16,20 @@ from fedllm.errors import ProcessLost
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths
 
-# how long the others may take to start; then how long they wait for what the first one claims
-_MEETING = timedelta(minutes=10)
-_PATIENCE = timedelta(days=30)
+# time for all processes to start; then time to wait for the first one's next order
+_START_TIMEOUT = timedelta(minutes=10)
+_ORDER_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A group of clients that the first process trains next, with all the others.
+    """An order to all processes of a worker: train this group of clients next.
 
     Attributes:
-        attempt: the folder of the attempt, and its number.
+        attempt: the folder of the attempt.
+        number: the number of the attempt.
         clients: the group.
-        steps: how many optimizer steps of each are taken; its checkpoint has them.
+        steps: the number of optimizer steps in each client's checkpoint.
         micro_batch_size: rows in memory at once.
     """
 
@@ -45,19 +46,19 @@ class Order:
 
 
 class Processes(Protocol):
-    """The processes of one task, as each of them sees them."""
+    """The processes of one task, seen from one of them."""
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """Return which flags are up in any process; all call this together."""
+        """Return which flags are set in any process; all processes call this together."""
 
-    def tell(self, order: Order) -> None:
-        """Have the others train a group too; the first process calls it."""
+    def send_order(self, order: Order) -> None:
+        """Send an order to the other processes; only the first process calls this."""
 
     def dismiss(self, exit_code: int) -> None:
-        """Have the others end with an exit code; the first process calls it."""
+        """End the other processes with an exit code; only the first process calls this."""
 
-    def hear(self) -> Order | int:
-        """Wait for the first process; return what to train, or the exit code to end with."""
+    def receive(self) -> Order | int:
+        """Wait for the first process; return its order, or the exit code to end with."""
 
 
 class OneProcess:
@@ -67,45 +68,45 @@ class OneProcess:
         """Return the flags."""
         return list(flags)
 
-    def tell(self, order: Order) -> None:
-        """There is nobody to tell."""
+    def send_order(self, order: Order) -> None:
+        """Do nothing: there is no other process."""
 
     def dismiss(self, exit_code: int) -> None:
-        """There is nobody to dismiss."""
+        """Do nothing: there is no other process."""
 
-    def hear(self) -> Order | int:
-        """Nobody waits: the only process is the first one."""
+    def receive(self) -> Order | int:
+        """Raise AssertionError: the only process is the first one, which never waits."""
         raise AssertionError("a single process is the first one")
 
 
 class SeveralProcesses:
-    """Processes that have met in the default group of `torch.distributed`."""
+    """Processes that are connected as the default group of `torch.distributed`."""
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """Return which flags are up in any process."""
-        found = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in found.tolist()]
+        """Return which flags are set in any process."""
+        combined = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(combined, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in combined.tolist()]
 
-    def tell(self, order: Order) -> None:
-        """Send an order to the others."""
+    def send_order(self, order: Order) -> None:
+        """Send an order to the other processes."""
         self._send(asdict(order))
 
     def dismiss(self, exit_code: int) -> None:
-        """Send an exit code to the others."""
+        """Send an exit code to the other processes."""
         self._send(exit_code)
 
-    def hear(self) -> Order | int:
-        """Receive what the first process sends next."""
+    def receive(self) -> Order | int:
+        """Receive the next order or the exit code from the first process."""
         size = torch.zeros(1, dtype=torch.int64)
         dist.broadcast(size, 0)
         content = torch.empty(int(size.item()), dtype=torch.uint8)
         dist.broadcast(content, 0)
-        found = json.loads(bytes(content.tolist()))
-        if isinstance(found, int):
-            return found
-        lists = {name: tuple(found[name]) for name in ("clients", "steps")}
-        return Order(**{**found, **lists})
+        message = json.loads(bytes(content.tolist()))
+        if isinstance(message, int):
+            return message
+        tuples = {name: tuple(message[name]) for name in ("clients", "steps")}
+        return Order(**{**message, **tuples})
 
     def _send(self, message: object) -> None:
         content = torch.tensor(list(json.dumps(message).encode()), dtype=torch.uint8)
@@ -114,17 +115,17 @@ class SeveralProcesses:
 
 
 @contextmanager
-def meeting(identity: TaskIdentity) -> Iterator[Processes]:
-    """Meet the other processes of a task, and part from them at the end.
+def connected(identity: TaskIdentity) -> Iterator[Processes]:
+    """Connect the processes of a task, and disconnect them at the end.
 
     Raises:
-        ProcessLost: another process did not come, or ended before this one.
+        ProcessLost: another process did not start in time, or ended before this one.
     """
     if identity.num_processes == 1:
         yield OneProcess()
         return
     try:
-        _meet(identity)
+        _connect(identity)
         yield SeveralProcesses()
     except RuntimeError as error:
         if not _is_loss(error):
@@ -138,20 +139,20 @@ def meeting(identity: TaskIdentity) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def _meet(identity: TaskIdentity) -> None:
+def _connect(identity: TaskIdentity) -> None:
     host, _, port = identity.rendezvous.rpartition(":")
     store = TCPStore(
-        host, int(port), identity.num_processes, is_master=identity.is_first, timeout=_MEETING
+        host, int(port), identity.num_processes, is_master=identity.is_first, timeout=_START_TIMEOUT
     )
     dist.init_process_group(
         "gloo",
         store=store,
         rank=identity.rank,
         world_size=identity.num_processes,
-        timeout=_PATIENCE,
+        timeout=_ORDER_TIMEOUT,
     )
 
 
 def _is_loss(error: RuntimeError) -> bool:
-    """Say whether an error means that another process is gone; gloo has no type of its own."""
+    """Return whether an error means that another process ended; gloo has no error type for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -1,4 +1,4 @@
-"""What a worker finished becomes files of the round, written while the next clients train."""
+"""Publication of finished clients: files of the round, written while the next clients train."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,7 @@ from fedllm.worker.client_training import ClientRound, Trained
 
 
 class Publisher:
-    """Holds finished clients and publishes them together; one thread writes.
+    """A publisher that holds finished clients and writes them together, in a thread of its own.
 
     Args:
         opened: the round.
@@ -25,13 +25,13 @@ class Publisher:
     def __init__(self, opened: ClientRound, attempt: int) -> None:
         self._round, self._attempt = opened, attempt
         self._held: list[Trained] = []
-        self._over: list[str] = []
+        self._finished: list[str] = []
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
     @property
     def is_full(self) -> bool:
-        """Whether what is held takes so much memory that it should be published now."""
+        """Whether the held clients take so much memory that they should be published now."""
         held = sum(adapter_bytes(trained.adapter) for trained in self._held)
         return held >= self._round.session.held_bytes
 
@@ -41,31 +41,31 @@ class Publisher:
         self.discard_later(trained.record.client)
 
     def discard_later(self, client: str) -> None:
-        """Remove a client's checkpoint once what is held is published.
+        """Remove a client's checkpoint after the next publication.
 
-        Where that is lost before, its group goes on from the checkpoints of all its members.
+        If the worker dies before that, the group resumes from the checkpoints of all its members.
         """
-        self._over.append(client)
+        self._finished.append(client)
 
     def publish(self, bundle: int) -> None:
-        """Begin to write what is held, as the next part of a bundle."""
+        """Begin to write the held clients as the next part of a bundle."""
         if not self._held:
             return
         self.wait()
         part = 0
         while (path := self._part(bundle, part)).exists():
             part += 1
-        self._written = self._writer.submit(self._write, path, self._held, self._over)
-        self._held, self._over = [], []
+        self._written = self._writer.submit(self._write, path, self._held, self._finished)
+        self._held, self._finished = [], []
 
     def wait(self) -> None:
-        """Wait for what is being written, and raise what went wrong."""
+        """Wait for the file that is being written, and raise its error if it has one."""
         if self._written is not None:
             written, self._written = self._written, None
             written.result()
 
     def close(self) -> None:
-        """Return when everything that was to be published is."""
+        """Wait for the file that is being written, and end the thread."""
         try:
             self.wait()
         finally:
@@ -74,10 +74,10 @@ class Publisher:
     def _part(self, bundle: int, part: int) -> Path:
         return self._round.paths.update(attempt=self._attempt, bundle=bundle, part=part)
 
-    def _write(self, path: Path, clients: Sequence[Trained], over: Sequence[str]) -> None:
+    def _write(self, path: Path, clients: Sequence[Trained], finished: Sequence[str]) -> None:
         write_clients(path, clients)
-        for client in over:
-            # of this start of the task, of an earlier one, or of another's
+        for client in finished:
+            # written by this start of the task, by an earlier one, or by another task
             self._round.discard_checkpoint(client)
 
 

@@ -1,4 +1,4 @@
-"""A client of an attempt trained again, apart from its round, and compared with its record."""
+"""Replay of a client: train it again outside its round, and compare it with its record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from fedllm.worker.publisher import write_clients
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """A client that was trained again, and what the round recorded of it."""
+    """A client trained again, beside the record of its round (None: it is not published)."""
 
     record: UpdateRecord
     recorded: UpdateRecord | None
@@ -24,11 +24,11 @@ class Replay:
 
     @property
     def agrees(self) -> bool:
-        """Whether there is nothing that differs from the record."""
+        """Whether the losses equal the recorded ones, or none are recorded."""
         return self.recorded is None or self.recorded.losses == self.record.losses
 
     def lines(self) -> list[str]:
-        """Return one line per step, and how it compares."""
+        """Return a line per step, then how the losses compare with the recorded ones."""
         lines = [f"step {n} loss {loss:.6f}" for n, loss in enumerate(self.record.losses, 1)]
         if self.record.status == "failed":
             lines.append(f"failed: {self.record.reason}")
@@ -36,7 +36,7 @@ class Replay:
         if self.recorded is None:
             return [*lines, "no published update to compare with"]
         if self.agrees:
-            return [*lines, "the losses are the recorded ones"]
+            return [*lines, "the losses equal the recorded ones"]
         was, now = self.recorded.environment, self.record.environment
         changed = [
             f"{key}: {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]
@@ -48,7 +48,7 @@ class Replay:
 def replay(
     attempt: AttemptPaths, client: str, scratch: Path, session: Session, signals: StopSignals
 ) -> Replay:
-    """Train a client of an attempt again, with its group, and compare; its update is in `scratch`.
+    """Train a client again, with its group; write its update to `scratch` and compare its losses.
 
     Raises:
         Incomplete: a signal came.
@@ -72,7 +72,7 @@ def replay(
         before_step=before_step,
         resume=False,
     )
-    (trained,) = (each for each in results if each.record.client == client)
+    (trained,) = (result for result in results if result.record.client == client)
     file = scratch / f"{encode_client(client)}.safetensors"
     write_clients(file, [trained])
     scanner = UpdateScanner(

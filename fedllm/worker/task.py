@@ -1,4 +1,4 @@
-"""A worker from attempt to attempt: who it is, what it may take, and when it has to end."""
+"""The task of a worker, from attempt to attempt: identity, class, processes and time limit."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,21 +9,21 @@ from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.records import ArrayRecord, SubmissionRecord
 from fedllm.worker.process_group import OneProcess, Processes
 
-# For what a worker does after its last bundle, and for Slurm's clock, which began before ours.
+# For the work after the last bundle, and because Slurm's clock started before ours.
 _MARGIN_SECONDS = 90.0
 _MARGIN_SHARE = 0.15
 
 
 @dataclass(kw_only=True)
 class WorkerTask:
-    """One task; moments are of `time.monotonic`.
+    """A task that works as a worker; moments are of `time.monotonic`.
 
     Attributes:
-        worker_class: whose bundles it takes; None: all.
-        began: when its process began, or was given this task.
-        processes: those that it is.
-        array: the array that it belongs to, where it is known.
-        stepped: whether this start of it took a training step.
+        worker_class: the class whose bundles it takes; None: all.
+        began: when its process began, or took up this task.
+        processes: the processes of the task.
+        array: the Slurm array of the task; None: unknown.
+        stepped: whether this start of the task took a training step.
     """
 
     identity: TaskIdentity
@@ -36,20 +36,20 @@ class WorkerTask:
     stepped: bool = False
 
     def agree(self, *, due: bool) -> tuple[bool, bool]:
-        """Agree with all processes of the task, before each step, on what is done before it.
+        """Agree with all processes of the task, before a step, whether to stop and whether to save.
 
         Args:
-            due: whether clients are to be saved, as far as this process knows.
+            due: whether this process knows that checkpoints are due.
 
         Returns:
-            Whether to stop, since a signal came to any of them, and whether to save.
+            Whether to stop, since a signal came to any process; whether to save.
         """
         *came, due = self.processes.any_of([*self.signals.flags, due])
         self.signals.hear(came)
         return any(came), due
 
     def seconds_left(self) -> float | None:
-        """Return how long it may still take up work; None: there is no limit."""
+        """Return the seconds that its next bundle may take; None: there is no limit."""
         if self.array is None or self.array.minutes is None:
             return None
         limit = 60.0 * self.array.minutes
@@ -60,7 +60,7 @@ class WorkerTask:
 def array_of(
     plan: SubmissionRecord, worker_class: str | None, identity: TaskIdentity
 ) -> ArrayRecord | None:
-    """Return the array of a task: the one it is named after, else the shortest of its class."""
+    """Return the array that a task's identity names, else the shortest one of its class."""
     of_class = [array for array in plan.arrays if array.worker_class == worker_class]
     for array in of_class:
         if array.name == identity.array:

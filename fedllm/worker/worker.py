@@ -19,10 +19,10 @@ from fedllm.worker.claims import Claims, smallest_cost
 from fedllm.worker.following import follow
 from fedllm.worker.heartbeat import Heartbeat, State
 from fedllm.worker.idle import may_idle, next_attempt
-from fedllm.worker.process_group import meeting
+from fedllm.worker.process_group import connected
 from fedllm.worker.task import WorkerTask, array_of
 
-STOPPED = 3  # the exit code of a worker that was told to end: another start or attempt goes on
+STOPPED = 3  # exit code after a signal: another start or attempt continues the work
 
 
 def work(
@@ -34,19 +34,19 @@ def work(
     signals: StopSignals | None = None,
     began: float | None = None,
 ) -> int:
-    """Be a worker of an attempt until no bundle of its class is left, or a signal comes.
+    """Work on an attempt until no bundle of a class is left, or a signal comes.
 
-    Every client that was finished is published, whatever ends the worker. Where the run says so,
-    the worker stays idle and waits for later attempts and rounds. Where a task is several
-    processes, the first one does all this, and the others take part in the training.
+    Every finished client is published, whatever ends the worker. With `scheduler.linger_minutes`
+    the worker then waits idle for later attempts and rounds. If the task has several processes,
+    the first one does all this, and the others take part in the training.
 
     Args:
-        attempt: where it begins.
-        worker_class: whose bundles it takes; None: all.
-        identity: who it is.
-        session: what it keeps loaded.
-        signals: where signals are noted already.
-        began: the moment of `time.monotonic` since when its time counts; now by default.
+        attempt: the first attempt.
+        worker_class: the class whose bundles it takes; None: all.
+        identity: the task.
+        session: the loaded base model and data.
+        signals: the caller's record of signals; None: signals are noted from now on.
+        began: when its time began to count, of `time.monotonic`; None: now.
 
     Returns:
         The exit code: 0, or `STOPPED` after a signal that left work undone.
@@ -57,7 +57,7 @@ def work(
     since = time.monotonic() if began is None else began
     with (
         nullcontext(signals) if signals else StopSignals() as noted,
-        meeting(identity) as processes,
+        connected(identity) as processes,
     ):
         task = WorkerTask(
             identity=identity,
@@ -75,7 +75,7 @@ def work(
 
 
 def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:
-    """Work on attempt after attempt; return the exit code."""
+    """Work on one attempt after the other; return the exit code."""
     worker = Worker.open(task, attempt, since=task.began)
     task.array = array_of(worker.plan, task.worker_class, task.identity)
     while True:
@@ -96,7 +96,7 @@ def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:
 
 @dataclass(kw_only=True)
 class Worker:
-    """One task at work on one attempt."""
+    """A task that works on one attempt."""
 
     task: WorkerTask
     attempt: AttemptPaths
@@ -107,7 +107,7 @@ class Worker:
 
     @classmethod
     def open(cls, task: WorkerTask, attempt: AttemptPaths, *, since: float) -> "Worker":
-        """Read the plan of an attempt, and what an earlier start of this task did of it.
+        """Read the plan of an attempt, and the record of an earlier start of this task.
 
         Raises:
             UserError: it has no bundle of the worker's class.
@@ -134,19 +134,19 @@ class Worker:
 
     @property
     def stays_idle(self) -> bool:
-        """Whether it stays when nothing is left to do: not who was to take a single bundle."""
+        """Whether it waits idle when no bundle is left; a task of a single bundle does not."""
         config = self.task.session.config(self.attempt.run.config)
         return may_idle(config) and not self.plan.one_bundle
 
     @property
     def has_work_left(self) -> bool:
-        """Whether there is something that it would go on with."""
+        """Whether its bundle is unfinished, or another one is left for it."""
         return self.is_unfinished or (not is_over(self.attempt) and self.claims.is_any_left())
 
     def work(self) -> None:
-        """Take bundles and train their clients until none is left that fits, or a signal comes.
+        """Claim bundles and train their clients until none is left that fits, or a signal comes.
 
-        Who starts when the attempt is over leaves no trace.
+        A worker that starts after the attempt is over writes nothing.
         """
         if is_over(self.attempt):
             return
@@ -168,18 +168,21 @@ class Worker:
         self.heartbeat.write(state)
 
     def _seconds_left(self) -> float | None:
-        """Return what a bundle may take: the first one anything, or nothing would ever begin."""
+        """Return the seconds that the next bundle may take.
+
+        The first one has no limit: a task with little time would never begin.
+        """
         return self.task.seconds_left() if self.task.stepped else None
 
 
 def _stop(worker: Worker) -> int:
-    """Say what stopped a worker, and have it started again where only its time is over."""
+    """Log the signal that stopped a worker, and requeue its task if only its time is over."""
     task, signals = worker.task.identity.task, worker.task.signals
     if not worker.has_work_left:
         return 0
     say(f"{task}: stopped by {signals.name}; finished clients are published")
     if signals.only_warned and TaskEnvironment().is_array_task(task):
-        # at a time limit that is too short for a step this would go on for ever
+        # with a time limit that is too short for one step it would be requeued for ever
         problem = requeue(task) if worker.task.stepped else "no step was taken since it started"
         again = f"not requeued ({problem}); the next attempt goes on" if problem else "requeued"
         say(f"{task}: {again}")

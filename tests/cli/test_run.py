@@ -162,7 +162,7 @@ def test_one_client_replayed_by_hand_reproduces_its_recorded_losses(
     command += ["--client", client, "--scratch", str(tmp_path / "scratch")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "the losses are the recorded ones" in done.stdout
+    assert "the losses equal the recorded ones" in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

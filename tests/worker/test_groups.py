@@ -265,7 +265,7 @@ def test_checkpoints_of_different_moments_are_told_and_all_train_from_their_star
     assert [trained.record.resumed_at for trained in found] == [[]] * TOGETHER
     assert_as_recorded(found, done)
     told = f"group of {', '.join(group)}: trains from its start: {paths.checkpoint(group[1])}: "
-    assert f"{told}of another moment than its group's" in capsys.readouterr().err
+    assert f"{told}is of another step than its group's" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_group_is_left_alone(

@@ -319,7 +319,7 @@ def test_a_replay_reproduces_the_recorded_losses(
     recorded = updates(RunPaths(root=done).round(1))[client][0].losses
     assert losses == [f"step {n} loss {loss:.6f}" for n, loss in enumerate(recorded, 1)]
     assert Path(file.removeprefix("update in ")).is_file()
-    assert last == "the losses are the recorded ones"
+    assert last == "the losses equal the recorded ones"
     with pytest.raises(UserError, match="client nobody is not in this round's cohort"):
         replay(attempt, "nobody", tmp_path / "scratch", session, StopSignals())
 
