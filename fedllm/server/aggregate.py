@@ -1,4 +1,4 @@
-"""The aggregation job: a frozen collection of updates to the next server state."""
+"""The aggregation job: it turns a frozen collection of updates into the next server state."""
 
 import time
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
 
 
 def aggregate_round(paths: RoundPaths) -> AggregateRecord:
-    """Make the server state of a round and publish it, its record last.
+    """Aggregate a round into its server state; publish the state, and its record last.
 
-    Round 0 is the state before training: no change, or that of `model.adapter`.
+    Round 0 is the state before training: no change of the base, or that of `model.adapter`.
 
     Raises:
         AdapterError: an update cannot be read as it was collected, or is not finite; the message
@@ -69,7 +69,10 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
 
 
 def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]:
-    """Return the groups in which a cohort's modules are aggregated, whoever is left out of it."""
+    """Return the groups in which a cohort's modules are aggregated.
+
+    They follow from the whole cohort: a client that is left out changes no group.
+    """
     section = federation.config.aggregation
     modules = {
         module: ModuleRanks(
@@ -89,7 +92,7 @@ def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
-    """The state as it is written, and what is recorded of each module."""
+    """The state that is being written, and the diagnostics of each module."""
 
     writer: TensorWriter
     modules: dict[str, ModuleDiagnostics]
@@ -105,7 +108,7 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True)
 class _Done:
-    """Seconds per stage, and the number of clients."""
+    """The seconds of each stage, and the number of clients."""
 
     stages: dict[str, float]
     clients: int
@@ -123,8 +126,8 @@ def _aggregate(
     collection = CollectionRecord.read(paths.collection)
     cohort = CohortRecord.read(paths.cohort)
     weights = method.weigh([update.weight for update in collection.updates])
-    patience = traits_of(federation.config).visibility_seconds
-    updates = CollectedUpdates.open(paths, collection, cohort, weights, patience)
+    visibility_seconds = traits_of(federation.config).visibility_seconds
+    updates = CollectedUpdates.open(paths, collection, cohort, weights, visibility_seconds)
     previous = paths.run.round(paths.number - 1)
     with read_state(previous) as before:
         engine = Pipeline(

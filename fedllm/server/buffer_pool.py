@@ -1,4 +1,4 @@
-"""Memory that blocks of clients' factors are read into, used over and over.
+"""Buffers into which blocks of clients' factors are read, used over and over.
 
 Legend: G modules, O out, I in, R stacked rank of a block, C clients.
 """
@@ -18,9 +18,9 @@ _ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """How a block lies in memory: A of all modules, then B.
+    """The layout of a block in memory: A of all modules, then B.
 
-    `ranks` are the clients' own, 0 where one has no such modules.
+    `ranks` are those of the clients, 0 for a client without these modules.
     """
 
     modules: int
@@ -35,13 +35,13 @@ class BlockLayout:
 
     @property
     def begin_of_b(self) -> int:
-        """Where B begins, in bytes."""
+        """The offset of B, in bytes."""
         size = self.modules * self.stacked_rank * self.problem.in_ * self.dtype.itemsize
         return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
     @property
     def size(self) -> int:
-        """How many bytes the block takes."""
+        """The size of the block, in bytes."""
         elements = self.modules * self.problem.out * self.stacked_rank
         return self.begin_of_b + elements * self.dtype.itemsize
 
@@ -55,14 +55,14 @@ class BlockLayout:
         return self._view(memory, self.begin_of_b, shape)
 
     def b_of_each(self, memory: Tensor) -> list[Tensor]:
-        """Return the B of each client (G, O, own rank), one after the other."""
-        found: list[Tensor] = []
+        """Return the B of each client (G, O, own rank); they lie one after the other."""
+        tensors: list[Tensor] = []
         begin = self.begin_of_b
         for rank in self.ranks:
             shape = (self.modules, self.problem.out, rank)
-            found.append(self._view(memory, begin, shape))
+            tensors.append(self._view(memory, begin, shape))
             begin += math.prod(shape) * self.dtype.itemsize
-        return found
+        return tensors
 
     def _view(self, memory: Tensor, begin: int, shape: Sequence[int]) -> Tensor:
         size = math.prod(shape) * self.dtype.itemsize
@@ -70,7 +70,7 @@ class BlockLayout:
 
 
 class CpuBuffer:
-    """Memory of one block on the CPU: every factor is copied where the arithmetic reads it."""
+    """A buffer for the CPU: each factor is copied to where the arithmetic reads it."""
 
     layout: BlockLayout
 
@@ -78,35 +78,35 @@ class CpuBuffer:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def lay_out(self, layout: BlockLayout) -> list[tuple[Tensor, Tensor]]:
-        """Make room for a block; return where each client's A (G, R, I) and B (G, O, R) belong."""
+        """Make room for a block; return places for each client's A (G, R, I) and B (G, O, R)."""
         if self._memory.numel() < layout.size:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old memory first
             self._memory = torch.empty(layout.size, dtype=torch.uint8)
         self.layout = layout
         return self.targets()
 
     def targets(self) -> list[tuple[Tensor, Tensor]]:
-        """Return where each client's A (G, R, I) and B (G, O, R) belong."""
+        """Return the places for each client's A (G, R, I) and B (G, O, R)."""
         a = _split(self.layout, self.layout.all_a(self._memory), 1)
         b = _split(self.layout, self.layout.all_b(self._memory), 2)
         return list(zip(a, b, strict=True))
 
     def send(self) -> None:
-        """Say that all is copied: here it lies where it belongs."""
+        """Do nothing: the factors already lie where the arithmetic reads them."""
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return A (G, R, I) and B (G, O, R)."""
         return self.layout.all_a(self._memory), self.layout.all_b(self._memory)
 
     def release(self) -> None:
-        """Say that the block is computed on."""
+        """Do nothing: the arithmetic on the block has ended."""
 
 
 class GpuBuffer:
-    """Memory of one block for a GPU: pinned, and its like there.
+    """A buffer for a GPU: pinned memory, and as much memory on the GPU.
 
-    A row of a client's B is a few floats long: each B travels as it is, and the GPU, which does
-    it faster, puts their columns side by side.
+    A row of a client's B has only a few floats. So each B is sent as it is, and the GPU puts the
+    columns side by side, which it does faster.
     """
 
     layout: BlockLayout
@@ -118,14 +118,14 @@ class GpuBuffer:
         self._grow(0)
 
     def lay_out(self, layout: BlockLayout) -> list[tuple[Tensor, Tensor]]:
-        """Make room for a block; return where each client's A (G, R, I) and B (G, O, R) belong."""
+        """Make room for a block; return places for each client's A (G, R, I) and B (G, O, R)."""
         if self._pinned.numel() < layout.size:
             self._grow(layout.size)
         self.layout = layout
         return self.targets()
 
     def targets(self) -> list[tuple[Tensor, Tensor]]:
-        """Return where each client's A (G, R, I) and B (G, O, R) belong."""
+        """Return the places for each client's A (G, R, I) and B (G, O, R)."""
         a = _split(self.layout, self.layout.all_a(self._pinned), 1)
         return list(zip(a, self.layout.b_of_each(self._pinned), strict=True))
 
@@ -133,26 +133,26 @@ class GpuBuffer:
         """Begin to copy the block to the GPU."""
         size = self.layout.size
         with torch.cuda.stream(self._stream):
-            self._there[:size].copy_(self._pinned[:size], non_blocking=True)
+            self._on_gpu[:size].copy_(self._pinned[:size], non_blocking=True)
             self._arrived.record(self._stream)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return A (G, R, I) and B (G, O, R) once they have arrived."""
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
-        b_GOR = torch.cat(self.layout.b_of_each(self._there), dim=2)
-        return self.layout.all_a(self._there), b_GOR
+        b_GOR = torch.cat(self.layout.b_of_each(self._on_gpu), dim=2)
+        return self.layout.all_a(self._on_gpu), b_GOR
 
     def release(self) -> None:
-        """Wait until the block is computed on."""
+        """Wait until the arithmetic on the block has ended."""
         torch.cuda.current_stream(self._device).synchronize()
 
     def _grow(self, size: int) -> None:
-        # the old ones go first
-        self._pinned = self._there = torch.empty(0, dtype=torch.uint8)
+        # free the old memory first
+        self._pinned = self._on_gpu = torch.empty(0, dtype=torch.uint8)
         self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        # memory of the stream that fills it: none that other streams still compute on
+        # allocated on the stream that fills it: no memory on which another stream still computes
         with torch.cuda.stream(self._stream):
-            self._there = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._on_gpu = torch.empty(size, dtype=torch.uint8, device=self._device)
 
 
 Buffer: TypeAlias = CpuBuffer | GpuBuffer

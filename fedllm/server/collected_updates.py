@@ -1,4 +1,4 @@
-"""The updates of a frozen collection as the engine reads them."""
+"""Updates of a frozen collection, as the aggregation reads them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fedllm.storage.tensors import UpdateFile
 
 @dataclass(frozen=True, kw_only=True)
 class CollectedUpdates:
-    """A collection's updates by their clients' places in the cohort, and what each one counts."""
+    """The updates of a collection and their weights, by the clients' places in the cohort."""
 
     updates: Mapping[int, CollectedUpdate]
     weights: Mapping[int, float]
@@ -28,17 +28,18 @@ class CollectedUpdates:
         collection: CollectionRecord,
         cohort: CohortRecord,
         weights: list[float],
-        patience: float = 0.0,
+        visibility_seconds: float = 0.0,
     ) -> Self:
-        """Open the files of a collection, by their headers those that were frozen.
+        """Open the files of a collection, and check their headers against the frozen digests.
 
-        What another node wrote may be on its way: only after `patience` seconds is it damaged.
+        A file of another node may become visible late: only after `visibility_seconds` it counts
+        as missing or damaged.
 
         Raises:
-            AdapterError: one is missing, damaged or another file.
+            AdapterError: a file is missing, damaged, or not the frozen one.
         """
         files = {
-            name: patiently(partial(UpdateFile, paths.updates / name, sha256), patience)
+            name: patiently(partial(UpdateFile, paths.updates / name, sha256), visibility_seconds)
             for name, sha256 in {u.file: u.sha256 for u in collection.updates}.items()
         }
         places = {client.id: place for place, client in enumerate(cohort.clients)}
@@ -55,7 +56,7 @@ class CollectedUpdates:
         return file.view(update.client, module, "A"), file.view(update.client, module, "B")
 
     def check(self, client: int, module: str, part: str) -> None:
-        """Compare A or B with its digest.
+        """Check A or B against its digest.
 
         Raises:
             AdapterError: it was altered.
@@ -64,9 +65,10 @@ class CollectedUpdates:
         file.check(update.client, module, part)
 
     def scale(self, client: int, module: str) -> float:
-        """Return the scale that the client trained with, times what its change is clipped to.
+        """Return the scale that the client trained with, times the clip factor of its change.
 
-        Not the weight: that counts A and B of a factor mean alike, and sums to the total.
+        Clipping does not change the weight: a factor mean weighs A and B alike with it, and the
+        weights sum to the total.
         """
         update, file = self._of(client)
         return file.scale(update.client, module) * update.clipped.get(module, 1.0)
@@ -77,7 +79,7 @@ class CollectedUpdates:
         return self.weights[client]
 
     def name(self, client: int, module: str, part: str) -> str:
-        """Return the file, the client, the module and the factor."""
+        """Return the name of A or B for messages: file, client, module and factor."""
         update, file = self._of(client)
         return f"{file.path}: client {update.client}: {module} {part}"
 

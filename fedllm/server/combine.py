@@ -1,4 +1,4 @@
-"""PEFT adapters of any ranks into one: what a round aggregates, from folders that users have."""
+"""Combination of PEFT adapter folders, of any ranks, into one: the aggregation of a round."""
 
 import math
 import re
@@ -30,10 +30,10 @@ from fedllm.model.device import resolve_devices
 from fedllm.server.pipeline import Pipeline
 from fedllm.storage.publishing.outputs import filling
 
-RankWish: TypeAlias = int | Literal["full"] | None
-Tell: TypeAlias = Callable[[int, int], None]  # how many modules are done, of how many
+RequestedRank: TypeAlias = int | Literal["full"] | None
+ReportProgress: TypeAlias = Callable[[int, int], None]  # modules that are done, all modules
 
-_SEED = 0  # of directions in which nothing was trained
+_SEED = 0  # draws the directions in which nothing was trained
 _BLOCK_ADAPTERS = 32
 _ALL_LINEAR = "all-linear"  # PEFT's word
 _RESTRICTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -49,19 +49,19 @@ class WeightedAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class CombineRequest:
-    """What to combine, and what to write.
+    """A request: what to combine, and what to write.
 
-    `rank` is a number, `full` (the stacked ranks: nothing is lost), or None: the largest that an
-    input has, module by module. No module gets more than its smaller side. `dtype` is one of
+    `rank` is a number, `full` (the stacked ranks: nothing is lost), or None: the largest rank of
+    any input, module by module. No module gets a rank above its smaller side. `dtype` is one of
     `DTYPES`; `out` is a new or empty folder; `exact` and `tolerance` are as in
-    `aggregation.decomposition.Problem`. `base` is the base model of all of them, a folder or hub
-    name, whatever they call it; `allow_missing` lets adapters have few modules in common.
+    `aggregation.decomposition.Problem`. `base` is the base model of all inputs, a folder or hub
+    name, whatever name they give it; `allow_missing` accepts inputs with few common modules.
     `working_bytes` is the memory of the modules that are aggregated at once.
     """
 
     adapters: Sequence[WeightedAdapter]
     out: Path
-    rank: RankWish = None
+    rank: RequestedRank = None
     method: str = "flexlora"
     device: str = "auto"
     dtype: str = "float32"
@@ -74,7 +74,7 @@ class CombineRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedInput:
-    """An adapter as it entered: its share (all sum to 1) and the modules that it lacks."""
+    """An input adapter: its share (all sum to 1) and the modules that it lacks."""
 
     folder: Path
     share: float
@@ -84,11 +84,12 @@ class CombinedInput:
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedModule:
-    """A module of the result: its rank, whether its smaller side set it, and what it keeps.
+    """A module of the result: its rank and the energy that it keeps.
 
-    `energy_kept` is a share of `energy`, the squared Frobenius norm of the weighted mean. The
-    energy that it loses exceeds the least possible by at most the share `relative_excess` of that
-    least, but for `failure_probability`. `stacked_rank` is the sum of the inputs' ranks.
+    `capped` says that the module's smaller side limits its rank. `energy_kept` is a share of
+    `energy`, the squared Frobenius norm of the weighted mean. The lost energy exceeds the minimum
+    by at most the share `relative_excess` of the minimum, except with probability
+    `failure_probability`. `stacked_rank` is the sum of the inputs' ranks.
     """
 
     shape: ModuleShape
@@ -104,7 +105,7 @@ class CombinedModule:
 
 @dataclass(frozen=True, kw_only=True)
 class Combined:
-    """What was combined into which modules."""
+    """The result of a combination: inputs, modules, and the seconds of each stage."""
 
     base_model: str | None
     inputs: tuple[CombinedInput, ...]
@@ -113,13 +114,13 @@ class Combined:
 
     @property
     def energy_kept(self) -> float:
-        """The share of the squared norm of all modules together."""
+        """The share of energy that all modules together keep."""
         total = math.fsum(module.energy for module in self.modules.values())
         kept = math.fsum(module.energy * module.energy_kept for module in self.modules.values())
         return kept / total if total else 1.0
 
 
-def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Combined:
+def combine_adapters(request: CombineRequest, *, report: ReportProgress | None = None) -> Combined:
     """Write the weighted mean of the adapters' changes as one PEFT adapter.
 
     All headers are checked before anything is computed. Factors are read, and the result is
@@ -127,7 +128,7 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
 
     Args:
         request: what to combine.
-        tell: is told how many modules are done, first that none is.
+        report: called with the number of modules that are done (0 first), and of all modules.
 
     Raises:
         AdapterError: adapters that cannot be read or combined.
@@ -152,17 +153,22 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
     devices = resolve_devices(request.device)
     about = _description([adapter.config for adapter in adapters], list(shapes), base)
     planned = {
-        module: PlannedModule(shape=found.shape, rank=found.received[0])
-        for module, found in ranks.items()
+        module: PlannedModule(shape=of_module.shape, rank=of_module.received[0])
+        for module, of_module in ranks.items()
     }
     with (
         filling(request.out, last=CONFIG) as folder,
         writing_peft_adapter(folder, planned, about=about, dtype=dtype) as writer,
     ):
         output = _Output(
-            method=method, writer=writer, ranks=ranks, wish=request.rank, tell=tell, modules={}
+            method=method,
+            writer=writer,
+            ranks=ranks,
+            requested=request.rank,
+            report=report,
+            modules={},
         )
-        output.told()
+        output.report_progress()
         engine = Pipeline(
             method=method,
             source=source,
@@ -192,26 +198,26 @@ def combine_adapters(request: CombineRequest, *, tell: Tell | None = None) -> Co
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSource:
-    """The adapters as the engine reads them."""
+    """Adapters as the source of factors for an aggregation."""
 
     adapters: Sequence[PeftAdapter]
     weights: Sequence[float]
 
-    def ranks(self, module: str, shape: ModuleShape, wish: RankWish) -> ModuleRanks:
-        """Return each adapter's rank of a module, 0 where it lacks it, and that of the result."""
-        held = [a.factors.rank(module) if module in a.factors else 0 for a in self.adapters]
-        rank = min(_wanted(wish, held), shape.largest_rank)
-        return ModuleRanks(shape=shape, clients=tuple(held), received=(rank,))
+    def ranks(self, module: str, shape: ModuleShape, requested: RequestedRank) -> ModuleRanks:
+        """Return the ranks of a module: each adapter's (0 if it lacks it), and the result's."""
+        ranks = [a.factors.rank(module) if module in a.factors else 0 for a in self.adapters]
+        rank = min(_uncapped_rank(requested, ranks), shape.largest_rank)
+        return ModuleRanks(shape=shape, clients=tuple(ranks), received=(rank,))
 
     def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
         """Return A (R, I) and B (O, R) as they lie in the file."""
         return self.adapters[client].factors.views(module)
 
     def check(self, client: int, module: str, part: str) -> None:
-        """Return: PEFT keeps no checksums."""
+        """Do nothing: PEFT keeps no checksums."""
 
     def scale(self, client: int, module: str) -> float:
-        """Return the scale that PEFT gives."""
+        """Return the scale that PEFT gives the product."""
         return self.adapters[client].factors.scale(module)
 
     def weight(self, client: int, module: str) -> float:
@@ -220,30 +226,30 @@ class AdapterSource:
         return self.weights[client]
 
     def name(self, client: int, module: str, part: str) -> str:
-        """Return the folder and the tensor."""
+        """Return the name of A or B for messages: folder and tensor."""
         return self.adapters[client].factors.name(module, part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
-    """The result as it is written, and what is told of it."""
+    """The result that is being written, and the report of its progress."""
 
     method: Method
     writer: PeftWriter
     ranks: Mapping[str, ModuleRanks]
-    wish: RankWish
-    tell: Tell | None
+    requested: RequestedRank
+    report: ReportProgress | None
     modules: dict[str, CombinedModule]
 
     def before(self, module: str) -> ModuleState:
-        """Return the start: nothing was aggregated before."""
+        """Return a module's first state: nothing was aggregated before."""
         ranks = self.ranks[module]
         return self.method.start_module(module=module, shape=ranks.shape, rank=ranks.received[0])
 
     def take(self, module: str, result: ModuleAggregate) -> None:
         if self.method.base_delta(result.state) is not None:
             raise AdapterError(f"--method {self.method.name}: changes the base, not only adapters")
-        ranks, found = self.ranks[module], result.diagnostics
+        ranks, diagnostics = self.ranks[module], result.diagnostics
         rank = ranks.received[0]
         factors = self.method.module_adapter(module=module, state=result.state, rank=rank)
         self.writer.write(module, factors)
@@ -251,24 +257,24 @@ class _Output:
             shape=ranks.shape,
             stacked_rank=sum(ranks.clients),
             rank=rank,
-            capped=_wanted(self.wish, ranks.clients) > rank,
-            energy=found.total_energy,
-            energy_kept=found.ranks[0].energy_kept,
-            route=found.route,
-            relative_excess=found.relative_excess,
-            failure_probability=found.failure_probability,
+            capped=_uncapped_rank(self.requested, ranks.clients) > rank,
+            energy=diagnostics.total_energy,
+            energy_kept=diagnostics.ranks[0].energy_kept,
+            route=diagnostics.route,
+            relative_excess=diagnostics.relative_excess,
+            failure_probability=diagnostics.failure_probability,
         )
-        self.told()
+        self.report_progress()
 
-    def told(self) -> None:
-        if self.tell:
-            self.tell(len(self.modules), len(self.ranks))
+    def report_progress(self) -> None:
+        if self.report:
+            self.report(len(self.modules), len(self.ranks))
 
 
-def _wanted(wish: RankWish, held: Sequence[int]) -> int:
-    if wish is None:
-        return max(held)
-    return sum(held) if wish == "full" else wish
+def _uncapped_rank(requested: RequestedRank, ranks: Sequence[int]) -> int:
+    if requested is None:
+        return max(ranks)
+    return sum(ranks) if requested == "full" else requested
 
 
 def _check_numbers(request: CombineRequest) -> None:
@@ -284,7 +290,7 @@ def _check_numbers(request: CombineRequest) -> None:
 
 
 def _with_common_names(adapters: Sequence[PeftAdapter]) -> list[PeftAdapter]:
-    """Return the adapters with one name for each module, whatever each of them calls it."""
+    """Return the adapters with common names for their modules."""
     names = common_names([list(adapter.factors) for adapter in adapters])
     return [replace(adapter, factors=adapter.factors.named(names)) for adapter in adapters]
 
@@ -301,18 +307,18 @@ def _refuse_few_in_common(adapters: Sequence[PeftAdapter], modules: Sequence[str
 
 
 def _shapes(adapters: Sequence[PeftAdapter]) -> dict[str, ModuleShape]:
-    """Return every module that any adapter has, sorted."""
-    found: dict[str, tuple[ModuleShape, Path]] = {}
+    """Return the shapes of all modules of all adapters, sorted by name."""
+    shapes: dict[str, tuple[ModuleShape, Path]] = {}
     for adapter in adapters:
         for module in adapter.factors:
             shape = adapter.factors.shape(module)
-            known, folder = found.setdefault(module, (shape, adapter.folder))
+            known, folder = shapes.setdefault(module, (shape, adapter.folder))
             if known != shape:
                 raise AdapterError(
                     f"{module}: its weight is {known.out}x{known.in_} in {folder} and "
                     f"{shape.out}x{shape.in_} in {adapter.folder}: they are for different models"
                 )
-    return {module: found[module][0] for module in sorted(found)}
+    return {module: shapes[module][0] for module in sorted(shapes)}
 
 
 def _input(adapter: PeftAdapter, share: float, modules: Iterable[str]) -> CombinedInput:
@@ -327,7 +333,7 @@ def _input(adapter: PeftAdapter, share: float, modules: Iterable[str]) -> Combin
 def _description(
     configs: Sequence[AdapterConfig], modules: Sequence[str], base: CommonBase
 ) -> PeftDescription:
-    """Return what the result carries over: what all agree on, and the modules of any."""
+    """Return the result's description: fields on which all agree, and the modules of any."""
     first = configs[0]
     agreed = {
         name: getattr(first, name)
@@ -346,7 +352,7 @@ def _description(
 
 
 def _targets(configs: Sequence[AdapterConfig], modules: Sequence[str]) -> dict[str, Any]:
-    """Return PEFT's fields that choose `modules`, in the words of the inputs where they can."""
+    """Return PEFT's fields that select `modules`: those of the inputs if they select them all."""
     first = configs[0]
     restricted = {name: getattr(first, name) for name in _RESTRICTIONS}
     same = all(getattr(c, name) == restricted[name] for c in configs for name in restricted)
@@ -362,7 +368,7 @@ def _targets(configs: Sequence[AdapterConfig], modules: Sequence[str]) -> dict[s
 
 
 def _selects(targets: list[str] | str | None, modules: Sequence[str]) -> bool:
-    """Say whether PEFT finds all modules by these words; their names may have changed."""
+    """Return whether PEFT selects all modules by these targets; their names may have changed."""
     if isinstance(targets, list):
         return all(any(f".{m}".endswith(f".{name}") for name in targets) for m in modules)
     if targets is None or targets == _ALL_LINEAR:

@@ -1,4 +1,4 @@
-"""A run's server state for other programs: in PEFT's format, or merged into a plain model."""
+"""Export of a server state for other programs: in PEFT's format, or merged into a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _MODEL_CONFIG = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
-    """What a round left behind, opened: the method reads it, module by module."""
+    """The opened server state of a round, which its method reads module by module."""
 
     round: int
     config: Config
@@ -40,16 +40,16 @@ class ServerState:
 
     @property
     def base_model(self) -> str:
-        """The base by the name that PEFT loads: a hub name, or the folder."""
+        """The base model's name for PEFT: a hub name, or the folder."""
         path, section = self.prepared.model_path, self.config.model
-        # a relative folder looks like a hub name from where it does not lie
+        # from another working directory a relative folder looks like a hub name
         fetched = Path(path).name == hub_key(section.path, section.revision)
         return section.path if fetched else path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written: of which round, every module's rank, and the base."""
+    """An exported adapter: its round, the rank of every module, and the base."""
 
     round: int
     ranks: Mapping[str, int]
@@ -58,7 +58,7 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class Merged(Exported):
-    """A model that was written: of which number format, and what rounding left of the change."""
+    """An exported model: its number format, and how much of the change rounding left."""
 
     dtype: str
     survived: float
@@ -66,10 +66,10 @@ class Merged(Exported):
 
 
 def newest_state(run: RunPaths) -> int:
-    """Return the newest round that is aggregated; 0 is the state before training.
+    """Return the number of the newest aggregated round; 0 is the state before training.
 
     Raises:
-        RunDirectoryError: there is none yet.
+        RunDirectoryError: no round is aggregated yet.
     """
     newest = run.newest_state()
     if newest is None:
@@ -103,10 +103,10 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
     Args:
         state: an opened server state.
         out: a new or empty folder.
-        rank: the largest of any module; None is all that the state holds.
+        rank: the maximum rank of any module; None is all that the state holds.
 
     Raises:
-        AdapterError: a rank that the state does not hold, or a method that changes the base.
+        AdapterError: the state does not hold this rank, or the method changes the base.
     """
     ranks = _ranks(state, rank)
     if any(state.method.base_delta(state.file.module(module)) is not None for module in ranks):
@@ -136,12 +136,12 @@ def export_model(
     Args:
         state: an opened server state.
         out: a new or empty folder.
-        rank: the largest of any module; None is all that the state holds.
-        dtype: of the weights, one of `DTYPES`; None is that of the run's base.
+        rank: the maximum rank of any module; None is all that the state holds.
+        dtype: the number format of the weights, one of `DTYPES`; None is that of the run's base.
 
     Raises:
-        AdapterError: a rank that the state does not hold, or an unknown `dtype`.
-        ModelError: the base is not there any more, or another one, or a weight does not fit.
+        AdapterError: the state does not hold this rank, or `dtype` is unknown.
+        ModelError: the base is missing or another one, or a weight does not fit.
     """
     # transformers takes seconds to import: an adapter is written without it
     from fedllm.adapters.merging import Rounding, merge, narrow, plain_lines_in_a_log, save_model
@@ -171,17 +171,17 @@ def export_model(
     )
 
 
-def _ranks(state: ServerState, wish: int | None) -> dict[str, int]:
+def _ranks(state: ServerState, requested: int | None) -> dict[str, int]:
     largest = max(state.ranks.values())
-    if wish is not None and not 1 <= wish <= largest:
-        raise AdapterError(f"--rank: got {wish}, the state holds ranks 1 to {largest}")
-    return {module: min(held, wish or held) for module, held in state.ranks.items()}
+    if requested is not None and not 1 <= requested <= largest:
+        raise AdapterError(f"--rank: got {requested}, the state holds ranks 1 to {largest}")
+    return {module: min(rank, requested or rank) for module, rank in state.ranks.items()}
 
 
 def _target_modules(config: Config, modules: Sequence[str]) -> list[str]:
-    """Return the configured names that occur, as PEFT matches them, else the modules themselves.
+    """Return the configured names that match a module; the modules' own names if they miss one.
 
-    Other programs than PEFT do not read expressions.
+    A configured expression gives the modules' own names: only PEFT reads expressions.
     """
     targets = config.lora.target_modules
     if isinstance(targets, str):

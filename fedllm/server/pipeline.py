@@ -1,7 +1,7 @@
-"""Groups of modules through a method, block by block, on one device or several.
+"""Pipeline of an aggregation: groups of modules, block by block, on one device or several.
 
-Groups are dealt to the devices in turn. What a group comes to depends on neither: two CPU devices
-give the bits of one.
+The groups go to the devices in turn. The result of a group does not depend on that: two CPU
+devices give the same bits as one.
 """
 
 import time
@@ -27,16 +27,16 @@ STAGES = ("read", "fold", "decompose", "write")
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A method, what it is given, and who takes what it makes.
+    """The aggregation of groups of modules by one method.
 
     Attributes:
-        method: how modules are aggregated.
-        source: where factors are read; its clients have the numbers that `ModuleGroup.clients` has.
+        method: the method that aggregates modules.
+        source: the clients' factors; its client numbers are those of `ModuleGroup.clients`.
         blocks: the clients of each block.
-        total: what the clients' weights sum to.
-        before: returns a module's state before.
-        take: is given each module's name and result as soon as it is there, one at a time.
-        devices: on which to compute; a device that is named twice is used twice.
+        total: the sum of the clients' weights.
+        before: returns a module's previous state.
+        take: called with each module's name and result when it is ready, one at a time.
+        devices: the devices that compute; a device that is named twice is used twice.
     """
 
     method: Method
@@ -60,7 +60,7 @@ class Pipeline:
         count = len(self.devices)
         with ThreadPoolExecutor(count) as pool, ThreadPoolExecutor(1) as writer:
             workers = [
-                _Worker(engine=self, device=device, threads=threads, writer=writer, stop=stop)
+                _Worker(pipeline=self, device=device, threads=threads, writer=writer, stop=stop)
                 for device in self.devices
             ]
             running = [
@@ -70,12 +70,12 @@ class Pipeline:
             try:
                 seconds = [future.result() for future in as_completed(running)]
             except BaseException:
-                stop.set()  # whatever it was: the others need not go on
+                stop.set()  # whatever the error is: the other devices need not go on
                 raise
-        return {stage: sum(each[stage] for each in seconds) for stage in STAGES}
+        return {stage: sum(of_device[stage] for of_device in seconds) for stage in STAGES}
 
     def portions(self, group: ModuleGroup) -> list[Portion]:
-        """Return what is read of a group: the blocks that have anything of it, in their order."""
+        """Return the portions of a group: the blocks in which a client has it, in their order."""
         return [
             Portion(group=group, clients=block)
             for block in self.blocks
@@ -85,9 +85,9 @@ class Pipeline:
 
 @dataclass(frozen=True, kw_only=True)
 class _Worker:
-    """One device at work."""
+    """The thread that computes on one device."""
 
-    engine: Pipeline
+    pipeline: Pipeline
     device: torch.device
     threads: int
     writer: ThreadPoolExecutor
@@ -95,23 +95,25 @@ class _Worker:
 
     def work(self, groups: Sequence[ModuleGroup]) -> Mapping[str, float]:
         """Aggregate some groups; return the seconds of each stage."""
-        # a thread begins with its own numbers of both
+        # both settings are per thread
         torch.set_num_threads(self.threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         seconds: defaultdict[str, float] = defaultdict(float)
         written: Future[None] | None = None
-        portions = {group.modules: self.engine.portions(group) for group in groups}
-        every = [portion for each in portions.values() for portion in each]
-        with Prefetch(self.engine.source, every, self.device) as prefetch:
+        portions = {group.modules: self.pipeline.portions(group) for group in groups}
+        in_order = [portion for of_group in portions.values() for portion in of_group]
+        with Prefetch(self.pipeline.source, in_order, self.device) as prefetch:
             for group in groups:
-                self._go_on()
-                # without a name for each: what is summed up must not wait here for the next one
-                blocks = (self._folded(group, prefetch, seconds) for _ in portions[group.modules])
-                found = self._aggregate(group, blocks, seconds)
+                self._raise_if_cancelled()
+                # no name here holds a partial result while the next one is computed
+                blocks = (
+                    self._next_partial(group, prefetch, seconds) for _ in portions[group.modules]
+                )
+                results = self._aggregate(group, blocks, seconds)
                 if written is not None:
                     written.result()
-                written = self.writer.submit(self._hand_on, group, found, seconds)
+                written = self.writer.submit(self._write, group, results, seconds)
         if written is not None:
             written.result()
         seconds["read"] = prefetch.read_seconds
@@ -120,46 +122,46 @@ class _Worker:
     def _aggregate(
         self, group: ModuleGroup, partials: Iterator[Partial], seconds: "defaultdict[str, float]"
     ) -> list[ModuleAggregate]:
-        before = [_on(self.device, self.engine.before(module)) for module in group.modules]
+        before = [_on(self.device, self.pipeline.before(module)) for module in group.modules]
         started = time.perf_counter()
         blocks = _Timed(partials)
-        with _naming(group, blocks):
-            found = self.engine.method.finish(
+        with _naming_modules(group, blocks):
+            results = self.pipeline.method.finish(
                 group.modules,
                 problem=group.problem,
                 partials=blocks,
-                total=self.engine.total,
+                total=self.pipeline.total,
                 before=before,
                 ranks=group.received,
             )
         self._synchronize()
         seconds["decompose"] += time.perf_counter() - started - blocks.seconds
-        return found
+        return results
 
-    def _folded(
+    def _next_partial(
         self, group: ModuleGroup, prefetch: Prefetch, seconds: "defaultdict[str, float]"
     ) -> Partial:
         with prefetch.block() as block:
-            self._go_on()
+            self._raise_if_cancelled()
             started = time.perf_counter()
-            partial = _fold(self.engine.method, block, group)
+            partial = _fold(self.pipeline.method, block, group)
             self._synchronize()
             seconds["fold"] += time.perf_counter() - started
         return partial
 
-    def _hand_on(
+    def _write(
         self,
         group: ModuleGroup,
-        found: Sequence[ModuleAggregate],
+        results: Sequence[ModuleAggregate],
         seconds: "defaultdict[str, float]",
     ) -> None:
         started = time.perf_counter()
-        for module, result in zip(group.modules, found, strict=True):
-            self.engine.take(module, result)
+        for module, result in zip(group.modules, results, strict=True):
+            self.pipeline.take(module, result)
         seconds["write"] += time.perf_counter() - started
 
-    def _go_on(self) -> None:
-        """Do not, where another device failed."""
+    def _raise_if_cancelled(self) -> None:
+        """Raise CancelledError if another device has failed."""
         if self.stop.is_set():
             raise CancelledError
 
@@ -180,10 +182,10 @@ def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 @contextmanager
-def _naming(group: ModuleGroup, partials: "_Timed") -> Iterator[None]:
-    """Have the message of a sum that cannot be carried begin with the modules it may be of.
+def _naming_modules(group: ModuleGroup, partials: "_Timed") -> Iterator[None]:
+    """Put the modules of a group before the message of an error in their sum.
 
-    What was wrong with an update, which is read within the block, is named already.
+    The updates are read inside this block too; an error in one of them names its module already.
     """
     try:
         yield
@@ -197,7 +199,7 @@ def _naming(group: ModuleGroup, partials: "_Timed") -> Iterator[None]:
 
 
 class _Timed(Iterator[Partial]):
-    """Partial results, and the seconds that were spent in making them; whether one failed."""
+    """An iterator of partial results that counts their seconds, and notes whether one failed."""
 
     def __init__(self, partials: Iterator[Partial]) -> None:
         self._partials = partials

@@ -1,7 +1,7 @@
-"""Clients' factors from memory-mapped files to blocks on a device, ahead of the arithmetic.
+"""Prefetch of clients' factors: from memory-mapped files to blocks, ahead of the arithmetic.
 
-Each tensor is copied once, from the page cache into the buffer of its block; a thread fills the
-next block's buffer while one is computed on.
+Each tensor is copied once, from the page cache into the buffer of its block. A thread fills the
+buffer of the next block while the device computes on the present one.
 
 Legend: G modules, O out, I in, R rank, C clients.
 """
@@ -30,7 +30,7 @@ _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class FactorSource(Protocol):
-    """Clients' factors by client and module; what is read is read when it is copied."""
+    """The factors of clients, by client and module; a file is read when a tensor is copied."""
 
     def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
         """Return A (R, I) and B (O, R) as they lie in the file."""
@@ -39,39 +39,39 @@ class FactorSource(Protocol):
         """Return the scale of their product."""
 
     def weight(self, client: int, module: str) -> float:
-        """Return what the client's product counts, not normalised."""
+        """Return the weight of the client's product, not normalised."""
 
     def check(self, client: int, module: str, part: str) -> None:
-        """Check that A or B is what was published.
+        """Check that A or B is as it was published.
 
         Raises:
             AdapterError: it was altered.
         """
 
     def name(self, client: int, module: str, part: str) -> str:
-        """Return how a message names A or B: the file, the client, the module."""
+        """Return the name of A or B for messages: file, client and module."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Portion:
-    """What is read at once: a block of a group's clients, by their numbers in the source."""
+    """A portion that is read at once: a block of clients, by their numbers in the source."""
 
     group: ModuleGroup
     clients: tuple[int, ...]
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The clients' ranks, 0 where one has no such modules."""
+        """The clients' ranks, 0 for a client without these modules."""
         return tuple(self.group.clients[client] for client in self.clients)
 
 
 class Prefetch:
-    """The blocks of some portions, one after the other.
+    """A reader that fills the blocks of portions ahead of their use, in order.
 
     Args:
-        source: where factors are read.
-        portions: in the order in which they are asked for.
-        device: where the blocks are computed on.
+        source: the clients' factors.
+        portions: the portions, in the order of their use.
+        device: the device that computes on the blocks.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Prefetch:
         self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
         self._filled: queue.SimpleQueue[_Filled | BaseException] = queue.SimpleQueue()
         on_gpu = device.type == "cuda"
-        # one is filled while one is computed on, and one travels
+        # one is filled, one is computed on, and for a GPU one is being copied
         for _ in range(3 if on_gpu else 2):
             self._free.put(buffer_for(device))
-        # where the CPU does the arithmetic its cores are for that
+        # where the CPU computes, its cores are needed for that
         readers = min(_MAX_READERS, len(os.sched_getaffinity(0)))
         self._readers = ThreadPoolExecutor(readers) if on_gpu else None
         self._thread = threading.Thread(target=self._fill_all, daemon=True)
@@ -106,10 +106,10 @@ class Prefetch:
 
     @contextmanager
     def block(self) -> Iterator[FactorBlock]:
-        """Give the next portion's block; afterwards its memory is filled with another.
+        """Give the block of the next portion; its memory is used again afterwards.
 
         Raises:
-            AdapterError: factors that are not what was announced.
+            AdapterError: factors of another shape or type than announced.
             BadUpdate: a value is not finite.
         """
         filled = self._filled.get()
@@ -137,14 +137,15 @@ class Prefetch:
                 started = time.perf_counter()
                 self._filled.put(self._fill(buffer, portion))
                 self.read_seconds += time.perf_counter() - started
-        except BaseException as error:  # told where the block is asked for
+        except BaseException as error:  # raised again by `block`
             self._filled.put(error)
 
     def _fill(self, buffer: Buffer, portion: Portion) -> "_Filled":
         modules, ranks = portion.group.modules, portion.ranks
-        having = [c for c, rank in enumerate(ranks) if rank]
-        pairs = {c: [self._announced(portion, c, ranks[c], m) for m in modules] for c in having}
-        dtypes = {tensor.dtype for each in pairs.values() for pair in each for tensor in pair}
+        present = [c for c, rank in enumerate(ranks) if rank]
+        pairs = {c: [self._checked(portion, c, ranks[c], m) for m in modules] for c in present}
+        factors = (pair for of_client in pairs.values() for pair in of_client)
+        dtypes = {tensor.dtype for pair in factors for tensor in pair}
         layout = BlockLayout(
             modules=len(modules),
             problem=portion.group.problem,
@@ -159,29 +160,29 @@ class Prefetch:
                     target[g].copy_(tensor)
                     self._source.check(portion.clients[c], module, part)
 
-        for _ in self._readers.map(copy, having) if self._readers else map(copy, having):
+        for _ in self._readers.map(copy, present) if self._readers else map(copy, present):
             pass
         buffer.send()
         return _Filled(
             portion=portion,
             buffer=buffer,
-            scales_GC=self._of_each(portion, self._source.scale, without=1.0),
-            weights_GC=self._of_each(portion, self._source.weight, without=0.0),
+            scales_GC=self._numbers(portion, self._source.scale, default=1.0),
+            weights_GC=self._numbers(portion, self._source.weight, default=0.0),
         )
 
-    def _of_each(
-        self, portion: Portion, number: Callable[[int, str], float], *, without: float
+    def _numbers(
+        self, portion: Portion, number: Callable[[int, str], float], *, default: float
     ) -> Tensor:
-        """Return a number of each module and client (G, C), `without` where one has none."""
-        having = list(zip(portion.clients, portion.ranks, strict=True))
+        """Return the numbers of modules and clients (G, C); `default` for a client without them."""
+        clients = list(zip(portion.clients, portion.ranks, strict=True))
         rows = [
-            [number(client, module) if rank else without for client, rank in having]
+            [number(client, module) if rank else default for client, rank in clients]
             for module in portion.group.modules
         ]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def _announced(self, portion: Portion, c: int, rank: int, module: str) -> tuple[Tensor, Tensor]:
-        """Return a client's factors of a module, which have the shapes that they should."""
+    def _checked(self, portion: Portion, c: int, rank: int, module: str) -> tuple[Tensor, Tensor]:
+        """Return a client's factors of a module, after a check of their shapes and types."""
         problem, client = portion.group.problem, portion.clients[c]
         pair = self._source.factors(client, module)
         shapes = ((rank, problem.in_), (problem.out, rank))
@@ -195,24 +196,25 @@ class Prefetch:
         return pair
 
     def _not_finite(self, filled: "_Filled") -> BadUpdate:
+        """Return the error that names the first bad value of each client."""
         portion = filled.portion
-        found: dict[int, str] = {}
+        bad_values: dict[int, str] = {}
         for client, pair in zip(portion.clients, filled.buffer.targets(), strict=True):
             for g, module in enumerate(portion.group.modules):
                 for part, factor_G in zip("AB", pair, strict=True):
-                    # a client without these modules has nothing there
-                    if client in found or not factor_G.numel() or _is_finite(factor_G[g]):
+                    # a client without these modules has empty factors
+                    if client in bad_values or not factor_G.numel() or _is_finite(factor_G[g]):
                         continue
                     row, column = (~torch.isfinite(factor_G[g])).nonzero()[0].tolist()
                     value = float(factor_G[g][row, column])
                     name = self._source.name(client, module, part)
-                    found[client] = f"{name} holds {value} at [{row}, {column}]"
-        return BadUpdate(f"{next(iter(found.values()))}; leave it out", found)
+                    bad_values[client] = f"{name} holds {value} at [{row}, {column}]"
+        return BadUpdate(f"{next(iter(bad_values.values()))}; leave it out", bad_values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Filled:
-    """A portion in its buffer, with what each client's product counts."""
+    """A portion in its buffer, with the scales and weights of its clients' products."""
 
     portion: Portion
     buffer: Buffer
@@ -221,6 +223,6 @@ class _Filled:
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Say whether all are finite, in one pass and without memory."""
-    least, most = torch.aminmax(values)
-    return bool(torch.isfinite(least) & torch.isfinite(most))
+    """Return whether all values are finite, in one pass and without extra memory."""
+    smallest, largest = torch.aminmax(values)
+    return bool(torch.isfinite(smallest) & torch.isfinite(largest))

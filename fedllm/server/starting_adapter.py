@@ -1,7 +1,7 @@
-"""The adapter that a run starts from: checked by prepare, made into the state before round 1.
+"""The adapter from which a run starts: prepare checks it, the method makes it the first state.
 
-The state is what the method makes of one update that is this adapter: any method can start from it
-that could aggregate it.
+The method aggregates the adapter as if it were the only update. So every method that can aggregate
+it can start from it.
 """
 
 import math
@@ -28,11 +28,11 @@ from fedllm.server.pipeline import Pipeline
 from fedllm.storage.fingerprints import fingerprint_files
 from fedllm.storage.records import ModuleRecord, PreparedRecord, StartRecord
 
-_KEPT = 0.9999  # of the energy: less is told
+_MIN_ENERGY_KEPT = 0.9999  # a smaller share is logged
 
 
 def describe_start(config: Config, base: Path, prepared: PreparedRecord) -> StartRecord | None:
-    """Return what prepare records of `model.adapter`; None where a run starts without one.
+    """Return the record of `model.adapter`; None for a run that starts without an adapter.
 
     Raises:
         AdapterError: it cannot be read, or is for another base or for other modules.
@@ -47,7 +47,7 @@ def describe_start(config: Config, base: Path, prepared: PreparedRecord) -> Star
 
 
 def refuse_ranks(method: Method, federation: Federation) -> None:
-    """Refuse an adapter that the method cannot aggregate with what the tiers send.
+    """Refuse an adapter that the method cannot aggregate with the ranks of the tiers.
 
     Raises:
         AdapterError: it has other ranks than the method takes.
@@ -59,10 +59,10 @@ def refuse_ranks(method: Method, federation: Federation) -> None:
     adapter = _opened(Path(start.path), federation.prepared.modules)
     ranks = {module: adapter.factors.rank(module) for module in adapter.factors}
     if method.refuse([*federation.ranks.values(), ranks]):
-        found = ", ".join(map(str, sorted(set(ranks.values()))))
+        adapter_ranks = ", ".join(map(str, sorted(set(ranks.values()))))
         raise AdapterError(
-            f"model.adapter: {adapter.folder} has rank {found}, from which {method.name} cannot "
-            "start with these clients.tiers; give the tiers its rank, or use flexlora"
+            f"model.adapter: {adapter.folder} has rank {adapter_ranks}, from which {method.name} "
+            "cannot start with these clients.tiers; give the tiers its rank, or use flexlora"
         )
 
 
@@ -72,7 +72,7 @@ def start_states(
     devices: tuple[torch.device, ...],
     write: Callable[[str, ModuleState], None],
 ) -> None:
-    """Write the state before training, module by module, and tell what it keeps of the adapter.
+    """Write the state before training, module by module; log how much of the adapter it keeps.
 
     Raises:
         AdapterError: the adapter is not the one that was prepared, or the method cannot hold it.
@@ -95,19 +95,19 @@ def start_states(
         )
         for module in adapter.factors
     }
-    kept: list[tuple[float, float]] = []
+    energies: list[tuple[float, float]] = []  # of each module: all, and the part that is kept
 
     def take(module: str, result: ModuleAggregate) -> None:
-        found = result.diagnostics
-        kept.append((found.total_energy, found.total_energy * found.ranks[-1].energy_kept))
+        energy, share = result.diagnostics.total_energy, result.diagnostics.ranks[-1].energy_kept
+        energies.append((energy, energy * share))
         write(module, result.state)
 
     _aggregate_alone(method, adapter, ranks, federation.config.aggregation, devices, take)
-    energy, held = (math.fsum(column) for column in zip(*kept, strict=True))
-    if energy and held < _KEPT * energy:
+    energy, kept = (math.fsum(column) for column in zip(*energies, strict=True))
+    if energy and kept < _MIN_ENERGY_KEPT * energy:
         say(
             f"model.adapter: {adapter.folder}: the largest ranks of clients.tiers keep "
-            f"{held / energy:.2%} of its energy; larger ranks keep more"
+            f"{kept / energy:.2%} of its energy; larger ranks keep more"
         )
 
 
@@ -120,8 +120,9 @@ def _aggregate_alone(
     take: Callable[[str, ModuleAggregate], None],
 ) -> None:
     def before(module: str) -> ModuleState:
-        wanted = ranks[module]
-        return method.start_module(module=module, shape=wanted.shape, rank=max(wanted.received))
+        of_module = ranks[module]
+        rank = max(of_module.received)
+        return method.start_module(module=module, shape=of_module.shape, rank=rank)
 
     engine = Pipeline(
         method=method,
@@ -140,7 +141,7 @@ def _aggregate_alone(
 
 
 def _opened(folder: Path, modules: Mapping[str, ModuleRecord]) -> PeftAdapter:
-    """Open the adapter by the base's names for its modules, which are all among `modules`."""
+    """Open an adapter under the base's module names; refuse modules that are not in `modules`."""
     try:
         adapter = read_peft_adapter(folder)
     except AdapterError as error:
@@ -181,7 +182,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _refuse_other_base(adapter: PeftAdapter, base: Path, fingerprint: str, config: Config) -> None:
-    """Refuse an adapter whose base lies here and is another; tell where that cannot be known."""
+    """Refuse an adapter of another base; log it if its base is not here to compare."""
     named, revision = adapter.base_model, adapter.config.revision
     if named is None or folder_of(named) == base:
         return
@@ -193,13 +194,13 @@ def _refuse_other_base(adapter: PeftAdapter, base: Path, fingerprint: str, confi
             f"{config.model.revision}; start from an adapter of this base"
         )
     here = folder_of(named)
-    found = None if here is None else fingerprint_of(here)
-    if found is None:
+    fingerprint_here = None if here is None else fingerprint_of(here)
+    if fingerprint_here is None:
         say(
             f"model.adapter: {adapter.folder} names the base {named}, which is not here to compare "
             "with; names and shapes of its modules fit"
         )
-    elif found != fingerprint:
+    elif fingerprint_here != fingerprint:
         raise AdapterError(
             f"model.adapter: {adapter.folder} is for {named}, whose files are not those of "
             "model.path; start from an adapter of this base"

@@ -14,7 +14,7 @@ from fedllm.errors import AdapterError, ConfigError, DataError, RunDirectoryErro
 from fedllm.server.combine import (
     Combined,
     CombineRequest,
-    RankWish,
+    RequestedRank,
     WeightedAdapter,
     combine_adapters,
 )
@@ -35,7 +35,7 @@ def combine(
     out: Path,
     weights: list[float] | None = None,
     *,
-    rank: RankWish = None,
+    rank: RequestedRank = None,
     method: str = "flexlora",
     dtype: str = "float32",
 ) -> Combined:

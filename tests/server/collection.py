@@ -1,4 +1,4 @@
-"""A round whose updates are collected, made without training: random factors in real files."""
+"""A collected round, made without training: random factors in real files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,7 +78,7 @@ def collect(
     without: Sequence[int] = (),
     clipped: Mapping[int, Mapping[str, float]] | None = None,
 ) -> None:
-    """Freeze the round's updates but for those of some places in the cohort."""
+    """Freeze the round's updates, except those of the cohort's places in `without`."""
     cohort = CohortRecord.read(paths.cohort)
     found = {
         update.record.client: update
@@ -104,7 +104,7 @@ def collect(
 def sent(
     paths: RoundPaths, module: str, dtype: torch.dtype = torch.float32
 ) -> list[tuple[Factors, float]]:
-    """Return what each client of the cohort sent of a module, and its rows."""
+    """Return each client's factors of a module, and its rows."""
     run = paths.run
     cohort = CohortRecord.read(paths.cohort)
     prepared = PreparedRecord.read(run.prepared)

@@ -1,4 +1,4 @@
-"""The aggregation job: what it reads once, what it refuses, and that it holds a few modules."""
+"""The aggregation job: its result, its errors, and its peak memory of a few modules."""
 
 import threading
 import time
@@ -38,7 +38,7 @@ def mean(pairs: Sequence[tuple[Factors, float]]) -> Tensor:
 
 
 def holds_the_best_of(paths: RoundPaths, module: str, w_OI: Tensor) -> None:
-    """The round's state of a module is the best of its rank."""
+    """Assert that the round's state of a module is the best one of its rank."""
     with read_state(paths) as file:
         state = file.module(module)
     found = (state["U"].double() * state["S"].double()) @ state["Vh"].double()
@@ -68,7 +68,7 @@ def test_the_state_is_the_best_of_the_weighted_mean(
     assert record.modules["a.q"].residual_energy >= 0
 
 
-def test_who_is_left_out_takes_no_part(tmp_path: Path) -> None:
+def test_a_client_that_is_left_out_does_not_count(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "run")
     collect(paths, without=[0, 2, 3])  # the whole of a block among them
     assert aggregate_round(paths).clients == 4
@@ -118,26 +118,26 @@ def test_two_devices_give_the_bits_of_one(tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Failing(FlexLora):
-    """Cannot sum one group, which is told once a block of another is summed; that one waits."""
+    """Fails at one group once another group is being summed, which then waits for the failure."""
 
     damaged: Problem
     begun: threading.Event = field(default_factory=threading.Event)
-    told: threading.Event = field(default_factory=threading.Event)
+    failed: threading.Event = field(default_factory=threading.Event)
     summed: list[Problem] = field(default_factory=list)
 
     def fold(self, block: FactorBlock, problem: Problem) -> Partial:
         if problem is self.damaged:
             assert self.begun.wait(60)
-            self.told.set()
+            self.failed.set()
             raise AdapterError("cannot be summed")
         self.summed.append(problem)
         self.begun.set()
-        assert self.told.wait(60)
+        assert self.failed.wait(60)
         time.sleep(1.0)
         return super().fold(block, problem)
 
 
-def test_where_one_device_failed_the_others_take_no_further_block(tmp_path: Path) -> None:
+def test_after_a_failure_the_other_devices_take_no_further_block(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "run")
     run = paths.run
     config = read_config(run.config)
@@ -161,7 +161,7 @@ def test_where_one_device_failed_the_others_take_no_further_block(tmp_path: Path
     assert method.summed == [groups[0].problem]
 
 
-def test_groups_and_blocks_stay_whoever_is_left_out(tmp_path: Path) -> None:
+def test_groups_are_those_of_the_whole_cohort(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "run")
     run = paths.run
     federation = plan_federation(read_config(run.config), PreparedRecord.read(run.prepared))
@@ -171,7 +171,7 @@ def test_groups_and_blocks_stay_whoever_is_left_out(tmp_path: Path) -> None:
     assert {group.received for group in groups} == {(2, 5)}
 
 
-# --- what is refused, with no state published
+# --- errors, after which no state is published
 
 
 def refused(paths: RoundPaths, words: str) -> None:
@@ -185,7 +185,7 @@ def refused(paths: RoundPaths, words: str) -> None:
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("part", ["A", "B"])
 @pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu", "cpu"]])
-def test_a_value_that_is_not_finite_is_told_with_its_place(
+def test_a_value_that_is_not_finite_is_named_with_its_place(
     tmp_path: Path, value: str, part: str, devices: list[str]
 ) -> None:
     paths = make_round(tmp_path / "run", device=devices)
@@ -199,7 +199,7 @@ def spoil(tensor: Tensor, value: float) -> Tensor:
     return tensor
 
 
-def test_factors_of_another_shape_or_type_are_told_with_what_is_needed(tmp_path: Path) -> None:
+def test_factors_of_another_shape_are_named_with_the_needed_shape(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "shape")
     _, client = altered(paths, "a.up", "A", lambda tensor: tensor[:, 1:])
     refused(paths, rf"client {client}: a.up A is float32 \(\d, 11\), need .* numbers \(\d, 12\)$")
@@ -224,7 +224,7 @@ def test_sums_beyond_float32_name_the_modules_of_an_iterative_route(tmp_path: Pa
     refused(paths, "^a.q or one of 1 like it: the sum of the updates' products does not fit")
 
 
-def test_a_byte_that_changed_is_told_by_client_and_module(tmp_path: Path) -> None:
+def test_a_changed_byte_is_named_by_file_and_client(tmp_path: Path) -> None:
     paths = make_round(tmp_path / "run")
     file = sorted(paths.updates.glob("*.safetensors"))[-1]
     content = bytearray(file.read_bytes())
@@ -263,7 +263,7 @@ def altered(
 
 
 @pytest.mark.slow
-def test_the_peak_is_a_few_modules_and_not_the_cohort(tmp_path: Path) -> None:
+def test_peak_memory_is_that_of_a_few_modules_not_of_the_cohort(tmp_path: Path) -> None:
     modules = {f"{layer}.q": (512, 512) for layer in range(4)}
     paths = make_round(
         tmp_path / "run",

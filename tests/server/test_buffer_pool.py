@@ -1,4 +1,4 @@
-"""A block's place in memory: the CPU's, and the one in which factors travel to a GPU."""
+"""The layout of a block in memory: on the CPU, and as it is sent to a GPU."""
 
 import pytest
 import torch
@@ -9,20 +9,20 @@ from fedllm.server.buffer_pool import BlockLayout, CpuBuffer
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("ranks", [(3,), (2, 0, 5), (1, 1, 1, 1)])
-def test_what_travels_client_by_client_is_the_block_of_the_cpu(
+def test_a_block_sent_client_by_client_equals_the_block_of_the_cpu(
     dtype: torch.dtype, ranks: tuple[int, ...]
 ) -> None:
     problem = Problem(out=5, in_=7, stacked_rank=sum(ranks), rank=2)
     layout = BlockLayout(modules=3, problem=problem, ranks=ranks, dtype=dtype)
     buffer, memory = CpuBuffer(), torch.zeros(layout.size, dtype=torch.uint8)
     draws = torch.Generator().manual_seed(0)
-    travelling = zip(
+    sent = zip(
         torch.split(layout.all_a(memory), list(ranks), dim=1),
         layout.b_of_each(memory),
         strict=True,
     )
-    for here, there in zip(buffer.lay_out(layout), travelling, strict=True):
-        for one, two in zip(here, there, strict=True):
+    for on_cpu, to_gpu in zip(buffer.lay_out(layout), sent, strict=True):
+        for one, two in zip(on_cpu, to_gpu, strict=True):
             assert one.shape == two.shape
             one.copy_(torch.randn(one.shape, generator=draws))
             two.copy_(one)

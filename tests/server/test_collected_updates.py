@@ -1,4 +1,4 @@
-"""The updates of a collection as they are opened: late is not yet damaged."""
+"""Updates of a collection: a file that becomes visible late is not damaged."""
 
 import threading
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from fedllm.storage.records import CohortRecord, CollectionRecord
 from tests.server.collection import make_round
 
 
-def opened(paths: RoundPaths, patience: float) -> CollectedUpdates:
+def opened(paths: RoundPaths, visibility_seconds: float) -> CollectedUpdates:
     collection = CollectionRecord.read(paths.collection)
     weights = [update.weight for update in collection.updates]
     return CollectedUpdates.open(
-        paths, collection, CohortRecord.read(paths.cohort), weights, patience
+        paths, collection, CohortRecord.read(paths.cohort), weights, visibility_seconds
     )
 
 
@@ -27,7 +27,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("late", [Path.unlink, truncate])
-def test_a_file_that_another_node_wrote_may_come_late(
+def test_a_file_of_another_node_may_become_visible_late(
     tmp_path: Path, late: Callable[[Path], None]
 ) -> None:
     paths = make_round(tmp_path / "run")

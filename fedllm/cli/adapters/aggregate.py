@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         Combined,
         CombinedModule,
         CombineRequest,
-        RankWish,
+        RequestedRank,
     )
 
 _NAMED = 3  # modules that a line names before it counts
@@ -99,8 +99,8 @@ def aggregate(
         base=base,
         allow_missing=allow_missing,
     )
-    with modules_done() as tell:
-        combined = combine_adapters(request, tell=tell)
+    with modules_done() as report:
+        combined = combine_adapters(request, report=report)
     if json_:
         say_json(_combined_json(request, combined))
     else:
@@ -118,7 +118,7 @@ def _adapter_and_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
-def _rank(text: str | None) -> "RankWish":
+def _rank(text: str | None) -> "RequestedRank":
     if text is None:
         return None
     if text == "full":
