@@ -1,1 +1,1 @@
-"""Readers, prompts, tokenised cache, client index."""
+"""Data: readers, prompts, the cache of tokens and its index of clients."""

@@ -1,4 +1,4 @@
-"""Blocks of rows: some rows of one file, in its own columns, that know where they came from."""
+"""Blocks of rows: some rows of one file in the file's columns, with the places they came from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ Place = Callable[[int], str]
 
 @dataclass(frozen=True, kw_only=True)
 class RowBlock:
-    """Rows of one file, and for every row its place there, such as `line 7`.
+    """Rows of one file; `place` returns the place of a row in it, such as `line 7`.
 
-    `names` are all columns that were found; `table` may have more, of nulls only. `has_turns`:
-    the reader made conversations into turns already.
+    `names` are all columns of the file; `table` may have further columns that hold nulls only.
+    `has_turns`: the reader has converted conversations to turns.
     """
 
     table: pa.Table
@@ -24,5 +24,5 @@ class RowBlock:
 
 
 def row_number(index: int) -> str:
-    """Return the place of a row in a file that has no lines: rows count from 1."""
+    """Return the place of a row in a file without lines; rows count from 1."""
     return f"row {index + 1:,}"

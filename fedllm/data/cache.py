@@ -1,8 +1,8 @@
 """Tokenised clients on disk: one Arrow file per split, sorted by client, and an index of clients.
 
-The folder's name is the fingerprint of all that decides its content, so a folder that exists is
-whole and right, and is never written again. Jobs map the files into memory and read the rows of
-the clients they train.
+The folder's name is the fingerprint of everything that decides its content. A folder that exists
+is therefore complete and correct, and is never written again. Jobs map the files into memory and
+read the rows of the clients they train.
 """
 
 import difflib
@@ -18,19 +18,19 @@ from fedllm.errors import DataError
 from fedllm.storage.records import Record
 
 INDEX = "index.json"
-# folders of before have no such column
+# folders of earlier versions do not have this column
 TARGETS = "targets"
 
 
 class SplitRows(Record):
-    """Where a client's rows of one split lie: `rows` rows from `start`."""
+    """Position of a client's rows in the file of one split: `rows` rows from `start`."""
 
     start: int
     rows: int
 
 
 class IndexedClient(Record):
-    """A client of the cache; `integers` are its integer columns where they have one value."""
+    """Client in the cache; `integers` are its integer columns that hold one value only."""
 
     id: str
     category: str
@@ -43,23 +43,23 @@ class IndexedClient(Record):
 
     def num_rows(self, split: str) -> int:
         """Return the number of rows in a split."""
-        found = self.splits.get(split)
-        return found.rows if found else 0
+        position = self.splits.get(split)
+        return position.rows if position else 0
 
 
 class AnswerForm(Record):
-    """What stands around answers: `ends` end them, and a template writes `leads` before them."""
+    """Text around answers: tokens `ends` end them, and a template writes `leads` before them."""
 
     ends: tuple[int, ...] = ()
     leads: tuple[str, ...] = ()
 
 
 BARE_ANSWERS = AnswerForm()
-"""Answers with nothing around them that the tokenizer and the model do not know of themselves."""
+"""Answers that end with an end token of the tokenizer or the model, and have no lead."""
 
 
 class CacheIndex(Record):
-    """All clients, in canonical order."""
+    """Index of all clients, in canonical order."""
 
     clients: list[IndexedClient]
     answer_form: AnswerForm = BARE_ANSWERS
@@ -67,9 +67,9 @@ class CacheIndex(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row ready to train or score; `answer_ids` holds the end of the turn.
+    """Row ready to train or score; `answer_ids` includes the end of the turn.
 
-    `prompt_targets` are the places of the prompt's tokens that carry loss: of earlier answers.
+    `prompt_targets` are the places of the prompt's tokens that have a loss: earlier answers.
     """
 
     prompt_ids: list[int]
@@ -79,7 +79,7 @@ class Row:
 
 
 class TokenizedClients:
-    """The clients of one tokenised data set, read from mapped files as they are asked for."""
+    """Clients of one tokenised data set; their rows are read from mapped files on demand."""
 
     def __init__(self, index: CacheIndex, tables: Mapping[str, pa.Table]) -> None:
         self.clients = {client.id: client for client in index.clients}
@@ -91,7 +91,7 @@ class TokenizedClients:
         """Open a folder that `writer.write_clients` published.
 
         Raises:
-            DataError: it is not there.
+            DataError: there is no such folder.
         """
         if not (folder / INDEX).is_file():
             raise DataError(f"{folder}: no tokenised data here; run `fedllm prepare` again")
@@ -108,10 +108,10 @@ class TokenizedClients:
         Raises:
             DataError: there is no such client.
         """
-        found = self.client(client).splits.get(split)
-        if found is None:
+        position = self.client(client).splits.get(split)
+        if position is None:
             return []
-        table = self._tables[split].slice(found.start, found.rows)
+        table = self._tables[split].slice(position.start, position.rows)
         columns = (
             _lists(table["prompt"]),
             _lists(table["answer"]),
@@ -124,38 +124,38 @@ class TokenizedClients:
         ]
 
     def longest_row(self, client: str, split: str) -> int:
-        """Return the largest number of tokens of a client's rows in a split, 0 without rows.
+        """Return the tokens of a client's longest row in a split, 0 without rows.
 
         Raises:
             DataError: there is no such client.
         """
-        found = self.client(client).splits.get(split)
-        if found is None or not found.rows:
+        position = self.client(client).splits.get(split)
+        if position is None or not position.rows:
             return 0
-        table = self._tables[split].slice(found.start, found.rows)
+        table = self._tables[split].slice(position.start, position.rows)
         parts = (pc.list_value_length(table[name]) for name in ("prompt", "answer"))
         longest: int = pc.max(pc.add(*parts)).as_py()
         return longest
 
     def largest_token(self) -> int:
-        """Return the largest token of any row, -1 without rows."""
+        """Return the largest token id of all rows, -1 without rows."""
         columns = (t[name] for t in self._tables.values() for name in ("prompt", "answer"))
         return max((pc.max(pc.list_flatten(c)).as_py() or -1 for c in columns), default=-1)
 
     def client(self, client: str) -> IndexedClient:
-        """Return what the index knows of a client.
+        """Return a client's entry of the index.
 
         Raises:
             DataError: there is no such client.
         """
-        found = self.clients.get(client)
-        if found is None:
+        entry = self.clients.get(client)
+        if entry is None:
             raise DataError(unknown_client(client, list(self.clients)))
-        return found
+        return entry
 
 
 def _lists(column: pa.ChunkedArray) -> list[list[int]]:
-    """Return lists of numbers; ten times faster than through Arrow's scalars."""
+    """Return an Arrow column as lists of numbers, ten times faster than through Arrow's scalars."""
     lists: list[list[int]] = []
     for chunk in column.chunks:
         values = chunk.flatten().to_numpy().tolist()
@@ -166,7 +166,7 @@ def _lists(column: pa.ChunkedArray) -> list[list[int]]:
 
 
 def unknown_client(client: str, known: Sequence[str]) -> str:
-    """Say that there is no such client, with the nearest ids."""
+    """Return the message that there is no such client, with the nearest ids."""
     near = difflib.get_close_matches(client, known, n=3, cutoff=0.0)
     shown = ", ".join(near) or "none"
     return f"client {client}: not among the {len(known)} clients of the data; nearest: {shown}"

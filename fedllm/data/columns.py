@@ -1,11 +1,11 @@
-"""Columns: from a user's table to the columns that everything here works on.
+"""Columns: from a user's table to canonical columns, the same for every format.
 
-The canonical columns are `client`, `category`, `instruction`, `input` (text) and `references`
-(a list of text, whose first is the answer to train), and of conversations `turns`. The user's
-integer columns come along as `integer.<name>`, because `clients.held_out_from` may ask for them.
+The canonical columns are `client`, `category`, `instruction`, `input` (text) and `references` (a
+list of texts; the first is the answer to train). Conversations also have `turns`. The user's
+integer columns are kept as `integer.<name>`, because `clients.held_out_from` may name them.
 
-What is missing (null, NaN) is empty text, among references it is left out, and as a client it is
-refused. A client that is a number is a whole one: 3 and 3.0 are the same.
+A missing value (null, NaN) becomes an empty text; in references it is omitted; a missing client is
+refused. A client that is a number has to be whole: 3 and 3.0 are the same client.
 """
 
 import random
@@ -31,7 +31,7 @@ from fedllm.storage.hub import first_line
 
 INTEGER_PREFIX = "integer."
 
-# above, floating point numbers stand for more integers than one
+# above this, one floating point number stands for several integers
 _LARGEST_EXACT = 2**53
 # conversations turned into Python objects at a time
 _BLOCK_ROWS = 8192
@@ -39,27 +39,27 @@ _BLOCK_ROWS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRows:
-    """Where the rows of one client are: indices into a table, in the table's order."""
+    """Rows of one client, as indices into a table, in the table's order."""
 
     client: str
     indices: npt.NDArray[np.int64]
 
 
-def canonical_block(block: RowBlock, wanted: RowColumns) -> pa.Table:
-    """Return the canonical columns of some rows; ids become text, missing text is empty.
+def canonical_block(block: RowBlock, columns: RowColumns) -> pa.Table:
+    """Return the canonical columns of a block; ids become text, missing text is empty.
 
     Raises:
-        DataError: a column holds neither text nor numbers, a client is missing or no whole
-            number, or a conversation is not as `turn_lists` needs it.
+        DataError: a column holds neither text nor numbers, a client is missing or is a number
+            that is not whole, or `turn_lists` refuses a conversation.
     """
-    names = wanted.columns
+    names = columns.names
     arrays = {
         "client": _clients(block, names.client),
         "category": _texts(block, "category", names.category),
         "instruction": _texts(block, "instruction", names.instruction),
         "input": _texts(block, "input", names.input),
     }
-    if wanted.conversations:
+    if columns.conversations:
         arrays[TURNS] = _turns(block, names.output)
         arrays["references"] = answers(arrays[TURNS])
     else:
@@ -72,7 +72,7 @@ def canonical_block(block: RowBlock, wanted: RowColumns) -> pa.Table:
 
 
 def client_text(value: Any) -> str | None:
-    """Return a client's id as text, of a number that is whole; None of any other number."""
+    """Return a client's id as text; None for a number that is not whole or too large."""
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < _LARGEST_EXACT else None
     if isinstance(value, Decimal):
@@ -80,45 +80,45 @@ def client_text(value: Any) -> str | None:
     return str(value)
 
 
-def no_client(value: Any, where: str) -> DataError:
-    """Return the refusal of a number that names no client."""
+def client_error(value: Any, where: str) -> DataError:
+    """Return the error about a number that cannot name a client."""
     return DataError(
-        f"data.columns.client: {where}: {value} is no whole number below 2**53; name "
+        f"data.columns.client: {where}: {value} is not a whole number below 2**53; name "
         "clients by whole numbers or by text"
     )
 
 
 def client_texts(indices: pa.Array, values: Sequence[Any], where: str, place: Place) -> pa.Array:
-    """Return the ids of clients that `indices` point to in `values`, as text.
+    """Return the clients' ids as text: for every index, the value that it points to.
 
     Raises:
-        DataError: a value is a number, but no whole one (with the place of its first row).
+        DataError: a value is a number that is not whole (with the place of its first row).
     """
     texts = [client_text(value) for value in values]
     if None in texts:
         bad = texts.index(None)
         index = pc.index(indices, pa.scalar(bad, indices.type)).as_py()
-        raise no_client(values[bad], f"{where} {place(index)}")
+        raise client_error(values[bad], f"{where} {place(index)}")
     return pa.array(texts, pa.large_string()).take(indices)
 
 
-def needed_columns(schema: pa.Schema, wanted: RowColumns) -> list[str]:
-    """Return the names that `canonical_block` reads, for readers that can leave the others out."""
+def columns_to_read(schema: pa.Schema, columns: RowColumns) -> list[str]:
+    """Return the columns that `canonical_block` reads; readers can skip all others."""
     return [
         schema.field(place).name
-        for place in named_once(schema)
-        if schema.field(place).name in wanted.wanted or pa.types.is_integer(schema.types[place])
+        for place in uniquely_named(schema)
+        if schema.field(place).name in columns.readable or pa.types.is_integer(schema.types[place])
     ]
 
 
-def named_once(schema: pa.Schema) -> list[int]:
-    """Return the places of the columns that a name stands for: it is not empty, nor that of two."""
+def uniquely_named(schema: pa.Schema) -> list[int]:
+    """Return the places of the columns whose name is not empty and occurs once."""
     counts = Counter(schema.names)
     return [place for place, name in enumerate(schema.names) if name and counts[name] == 1]
 
 
 def rows_by_client(table: pa.Table) -> Iterator[ClientRows]:
-    """Yield every client's rows, clients in canonical order."""
+    """Yield the rows of every client, clients in canonical order."""
     encoded = pc.dictionary_encode(table["client"].combine_chunks())
     codes = encoded.indices.to_numpy(zero_copy_only=False)
     order = np.argsort(codes, kind="stable")
@@ -129,22 +129,22 @@ def rows_by_client(table: pa.Table) -> Iterator[ClientRows]:
 
 
 def split_rows(table: pa.Table, fraction: float, seed: int) -> dict[str, pa.Table]:
-    """Split rows into train and test: of every client a seeded `fraction`, rounded.
+    """Split rows into train and test; test gets a seeded, rounded `fraction` of every client.
 
-    A client with two rows or more has at least one in train and, where `fraction` is above zero,
-    one in test; a client with one row has it in train.
+    A client with two rows or more has at least one in train and, if `fraction` is above zero, one
+    in test. A client's only row is in train.
     """
     is_test = np.zeros(table.num_rows, dtype=bool)
     for rows in rows_by_client(table):
         count = len(rows.indices)
-        wanted = min(count - 1, max(1, round(fraction * count))) if fraction else 0
+        num_test = min(count - 1, max(1, round(fraction * count))) if fraction else 0
         draw = random.Random(seed_of("test rows", seed, rows.client))
-        is_test[rows.indices[draw.sample(range(count), wanted)]] = True
+        is_test[rows.indices[draw.sample(range(count), num_test)]] = True
     return {"train": table.filter(pa.array(~is_test)), "test": table.filter(pa.array(is_test))}
 
 
 def _clients(block: RowBlock, name: str) -> pa.ChunkedArray:
-    values = _plain(block.table[name])
+    values = _decoded_type(block.table[name])
     if pa.types.is_floating(values.type):
         values = values.cast(pa.float64())
         values = pc.if_else(pc.is_nan(values), None, values)
@@ -171,19 +171,19 @@ def _texts(block: RowBlock, key: str, name: str | None) -> pa.ChunkedArray:
     if name is None:
         empty = pa.repeat(pa.scalar("", pa.large_string()), block.table.num_rows)
         return pa.chunked_array([empty])
-    return pc.fill_null(_as_text(_plain(block.table[name]), block, key, name), "")
+    return pc.fill_null(_as_text(_decoded_type(block.table[name]), block, key, name), "")
 
 
 def _references(block: RowBlock, name: str) -> pa.ChunkedArray:
-    """Return the answers of every row that are not empty, in a list."""
+    """Return the list of every row's answers that are not empty."""
     lists = pa.list_(pa.large_string())
     chunks = []
-    for chunk in _plain(block.table[name]).chunks:
+    for chunk in _decoded_type(block.table[name]).chunks:
         owners, items = np.arange(len(chunk)), chunk
         if _is_list(chunk.type):
             owners, items = pc.list_parent_indices(chunk).to_numpy(), pc.list_flatten(chunk)
-        plain = _plain(pa.chunked_array([items]))
-        texts = _as_text(plain, block, "output", name).combine_chunks()
+        values = _decoded_type(pa.chunked_array([items]))
+        texts = _as_text(values, block, "output", name).combine_chunks()
         kept = pc.fill_null(pc.not_equal(texts, ""), False)
         counts = np.bincount(owners[kept.to_numpy(zero_copy_only=False)], minlength=len(chunk))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -201,20 +201,20 @@ def _turns(block: RowBlock, name: str) -> pa.ChunkedArray:
             values.slice(start, _BLOCK_ROWS).to_pylist(),
             None if systems is None else systems.slice(start, _BLOCK_ROWS).to_pylist(),
             block.where,
-            partial(_further, block.place, start),
+            partial(_offset_place, block.place, start),
         )
         for start in range(0, len(values), _BLOCK_ROWS)
     ]
     return pa.chunked_array(chunks, type=TURN_LISTS)
 
 
-def _further(place: Place, start: int, index: int) -> str:
+def _offset_place(place: Place, start: int, index: int) -> str:
     return place(start + index)
 
 
 def _integers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Return a column of integers; None of any other, or of integers that are too large."""
-    values = _plain(values)
+    """Return a column of integers as int64; None for other columns or too large integers."""
+    values = _decoded_type(values)
     if not pa.types.is_integer(values.type):
         return None
     try:
@@ -223,8 +223,8 @@ def _integers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
         return None
 
 
-def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return values without the ways of storing them that repeat or rename a type."""
+def _decoded_type(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the values of an extension type or a dictionary as their plain Arrow type."""
     if isinstance(values.type, pa.BaseExtensionType):
         values = pa.chunked_array([c.storage for c in values.chunks], values.type.storage_type)
     if pa.types.is_dictionary(values.type):
@@ -233,7 +233,7 @@ def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _as_text(values: pa.ChunkedArray, block: RowBlock, key: str, name: str) -> pa.ChunkedArray:
-    """Return values as text; null stays null, and NaN and infinite numbers become it."""
+    """Return values as text; null stays null, NaN and infinite numbers become null."""
     where = f"data.columns.{key}: column `{name}` of {block.where}"
     type_ = values.type
     if pa.types.is_nested(type_) or _is_binary(type_):
@@ -243,10 +243,10 @@ def _as_text(values: pa.ChunkedArray, block: RowBlock, key: str, name: str) -> p
         values = pc.if_else(pc.is_finite(values), values, None)
     try:
         texts = values.cast(pa.large_string())
-        # no reader of Arrow's formats looks at the bytes of a text
+        # Arrow's readers do not check that the bytes of a text are UTF-8
         texts.validate(full=True)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{where} holds {type_} that is no text ({first_line(error)})") from error
+        raise DataError(f"{where} holds {type_} that is not text ({first_line(error)})") from error
     return texts
 
 

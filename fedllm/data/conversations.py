@@ -1,7 +1,7 @@
 """Conversations: from a user's messages to turns of four roles.
 
-Two ways of writing them are common, and both are read: `{"role", "content"}` (OpenAI) and
-`{"from", "value"}` (ShareGPT).
+Two notations are common, and both are read: `{"role", "content"}` (OpenAI) and `{"from", "value"}`
+(ShareGPT).
 """
 
 import json
@@ -30,21 +30,21 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-_CALLS = ("tool_calls", "function_call")
-# 0 or false in them says that a message is not trained
-_UNTRAINED = ("weight", "train")
+_CALL_KEYS = ("tool_calls", "function_call")
+# 0 or false here means that the message is not to be trained
+_WEIGHT_KEYS = ("weight", "train")
 
 
 def turn_lists(
     values: Sequence[Any], systems: Sequence[Any] | None, where: str, place: Place
 ) -> pa.Array:
-    """Return the turns of conversations, each up to and with its last answer; null without one.
+    """Return the turns of conversations up to the last answer, included; null without an answer.
 
     Args:
-        values: one conversation a row, as a list of messages; null where there is none.
-        systems: the system prompts of the rows where they stand in a column of their own.
+        values: one conversation a row, as a list of messages; null without one.
+        systems: the system prompt of every row; None: there is no column of system prompts.
         where: the file.
-        place: tells where in it a row is.
+        place: returns the place of a row in the file.
 
     Raises:
         DataError: a message has an unknown role, holds no text or calls a tool (with its place).
@@ -61,7 +61,7 @@ def turn_lists(
 
 
 def answers(turns: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the last answer of every conversation in a list; an empty list without one."""
+    """Return a list with the last answer of every conversation; an empty list without one."""
     lists = pa.list_(pa.large_string())
     return pa.chunked_array(
         [
@@ -76,7 +76,7 @@ def _messages(value: Any, at: str) -> Sequence[Any]:
     if value is None:
         return []
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
-        # Hugging Face's older sequences of records are records of sequences
+        # older data sets of Hugging Face store a sequence of records as a record of sequences
         names, columns = list(value), list(value.values())
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(value, list):
@@ -89,15 +89,15 @@ def _turn(message: Any, at: str) -> dict[str, str]:
         raise DataError(
             f"data.path: {at} holds the message {message!r:.40}, need {{role, content}}"
         )
-    written = _first(message, "role", "from")
-    role = ROLES.get(written.strip().lower()) if isinstance(written, str) else None
-    if any(message.get(key) for key in _CALLS) or written == "function_call":
+    name = _first(message, "role", "from")
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if any(message.get(key) for key in _CALL_KEYS) or name == "function_call":
         raise DataError(f"data.path: {at} calls a tool, which is not supported; leave the row out")
     if role is None:
         raise DataError(
-            f"data.path: {at} has a message of role {written!r}; need one of {', '.join(ROLES)}"
+            f"data.path: {at} has a message of role {name!r}; need one of {', '.join(ROLES)}"
         )
-    for key in _UNTRAINED:
+    for key in _WEIGHT_KEYS:
         if message.get(key) == 0:
             raise DataError(
                 f"data.path: {at} has a message of {key} {json.dumps(message[key])}, but every "
@@ -111,13 +111,13 @@ def _first(message: Mapping[str, Any], *names: str) -> Any:
 
 
 def _content(value: Any, at: str, role: str) -> str:
-    """Return the text of a message: it may come in parts."""
+    """Return the text of a message, which may come in parts."""
     if isinstance(value, str):
         return value
     parts = [_part(part) for part in value] if isinstance(value, list) and value else [None]
     texts = [part for part in parts if part is not None]
     if len(texts) < len(parts):
-        raise DataError(f"data.path: {at} has a message of {role} whose content is no text")
+        raise DataError(f"data.path: {at} has a message of {role} whose content is not text")
     return "".join(texts)
 
 

@@ -1,7 +1,7 @@
 """Embedded clients: small text transformations, made by code and the same on every machine.
 
-Every client has one task. A task is a function from a random draw to an input and its answer;
-`TASKS` is the whole list, and a new task is one more row in it.
+Every client has one task. A task is a function that draws an input and computes its answer.
+`TASKS` lists all tasks; a new task is one more row of it.
 """
 
 import random
@@ -14,13 +14,13 @@ from fedllm.planning.seeding import seed_of
 Example = tuple[str, str]
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
 _VOWELS = "aeiou"
-# draws until a new input is found; every task has at least a thousand inputs
-_PATIENCE = 1000
+# maximum number of draws until a new input is found; every task has at least a thousand inputs
+_MAX_DRAWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask:
-    """A text transformation: `make` draws an input and gives its answer."""
+    """Text transformation: `make` draws an input and returns it with its answer."""
 
     name: str
     category: str
@@ -30,7 +30,7 @@ class TextTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedRow:
-    """One row as a file of the user would hold it."""
+    """One row, as a user's file would hold it."""
 
     client: str
     category: str
@@ -40,9 +40,9 @@ class EmbeddedRow:
 
 
 def embedded_rows(num_clients: int, rows_per_client: int) -> Iterator[EmbeddedRow]:
-    """Make the rows of all embedded clients; a client never has the same input twice.
+    """Yield the rows of all embedded clients; a client never has the same input twice.
 
-    Clients beyond the number of tasks repeat a task with other rows.
+    If there are more clients than tasks, further clients repeat the tasks with other rows.
     """
     for number in range(num_clients):
         task = TASKS[number % len(TASKS)]
@@ -62,7 +62,7 @@ def embedded_rows(num_clients: int, rows_per_client: int) -> Iterator[EmbeddedRo
 
 
 def _new_example(task: TextTask, draw: random.Random, seen: set[str]) -> Example:
-    for _ in range(_PATIENCE):
+    for _ in range(_MAX_DRAWS):
         example = task.make(draw)
         # an answer that is the input itself teaches no transformation
         if example[0] not in seen and example[0] != example[1]:
@@ -74,10 +74,10 @@ def _new_example(task: TextTask, draw: random.Random, seen: set[str]) -> Example
     )
 
 
-def _words(draw: random.Random, fewest: int = 2, most: int = 4) -> list[str]:
-    """Return made-up words, each with one vowel, no letter twice in all of them."""
+def _words(draw: random.Random, min_words: int = 2, max_words: int = 4) -> list[str]:
+    """Return made-up words with one vowel each; no letter occurs twice in all of them."""
     consonants = draw.sample(_CONSONANTS, len(_CONSONANTS))
-    vowels = draw.sample(_VOWELS, draw.randint(fewest, most))
+    vowels = draw.sample(_VOWELS, draw.randint(min_words, max_words))
     words = []
     for vowel in vowels:
         size = draw.randint(2, 3)
@@ -86,9 +86,9 @@ def _words(draw: random.Random, fewest: int = 2, most: int = 4) -> list[str]:
     return words
 
 
-def _word(draw: random.Random, fewest: int = 4, most: int = 6) -> str:
-    """Return one longer made-up word, about a third of it vowels, no letter twice."""
-    size = draw.randint(fewest, most)
+def _word(draw: random.Random, min_letters: int = 4, max_letters: int = 6) -> str:
+    """Return a longer made-up word; about a third are vowels, and no letter occurs twice."""
+    size = draw.randint(min_letters, max_letters)
     vowels = draw.sample(_VOWELS, max(1, size // 3))
     letters = [*vowels, *draw.sample(_CONSONANTS, size - len(vowels))]
     return "".join(draw.sample(letters, size))

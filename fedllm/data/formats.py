@@ -1,7 +1,7 @@
 """Formats of rows: which columns hold prompt and answer, and which format a file has.
 
-`data.columns` names the columns of `alpaca`; in the other formats they have the names that
-everybody gives them, and only client and category are looked up there.
+`data.columns` names the columns of `alpaca`. The other formats have fixed column names; for them
+`data.columns` names only client and category.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,65 +25,72 @@ SYSTEM = "system"
 
 @dataclass(frozen=True, kw_only=True)
 class RowColumns:
-    """The columns that rows of one format are read from.
+    """Columns from which rows of one format are read.
 
-    `given` is `data.columns`, `columns` what it is for this format. Where rows are conversations,
-    `columns.output` is the list of messages, and a column `system` may hold their system prompts.
+    `names` are the columns' names in this format, `configured` is `data.columns`. If rows are
+    conversations, `names.output` is the list of messages, and a column `system` may hold system
+    prompts.
     """
 
     format: str
-    given: ColumnsSection
-    columns: ColumnsSection
+    configured: ColumnsSection
+    names: ColumnsSection
     conversations: bool = False
 
     @property
-    def named(self) -> dict[str, str]:
-        """The columns to read, by their keys."""
-        given: dict[str, str | None] = self.columns.model_dump()
-        return {key: name for key, name in given.items() if name is not None}
+    def required(self) -> dict[str, str]:
+        """Required columns, by their keys."""
+        names: dict[str, str | None] = self.names.model_dump()
+        return {key: name for key, name in names.items() if name is not None}
 
     @property
-    def wanted(self) -> set[str]:
-        """Every column to read, with those that may be missing."""
-        return {*self.named.values(), *([SYSTEM] if self.conversations else [])}
+    def readable(self) -> set[str]:
+        """All columns that are read, the optional ones included."""
+        return {*self.required.values(), *([SYSTEM] if self.conversations else [])}
 
-    def others(self, found: Mapping[str, bool]) -> list[str]:
-        """Return the other formats that columns are of; see `find_format`."""
-        return [format_ for format_ in _marks(found, self.given) if format_ != self.format]
+    def other_formats(self, found: Mapping[str, bool]) -> list[str]:
+        """Return the formats that columns match, apart from this one; see `detect_format`."""
+        return [
+            format_
+            for format_ in _matching_formats(found, self.configured)
+            if format_ != self.format
+        ]
 
     def check(self, found: Sequence[str], where: str) -> None:
-        """Refuse data without a column that is named, or with two of one that is read.
+        """Raise an error if a required column is missing or a column that is read occurs twice.
 
         Raises:
-            DataError: it names all that are missing, their keys and the columns there are.
+            DataError: names all missing columns, their keys and the columns of the data.
         """
-        twice = [name for name in sorted(self.wanted) if found.count(name) > 1]
+        twice = [name for name in sorted(self.readable) if found.count(name) > 1]
         if twice:
             raise DataError(f"data.path: {where} has two columns `{twice[0]}`; rename one")
         missing = [
-            self._missing(key, name) for key, name in self.named.items() if name not in found
+            self._missing_line(key, name)
+            for key, name in self.required.items()
+            if name not in found
         ]
         if missing:
             raise DataError(
-                f"{'; '.join(missing)}; {where} has {shown_names(found)}: name the right one, for "
-                "example --set data.columns.client=NAME"
+                f"{'; '.join(missing)}; {where} has {shorten_names(found)}: name the right one, "
+                "for example --set data.columns.client=NAME"
             )
 
     def check_part(self, found: Sequence[str], where: str) -> None:
-        """Refuse one part of a split without a column that an answer needs.
+        """Raise an error if a part of a split lacks a column that an answer needs.
 
         Raises:
-            DataError: without it all rows of the part would count as rows without an answer.
+            DataError: all rows of the part would count as rows without an answer.
         """
         keys = {"output", *_COLUMNS.get(self.format, {})}
-        missing = [n for key, n in self.named.items() if key in keys and n not in found]
+        missing = [n for key, n in self.required.items() if key in keys and n not in found]
         if missing:
             raise DataError(
                 f"data.path: {where} has no column `{missing[0]}`, which other files of its split "
-                f"have (it has {shown_names(found)}); give all of them the same columns"
+                f"have (it has {shorten_names(found)}); give all of them the same columns"
             )
 
-    def _missing(self, key: str, name: str) -> str:
+    def _missing_line(self, key: str, name: str) -> str:
         if key in _COLUMNS.get(self.format, {}):
             return f"data.format: {self.format} needs a column `{name}`"
         optional = key in {"category", "instruction", "input"}
@@ -92,57 +99,57 @@ class RowColumns:
 
 
 def row_columns(format_: str, columns: ColumnsSection) -> RowColumns:
-    """Return the columns of a format; `columns` gives client and category, and all of `alpaca`."""
+    """Return the columns of a format; `columns` names client and category, or all for `alpaca`."""
     changes = _COLUMNS.get(format_, {})
     return RowColumns(
         format=format_,
-        given=columns,
-        columns=columns.model_copy(update=changes),
+        configured=columns,
+        names=columns.model_copy(update=changes),
         conversations=format_ in _CONVERSATIONS,
     )
 
 
-def find_format(
-    asked: RowFormat, found: Mapping[str, bool], columns: ColumnsSection, where: str
+def detect_format(
+    configured: RowFormat, found: Mapping[str, bool], columns: ColumnsSection, where: str
 ) -> str:
-    """Return the format of rows: the one that is asked for, else what the columns tell.
+    """Return the format of rows: the configured one, else the one that their columns match.
 
     Args:
-        asked: `data.format`.
+        configured: `data.format`.
         found: the names of the columns, and whether they hold lists or records.
-        columns: `data.columns`; a column that it names is of `alpaca`.
+        columns: `data.columns`; a column that it names belongs to `alpaca`.
         where: the file, for the error.
 
     Raises:
-        DataError: they hold two formats.
+        DataError: the columns match two formats.
     """
-    if asked != AUTO:
-        return asked
-    marks = _marks(found, columns)
-    if len(marks) > 1:
-        mine = {columns.instruction, columns.input, columns.output} - {None}
-        likely = ALPACA if mine <= found.keys() else marks[0]
+    if configured != AUTO:
+        return configured
+    matches = _matching_formats(found, columns)
+    if len(matches) > 1:
+        own = {columns.instruction, columns.input, columns.output} - {None}
+        likely = ALPACA if own <= found.keys() else matches[0]
         raise DataError(
-            f"data.format: {where} has columns of {' and '.join(marks)} "
-            f"({shown_names(list(found))}); say which, for example data.format={likely}"
+            f"data.format: {where} has columns of {' and '.join(matches)} "
+            f"({shorten_names(list(found))}); say which, for example data.format={likely}"
         )
-    return marks[0] if marks else ALPACA
+    return matches[0] if matches else ALPACA
 
 
-def _marks(found: Mapping[str, bool], columns: ColumnsSection) -> list[str]:
-    mine = {columns.instruction, columns.input, columns.output}
-    marks = [
+def _matching_formats(found: Mapping[str, bool], columns: ColumnsSection) -> list[str]:
+    own = {columns.instruction, columns.input, columns.output}
+    matches = [
         format_
         for format_ in ("messages", "sharegpt")
-        if found.get(str(_COLUMNS[format_]["output"])) and _COLUMNS[format_]["output"] not in mine
+        if found.get(str(_COLUMNS[format_]["output"])) and _COLUMNS[format_]["output"] not in own
     ]
-    if {"prompt", "completion"} <= found.keys() - mine:
-        marks.append("completion")
+    if {"prompt", "completion"} <= found.keys() - own:
+        matches.append("completion")
     if columns.output in found:
-        marks.append(ALPACA)
-    return marks
+        matches.append(ALPACA)
+    return matches
 
 
-def shown_names(names: Sequence[str]) -> str:
-    """Return names of columns, the first twenty of them."""
+def shorten_names(names: Sequence[str]) -> str:
+    """Return the names of the first twenty columns as text."""
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

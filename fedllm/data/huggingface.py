@@ -1,4 +1,4 @@
-"""Hugging Face data sets, saved in a folder or on the hub; `datasets` is needed here only."""
+"""Hugging Face data sets, saved in a folder or on the hub; only this file uses `datasets`."""
 
 import json
 import os
@@ -18,14 +18,17 @@ from fedllm.storage.publishing.folders import publishing_folder
 
 @dataclass(frozen=True, kw_only=True)
 class SavedSplits:
-    """The splits of a saved data set that are read, and the names of those that are not."""
+    """Splits of a saved data set that are read, and the names of those that are not."""
 
     tables: Mapping[str, pa.Table]
     unread: Sequence[str]
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Say whether `save_to_disk` wrote this folder; `dataset_info.json` alone is others' too."""
+    """Return whether `save_to_disk` wrote this folder.
+
+    `dataset_info.json` alone does not prove it: other programs write that file too.
+    """
     one = all((folder / mark).is_file() for mark in ("state.json", "dataset_info.json"))
     return one or (folder / "dataset_dict.json").is_file()
 
@@ -33,7 +36,7 @@ def is_saved_dataset(folder: Path) -> bool:
 def fetch_dataset(name: str, revision: str | None, cache: CachePaths) -> Path:
     """Fetch a data set of the hub into the cache, once, and return its folder.
 
-    What was fetched stays the same; another `data.revision` is another folder.
+    A fetched data set never changes; another `data.revision` has another folder.
 
     Raises:
         DataError: there is no such data set here or on the hub, or the hub cannot be reached.
@@ -46,27 +49,27 @@ def fetch_dataset(name: str, revision: str | None, cache: CachePaths) -> Path:
 
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(name, revision=revision)
+        dataset = datasets.load_dataset(name, revision=revision)
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # it needs the name of a part, for example, or a script of its own
+        # for example: it needs the name of a configuration, or its own script
         raise DataError(
             f"data.path: {name}: datasets cannot load it as it is ({first_line(error)}); save what "
             "you need with save_to_disk and give that folder"
         ) from error
     with publishing_folder(folder) as beside:
-        found.save_to_disk(os.fspath(beside))
+        dataset.save_to_disk(os.fspath(beside))
     return folder
 
 
 def read_saved_dataset(folder: Path) -> SavedSplits:
-    """Return the tables of a folder that `save_to_disk` wrote, as they are mapped into memory.
+    """Return the tables of a folder that `save_to_disk` wrote, mapped into memory.
 
     Raises:
         DataError: it cannot be read, has no split `train`, or has a split under two names.
     """
     try:
         splits = _folders_of_splits(folder)
-        named = _by_split(list(splits), folder)
+        named = _names_by_split(list(splits), folder)
         tables = {split: _saved_table(splits[name]) for split, name in named.items()}
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         if isinstance(error, DataError):
@@ -83,8 +86,8 @@ def _folders_of_splits(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in json.loads(mark.read_bytes())["splits"]}
 
 
-def _by_split(names: Sequence[str], folder: Path) -> dict[str, str]:
-    """Return the name of each split that is read."""
+def _names_by_split(names: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return the name that the data set gives to every split that is read."""
     named: dict[str, str] = {}
     for name in names:
         split = SPLIT_NAMES.get(name.lower())
@@ -104,7 +107,7 @@ def _by_split(names: Sequence[str], folder: Path) -> dict[str, str]:
 
 def _saved_table(folder: Path) -> pa.Table:
     if not json.loads((folder / "state.json").read_bytes())["_data_files"]:
-        # `datasets` writes a split without rows, but cannot read it
+        # `datasets` can write a split without rows, but cannot read it
         return pa.table({})
     import datasets
 
@@ -113,12 +116,12 @@ def _saved_table(folder: Path) -> pa.Table:
 
 
 def _table(split: Any) -> pa.Table:
-    # rows may be a selection of what the files hold
+    # the rows may be a selection from the files
     return split.flatten_indices().data.table if split._indices is not None else split.data.table
 
 
 def _check_hub(name: str, revision: str | None) -> None:
-    """Ask the hub once: without a network `load_dataset` alone retries for half a minute."""
+    """Query the hub once: without a network, `load_dataset` retries for half a minute."""
     if not is_hub_name(name):
         raise DataError(
             f"data.path: {name}: no such file or directory; give a parquet folder, a JSON(L) file, "

@@ -1,8 +1,8 @@
 """Prompt templates: how a row becomes the text of its prompt and the text of its answer.
 
-A template gives a `Script`. Whatever has to be cut is cut from the prompt's open text first (the
-input, and the instruction before it), at its end; so a template says which text that is and what
-follows it, and makes the script anew with as much of it as may stay.
+A template returns a `Script`. A row that is too long loses text from the end of the prompt's open
+text first (the instruction and, after it, the input). So a template also returns that open text,
+and can write a script with the beginning of it only.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ _WITHOUT_INPUT = (
 )
 _INPUT_MARKER = "\n\n### Input:\n"
 _RESPONSE_MARKER = "\n\n### Response:\n"
-# a private-use character: no template and no tokenizer treats it as anything but text
-_PROBE = "\ue000"
+# a private-use character: every template and tokenizer treats it as text
+_PLACEHOLDER = "\ue000"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """A row as text: tokens of `prompt + answer` are what a model reads.
+    """Row as text: a model reads the tokens of `prompt + answer`.
 
-    `marker` ends the prompt: what follows the open text. The answer is empty where there is
-    nothing to train, else it ends with `end`, the end of the turn; where that is None, the
+    `marker` is the end of the prompt, after the open text. The answer is empty if there is nothing
+    to train. Else it ends with the token `end`, the end of the turn; if that is None, the
     tokenizer's end of sequence has to follow.
     """
 
@@ -44,40 +44,40 @@ class Script:
 
 
 class Template(Protocol):
-    """A way to write rows as text."""
+    """Template that writes rows as text."""
 
     @property
     def begins_sequence(self) -> bool:
-        """Say whether the prompt has the beginning of the sequence already."""
+        """Return whether the prompt already has the beginning of the sequence."""
 
     @property
     def leads(self) -> Sequence[str]:
-        """Return what it writes before answers that a prompt does not end with."""
+        """Return the texts that it writes before answers and that are not part of the prompt."""
 
     def marker(self) -> str:
-        """Return what follows the open text in the prompt of an ordinary row."""
+        """Return the text after the open text in the prompt of a row without turns."""
 
     def open_text(self, row: TextRow) -> str:
         """Return the text of a row's prompt that may be cut."""
 
     def script(self, row: TextRow, kept: int | None = None) -> Script:
-        """Return the script with the first `kept` characters of the open text; None: all."""
+        """Return the script with the first `kept` characters of the open text; None: with all."""
 
-    def earlier(self, row: TextRow, kept: int | None = None) -> Sequence[tuple[int, int]]:
-        """Return the characters [start, stop) of the prompt that the assistant wrote before.
+    def earlier_answers(self, row: TextRow, kept: int | None = None) -> Sequence[tuple[int, int]]:
+        """Return the spans [start, stop) of earlier answers, in characters of the prompt.
 
-        They are of the turns before the last one, the ends of those turns included.
+        The ends of those turns are included.
         """
 
-    def shorter(self, row: TextRow, num_bytes: int) -> TextRow | None:
-        """Return a row without its oldest turns, as few as hold `num_bytes` or one exchange.
+    def without_oldest_turns(self, row: TextRow, num_bytes: int) -> TextRow | None:
+        """Return a row without its oldest turns: as few as hold `num_bytes`, at least an exchange.
 
-        None where all turns are needed.
+        None if no turn can be left out.
         """
 
 
 class _Plain:
-    """Instruction and input as they are, a blank line between them; the answer right behind."""
+    """Template `plain`: instruction, a blank line and input, directly followed by the answer."""
 
     begins_sequence = False
     leads: Sequence[str] = ()
@@ -87,7 +87,7 @@ class _Plain:
         return ""
 
     def open_text(self, row: TextRow) -> str:
-        row = _ordinary(row, self.name)
+        row = _as_single_turn(row, self.name)
         return _content(row)
 
     def script(self, row: TextRow, kept: int | None = None) -> Script:
@@ -95,15 +95,15 @@ class _Plain:
         prompt = self.open_text(row)[:kept] + marker
         return Script(prompt=prompt, answer=row.answer, marker=marker)
 
-    def earlier(self, _row: TextRow, _kept: int | None = None) -> Sequence[tuple[int, int]]:
+    def earlier_answers(self, _row: TextRow, _kept: int | None = None) -> Sequence[tuple[int, int]]:
         return ()
 
-    def shorter(self, _row: TextRow, _num_bytes: int) -> TextRow | None:
+    def without_oldest_turns(self, _row: TextRow, _num_bytes: int) -> TextRow | None:
         return None
 
 
 class _Alpaca(_Plain):
-    """Alpaca's prompt; without an instruction the input takes its place."""
+    """Template `alpaca`; without an instruction the input takes its place."""
 
     name = "alpaca"
 
@@ -111,15 +111,20 @@ class _Alpaca(_Plain):
         return _RESPONSE_MARKER
 
     def open_text(self, row: TextRow) -> str:
-        row = _ordinary(row, self.name)
+        row = _as_single_turn(row, self.name)
         if not row.instruction or not row.input:
             return _WITHOUT_INPUT + row.instruction + row.input
         return _WITH_INPUT + row.instruction + _INPUT_MARKER + row.input
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """What a chat template writes around the last question and around its answer."""
+class _AnswerFrame:
+    """Text that a chat template writes around an answer.
+
+    `marker` stands between the question and the end of the prompt, `lead` between the prompt and
+    the answer, and `rest` after the answer. `written_end` is the part of `rest` that ends the
+    turn, and `end` its token.
+    """
 
     marker: str
     lead: str
@@ -129,22 +134,22 @@ class _Layout:
 
 
 class _Chat:
-    """The tokenizer's own template, as a chat server uses it."""
+    """Template `chat`: the tokenizer's own template, as a chat server uses it."""
 
     begins_sequence = True
 
     def __init__(self, tokenizer: Any) -> None:
         self._template = ChatTemplate(tokenizer)
-        self._whole_tokens = _whole_tokens(tokenizer)
-        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._unsplit_tokens = _unsplit_tokens(tokenizer)
+        self._frames: dict[tuple[str, ...], _AnswerFrame] = {}
         self._check()
 
     @property
     def leads(self) -> Sequence[str]:
-        return sorted({layout.lead for layout in self._layouts.values()})
+        return sorted({frame.lead for frame in self._frames.values()})
 
     def marker(self) -> str:
-        return next((layout.marker for layout in self._layouts.values()), "")
+        return next((frame.marker for frame in self._frames.values()), "")
 
     def open_text(self, row: TextRow) -> str:
         turns = _turns(row)
@@ -152,20 +157,20 @@ class _Chat:
 
     def script(self, row: TextRow, kept: int | None = None) -> Script:
         turns = _turns(row, kept)
-        layout = self._layout(turns)
+        frame = self._frame(turns)
         prompt = self._prompt(turns)
-        answer = self._answer(self._behind(turns, prompt), layout)
-        return Script(prompt=prompt, answer=answer, marker=layout.marker, end=layout.end)
+        answer = self._answer(self._text_after(turns, prompt), frame)
+        return Script(prompt=prompt, answer=answer, marker=frame.marker, end=frame.end)
 
-    def earlier(self, row: TextRow, kept: int | None = None) -> Sequence[tuple[int, int]]:
+    def earlier_answers(self, row: TextRow, kept: int | None = None) -> Sequence[tuple[int, int]]:
         turns = _turns(row, kept)
         prompt = self._prompt(turns)
-        wrote = [n for n, turn in enumerate(turns[:-1]) if turn.role == "assistant"]
-        found = (self._written_by(n, turns, prompt) for n in wrote if turns[n].content)
-        return [span for span in found if span is not None]
+        answered = [n for n, turn in enumerate(turns[:-1]) if turn.role == "assistant"]
+        spans = (self._assistant_span(n, turns, prompt) for n in answered if turns[n].content)
+        return [span for span in spans if span is not None]
 
-    def shorter(self, row: TextRow, num_bytes: int) -> TextRow | None:
-        """Return a conversation without its oldest exchanges; what the system said stays."""
+    def without_oldest_turns(self, row: TextRow, num_bytes: int) -> TextRow | None:
+        """Return a conversation without its oldest exchanges; system turns stay."""
         first = next((n for n, turn in enumerate(row.turns) if turn.role != "system"), 0)
         dropped = 0
         rest = None
@@ -178,14 +183,14 @@ class _Chat:
         return rest
 
     def _check(self) -> None:
-        """Refuse a template that renders neither a question alone nor one behind a system turn."""
+        """Raise DataError if a question renders neither alone nor after a system turn."""
         question, answer = Turn(role="user", content="?"), Turn(role="assistant", content="!")
         system = Turn(role="system", content=".")
         try:
-            self._layout((question, answer))
+            self._frame((question, answer))
         except DataError:
             try:
-                self._layout((system, question, answer))
+                self._frame((system, question, answer))
                 return
             except DataError:
                 pass
@@ -194,111 +199,113 @@ class _Chat:
     def _prompt(self, turns: Sequence[Turn]) -> str:
         if len(turns) > 1:
             return self._template.render(turns[:-1], opens_answer=True)
-        # nobody asked: all that stands before the answer is the template's own
-        return self._template.render((replace(turns[0], content=_PROBE),)).partition(_PROBE)[0]
+        # without a question, all text before the answer is the template's own
+        rendered = self._template.render((replace(turns[0], content=_PLACEHOLDER),))
+        return rendered.partition(_PLACEHOLDER)[0]
 
-    def _behind(self, turns: Sequence[Turn], prompt: str) -> str:
-        """Return what the whole conversation has behind the prompt."""
+    def _text_after(self, turns: Sequence[Turn], prompt: str) -> str:
+        """Return the text of the whole conversation after the prompt."""
         whole = self._template.render(turns)
         if not whole.startswith(prompt):
-            opened, wrote = _difference(prompt, whole)
+            opened, shown = _difference(prompt, whole)
             raise DataError(
                 f"data.template: {self._template.name} opens an answer with {opened!r}, but shows "
-                f"it in a conversation as {wrote!r}: what is trained would not follow what a "
-                "server asks; correct it or use data.template=alpaca"
+                f"it in a conversation as {shown!r}: the trained text would differ from the prompt "
+                "of a server; correct it or use data.template=alpaca"
             )
         return whole[len(prompt) :]
 
-    def _layout(self, turns: Sequence[Turn]) -> _Layout:
-        """Return what stands around question and answer, found once for each order of roles."""
+    def _frame(self, turns: Sequence[Turn]) -> _AnswerFrame:
+        """Return the frame of the last answer, computed once for each order of roles."""
         roles = tuple(turn.role for turn in turns)
-        if roles not in self._layouts:
-            self._layouts[roles] = self._found(turns)
-        return self._layouts[roles]
+        if roles not in self._frames:
+            self._frames[roles] = self._find_frame(turns)
+        return self._frames[roles]
 
-    def _found(self, turns: Sequence[Turn]) -> _Layout:
+    def _find_frame(self, turns: Sequence[Turn]) -> _AnswerFrame:
         prompt = self._prompt(turns)
-        answered = (*turns[:-1], replace(turns[-1], content=_PROBE))
-        lead, shown, rest = self._behind(answered, prompt).partition(_PROBE)
+        answered = (*turns[:-1], replace(turns[-1], content=_PLACEHOLDER))
+        lead, shown, rest = self._text_after(answered, prompt).partition(_PLACEHOLDER)
         marker = ""
         if len(turns) > 1:
-            asked = replace(turns[-2], content=_PROBE)
-            _, asked_shown, marker = self._prompt((*turns[:-2], asked, turns[-1])).rpartition(
-                _PROBE
-            )
-            shown = shown and asked_shown
+            question = replace(turns[-2], content=_PLACEHOLDER)
+            prompt = self._prompt((*turns[:-2], question, turns[-1]))
+            _, question_shown, marker = prompt.rpartition(_PLACEHOLDER)
+            shown = shown and question_shown
         if not shown:
             raise DataError(
                 f"data.template: {self._template.name} does not show the text of the user and of "
                 "the assistant; correct it or use data.template=alpaca"
             )
         end, token = self._end(rest)
-        return _Layout(marker=marker, lead=lead, rest=rest, written_end=end, end=token)
+        return _AnswerFrame(marker=marker, lead=lead, rest=rest, written_end=end, end=token)
 
     def _end(self, rest: str) -> tuple[str, int | None]:
-        """Return the text behind an answer, up to and with its first special token, and that."""
-        for tokens in self._whole_tokens:
+        """Return the end of a turn: the text up to its first special token, and that token."""
+        for tokens in self._unsplit_tokens:
             places = {text: rest.find(text) for text in tokens if text in rest}
             if places:
-                # the longest of those that begin first
+                # the longest of the tokens that begin first
                 first = min(places, key=lambda text: (places[text], -len(text)))
                 return rest[: places[first] + len(first)], tokens[first]
         return rest.rstrip(), None
 
-    def _answer(self, behind: str, layout: _Layout) -> str:
-        """Return the answer as the template wrote it, with the end of its turn."""
-        if behind.endswith(layout.rest):
-            behind = behind[: len(behind) - len(layout.rest)]
-            return behind + layout.written_end if behind != layout.lead else ""
-        # what it writes behind an answer depends on the answer
-        at = behind.rfind(layout.written_end) if layout.written_end else len(behind)
+    def _answer(self, text: str, frame: _AnswerFrame) -> str:
+        """Return the answer as the template writes it, with the end of its turn."""
+        if text.endswith(frame.rest):
+            text = text[: len(text) - len(frame.rest)]
+            return text + frame.written_end if text != frame.lead else ""
+        # the text after an answer depends on the answer
+        at = text.rfind(frame.written_end) if frame.written_end else len(text)
         if at < 0:
             raise DataError(
-                f"data.template: {self._template.name} ends a turn with {layout.written_end!r}, "
-                f"but this one with {behind[-20:]!r}; correct it or use data.template=alpaca"
+                f"data.template: {self._template.name} ends a turn with {frame.written_end!r}, "
+                f"but this one with {text[-20:]!r}; correct it or use data.template=alpaca"
             )
-        return behind[:at] + layout.written_end
+        return text[:at] + frame.written_end
 
-    def _written_by(self, place: int, turns: Sequence[Turn], prompt: str) -> tuple[int, int] | None:
-        """Return the characters of one assistant turn in a prompt, None where it is left out."""
-        layout = self._layout(turns)
-        probed = (*turns[:place], replace(turns[place], content=_PROBE), *turns[place + 1 :])
-        before, shown, after = self._prompt(probed).partition(_PROBE)
+    def _assistant_span(
+        self, place: int, turns: Sequence[Turn], prompt: str
+    ) -> tuple[int, int] | None:
+        """Return the span of an assistant turn in a prompt, None if the template omits it."""
+        frame = self._frame(turns)
+        marked = (*turns[:place], replace(turns[place], content=_PLACEHOLDER), *turns[place + 1 :])
+        before, shown, after = self._prompt(marked).partition(_PLACEHOLDER)
         if not shown:
             return None
         start, stop = len(before), len(prompt) - len(after)
         if start > stop or not (prompt.startswith(before) and prompt.endswith(after)):
             raise DataError(
                 f"data.template: {self._template.name} writes other turns differently because of "
-                f"{turns[place].content[:40]!r}, so which text is the assistant's cannot be told; "
-                "correct it, or give each answer a row of its own"
+                f"{turns[place].content[:40]!r}, so the assistant's text cannot be found; correct "
+                "it, or give each answer a row of its own"
             )
-        start -= len(layout.lead) * before.endswith(layout.lead)
-        return start, stop + len(self._end_of_earlier(after, layout))
+        start -= len(frame.lead) * before.endswith(frame.lead)
+        return start, stop + len(self._end_of_earlier(after, frame))
 
-    def _end_of_earlier(self, after: str, layout: _Layout) -> str:
-        if after.startswith(layout.written_end):
-            return layout.written_end
-        # another token than behind the last turn; what follows a gap begins the next turn
-        directly = (text for tokens in self._whole_tokens for text in tokens)
+    def _end_of_earlier(self, after: str, frame: _AnswerFrame) -> str:
+        if after.startswith(frame.written_end):
+            return frame.written_end
+        # earlier turns may end with another token than the last turn, directly after the text
+        directly = (text for tokens in self._unsplit_tokens for text in tokens)
         return max(filter(after.startswith, directly), key=len, default="")
 
 
 def _difference(prompt: str, whole: str) -> tuple[str, str]:
-    """Return a little of two texts, from shortly before they differ."""
+    """Return short parts of two texts, from shortly before the place where they differ."""
     pairs = zip(prompt, whole, strict=False)
     at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
     near = slice(max(0, at - 12), at + 20)
-    return prompt[near], whole[near].replace(_PROBE, "...")
+    return prompt[near], whole[near].replace(_PLACEHOLDER, "...")
 
 
-def _whole_tokens(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the tokens that a tokenizer never splits, by their text: special ones, and others."""
-    found: tuple[dict[str, int], dict[str, int]] = ({}, {})
+def _unsplit_tokens(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the tokens that a tokenizer never splits, by their text: special and other ones."""
+    tokens: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.content.strip():
-            found[not token.special][token.content] = number
-    return found
+            tokens[not token.special][token.content] = number
+    return tokens
 
 
 def _content(row: TextRow) -> str:
@@ -308,9 +315,9 @@ def _content(row: TextRow) -> str:
 
 
 def _turns(row: TextRow, kept: int | None = None) -> tuple[Turn, ...]:
-    """Return a row as a conversation: an ordinary one is a question and its answer.
+    """Return the turns of a row; a row without turns becomes a question and its answer.
 
-    Of what is answered last, the first `kept` characters stay; None: all.
+    The last question keeps its first `kept` characters; None: all.
     """
     turns = row.turns or (
         Turn(role="user", content=_content(row)),
@@ -318,20 +325,20 @@ def _turns(row: TextRow, kept: int | None = None) -> tuple[Turn, ...]:
     )
     if kept is None or not _may_cut(turns):
         return turns
-    asked = replace(turns[-2], content=turns[-2].content[:kept])
-    return (*turns[:-2], asked, turns[-1])
+    question = replace(turns[-2], content=turns[-2].content[:kept])
+    return (*turns[:-2], question, turns[-1])
 
 
 def _may_cut(turns: Sequence[Turn]) -> bool:
-    """Say whether the turn before the answer may be cut: an answer is trained with its end."""
+    """Return whether the turn before the answer may be cut; an earlier answer may not."""
     return len(turns) > 1 and turns[-2].role != "assistant"
 
 
-def _ordinary(row: TextRow, template: str) -> TextRow:
-    """Return a conversation of one question and its answer as an ordinary row.
+def _as_single_turn(row: TextRow, template: str) -> TextRow:
+    """Return a row without turns; a conversation may have one question and its answer only.
 
     Raises:
-        DataError: it has other turns.
+        DataError: a conversation has other turns.
     """
     if not row.turns:
         return row

@@ -1,8 +1,8 @@
 """Readers: from `data.path` to tables of canonical columns, one per split.
 
-A kind of file is a pair of functions, one that looks at its first rows and one that reads them in
-blocks; `FILE_KINDS` is the whole list. Where there is no test split, `data.test_fraction` of every
-client's rows becomes one.
+Every kind of file has two functions: one looks at its first rows, one reads all rows in blocks.
+`FILE_KINDS` lists them all. If there is no test split, `data.test_fraction` of every client's rows
+becomes the test split.
 """
 
 import re
@@ -16,13 +16,13 @@ import pyarrow as pa
 
 from fedllm.config.models import ColumnsSection, DataSection
 from fedllm.data.blocks import RowBlock, row_number
-from fedllm.data.columns import canonical_block, needed_columns, split_rows
+from fedllm.data.columns import canonical_block, columns_to_read, split_rows
 from fedllm.data.embedded_clients import embedded_rows
 from fedllm.data.files.csv_rows import peek_csv, read_csv
 from fedllm.data.files.json_objects import peek_json, read_json
-from fedllm.data.files.parquet_rows import columns_of, peek_parquet, read_parquet
-from fedllm.data.files.splits import TEST, TRAIN, VALIDATION, kind_of, shown, split_files
-from fedllm.data.formats import RowColumns, find_format, row_columns, shown_names
+from fedllm.data.files.parquet_rows import nested_columns, peek_parquet, read_parquet
+from fedllm.data.files.splits import TEST, TRAIN, VALIDATION, kind_of, shorten_files, split_files
+from fedllm.data.formats import RowColumns, detect_format, row_columns, shorten_names
 from fedllm.data.huggingface import fetch_dataset, is_saved_dataset, read_saved_dataset
 from fedllm.errors import DataError
 from fedllm.storage.fingerprints import fingerprint_files, fingerprint_values
@@ -31,15 +31,15 @@ from fedllm.storage.paths import CachePaths
 EMBEDDED = "embedded"
 
 Tables = dict[str, pa.Table]
-# the columns of some rows, and whether they hold lists; None where there are no rows
+# the columns of some rows, and whether they hold lists; None: there are no rows
 Peek = dict[str, bool] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where rows come from; `read` gives a table of canonical columns per split.
+    """Source of rows; `read` returns a table of canonical columns per split.
 
-    `notes` say what was found, a line each.
+    `notes` are lines for the user about format, splits and what is not read.
     """
 
     fingerprint: str
@@ -64,8 +64,8 @@ class _Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
-    """All parts, with the user's columns; `unread` are names of what looks like rows too."""
+class _RawSource:
+    """All parts with the user's columns; `unread` names files that look like rows too."""
 
     path: str
     fingerprint: str
@@ -74,17 +74,17 @@ class _Found:
 
 
 def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Source:
-    """Find the data that a configuration names; only their fingerprint and first rows are read.
+    """Find the data that a configuration names; reads their fingerprint and first rows only.
 
     Args:
         section: path, format, columns and test fraction.
-        cache: where a data set of the Hugging Face hub is fetched to, once.
-        split_seed: decides the test rows where the data have no test split.
+        cache: holds data sets of the Hugging Face hub, each fetched once.
+        split_seed: decides the test rows if the data have no test split.
 
     Raises:
-        DataError: nothing is there, nothing that can be read, or rows of two formats.
+        DataError: there are no data, they cannot be read, or their rows have two formats.
     """
-    found = _find(section, cache)
+    found = _find_raw(section, cache)
     given = section.columns if section.path != EMBEDDED else ColumnsSection()
     peeks = [part.peek() for part in found.parts]
     used = [part for part, peek in zip(found.parts, peeks, strict=True) if peek is not None]
@@ -92,34 +92,36 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
     if not any(part.split == TRAIN for part in used):
         names = ", ".join(part.name for part in empty if part.split == TRAIN)
         raise DataError(f"data.path: {found.path} has no rows to train on ({names} is empty)")
-    wanted = row_columns(_one_format(section, found, peeks, given), given)
+    columns = row_columns(_one_format(section, found, peeks, given), given)
     has_test = any(part.split == TEST for part in used)
-    made = () if has_test else (section.test_fraction, split_seed)
+    split_values = () if has_test else (section.test_fraction, split_seed)
 
     def read() -> Tables:
-        tables = _read(used, wanted)
+        tables = _read(used, columns)
         if not has_test:
             tables |= split_rows(tables[TRAIN], section.test_fraction, split_seed)
         _check_spellings(tables, section.path)
-        # of a small fraction, or of one row a client, no test rows may come
+        # a small fraction, or one row per client, can give no test rows
         return {split: table for split, table in tables.items() if table.num_rows}
 
     is_embedded = section.path == EMBEDDED
-    notes = () if is_embedded else _notes(found, used, empty, wanted, section, peeks)
+    notes = () if is_embedded else _notes(found, used, empty, columns, section, peeks)
     return Source(
-        fingerprint=fingerprint_values(found.fingerprint, given.model_dump(), made, wanted.format),
+        fingerprint=fingerprint_values(
+            found.fingerprint, given.model_dump(), split_values, columns.format
+        ),
         notes=notes,
         read=read,
     )
 
 
 def _one_format(
-    section: DataSection, found: _Found, peeks: Sequence[Peek], given: ColumnsSection
+    section: DataSection, found: _RawSource, peeks: Sequence[Peek], given: ColumnsSection
 ) -> str:
     formats: dict[str, str] = {}
     for part, peek in zip(found.parts, peeks, strict=True):
         if peek is not None:
-            formats.setdefault(find_format(section.format, peek, given, part.name), part.name)
+            formats.setdefault(detect_format(section.format, peek, given, part.name), part.name)
     if len(formats) > 1:
         (one, here), (two, there), *_ = formats.items()
         raise DataError(
@@ -129,20 +131,22 @@ def _one_format(
     return next(iter(formats))
 
 
-def _read(parts: Sequence[_Part], wanted: RowColumns) -> Tables:
+def _read(parts: Sequence[_Part], columns: RowColumns) -> Tables:
     """Return the canonical tables of all parts, joined by split."""
     blocks: dict[str, list[pa.Table]] = {}
     names: dict[str, dict[str, dict[str, None]]] = {}
     for part in parts:
-        for block in part.read(wanted):
-            blocks.setdefault(part.split, []).append(canonical_block(block, wanted))
+        for block in part.read(columns):
+            blocks.setdefault(part.split, []).append(canonical_block(block, columns))
             found = names.setdefault(part.split, {}).setdefault(part.name, {})
             found.update(dict.fromkeys(block.names))
     for by_part in names.values():
-        wanted.check(list(dict.fromkeys(chain.from_iterable(by_part.values()))), ", ".join(by_part))
+        columns.check(
+            list(dict.fromkeys(chain.from_iterable(by_part.values()))), ", ".join(by_part)
+        )
         for name, found in by_part.items():
-            wanted.check_part(list(found), name)
-    # integer columns of some blocks only are null in the others
+            columns.check_part(list(found), name)
+    # an integer column that only some blocks have is null in the others
     return {
         split: pa.concat_tables(tables, promote_options="permissive")
         for split, tables in blocks.items()
@@ -150,26 +154,29 @@ def _read(parts: Sequence[_Part], wanted: RowColumns) -> Tables:
 
 
 def _check_spellings(tables: Tables, path: str) -> None:
-    """Refuse clients that are one number in two spellings: each would have half of the rows."""
+    """Raise an error if two clients are one number in two spellings, such as 3 and 3.0 as text.
+
+    Each of the two would have only a part of the rows.
+    """
     clients = set().union(*(table["client"].unique().to_pylist() for table in tables.values()))
     for client in sorted(clients):
         whole = re.fullmatch(r"([0-9]+)\.0*", client)
         if whole and whole[1] in clients:
             raise DataError(
                 f"data.columns.client: {path} has the clients {whole[1]} and {client} (as text); "
-                "write one client in one way"
+                "write one client the same way in all rows"
             )
 
 
 def _notes(
-    found: _Found,
+    found: _RawSource,
     used: Sequence[_Part],
     empty: Sequence[_Part],
-    wanted: RowColumns,
+    columns: RowColumns,
     section: DataSection,
     peeks: Sequence[Peek],
 ) -> tuple[str, ...]:
-    """Say format, splits and what is left out."""
+    """Return lines about the format, the splits and what is left out."""
     splits = []
     for split in (TRAIN, VALIDATION, TEST):
         names = [part.name for part in used if part.split == split]
@@ -181,19 +188,19 @@ def _notes(
         splits.append(
             f"test {share}, since there is no test file" if section.test_fraction else "no test"
         )
-    lines = [f"data: rows of format {wanted.format}; {', '.join(splits)}"]
+    lines = [f"data: rows of format {columns.format}; {', '.join(splits)}"]
     if empty:
         lines.append(f"data: without rows, left out: {', '.join(part.name for part in empty)}")
     names_of_columns = dict.fromkeys(chain.from_iterable(peek or () for peek in peeks))
-    left = [name for name in names_of_columns if name not in wanted.wanted]
-    if left:
-        lines.append(f"data: columns that no prompt and no answer has: {shown_names(left)}")
+    unused = [name for name in names_of_columns if name not in columns.readable]
+    if unused:
+        lines.append(f"data: columns that no prompt and no answer has: {shorten_names(unused)}")
     if found.unread:
         lines.append(f"data: not read: {found.unread}")
     return tuple(lines)
 
 
-def _find(section: DataSection, cache: CachePaths) -> _Found:
+def _find_raw(section: DataSection, cache: CachePaths) -> _RawSource:
     if section.path == EMBEDDED:
         return _embedded(section)
     path = Path(section.path).expanduser()
@@ -204,23 +211,23 @@ def _find(section: DataSection, cache: CachePaths) -> _Found:
     if path.is_dir():
         return _folder(path)
     if kind_of(path) not in FILE_KINDS:
-        raise DataError(f"data.path: {path} is no {' or '.join(FILE_KINDS)} file; convert it")
+        raise DataError(f"data.path: {path} is not a {' or '.join(FILE_KINDS)} file; convert it")
     fingerprint = fingerprint_files([path], path.parent)
     part = _file_part(TRAIN, path, path.parent)
-    return _Found(path=section.path, fingerprint=fingerprint, parts=[part])
+    return _RawSource(path=section.path, fingerprint=fingerprint, parts=[part])
 
 
-def _folder(folder: Path) -> _Found:
+def _folder(folder: Path) -> _RawSource:
     found = split_files(folder, FILE_KINDS)
     parts = [
         _file_part(split, file, folder) for split, files in found.splits.items() for file in files
     ]
     files = [file for split in found.splits.values() for file in split]
-    return _Found(
+    return _RawSource(
         path=str(folder),
         fingerprint=fingerprint_files(files, folder),
         parts=parts,
-        unread=shown(found.unread, folder),
+        unread=shorten_files(found.unread, folder),
     )
 
 
@@ -234,9 +241,9 @@ def _file_part(split: str, file: Path, folder: Path) -> _Part:
     )
 
 
-def _saved(folder: Path, name: str) -> _Found:
+def _saved(folder: Path, name: str) -> _RawSource:
     saved = read_saved_dataset(folder)
-    return _Found(
+    return _RawSource(
         path=name,
         fingerprint=fingerprint_files(_files_below(folder), folder),
         parts=[_table_part(split, table, str(folder)) for split, table in saved.tables.items()],
@@ -244,7 +251,7 @@ def _saved(folder: Path, name: str) -> _Found:
     )
 
 
-def _embedded(section: DataSection) -> _Found:
+def _embedded(section: DataSection) -> _RawSource:
     rows = list(embedded_rows(section.embedded_clients, section.embedded_rows))
     columns = {
         "client_id": [row.client for row in rows],
@@ -253,7 +260,7 @@ def _embedded(section: DataSection) -> _Found:
         "input": [row.input for row in rows],
         "output": [row.output for row in rows],
     }
-    return _Found(
+    return _RawSource(
         path=EMBEDDED,
         fingerprint=fingerprint_values(columns),
         parts=[_table_part(TRAIN, pa.table(columns), EMBEDDED)],
@@ -268,11 +275,11 @@ def _table_part(split: str, table: pa.Table, where: str) -> _Part:
         place=row_number,
     )
 
-    def read(wanted: RowColumns) -> Iterator[RowBlock]:
-        wanted.check(block.names, f"{where} ({split})")
-        yield replace(block, table=table.select(needed_columns(table.schema, wanted)))
+    def read(columns: RowColumns) -> Iterator[RowBlock]:
+        columns.check(block.names, f"{where} ({split})")
+        yield replace(block, table=table.select(columns_to_read(table.schema, columns)))
 
-    peek = columns_of(table.schema) if table.num_rows else None
+    peek = nested_columns(table.schema) if table.num_rows else None
     return _Part(split=split, name=f"split {split}", peek=lambda: peek, read=read)
 
 

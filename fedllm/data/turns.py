@@ -1,4 +1,4 @@
-"""Rows as their owners wrote them, and the turns of those that are conversations."""
+"""Rows as their owners wrote them, and the turns of conversations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 Role = Literal["system", "user", "assistant", "tool"]
 
 TURNS = "turns"
-"""The canonical column of conversations: a list of {role, content} per row, null without one.
+"""Canonical column of conversations: a list of {role, content} per row, null without one.
 
 A conversation ends with its last assistant turn, which is also the row's first reference.
 """
@@ -23,10 +23,10 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class TextRow:
-    """A row as its owner wrote it; the first reference is the answer to train.
+    """Row as its owner wrote it; the first reference is the answer to train.
 
-    A conversation has `turns`, up to and with its last assistant turn, and neither instruction
-    nor input; an ordinary row has no turns.
+    A conversation has `turns`, which end with the last assistant turn, and neither instruction nor
+    input. All other rows have no turns.
     """
 
     instruction: str
@@ -36,5 +36,5 @@ class TextRow:
 
     @property
     def answer(self) -> str:
-        """The answer to train, empty where there is none."""
+        """The answer to train, empty without one."""
         return self.references[0] if self.references else ""

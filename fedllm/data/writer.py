@@ -1,4 +1,4 @@
-"""Writing the cache of tokens: block by block, so that memory does not grow with the data."""
+"""Writer of the cache of tokens; it works block by block to limit memory."""
 
 import time
 from array import array
@@ -16,7 +16,7 @@ from fedllm.data.tokenize import EncodedRow, RowEncoder
 from fedllm.data.turns import TURNS, TextRow, Turn
 from fedllm.storage.publishing.folders import publishing_folder
 
-# what decides the files besides the fingerprints of data and tokenizer: raise it with any change
+# version of the files' content, part of the folder's fingerprint: raise it with any change
 FORMAT = 2
 # rows tokenised at a time: 20 to 60 MiB as Python objects
 _BLOCK_ROWS = 2048
@@ -26,8 +26,8 @@ Report = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
-class _Tally:
-    """What becomes of one client over all splits."""
+class _ClientTally:
+    """Counts and properties of one client over all splits."""
 
     category: str = ""
     integers: dict[str, set[int]] = field(default_factory=dict)
@@ -55,10 +55,10 @@ def write_clients(
 ) -> None:
     """Tokenise tables of canonical columns, one per split, and publish them as `folder`.
 
-    The tables are taken out of `tables` on the way, so that their memory is free again.
+    Every table is removed from `tables` when it is needed, so that its memory can be freed.
     """
     with publishing_folder(folder) as beside:
-        tallies: dict[str, _Tally] = {}
+        tallies: dict[str, _ClientTally] = {}
         for split in list(tables):
             rows = _SplitOfClients(split, tables, tallies)
             rows.describe()
@@ -69,17 +69,19 @@ def write_clients(
 
 
 class _SplitOfClients:
-    """The rows of one split, in the order of their clients; its table is taken out of `tables`."""
+    """Rows of one split, in the order of their clients; removes its table from `tables`."""
 
-    def __init__(self, split: str, tables: dict[str, pa.Table], tallies: dict[str, _Tally]) -> None:
+    def __init__(
+        self, split: str, tables: dict[str, pa.Table], tallies: dict[str, _ClientTally]
+    ) -> None:
         owners = list(rows_by_client(tables[split]))
         self._split = split
         self._sizes = np.array([len(owner.indices) for owner in owners], dtype=np.int64)
-        self._tallies = [tallies.setdefault(owner.client, _Tally()) for owner in owners]
-        self._table = _taken(tables, split, np.concatenate([owner.indices for owner in owners]))
+        self._tallies = [tallies.setdefault(owner.client, _ClientTally()) for owner in owners]
+        self._table = _take_rows(tables, split, np.concatenate([owner.indices for owner in owners]))
 
     def describe(self) -> None:
-        """Note category and integer columns of every client."""
+        """Store category and integer columns of every client in its tally."""
         starts = np.cumsum(self._sizes) - self._sizes
         categories = self._table["category"].take(pa.array(starts)).to_pylist()
         for tally, category in zip(self._tallies, categories, strict=True):
@@ -96,7 +98,7 @@ class _SplitOfClients:
             tally.integers.setdefault(name.removeprefix(INTEGER_PREFIX), set()).update((low, high))
 
     def write(self, file: Path, encoder: RowEncoder, report: Report) -> None:
-        """Tokenise all rows into `file`, and note what became of them."""
+        """Tokenise all rows into `file`, and count the dropped and cut ones."""
         ids = pa.list_(pa.uint16() if encoder.fits_16_bits else pa.int32())
         references = pa.list_(pa.large_string())
         schema = pa.schema(
@@ -105,7 +107,7 @@ class _SplitOfClients:
         owners = np.repeat(np.arange(len(self._sizes)), self._sizes)
         kept = np.zeros(len(self._sizes), dtype=np.int64)
         reported = time.monotonic()
-        # through Python's file, whose errors tell a full disk
+        # a Python file, because its errors tell when the disk is full
         with file.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for start in range(0, len(owners), _BLOCK_ROWS):
                 block = slice(start, start + _BLOCK_ROWS)
@@ -119,7 +121,7 @@ class _SplitOfClients:
                     reported = time.monotonic()
                     done = start + len(encoded)
                     report(f"tokenised {done:,} of {len(owners):,} {self._split} rows")
-        self._place(kept)
+        self._set_positions(kept)
 
     def _count(self, owners: Sequence[int], encoded: Sequence[EncodedRow]) -> None:
         for owner, row in zip(owners, encoded, strict=True):
@@ -132,17 +134,17 @@ class _SplitOfClients:
             if self._split == "train":
                 tally.train_tokens += len(row.prompt_ids) + len(row.answer_ids)
 
-    def _place(self, kept: npt.NDArray[np.int64]) -> None:
+    def _set_positions(self, kept: npt.NDArray[np.int64]) -> None:
         ends = np.cumsum(kept).tolist()
         for tally, rows, end in zip(self._tallies, kept.tolist(), ends, strict=True):
             tally.splits[self._split] = SplitRows(start=end - rows, rows=rows)
 
 
-def _taken(tables: dict[str, pa.Table], split: str, order: npt.NDArray[np.int64]) -> pa.Table:
-    """Take a table out of `tables` and return its rows in `order`.
+def _take_rows(tables: dict[str, pa.Table], split: str, order: npt.NDArray[np.int64]) -> pa.Table:
+    """Remove a table from `tables` and return its rows in `order`.
 
-    Column by column, so that never more than one is there twice. A table of many parts is joined
-    for every `take`: one for all rows instead of one for each block.
+    It works column by column, so that memory holds at most one column twice. Arrow joins the
+    chunks of a table for every `take`, so all rows are taken at once and not block by block.
     """
     rows, table = pa.array(order), tables.pop(split)
     columns = {}
@@ -188,7 +190,7 @@ def _batch(
 
 
 def _lists(rows: Sequence[Sequence[int]], type_: pa.ListType) -> pa.ListArray:
-    """Return lists of numbers; ten times faster than Arrow from Python's lists."""
+    """Return lists of numbers as an Arrow array, ten times faster than Arrow's own conversion."""
     flat = array("H" if type_.value_type == pa.uint16() else "i")
     for row in rows:
         flat.extend(row)

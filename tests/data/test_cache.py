@@ -1,4 +1,4 @@
-"""The cache gives every client its own rows, in order, and never half of anything."""
+"""The cache returns the rows of every client in their order; it is published whole or not."""
 
 import errno
 import json
@@ -85,7 +85,7 @@ def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
     assert len(data.rows("b", "test")) == 1
 
 
-def test_what_was_cut_is_counted(tmp_path: Path) -> None:
+def test_cut_prompts_and_answers_are_counted(tmp_path: Path) -> None:
     long_input, long_answer = raw("a", 0), raw("a", 1, output="x" * 400)
     long_input["input"] = "y" * 400
     client = written(tmp_path / "key", train=[long_input, long_answer, raw("a", 2)]).client("a")
@@ -93,7 +93,7 @@ def test_what_was_cut_is_counted(tmp_path: Path) -> None:
     assert client.train_tokens > 600
 
 
-def test_the_longest_row_of_a_client_is_known(tmp_path: Path) -> None:
+def test_the_longest_row_of_a_client_is_found(tmp_path: Path) -> None:
     rows = [raw("a", n, output="x" * (9 * n + 1)) for n in range(4)] + [raw("b", 9, output="y")]
     data = written(tmp_path / "key", train=rows, test=[raw("c", 1)])
     for owner in "ab":
@@ -119,18 +119,18 @@ def test_a_client_that_is_in_one_split_only_has_no_rows_in_the_others(tmp_path: 
     assert data.rows("a", "validation") == []
 
 
-def test_an_unknown_client_is_told_with_the_nearest_ids(tmp_path: Path) -> None:
+def test_an_unknown_client_is_reported_with_the_nearest_ids(tmp_path: Path) -> None:
     data = written(tmp_path / "key", train=[raw("task-17", 0), raw("other", 1)])
     with pytest.raises(DataError, match=r"client task-71: .*nearest: task-17"):
         data.rows("task-71", "train")
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fedllm prepare"):
         TokenizedClients.open(tmp_path / "nothing")
 
 
-def test_of_two_that_prepare_at_once_one_publishes_and_both_read(tmp_path: Path) -> None:
+def test_of_two_concurrent_prepares_one_publishes_and_both_read(tmp_path: Path) -> None:
     rows = [raw("a", 0), raw("b", 1)]
     meet = threading.Barrier(2, timeout=20)
 
@@ -161,7 +161,7 @@ def test_a_full_disk_is_no_fault_of_the_user(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_before_has_no_earlier_answers(tmp_path: Path) -> None:
+def test_a_folder_of_an_earlier_version_has_no_earlier_answers(tmp_path: Path) -> None:
     data = written(tmp_path / "key", train=[raw("a", 0)])
     (expected,) = data.rows("a", "train")
     old = pa.ipc.open_file(tmp_path / "key" / "train.arrow").read_all().drop_columns(["targets"])

@@ -1,4 +1,4 @@
-"""The embedded clients are the same everywhere, and every answer is right."""
+"""Embedded clients are the same on every machine, and every row has a sensible answer."""
 
 import pytest
 
@@ -38,6 +38,6 @@ def test_clients_beyond_the_tasks_have_rows_of_their_own() -> None:
     assert first != again
 
 
-def test_more_rows_than_there_are_inputs_is_told() -> None:
+def test_more_rows_than_there_are_inputs_are_refused() -> None:
     with pytest.raises(DataError, match=r"data\.embedded_rows"):
         list(embedded_rows(len(TASKS), 2000))

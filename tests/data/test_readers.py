@@ -1,4 +1,4 @@
-"""Every way to give data ends in the same canonical rows; what is missing is named with its key."""
+"""Every source of data gives the same canonical rows; missing columns are named with their keys."""
 
 import json
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def test_every_format_gives_the_same_rows(
     assert train["integer.client_id"].to_pylist()[:4] == [0, 1, 2, 0]
 
 
-def test_splits_that_are_given_stay_as_they_are(tmp_path: Path) -> None:
+def test_existing_splits_stay_as_they_are(tmp_path: Path) -> None:
     for split, rows in {"train": ROWS[:20], "validation": ROWS[20:25], "test": ROWS[25:]}.items():
         write_parquet(tmp_path / f"{split}.parquet", rows)
     found = tables(tmp_path, tmp_path)
@@ -147,7 +147,7 @@ def test_the_fingerprint_follows_content_and_columns_but_not_the_place(tmp_path:
     assert here != fingerprint(tmp_path / "here", split_seed=1)
 
 
-def told(path: Path | str, tmp_path: Path, **section: Any) -> str:
+def message_of(path: Path | str, tmp_path: Path, **section: Any) -> str:
     with pytest.raises(DataError) as raised:
         tables(path, tmp_path, **section)
     message = str(raised.value)
@@ -155,24 +155,24 @@ def told(path: Path | str, tmp_path: Path, **section: Any) -> str:
     return message
 
 
-def test_a_missing_column_is_told_with_its_key_and_the_columns_there_are(tmp_path: Path) -> None:
+def test_a_missing_column_is_reported_with_its_key_and_all_columns(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "rows.jsonl", ROWS)
     columns = ColumnsSection(client="owner", category="kind")
-    message = told(tmp_path / "rows.jsonl", tmp_path, columns=columns)
+    message = message_of(tmp_path / "rows.jsonl", tmp_path, columns=columns)
     assert "data.columns.client: no column `owner`" in message
     assert "data.columns.category=null" in message
     assert "client_id, category, instruction, input, output" in message
 
 
 @pytest.mark.parametrize("path", ["nowhere/at/all.jsonl", "./nowhere", "nowhere-at-all"])
-def test_a_path_that_is_not_there_is_told_with_the_remedy(tmp_path: Path, path: str) -> None:
-    message = told(path, tmp_path)
+def test_a_missing_path_is_reported_with_the_remedy(tmp_path: Path, path: str) -> None:
+    message = message_of(path, tmp_path)
     assert message.startswith(f"data.path: {path}: no such file or directory")
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
-    message = told(tmp_path, tmp_path)
+    message = message_of(tmp_path, tmp_path)
     assert "notes.txt" in message
     assert "train.parquet" in message
 
@@ -187,25 +187,25 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
         ('{"client_id": null, "output": "x"}\n', "data.columns.client"),
     ],
 )
-def test_broken_json_lines_are_told_with_their_place(
+def test_broken_json_lines_are_reported_with_their_place(
     tmp_path: Path, content: str, words: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(content)
     columns = ColumnsSection(category=None, instruction=None, input=None)
     if "output" not in content:
         columns = columns.model_copy(update={"output": "client_id"})
-    assert words in told(tmp_path / "rows.jsonl", tmp_path, columns=columns)
+    assert words in message_of(tmp_path / "rows.jsonl", tmp_path, columns=columns)
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_reported(tmp_path: Path) -> None:
     line = json.dumps(ROWS[0]).replace("Say it.", "Sag's höflich")
     (tmp_path / "rows.jsonl").write_bytes(line.encode("unicode_escape").replace(b"\\xf6", b"\xf6"))
-    assert "UTF-8" in told(tmp_path / "rows.jsonl", tmp_path)
+    assert "UTF-8" in message_of(tmp_path / "rows.jsonl", tmp_path)
 
 
-def test_a_file_that_is_no_parquet_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_reported(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_text("no parquet")
-    assert "cannot be read as parquet" in told(tmp_path, tmp_path)
+    assert "cannot be read as parquet" in message_of(tmp_path, tmp_path)
 
 
 def test_natural_instructions_are_read_whole(shared: Path, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_natural_instructions_are_read_whole(shared: Path, tmp_path: Path) -> No
     assert rows == {"train": 403_149, "validation": 49_793, "test": 36_098}
 
 
-def test_what_was_fetched_from_the_hub_needs_no_network_again(tmp_path: Path) -> None:
+def test_a_fetched_data_set_needs_no_network_again(tmp_path: Path) -> None:
     folder = CachePaths(root=tmp_path / "cache").data(hub_key("someone/tasks", None))
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(folder)
     found = tables("someone/tasks", tmp_path, test_fraction=0.1)

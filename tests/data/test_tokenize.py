@@ -1,4 +1,4 @@
-"""What a row becomes: its prompt, its answer, and what is cut when there is no room."""
+"""Tokens of a row: its prompt, its answer, and what is cut if the row is too long."""
 
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def test_a_row_without_an_answer_has_no_answer_tokens(references: tuple[str, ...
     answer=st.text("ef\n", min_size=1, max_size=400),
     cutoff=st.integers(30, 500),
 )
-def test_what_is_cut_is_cut_in_order(instruction: str, text: str, answer: str, cutoff: int) -> None:
+def test_long_rows_are_cut_in_order(instruction: str, text: str, answer: str, cutoff: int) -> None:
     given = TextRow(instruction=instruction, input=text, references=(answer,))
     found = encoder(cutoff).encode([given])[0]
     prompt, trained = BYTES.decode(found.prompt_ids), BYTES.decode(found.answer_ids)
@@ -96,18 +96,18 @@ def test_what_is_cut_is_cut_in_order(instruction: str, text: str, answer: str, c
         assert answer.startswith(trained)
 
 
-def test_very_long_inputs_are_looked_at_no_further_than_they_could_fit() -> None:
+def test_very_long_inputs_are_read_only_as_far_as_they_could_fit() -> None:
     found = encoder(200).encode([row(text="x" * 1_000_000)])[0]
     assert len(found.prompt_ids) + len(found.answer_ids) == 200
     assert found.prompt_cut
 
 
-def test_a_cutoff_without_room_is_told() -> None:
+def test_a_cutoff_that_is_too_small_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.cutoff_tokens: got 12"):
         encoder(12)
 
 
-def test_a_tokenizer_without_end_of_sequence_is_told() -> None:
+def test_a_tokenizer_without_end_of_sequence_is_refused() -> None:
     with pytest.raises(ModelError, match="end-of-sequence"):
         encoder(tokenizer=byte_tokenizer())
 
@@ -120,12 +120,12 @@ def test_a_chat_template_writes_the_whole_prompt() -> None:
     assert found.prompt_ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_tokenizer_without_chat_template_is_told() -> None:
+def test_a_tokenizer_without_chat_template_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.template.*alpaca"):
         encoder(template="chat")
 
 
-def test_a_chat_template_that_hides_the_text_is_told() -> None:
+def test_a_chat_template_that_hides_the_text_is_refused() -> None:
     tokenizer = byte_tokenizer(eos_token="</s>")
     tokenizer.chat_template = "nothing to see"
     with pytest.raises(DataError, match=r"data\.template"):
@@ -133,7 +133,7 @@ def test_a_chat_template_that_hides_the_text_is_told() -> None:
 
 
 def test_pieces_are_tokenised_as_inside_a_text_where_beginnings_are_marked() -> None:
-    """SentencePiece puts a space before every text, so also before every piece."""
+    """SentencePiece puts a space before every text, so also before every single piece."""
     letters = ["▁", "\n", *"abcdefghijklmnopqrstuvwxyzBIRSW#:,."]
     vocabulary = {letter: n for n, letter in enumerate(["<s>", "</s>", "<unk>", *letters])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

@@ -101,7 +101,7 @@ def test_a_system_prompt_in_a_column_comes_first(tmp_path: Path) -> None:
     [
         ({"role": "critic", "content": "x"}, "role 'critic'"),
         ({"role": None, "content": "x"}, "role None"),
-        ({"role": "user", "content": None}, "whose content is no text"),
+        ({"role": "user", "content": None}, "whose content is not text"),
         ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "calls a tool"),
         ({"role": "function_call", "content": "x"}, "calls a tool"),
         ({"role": "assistant", "content": "x", "weight": 0}, "weight 0"),
@@ -121,8 +121,8 @@ def test_a_message_that_cannot_be_trained_is_refused_with_its_place(
     [
         ("hi", "need a list of messages"),
         (["hi"], "need {role, content}"),
-        ([{"role": "user", "content": [{"type": "image_url", "url": "x"}]}], "is no text"),
-        ([{"role": "user", "content": 5}], "is no text"),
+        ([{"role": "user", "content": [{"type": "image_url", "url": "x"}]}], "is not text"),
+        ([{"role": "user", "content": 5}], "is not text"),
         ([{"role": "assistant", "content": "cut \ud83d"}], "holds \\ud83d"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_number_that_is_no_client_is_refused_with_its_place(
 
 def test_infinity_is_no_client(tmp_path: Path) -> None:
     message = told(write(tmp_path / "rows.parquet", [row(1.0), row(math.inf)]))
-    assert "row 2: inf is no whole number" in message
+    assert "row 2: inf is not a whole number" in message
 
 
 @pytest.mark.parametrize("missing", [math.nan, None])

@@ -1,1 +1,1 @@
-"""Files of rows: which of a folder belong to which split, and how each kind is read."""
+"""Files of rows: which file of a folder belongs to which split, and how each kind is read."""

@@ -1,4 +1,4 @@
-"""Text of a file, whatever wrote it: compressed or not, UTF-8 or UTF-16, with or without a mark."""
+"""Text of a file: compressed or not, UTF-8 or another Unicode encoding with its byte order mark."""
 
 import codecs
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ from fedllm.config.yaml_text import byte_order_mark
 from fedllm.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
-# by content: the name is lost or wrong where files were packed or unpacked on the way
+# found by content, because packing and unpacking leave wrong names
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def decoded(file: Path) -> Iterator[str]:
-    """Yield the text of a file, about a MiB at a time, without its byte order mark.
+    """Yield the text of a file in pieces of about 1 MiB, without its byte order mark.
 
     Raises:
-        DataError: it cannot be read, or holds what is no text (with the line).
+        DataError: it cannot be read, or is not text (with the line).
     """
     chunks = _chunks(file)
     first = next(chunks, b"")
@@ -30,11 +30,11 @@ def decoded(file: Path) -> Iterator[str]:
         try:
             text = decoder.decode(chunk or b"", final=chunk is None)
         except UnicodeDecodeError as error:
-            raise _no_text(file, line, error) from error
+            raise _encoding_error(file, line, error) from error
         if "\0" in text:
             number = line + text.count("\n", 0, text.index("\0"))
             raise DataError(
-                f"data.path: {file} line {number} holds a zero byte, so it is no UTF-8 text; save "
+                f"data.path: {file} line {number} holds a zero byte, so it is not UTF-8 text; save "
                 "it as UTF-8 (or as UTF-16 with a byte order mark)"
             )
         line += text.count("\n")
@@ -46,15 +46,15 @@ def _chunks(file: Path) -> Iterator[bytes]:
     try:
         with file.open("rb") as raw:
             head = raw.read(4)
-        found = (name for mark, name in _COMPRESSIONS.items() if head.startswith(mark))
-        with pa.input_stream(str(file), compression=next(found, None)) as stream:
+        names = (name for mark, name in _COMPRESSIONS.items() if head.startswith(mark))
+        with pa.input_stream(str(file), compression=next(names, None)) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"data.path: {file} cannot be read ({error}); is it whole?") from error
 
 
-def _no_text(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
+def _encoding_error(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
     before = error.object[: error.start].decode(error.encoding, errors="replace")
     name = "UTF-8" if error.encoding == "utf-8" else error.encoding.upper()
     return DataError(

@@ -1,8 +1,8 @@
 """JSON objects as rows: one a line, in a list, or one after the other; indented or not.
 
-What a file is called does not matter: people give JSON lines the name `.json` and lists the name
-`.jsonl`. Numbers stay integers where a whole column is, else they are text as JSON writes it. The
-bare words NaN and Infinity, which no JSON has and every Python writes, are missing values.
+The name of the file does not matter: people name JSON lines `.json` and lists `.jsonl`. Numbers
+are integers if the whole column holds integers; else they are text as JSON writes it. The bare
+words NaN and Infinity, which are not JSON but which Python writes, are missing values.
 """
 
 import json
@@ -17,27 +17,27 @@ from typing import Any
 import pyarrow as pa
 
 from fedllm.data.blocks import RowBlock
-from fedllm.data.columns import client_text, no_client
+from fedllm.data.columns import client_error, client_text
 from fedllm.data.conversations import turn_lists
 from fedllm.data.files.decoded import decoded
 from fedllm.data.formats import SYSTEM, RowColumns
 from fedllm.errors import DataError
 
-# rows turned into columns at a time: as Python objects they take several times their text
+# number of rows in a block: as Python objects they take several times the memory of their text
 _BLOCK_ROWS = 20_000
 _BLOCK_CHARACTERS = 16 << 20
 _PEEKED_ROWS = 100
 _LISTS = pa.list_(pa.string())
-# files that were joined have a byte order mark in their middle
+# joined files can have a byte order mark in the middle
 _SPACE = re.compile(r"[\s\ufeff]*")
-# how near its end a text that goes on is found to be wrong: the longest is half of "\ud83d\ude00"
+# an error this near to the end of a piece may come from the cut; longest: half of "\ud83d\ude00"
 _CUT_CHARACTERS = 16
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Object:
-    """A row, the line where it begins and the size of its text."""
+class _JsonRow:
+    """Row with the line where it begins and the size of its text."""
 
     line: int
     size: int
@@ -46,35 +46,36 @@ class _Object:
 
 def peek_json(file: Path) -> dict[str, bool] | None:
     """Return the columns of a file's first rows and whether they hold lists; None without rows."""
-    found: dict[str, bool] = {}
+    nested: dict[str, bool] = {}
     any_rows = False
-    for each in islice(_Scanner(file).objects(), _PEEKED_ROWS):
+    for json_row in islice(_Scanner(file).objects(), _PEEKED_ROWS):
         any_rows = True
-        for name, value in each.row.items():
-            found[name] = found.get(name, False) or _is_nested(value)
-    return found if any_rows else None
+        for name, value in json_row.row.items():
+            nested[name] = nested.get(name, False) or _is_nested(value)
+    return nested if any_rows else None
 
 
-def read_json(file: Path, wanted: RowColumns) -> Iterator[RowBlock]:
+def read_json(file: Path, columns: RowColumns) -> Iterator[RowBlock]:
     """Yield the rows of a file of JSON objects in blocks.
 
     Raises:
-        DataError: it is not JSON, not text or holds what is no object (with the line).
+        DataError: it is not JSON, is not text or holds a value that is not an object (with the
+            line).
     """
-    rows: list[_Object] = []
+    rows: list[_JsonRow] = []
     size = 0
-    for each in _Scanner(file).objects():
-        rows.append(each)
-        size += each.size
+    for row in _Scanner(file).objects():
+        rows.append(row)
+        size += row.size
         if len(rows) == _BLOCK_ROWS or size > _BLOCK_CHARACTERS:
-            yield _block(rows, wanted, file)
+            yield _block(rows, columns, file)
             rows, size = [], 0
     if rows:
-        yield _block(rows, wanted, file)
+        yield _block(rows, columns, file)
 
 
 class _Scanner:
-    """Finds one object after the other in a text that is read in pieces."""
+    """Scanner that finds one object after the other in a text that is read in pieces."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -82,80 +83,82 @@ class _Scanner:
         self._decoder = json.JSONDecoder(parse_constant=lambda _word: None)
         self._text, self._at, self._line, self._ended = "", 0, 1, False
 
-    def objects(self) -> Iterator[_Object]:
-        """Yield all objects, at the top or in lists there."""
-        before = None  # what came before in a list; None: outside of lists
-        while sign := self._sign():
+    def objects(self) -> Iterator[_JsonRow]:
+        """Yield all objects, at the top level or in lists there."""
+        before = None  # the element before in a list; None: not in a list
+        while sign := self._next_sign():
             if before is None and sign == "[":
-                self._skip(1)
+                self._advance(1)
                 before = "["
             elif before is not None and before != "," and sign == "]":
-                self._skip(1)
+                self._advance(1)
                 before = None
             elif before == "item" and sign == ",":
-                self._skip(1)
+                self._advance(1)
                 before = ","
             elif before == "item":
-                raise self._wrong("a comma is missing between two objects of its list")
+                raise self._syntax_error("a comma is missing between two objects of its list")
             else:
                 yield self._object()
                 before = before and "item"
         if before is not None:
-            raise self._wrong("it ends within its list; is the file whole?")
+            raise self._syntax_error("it ends within its list; is the file whole?")
 
-    def _sign(self) -> str:
-        """Move on to what is no space and return it; nothing at the end."""
+    def _next_sign(self) -> str:
+        """Skip white space and return the next character; an empty text at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
-            self._skip(match.end() - self._at)
+            self._advance(match.end() - self._at)
             if self._at < len(self._text):
                 return self._text[self._at]
-            if not self._more():
+            if not self._read_more():
                 return ""
 
-    def _object(self) -> _Object:
+    def _object(self) -> _JsonRow:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 break
             except json.JSONDecodeError as error:
-                if not self._may_go_on(error) or not self._more():
-                    raise self._not_json(error) from error
+                if not self._may_be_cut(error) or not self._read_more():
+                    raise self._parse_error(error) from error
             except RecursionError as error:
-                raise self._wrong("it is nested too deeply") from error
+                raise self._syntax_error("it is nested too deeply") from error
             except ValueError as error:
-                # the only other one: Python's limit to the digits of an integer
-                raise self._wrong("an integer has too many digits; write it as text") from error
+                # the only other ValueError: Python limits the digits of an integer
+                raise self._syntax_error(
+                    "an integer has too many digits; write it as text"
+                ) from error
         line, size = self._line, end - self._at
         if not isinstance(value, dict):
             raise DataError(f"data.path: {self._file} line {line} is not an object; need {{...}}")
-        self._skip(size)
-        return _Object(line=line, size=size, row=value)
+        self._advance(size)
+        return _JsonRow(line=line, size=size, row=value)
 
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         near = error.pos >= len(self._text) - _CUT_CHARACTERS
         return near or error.msg.startswith("Unterminated string")
 
-    def _more(self) -> bool:
-        """Read on, at least as much as is still there; False at the end of the file."""
+    def _read_more(self) -> bool:
+        """Read at least as much again as is left of the text; return False at the file's end."""
         left = self._text[self._at :]
-        read: list[str] = []
+        pieces: list[str] = []
         size = 0
         while not self._ended and size <= len(left):
             chunk = next(self._chunks, None)
             self._ended = chunk is None
-            read.append(chunk or "")
-            size += len(read[-1])
-        self._text, self._at = "".join([left, *read]), 0
+            pieces.append(chunk or "")
+            size += len(pieces[-1])
+        self._text, self._at = "".join([left, *pieces]), 0
         return size > 0
 
-    def _skip(self, size: int) -> None:
+    def _advance(self, size: int) -> None:
         end = self._at + size
         self._line += self._text.count("\n", self._at, end)
         self._at = end
 
-    def _not_json(self, error: json.JSONDecodeError) -> DataError:
+    def _parse_error(self, error: json.JSONDecodeError) -> DataError:
         end = min(error.pos, len(self._text.rstrip()))
         at = self._line + self._text.count("\n", self._at, end)
         within = f" in the object that begins in line {self._line}" if at > self._line else ""
@@ -163,73 +166,74 @@ class _Scanner:
             f"data.path: {self._file} line {at} is not JSON ({error.msg}{within}); correct it"
         )
 
-    def _wrong(self, what: str) -> DataError:
+    def _syntax_error(self, what: str) -> DataError:
         return DataError(f"data.path: {self._file} line {self._line} is not JSON ({what})")
 
 
-def _block(rows: Sequence[_Object], wanted: RowColumns, file: Path) -> RowBlock:
-    _check_format(rows, wanted, file)
-    columns = _Columns(rows, wanted, file)
-    names = tuple(dict.fromkeys(name for each in rows for name in each.row))
-    if wanted.columns.client not in names:
-        wanted.check(names, str(file))
-    arrays = {name: columns.array(name) for name in (*wanted.named.values(), *names)}
+def _block(rows: Sequence[_JsonRow], columns: RowColumns, file: Path) -> RowBlock:
+    _check_format(rows, columns, file)
+    builder = _ColumnBuilder(rows, columns, file)
+    names = tuple(dict.fromkeys(name for json_row in rows for name in json_row.row))
+    if columns.names.client not in names:
+        columns.check(names, str(file))
+    arrays = {name: builder.array(name) for name in (*columns.required.values(), *names)}
     return RowBlock(
         table=pa.table(arrays),
         names=names,
         where=str(file),
-        place=columns.place,
-        has_turns=wanted.conversations,
+        place=builder.place,
+        has_turns=columns.conversations,
     )
 
 
-def _check_format(rows: Sequence[_Object], wanted: RowColumns, file: Path) -> None:
-    """Refuse rows of another format: they would count as rows without an answer."""
-    for each in rows:
-        if wanted.columns.output in each.row:
+def _check_format(rows: Sequence[_JsonRow], columns: RowColumns, file: Path) -> None:
+    """Raise an error for a row of another format: it would count as a row without an answer."""
+    for json_row in rows:
+        if columns.names.output in json_row.row:
             continue
-        others = wanted.others({name: _is_nested(value) for name, value in each.row.items()})
+        nested = {name: _is_nested(value) for name, value in json_row.row.items()}
+        others = columns.other_formats(nested)
         if others:
             raise DataError(
-                f"data.format: {file} line {each.line} is a row of {others[0]}, not of "
-                f"{wanted.format} as the others; convert it, or give each format a run of its own"
+                f"data.format: {file} line {json_row.line} is a row of {others[0]}, not of "
+                f"{columns.format} as the others; convert it, or give each format a run of its own"
             )
 
 
-class _Columns:
-    """Turns the columns of some rows into arrays."""
+class _ColumnBuilder:
+    """Builder of Arrow arrays from the columns of some rows."""
 
-    def __init__(self, rows: Sequence[_Object], wanted: RowColumns, file: Path) -> None:
-        self._rows, self._wanted, self._where = rows, wanted, str(file)
+    def __init__(self, rows: Sequence[_JsonRow], columns: RowColumns, file: Path) -> None:
+        self._rows, self._columns, self._where = rows, columns, str(file)
 
     def place(self, index: int) -> str:
         """Return the line of a row."""
         return f"line {self._rows[index].line:,}"
 
     def array(self, name: str) -> pa.Array:
-        """Return a column; of one that nothing asks for, integers only.
+        """Return a column; a column that is not read is null, unless it holds integers.
 
         Raises:
-            DataError: it holds what is no text, or half of a character (with the line).
+            DataError: a value is neither text nor a number, or half of a character (with the line).
         """
-        values = [each.row.get(name) for each in self._rows]
+        values = [json_row.row.get(name) for json_row in self._rows]
         if _all_integers(values):
             return pa.array(values, pa.int64())
-        if name not in self._wanted.wanted:
+        if name not in self._columns.readable:
             return pa.nulls(len(values))
         try:
-            return self._wanted_array(name, values)
+            return self._readable_array(name, values)
         except UnicodeEncodeError as error:
             raise self._half_character(name, values) from error
 
-    def _wanted_array(self, name: str, values: Sequence[Any]) -> pa.Array:
-        columns = self._wanted.columns
-        if self._wanted.conversations and name == columns.output:
-            systems = [each.row.get(SYSTEM) for each in self._rows]
+    def _readable_array(self, name: str, values: Sequence[Any]) -> pa.Array:
+        names = self._columns.names
+        if self._columns.conversations and name == names.output:
+            systems = [json_row.row.get(SYSTEM) for json_row in self._rows]
             return turn_lists(values, systems, self._where, self.place)
-        if name == columns.client:
+        if name == names.client:
             values = [self._client(value, index) for index, value in enumerate(values)]
-        if name == columns.output and any(isinstance(value, list) for value in values):
+        if name == names.output and any(isinstance(value, list) for value in values):
             lists = [self._texts(name, value, index) for index, value in enumerate(values)]
             return pa.array(lists, _LISTS)
         texts = [self._text(name, value, index) for index, value in enumerate(values)]
@@ -240,7 +244,7 @@ class _Columns:
             return value
         text = client_text(value)
         if text is None:
-            raise no_client(value, f"{self._where} {self.place(index)}")
+            raise client_error(value, f"{self._where} {self.place(index)}")
         return text
 
     def _texts(self, name: str, value: Any, index: int) -> list[str | None]:

@@ -7,40 +7,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedllm.data.blocks import RowBlock, row_number
-from fedllm.data.columns import needed_columns
+from fedllm.data.columns import columns_to_read
 from fedllm.data.formats import RowColumns
 from fedllm.errors import DataError
 
 
 def peek_parquet(file: Path) -> dict[str, bool] | None:
-    """Return the columns of a file and whether they hold lists; None where it has no rows.
+    """Return the columns of a file and whether they hold lists; None for a file without rows.
 
     Raises:
-        DataError: it is no parquet file.
+        DataError: it is not a parquet file.
     """
     try:
         with pq.ParquetFile(file) as opened:
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
-    return columns_of(schema) if rows else None
+    return nested_columns(schema) if rows else None
 
 
-def columns_of(schema: pa.Schema) -> dict[str, bool]:
+def nested_columns(schema: pa.Schema) -> dict[str, bool]:
     """Return the columns of a schema and whether they hold lists."""
     return {field.name: pa.types.is_nested(field.type) for field in schema}
 
 
-def read_parquet(file: Path, wanted: RowColumns) -> Iterator[RowBlock]:
-    """Yield the rows of a parquet file, all at once: as Arrow holds them they are small.
+def read_parquet(file: Path, columns: RowColumns) -> Iterator[RowBlock]:
+    """Yield the rows of a parquet file in one block: Arrow's tables take little memory.
 
     Raises:
-        DataError: it is no parquet file, or a column is missing.
+        DataError: it is not a parquet file, or a column is missing.
     """
     try:
         schema = pq.read_schema(file)
-        wanted.check(schema.names, str(file))
-        table = pq.read_table(file, columns=needed_columns(schema, wanted))
+        columns.check(schema.names, str(file))
+        table = pq.read_table(file, columns=columns_to_read(schema, columns))
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
     names = tuple(schema.names)

@@ -1,7 +1,7 @@
-"""Quotes in CSV: where a field begins with one, it ends with one; elsewhere they are text.
+"""Quotes in CSV: a field that begins with a quote ends with one; other quotes are text.
 
-Readers of CSV are lenient: after a stray quote they take the rows that follow for one field, and
-of `"Hi" he said` they drop the quotes. Both change what is trained, so both are refused.
+Readers of CSV are lenient: after a stray quote they read the following rows as one field, and they
+drop the quotes of `"Hi" he said`. Both change what is trained, so both are refused.
 """
 
 import re
@@ -11,40 +11,40 @@ from pathlib import Path
 from fedllm.errors import DataError
 
 _LINE_ENDS = re.compile(r"[\r\n]+")
-# up to the first quote that is not one of two
+# all text before the first single quote; two quotes stand for a quote within the field
 _QUOTED = re.compile(r'[^"]*+(?:""[^"]*+)*+')
 
 
 def checked_quotes(chunks: Iterable[str], file: Path, delimiter: str) -> Iterator[str]:
-    """Yield the pieces of a text as they are; fields may lie across pieces.
+    """Yield the pieces of a text unchanged; a field may extend over several pieces.
 
     Raises:
-        DataError: a field in quotes goes on behind its closing quote, or the text ends within it
+        DataError: a field in quotes goes on after its closing quote, or the text ends within it
             (with the row where the field begins).
     """
-    quotes = _Quotes(file, delimiter)
+    quotes = _QuoteChecker(file, delimiter)
     for chunk in chunks:
         quotes.feed(chunk)
         yield chunk
     quotes.end()
 
 
-class _Quotes:
-    """Follows a text from field to field."""
+class _QuoteChecker:
+    """Checker of quotes that follows a text from field to field."""
 
     def __init__(self, file: Path, delimiter: str) -> None:
         self._file = file
         # the quote comes first because a search for one character is fast
         self._opening = re.compile(f'"(?<=[{delimiter}\\r\\n]")')
-        self._behind = delimiter + "\r\n"
+        self._after_quote = delimiter + "\r\n"
         self._quoted = False
         self._row = 1
-        # the last character, and behind it a quote whose meaning the next piece tells
-        self._held = "\n"
+        # the last character, and after it a quote whose meaning depends on the next piece
+        self._unread = "\n"
 
     def feed(self, chunk: str) -> None:
-        """Go on with a piece of the text."""
-        text, at = self._held + chunk, 1
+        """Check the next piece of the text."""
+        text, at = self._unread + chunk, 1
         while at < len(text):
             if self._quoted:
                 match = _QUOTED.match(text, at)
@@ -52,7 +52,7 @@ class _Quotes:
                 at = match.end()
                 if at + 1 >= len(text):
                     break
-                if text[at + 1] not in self._behind:
+                if text[at + 1] not in self._after_quote:
                     raise self._refusal("goes on behind its closing quote")
                 self._quoted = False
                 at += 1
@@ -62,16 +62,16 @@ class _Quotes:
                 self._count_rows(text, at, end)
                 self._quoted = found is not None
                 at = found.end() if found else end
-        self._held = text[at - 1 :]
+        self._unread = text[at - 1 :]
 
     def end(self) -> None:
-        """Refuse a field that the end of the text cuts."""
-        if self._quoted and self._held[1:] != '"':
+        """Raise an error if the text ends within a field."""
+        if self._quoted and self._unread[1:] != '"':
             raise self._refusal("is not closed")
 
     def _count_rows(self, text: str, start: int, end: int) -> None:
         ends = len(_LINE_ENDS.findall(text, start, end))
-        # blank lines are no rows
+        # blank lines are not rows
         goes_on = ends > 0 and text[start - 1] in "\r\n" and text[start] in "\r\n"
         self._row += ends - goes_on
 

@@ -1,9 +1,9 @@
-"""Which files of a folder are the rows of which split.
+"""Splits of a folder: which of its files are the rows of which split.
 
-A file is of a split where its name is the split's, alone (`Test.jsonl`, `dev.csv.gz`) or with a
-part (`train-00000-of-00002.parquet`, `train_1.jsonl`), or where it lies in a folder of that name;
-all of it may lie in a folder `data`, as on the hub. What else looks like rows is told, never
-passed over: it may be somebody's test set.
+A file belongs to a split if it is named after the split, alone (`Test.jsonl`, `dev.csv.gz`) or
+with a part (`train-00000-of-00002.parquet`, `train_1.jsonl`), or if its folder is. All of this may
+be inside a folder `data`, as on the hub. Other files that look like rows are reported and never
+silently ignored: one may be somebody's test set.
 """
 
 import os
@@ -29,7 +29,7 @@ SPLIT_NAMES: Mapping[str, str] = {
 }
 
 _COMPRESSED = {".gz", ".zst"}
-# what rows also come in, but is not read
+# kinds of files that can hold rows but are not read
 _TABLES = {
     ".arrow",
     ".avro",
@@ -46,23 +46,23 @@ _TABLES = {
     ".tfrecord",
 }
 _SHEETS = {".ods", ".xls", ".xlsx"}
-_PACKED = {".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
-# of these only what has a split's name: most are notes
+_ARCHIVES = {".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
+# files of these kinds count only if they have a split's name: most are notes
 _NOTES = {".txt", ".xml"}
-_OTHER_KINDS = _TABLES | _SHEETS | _PACKED | _NOTES
-# files that describe rows and hold none
+_OTHER_KINDS = _TABLES | _SHEETS | _ARCHIVES | _NOTES
+# files that describe rows but hold none
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_PLAIN_NAME = re.compile(
+_SPLIT_FILE_NAME = re.compile(
     rf"({'|'.join(SPLIT_NAMES)})(-.+|[._ ]?(part|shard)?[-._ ]?[0-9]+([-._ ]?of[-._ ]?[0-9]+)?)?"
 )
-_PART_OF = re.compile(r".*?([0-9]+)[-._ ]?of[-._ ]?([0-9]+)")
-_MOST_DEPTH = 3
-_SHOWN = 6
+_PART_NUMBER = re.compile(r".*?([0-9]+)[-._ ]?of[-._ ]?([0-9]+)")
+_MAX_DEPTH = 3
+_MAX_SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFiles:
-    """The files of each split that there is, and those that look like rows and are not read."""
+    """Files of each split, and the files that look like rows but are not read."""
 
     splits: Mapping[str, Sequence[Path]]
     unread: Sequence[Path]
@@ -70,7 +70,7 @@ class SplitFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """A file of a split; `group` tells parts of one whole from two wholes."""
+    """File of a split; `part`: it may be one of several; parts of one source have equal groups."""
 
     file: Path
     split: str
@@ -80,17 +80,17 @@ class _Candidate:
 
 
 def kind_of(file: Path) -> str:
-    """Return what a file's name ends with, in lower case and without a compression's ending."""
+    """Return the suffix of a file's name in lower case, without the suffix of a compression."""
     name = Path(file.name.lower())
     return (name.suffix in _COMPRESSED and name.with_suffix("").suffix) or name.suffix
 
 
 def split_files(folder: Path, kinds: Collection[str]) -> SplitFiles:
-    """Find the files of each split in a folder, of the kinds that can be read.
+    """Find the files of each split in a folder; `kinds` are the suffixes that can be read.
 
     Raises:
-        DataError: there is no train split, a split has two sources, or is in a kind of file that
-            is not read.
+        DataError: there is no train split, or a split has two sources, misses a part or comes in a
+            kind of file that is not read.
     """
     found: dict[str, list[_Candidate]] = {split: [] for split in SPLITS}
     unread = []
@@ -106,37 +106,39 @@ def split_files(folder: Path, kinds: Collection[str]) -> SplitFiles:
         if not candidates:
             _check_readable(split, unread, folder, kinds)
     if not found[TRAIN]:
-        raise _no_train(folder)
+        raise _no_train_error(folder)
     splits = {split: [c.file for c in candidates] for split, candidates in found.items()}
     return SplitFiles(splits={s: files for s, files in splits.items() if files}, unread=unread)
 
 
-def shown(files: Sequence[Path], folder: Path) -> str:
-    """Return the names of files below a folder, the first few of them."""
-    names = [str(file.relative_to(folder)) for file in files[:_SHOWN]]
-    return ", ".join(names) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
+def shorten_files(files: Sequence[Path], folder: Path) -> str:
+    """Return the names of the first few files below a folder as text."""
+    names = [str(file.relative_to(folder)) for file in files[:_MAX_SHOWN]]
+    return ", ".join(names) + (
+        f" and {len(files) - _MAX_SHOWN} more" if len(files) > _MAX_SHOWN else ""
+    )
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield files in the order of their paths; hidden ones belong to some program."""
+    """Yield files in the order of their paths, without hidden ones, which programs make."""
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)
-        deep = len(here.relative_to(folder).parts) >= _MOST_DEPTH
-        folders[:] = [] if deep else sorted(name for name in folders if _is_shown(name))
-        shown_names = (name for name in sorted(names) if _is_shown(name))
-        yield from (here / name for name in shown_names if name not in _DESCRIPTIONS)
+        deep = len(here.relative_to(folder).parts) >= _MAX_DEPTH
+        folders[:] = [] if deep else sorted(name for name in folders if _is_visible(name))
+        visible = (name for name in sorted(names) if _is_visible(name))
+        yield from (here / name for name in visible if name not in _DESCRIPTIONS)
 
 
-def _is_shown(name: str) -> bool:
+def _is_visible(name: str) -> bool:
     return not name.startswith((".", "__"))
 
 
 def _candidate(file: Path, folder: Path, kinds: Collection[str]) -> _Candidate | None:
-    """Return a file as part of the split that its name or folder plainly says."""
+    """Return a file as a candidate for the split that its name or folder names; None: for none."""
     kind = kind_of(file)
     if kind not in {*_OTHER_KINDS, *kinds}:
         return None
-    match = _PLAIN_NAME.fullmatch(_stem(file))
+    match = _SPLIT_FILE_NAME.fullmatch(_stem(file))
     named = SPLIT_NAMES[match[1]] if match else None
     folders = [name.lower() for name in file.relative_to(folder).parts[:-1]]
     folders = folders[1:] if folders[:1] == ["data"] else folders
@@ -162,35 +164,35 @@ def _stem(file: Path) -> str:
 
 
 def _check_one_source(candidates: Sequence[_Candidate], folder: Path) -> None:
-    """Refuse a split that is there twice: as a whole and in parts, or in two places or kinds."""
+    """Raise an error if a split exists twice: whole and in parts, or in two places or kinds."""
     stems = {(c.file.parent, _stem(c.file)) for c in candidates}
     whole = any(not c.part for c in candidates)
     groups = {c.group for c in candidates}
     if len(candidates) > 1 and (whole or len(groups) > 1 or len(stems) < len(candidates)):
-        raise _two_sources(candidates, folder)
+        raise _two_sources_error(candidates, folder)
 
 
-def _two_sources(candidates: Sequence[_Candidate], folder: Path) -> DataError:
+def _two_sources_error(candidates: Sequence[_Candidate], folder: Path) -> DataError:
     return DataError(
         f"data.path: {folder} has more than one source of the split {candidates[0].split}: "
-        f"{shown([c.file for c in candidates], folder)}; keep one of them there"
+        f"{shorten_files([c.file for c in candidates], folder)}; keep one of them there"
     )
 
 
 def _check_all_parts(candidates: Sequence[_Candidate], folder: Path) -> None:
-    """Refuse parts of which some are missing, where their names say how many there are."""
-    matches = [_PART_OF.fullmatch(_stem(candidate.file)) for candidate in candidates]
+    """Raise an error if a part is missing; the files' names say how many parts there are."""
+    matches = [_PART_NUMBER.fullmatch(_stem(candidate.file)) for candidate in candidates]
     parts = [(int(match[1]), int(match[2])) for match in matches if match]
     if not parts:
         return
     counts = {count for _, count in parts}
     if len(counts) > 1 or len(parts) < len(candidates):
-        raise _two_sources(candidates, folder)
+        raise _two_sources_error(candidates, folder)
     (count,) = counts
     first = 0 if any(number == 0 for number, _ in parts) else 1
     missing = sorted({*range(first, first + count)} - {number for number, _ in parts})
     if missing:
-        names = shown([c.file for c in candidates], folder)
+        names = shorten_files([c.file for c in candidates], folder)
         raise DataError(
             f"data.path: {folder} has {len(parts)} of {count} parts of the split "
             f"{candidates[0].split} ({names}); number {missing[0]} is missing: fetch it, or "
@@ -202,29 +204,29 @@ def _check_readable(
     split: str, unread: Sequence[Path], folder: Path, kinds: Collection[str]
 ) -> None:
     for file in unread:
-        found = _candidate(file, folder, kinds)
-        if found is not None and found.split == split:
+        candidate = _candidate(file, folder, kinds)
+        if candidate is not None and candidate.split == split:
             raise DataError(
-                f"data.path: {file} looks like the split {split}, but is no "
+                f"data.path: {file} looks like the split {split}, but is not a "
                 f"{' or '.join(kinds)} file; convert it, or move it elsewhere"
             )
 
 
-def _no_train(folder: Path) -> DataError:
+def _no_train_error(folder: Path) -> DataError:
     here = sorted(file.name for file in folder.iterdir())
-    names = ", ".join(here[:_SHOWN]) + (", ..." if len(here) > _SHOWN else "") or "nothing"
+    names = ", ".join(here[:_MAX_SHOWN]) + (", ..." if len(here) > _MAX_SHOWN else "") or "nothing"
     within = sorted(
-        each.name
-        for each in folder.iterdir()
-        if each.is_dir() and _is_shown(each.name) and any(_trains(file) for file in each.iterdir())
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and _is_visible(path.name) and any(map(_is_train_file, path.iterdir()))
     )
-    remedy = f"; or give one of its folders: {', '.join(within[:_SHOWN])}" if within else ""
+    remedy = f"; or give one of its folders: {', '.join(within[:_MAX_SHOWN])}" if within else ""
     return DataError(
         f"data.path: {folder} holds {names}; need train.parquet or train.jsonl (and, if there are "
         f"any, validation.* and test.*), or a saved Hugging Face dataset{remedy}"
     )
 
 
-def _trains(file: Path) -> bool:
-    match = _PLAIN_NAME.fullmatch(file.name.lower().partition(".")[0])
+def _is_train_file(file: Path) -> bool:
+    match = _SPLIT_FILE_NAME.fullmatch(file.name.lower().partition(".")[0])
     return match is not None and SPLIT_NAMES[match[1]] == TRAIN
