@@ -16,7 +16,7 @@ from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import LeaseRecord
 
 
-def ask_about(paths: RunPaths) -> Ask | None:
+def scheduler_query(paths: RunPaths) -> Ask | None:
     """Return what asks the scheduler of a run; None where it cannot answer to this process.
 
     Local tasks are known to their coordinator alone, and squeue is asked about one's own jobs.
@@ -60,7 +60,7 @@ class _Asking:
         )
 
 
-def rarely_gone(paths: RunPaths) -> HolderIsGone:
+def cached_holder_check(paths: RunPaths) -> HolderIsGone:
     """Return what says whether a coordinator ended, and asks Slurm again only after a while."""
     known: dict[int, tuple[float, bool | None]] = {}
     query_seconds = read_config(paths.config).scheduler.query_seconds

@@ -19,15 +19,15 @@ from fedllm.rounds.run import Run
 from fedllm.scheduling import schedulers
 from fedllm.scheduling.environment import become_task
 from fedllm.scheduling.inline import Execute
-from fedllm.scheduling.schedulers import refuse_place
+from fedllm.scheduling.schedulers import check_log_path
 from fedllm.scheduling.seam import Scheduler, SubmissionUnknown
 from fedllm.scheduling.slurm.coordinator_job import (
     check_coordinator,
     holder_is_gone,
-    refuse_second,
+    refuse_second_coordinator,
     submit_coordinator,
 )
-from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
+from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
@@ -79,12 +79,12 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
     """
     root, config = configured(config_or_run, overrides, run_dir)
     paths = RunPaths(root=root.resolve())
-    refuse_owned(config.scheduler)
+    refuse_reserved(config.scheduler)
     log_pattern(paths.all_logs, "")
     known = RunRecord.find(paths.run)
     if known:
         # before the lease: a link that starts meanwhile would find it held
-        refuse_second(paths, known.run_id)
+        refuse_second_coordinator(paths, known.run_id)
     check_coordinator(config.scheduler)
     run = opened(root, config)
     try:
@@ -130,8 +130,8 @@ def opened(root: Path, config: Config, *, take_over: bool = False, unattended: b
         RunDirectoryError: it cannot be used, or its path not be said to Slurm.
     """
     check_method(config.method)
-    refuse_owned(config.scheduler)
-    refuse_place(config, RunPaths(root=root.resolve()))
+    refuse_reserved(config.scheduler)
+    check_log_path(config, RunPaths(root=root.resolve()))
     return open_run(
         root,
         config,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.classes import classes_of, job_options, tier_options
-from fedllm.scheduling.slurm.check import problems
+from fedllm.scheduling.slurm.check import job_problems
 from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
 from fedllm.scheduling.slurm.free_capacity import Surveyor
@@ -127,7 +127,7 @@ def refusals(kind: JobKind, surveyor: Surveyor) -> list[str]:
         SchedulerUnreachable: slurmctld does not answer now.
     """
     return list(
-        problems(
+        job_problems(
             kind.flags,
             section=kind.section,
             program=kind.program,

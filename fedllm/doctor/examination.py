@@ -16,10 +16,10 @@ from fedllm.doctor.cluster_findings import (
     partition_findings,
 )
 from fedllm.doctor.findings import Finding, Level
-from fedllm.doctor.node_probe import Probe, ProbeWaits, probed
-from fedllm.doctor.report import Wanted, node_findings
+from fedllm.doctor.node_probe import Probe, ProbeWaits, node_options
+from fedllm.doctor.report import NodeRequirements, node_findings
 from fedllm.doctor.surroundings import folder_findings, readiness_findings
-from fedllm.doctor.trials import Sight, existing, installed, trial_folder
+from fedllm.doctor.trials import ProbeResult, installed_versions, nearest_folder, trial_folder
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.classes import asks_for_gpus
 from fedllm.scheduling.slurm.commands import InstalledCommands
@@ -34,7 +34,7 @@ _ONCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examinee:
+class DoctorRequest:
     """What is looked at: a configuration, or without one the cluster as it comes."""
 
     scheduler: SchedulerSection
@@ -55,7 +55,7 @@ class Examinee:
         return job_kinds(self.scheduler, tiers)
 
 
-def examine(examinee: Examinee) -> Iterator[Finding]:
+def examine(examinee: DoctorRequest) -> Iterator[Finding]:
     """Yield what is found: configuration, cluster, compute nodes, folders."""
     if examinee.config is not None:
         yield from readiness_findings(examinee.config, examinee.root)
@@ -67,8 +67,8 @@ def examine(examinee: Examinee) -> Iterator[Finding]:
         yield from folder_findings(examinee.root, examinee.storage, on_cluster=False)
 
 
-def _on_cluster(examinee: Examinee) -> Iterator[Finding]:
-    sights: list[Sight] = []
+def _on_cluster(examinee: DoctorRequest) -> Iterator[Finding]:
+    sights: list[ProbeResult] = []
     try:
         log_pattern(RunPaths(root=examinee.root.resolve()).all_logs, "")
     except RunDirectoryError as error:
@@ -120,15 +120,15 @@ def _names(kinds: Sequence[JobKind]) -> str:
 
 
 def _on_nodes(
-    examinee: Examinee, kinds: Sequence[JobKind], sights: list[Sight]
+    examinee: DoctorRequest, kinds: Sequence[JobKind], sights: list[ProbeResult]
 ) -> Iterator[Finding]:
     """Send a probe to the nodes that jobs get, one for jobs of equal options."""
     alike: dict[object, list[JobKind]] = {}
     for kind in kinds:
-        alike.setdefault(probed(kind.flags), []).append(kind)
+        alike.setdefault(node_options(kind.flags), []).append(kind)
     if not alike:
         return
-    parent = existing(examinee.root)
+    parent = nearest_folder(examinee.root)
     try:
         with trial_folder(parent) as folder, ThreadPoolExecutor(len(alike)) as pool:
             names = [_names(group) for group in alike.values()]
@@ -144,10 +144,10 @@ def _on_nodes(
 @dataclass(frozen=True, kw_only=True)
 class _Probed:
     findings: list[Finding]
-    sights: list[Sight]
+    sights: list[ProbeResult]
 
 
-def _probed(examinee: Examinee, folder: Path, kinds: Sequence[JobKind], name: str) -> _Probed:
+def _probed(examinee: DoctorRequest, folder: Path, kinds: Sequence[JobKind], name: str) -> _Probed:
     """Probe the node that jobs of these kinds get; what comes in between is a finding, too."""
     own = folder / uuid.uuid4().hex
     make_folder(own)
@@ -172,11 +172,11 @@ def _probed(examinee: Examinee, folder: Path, kinds: Sequence[JobKind], name: st
         finding = Finding(check=check, level="fail", found=str(error), change=change)
         return _Probed(findings=[finding], sights=[])
     flags = kinds[0].flags
-    wanted = Wanted(
+    wanted = NodeRequirements(
         key=f"scheduler.sbatch.{kinds[0].program}",
         cpus=int(flags.get("cpus-per-task", 1)),
         gpus=asks_for_gpus(dict(flags)),
-        versions=dict(installed()),
+        versions=dict(installed_versions()),
         visibility_seconds=examinee.storage.visibility_seconds,
         node_local=examinee.storage.node_local,
         submits=any(kind.program == "coordinator" for kind in kinds),
@@ -184,7 +184,7 @@ def _probed(examinee: Examinee, folder: Path, kinds: Sequence[JobKind], name: st
     return _Probed(findings=node_findings(name, sight, wanted, folder.parent), sights=[sight])
 
 
-def _needed_there(examinee: Examinee) -> Iterator[Path]:
+def _needed_there(examinee: DoctorRequest) -> Iterator[Path]:
     """Yield what jobs read beside the run directory, where it is here."""
     yield shipped("jobs")
     yield cache_of(examinee.storage.cache, examinee.root).root

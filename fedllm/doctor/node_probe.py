@@ -19,9 +19,9 @@ from typing import IO, TypeVar
 from pydantic import ValidationError
 
 from fedllm.config.models import SchedulerSection
-from fedllm.doctor.trials import NodeRecord, Sight, SightRecord, seconds_until
+from fedllm.doctor.trials import FileDelayRecord, NodeRecord, ProbeResult, seconds_until
 from fedllm.errors import FedllmError, UserError
-from fedllm.scheduling.slurm.command_output import MARK, marked
+from fedllm.scheduling.slurm.command_output import MARK, marked_lines
 from fedllm.scheduling.slurm.commands import (
     NODE_NAME_IN_SHELL,
     CommandRefused,
@@ -45,7 +45,7 @@ _END_SECONDS = 5.0
 _START = "fedllm-probe-starts-on "
 
 _Found = TypeVar("_Found")
-_Told = TypeVar("_Told", NodeRecord, SightRecord)
+_Told = TypeVar("_Told", NodeRecord, FileDelayRecord)
 
 
 class ProbeFailed(FedllmError):
@@ -78,7 +78,7 @@ class Probe:
     visibility_seconds: float
     wait_seconds: float
 
-    def run(self) -> Sight:
+    def run(self) -> ProbeResult:
         """Run it and return what it found.
 
         Raises:
@@ -92,13 +92,13 @@ class Probe:
             answer = self._told(step, node, NodeRecord)
             clock_seconds = answer.clock - time.time()
             if answer.storage_problem:
-                return Sight(node=answer, clock_seconds=clock_seconds)
+                return ProbeResult(node=answer, clock_seconds=clock_seconds)
             paths = ProbePaths(root=self.folder)
-            seen_here = seconds_until(paths.there.exists, patience=self.visibility_seconds)
+            seen_here = seconds_until(paths.there.exists, max_seconds=self.visibility_seconds)
             publish_bytes(paths.here, b"{}")
             step.say("look")
-            seen_there = self._told(step, node, SightRecord).seconds
-        return Sight(
+            seen_there = self._told(step, node, FileDelayRecord).seconds
+        return ProbeResult(
             node=answer,
             clock_seconds=clock_seconds,
             seen_here=seen_here,
@@ -106,12 +106,12 @@ class Probe:
         )
 
     @property
-    def _patience(self) -> float:
+    def _answer_seconds(self) -> float:
         return _ANSWER_SECONDS + self.visibility_seconds
 
     @contextmanager
     def _started(self, name: str) -> Iterator["_Step"]:
-        words = [*srun_words(self.flags, name, self._patience), "bash", "-c", self._script()]
+        words = [*srun_words(self.flags, name, self._answer_seconds), "bash", "-c", self._script()]
         try:
             process = subprocess.Popen(
                 words,
@@ -168,9 +168,11 @@ class Probe:
                 return None
 
         try:
-            return step.find(parse, self._patience)
+            return step.find(parse, self._answer_seconds)
         except TimeoutError as error:
-            raise ProbeFailed(f"node {node}: no answer within {self._patience:.0f} s") from error
+            raise ProbeFailed(
+                f"node {node}: no answer within {self._answer_seconds:.0f} s"
+            ) from error
         except ProbeFailed as error:
             raise ProbeFailed(f"node {node}: {error}") from error
 
@@ -187,7 +189,7 @@ def srun_words(flags: Flags, name: str, seconds: float) -> list[str]:
     ]
 
 
-def probed(flags: Flags) -> tuple[tuple[str, str], ...]:
+def node_options(flags: Flags) -> tuple[tuple[str, str], ...]:
     """Return what of the flags decides which node a probe gets: equal for one probe of both."""
     return tuple(sorted((f, str(v)) for f, v in flags.items() if f not in _NOT_OF_A_PROBE))
 
@@ -199,7 +201,7 @@ def _started_on(line: str) -> str | None:
 def _reason(name: str) -> str:
     try:
         words = ["squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}"]
-        said = "; ".join(marked(call([*words, "-o", f"{MARK}%r"])))
+        said = "; ".join(marked_lines(call([*words, "-o", f"{MARK}%r"])))
     except (FedllmError, CommandRefused):
         said = ""
     return f"Slurm's reason: {said}" if said else "Slurm says no reason"

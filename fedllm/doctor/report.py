@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from fedllm.doctor.findings import Finding, Level
-from fedllm.doctor.trials import Sight
+from fedllm.doctor.trials import ProbeResult
 from fedllm.reporting.tables import size
 
 # what is written in time only just will one day not be
@@ -15,7 +15,7 @@ _NEARLY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class NodeRequirements:
     """What tasks need of a node.
 
     Attributes:
@@ -37,7 +37,9 @@ class Wanted:
     submits: bool
 
 
-def node_findings(name: str, sight: Sight, wanted: Wanted, folder: Path) -> list[Finding]:
+def node_findings(
+    name: str, sight: ProbeResult, wanted: NodeRequirements, folder: Path
+) -> list[Finding]:
     """Judge what a probe found on the node that tasks `name` get; runs will lie in `folder`."""
     node = sight.node
     at = f"node {node.node} ({name})"
@@ -51,7 +53,7 @@ def node_findings(name: str, sight: Sight, wanted: Wanted, folder: Path) -> list
     ]
 
 
-def _sight(check: str, sight: Sight, wanted: Wanted) -> Finding:
+def _sight(check: str, sight: ProbeResult, wanted: NodeRequirements) -> Finding:
     node = sight.node
     shared = (
         "put runs on storage that all compute nodes share and mount at the same path "
@@ -86,7 +88,7 @@ def _clock(seconds: float) -> str:
     return f"its clock is {abs(seconds):.1f} s {side}, on which nothing depends"
 
 
-def _packages(check: str, sight: Sight, wanted: Wanted) -> Finding:
+def _packages(check: str, sight: ProbeResult, wanted: NodeRequirements) -> Finding:
     node = sight.node
     change = "scheduler.python and scheduler.setup: start the environment that is used here"
     if node.broken:
@@ -105,7 +107,7 @@ def _packages(check: str, sight: Sight, wanted: Wanted) -> Finding:
     return Finding(check=check, level="ok", found=f"Python {node.python}; as here: {same}")
 
 
-def _gpus(check: str, sight: Sight, wanted: Wanted) -> Finding:
+def _gpus(check: str, sight: ProbeResult, wanted: NodeRequirements) -> Finding:
     seen = ", ".join(f"{n} x {name}" for name, n in Counter(sight.node.gpus).items())
     if not wanted.gpus:
         return Finding(check=check, level="ok", found=f"none asked for; {seen or 'none'} seen")
@@ -117,7 +119,7 @@ def _gpus(check: str, sight: Sight, wanted: Wanted) -> Finding:
     return Finding(check=check, level="fail", found=found, change=change)
 
 
-def _processors(check: str, sight: Sight, wanted: Wanted) -> Finding:
+def _processors(check: str, sight: ProbeResult, wanted: NodeRequirements) -> Finding:
     node = sight.node
     memory = f"memory limit {size(node.memory_bytes)}" if node.memory_bytes else "no memory limit"
     found = f"{node.cpus} may be used, {memory}"
@@ -127,7 +129,7 @@ def _processors(check: str, sight: Sight, wanted: Wanted) -> Finding:
     return Finding(check=check, level="ok", found=found)
 
 
-def _own_folder(check: str, sight: Sight, wanted: Wanted) -> Finding:
+def _own_folder(check: str, sight: ProbeResult, wanted: NodeRequirements) -> Finding:
     if wanted.node_local is None:
         return Finding(check=check, level="not done", found="storage.node_local is not set")
     if sight.node.local_bytes is None:
@@ -138,7 +140,7 @@ def _own_folder(check: str, sight: Sight, wanted: Wanted) -> Finding:
     return Finding(check=check, level="ok", found=found)
 
 
-def _commands(check: str, sight: Sight, wanted: Wanted) -> Finding:
+def _commands(check: str, sight: ProbeResult, wanted: NodeRequirements) -> Finding:
     refused = sight.node.refused
     if not refused:
         return Finding(check=check, level="ok", found="sbatch, squeue and scontrol work there")

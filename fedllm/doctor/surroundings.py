@@ -9,7 +9,7 @@ from pathlib import Path
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config, StorageSection
 from fedllm.doctor.findings import Finding
-from fedllm.doctor.trials import existing, file_system, trial_folder, try_folder
+from fedllm.doctor.trials import file_system, nearest_folder, trial_folder, try_folder
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.federation import plan_federation
 from fedllm.reporting.results.summary import update_bytes
@@ -37,15 +37,15 @@ def folder_findings(
         on_cluster: whether other machines have to see them.
         seen_from: hosts whose probes did.
     """
-    parents = {existing(root): "runs"}
-    cache = existing(cache_of(storage.cache, root).root)
+    parents = {nearest_folder(root): "runs"}
+    cache = nearest_folder(cache_of(storage.cache, root).root)
     parents[cache] = f"{parents[cache]} and cache" if cache in parents else "cache"
     for parent, name in parents.items():
         yield _tried(f"storage of {name}", parent)
         if on_cluster:
             yield _place(f"place of {name}", parent, seen_from)
     yield _room(root)
-    yield _group(existing(root), storage.group)
+    yield _group(nearest_folder(root), storage.group)
 
 
 def _tried(check: str, parent: Path) -> Finding:
@@ -77,7 +77,7 @@ def _place(check: str, parent: Path, seen_from: Collection[str]) -> Finding:
 
 
 def _room(root: Path) -> Finding:
-    parent = existing(root)
+    parent = nearest_folder(root)
     free = shutil.disk_usage(parent).free
     prepared = _prepared(root)
     found = f"{size(free)} free in {parent}"

@@ -55,14 +55,14 @@ class NodeRecord(Record):
     local_problem: str
 
 
-class SightRecord(Record):
+class FileDelayRecord(Record):
     """How long a node waited for a file that another machine wrote; None: in vain."""
 
     seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class ProbeResult:
     """What a probe on a node found.
 
     Attributes:
@@ -78,7 +78,7 @@ class Sight:
     seen_there: float | None = None
 
 
-def installed() -> Iterator[tuple[str, str]]:
+def installed_versions() -> Iterator[tuple[str, str]]:
     """Yield the packages whose versions a run's results depend on, and their versions."""
     for package in _PACKAGES:
         try:
@@ -106,7 +106,7 @@ def trial_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def existing(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """Return the nearest folder at or above `path` that exists."""
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
@@ -134,11 +134,11 @@ def try_folder(folder: Path) -> float:
     return seconds
 
 
-def seconds_until(there: Callable[[], bool], *, patience: float) -> float | None:
-    """Return how long something took to come about; None: longer than `patience` seconds."""
+def seconds_until(there: Callable[[], bool], *, max_seconds: float) -> float | None:
+    """Return how long something took to come about; None: longer than `max_seconds` seconds."""
     start = time.monotonic()
     while not there():
-        if time.monotonic() - start > patience:
+        if time.monotonic() - start > max_seconds:
             return None
         time.sleep(_LOOK_SECONDS)
     return time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Reading what another node wrote: shared storage may show it late."""
+"""Files that another node wrote, read with retries: shared storage may show them late."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,12 @@ T = TypeVar("T")
 _RETRY_SECONDS = 1.0
 
 
-def patiently(read: Callable[[], T], seconds: float) -> T:
-    """Read what another node wrote; only after `seconds` is it missing or damaged.
+def read_late_file(read: Callable[[], T], seconds: float) -> T:
+    """Read a file that another node wrote; try again for `seconds` before raising.
 
     Raises:
-        RunDirectoryError: it is.
-        AdapterError: it is an update, and is.
+        RunDirectoryError: the file is missing or damaged.
+        AdapterError: the file is an update, and is missing or damaged.
     """
     problem: UserError
     deadline = time.monotonic() + seconds
@@ -26,9 +26,9 @@ def patiently(read: Callable[[], T], seconds: float) -> T:
             problem = RunDirectoryError(f"{error.filename}: missing; resume the run")
             problem.__cause__ = error
         except OSError as error:
-            # ESTALE is what NFS says of a file that was replaced meanwhile
-            what = (error.strerror or str(error)).lower()
-            problem = RunDirectoryError(f"{error.filename}: {what}; resume the run")
+            # NFS reports ESTALE for a file that was replaced meanwhile
+            reason = (error.strerror or str(error)).lower()
+            problem = RunDirectoryError(f"{error.filename}: {reason}; resume the run")
             problem.__cause__ = error
         except (RunDirectoryError, AdapterError) as error:
             problem = error

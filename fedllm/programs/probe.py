@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedllm.doctor.trials import (
+    FileDelayRecord,
     NodeRecord,
-    SightRecord,
-    existing,
-    installed,
+    installed_versions,
+    nearest_folder,
     seconds_until,
     trial_folder,
     try_folder,
@@ -49,30 +49,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--node-local", metavar="DIR", help="a folder of the node's own")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a file")
     arguments = parser.parse_args(argv)
-    paths, patience = ProbePaths(root=arguments.folder), arguments.patience
-    _print(look(paths, arguments.also, arguments.node_local, patience))
+    paths, max_seconds = ProbePaths(root=arguments.folder), arguments.patience
+    _print(look(paths, arguments.also, arguments.node_local, max_seconds))
     for _ in sys.stdin:
-        _print(SightRecord(seconds=seconds_until(paths.here.exists, patience=patience)))
+        _print(FileDelayRecord(seconds=seconds_until(paths.here.exists, max_seconds=max_seconds)))
     return 0
 
 
 def look(
-    paths: ProbePaths, also: Sequence[Path], node_local: str | None, patience: float
+    paths: ProbePaths, also: Sequence[Path], node_local: str | None, max_seconds: float
 ) -> NodeRecord:
-    """Return what a job finds here; the probe's folder may take `patience` seconds to appear."""
+    """Return what a job finds here; the probe's folder may take `max_seconds` seconds to appear."""
     broken = dict(_broken())
     local_bytes, local_problem = _node_local(node_local)
     return NodeRecord(
         node=TaskEnvironment().node,
         host=socket.gethostname(),
         python=f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})",
-        versions=dict(installed()),
+        versions=dict(installed_versions()),
         broken=broken,
         gpus=[] if "torch" in broken else _gpus(),
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=_memory_bytes(),
         refused=dict(_refused()),
-        storage_problem=_storage_problem(paths, patience),
+        storage_problem=_storage_problem(paths, max_seconds),
         absent=[str(path) for path in also if not path.exists()],
         local_bytes=local_bytes,
         local_problem=local_problem,
@@ -80,7 +80,7 @@ def look(
     )
 
 
-def _print(record: NodeRecord | SightRecord) -> None:
+def _print(record: NodeRecord | FileDelayRecord) -> None:
     sys.stdout.write(record.model_dump_json() + "\n")
     sys.stdout.flush()
 
@@ -107,8 +107,8 @@ def _refused() -> Iterator[tuple[str, str]]:
             yield name, str(error)
 
 
-def _storage_problem(paths: ProbePaths, patience: float) -> str:
-    if seconds_until(paths.root.is_dir, patience=patience) is None:
+def _storage_problem(paths: ProbePaths, max_seconds: float) -> str:
+    if seconds_until(paths.root.is_dir, max_seconds=max_seconds) is None:
         place = paths.place
         return f"{place} is another folder there" if place.is_dir() else f"{place} is not there"
     try:
@@ -125,7 +125,7 @@ def _node_local(configured: str | None) -> tuple[int | None, str]:
     if configured is None:
         return None, ""
     try:
-        with trial_folder(existing(node_folder(configured))) as folder:
+        with trial_folder(nearest_folder(node_folder(configured))) as folder:
             return shutil.disk_usage(folder).free, ""
     except (FedllmError, OSError) as error:
         return None, str(error)

@@ -44,7 +44,7 @@ def make_scheduler(config: Config, paths: RunPaths, execute: Execute) -> Schedul
     return SCHEDULERS[config.scheduler.kind](config, paths, execute)
 
 
-def refuse_place(config: Config, paths: RunPaths) -> None:
+def check_log_path(config: Config, paths: RunPaths) -> None:
     """Refuse a run directory whose logs the configured scheduler could not write.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from fedllm.process.late_files import patiently
+from fedllm.process.late_files import read_late_file
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import CohortRecord, CollectedUpdate, CollectionRecord
 from fedllm.storage.tensors import UpdateFile
@@ -39,7 +39,9 @@ class CollectedUpdates:
             AdapterError: a file is missing, damaged, or not the frozen one.
         """
         files = {
-            name: patiently(partial(UpdateFile, paths.updates / name, sha256), visibility_seconds)
+            name: read_late_file(
+                partial(UpdateFile, paths.updates / name, sha256), visibility_seconds
+            )
             for name, sha256 in {u.file: u.sha256 for u in collection.updates}.items()
         }
         places = {client.id: place for place, client in enumerate(cohort.clients)}

@@ -12,7 +12,7 @@ from fedllm.methods.catalog import local_rule, method_of
 from fedllm.methods.protocol import Method
 from fedllm.planning.grouping import engine_of
 from fedllm.process.adapters import adapter_of
-from fedllm.process.late_files import patiently
+from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
@@ -68,18 +68,18 @@ class ClientRound:
         """
         paths, run = attempt.round, attempt.run
         config = session.config(run.config)
-        # files that another node wrote may become visible late
-        patience = traits_of(config).visibility_seconds
-        prepared = patiently(lambda: session.prepared(run.prepared), patience)
-        cohort = patiently(lambda: CohortRecord.read(paths.cohort), patience)
+        # files of another node may become visible late
+        visibility_seconds = traits_of(config).visibility_seconds
+        prepared = read_late_file(lambda: session.prepared(run.prepared), visibility_seconds)
+        cohort = read_late_file(lambda: CohortRecord.read(paths.cohort), visibility_seconds)
         return cls(
             paths=paths,
-            run_id=patiently(lambda: RunRecord.read(run.run), patience).run_id,
+            run_id=read_late_file(lambda: RunRecord.read(run.run), visibility_seconds).run_id,
             config=config,
             result_fingerprint=result_fingerprint(config),
             prepared=prepared,
             cohort=cohort,
-            state=patiently(lambda: _state(run, cohort), patience),
+            state=read_late_file(lambda: _state(run, cohort), visibility_seconds),
             method=method_of(config),
             settings=LocalSettings(
                 training=config.training,
@@ -187,8 +187,10 @@ class ClientRound:
             self._new_training(client, order.clients, sizes[0]) for client in order.clients
         ]
         if any(order.steps):
-            patience = traits_of(self.config).visibility_seconds
-            trainings = patiently(lambda: self._as_ordered(order, trainings, members), patience)
+            visibility_seconds = traits_of(self.config).visibility_seconds
+            trainings = read_late_file(
+                lambda: self._as_ordered(order, trainings, members), visibility_seconds
+            )
         self._train_in_memory(trainings, members, sizes, before_step, is_first=False)
 
     def discard_checkpoint(self, client: str) -> None:

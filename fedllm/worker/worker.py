@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 
 from fedllm.errors import UserError
-from fedllm.process.late_files import patiently
+from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
@@ -112,8 +112,8 @@ class Worker:
         Raises:
             UserError: it has no bundle of the worker's class.
         """
-        patience = traits_of(task.session.config(attempt.run.config)).visibility_seconds
-        plan = patiently(lambda: SubmissionRecord.read(attempt.submission), patience)
+        visibility_seconds = traits_of(task.session.config(attempt.run.config)).visibility_seconds
+        plan = read_late_file(lambda: SubmissionRecord.read(attempt.submission), visibility_seconds)
         classes = {bundle.worker_class for bundle in plan.bundles}
         if task.worker_class is not None and task.worker_class not in classes:
             raise UserError(

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from fedllm.doctor.findings import Finding
-from fedllm.doctor.report import Wanted, describe_findings, node_findings
-from fedllm.doctor.trials import NodeRecord, Sight
+from fedllm.doctor.report import NodeRequirements, describe_findings, node_findings
+from fedllm.doctor.trials import NodeRecord, ProbeResult
 
 RUNS = Path("/shared/runs")
 HERE = {"fedllm": "1.0", "torch": "2.9"}
@@ -44,8 +44,8 @@ def judged(
     }
     found = node_findings(
         "client",
-        Sight(node=NodeRecord(**(told | node)), **(times | (sight or {}))),
-        Wanted(**(needs | (wanted or {}))),
+        ProbeResult(node=NodeRecord(**(told | node)), **(times | (sight or {}))),
+        NodeRequirements(**(needs | (wanted or {}))),
         RUNS,
     )
     return {each.check.removeprefix("node n7 (client): "): each for each in found}

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedllm.doctor.trials import (
-    existing,
     file_system,
+    nearest_folder,
     seconds_until,
     trial_folder,
     try_folder,
@@ -29,15 +29,15 @@ def test_a_folder_that_cannot_be_written_is_named() -> None:
 
 
 def test_the_nearest_folder_that_exists_is_where_a_run_would_be_made(tmp_path: Path) -> None:
-    assert existing(tmp_path / "runs" / "mine") == tmp_path
-    assert existing(tmp_path) == tmp_path
+    assert nearest_folder(tmp_path / "runs" / "mine") == tmp_path
+    assert nearest_folder(tmp_path) == tmp_path
 
 
-def test_patience_ends(tmp_path: Path) -> None:
+def test_waiting_ends(tmp_path: Path) -> None:
     there = tmp_path / "there"
-    assert seconds_until(there.exists, patience=0.0) is None
+    assert seconds_until(there.exists, max_seconds=0.0) is None
     there.touch()
-    assert seconds_until(there.exists, patience=0.0) is not None
+    assert seconds_until(there.exists, max_seconds=0.0) is not None
 
 
 def test_the_kind_of_a_file_system_is_that_of_the_nearest_mount() -> None:

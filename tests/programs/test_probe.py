@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.doctor.trials import NodeRecord, SightRecord, installed
+from fedllm.doctor.trials import FileDelayRecord, NodeRecord, installed_versions
 from fedllm.programs import probe
 from fedllm.storage.paths import ProbePaths
 
@@ -37,7 +37,7 @@ def test_a_probe_tells_packages_processors_and_leaves_its_mark_in_the_folder(
     (line,) = answers(monkeypatch, capsys, trial.root, "--node-local", trial.root)
     told = NodeRecord.model_validate_json(line)
     assert told.node == "n7"
-    assert told.versions == dict(installed())
+    assert told.versions == dict(installed_versions())
     assert (told.broken, told.storage_problem, told.local_problem) == ({}, "", "")
     assert told.cpus >= 1
     assert told.local_bytes
@@ -48,10 +48,10 @@ def test_a_probe_waits_for_the_other_sides_file_each_time_it_is_told_to(
     trial: ProbePaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, first = answers(monkeypatch, capsys, trial.root, said="look\n")
-    assert SightRecord.model_validate_json(first).seconds is None
+    assert FileDelayRecord.model_validate_json(first).seconds is None
     trial.here.touch()
     _, second = answers(monkeypatch, capsys, trial.root, said="look\n")
-    assert SightRecord.model_validate_json(second).seconds is not None
+    assert FileDelayRecord.model_validate_json(second).seconds is not None
 
 
 def test_what_is_not_there_is_named(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedllm.config.models import ClientsSection, Config, SchedulerSection, TierSection
 from fedllm.scheduling.seam import Job, SubmissionUnknown, TaskState
-from fedllm.scheduling.slurm.command_output import MARK, Submitted, marked, submitted
+from fedllm.scheduling.slurm.command_output import MARK, SubmittedJob, marked_lines, submitted_job
 from fedllm.scheduling.slurm.coordinator_job import submit_coordinator
 from fedllm.scheduling.slurm.executor import SlurmScheduler
 from fedllm.scheduling.slurm.notation import entities, settings
@@ -23,7 +23,7 @@ CLUSTERS = st.text(string.ascii_lowercase, min_size=1, max_size=8)
 # a banner may hold numbers, the word job, bars and equals signs: never a number alone
 BANNERS = st.lists(
     st.text(string.ascii_letters + string.digits + " *|=:,;[]%-", max_size=60).filter(
-        lambda line: submitted(line) is None and MARK not in line
+        lambda line: submitted_job(line) is None and MARK not in line
     )
     | IDS.map("This is job {} of at most 100 in your queue".format)
     | IDS.map("your job {} is charged to lab".format),
@@ -44,9 +44,9 @@ def test_the_id_is_found_whatever_a_site_prints_around_it(
         *(sentence, f"sbatch: {sentence}", f"  {sentence}\r", f">> {sentence}"),
         *(f"\x1b[32m{sentence}\x1b[0m", f"[site] {sentence}. Have fun!"),
     ):
-        assert submitted(lines(before, [answer], after)) == Submitted(job=str(id_))
-    found = submitted(lines(before, [f"{sentence} on cluster {cluster}"], after))
-    assert found == Submitted(job=str(id_), cluster=cluster)
+        assert submitted_job(lines(before, [answer], after)) == SubmittedJob(job=str(id_))
+    found = submitted_job(lines(before, [f"{sentence} on cluster {cluster}"], after))
+    assert found == SubmittedJob(job=str(id_), cluster=cluster)
 
 
 @given(id_=IDS, other=IDS, before=BANNERS, decoration=st.sampled_from(["", ">> ", "sbatch: "]))
@@ -54,23 +54,23 @@ def test_a_sentence_of_sbatch_comes_before_numbers_that_stand_alone(
     id_: int, other: int, before: list[str], decoration: str
 ) -> None:
     answer = [f"{decoration}Submitted batch job {id_}"]
-    wanted = Submitted(job=str(id_))
-    assert submitted(lines(before, answer, [str(other)])) == wanted
-    assert submitted(lines([str(other)], answer, before)) == wanted
+    wanted = SubmittedJob(job=str(id_))
+    assert submitted_job(lines(before, answer, [str(other)])) == wanted
+    assert submitted_job(lines([str(other)], answer, before)) == wanted
 
 
 @given(id_=IDS, cluster=CLUSTERS, blank=st.sampled_from(["", "\n", " \r\n\n"]))
 def test_a_number_is_an_id_where_nothing_else_is_said(id_: int, cluster: str, blank: str) -> None:
-    assert submitted(f"{blank}{id_}\n{blank}") == Submitted(job=str(id_))
-    wanted = Submitted(job=str(id_), cluster=cluster)
-    assert submitted(f"{blank} {id_};{cluster}\n{blank}") == wanted
+    assert submitted_job(f"{blank}{id_}\n{blank}") == SubmittedJob(job=str(id_))
+    wanted = SubmittedJob(job=str(id_), cluster=cluster)
+    assert submitted_job(f"{blank} {id_};{cluster}\n{blank}") == wanted
 
 
 @given(number=IDS, banner=BANNERS.filter(lambda banner: any(line.strip() for line in banner)))
 def test_a_number_beside_anything_else_is_unknown(number: int, banner: list[str]) -> None:
     for answer in (f"{number}", f"{number};far"):
-        assert submitted(lines(banner, [answer])) is None
-        assert submitted(lines([answer], banner)) is None
+        assert submitted_job(lines(banner, [answer])) is None
+        assert submitted_job(lines([answer], banner)) is None
 
 
 @pytest.mark.parametrize(
@@ -84,23 +84,25 @@ def test_a_number_beside_anything_else_is_unknown(number: int, banner: list[str]
     ],
 )
 def test_what_a_site_prints_is_no_id(said: str, job: str | None) -> None:
-    assert submitted(said) == (Submitted(job=job) if job else None)
+    assert submitted_job(said) == (SubmittedJob(job=job) if job else None)
 
 
 @given(before=BANNERS, ids=st.lists(IDS, min_size=2, max_size=4, unique=True))
 def test_no_answer_and_answers_that_disagree_are_unknown(before: list[str], ids: list[int]) -> None:
-    assert submitted(lines(before)) is None
-    assert submitted(lines(before, [str(id_) for id_ in ids])) is None
-    assert submitted(lines([f"Submitted batch job {id_}" for id_ in ids])) is None
+    assert submitted_job(lines(before)) is None
+    assert submitted_job(lines(before, [str(id_) for id_ in ids])) is None
+    assert submitted_job(lines([f"Submitted batch job {id_}" for id_ in ids])) is None
 
 
 @given(noise=BANNERS, asked=st.lists(st.text(string.printable.strip(), max_size=20), max_size=5))
 def test_only_lines_with_the_mark_are_answers(noise: list[str], asked: list[str]) -> None:
     wanted = [line for line in asked if MARK not in line]
     said = lines(noise, [f"{MARK}{line}" for line in wanted], noise)
-    assert marked(said) == wanted
+    assert marked_lines(said) == wanted
     # an announcement without an end of line
-    assert marked(f"Maintenance! {said.lstrip()}" if said.startswith(MARK) else said) == wanted
+    assert (
+        marked_lines(f"Maintenance! {said.lstrip()}" if said.startswith(MARK) else said) == wanted
+    )
 
 
 NOISE = """*** Maintenance on Monday, 8:00 to 12:00 = 4 hours ***

@@ -10,12 +10,12 @@ import typer
 from fedllm.cli.execution import default_run_dir
 from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
 from fedllm.config.models import SchedulerSection, StorageSection
-from fedllm.doctor.examination import Examinee, examine
+from fedllm.doctor.examination import DoctorRequest, examine
 from fedllm.doctor.findings import Finding
 from fedllm.doctor.report import describe_findings
 from fedllm.errors import ConfigError
 from fedllm.methods.catalog import check_method
-from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
+from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 
 
 def doctor(
@@ -46,7 +46,7 @@ def doctor(
 
 def _admitted(
     file: Path | None, run_dir: Path | None, overrides: Sequence[str], wait: float
-) -> tuple[list[Finding], Examinee]:
+) -> tuple[list[Finding], DoctorRequest]:
     findings, config = [], None
     if file is None:
         why = "no CONFIG was given: the cluster's own defaults are looked at"
@@ -55,7 +55,7 @@ def _admitted(
         try:
             loaded = configuration(file, overrides)
             check_method(loaded.method)
-            refuse_owned(loaded.scheduler)
+            refuse_reserved(loaded.scheduler)
             config = loaded
             findings.append(Finding(check="configuration", level="ok", found=f"{file} is valid"))
         except ConfigError as error:
@@ -66,7 +66,7 @@ def _admitted(
             why = "the cluster's own defaults are looked at until CONFIG is valid"
             findings.append(Finding(check="options of jobs", level="not done", found=why))
     root = run_dir or default_run_dir(file or Path("run"))
-    examinee = Examinee(
+    examinee = DoctorRequest(
         scheduler=config.scheduler if config else SchedulerSection(),
         storage=config.storage if config else StorageSection(),
         root=root,

@@ -20,7 +20,7 @@ from fedllm.cli.options import (
 from fedllm.reporting.plan.plan_text import describe_plan
 from fedllm.rounds.dispatch.planned import plan_run
 from fedllm.scheduling.log_names import script_of
-from fedllm.scheduling.slurm.sbatch_flags import refuse_owned
+from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publishing.publish import publish_bytes
 
@@ -41,7 +41,7 @@ def plan(
     from fedllm.programs.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
-    refuse_owned(loaded.scheduler)
+    refuse_reserved(loaded.scheduler)
     if out is not None:
         fresh_folder(out)
     root = execution.default_run_dir(config)

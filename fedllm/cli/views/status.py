@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedllm.cli.asking import ask_about, rarely_gone
+from fedllm.cli.asking import cached_holder_check, scheduler_query
 from fedllm.cli.live_status import watch as follow
 from fedllm.cli.options import (
     AsJson,
@@ -30,7 +30,9 @@ def status(
     if watch and json_:
         raise typer.BadParameter("--watch is for people: leave out --json")
     paths = existing_run(run)
-    reader = StatusReader(paths, gone=rarely_gone(paths), ask=ask_about(paths), advice=advice)
+    reader = StatusReader(
+        paths, gone=cached_holder_check(paths), ask=scheduler_query(paths), advice=advice
+    )
     if watch:
         follow(reader.read, lambda found: status_text(run, found), headline)
     elif json_:

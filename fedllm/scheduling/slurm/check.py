@@ -10,7 +10,7 @@ from fedllm.scheduling.slurm.free_capacity import Survey
 from fedllm.scheduling.slurm.sbatch_flags import Flags, key_of, refusal, says_no_room, words_of
 
 
-def problems(
+def job_problems(
     flags: Flags,
     *,
     section: SchedulerSection,

@@ -16,14 +16,14 @@ _MOST_SAID = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submitted:
+class SubmittedJob:
     """A job that sbatch took; `cluster` is empty where it names none."""
 
     job: str
     cluster: str = ""
 
 
-def submitted(said: str) -> Submitted | None:
+def submitted_job(said: str) -> SubmittedJob | None:
     """Return the job in what sbatch and its wrapper printed; None: the words do not decide it.
 
     sbatch's own sentence counts wherever it stands; a number only where nothing else was said, for
@@ -36,16 +36,16 @@ def submitted(said: str) -> Submitted | None:
     if len(found) != 1:
         return None
     ((job, cluster),) = found
-    return Submitted(job=job, cluster=cluster)
+    return SubmittedJob(job=job, cluster=cluster)
 
 
-def marked(said: str) -> list[str]:
+def marked_lines(said: str) -> list[str]:
     """Return what follows the mark in the lines that have one."""
     parts = (line.partition(MARK) for line in said.splitlines())
     return [rest for _, mark, rest in parts if mark]
 
 
-def fields(said: str, count: int) -> Iterator[list[str]]:
+def rows_of(said: str, count: int) -> Iterator[list[str]]:
     """Return the fields of lines that have `count` of them, with `|` between or behind each."""
     for line in said.splitlines():
         found = [field.strip() for field in line.split("|")]
@@ -53,7 +53,7 @@ def fields(said: str, count: int) -> Iterator[list[str]]:
             yield found[:count]
 
 
-def quoted(said: str) -> str:
+def excerpt(said: str) -> str:
     """Return what was said on one line, cut to what fits one."""
     line = "; ".join(filter(None, (part.strip() for part in said.splitlines()))) or "nothing"
     return line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]}..."

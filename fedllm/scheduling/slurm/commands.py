@@ -33,7 +33,7 @@ from typing import Protocol
 
 from fedllm.errors import UserError
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
-from fedllm.scheduling.slurm.command_output import quoted, submitted
+from fedllm.scheduling.slurm.command_output import excerpt, submitted_job
 
 COMMAND_TIMEOUT_SECONDS = 120
 
@@ -215,9 +215,9 @@ def squeue(*words: str, commands: Commands | None = None) -> str:
     return ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
 
 
-def unknown_answer(name: str, said: str) -> str:
+def unknown_submission(name: str, said: str) -> str:
     """Return the line for a submission that its answer does not tell, nor the queue."""
-    answer = submitted(said)
+    answer = submitted_job(said)
     if answer and answer.cluster:
         return (
             f"sbatch: job {answer.job} went to cluster {answer.cluster}, and the queue here has no "
@@ -225,7 +225,7 @@ def unknown_answer(name: str, said: str) -> str:
             f"jobs there; scancel --clusters={answer.cluster} {answer.job} ends it"
         )
     return (
-        f"sbatch: its answer names no job ({quoted(said)}), and the queue has no job {name}; have "
+        f"sbatch: its answer names no job ({excerpt(said)}), and the queue has no job {name}; have "
         "sbatch say `Submitted batch job N` or the number alone, then `fedllm resume` looks again"
     )
 

@@ -18,14 +18,14 @@ from fedllm.scheduling.seam import (
     SubmissionUnknown,
     TaskState,
 )
-from fedllm.scheduling.slurm.check import problems
-from fedllm.scheduling.slurm.command_output import MARK, marked, submitted
+from fedllm.scheduling.slurm.check import job_problems
+from fedllm.scheduling.slurm.command_output import MARK, marked_lines, submitted_job
 from fedllm.scheduling.slurm.commands import (
     CommandRefused,
     InstalledCommands,
     call,
     clean_environment,
-    unknown_answer,
+    unknown_submission,
 )
 from fedllm.scheduling.slurm.free_capacity import Surveyor
 from fedllm.scheduling.slurm.sbatch_flags import (
@@ -71,7 +71,7 @@ def check_coordinator(section: SchedulerSection) -> None:
 
     flags = coordinator_flags(section)
     surveyor = Surveyor(commands=InstalledCommands(), query_seconds=section.query_seconds)
-    found = problems(
+    found = job_problems(
         flags, section=section, program="coordinator", survey=surveyor.survey(flags), test=test
     )
     if told := "\n".join(found):
@@ -91,7 +91,7 @@ def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
         SchedulerUnreachable: slurmctld does not answer.
         SubmissionUnknown: sbatch's answer names no job, and the queue has none of this name.
     """
-    refuse_second(paths, run_id)
+    refuse_second_coordinator(paths, run_id)
     if config.scheduler.coordinator == "chained":
         return submit_link(paths, config, run_id)
     words = [str(paths.config), "--run-dir", str(paths.root)]
@@ -118,7 +118,7 @@ def submit_link(
     return job
 
 
-def refuse_second(paths: RunPaths, run_id: str) -> None:
+def refuse_second_coordinator(paths: RunPaths, run_id: str) -> None:
     """Refuse a second coordinator's job.
 
     Raises:
@@ -143,7 +143,7 @@ def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
     """
     words = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={_name(run_id)}"]
     try:
-        lines = marked(call([*words, "-o", f"{MARK}%i|%T"]))
+        lines = marked_lines(call([*words, "-o", f"{MARK}%i|%T"]))
     except CommandRefused as error:
         raise SchedulerUnreachable(f"squeue: {error}") from error
     found = {}
@@ -225,7 +225,7 @@ def _submit(
         if says_no_room(str(error)):
             raise SchedulerFull(f"sbatch: {error}") from error
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
-    answer = submitted(said)
+    answer = submitted_job(said)
     return _found(paths, run_id, said) if answer is None or answer.cluster else answer.job
 
 
@@ -255,7 +255,7 @@ def _found(paths: RunPaths, run_id: str, said: str) -> str:
     """Return the coordinator's job that was just submitted, by its name in the queue."""
     jobs = [job for job in coordinator_jobs(run_id) if job != TaskEnvironment().job]
     if not jobs:
-        unknown = SubmissionUnknown(unknown_answer(_name(run_id), said))
+        unknown = SubmissionUnknown(unknown_submission(_name(run_id), said))
         DoubtRecord(name=_name(run_id), said=str(unknown)).publish(paths.coordinator_doubt)
         raise unknown.kept_in(paths.coordinator_doubt)
     return jobs[-1]
@@ -264,7 +264,7 @@ def _found(paths: RunPaths, run_id: str, said: str) -> str:
 def job_is_gone(job: str) -> bool | None:
     """Say whether a job, of any user, neither waits nor runs; None: it cannot be said here."""
     try:
-        return not marked(call(["squeue", "--noheader", f"--jobs={job}", "-o", f"{MARK}%T"]))
+        return not marked_lines(call(["squeue", "--noheader", f"--jobs={job}", "-o", f"{MARK}%T"]))
     except CommandRefused as error:
         return True if "invalid job id" in str(error).lower() else None
     except (SchedulerUnreachable, UserError):

@@ -26,22 +26,22 @@ from fedllm.scheduling.seam import (
     SubmissionUnknown,
     TaskState,
 )
-from fedllm.scheduling.slurm.check import problems
-from fedllm.scheduling.slurm.command_output import submitted
+from fedllm.scheduling.slurm.check import job_problems
+from fedllm.scheduling.slurm.command_output import submitted_job
 from fedllm.scheduling.slurm.commands import (
     CommandRefused,
     Commands,
     InstalledCommands,
     QueryPace,
     clean_environment,
-    unknown_answer,
+    unknown_submission,
 )
-from fedllm.scheduling.slurm.free_capacity import Surveyor, spare
+from fedllm.scheduling.slurm.free_capacity import Surveyor, room_for_workers
 from fedllm.scheduling.slurm.sbatch_flags import (
     WRITTEN_BY_SUBMITIT,
     Flags,
-    owned_problems,
     refusal,
+    reserved_problems,
     says_no_room,
     sbatch_flags,
     task_defaults,
@@ -153,7 +153,7 @@ class SlurmScheduler:
     def room(self, options: Mapping[str, Option]) -> int | None:
         """Return how many tasks MaxSubmitJobs and its like leave room for beside what is queued."""
         flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
-        return spare(self._surveyor.room(flags, queued=self._queue.queued()))
+        return room_for_workers(self._surveyor.room(flags, queued=self._queue.queued()))
 
     def limits(self, options: Mapping[str, Option]) -> Limits:
         """Return the largest array, and how many jobs this user may have in the queue."""
@@ -183,7 +183,7 @@ class SlurmScheduler:
             if error := refused[key]:
                 raise error
 
-        found = owned_problems(self.section.sbatch)
+        found = reserved_problems(self.section.sbatch)
         found += [problem for job in jobs for problem in self._problems(job, test)]
         if found:
             raise ConfigError("\n".join(dict.fromkeys(found)))
@@ -195,7 +195,7 @@ class SlurmScheduler:
             return [str(error)]
         survey = self._surveyor.survey(flags)
         section, program = self.section, job.program
-        return list(problems(flags, section=section, program=program, survey=survey, test=test))
+        return list(job_problems(flags, section=section, program=program, survey=survey, test=test))
 
     def _refused(self, words: Sequence[str], flags: Flags) -> CommandRefused | None:
         self._pace.wait()
@@ -227,7 +227,7 @@ class SlurmScheduler:
                 raise SchedulerFull(f"sbatch: {error}") from error
             sbatch = self.section.sbatch
             raise refusal(str(error), flags, sbatch=sbatch, program=job.program) from error
-        answer = submitted(said)
+        answer = submitted_job(said)
         if answer is None or answer.cluster:
             # of another cluster than this one it could not be seen
             return self._found(job.name, said)
@@ -239,7 +239,7 @@ class SlurmScheduler:
         """Return the tasks of an array that was just submitted, by its name in the queue."""
         ids = self._queue.find(name)
         if ids is None:
-            raise SubmissionUnknown(unknown_answer(name, said))
+            raise SubmissionUnknown(unknown_submission(name, said))
         return ids
 
     def _is_full(self, said: str, job: Job) -> bool:

@@ -124,7 +124,7 @@ class Surveyor:
             free_slots=most if fits is None else min(most, fits),
             max_parallel=most,
             largest_array=max(1, min(size for size in sizes if size is not None)),
-            free_tasks=spare(free),
+            free_tasks=room_for_workers(free),
             max_minutes=found.max_minutes,
         )
 
@@ -182,7 +182,7 @@ class Surveyor:
         return said
 
 
-def spare(room: int | None) -> int | None:
+def room_for_workers(room: int | None) -> int | None:
     """Return how many of the tasks that there is room for may be workers."""
     return None if room is None else max(0, room - _KEPT)
 

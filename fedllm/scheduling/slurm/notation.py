@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from fedllm.scheduling.slurm.command_output import fields
+from fedllm.scheduling.slurm.command_output import rows_of
 
 _ARRAY_ID = re.compile(r"(\d+)_(?:(\d+)|\[([\d,-]+)(?:%\d+)?\])")
 _UNITS = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
@@ -15,7 +15,7 @@ _COMMA = re.compile(r",(?![^\[]*\])(?![^(]*\))")
 
 def rows(said: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """Return the lines of a table with `|` between its columns, or behind each."""
-    for values in fields(said, len(columns)):
+    for values in rows_of(said, len(columns)):
         yield dict(zip(columns, values, strict=True))
 
 

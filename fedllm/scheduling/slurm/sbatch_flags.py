@@ -117,7 +117,7 @@ def sbatch_flags(
     }
 
 
-def owned_problems(sbatch: SbatchSection) -> list[str]:
+def reserved_problems(sbatch: SbatchSection) -> list[str]:
     """Return a line for every configured option that fedllm decides itself."""
     sections: list[tuple[str, SbatchOptions]] = [
         *((name, getattr(sbatch, name)) for name in type(sbatch).model_fields if name != "tiers"),
@@ -131,13 +131,13 @@ def owned_problems(sbatch: SbatchSection) -> list[str]:
     ]
 
 
-def refuse_owned(section: SchedulerSection) -> None:
+def refuse_reserved(section: SchedulerSection) -> None:
     """Refuse options that fedllm decides itself, where they would go to sbatch.
 
     Raises:
         ConfigError: one line for each.
     """
-    if section.kind == "slurm" and (found := owned_problems(section.sbatch)):
+    if section.kind == "slurm" and (found := reserved_problems(section.sbatch)):
         raise ConfigError("\n".join(found))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
-from fedllm.scheduling.slurm.command_output import MARK, fields, marked
+from fedllm.scheduling.slurm.command_output import MARK, marked_lines, rows_of
 from fedllm.scheduling.slurm.commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm.limits import Place
 from fedllm.scheduling.slurm.notation import expressions, named, whole_arrays
@@ -90,7 +90,7 @@ class Queue:
         else:
             self._pause.succeed()
             self._trouble = None
-            self._hear(marked(said))
+            self._hear(marked_lines(said))
         self._next_query = self._commands.monotonic() + self._pause.seconds
 
     def _hear(self, lines: Sequence[str]) -> None:
@@ -125,11 +125,11 @@ class Queue:
             said = squeue("-t", "all", "-o", f"{MARK}%i|%j", commands=self._commands)
         except CommandRefused as error:
             raise SchedulerUnreachable(f"squeue: {error}") from error
-        listed = named(name, marked(said))
+        listed = named(name, marked_lines(said))
         if not listed:
             words = (f"--name={name}", f"--user={os.getuid()}", "-o", "User,JobID,JobName")
             said = self._ended.accounting(*words)
-            listed = named(name, (f"{id_}|{other}" for _, id_, other in fields(said, 3)))
+            listed = named(name, (f"{id_}|{other}" for _, id_, other in rows_of(said, 3)))
         ids = whole_arrays(listed)
         self.expect(ids)
         return ids or None

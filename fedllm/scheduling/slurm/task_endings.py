@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import Ending, SchedulerUnreachable
-from fedllm.scheduling.slurm.command_output import fields
+from fedllm.scheduling.slurm.command_output import rows_of
 from fedllm.scheduling.slurm.commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm.notation import arrays_of, tasks_of
 from fedllm.scheduling.slurm.states import ended_well, has_ended
@@ -79,7 +79,7 @@ class Endings:
             return {}
         self._pause.succeed()
         endings = {}
-        for _, task, state, status, node in fields(said, 5):
+        for _, task, state, status, node in rows_of(said, 5):
             if has_ended(state) and status.isdecimal():
                 code = f"{int(status) >> 8}:{int(status) & 127}"
                 endings[task] = _ending(state, code, node)
@@ -89,7 +89,7 @@ class Endings:
         # --duplicates: also the earlier starts of a requeued task; the last line is the last start
         words = ("--duplicates", f"--jobs={arrays}", "-o", "User,JobID,State,ExitCode,NodeList")
         endings = {}
-        for _, task, state, code, node in fields(self.accounting(*words), 5):
+        for _, task, state, code, node in rows_of(self.accounting(*words), 5):
             state = state.partition(" ")[0]  # it says by whom: `CANCELLED by 1000`
             if has_ended(state):
                 for each in tasks_of(task):
