@@ -1,1 +1,1 @@
-"""The scheduler seam: inline, local processes, Slurm."""
+"""The schedulers that start jobs: inline, local processes, Slurm; and the interface they share."""

@@ -1,4 +1,4 @@
-"""What a process's environment says of the task that it is: the one place that reads it."""
+"""The task of this process, read from its environment; nothing else reads these variables."""
 
 import os
 import socket
@@ -11,13 +11,14 @@ from fedllm.storage.lease import process_start_time
 
 @dataclass(frozen=True, kw_only=True)
 class TaskIdentity:
-    """A task, the node it runs on and its log file: what a claim belongs to.
+    """A task, its node and its log file. A claim names them.
 
-    A requeued array task is the same task; a local process that starts anew is another. `array`
-    is the name of its batch job, empty elsewhere.
+    A requeued array task stays the same task; a local process that starts again is a new one.
+    `array` is the name of its batch job, and empty outside one.
 
-    A task may be several processes: this one has rank `rank` of `num_processes`, and `local_rank`
-    among those of its node. They meet at `rendezvous` (host:port), empty where there is one.
+    A task may have several processes. This one has rank `rank` of `num_processes`, and
+    `local_rank` among the processes of its node. They meet at `rendezvous` (host:port), which is
+    empty for a task of one process.
     """
 
     task: str
@@ -37,21 +38,21 @@ class TaskIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEnvironment:
-    """The variables by which a batch system or another starter tells a process its task.
+    """The environment variables that name a process's task.
 
-    `FEDLLM_TASK`, `FEDLLM_LOG`, `FEDLLM_PROCESSES` and `FEDLLM_RENDEZVOUS` are ours: the script of
-    a task exports them, and a process that takes task after task notes them itself, with its
-    `FEDLLM_RANK` and `FEDLLM_LOCAL_RANK`.
+    Slurm sets its own. fedllm sets `FEDLLM_TASK`, `FEDLLM_LOG`, `FEDLLM_PROCESSES` and
+    `FEDLLM_RENDEZVOUS`: the script of a task exports them. A process that runs task after task
+    sets them itself, with its `FEDLLM_RANK` and `FEDLLM_LOCAL_RANK`.
     """
 
     variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     @property
     def identity(self) -> TaskIdentity:
-        """Who this process is.
+        """The task of this process.
 
-        The task is what its starter calls it, else the Slurm array task or job, else host, process
-        id and start time.
+        Its name is `FEDLLM_TASK`, else the Slurm array task or job, else host, process id and
+        start time.
         """
         return TaskIdentity(
             task=self.variables.get("FEDLLM_TASK") or self._array_task or self.job or _local_task(),
@@ -66,29 +67,29 @@ class TaskEnvironment:
 
     @property
     def node(self) -> str:
-        """The node of this process: on a cluster of virtual nodes all hosts have one name."""
+        """The node of this process, by Slurm's name: virtual nodes share one host name."""
         return self.variables.get("SLURMD_NODENAME") or socket.gethostname()
 
     @property
     def job(self) -> str | None:
-        """The batch job that this process runs in; None: it runs in none."""
+        """The batch job of this process; None: it runs outside a job."""
         return self.variables.get("SLURM_JOB_ID") or None
 
     def is_array_task(self, task: str) -> bool:
         """Say whether this process is `task` of an array that fedllm submitted.
 
-        Not so within an allocation of the user's own: requeueing that would restart more than us.
+        False in an allocation of the user's own: to requeue it would restart the user's work too.
         """
         return task == self.variables.get("FEDLLM_TASK") == self._array_task
 
     def require_planned_processes(self) -> None:
         """Raise UserError if srun started this task as more or fewer processes than its plan says.
 
-        The plan is `FEDLLM_PROCESSES`, which the task's script exports; by hand it is one process.
-        What runs within somebody else's step, as a local worker does, is asked nothing.
+        The plan is `FEDLLM_PROCESSES`, which the task's script exports; a program started by hand
+        has one process. A process inside another step, as a local worker is, is not checked.
 
         Raises:
-            UserError: the processes would all do the whole work of the task.
+            UserError: each process would do the whole work of the task.
         """
         task = self.variables.get("FEDLLM_TASK")
         if task and task != (self._array_task or self.job):
@@ -112,11 +113,11 @@ class TaskEnvironment:
     def _rank(self, kind: str) -> int:
         """Return the rank among all processes (""), or among those of this node ("LOCAL_")."""
         if self._num_processes == 1:
-            # within somebody else's step ranks are somebody else's
+            # inside another step the ranks are that step's, not ours
             return 0
-        slurms = {"": "SLURM_PROCID", "LOCAL_": "SLURM_LOCALID"}[kind]
-        found = self.variables.get(f"FEDLLM_{kind}RANK") or self.variables.get(slurms)
-        return int(found or "0")
+        slurm_name = {"": "SLURM_PROCID", "LOCAL_": "SLURM_LOCALID"}[kind]
+        rank = self.variables.get(f"FEDLLM_{kind}RANK") or self.variables.get(slurm_name)
+        return int(rank or "0")
 
     @property
     def _array_task(self) -> str | None:
@@ -125,17 +126,17 @@ class TaskEnvironment:
 
 
 def become_task(task: str, log: str) -> None:
-    """Note in this process's environment which task it works on from now on, and its log."""
+    """Set in this process's environment the task that it works on from now on, and its log."""
     os.environ.update(task_variables(task, log))
 
 
 def task_variables(task: str, log: str) -> dict[str, str]:
-    """Return the variables by which whoever starts a task tells it its name and its log."""
+    """Return the environment variables that name a task and its log."""
     return {"FEDLLM_TASK": task, "FEDLLM_LOG": log}
 
 
 def process_variables(rank: int, count: int, rendezvous: str) -> dict[str, str]:
-    """Return the variables by which whoever starts a task tells a process which one it is."""
+    """Return the environment variables that place one process among the `count` of its task."""
     return {
         "FEDLLM_PROCESSES": str(count),
         "FEDLLM_RANK": str(rank),
@@ -145,7 +146,7 @@ def process_variables(rank: int, count: int, rendezvous: str) -> dict[str, str]:
 
 
 def _log(pattern: str, rank: int) -> str:
-    """Return the log of a process: `%t` in the name of the file stands for its rank, as in srun."""
+    """Return the log of a process: its rank replaces `%t` in the name of the file, as in srun."""
     folder, slash, name = pattern.rpartition("/")
     return f"{folder}{slash}{name.replace('%t', str(rank))}"
 

@@ -1,9 +1,10 @@
-"""The settings of C's allocator that the programs' processes start with.
+"""Settings of the C allocator that every process of fedllm starts with.
 
-glibc puts the ends that it cuts off an aligned block into caches of small blocks, for every thread.
-Small objects then take them, a freed tensor stays a few bytes too short for the next one of its
-size, and the heap grows to twice what is in use. Without these caches freed blocks grow together.
-glibc reads the variable when a process starts (manual, "Tunables"); other allocators ignore it.
+glibc cuts the ends off an aligned block and puts them into caches of small blocks, one for each
+thread. Small objects then take these ends. A freed tensor stays a few bytes too short for the next
+tensor of its size, and the heap grows to twice the memory in use. Without the caches glibc joins
+freed blocks again. It reads the variable when a process starts (manual, "Tunables"); other
+allocators ignore it.
 """
 
 from collections.abc import Mapping
@@ -13,11 +14,11 @@ SETTINGS = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 
 
 def with_heap_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with the settings; those that it has already come last, and win."""
+    """Return an environment with the settings added; those it already has come last and win."""
     own = environment.get(VARIABLE)
     return {**environment, VARIABLE: f"{SETTINGS}:{own}" if own else SETTINGS}
 
 
 def shell_line() -> str:
-    """Return the line of a shell script that does the same."""
+    """Return the line of a shell script that exports the settings."""
     return f'export {VARIABLE}="{SETTINGS}${{{VARIABLE}:+:${VARIABLE}}}"'

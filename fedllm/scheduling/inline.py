@@ -1,4 +1,4 @@
-"""Jobs run in the caller's process, one after the other, the moment they are submitted."""
+"""The inline scheduler: jobs run in the caller's process, one after the other, when submitted."""
 
 import itertools
 import sys
@@ -14,14 +14,17 @@ Execute = Callable[[str, Sequence[str], str, Path], int]
 
 @dataclass(kw_only=True)
 class InlineScheduler:
-    """`execute(program, argv, task id, log)` is the caller's: this side knows no compute code."""
+    """Scheduler that runs each task during its submission, in this process.
+
+    The caller gives `execute(program, argv, task id, log)`, because this side has no compute code.
+    """
 
     execute: Execute
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _exits: dict[str, int] = field(default_factory=dict)
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
-        """One process, one slot."""
+        """Return one slot: there is one process."""
         return Capacity(free_slots=1, max_parallel=1, largest_array=sys.maxsize, resident=True)
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -34,18 +37,18 @@ class InlineScheduler:
                 )
 
     def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
-        """Nothing limits the queue."""
+        """Return None: nothing limits the queue."""
         return None
 
     def limits(self, options: Mapping[str, Option]) -> Limits:  # noqa: ARG002
-        """Nothing is limited where nothing is queued."""
+        """Return no limits: there is no queue."""
         return Limits(problem="scheduler.kind inline has no queue")
 
     def script(self, job: Job) -> None:
-        """Jobs are started from here: no batch system reads anything."""
+        """Return None: no batch system reads a script."""
 
     def submit(self, job: Job) -> list[str]:
-        """Run every task of the array now."""
+        """Run every task of the array now; return the task ids."""
         self.check([job])
         ids = [f"inline-{next(self._numbers)}" for _ in range(job.tasks)]
         for task in ids:
@@ -54,11 +57,11 @@ class InlineScheduler:
         return ids
 
     def find(self, name: str) -> list[str] | None:  # noqa: ARG002
-        """Nothing outlives the process that submitted it."""
+        """Return None: no task outlives the process that submitted it."""
         return None
 
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
-        """Every task ended before its submission returned."""
+        """Return GONE for every task: it ended before `submit` returned."""
         return dict.fromkeys(ids, TaskState.GONE)
 
     def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
@@ -66,18 +69,18 @@ class InlineScheduler:
         return {i: Ending(state=f"exit {self._exits[i]}") for i in ids if self._exits.get(i)}
 
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:  # noqa: ARG002
-        """No task waits."""
+        """Return nothing: no task waits."""
         return {}
 
     def trouble(self) -> str | None:
-        """Whoever runs the jobs here answers."""
+        """Return None: the states of tasks are always known."""
         return None
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """There is nothing to end."""
+        """Do nothing: no task is running."""
 
     def wait(self, seconds: float) -> None:
-        """There is nothing to wait for."""
+        """Return at once: no task is running."""
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: no task is running."""

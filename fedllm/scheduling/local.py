@@ -1,4 +1,4 @@
-"""Jobs run in local processes that stay for the whole run and load the base model once."""
+"""The local scheduler: worker processes that stay for the whole run and load the base once."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskSt
 from fedllm.storage.publishing.publish import storage_errors
 
 SERVE = (sys.executable, "-m", "fedllm.programs.serve")
-# where the processes of a task meet
+# the processes of a task meet on this host
 _HOST = "127.0.0.1"
 
 
@@ -35,16 +35,16 @@ class _Task:
 
 @dataclass(kw_only=True, eq=False)
 class _Worker:
-    """Processes that take tasks together: as many of them as a task has, the first ones.
+    """Processes that run a task together; a task of n processes takes the first n.
 
-    `how` and `log` tell of the process of the present task that ended badly first; those that are
-    still at it are killed at `deadline`.
+    `failure` and `log` belong to the process of the present task that failed first. At `deadline`
+    the other processes of the task are killed.
     """
 
     name: str
     processes: "list[_Process]" = field(default_factory=list)
     task: _Task | None = None
-    how: str = ""
+    failure: str = ""
     log: Path = Path()
     deadline: float = math.inf
 
@@ -61,24 +61,25 @@ class _Process:
 
     @property
     def task_log(self) -> Path:
-        """Where its present task writes; what it says before and after is in `log`."""
+        """The log of its present task; before and after a task it writes to `log`."""
         task = self.worker.task
         return task.job.log_folder / self.log.name if task else self.log
 
 
 @dataclass(kw_only=True)
 class LocalScheduler:
-    """Gives tasks to `workers` resident workers, first come, first served.
+    """Scheduler that gives tasks to `workers` resident workers, first come, first served.
 
-    A worker is as many processes as the tasks that it was given had at most.
+    A worker has as many processes as the largest task it has been given.
 
     Attributes:
-        workers: how many there are.
-        log_folder: for what they say before and after their tasks.
-        serve: starts a process, which reads a task per line and answers with its id and exit code.
-        grace_seconds: for processes that are told to end: one stops between two steps, and
-            publishes what it has finished.
-        end_seconds: for one that closed its pipes: it is at its end, or will never answer.
+        workers: the number of workers.
+        log_folder: the folder of the logs that workers write before and after their tasks.
+        serve: the command of a process; it reads one task per line and answers with the task's
+            id and exit code.
+        grace_seconds: the time a process has to end after a signal: it stops between two steps
+            and publishes what it has finished.
+        end_seconds: the time a process has to end once it has closed its pipes.
     """
 
     workers: int
@@ -94,80 +95,80 @@ class LocalScheduler:
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
-        """As many slots as there are workers."""
+        """Return one slot for each worker."""
         slots = self.workers
         return Capacity(
             free_slots=slots, max_parallel=slots, largest_array=sys.maxsize, resident=True
         )
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """There is nothing to refuse."""
+        """Accept all jobs."""
 
     def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
-        """Nothing limits the queue."""
+        """Return None: nothing limits the queue."""
         return None
 
     def limits(self, options: Mapping[str, Option]) -> Limits:  # noqa: ARG002
-        """Nothing is limited where nothing is queued."""
+        """Return no limits: there is no batch queue."""
         return Limits(problem="scheduler.kind local has no queue")
 
     def script(self, job: Job) -> None:
-        """Jobs are started from here: no batch system reads anything."""
+        """Return None: no batch system reads a script."""
 
     def submit(self, job: Job) -> list[str]:
-        """Queue the tasks; free workers take them at once."""
+        """Queue the tasks of a job and return their ids; free workers take them at once."""
         numbers = itertools.islice(self._numbers, job.tasks)
         tasks = [_Task(id=f"local-{self._run}-{number}", job=job) for number in numbers]
         self._queue.extend(tasks)
-        # a worker that died idle must not be given a task
-        self._hear(0.0)
+        # an idle worker may have died: it must not get a task
+        self._poll(0.0)
         return [task.id for task in tasks]
 
     def find(self, name: str) -> list[str] | None:  # noqa: ARG002
-        """Workers end with the process that started them, so nothing is left to find."""
+        """Return None: workers end with the process that started them."""
         return None
 
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
-        """Return the states of tasks of this process; all others are gone."""
-        self._hear(0.0)
+        """Return the states of tasks; a task that this process did not submit is GONE."""
+        self._poll(0.0)
         running = {worker.task.id for worker in self._pool if worker.task}
         waiting = {task.id for task in self._queue}
         return {id_: _state(id_, running, waiting) for id_ in ids}
 
     def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
-        """Return how tasks ended that did not exit 0."""
+        """Return how tasks ended, for those that failed."""
         return {id_: self._ended[id_] for id_ in ids if id_ in self._ended}
 
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
-        """Tasks wait for a free worker, and for nothing else."""
+        """Return `a free worker` for every task that waits."""
         waiting = {task.id for task in self._queue}
         return {id_: "a free worker" for id_ in ids if id_ in waiting}
 
     def trouble(self) -> str | None:
-        """Whoever runs the jobs here answers."""
+        """Return None: the states of tasks are always known."""
         return None
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Forget waiting tasks and end the workers of running ones."""
-        named = set(ids)
-        self._queue = deque(task for task in self._queue if task.id not in named)
-        for worker in [w for w in self._pool if w.task and w.task.id in named]:
+        cancelled = set(ids)
+        self._queue = deque(task for task in self._queue if task.id not in cancelled)
+        for worker in [w for w in self._pool if w.task and w.task.id in cancelled]:
             self._kill(worker.processes)
         self._dispatch()
 
     def wait(self, seconds: float) -> None:
-        """Return as soon as a task ended, at the latest after `seconds`."""
+        """Wait until a task ends, at most `seconds`."""
         if self._pool or self._queue:
-            self._hear(seconds)
+            self._poll(seconds)
         else:
             time.sleep(seconds)
 
     def close(self) -> None:
-        """End the workers; those at work may publish what they have finished."""
+        """End the workers; a busy worker may first publish what it has finished."""
         processes = [process for worker in self._pool for process in worker.processes]
         for process in processes:
             process.popen.terminate()
-            # a line that the worker never read is lost with it
+            # the pipe is broken where the worker has died with a line unread
             with contextlib.suppress(BrokenPipeError):
                 process.inbox.close()
         deadline = time.monotonic() + self.grace_seconds
@@ -176,7 +177,7 @@ class LocalScheduler:
                 process.popen.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.popen.kill()
-            self._bury(process)
+            self._remove(process)
 
     def _dispatch(self) -> None:
         while self._queue:
@@ -185,7 +186,7 @@ class LocalScheduler:
                 free = self._add_worker()
             if free is None:
                 return
-            self._give(free, self._queue.popleft())
+            self._assign(free, self._queue.popleft())
 
     def _add_worker(self) -> _Worker:
         taken = {worker.name for worker in self._pool}
@@ -195,11 +196,11 @@ class LocalScheduler:
         self._pool.append(worker)
         return worker
 
-    def _give(self, worker: _Worker, task: _Task) -> None:
+    def _assign(self, worker: _Worker, task: _Task) -> None:
         count = task.job.processes_per_task
         while len(worker.processes) < count:
             self._start(worker)
-        worker.task, worker.how, worker.deadline = task, "", math.inf
+        worker.task, worker.failure, worker.deadline = task, "", math.inf
         processes = worker.processes[:count]
         for process in processes:
             process.is_busy = True
@@ -216,10 +217,10 @@ class LocalScheduler:
                 process.inbox.write(json.dumps(message).encode() + b"\n")
                 process.inbox.flush()
             except BrokenPipeError:
-                self._bury(process)
+                self._remove(process)
 
     def _start(self, worker: _Worker) -> None:
-        """Start one more process of a worker."""
+        """Start another process of a worker."""
         taken = {process.log.stem for process in worker.processes}
         names = itertools.chain([worker.name], (f"{worker.name}.{n}" for n in itertools.count(1)))
         log = self.log_folder / f"{next(name for name in names if name not in taken)}.log"
@@ -233,7 +234,7 @@ class LocalScheduler:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=with_heap_settings(os.environ),
-                # Ctrl-C is for the coordinator: it ends its workers itself
+                # Ctrl-C goes to the coordinator, which then ends its workers
                 start_new_session=True,
             )
         assert popen.stdin and popen.stdout
@@ -244,19 +245,19 @@ class LocalScheduler:
         self._selector.register(process.outbox, selectors.EVENT_READ, process)
         worker.processes.append(process)
 
-    def _hear(self, seconds: float) -> None:
-        """Listen to the workers until a task ended, at most `seconds`; then give out tasks."""
+    def _poll(self, seconds: float) -> None:
+        """Read the workers' answers until a task ends, at most `seconds`; then assign tasks."""
         deadline = time.monotonic() + seconds
-        heard = False
-        while not heard:
+        ended = False
+        while not ended:
             left = deadline - time.monotonic()
-            until_killed = min((worker.deadline for worker in self._pool), default=math.inf)
-            patience = min(left, until_killed - time.monotonic())
-            events = self._selector.select(max(0.0, patience))
+            next_kill = min((worker.deadline for worker in self._pool), default=math.inf)
+            timeout = min(left, next_kill - time.monotonic())
+            events = self._selector.select(max(0.0, timeout))
             for key, _ in events:
-                heard |= self._read(key.data)
+                ended |= self._read(key.data)
             if not events:
-                heard |= self._kill_overdue() | self._bury_the_dead()
+                ended |= self._kill_overdue() | self._remove_ended()
                 if left <= 0:
                     break
         self._dispatch()
@@ -264,7 +265,7 @@ class LocalScheduler:
     def _read(self, process: _Process) -> bool:
         chunk = process.outbox.read()
         if chunk == b"":
-            self._bury(process)
+            self._remove(process)
             return True
         process.buffer += chunk or b""
         *lines, process.buffer = process.buffer.split(b"\n")
@@ -275,28 +276,28 @@ class LocalScheduler:
         return bool(ended)
 
     def _kill_overdue(self) -> bool:
-        """Kill processes that went on for too long after another of their task had failed."""
+        """Kill processes that still run `grace_seconds` after another one of their task failed."""
         now = time.monotonic()
         overdue = [w for w in self._pool if w.deadline <= now]
         for worker in overdue:
             self._kill([process for process in worker.processes if process.is_busy])
         return bool(overdue)
 
-    def _bury_the_dead(self) -> bool:
-        """Bury processes whose end nobody heard: a child of theirs may keep the pipe open."""
+    def _remove_ended(self) -> bool:
+        """Remove processes that ended with their pipe still open: a child may hold it open."""
         processes = [process for worker in self._pool for process in worker.processes]
-        dead = [process for process in processes if process.popen.poll() is not None]
-        for process in dead:
-            self._bury(process)
-        return bool(dead)
+        ended = [process for process in processes if process.popen.poll() is not None]
+        for process in ended:
+            self._remove(process)
+        return bool(ended)
 
     def _kill(self, processes: Sequence[_Process]) -> None:
         for process in processes:
             process.popen.kill()
         for process in list(processes):
-            self._bury(process)
+            self._remove(process)
 
-    def _bury(self, process: _Process) -> None:
+    def _remove(self, process: _Process) -> None:
         try:
             code = process.popen.wait(self.end_seconds)
         except subprocess.TimeoutExpired:
@@ -312,23 +313,23 @@ class LocalScheduler:
         if not worker.processes:
             self._pool.remove(worker)
 
-    def _end(self, process: _Process, how: str) -> None:
-        """Note that a process ended its part of a task, and end the others' if it failed."""
+    def _end(self, process: _Process, failure: str) -> None:
+        """Note that a process ended its part of a task; if it failed, end the others too."""
         worker = process.worker
         if worker.task is None or not process.is_busy:
             return
         process.is_busy = False
-        others = [each for each in worker.processes if each.is_busy]
-        if how and not worker.how:
-            # one that died before it opened its task's log said why in its own
+        others = [other for other in worker.processes if other.is_busy]
+        if failure and not worker.failure:
+            # a process that died before it opened its task's log wrote the reason to its own log
             log = process.task_log if process.task_log.exists() else process.log
-            worker.how, worker.log = how, log
+            worker.failure, worker.log = failure, log
             worker.deadline = time.monotonic() + self.grace_seconds
             for other in others:
                 other.popen.terminate()
         if not others:
-            if worker.how:
-                self._ended[worker.task.id] = Ending(state=worker.how, log=str(worker.log))
+            if worker.failure:
+                self._ended[worker.task.id] = Ending(state=worker.failure, log=str(worker.log))
             worker.task, worker.deadline = None, math.inf
 
 

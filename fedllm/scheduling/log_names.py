@@ -1,21 +1,21 @@
-"""How the logs of array tasks are named, and how many of them a folder takes."""
+"""Names of the logs of array tasks, and how many logs a folder may hold."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedllm.storage.paths import MOST_ENTRIES
 
-# tasks whose logs lie in one folder, beside the script of their array
+# logs in one folder, beside the script of their array
 MAX_LOGS = MOST_ENTRIES - 1
 
 
 def need_folders(tasks: int) -> bool:
-    """Say whether arrays of so many tasks need a folder of logs each."""
+    """Say whether each array of a round of `tasks` tasks needs its own folder of logs."""
     return tasks > MOST_ENTRIES // 2
 
 
 def log_of(folder: Path, task: str, *, process: int | str = 0) -> Path:
-    """Return the log of a task's process; what starts the task writes to that of the first."""
+    """Return the log of a task's process; the task's batch script writes to that of process 0."""
     return folder / f"{task}_{process}_log.out"
 
 
@@ -25,16 +25,16 @@ def script_of(folder: Path, name: str) -> Path:
 
 
 def task_of(log: Path) -> str:
-    """Return the task that a log is of: `1234_5_0_log.out` is that of `1234_5`."""
+    """Return the task of a log: `1234_5_0_log.out` belongs to task `1234_5`."""
     return "_".join(log.name.split("_")[:2])
 
 
 def has_log(folder: Path, task: str) -> bool:
-    """Say whether a task could open its log: that happens before the first line of it runs."""
+    """Say whether a task has opened its log: Slurm opens it before the script runs."""
     return any(folder.glob(f"{task}_*"))
 
 
 def files_of(folder: Path, name: str, tasks: Sequence[str]) -> Iterator[Path]:
-    """Yield what an array of one-process tasks leaves in its folder."""
+    """Yield the logs and the script of an array of one-process tasks."""
     yield from (log_of(folder, task) for task in tasks)
     yield script_of(folder, name)

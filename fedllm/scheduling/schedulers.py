@@ -1,4 +1,4 @@
-"""The schedulers there are, and what each asks of a run directory."""
+"""The schedulers by name, and how each is made for a run."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def _local(config: Config, paths: RunPaths, execute: Execute) -> Scheduler:  # n
 
 
 def _slurm(config: Config, paths: RunPaths, execute: Execute) -> Scheduler:  # noqa: ARG001
-    # submitit is imported only where a cluster is used
+    # imports submitit, which only runs on a cluster need
     from fedllm.scheduling.slurm.executor import SlurmScheduler
 
     return SlurmScheduler(section=config.scheduler)
@@ -37,8 +37,8 @@ def make_scheduler(config: Config, paths: RunPaths, execute: Execute) -> Schedul
     """Return the configured scheduler.
 
     Args:
-        config: the run's.
-        paths: the run.
+        config: the run's configuration.
+        paths: the run's directory.
         execute: runs a job's program in this process.
     """
     return SCHEDULERS[config.scheduler.kind](config, paths, execute)
@@ -48,7 +48,7 @@ def check_log_path(config: Config, paths: RunPaths) -> None:
     """Refuse a run directory whose logs the configured scheduler could not write.
 
     Raises:
-        RunDirectoryError: its path cannot be said to the batch system.
+        RunDirectoryError: the batch system cannot take its path.
     """
     if traits_of(config).jobs_outlive_coordinator:
         log_pattern(paths.all_logs, "")

@@ -1,4 +1,4 @@
-"""The one narrow seam between a run and whatever starts its jobs."""
+"""The interface between a run and the scheduler that starts its jobs; no word of Slurm."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,20 +15,20 @@ Program = Literal["prepare", "client", "aggregate", "evaluate"]
 Option = str | int | float | bool | None
 
 
-# how a task ended: the scheduler says it, the outcome of an attempt keeps it; `endings` reads it
+# how a task ended: reported by the scheduler, kept in the outcome of an attempt, read by `endings`
 Ending: TypeAlias = EndingRecord
 
 
 class SchedulerUnreachable(Incomplete):
-    """The scheduler does not answer now; asking again later may help."""
+    """The scheduler does not answer now; it may answer later."""
 
 
 class SchedulerFull(Incomplete):
-    """The limits on submitted jobs leave no room now; it was not submitted."""
+    """The limits on submitted jobs leave no room now; the job was not submitted."""
 
 
 class SubmissionUnknown(UserError):
-    """Nobody says whether it was submitted: its name is looked for, and it is not sent again."""
+    """A job may or may not have been submitted; it is looked up by name and not sent again."""
 
     def kept_in(self, record: Path) -> "SubmissionUnknown":
         """Return this error with the record that keeps the job from being sent again."""
@@ -39,7 +39,7 @@ class SubmissionUnknown(UserError):
 
 
 class TaskState(Enum):
-    """What is known of a task."""
+    """The state of a task as far as the scheduler knows it."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -48,7 +48,7 @@ class TaskState(Enum):
 
 
 class EndReason(Enum):
-    """Why a task ended that did not end well, whatever its scheduler calls it."""
+    """Reason why a task failed, the same words for every scheduler."""
 
     PREEMPTED = "preempted"
     NODE_LOST = "node lost"
@@ -62,10 +62,11 @@ class EndReason(Enum):
 class Job:
     """An array of identical tasks: `tasks` times `program argv`, at most `parallel` at once.
 
-    `worker_class` is whose bundles its workers take; None: it is a job of one task.
+    `worker_class` is the class whose bundles its workers take; None: the job has one task.
 
-    A task is `processes_per_task` times the program, evenly over `nodes_per_task` nodes. A signal
-    to a task reaches all its processes. It ends when all have ended; one that fails ends the rest.
+    A task runs the program in `processes_per_task` processes, spread evenly over `nodes_per_task`
+    nodes. A signal to a task reaches all its processes. The task ends when all have ended; a
+    process that fails ends the others.
     """
 
     name: str
@@ -84,62 +85,62 @@ class Job:
 
 
 class Scheduler(Protocol):
-    """Starts jobs and says which are still there; what is complete, records tell."""
+    """Scheduler of jobs: it starts them and says which still run. Records say what is complete."""
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
-        """Return what there is room for, for tasks of these options, as far as it is known."""
+        """Return how many tasks of these options it can take, as far as it is known."""
 
     def room(self, options: Mapping[str, Option]) -> int | None:
         """Return how many tasks may be submitted now; None: no limit is known."""
 
     def limits(self, options: Mapping[str, Option]) -> Limits:
-        """Return what may be submitted at all, for tasks of these options."""
+        """Return the limits on what may be submitted, for tasks of these options."""
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Ask whether jobs could be submitted as they are; submit nothing.
+        """Check that jobs could be submitted as they are; submit nothing.
 
         Raises:
-            ConfigError: not all of them; one line per problem, each names its key.
-            SchedulerUnreachable: it cannot be said now.
+            ConfigError: some could not; one line per problem, each names its key.
+            SchedulerUnreachable: the scheduler does not answer now.
         """
 
     def submit(self, job: Job) -> list[str]:
         """Submit an array and return its task ids in task order.
 
         Raises:
-            ConfigError: it is refused; the message names the key.
+            ConfigError: the scheduler refuses it; the message names the key.
             SchedulerFull: limits on submitted jobs leave no room now.
-            SchedulerUnreachable: no answer; whether it was taken is unknown.
-            SubmissionUnknown: an answer, and still unknown.
+            SchedulerUnreachable: no answer; the array may or may not have been submitted.
+            SubmissionUnknown: the answer does not say whether the array was submitted.
         """
 
     def script(self, job: Job) -> str | None:
-        """Return the text that `submit` would hand to the batch system; None: there is none."""
+        """Return the script that `submit` would give to the batch system; None: it gives none."""
 
     def find(self, name: str) -> list[str] | None:
         """Return the task ids of an array submitted under `name`, or None if there is none.
 
         Raises:
-            SchedulerUnreachable: it cannot be said now.
+            SchedulerUnreachable: the scheduler does not answer now.
         """
 
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
-        """Return the state of every task; one query whatever their number."""
+        """Return the state of every task; one query for all."""
 
     def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
-        """Return how tasks ended that did not end well, where it is known."""
+        """Return how tasks ended, for those that failed and whose end is known."""
 
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return what tasks that wait are waiting for, from the last answer about states."""
+        """Return the reasons why tasks wait, from the last answer about states."""
 
     def trouble(self) -> str | None:
-        """Return why states are unknown now, in one sentence, or None if they are known."""
+        """Return why states are unknown now, in one sentence; None: they are known."""
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """End tasks; those that are gone are passed over."""
+        """End tasks; tasks that are gone are ignored."""
 
     def wait(self, seconds: float) -> None:
-        """Return when something may have happened, at the latest after `seconds`."""
+        """Wait until something may have happened, at most `seconds`."""
 
     def close(self) -> None:
-        """End what belongs to this process; jobs of a cluster go on."""
+        """End the processes that this one started; jobs of a cluster go on."""

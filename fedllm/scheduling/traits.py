@@ -1,4 +1,4 @@
-"""How the kinds of scheduler differ for those who plan, wait and read; all else is in the seam."""
+"""Differences between the kinds of scheduler that the rest of the code has to know."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,18 @@ _CLUSTERS = frozenset({"slurm"})
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What follows from the configured scheduler alone.
+    """Properties that follow from the kind of the configured scheduler.
 
     Attributes:
-        visibility_seconds: how long a file that cannot be read whole may still be on its way.
-            Processes of one machine see each other's files at once; those of a cluster do not.
-        query_seconds: the least time between two questions about tasks.
-        tasks_start_anew: a task queues and loads what it needs, so a worker that is idle for a
-            while is worth keeping; otherwise processes stay anyway.
-        jobs_outlive_coordinator: jobs are a batch system's. They go on without whoever submitted
-            them, other processes may ask about them, and a coordinator may be one.
+        visibility_seconds: how long a file that another process wrote may stay invisible or
+            incomplete. Processes of one machine see each other's files at once; those of a
+            cluster do not.
+        query_seconds: the minimum time between two queries about tasks.
+        tasks_start_anew: each task has to queue and load the base, so an idle worker is worth
+            keeping for a while; otherwise processes stay anyway.
+        jobs_outlive_coordinator: a batch system runs the jobs. They go on without the process
+            that submitted them, other processes may ask about them, and the coordinator may be
+            such a job itself.
     """
 
     visibility_seconds: float
