@@ -10,7 +10,7 @@ MAX_LOGS = MOST_ENTRIES - 1
 
 
 def need_folders(tasks: int) -> bool:
-    """Say whether each array of a round of `tasks` tasks needs its own folder of logs."""
+    """Say whether each array of an attempt with `tasks` tasks needs its own folder of logs."""
     return tasks > MOST_ENTRIES // 2
 
 

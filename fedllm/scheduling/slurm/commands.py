@@ -1,8 +1,8 @@
-"""Slurm's commands: one call, one clean environment, failures told apart.
+"""Slurm's commands, called in a clean environment; each kind of failure is its own exception.
 
-Every command that is issued, and what is read of its answer. Lines that are no answer are passed
-over: those of squeue begin with `command_output.MARK`, or with a column that nobody reads, behind
-which an announcement may stand:
+The list has every command that fedllm calls, and the form of its answer. Other lines are ignored:
+squeue's answers begin with `command_output.MARK`, or with an unused column that an announcement
+may run into:
 
     sbatch FILE                                        `Submitted batch job 7`, `7`, `7;cluster`
     sbatch --test-only --OPTION=VALUE ... --array=0-0 --wrap=true      exit status alone
@@ -37,18 +37,18 @@ from fedllm.scheduling.slurm.command_output import excerpt, submitted_job
 
 COMMAND_TIMEOUT_SECONDS = 120
 
-# What a Slurm job or a submitter's shell sets and a command of ours must not inherit: CPU binding,
+# Variables of a Slurm job or of the user's shell that our commands must not inherit: CPU binding,
 # array ids, filters and formats of squeue, and sbatch defaults, which would win over the file.
 _INHERITED = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_")
-# What a launcher of several processes, or we ourselves, told this one job.
+# Variables that a launcher of several processes, or fedllm itself, set for this job alone.
 _OWN = {
     *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     *("FEDLLM_TASK", "FEDLLM_LOG", "FEDLLM_PROCESSES", "FEDLLM_PYTHON", "FEDLLM_SETUP"),
     *("FEDLLM_RANK", "FEDLLM_LOCAL_RANK", "FEDLLM_RENDEZVOUS"),
 }
-# A site's or user's defaults stay in force where the configuration says nothing.
-# the name of its node, in a shell that Slurm started: all nodes of one host have its host name
+# the node's name in a shell that Slurm started: virtual nodes of one host share the host name
 NODE_NAME_IN_SHELL = "${SLURMD_NODENAME:-$(hostname)}"
+# defaults of a site or user, which hold where the configuration says nothing
 _SITE_DEFAULTS = ("account", "partition", "qos", "reservation", "constraint")
 
 _TRANSIENT = (
@@ -68,7 +68,7 @@ _TRANSIENT = (
     "protocol authentication error",
     "slurmdbd",
 )
-# Words of sbatch at MaxJobCount; it sleeps and retries, then gives up.
+# What sbatch prints at MaxJobCount; it sleeps and retries, then gives up.
 _NO_ROOM = (
     "unable to accept job",
     "job queue full",
@@ -80,30 +80,30 @@ _NO_CLUSTER = ("configuration source", "unable to process configuration file")
 
 
 class CommandRefused(Exception):
-    """A command that reached Slurm and was turned down; the message is what it said, one line."""
+    """A command that Slurm refused; the message is Slurm's, in one line."""
 
 
 class Commands(Protocol):
-    """Slurm's commands, and the clock that goes with them."""
+    """Slurm's commands and a clock."""
 
     def call(self, words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
-        """Run a command and return its output; errors as of `call`."""
+        """Run a command and return its output; the errors are those of `call`."""
 
     def monotonic(self) -> float:
-        """Return seconds since some moment."""
+        """Return the seconds of a clock that never goes back."""
 
     def sleep(self, seconds: float) -> None:
-        """Return after so long."""
+        """Wait for `seconds`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstalledCommands:
-    """The commands in PATH, and this machine's clock."""
+    """Slurm's commands in PATH, and this machine's clock."""
 
     timeout_seconds: float = COMMAND_TIMEOUT_SECONDS
 
     def call(self, words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
-        """Run a command."""
+        """Run a command and return its output; the errors are those of `call`."""
         return call(words, environment=environment, timeout_seconds=self.timeout_seconds)
 
     def monotonic(self) -> float:
@@ -111,7 +111,7 @@ class InstalledCommands:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep."""
+        """Sleep for `seconds`."""
         time.sleep(seconds)
 
 
@@ -138,9 +138,9 @@ def clean_environment(
     """Return an environment for a Slurm command, the same inside a job as outside.
 
     Args:
-        given: the environment to clean; default that of this process.
-        configured: sbatch options that are given explicitly; a default of the same option in the
-            environment (`SBATCH_ACCOUNT`) would win over the file and is dropped.
+        given: the environment to clean; None: that of this process.
+        configured: sbatch options that are given explicitly. A default of the same option in the
+            environment (`SBATCH_ACCOUNT`) would win over the file, so it is dropped.
     """
     given = os.environ if given is None else given
     kept = {f"SBATCH_{option.upper()}" for option in _SITE_DEFAULTS if option not in configured}
@@ -153,7 +153,7 @@ def clean_environment(
 
 
 def srun_environment(configured: Collection[str]) -> dict[str, str]:
-    """Return the environment of srun: a site's defaults have other names there than for sbatch."""
+    """Return the environment of srun, where the defaults of sbatch have srun's names."""
     kept = clean_environment(configured=configured)
     return {
         name.replace("SBATCH_", "SLURM_", 1) if name.startswith("SBATCH_") else name: value
@@ -170,10 +170,10 @@ def call(
     """Run a Slurm command and return its output.
 
     Raises:
-        UserError: the command is not installed, or knows of no cluster.
+        UserError: the command is not installed, or finds no cluster.
         SchedulerFull: sbatch found no room for one more job in the whole cluster.
         SchedulerUnreachable: Slurm does not answer now.
-        CommandRefused: Slurm answered, and refused.
+        CommandRefused: Slurm refused.
     """
     try:
         done = subprocess.run(
@@ -192,10 +192,10 @@ def call(
             "scheduler.kind local does not"
         ) from error
     except subprocess.TimeoutExpired as error:
-        # sbatch tries again for minutes where it finds no room
-        said = bytes(error.stderr or b"").decode(errors="replace")
-        if any(text in said.lower() for text in _NO_ROOM):
-            raise SchedulerFull(f"{words[0]}: {_one_line(words[0], said)}") from error
+        # without room sbatch tries again for minutes
+        output = bytes(error.stderr or b"").decode(errors="replace")
+        if any(text in output.lower() for text in _NO_ROOM):
+            raise SchedulerFull(f"{words[0]}: {_one_line(words[0], output)}") from error
         raise SchedulerUnreachable(
             f"{words[0]}: no answer within {timeout_seconds:.0f} s; is slurmctld overloaded?"
         ) from error
@@ -205,19 +205,19 @@ def call(
 
 
 def squeue(*words: str, commands: Commands | None = None) -> str:
-    """Ask for jobs of this user, one line per array task.
+    """Return squeue's output about this user's jobs, one line per array task.
 
     Raises:
-        SchedulerUnreachable: slurmctld cannot be asked now.
-        CommandRefused: it knows nothing of what was asked for.
+        SchedulerUnreachable: slurmctld does not answer now.
+        CommandRefused: squeue knows none of the jobs.
     """
-    ask = (commands or InstalledCommands()).call
-    return ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
+    run = (commands or InstalledCommands()).call
+    return run(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
 
 
-def unknown_submission(name: str, said: str) -> str:
-    """Return the line for a submission that its answer does not tell, nor the queue."""
-    answer = submitted_job(said)
+def unknown_submission(name: str, output: str) -> str:
+    """Return the error for a job that neither sbatch's output nor the queue names."""
+    answer = submitted_job(output)
     if answer and answer.cluster:
         return (
             f"sbatch: job {answer.job} went to cluster {answer.cluster}, and the queue here has no "
@@ -225,13 +225,14 @@ def unknown_submission(name: str, said: str) -> str:
             f"jobs there; scancel --clusters={answer.cluster} {answer.job} ends it"
         )
     return (
-        f"sbatch: its answer names no job ({excerpt(said)}), and the queue has no job {name}; have "
-        "sbatch say `Submitted batch job N` or the number alone, then `fedllm resume` looks again"
+        f"sbatch: its answer names no job ({excerpt(output)}), and the queue has no job {name}; "
+        "have sbatch say `Submitted batch job N` or the number alone, then `fedllm resume` looks "
+        "again"
     )
 
 
-def _failure(command: str, said: str, status: int) -> Exception:
-    message = _one_line(command, said) or f"exit status {status}"
+def _failure(command: str, output: str, status: int) -> Exception:
+    message = _one_line(command, output) or f"exit status {status}"
     folded = message.lower()
     if any(text in folded for text in _NO_CLUSTER):
         return UserError(
@@ -244,9 +245,9 @@ def _failure(command: str, said: str, status: int) -> Exception:
     return CommandRefused(message)
 
 
-def _one_line(command: str, said: str) -> str:
-    """Return a command's words without its name, hints and line breaks."""
-    lines = [line.strip() for line in said.splitlines()]
+def _one_line(command: str, output: str) -> str:
+    """Return a command's output in one line, without its name and hints."""
+    lines = [line.strip() for line in output.splitlines()]
     lines = [line for line in lines if line and not line.startswith("Try ")]
     for prefix in (f"{command}: ", "error: ", "fatal: "):
         lines = [line.removeprefix(prefix) for line in lines]

@@ -1,4 +1,4 @@
-"""The coordinator's jobs on Slurm: one that requeues itself, or a chain; known to the lease."""
+"""The coordinator as a Slurm job: one job that requeues itself, or a chain of short jobs."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ _OPTION = re.compile(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", re.MULTILINE)
 
 
 def coordinator_flags(section: SchedulerSection) -> Flags:
-    """Return the options of the coordinator's job: the configured ones, over those of its script.
+    """Return the options of the coordinator's job; configured ones replace those of its script.
 
     Raises:
         ConfigError: an option that fedllm sets itself.
@@ -59,10 +59,10 @@ def coordinator_flags(section: SchedulerSection) -> Flags:
 
 
 def check_coordinator(section: SchedulerSection) -> None:
-    """Refuse a coordinator's job that Slurm would refuse, or take and never start.
+    """Refuse a coordinator's job that Slurm would refuse, or accept and never start.
 
     Raises:
-        ConfigError: a line for everything that is wrong, with its key.
+        ConfigError: one line per problem, each names its key.
         SchedulerUnreachable: slurmctld does not answer.
     """
 
@@ -71,25 +71,25 @@ def check_coordinator(section: SchedulerSection) -> None:
 
     flags = coordinator_flags(section)
     surveyor = Surveyor(commands=InstalledCommands(), query_seconds=section.query_seconds)
-    found = job_problems(
+    lines = job_problems(
         flags, section=section, program="coordinator", survey=surveyor.survey(flags), test=test
     )
-    if told := "\n".join(found):
-        raise ConfigError(told)
+    if message := "\n".join(lines):
+        raise ConfigError(message)
 
 
 def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
-    """Submit a small job that goes on with a run, as `scheduler.coordinator` says; return its id.
+    """Submit the coordinator's job, of the kind that `scheduler.coordinator` says; return its id.
 
-    Its options are those of `scheduler.sbatch.coordinator`; it reads `config.yaml` of the run
-    directory, which has to be there, and logs beside the rounds.
+    The job has the options of `scheduler.sbatch.coordinator`. It reads `config.yaml` of the run
+    directory, which must exist, and writes its log beside the rounds.
 
     Raises:
-        LeaseError: such a job waits or runs already.
+        LeaseError: such a job already waits or runs.
         ConfigError: sbatch refuses an option; the message names its key.
         SchedulerFull: limits on submitted jobs leave no room now.
         SchedulerUnreachable: slurmctld does not answer.
-        SubmissionUnknown: sbatch's answer names no job, and the queue has none of this name.
+        SubmissionUnknown: neither sbatch's answer nor the queue shows the job.
     """
     refuse_second_coordinator(paths, run_id)
     if config.scheduler.coordinator == "chained":
@@ -103,7 +103,7 @@ def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
 def submit_link(
     paths: RunPaths, config: Config, run_id: str, *, after: str | None = None, lost: int = 0
 ) -> str:
-    """Submit a link of the chain, which starts once job `after` has ended; return its id.
+    """Submit a link of the chain, which starts after job `after` has ended; return its id.
 
     Raises:
         ConfigError: sbatch refuses an option; the message names its key.
@@ -122,13 +122,13 @@ def refuse_second_coordinator(paths: RunPaths, run_id: str) -> None:
     """Refuse a second coordinator's job.
 
     Raises:
-        LeaseError: one waits or runs.
-        SchedulerUnreachable: slurmctld cannot be asked now.
+        LeaseError: one already waits or runs.
+        SchedulerUnreachable: slurmctld does not answer now.
         SubmissionUnknown: one may exist that the queue here does not show.
     """
-    if there := list(coordinator_jobs(run_id)):
+    if jobs := list(coordinator_jobs(run_id)):
         raise LeaseError(
-            f"{paths.root}: its coordinator waits or runs as Slurm job {', '.join(there)}; wait "
+            f"{paths.root}: its coordinator waits or runs as Slurm job {', '.join(jobs)}; wait "
             f"for it, or end it with: fedllm cancel {paths.root}"
         )
     if doubt := DoubtRecord.find(paths.coordinator_doubt):
@@ -139,22 +139,22 @@ def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
     """Return the coordinator's jobs that wait or run, the oldest first.
 
     Raises:
-        SchedulerUnreachable: slurmctld cannot be asked now.
+        SchedulerUnreachable: slurmctld does not answer now.
     """
     words = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={_name(run_id)}"]
     try:
         lines = marked_lines(call([*words, "-o", f"{MARK}%i|%T"]))
     except CommandRefused as error:
         raise SchedulerUnreachable(f"squeue: {error}") from error
-    found = {}
+    jobs = {}
     for line in lines:
         job, _, state = line.partition("|")
-        found[job] = state_in_queue(state)
-    return dict(sorted(found.items(), key=lambda each: int(each[0].partition("_")[0])))
+        jobs[job] = state_in_queue(state)
+    return dict(sorted(jobs.items(), key=lambda item: int(item[0].partition("_")[0])))
 
 
 def start_after(job: str, arrays: Sequence[str]) -> None:
-    """Have a link that waits start once all arrays have ended.
+    """Let a waiting link start after all arrays have ended.
 
     Raises:
         SchedulerUnreachable: slurmctld does not answer.
@@ -163,19 +163,21 @@ def start_after(job: str, arrays: Sequence[str]) -> None:
 
 
 def start_after_any(job: str, arrays: Sequence[str], *, minutes_after: tuple[str, int]) -> None:
-    """Have a link that waits start once one of the arrays has ended, or so long after a job began.
+    """Let a waiting link start after an array has ended, or some minutes after a job began.
+
+    `minutes_after` is that job and the minutes.
 
     Raises:
         SchedulerUnreachable: slurmctld does not answer.
     """
-    # no `singleton`: it would be one more of the conditions that suffice
+    # no `singleton`: with `?` any one condition is enough, and it would be one of them
     other, minutes = minutes_after
     ended = [f"afterany:{array}" for array in arrays]
     _update(job, f"dependency={'?'.join([*ended, f'after:{other}+{minutes}'])}")
 
 
 def start_later(job: str, seconds: float) -> None:
-    """Have a link that waits start once its predecessor has ended, but not before `seconds`.
+    """Let a waiting link start after its predecessor has ended, but not before `seconds`.
 
     Raises:
         SchedulerUnreachable: slurmctld does not answer.
@@ -184,7 +186,7 @@ def start_later(job: str, seconds: float) -> None:
 
 
 def _update(job: str, change: str) -> None:
-    # refused for a job that has started or ended meanwhile: nothing is left to put off
+    # Slurm refuses if the job has started or ended meanwhile: then no delay is needed
     with contextlib.suppress(CommandRefused):
         call(["scontrol", "update", f"jobid={job}", change])
 
@@ -220,49 +222,51 @@ def _submit(
         *words,
     ]
     try:
-        said = call(command, environment=clean_environment(configured=flags))
+        output = call(command, environment=clean_environment(configured=flags))
     except CommandRefused as error:
         if says_no_room(str(error)):
             raise SchedulerFull(f"sbatch: {error}") from error
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
-    answer = submitted_job(said)
-    return _found(paths, run_id, said) if answer is None or answer.cluster else answer.job
+    answer = submitted_job(output)
+    return (
+        _find_submitted(paths, run_id, output) if answer is None or answer.cluster else answer.job
+    )
 
 
 def _flags(section: SchedulerSection, defaults: Mapping[str, Option]) -> Flags:
     options = job_options(section.sbatch, "coordinator")
     own = by_flag(section.sbatch.coordinator)
     if "signal" not in own:
-        # that of `default` is for workers: the coordinator's goes to its batch script
+        # the signal of `default` is for workers; the coordinator's goes to its batch script
         options = {key: value for key, value in options.items() if key != "signal"}
     return sbatch_flags(options, sbatch=section.sbatch, program="coordinator", defaults=defaults)
 
 
 def coordinator_script(name: str, section: SchedulerSection) -> str:
-    """Return a coordinator's script that also tells what to run, whatever `--export` says."""
+    """Return a coordinator's script with the exports it needs, whatever `--export` says."""
     lines = shipped(f"slurm/{name}.sbatch").read_text(encoding="utf-8").splitlines(keepends=True)
-    told = {
+    variables = {
         **{key: value for key, value in clean_environment().items() if key.startswith("FEDLLM_")},
         "FEDLLM_PYTHON": python_words(section),
         "FEDLLM_SETUP": "\n".join(section.setup),
     }
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    exports = [f"export {key}={shlex.quote(value)}\n" for key, value in sorted(told.items())]
+    exports = [f"export {key}={shlex.quote(value)}\n" for key, value in sorted(variables.items())]
     return "".join([*lines[: last + 1], "\n", *exports, *lines[last + 1 :]])
 
 
-def _found(paths: RunPaths, run_id: str, said: str) -> str:
+def _find_submitted(paths: RunPaths, run_id: str, output: str) -> str:
     """Return the coordinator's job that was just submitted, by its name in the queue."""
     jobs = [job for job in coordinator_jobs(run_id) if job != TaskEnvironment().job]
     if not jobs:
-        unknown = SubmissionUnknown(unknown_submission(_name(run_id), said))
+        unknown = SubmissionUnknown(unknown_submission(_name(run_id), output))
         DoubtRecord(name=_name(run_id), said=str(unknown)).publish(paths.coordinator_doubt)
         raise unknown.kept_in(paths.coordinator_doubt)
     return jobs[-1]
 
 
 def job_is_gone(job: str) -> bool | None:
-    """Say whether a job, of any user, neither waits nor runs; None: it cannot be said here."""
+    """Say whether a job of any user neither waits nor runs; None: this host cannot tell."""
     try:
         return not marked_lines(call(["squeue", "--noheader", f"--jobs={job}", "-o", f"{MARK}%T"]))
     except CommandRefused as error:
@@ -272,9 +276,10 @@ def job_is_gone(job: str) -> bool | None:
 
 
 def holder_is_gone(holder: LeaseRecord) -> bool | None:
-    """Say whether a coordinator ended: Slurm knows of its job, this machine of its process.
+    """Say whether the coordinator that holds a lease has ended; None: this host cannot tell.
 
-    A holder in our own job is an earlier start of this requeued job, unless its process lives.
+    Slurm knows about its job, this machine about its process. A holder with the id of our own job
+    is an earlier start of this requeued job, unless its process still runs.
     """
     if holder.slurm_job is None:
         return process_is_gone(holder)
@@ -284,10 +289,10 @@ def holder_is_gone(holder: LeaseRecord) -> bool | None:
 
 
 def cancel_job(job: str) -> None:
-    """End a coordinator's job; one that is gone is passed over.
+    """End a coordinator's job; a job that is gone is ignored.
 
     Raises:
-        SchedulerUnreachable: slurmctld cannot be asked now.
+        SchedulerUnreachable: slurmctld does not answer now.
     """
     with contextlib.suppress(CommandRefused):
         call(["scancel", "--quiet", job])

@@ -1,8 +1,7 @@
-"""Slurm through submitit: arrays of our own programs instead of pickled functions.
+"""The Slurm scheduler: arrays of our own programs, with sbatch files that submitit writes.
 
-submitit writes the sbatch file. Its pickles, its files per task, its reading of sbatch's answer and
-its view of what is finished are not used: a task gets a path, and what is complete is told by
-records that the task itself writes.
+fedllm uses nothing else of submitit: no pickles, no files per task, neither its reading of sbatch's
+answer nor its view of what is finished. A task gets a path and writes records of what is complete.
 """
 
 import shlex
@@ -57,21 +56,21 @@ from fedllm.scheduling.slurm.squeue import Queue
 from fedllm.storage.paths import shipped
 from fedllm.storage.publishing.publish import publish_bytes, storage_errors
 
-# of a process, by its rank; the batch script writes to the first one's
+# the log of a process, by its rank; the batch script writes to that of rank 0
 _LOG = log_of(Path(), "%A_%a", process="%t").name
 # calls of sbatch within `scheduler.query_seconds`
 _MAX_SUBMISSIONS = 10
 
 
 class ArrayExecutor(SlurmExecutor):
-    """submitit's executor for one array, which runs a command line and leaves one file.
+    """submitit's executor for one array, which runs a command line and writes one file.
 
     Args:
-        job: the array; also one task is an array, so that all ids look alike.
+        job: the array; a single task is an array too, so that all ids have the same form.
         parameters: submitit's parameters.
-        environment: for sbatch.
-        without: flags that submitit always writes and that the options take away.
-        commands: Slurm's.
+        environment: the environment of sbatch.
+        without: flags that submitit always writes and that the options remove.
+        commands: Slurm's commands.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class ArrayExecutor(SlurmExecutor):
     ) -> None:
         super().__init__(job.log_folder)
         self.update_parameters(**parameters)
-        # the program is started by a line of ours
+        # our own command line has srun
         self.parameters |= {"map_count": job.tasks, "use_srun": False}
         self._file = script_of(self.folder, job.name)
         self._environment = environment
@@ -94,7 +93,7 @@ class ArrayExecutor(SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        """Be available where Slurm is not: a plan writes sbatch files on a laptop too."""
+        """Say that it is available, even without Slurm: a plan writes sbatch files on a laptop."""
         return 2
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
@@ -106,10 +105,10 @@ class ArrayExecutor(SlurmExecutor):
         return self._make_submission_file_text(command, "")
 
     def send(self, command: str) -> str:
-        """Submit the array and return what sbatch said.
+        """Submit the array and return sbatch's output.
 
-        submitit's own way makes symbolic links, and takes the first number behind `job` in what was
-        said for the id, also that of a site's banner.
+        submitit's own method makes symbolic links. It also takes the first number after `job` in
+        the output as the id, even if a site's banner printed it.
         """
         publish_bytes(self._file, self.text(command).encode())
         words = self._make_submission_command(self._file)
@@ -118,12 +117,12 @@ class ArrayExecutor(SlurmExecutor):
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmScheduler:
-    """Submits every job as an array of tasks and asks Slurm rarely.
+    """Scheduler that submits every job as an array of tasks and queries Slurm rarely.
 
     Args:
         section: the scheduler's configuration.
-        jobs_folder: where `client.py` and the other programs lie.
-        commands: Slurm's, unless something stands in for them.
+        jobs_folder: the folder of `client.py` and the other programs.
+        commands: Slurm's commands; tests give others.
     """
 
     section: SchedulerSection
@@ -141,22 +140,22 @@ class SlurmScheduler:
         object.__setattr__(self, "_pace", pace)
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:
-        """Return what the limits and the idle resources of the cluster have room for.
+        """Return how many tasks the cluster's limits and idle resources can take.
 
-        What Slurm does not tell limits nothing but `scheduler.max_parallel`. Idle resources are
-        those of the moment: others' jobs that wait may come before.
+        Where Slurm reports no limit, `scheduler.max_parallel` is the only one. The idle resources
+        are those of this moment; jobs of others that already wait may get them first.
         """
         flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
-        most = self.section.max_parallel
-        return self._surveyor.capacity(flags, queued=self._queue.queued(), max_parallel=most)
+        limit = self.section.max_parallel
+        return self._surveyor.capacity(flags, queued=self._queue.queued(), max_parallel=limit)
 
     def room(self, options: Mapping[str, Option]) -> int | None:
-        """Return how many tasks MaxSubmitJobs and its like leave room for beside what is queued."""
+        """Return how many more tasks MaxSubmitJobs and similar limits allow in the queue."""
         flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
         return room_for_workers(self._surveyor.room(flags, queued=self._queue.queued()))
 
     def limits(self, options: Mapping[str, Option]) -> Limits:
-        """Return the largest array, and how many jobs this user may have in the queue."""
+        """Return the size of the largest array, and how many jobs this user may have queued."""
         flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
         survey = self._surveyor.survey(flags)
         if survey.configuration is None:
@@ -167,7 +166,7 @@ class SlurmScheduler:
         )
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Have sbatch test jobs, and find what it lets pass but Slurm never starts.
+        """Check jobs with `sbatch --test-only`, and find options with which they would never start.
 
         Raises:
             ConfigError: one line per problem, each names its key.
@@ -176,17 +175,17 @@ class SlurmScheduler:
         refused: dict[tuple[str, ...], CommandRefused | None] = {}
 
         def test(words: Sequence[str], flags: Flags) -> None:
-            # jobs of equal options differ in their comment alone
+            # jobs with equal options differ only in their comment
             key = tuple(word for word in words if not word.startswith("--comment="))
             if key not in refused:
                 refused[key] = self._refused(words, flags)
             if error := refused[key]:
                 raise error
 
-        found = reserved_problems(self.section.sbatch)
-        found += [problem for job in jobs for problem in self._problems(job, test)]
-        if found:
-            raise ConfigError("\n".join(dict.fromkeys(found)))
+        lines = reserved_problems(self.section.sbatch)
+        lines += [problem for job in jobs for problem in self._problems(job, test)]
+        if lines:
+            raise ConfigError("\n".join(dict.fromkeys(lines)))
 
     def _problems(self, job: Job, test: Callable[[Sequence[str], Flags], None]) -> list[str]:
         try:
@@ -210,10 +209,10 @@ class SlurmScheduler:
 
         Raises:
             ConfigError: sbatch refuses an option; the message names its key.
-            RunDirectoryError: the path of the logs is none that Slurm can write to.
+            RunDirectoryError: Slurm cannot write logs to this path.
             SchedulerFull: limits on submitted jobs leave no room now.
-            SchedulerUnreachable: slurmctld does not answer; whether it took the array is unknown.
-            SubmissionUnknown: sbatch's answer names no job, and the queue has none of this name.
+            SchedulerUnreachable: slurmctld does not answer; it may have taken the array.
+            SubmissionUnknown: neither sbatch's answer nor the queue shows the array.
         """
         flags = self._flags(job)
         executor = self._executor(job, flags)
@@ -221,42 +220,42 @@ class SlurmScheduler:
             job.log_folder.mkdir(parents=True, exist_ok=True)
         self._pace.wait()
         try:
-            said = executor.send(self._command(job, flags))
+            output = executor.send(self._command(job, flags))
         except CommandRefused as error:
             if self._is_full(str(error), job):
                 raise SchedulerFull(f"sbatch: {error}") from error
             sbatch = self.section.sbatch
             raise refusal(str(error), flags, sbatch=sbatch, program=job.program) from error
-        answer = submitted_job(said)
+        answer = submitted_job(output)
         if answer is None or answer.cluster:
-            # of another cluster than this one it could not be seen
-            return self._found(job.name, said)
+            # a job on another cluster would be invisible here
+            return self._find_submitted(job.name, output)
         ids = [f"{answer.job}_{number}" for number in range(job.tasks)]
         self._queue.expect(ids)
         return ids
 
-    def _found(self, name: str, said: str) -> list[str]:
+    def _find_submitted(self, name: str, output: str) -> list[str]:
         """Return the tasks of an array that was just submitted, by its name in the queue."""
         ids = self._queue.find(name)
         if ids is None:
-            raise SubmissionUnknown(unknown_submission(name, said))
+            raise SubmissionUnknown(unknown_submission(name, output))
         return ids
 
-    def _is_full(self, said: str, job: Job) -> bool:
-        """Say whether a refusal means that there is no room now."""
-        answer = says_no_room(said)
+    def _is_full(self, message: str, job: Job) -> bool:
+        """Say whether sbatch's refusal means that there is no room now."""
+        answer = says_no_room(message)
         if answer is not None:
             return answer
         room = self._surveyor.room(self._flags(job), queued=self._queue.queued(fresh=True))
         return room is not None and room < job.tasks
 
     def script(self, job: Job) -> str:
-        """Return the file that `submit` would give to sbatch; works without Slurm."""
+        """Return the sbatch file that `submit` would write; works without Slurm."""
         flags = self._flags(job)
         return self._executor(job, flags).text(self._command(job, flags))
 
     def find(self, name: str) -> list[str] | None:
-        """Return the tasks of the arrays submitted under `name`, or None if Slurm knows none.
+        """Return the tasks of the arrays submitted under `name`, or None if Slurm knows of none.
 
         Raises:
             SchedulerUnreachable: slurmctld does not answer.
@@ -276,11 +275,11 @@ class SlurmScheduler:
         return self._queue.waiting_for(ids)
 
     def trouble(self) -> str | None:
-        """Return why nothing is known of states now: Slurm did not answer when last asked."""
+        """Return why states are unknown now: Slurm did not answer the last query."""
         return self._queue.trouble()
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """End tasks; those that are gone are passed over.
+        """End tasks; tasks that are gone are ignored.
 
         Raises:
             SchedulerUnreachable: slurmctld does not answer.
@@ -288,11 +287,11 @@ class SlurmScheduler:
         self._queue.cancel(ids)
 
     def wait(self, seconds: float) -> None:
-        """Sleep; records are looked for on the way out."""
+        """Sleep for `seconds`; the caller then looks for records."""
         self.commands.sleep(seconds)
 
     def close(self) -> None:
-        """Leave the jobs alone: they go on without a coordinator."""
+        """Do nothing: jobs of a cluster go on without a coordinator."""
 
     def _flags(self, job: Job) -> Flags:
         defaults = {**task_defaults(job.options), "comment": f"fedllm {job.program}: {job.name}"}

@@ -1,4 +1,4 @@
-"""What a cluster has room for: its limits and idle resources, asked for rarely."""
+"""Free capacity of a cluster: its limits and idle resources, queried rarely."""
 
 import os
 import pwd
@@ -24,27 +24,27 @@ from fedllm.scheduling.slurm.limits import (
 from fedllm.scheduling.slurm.nodes import NODE_COLUMNS, Request
 from fedllm.storage.paths import MOST_ENTRIES
 
-# a folder of logs and their sbatch files stays small
+# keeps a folder of logs small
 LARGEST_ARRAY = MOST_ENTRIES
-# one job more than arrays take: aggregation and evaluation need a place in the queue too
-_KEPT = 1
-# in multiples and parts of `scheduler.query_seconds`
-_LIMITS_LAST = 10
-_MOMENTS = 10
+# places in the queue that stay free of workers: aggregation and evaluation need one
+_RESERVED = 1
+# limits are cached for this many `scheduler.query_seconds`, idle resources for this part of one
+_LIMITS_QUERIES = 10
+_IDLE_PARTS = 10
 _WITH_LIMITS = {"limits", "qos", "safe"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What is known of the cluster now, for a job of certain options.
+    """Slurm's settings and limits for a job of certain options.
 
     Attributes:
-        configuration: None: the controller does not answer.
-        partitions: those that the job names, else the default one; empty: unknown.
-        all_partitions: the names of all there are.
-        accounting: None where limits are not enforced, or nobody tells.
-        place: where the job is counted.
-        allowed: what it may do there.
+        configuration: the controller's settings; None: the controller does not answer.
+        partitions: the partitions that the job names, else the default one; empty: unknown.
+        all_partitions: the names of all partitions.
+        accounting: the user's associations; None: no limits are enforced, or they are unknown.
+        place: the account, QOS and partition that the job counts for.
+        allowed: the limits there.
     """
 
     configuration: Configuration | None
@@ -56,16 +56,16 @@ class Survey:
 
     @property
     def max_minutes(self) -> float | None:
-        """The longest time limit: that of all partitions, and of QOS or association."""
+        """The longest time limit that all partitions and the QOS or association allow."""
         limits = [partition.max_minutes for partition in self.partitions]
         limits.append(self.allowed.max_minutes)
         return min((limit for limit in limits if limit is not None), default=None)
 
 
 class Surveyor:
-    """Asks Slurm about its limits, each question once in a while; idle resources, when it plans.
+    """Queries of Slurm's limits and idle resources, with cached answers.
 
-    What cannot be learned limits nothing: sbatch has the last word.
+    A limit that cannot be read counts as none: sbatch refuses what is too much.
     """
 
     def __init__(self, *, commands: Commands, query_seconds: float) -> None:
@@ -74,14 +74,16 @@ class Surveyor:
         self._answers: dict[tuple[str, ...], tuple[float, str | None]] = {}
 
     def survey(self, flags: Mapping[str, object]) -> Survey:
-        """Return what limits a job of these sbatch options."""
-        said = self._ask("scontrol", "show", "config", lasts=inf)
-        listed = self._ask("scontrol", "--all", "--oneliner", "show", "partition") if said else None
-        if said is None or listed is None:
+        """Return the limits on a job of these sbatch options."""
+        config = self._ask("scontrol", "show", "config", lasts=inf)
+        listed = (
+            self._ask("scontrol", "--all", "--oneliner", "show", "partition") if config else None
+        )
+        if config is None or listed is None:
             return Survey(configuration=None)
-        configuration = slurm_limits.configuration(said)
+        configuration = slurm_limits.configuration(config)
         known = slurm_limits.partitions(listed)
-        place = _named(flags)
+        place = _configured_place(flags)
         names = place.partition.split(",") if place.partition else []
         chosen = tuple(known[name] for name in names if name in known) or tuple(
             partition for partition in known.values() if not names and partition.is_default
@@ -108,43 +110,44 @@ class Surveyor:
     def capacity(
         self, flags: Mapping[str, object], *, queued: Mapping[Place, int] | None, max_parallel: int
     ) -> Capacity:
-        """Return what there is room for beside what is `queued`, at most `max_parallel` at once."""
-        found = self.survey(flags)
-        configuration = found.configuration
+        """Return how many tasks fit beside those `queued`, at most `max_parallel` at once."""
+        survey = self.survey(flags)
+        configuration = survey.configuration
         if configuration is None:
             return Capacity(
                 free_slots=max_parallel, max_parallel=max_parallel, largest_array=LARGEST_ARRAY
             )
-        asked = _request(flags, found)
-        most = _max_parallel(found.allowed, asked, max_parallel)
-        fits = self._fitting(asked, found) if asked else None
+        request = _request(flags, survey)
+        parallel = _max_parallel(survey.allowed, request, max_parallel)
+        fits = self._fitting(request, survey) if request else None
         sizes = [LARGEST_ARRAY, configuration.max_array_size, configuration.max_array_tasks]
         free = self.room(flags, queued=queued)
         return Capacity(
-            free_slots=most if fits is None else min(most, fits),
-            max_parallel=most,
+            free_slots=parallel if fits is None else min(parallel, fits),
+            max_parallel=parallel,
             largest_array=max(1, min(size for size in sizes if size is not None)),
             free_tasks=room_for_workers(free),
-            max_minutes=found.max_minutes,
+            max_minutes=survey.max_minutes,
         )
 
     def room(
         self, flags: Mapping[str, object], *, queued: Mapping[Place, int] | None
     ) -> int | None:
-        """Return how many more tasks may be queued, or None if no limit is known."""
+        """Return how many more tasks may be queued; None: no limit is known."""
         return slurm_limits.room(self.survey(flags).allowed, queued or {})
 
-    def _fitting(self, asked: Request, found: Survey) -> int | None:
+    def _fitting(self, request: Request, survey: Survey) -> int | None:
+        """Return how many tasks fit the idle nodes; None: sinfo does not answer, or unreadably."""
         columns = ",".join(f"{column}:|" for column in NODE_COLUMNS)
-        where = ",".join(partition.name for partition in found.partitions)
-        only = [f"--partition={where}"] if where else []
-        # one answer for the classes of a plan
-        moment = self._query_seconds / _MOMENTS
-        said = self._ask("sinfo", "--noheader", "--Node", *only, "-O", columns, lasts=moment)
-        if said is None:
+        names = ",".join(partition.name for partition in survey.partitions)
+        only = [f"--partition={names}"] if names else []
+        # cached so long that all classes of a plan use one answer
+        seconds = self._query_seconds / _IDLE_PARTS
+        output = self._ask("sinfo", "--noheader", "--Node", *only, "-O", columns, lasts=seconds)
+        if output is None:
             return None
         try:
-            return slurm_nodes.fitting(slurm_nodes.nodes(said), asked)
+            return slurm_nodes.fitting(slurm_nodes.nodes(output), request)
         except ValueError:
             return None
 
@@ -155,7 +158,7 @@ class Surveyor:
         try:
             user = f"name={pwd.getpwuid(os.getuid()).pw_name}"
         except KeyError:
-            # a container that knows no users
+            # a container without this user
             return None
         users = self._table("user", USER_COLUMNS, user, here, "withassoc")
         accounts = self._table("assoc", ACCOUNT_COLUMNS, "user=", here)
@@ -169,26 +172,27 @@ class Surveyor:
         return self._ask("sacctmgr", *words)
 
     def _ask(self, *words: str, lasts: float | None = None) -> str | None:
+        """Return a command's output, cached for `lasts` seconds; None: it failed."""
         now = self._commands.monotonic()
-        until, said = self._answers.get(words, (now, None))
+        until, output = self._answers.get(words, (now, None))
         if now < until:
-            return said
+            return output
         try:
-            said = self._commands.call(words)
+            output = self._commands.call(words)
         except (SchedulerUnreachable, CommandRefused, UserError):
-            said = None
-        seconds = _LIMITS_LAST * self._query_seconds if lasts is None else lasts
-        self._answers[words] = (now + (self._query_seconds if said is None else seconds), said)
-        return said
+            output = None
+        seconds = _LIMITS_QUERIES * self._query_seconds if lasts is None else lasts
+        self._answers[words] = (now + (self._query_seconds if output is None else seconds), output)
+        return output
 
 
 def room_for_workers(room: int | None) -> int | None:
-    """Return how many of the tasks that there is room for may be workers."""
-    return None if room is None else max(0, room - _KEPT)
+    """Return how many of the `room` free places in the queue workers may take."""
+    return None if room is None else max(0, room - _RESERVED)
 
 
-def _named(flags: Mapping[str, object]) -> Place:
-    """Return what options or defaults in the environment name."""
+def _configured_place(flags: Mapping[str, object]) -> Place:
+    """Return the account, QOS and partition of the options, else of the environment."""
     environment = clean_environment(configured=tuple(flags))
     named = {
         option: str(flags.get(option) or environment.get(f"SBATCH_{option.upper()}", ""))
@@ -197,24 +201,24 @@ def _named(flags: Mapping[str, object]) -> Place:
     return Place(**named)
 
 
-def _request(flags: Mapping[str, object], found: Survey) -> Request | None:
-    """Return what a task asks for; None where only Slurm can say."""
-    assert found.configuration
+def _request(flags: Mapping[str, object], survey: Survey) -> Request | None:
+    """Return the resources that a task asks for; None: only Slurm can tell."""
+    assert survey.configuration
     if "reservation" in flags:
         return None
-    partition = found.partitions[0] if found.partitions else None
+    partition = survey.partitions[0] if survey.partitions else None
     try:
-        return slurm_nodes.request(flags, found.configuration, partition)
+        return slurm_nodes.request(flags, survey.configuration, partition)
     except ValueError:
         return None
 
 
-def _max_parallel(allowed: Allowed, asked: Request | None, max_parallel: int) -> int:
-    most = [max_parallel]
+def _max_parallel(allowed: Allowed, request: Request | None, max_parallel: int) -> int:
+    limits = [max_parallel]
     if allowed.max_running is not None:
-        most.append(allowed.max_running)
-    for name, amount in asked.tres().items() if asked else ():
+        limits.append(allowed.max_running)
+    for name, amount in request.tres().items() if request else ():
         if amount and name in allowed.max_tres:
-            most.append(int(allowed.max_tres[name] // amount))
-    # a task that fits no limit is sbatch's to refuse
-    return max(1, min(most))
+            limits.append(int(allowed.max_tres[name] // amount))
+    # at least 1: sbatch refuses a task that is over a limit by itself
+    return max(1, min(limits))

@@ -1,7 +1,7 @@
-"""What Slurm's accounting allows a user: limits on tasks queued and running, and on their time.
+"""Limits of Slurm's accounting for a user: on queued and running tasks, and on their time.
 
-Pure: texts of `scontrol` and `sacctmgr` in, limits out. Of limits of one sort, that of the
-partition's QOS comes before that of the job's QOS, and that before the association's
+Pure: output of `scontrol` and `sacctmgr` in, limits out. Of the limits of one kind, that of the
+partition's QOS comes before that of the job's QOS, which comes before that of the association
 (https://slurm.schedmd.com/resource_limits.html, "Hierarchy").
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fedllm.planning.sbatch_options import time_minutes
 from fedllm.scheduling.slurm.notation import counts, entities, number, rows, settings
 
-# columns as they are asked for
+# the columns that we request
 USER_COLUMNS = (
     *("User", "DefaultAccount", "Account", "Partition", "DefaultQOS", "QOS"),
     *("MaxJobs", "MaxSubmitJobs", "GrpJobs", "GrpSubmitJobs", "MaxWall", "GrpTRES"),
@@ -26,7 +26,7 @@ QOS_COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What `scontrol show config` says, as far as it matters here."""
+    """The settings of `scontrol show config` that are used here."""
 
     cluster: str
     max_array_size: int
@@ -38,7 +38,7 @@ class Configuration:
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A line of `scontrol show partition`."""
+    """A partition, from its line of `scontrol show partition`."""
 
     name: str
     is_default: bool
@@ -49,7 +49,10 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmLimits:
-    """A row's limits on tasks; None: none. `tres`: cpu, mem in MiB, node, gres/gpu of them all."""
+    """Limits of one row of the accounting; None: no limit.
+
+    `tres`: the sum over all tasks of cpu, mem in MiB, node and gres/gpu.
+    """
 
     running: int | None = None
     queued: int | None = None
@@ -65,7 +68,7 @@ class SlurmLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Association:
-    """What one user may do under one account, in one partition if it names one."""
+    """The rights of a user under one account, in one partition if it names one."""
 
     account: str
     partition: str
@@ -87,7 +90,7 @@ class Accounting:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a job is counted; what is empty is not known, or not there."""
+    """The account, QOS and partition that a job counts for; empty: unknown, or none."""
 
     account: str = ""
     qos: str = ""
@@ -104,7 +107,7 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Allowed:
-    """What a job of one place may do: all limits together."""
+    """The limits on a job of one place, all kinds together."""
 
     queued: tuple[Bound, ...] = ()
     max_running: int | None = None
@@ -115,21 +118,21 @@ class Allowed:
 _Ranked = tuple[SlurmLimits, Place]
 
 
-def configuration(said: str) -> Configuration:
+def configuration(output: str) -> Configuration:
     """Read `scontrol show config`."""
-    found = settings(said)
-    most = re.search(r"max_array_tasks=(\d+)", found.get("SchedulerParameters", ""))
+    values = settings(output)
+    tasks = re.search(r"max_array_tasks=(\d+)", values.get("SchedulerParameters", ""))
     return Configuration(
-        cluster=found.get("ClusterName", ""),
-        max_array_size=number(found.get("MaxArraySize", "")) or 1001,
-        enforced=frozenset(found.get("AccountingStorageEnforce", "none").lower().split(",")),
-        selects=frozenset(found.get("SelectTypeParameters", "").upper().split(",")),
-        default_memory=_default_memory(found),
-        max_array_tasks=int(most[1]) if most else None,
+        cluster=values.get("ClusterName", ""),
+        max_array_size=number(values.get("MaxArraySize", "")) or 1001,
+        enforced=frozenset(values.get("AccountingStorageEnforce", "none").lower().split(",")),
+        selects=frozenset(values.get("SelectTypeParameters", "").upper().split(",")),
+        default_memory=_default_memory(values),
+        max_array_tasks=int(tasks[1]) if tasks else None,
     )
 
 
-def partitions(said: str) -> dict[str, Partition]:
+def partitions(output: str) -> dict[str, Partition]:
     """Read `scontrol --oneliner show partition`."""
     return {
         name: Partition(
@@ -139,17 +142,17 @@ def partitions(said: str) -> dict[str, Partition]:
             qos=words.get("QoS", "").replace("N/A", ""),
             default_memory=_default_memory(words),
         )
-        for name, words in entities(said, "PartitionName").items()
+        for name, words in entities(output, "PartitionName").items()
     }
 
 
-def _default_memory(found: Mapping[str, str]) -> dict[str, str]:
+def _default_memory(values: Mapping[str, str]) -> dict[str, str]:
     keys = {"DefMemPerNode": "mem", "DefMemPerCPU": "mem-per-cpu"}
-    return {option: found[key] for key, option in keys.items() if found.get(key, "").isdecimal()}
+    return {option: values[key] for key, option in keys.items() if values.get(key, "").isdecimal()}
 
 
 def accounting(users: str, accounts: str, qos: str) -> Accounting:
-    """Read the three tables of `sacctmgr`, with the columns named here."""
+    """Read the three tables of `sacctmgr`, with the columns listed above."""
     parents = {}
     groups = {}
     for row in rows(accounts, ACCOUNT_COLUMNS):
@@ -163,8 +166,8 @@ def accounting(users: str, accounts: str, qos: str) -> Accounting:
     )
 
 
-def _associations(said: str) -> Iterator[Association]:
-    for row in rows(said, USER_COLUMNS):
+def _associations(users: str) -> Iterator[Association]:
+    for row in rows(users, USER_COLUMNS):
         yield Association(
             account=row["Account"],
             partition=row["Partition"],
@@ -202,10 +205,10 @@ def _qos_limits(row: Mapping[str, str]) -> SlurmLimits:
 
 
 def place_of(place: Place, known: Accounting) -> tuple[Place, Association | None]:
-    """Return where a job is counted that names what `place` names, and its association."""
-    own = next((a.account for a in known.associations if a.is_default), "")
-    account = place.account or own
-    # one for the partition comes before one for all
+    """Return the place that a job with the options `place` counts for, and its association."""
+    default = next((a.account for a in known.associations if a.is_default), "")
+    account = place.account or default
+    # an association with the partition comes before one without
     fitting = [
         a
         for a in known.associations
@@ -221,7 +224,7 @@ def place_of(place: Place, known: Accounting) -> tuple[Place, Association | None
 
 
 def allowed(place: Place, partition_qos: str, known: Accounting) -> Allowed:
-    """Return what a job that names what `place` names may do."""
+    """Return the limits on a job with the options `place`."""
     place, association = place_of(place, known)
     ranked = [
         (known.qos[name], where)
@@ -235,16 +238,16 @@ def allowed(place: Place, partition_qos: str, known: Accounting) -> Allowed:
     if association:
         own = [(association.limits, Place(account=place.account, partition=association.partition))]
     above = [(known.accounts[name], Place(account=place.account)) for name in _above(place, known)]
-    sorts: tuple[tuple[str, list[_Ranked]], ...] = (
+    kinds: tuple[tuple[str, list[_Ranked]], ...] = (
         ("", own),
         ("account_", []),
         ("group_", [*own, *above]),
     )
     running = [
-        bound.max_tasks for sort, last in sorts for bound in _bounds(f"{sort}running", ranked, last)
+        bound.max_tasks for kind, last in kinds for bound in _bounds(f"{kind}running", ranked, last)
     ]
     return Allowed(
-        queued=tuple(b for sort, last in sorts for b in _bounds(f"{sort}queued", ranked, last)),
+        queued=tuple(b for kind, last in kinds for b in _bounds(f"{kind}queued", ranked, last)),
         max_running=min(running, default=None),
         max_minutes=_first([limits.minutes for limits, _ in [*ranked, *own]]),
         max_tres=_tres([limits for limits, _ in [*ranked, *own, *above]]),
@@ -252,50 +255,50 @@ def allowed(place: Place, partition_qos: str, known: Accounting) -> Allowed:
 
 
 def room(allowed: Allowed, queued: Mapping[Place, int]) -> int | None:
-    """Return how many more tasks may be queued, or None if nothing limits them."""
+    """Return how many more tasks may be queued; None: no limit."""
     return min(
         (
             bound.max_tasks
-            - sum(count for each, count in queued.items() if _matches(each, bound.place))
+            - sum(count for place, count in queued.items() if _matches(place, bound.place))
             for bound in allowed.queued
         ),
         default=None,
     )
 
 
-def _matches(each: Place, of: Place) -> bool:
-    """Say whether a job counts; one of which nothing is known yet does."""
-    if each == Place():
+def _matches(place: Place, limited: Place) -> bool:
+    """Say whether jobs of a place count for a limit; jobs of an unknown place do."""
+    if place == Place():
         return True
     return (
-        of.account in {"", each.account}
-        and of.qos in {"", each.qos}
-        and (not of.partition or of.partition in each.partition.split(","))
+        limited.account in {"", place.account}
+        and limited.qos in {"", place.qos}
+        and (not limited.partition or limited.partition in place.partition.split(","))
     )
 
 
-def _bounds(sort: str, ranked: Sequence[_Ranked], last: Sequence[_Ranked]) -> list[Bound]:
-    """Return the first limit of a sort that a QOS has, else all that associations have."""
-    found = [(getattr(limits, sort), place) for limits, place in ranked]
-    first = [Bound(max_tasks=n, place=place) for n, place in found if n is not None][:1]
-    found = [(getattr(limits, sort), place) for limits, place in last]
-    return first or [Bound(max_tasks=n, place=place) for n, place in found if n is not None]
+def _bounds(kind: str, ranked: Sequence[_Ranked], last: Sequence[_Ranked]) -> list[Bound]:
+    """Return the first limit of a kind that a QOS has, else all those of associations."""
+    values = [(getattr(limits, kind), place) for limits, place in ranked]
+    first = [Bound(max_tasks=n, place=place) for n, place in values if n is not None][:1]
+    values = [(getattr(limits, kind), place) for limits, place in last]
+    return first or [Bound(max_tasks=n, place=place) for n, place in values if n is not None]
 
 
 def _tres(ranked: Sequence[SlurmLimits]) -> dict[str, float]:
     """Return how much of each resource all tasks together may use."""
-    most: dict[str, float] = {}
-    for sort in ("user_tres", "account_tres", "group_tres"):
+    max_tres: dict[str, float] = {}
+    for kind in ("user_tres", "account_tres", "group_tres"):
         first: dict[str, float] = {}
         for limits in ranked:
-            first = {**getattr(limits, sort), **first}
+            first = {**getattr(limits, kind), **first}
         for name, amount in first.items():
-            most[name] = min(amount, most.get(name, amount))
-    return most
+            max_tres[name] = min(amount, max_tres.get(name, amount))
+    return max_tres
 
 
 def _above(place: Place, known: Accounting) -> Iterator[str]:
-    """Return the account and those that it belongs to."""
+    """Yield the account and its parents."""
     name = place.account
     while name in known.accounts:
         yield name

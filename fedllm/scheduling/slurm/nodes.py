@@ -1,6 +1,6 @@
-"""How many tasks would fit the idle resources of a cluster's nodes now.
+"""Idle resources of a cluster's nodes, and how many tasks fit them now.
 
-Pure: text of `sinfo` and options of sbatch in, a count out.
+Pure: output of `sinfo` and options of sbatch in, a count out.
 """
 
 import math
@@ -16,14 +16,14 @@ NODE_COLUMNS = (
     *("NodeList", "StateLong", "CPUsState", "Threads", "Memory", "AllocMem", "Gres", "GresUsed"),
     "Features",
 )
-# powered down or starting nodes of a cloud can take jobs too
+# a cloud's nodes take jobs while they are powered down or starting, too
 _USABLE = re.compile(r"(idle|mixed)[~#+]?")
 _FEATURES = re.compile(r"[\w.:-]+([&|][\w.:-]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """What of a node is idle; GPUs by type."""
+    """Idle resources of a node; GPUs by type."""
 
     name: str
     is_usable: bool
@@ -37,7 +37,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a task takes of its node; `memory_mib` None: all there is."""
+    """Resources of a node that a task takes; `memory_mib` None: all memory."""
 
     cpus: int = 1
     whole_cores: bool = False
@@ -49,7 +49,7 @@ class Request:
     without: frozenset[str] = frozenset()
 
     def tres(self) -> dict[str, float]:
-        """Return what a task counts for in Slurm's accounting, as far as it is known."""
+        """Return the resources that Slurm's accounting counts for a task, as far as known."""
         return {
             "cpu": self.cpus,
             "mem": self.memory_mib or 0.0,
@@ -58,15 +58,15 @@ class Request:
         }
 
 
-def nodes(said: str) -> list[Node]:
-    """Read `sinfo --Node` with the columns named here; a node of two partitions counts once."""
-    found = {row["NodeList"]: _node(row) for row in rows(said, NODE_COLUMNS)}
-    return list(found.values())
+def nodes(output: str) -> list[Node]:
+    """Read `sinfo --Node` with the columns above; a node of two partitions counts once."""
+    by_name = {row["NodeList"]: _node(row) for row in rows(output, NODE_COLUMNS)}
+    return list(by_name.values())
 
 
 def _node(row: Mapping[str, str]) -> Node:
     used = generic(row["GresUsed"])
-    # allocated/idle/other/total
+    # CPUsState: allocated/idle/other/total
     return Node(
         name=row["NodeList"],
         is_usable=_USABLE.fullmatch(row["StateLong"]) is not None,
@@ -82,10 +82,10 @@ def _node(row: Mapping[str, str]) -> Node:
 def request(
     flags: Mapping[str, object], configuration: Configuration, partition: Partition | None
 ) -> Request:
-    """Return what sbatch options ask for.
+    """Return the resources that sbatch options ask for.
 
     Raises:
-        ValueError: an option that cannot be read.
+        ValueError: an option cannot be read.
     """
     gpus = _gpus(flags)
     cpus = _processes(flags) * int(str(flags.get("cpus-per-task", 1)))
@@ -120,8 +120,8 @@ def _gpus(flags: Mapping[str, object]) -> dict[str, int]:
         return generic(str(flags["gres"]))
     for option, times in (("gpus-per-node", 1), ("gpus-per-task", _processes(flags)), ("gpus", 1)):
         if option in flags:
-            asked = [part.rpartition(":") for part in separated(str(flags[option]))]
-            return {type_: times * int(many) for type_, _, many in asked}
+            parts = [part.rpartition(":") for part in separated(str(flags[option]))]
+            return {type_: times * int(count) for type_, _, count in parts}
     return {}
 
 
@@ -133,44 +133,44 @@ def _memory(
     gpus: int,
     counted: bool,
 ) -> float | None:
-    """Return the memory of a task in MiB; without option or default a job gets all of it."""
-    for given in (flags, default):
+    """Return the memory of a task in MiB; None: all of the node's, as without any option."""
+    for options in (flags, default):
         for option, times in (("mem", 1), ("mem-per-cpu", cpus), ("mem-per-gpu", gpus)):
-            if option in given:
-                # `--mem=0` asks for all
-                return mebibytes(given[option]) * times or None
+            if option in options:
+                # `--mem=0` asks for all memory
+                return mebibytes(options[option]) * times or None
     return None if counted else 0.0
 
 
-def fitting(found: Iterable[Node], asked: Request) -> int:
+def fitting(nodes: Iterable[Node], request: Request) -> int:
     """Return how many tasks could start now."""
-    return sum(_fitting(node, asked) for node in found)
+    return sum(_fitting(node, request) for node in nodes)
 
 
-def _fitting(node: Node, asked: Request) -> int:
-    if not node.is_usable or not _is_meant(node, asked) or asked.cpus > node.cpus:
+def _fitting(node: Node, request: Request) -> int:
+    if not node.is_usable or not _may_run_on(node, request) or request.cpus > node.cpus:
         return 0
-    cpus = asked.cpus
-    if asked.whole_cores:
+    cpus = request.cpus
+    if request.whole_cores:
         cpus = math.ceil(cpus / node.threads_per_core) * node.threads_per_core
     fits = [node.cpus // cpus]
-    if asked.exclusive or asked.memory_mib is None:
+    if request.exclusive or request.memory_mib is None:
         fits.append(1 if node.is_idle else 0)
-    if asked.memory_mib:
-        fits.append(int(node.memory_mib // asked.memory_mib))
-    for type_, many in asked.gpus.items():
+    if request.memory_mib:
+        fits.append(int(node.memory_mib // request.memory_mib))
+    for type_, count in request.gpus.items():
         free = node.gpus.get(type_, 0) if type_ else sum(node.gpus.values())
-        fits.append(free // many if many else fits[0])
+        fits.append(free // count if count else fits[0])
     return max(0, min(fits))
 
 
-def _is_meant(node: Node, asked: Request) -> bool:
-    if node.name in asked.without or (asked.only and node.name not in asked.only):
+def _may_run_on(node: Node, request: Request) -> bool:
+    if node.name in request.without or (request.only and node.name not in request.only):
         return False
-    wanted = asked.constraint
-    # counts and brackets are Slurm's to understand
-    if not wanted or not _FEATURES.fullmatch(wanted) or {"&", "|"} <= set(wanted):
+    features = request.constraint
+    # only Slurm understands counts and brackets
+    if not features or not _FEATURES.fullmatch(features) or {"&", "|"} <= set(features):
         return True
-    if "|" in wanted:
-        return not node.features.isdisjoint(wanted.split("|"))
-    return node.features >= set(wanted.split("&"))
+    if "|" in features:
+        return not node.features.isdisjoint(features.split("|"))
+    return node.features >= set(features.split("&"))

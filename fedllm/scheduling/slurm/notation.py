@@ -1,4 +1,4 @@
-"""Slurm's notations: task ids (`7_[0-2,5%8]`), sizes, lists of hosts, rows of tables. Pure."""
+"""Notations of Slurm: task ids (`7_[0-2,5%8]`), sizes, lists of hosts, rows of tables. Pure."""
 
 import re
 from collections import defaultdict
@@ -9,31 +9,31 @@ from fedllm.scheduling.slurm.command_output import rows_of
 _ARRAY_ID = re.compile(r"(\d+)_(?:(\d+)|\[([\d,-]+)(?:%\d+)?\])")
 _UNITS = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 _SETTING = re.compile(r"(\w+(?:\[\d+\])?)\s*= ?(.*)")
-# the comma of `n[1,2]` and of `gpu:2(IDX:0,1)` separates nothing
+# a comma inside `n[1,2]` or `gpu:2(IDX:0,1)` does not separate
 _COMMA = re.compile(r",(?![^\[]*\])(?![^(]*\))")
 
 
-def rows(said: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Return the lines of a table with `|` between its columns, or behind each."""
-    for values in rows_of(said, len(columns)):
+def rows(output: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table with `|` between its columns, or behind each."""
+    for values in rows_of(output, len(columns)):
         yield dict(zip(columns, values, strict=True))
 
 
-def settings(said: str) -> dict[str, str]:
-    """Return the lines `Key    = value` of `scontrol show config`."""
-    found = (_SETTING.fullmatch(line.strip()) for line in said.splitlines())
-    return {match[1]: match[2] for match in found if match}
+def settings(output: str) -> dict[str, str]:
+    """Return the settings `Key    = value` of `scontrol show config`."""
+    matches = (_SETTING.fullmatch(line.strip()) for line in output.splitlines())
+    return {match[1]: match[2] for match in matches if match}
 
 
 def version(configuration: Mapping[str, str]) -> str:
-    """Return Slurm's version from the lines of `scontrol show config`."""
+    """Return Slurm's version from the settings of `scontrol show config`."""
     return configuration.get("SLURM_VERSION", "of unknown version")
 
 
-def entities(said: str, name: str) -> dict[str, dict[str, str]]:
-    """Return the lines of `scontrol --oneliner show` that begin with `name=`, by its value."""
+def entities(output: str, name: str) -> dict[str, dict[str, str]]:
+    """Return the settings of each line of `scontrol --oneliner show`, by the value of `name=`."""
     found = {}
-    for line in said.splitlines():
+    for line in output.splitlines():
         words = dict(word.partition("=")[::2] for word in line.split())
         if line.lstrip().startswith(f"{name}=") and words[name]:
             found[words[name]] = words
@@ -41,10 +41,10 @@ def entities(said: str, name: str) -> dict[str, dict[str, str]]:
 
 
 def mebibytes(text: object) -> float:
-    """Return a size as sbatch takes it: `4000`, `4000M`, `4G`.
+    """Return a size of memory in MiB, from sbatch's form: `4000`, `4000M`, `4G`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no size.
     """
     match = re.fullmatch(r"([\d.]+)([KMGT]?)B?", str(text).strip().upper())
     if match is None:
@@ -53,17 +53,17 @@ def mebibytes(text: object) -> float:
 
 
 def number(text: str) -> int | None:
-    """Return a limit on a count; None: there is none."""
+    """Return a limit on a count; None: no limit."""
     return int(text) if text.isdecimal() else None
 
 
 def separated(text: str) -> list[str]:
-    """Return the parts of a list, outside of brackets and parentheses."""
+    """Return the parts of a list between commas outside of brackets and parentheses."""
     return [part for part in _COMMA.split(text) if part and part != "(null)"]
 
 
 def hosts(text: str) -> set[str]:
-    """Return the names that `n[1-3,07],login` stands for."""
+    """Return the host names that a list such as `n[1-3,07],login` stands for."""
     return {name for part in separated(text) for name in _expanded(part)}
 
 
@@ -79,7 +79,7 @@ def _expanded(part: str) -> Iterator[str]:
 
 
 def counts(text: str) -> dict[str, float]:
-    """Return `cpu=64,mem=1T,gres/gpu=8` by name, memory in MiB."""
+    """Return the amounts of a list such as `cpu=64,mem=1T,gres/gpu=8` by name, memory in MiB."""
     found = {}
     for part in separated(text):
         name, _, value = part.partition("=")
@@ -91,10 +91,10 @@ def counts(text: str) -> dict[str, float]:
 
 
 def generic(text: str, kind: str = "gpu") -> dict[str, int]:
-    """Return how many of a generic resource `gpu:a100:4(S:0-1),gpu:2` tells, by type ("": any).
+    """Return the counts of a generic resource, by type ("": any), from `gpu:a100:4(S:0-1),gpu:2`.
 
     Raises:
-        ValueError: a count is none.
+        ValueError: a count is no number.
     """
     found: dict[str, int] = {}
     for part in separated(text):
@@ -107,7 +107,7 @@ def generic(text: str, kind: str = "gpu") -> dict[str, int]:
 
 
 def tasks_of(listed: str) -> list[str]:
-    """Return the tasks that `7_3` or `7_[0-2,5%8]` stands for."""
+    """Return the task ids that `7_3` or `7_[0-2,5%8]` stands for."""
     match = _ARRAY_ID.fullmatch(listed)
     if match is None:
         return []
@@ -132,18 +132,21 @@ def _numbers(ids: Iterable[str]) -> dict[int, list[int]]:
 
 
 def arrays_of(ids: Iterable[str]) -> list[str]:
-    """Return the arrays of tasks, each once, in the order of the tasks."""
+    """Return the array ids of tasks, each once, in the order of the tasks."""
     return list(dict.fromkeys(task.partition("_")[0] for task in ids))
 
 
 def named(name: str, lines: Iterable[str]) -> list[str]:
-    """Return the ids of the lines `id|name`; Slurm's own filter splits names at commas."""
+    """Return the ids of the lines `id|name` with this name.
+
+    Slurm's own filter would split a name at its commas.
+    """
     parts = (line.partition("|") for line in lines)
     return [id_.strip() for id_, _, other in parts if other == name]
 
 
 def whole_arrays(listed: Iterable[str]) -> list[str]:
-    """Return all tasks of the listed arrays, also those that Slurm already forgot: from 0 on."""
+    """Return all tasks of the listed arrays, from 0 on: Slurm may have forgotten some."""
     tasks = [task for id_ in listed for task in tasks_of(id_)]
     return [
         f"{array}_{number}"
@@ -153,7 +156,7 @@ def whole_arrays(listed: Iterable[str]) -> list[str]:
 
 
 def expressions(ids: Sequence[str]) -> list[str]:
-    """Return tasks as scancel takes them in one word per array: `7_[0,1,4]`."""
+    """Return tasks in scancel's form, one word per array: `7_[0,1,4]`."""
     return [
         f"{array}_[{','.join(map(str, sorted(set(numbers))))}]"
         for array, numbers in _numbers(ids).items()

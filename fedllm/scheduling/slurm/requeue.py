@@ -1,21 +1,21 @@
-"""A task of an array starts itself again: Slurm requeues what it preempts, not what runs out."""
+"""Requeueing by the task itself: Slurm requeues a preempted task, not one that runs out of time."""
 
 import subprocess
 
-_PATIENCE_SECONDS = 30.0
+_TIMEOUT_SECONDS = 30.0
 
 
 def requeue(task: str) -> str | None:
-    """Have Slurm start array task `task` again, which ends it; return None, or why it cannot be.
+    """Have Slurm start array task `task` again, which ends it; return why that failed, or None.
 
-    By array and index: the job id of an array's first task stands for the whole array.
+    `task` is array and index, because the job id of an array's first task means the whole array.
     """
     try:
         done = subprocess.run(
             ["scontrol", "requeue", task],
             capture_output=True,
             text=True,
-            timeout=_PATIENCE_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
             check=False,
         )
     except FileNotFoundError:
@@ -24,5 +24,5 @@ def requeue(task: str) -> str | None:
         return str(error)
     if done.returncode == 0:
         return None
-    said = (done.stderr or done.stdout).strip().splitlines()
-    return said[0] if said else f"scontrol: exit code {done.returncode}"
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[0] if lines else f"scontrol: exit code {done.returncode}"

@@ -1,4 +1,4 @@
-"""From `scheduler.sbatch` to flags of sbatch, and from what sbatch refuses back to its key."""
+"""Flags of sbatch from `scheduler.sbatch`, and the keys that a refusal of sbatch is about."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,8 +14,8 @@ from fedllm.planning.sbatch_options import (
 )
 from fedllm.scheduling.seam import Option
 
-# An array task is one process on one node. That, requeueing, appending to logs, the warning before
-# the end and a time limit are said explicitly: sites differ in theirs.
+# An array task is one process on one node. This, requeueing, appending to logs, the warning before
+# the end and the time limit are given explicitly, because sites have different defaults.
 TASK_DEFAULTS: Mapping[str, Option] = {
     "nodes": 1,
     "ntasks": PROCESSES,
@@ -23,13 +23,13 @@ TASK_DEFAULTS: Mapping[str, Option] = {
     "requeue": True,
     "open-mode": "append",
 }
-# what no option takes away
+# no option removes these
 _ALWAYS = ("nodes", "ntasks", "open-mode")
-_MOST_WARNING_SECONDS = 90
-# submitit writes these whether or not it is told to.
+_MAX_WARNING_SECONDS = 90
+# submitit always writes these
 WRITTEN_BY_SUBMITIT = ("time", "signal")
 
-_HEARD = {
+_HANDLED_SIGNALS = {
     "client": (
         {"USR1", "USR2", "TERM", "10", "12", "15"},
         "a worker hears USR1, USR2 or TERM, sent to it and not to its batch script (B:)",
@@ -42,12 +42,12 @@ _HEARD = {
 
 Flags = Mapping[str, str | int | float | bool]
 
-# Words of sbatch where a limit on submitted jobs leaves no room; older ones give only the text
-# that it has for all limits.
+# What sbatch prints if a limit on submitted jobs leaves no room. Older versions print the same text
+# for all limits.
 _NO_ROOM = re.compile(r"(Assoc|QOS)(Max|Grp)Submit", re.IGNORECASE)
 _SOME_LIMIT = "violates accounting/qos policy"
 
-# Words of a refusal, and the options that they may be about.
+# Words in a refusal, and the options that they may be about.
 _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("maxwall", ("time", "qos", "account")),
     ("maxcpu", ("cpus-per-task", "qos", "account")),
@@ -73,15 +73,15 @@ _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def task_defaults(options: Mapping[str, Option]) -> Mapping[str, Option]:
-    """Return the defaults of a task with these options: it is warned well before its end."""
+    """Return the defaults of a task with these options, with a warning signal before its end."""
     given = by_flag(options)
     try:
         limit = time_minutes({**TASK_DEFAULTS, **given}["time"])
     except ValueError:
-        # sbatch says what is wrong with it
+        # sbatch will say what is wrong with it
         limit = None
-    seconds = limit * 60 / 3 if limit else _MOST_WARNING_SECONDS
-    return {**TASK_DEFAULTS, "signal": f"USR2@{max(1, min(_MOST_WARNING_SECONDS, int(seconds)))}"}
+    seconds = limit * 60 / 3 if limit else _MAX_WARNING_SECONDS
+    return {**TASK_DEFAULTS, "signal": f"USR2@{max(1, min(_MAX_WARNING_SECONDS, int(seconds)))}"}
 
 
 def sbatch_flags(
@@ -91,12 +91,12 @@ def sbatch_flags(
     program: str,
     defaults: Mapping[str, Option],
 ) -> Flags:
-    """Return the flags to give: `True` is a flag without value; nothing is absent.
+    """Return the flags for sbatch; `True` is a flag without a value.
 
-    An option that is null or false takes a default away; `requeue: false` says `--no-requeue`.
+    An option that is null or false removes a default; `requeue: false` becomes `--no-requeue`.
 
     Raises:
-        ConfigError: options that fedllm decides itself, one line for each.
+        ConfigError: options that only fedllm sets, one line for each.
     """
     given = by_flag(options)
     problems = [
@@ -118,7 +118,7 @@ def sbatch_flags(
 
 
 def reserved_problems(sbatch: SbatchSection) -> list[str]:
-    """Return a line for every configured option that fedllm decides itself."""
+    """Return a line for every configured option that only fedllm sets."""
     sections: list[tuple[str, SbatchOptions]] = [
         *((name, getattr(sbatch, name)) for name in type(sbatch).model_fields if name != "tiers"),
         *((f"tiers.{tier}", options) for tier, options in sbatch.tiers.items()),
@@ -132,28 +132,28 @@ def reserved_problems(sbatch: SbatchSection) -> list[str]:
 
 
 def refuse_reserved(section: SchedulerSection) -> None:
-    """Refuse options that fedllm decides itself, where they would go to sbatch.
+    """Refuse configured options that only fedllm sets, if the scheduler is Slurm.
 
     Raises:
         ConfigError: one line for each.
     """
-    if section.kind == "slurm" and (found := reserved_problems(section.sbatch)):
-        raise ConfigError("\n".join(found))
+    if section.kind == "slurm" and (lines := reserved_problems(section.sbatch)):
+        raise ConfigError("\n".join(lines))
 
 
 def _require_signal(given: Option, *, sbatch: SbatchSection, program: str) -> None:
-    """Refuse a warning that a worker or coordinator would not hear, or would die of."""
-    if program not in _HEARD or given is None or given is False:
+    """Refuse a warning signal that a worker or coordinator does not handle: it would die of it."""
+    if program not in _HANDLED_SIGNALS or given is None or given is False:
         return
-    heard, told = _HEARD[program]
+    handled, rule = _HANDLED_SIGNALS[program]
     name = str(given).partition("@")[0].upper().removeprefix("R").removeprefix(":")
-    if name.replace("SIG", "") not in heard:
+    if name.replace("SIG", "") not in handled:
         where = key_of("signal", given, sbatch=sbatch, program=program)
-        raise ConfigError(f"{where}: got {given}; {told}")
+        raise ConfigError(f"{where}: got {given}; {rule}")
 
 
 def key_of(option: str, value: Option, *, sbatch: SbatchSection, program: str) -> str:
-    """Return the configuration key that gave an option its value, the most specific one."""
+    """Return the configuration key that set an option; the most specific one if several did."""
     for name, options in _sections(sbatch, program):
         for key, configured in options.items():
             if flag_name(key) == option and configured == value:
@@ -162,39 +162,39 @@ def key_of(option: str, value: Option, *, sbatch: SbatchSection, program: str) -
 
 
 def words_of(flags: Flags) -> list[str]:
-    """Return flags as words of a command line."""
+    """Return the flags as words of a command line."""
     return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
 
 
-def says_no_room(said: str) -> bool | None:
-    """Say whether sbatch refused for a limit on submitted jobs; None: it may be any limit."""
-    if _NO_ROOM.search(said):
+def says_no_room(message: str) -> bool | None:
+    """Say whether sbatch refused because of a limit on submitted jobs; None: any limit may be."""
+    if _NO_ROOM.search(message):
         return True
     # reasons look like `QOSMaxWallDurationPerJobLimit`
-    has_reason = re.search(r"\b(Assoc|QOS)[A-Z]\w+", said) is not None
-    return None if _SOME_LIMIT in said.lower() and not has_reason else False
+    has_reason = re.search(r"\b(Assoc|QOS)[A-Z]\w+", message) is not None
+    return None if _SOME_LIMIT in message.lower() and not has_reason else False
 
 
-def refusal(said: str, flags: Flags, *, sbatch: SbatchSection, program: str) -> ConfigError:
-    """Return one line that names the options which sbatch's words are about."""
-    if "job array specification" in said:
-        return ConfigError(f"scheduler.max_parallel: more tasks than MaxArraySize ({said})")
+def refusal(message: str, flags: Flags, *, sbatch: SbatchSection, program: str) -> ConfigError:
+    """Return the error for a refusal of sbatch; it names the keys of the options in question."""
+    if "job array specification" in message:
+        return ConfigError(f"scheduler.max_parallel: more tasks than MaxArraySize ({message})")
     keys = (
         f"{key_of(option, flags[option], sbatch=sbatch, program=program)}: {flags[option]}"
-        for option in _options_meant(said, flags)
+        for option in _options_meant(message, flags)
     )
     where = ", ".join(keys) or f"scheduler.sbatch.{program}"
-    return ConfigError(f"{where}: refused by sbatch ({said}); change it")
+    return ConfigError(f"{where}: refused by sbatch ({message}); change it")
 
 
-def _options_meant(said: str, flags: Flags) -> list[str]:
-    """Return the given options that a refusal names, else those that its words may be about."""
-    named = [name for name in re.findall(r"--([a-z][a-z-]*)", said) if name in flags]
+def _options_meant(message: str, flags: Flags) -> list[str]:
+    """Return the given options that a refusal names, else those that its words may mean."""
+    named = [name for name in re.findall(r"--([a-z][a-z-]*)", message) if name in flags]
     if named:
         return list(dict.fromkeys(named))
     for words, options in _ABOUT:
         given = [option for option in options if option in flags]
-        if words in said.lower() and given:
+        if words in message.lower() and given:
             return given
     return []
 

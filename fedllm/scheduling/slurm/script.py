@@ -1,4 +1,4 @@
-"""What a task's script says: its log, what it exports, and the step that is our program."""
+"""The script of a task: its log, its exports, and the srun step that runs our program."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ from fedllm.scheduling.seam import Job
 from fedllm.scheduling.slurm.commands import clean_environment
 from fedllm.scheduling.slurm.sbatch_flags import Flags
 
-# Where libraries keep what they compiled: thousands of small files that a shared home suffers from.
+# Caches of compiled code: thousands of small files that would slow a shared home.
 _CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -22,26 +22,26 @@ _CACHES = {
     "CUDA_CACHE_PATH": "cuda",
     "XDG_CACHE_HOME": "cache",
 }
-# below the ports that systems give to outgoing connections
+# below the ports that the system gives to outgoing connections
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
-# `prepare` fetches: what it need not fetch again stays where it is
+# not for `prepare`: it downloads, and keeps the user's own HF_HOME
 _FETCHED = {"HF_HOME": "huggingface"}
 
 
 def log_pattern(folder: Path, name: str) -> str:
-    """Return a log as `--output` takes it: Slurm replaces %A, %a and %j in `name`, not in `folder`.
+    """Return a log's path for `--output`: Slurm replaces %A, %a and %j in `name`, not in `folder`.
 
     Raises:
-        RunDirectoryError: a path that cannot be said to Slurm.
+        RunDirectoryError: Slurm cannot take the path.
     """
     path = str(folder.resolve())
-    # sbatch(1), filename pattern: with a backslash nothing is replaced, and no other sign says one
-    unsayable = {
+    # sbatch(1), filename pattern: a backslash turns replacement off, and cannot be escaped
+    forbidden = {
         "a line break": {"\n", "\r"} & {*path},
         "a backslash": {"\\"} & {*path},
         "bytes that are not UTF-8": path.encode(errors="ignore") != os.fsencode(path),
     }
-    for word, found in unsayable.items():
+    for word, found in forbidden.items():
         if found:
             raise RunDirectoryError(
                 f"{path!r}: Slurm writes no logs to a path with {word}; take another --run-dir"
@@ -50,18 +50,18 @@ def log_pattern(folder: Path, name: str) -> str:
 
 
 def python_words(section: SchedulerSection) -> str:
-    """Return what runs Python in a job, as a shell reads it.
+    """Return the shell words that start Python in a job.
 
-    `scheduler.python` may be several words: `apptainer exec image.sif python`.
+    `scheduler.python` may have several words: `apptainer exec image.sif python`.
     """
     return section.python or shlex.quote(sys.executable)
 
 
 def step_words(flags: Flags, log: str) -> list[str]:
-    """Return srun for the one step of a task; the program follows.
+    """Return the srun command of a task's only step, without the program.
 
-    Its size is said, not taken from the allocation: that is larger than what was asked for where
-    cores have two threads, and where nodes are given whole.
+    The step gets an explicit size, because the allocation may be larger than requested: on cores
+    with two threads, and where Slurm gives whole nodes.
     """
     words = ["srun", "--unbuffered", f"--output={log}", "--open-mode=append"]
     words += ["--kill-on-bad-exit=1", "--export=ALL"]
@@ -69,13 +69,13 @@ def step_words(flags: Flags, log: str) -> list[str]:
     if _processes(flags) > 1:
         words.append(f"--ntasks-per-node={flags['ntasks-per-node']}")
     if "cpus-per-task" in flags:
-        # srun does not take it over from sbatch since Slurm 22.05
+        # since Slurm 22.05 srun does not inherit this from sbatch
         words.append(f"--cpus-per-task={flags['cpus-per-task']}")
     return words
 
 
 def exports(job: Job, flags: Flags) -> list[str]:
-    """Return the lines that tell a task who it is and what it inherits, whatever `--export`."""
+    """Return the lines that export a task's name, log and settings, whatever `--export` says."""
     folder = shlex.quote(str(job.log_folder.resolve()))
     inherited = {
         name: value
@@ -89,7 +89,7 @@ def exports(job: Job, flags: Flags) -> list[str]:
     return [
         'export FEDLLM_TASK="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
         f"export FEDLLM_PROCESSES={_processes(flags)}",
-        *_several(folder, flags),
+        *_log_and_rendezvous(folder, flags),
         *(f"export {name}={shlex.quote(value)}" for name, value in inherited.items()),
         shell_line(),
         *_scratch(),
@@ -98,7 +98,7 @@ def exports(job: Job, flags: Flags) -> list[str]:
 
 
 def processes_of(job: Job) -> Mapping[str, int]:
-    """Return the flags of sbatch that say how many processes a task of a job is, and where."""
+    """Return the flags of sbatch for the number of processes and nodes of a job's task."""
     processes, nodes = job.processes_per_task, job.nodes_per_task
     per_node = {"ntasks-per-node": processes // nodes} if processes > 1 else {}
     return {"nodes": nodes, "ntasks": processes, **per_node}
@@ -108,8 +108,8 @@ def _processes(flags: Flags) -> int:
     return int(flags.get("ntasks", PROCESSES))
 
 
-def _several(folder: str, flags: Flags) -> list[str]:
-    """Return the lines that tell a process its log, and where all of a task meet."""
+def _log_and_rendezvous(folder: str, flags: Flags) -> list[str]:
+    """Return the lines that export a task's log, and the rendezvous of several processes."""
     if _processes(flags) == 1:
         return [f'export FEDLLM_LOG={folder}/"${{FEDLLM_TASK}}_0_log.out"']
     # the script runs on the first node, as the process of rank 0 does
@@ -121,9 +121,9 @@ def _several(folder: str, flags: Flags) -> list[str]:
 
 
 def _scratch() -> list[str]:
-    """Return the lines that find a folder of our own on the node's disk, for all our jobs there.
+    """Return the lines that find this user's scratch folder on the node's disk.
 
-    Code is run from it: one that somebody else made first is not used.
+    Compiled code runs from it, so a folder that another user made first is not used.
     """
     return [
         'fedllm_scratch="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/fedllm-$(id -u)"',

@@ -1,10 +1,10 @@
-"""Slurm's words for the states of jobs (squeue(1), JOB STATE CODES): the one authority. Pure."""
+"""Slurm's words for the states of jobs (squeue(1), JOB STATE CODES); only here. Pure."""
 
 from fedllm.scheduling.seam import EndReason, TaskState
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _ENDED_WELL = "COMPLETED"
-# why a job of another final state ended
+# the other final states, and why such a job ended
 END_REASONS = {
     "BOOT_FAIL": EndReason.NODE_LOST,
     "CANCELLED": EndReason.CANCELLED,
@@ -18,18 +18,19 @@ END_REASONS = {
 
 
 def state_in_queue(word: str) -> TaskState:
-    """Return the state of a job that squeue lists unasked for ended ones.
+    """Return the state of a job that squeue lists among those that have not ended.
 
-    It has other words, too, while it starts, runs, is signalled or comes to its end.
+    A job that does not wait counts as running: Slurm has several words for one that starts, runs,
+    gets a signal or ends.
     """
     return TaskState.WAITING if word in _WAITING else TaskState.RUNNING
 
 
 def has_ended(word: str) -> bool:
-    """Say whether a job of this state has ended and does not come back."""
+    """Say whether a job of this state has ended for good."""
     return word == _ENDED_WELL or word in END_REASONS
 
 
 def ended_well(word: str) -> bool:
-    """Say whether a job of this final state did what it was to do."""
+    """Say whether a job of this final state succeeded."""
     return word == _ENDED_WELL

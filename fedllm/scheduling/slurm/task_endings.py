@@ -1,4 +1,7 @@
-"""How tasks ended, from Slurm's memory of minutes and its accounting; asked only at events."""
+"""Ends of failed tasks, from squeue, which forgets them after minutes, and the accounting.
+
+The coordinator asks for them only at events, such as a task that is gone.
+"""
 
 from collections.abc import Sequence
 
@@ -10,41 +13,42 @@ from fedllm.scheduling.slurm.notation import arrays_of, tasks_of
 from fedllm.scheduling.slurm.states import ended_well, has_ended
 
 _ACCOUNTING_WINDOW = "now-7days"
-_LONGEST_PAUSE = 8  # in questions
+_MAX_PAUSE = 8  # times `query_seconds`
 
 
 class Endings:
-    """What is known of tasks that ended.
+    """Ends of tasks, as far as Slurm knows them.
 
     Args:
-        query_seconds: the least time between two questions for the same tasks; failures double it.
-        commands: Slurm's.
+        query_seconds: the minimum time between two queries of the same tasks; each failure
+            doubles it.
+        commands: Slurm's commands.
     """
 
     def __init__(self, *, query_seconds: float, commands: Commands) -> None:
-        self._pause = Backoff(query_seconds, max_seconds=_LONGEST_PAUSE * query_seconds)
+        self._pause = Backoff(query_seconds, max_seconds=_MAX_PAUSE * query_seconds)
         self._commands = commands
         self._known: dict[str, Ending] = {}
-        self._asked_in_vain: set[str] = set()
+        self._not_found: set[str] = set()
         self._next_query = float("-inf")
         self._has_accounting = True
 
     def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
-        """Return how tasks ended that failed; one question for all, and news at once.
+        """Return how tasks ended, for those that failed; one query for all.
 
-        Tasks that nobody knew, and all of them while Slurm does not answer, are asked for again
-        after a while only.
+        Tasks that are new here are queried at once. Tasks that Slurm did not know, and all tasks
+        while Slurm does not answer, are queried again only after a while.
         """
         unknown = {task for task in ids if task not in self._known}
         is_due = self._commands.monotonic() >= self._next_query
-        has_news = not unknown <= self._asked_in_vain
-        if unknown and (is_due or (has_news and not self._pause.failures)):
+        has_new = not unknown <= self._not_found
+        if unknown and (is_due or (has_new and not self._pause.failures)):
             self._ask(unknown)
         found = {task: self._known[task] for task in ids if task in self._known}
         return {task: ending for task, ending in found.items() if not ended_well(ending.state)}
 
     def accounting(self, *words: str) -> str:
-        """Ask sacct; a site without accounting, or one that does not answer, knows nothing."""
+        """Return sacct's output; empty where there is no accounting, or no answer."""
         if not self._has_accounting:
             return ""
         words = ("--starttime", _ACCOUNTING_WINDOW, *words)
@@ -59,41 +63,41 @@ class Endings:
             return ""
 
     def _ask(self, unknown: set[str]) -> None:
-        for ask in (self._in_queue, self._in_accounting):
+        for query in (self._in_queue, self._in_accounting):
             if unknown:
                 arrays = sorted(arrays_of(unknown))
-                self._known |= ask(",".join(arrays))
+                self._known |= query(",".join(arrays))
                 unknown = unknown - self._known.keys()
-        self._asked_in_vain = unknown
+        self._not_found = unknown
         self._next_query = self._commands.monotonic() + self._pause.seconds
 
     def _in_queue(self, arrays: str) -> dict[str, Ending]:
-        asked = "UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|"
+        columns = "UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|"
         try:
-            said = squeue("-t", "all", f"--jobs={arrays}", "-O", asked, commands=self._commands)
+            output = squeue("-t", "all", f"--jobs={arrays}", "-O", columns, commands=self._commands)
         except SchedulerUnreachable:
             self._pause.fail()
             return {}
         except CommandRefused:
-            # it forgot them
+            # squeue has forgotten them
             return {}
         self._pause.succeed()
         endings = {}
-        for _, task, state, status, node in rows_of(said, 5):
+        for _, task, state, status, node in rows_of(output, 5):
             if has_ended(state) and status.isdecimal():
                 code = f"{int(status) >> 8}:{int(status) & 127}"
                 endings[task] = _ending(state, code, node)
         return endings
 
     def _in_accounting(self, arrays: str) -> dict[str, Ending]:
-        # --duplicates: also the earlier starts of a requeued task; the last line is the last start
+        # --duplicates lists the earlier starts of a requeued task too; the last line counts
         words = ("--duplicates", f"--jobs={arrays}", "-o", "User,JobID,State,ExitCode,NodeList")
         endings = {}
         for _, task, state, code, node in rows_of(self.accounting(*words), 5):
-            state = state.partition(" ")[0]  # it says by whom: `CANCELLED by 1000`
+            state = state.partition(" ")[0]  # `CANCELLED by 1000`
             if has_ended(state):
-                for each in tasks_of(task):
-                    endings[each] = _ending(state, code, node)
+                for single in tasks_of(task):
+                    endings[single] = _ending(state, code, node)
         return endings
 
 

@@ -1,4 +1,4 @@
-"""Slurm's reasons why a job waits, and what would help, one clause each.
+"""Slurm's reasons why a job waits, each with advice in one clause.
 
 https://slurm.schedmd.com/job_reason_codes.html
 """
@@ -60,7 +60,7 @@ _WHAT = {
 
 
 def advice(reason: str) -> str:
-    """Return what would help a job that waits for `reason`, or "" where nobody knows.
+    """Return advice for a job that waits for `reason`; empty: there is none.
 
     Slurm adds details behind a comma or in parentheses (`ReqNodeNotAvail, UnavailableNodes:n1`).
     """
@@ -70,7 +70,7 @@ def advice(reason: str) -> str:
 
 
 def _of_limit(holder: str, sort: str, what: str, used: str | None, per: str | None) -> str:
-    """Return what helps at a limit of an association or QOS."""
+    """Return advice for a limit of an association or QOS."""
     its = _HOLDER[holder]
     named = _WHAT.get(what.lower(), what.lower())
     if sort == "Min":
