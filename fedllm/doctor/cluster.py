@@ -1,4 +1,4 @@
-"""What a cluster says of itself when a doctor asks: each question once, from settings to rights."""
+"""A cluster's settings, the jobs of a configuration, and whether Slurm would take them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ Settings = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class JobKind:
-    """Jobs of one kind and the options they are submitted with.
+    """A kind of job and the options it is submitted with.
 
     Args:
         name: `client type1`, `aggregate`.
-        program: the section of `scheduler.sbatch` that its options come from.
+        program: the section of `scheduler.sbatch` with its options.
         flags: sbatch's flags.
         section: the scheduler's configuration.
     """
@@ -38,19 +38,19 @@ class JobKind:
     section: SchedulerSection
 
     def key(self, option: str) -> str:
-        """Return the configuration key that gave an option its value, or would."""
+        """Return the configuration key that sets an option, or could set it."""
         value = self.flags.get(option)
         return key_of(option, value, sbatch=self.section.sbatch, program=self.program)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Slurm's settings: of the controller and per partition.
+    """Slurm's settings, of the controller and of each partition.
 
     Attributes:
         controller: `scontrol show config`.
         partitions: name -> `scontrol show partition`.
-        accounting_problem: why the accounting cannot be asked; empty: it can, or there is none.
+        accounting_problem: why the accounting does not answer; empty: it does, or there is none.
     """
 
     controller: Settings
@@ -59,28 +59,28 @@ class Cluster:
 
     @property
     def accounting(self) -> str:
-        """The kind of accounting, empty: none."""
+        """The kind of accounting; empty: there is none."""
         kind = self.controller.get("AccountingStorageType", "").rpartition("/")[2]
         return "" if kind in {"none", "(null)"} else kind
 
     def partitions_of(self, kind: JobKind) -> list[str]:
         """Return the partitions that jobs of a kind may run in."""
         site = clean_environment(configured=kind.flags).get("SBATCH_PARTITION")
-        named = kind.flags.get("partition") or site
-        if named:
-            return [name for name in str(named).split(",") if name in self.partitions]
+        names = kind.flags.get("partition") or site
+        if names:
+            return [name for name in str(names).split(",") if name in self.partitions]
         return [name for name, p in self.partitions.items() if p.get("Default") == "YES"]
 
 
 def job_kinds(section: SchedulerSection, tiers: Mapping[str, object]) -> list[JobKind]:
-    """Return all kinds of jobs that a configuration submits; workers once per class of tiers.
+    """Return all kinds of jobs that a configuration submits; workers have one kind per class.
 
     Raises:
-        ConfigError: an option that fedllm decides itself.
+        ConfigError: an option that only fedllm sets.
     """
     sbatch = section.sbatch
     classes = classes_of(sbatch, tiers)
-    named = {
+    options_of = {
         f"client {', '.join(t for t, own in classes.items() if own == name)}": (
             "client",
             tier_options(sbatch, name),
@@ -88,9 +88,9 @@ def job_kinds(section: SchedulerSection, tiers: Mapping[str, object]) -> list[Jo
         for name in classes.values()
     }
     for program in ("prepare", "aggregate", "evaluate"):
-        named[program] = (program, job_options(sbatch, program))
+        options_of[program] = (program, job_options(sbatch, program))
     kinds = []
-    for name, (program, options) in named.items():
+    for name, (program, options) in options_of.items():
         defaults = task_defaults(options)
         flags = sbatch_flags(options, sbatch=sbatch, program=program, defaults=defaults)
         kinds.append(JobKind(name=name, program=program, flags=flags, section=section))
@@ -103,14 +103,14 @@ def _coordinator(section: SchedulerSection) -> JobKind:
 
 
 def ask_cluster() -> Cluster:
-    """Ask for the settings.
+    """Return the settings of the cluster of this host.
 
     Raises:
-        UserError: Slurm's commands are not installed, or know of no cluster.
+        UserError: Slurm's commands are not installed, or find no cluster.
         SchedulerUnreachable: slurmctld does not answer now.
     """
-    controller = settings(_asked("scontrol", "show", "config"))
-    listed = _asked("scontrol", "--all", "--oneliner", "show", "partition")
+    controller = settings(_output("scontrol", "show", "config"))
+    listed = _output("scontrol", "--all", "--oneliner", "show", "partition")
     partitions = entities(listed, "PartitionName")
     cluster = Cluster(controller=controller, partitions=partitions)
     if not cluster.accounting:
@@ -121,7 +121,7 @@ def ask_cluster() -> Cluster:
 
 
 def refusals(kind: JobKind, surveyor: Surveyor) -> list[str]:
-    """Return why Slurm would refuse jobs of a kind, or never start them; nothing is submitted.
+    """Return reasons why Slurm would refuse jobs of a kind, or never start them; submit nothing.
 
     Raises:
         SchedulerUnreachable: slurmctld does not answer now.
@@ -149,7 +149,7 @@ def _accounting_problem() -> str:
     return ""
 
 
-def _asked(*words: str) -> str:
+def _output(*words: str) -> str:
     try:
         return call(words)
     except CommandRefused as error:

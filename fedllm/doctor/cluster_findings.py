@@ -1,4 +1,4 @@
-"""A cluster's settings judged: what they do to a run, and which key answers to them."""
+"""Findings about a cluster's settings: what they mean for a run, and which key to change."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,25 +9,27 @@ from fedllm.scheduling.slurm.free_capacity import Surveyor
 from fedllm.scheduling.slurm.limits import Allowed
 from fedllm.scheduling.slurm.notation import version
 
-# of SchedulerParameters: what decides how soon and how many array tasks start
-_OF_NOTE = (
+# the SchedulerParameters that decide how soon and how many array tasks start
+_START_PARAMETERS = (
     *("batch_sched_delay", "sched_min_interval", "default_queue_depth", "max_array_tasks"),
     *("bf_interval", "bf_max_job_user", "bf_max_job_array_resv", "max_rpc_cnt"),
 )
 
 
 def cluster_findings(cluster: Cluster, section: SchedulerSection) -> Iterator[Finding]:
-    """Judge what holds for all jobs."""
-    found = cluster.controller
-    host = found.get("SlurmctldHost[0]", "unknown")
-    name = found.get("ClusterName", "unknown")
-    yield _ok("slurm", f"Slurm {version(found)}, cluster {name}, controller {host}")
+    """Yield findings about settings that hold for all jobs."""
+    controller = cluster.controller
+    host = controller.get("SlurmctldHost[0]", "unknown")
+    name = controller.get("ClusterName", "unknown")
+    yield _ok("slurm", f"Slurm {version(controller)}, cluster {name}, controller {host}")
     yield _accounting(cluster, section)
-    yield _arrays(found, section)
-    options = [o for o in found.get("SchedulerParameters", "").split(",") if _is_of_note(o)]
-    told = ", ".join(options) or "as Slurm comes (array tasks start in steps of seconds)"
-    yield _ok("scheduling", f"{found.get('SchedulerType', 'unknown')}: {told}")
-    over, kill = found.get("OverTimeLimit", "0"), found.get("KillWait", "unknown")
+    yield _arrays(controller, section)
+    options = [
+        o for o in controller.get("SchedulerParameters", "").split(",") if _decides_starts(o)
+    ]
+    parameters = ", ".join(options) or "Slurm's defaults (array tasks start in steps of seconds)"
+    yield _ok("scheduling", f"{controller.get('SchedulerType', 'unknown')}: {parameters}")
+    over, kill = controller.get("OverTimeLimit", "0"), controller.get("KillWait", "unknown")
     yield _ok("at the time limit", f"killed {kill} after SIGTERM; grace over the limit {over}")
 
 
@@ -46,13 +48,13 @@ def _accounting(cluster: Cluster, section: SchedulerSection) -> Finding:
     seconds = float(age.split()[0]) if age[:1].isdigit() else 0.0
     if seconds < 2 * section.query_seconds:
         change = f"scheduler.query_seconds: {section.query_seconds:g} is too slow; need less than "
-        change += f"{seconds / 2:g}, or ends of tasks are told by their records alone"
+        change += f"{seconds / 2:g}, or only records show how tasks ended"
         return Finding(check=check, level="warn", found=found, change=change)
     return _ok(check, found)
 
 
-def _arrays(found: Settings, section: SchedulerSection) -> Finding:
-    size, jobs = found.get("MaxArraySize", "1001"), found.get("MaxJobCount", "10000")
+def _arrays(controller: Settings, section: SchedulerSection) -> Finding:
+    size, jobs = controller.get("MaxArraySize", "1001"), controller.get("MaxJobCount", "10000")
     if size == "0":
         return Finding(
             check="arrays",
@@ -60,34 +62,34 @@ def _arrays(found: Settings, section: SchedulerSection) -> Finding:
             found="MaxArraySize 0: the cluster takes no arrays",
             change="ask the admins for MaxArraySize, or use scheduler.kind local in one job",
         )
-    told = f"MaxArraySize {size} (more tasks become several arrays), MaxJobCount {jobs}"
+    sizes = f"MaxArraySize {size} (more tasks become several arrays), MaxJobCount {jobs}"
     if int(jobs) < 2 * section.max_parallel:
         change = f"scheduler.max_parallel: {section.max_parallel} is much of what all users share"
-        return Finding(check="arrays", level="warn", found=told, change=change)
-    return _ok("arrays", told)
+        return Finding(check="arrays", level="warn", found=sizes, change=change)
+    return _ok("arrays", sizes)
 
 
 def limit_findings(
     cluster: Cluster, kinds: Sequence[JobKind], surveyor: Surveyor
 ) -> Iterator[Finding]:
-    """Judge what accounting allows this user, once per place where jobs are counted."""
+    """Yield findings about this user's limits, one for each place that jobs count for."""
     check = "limits of this user"
     if not cluster.accounting or cluster.accounting_problem:
         why = cluster.accounting_problem or "there is no accounting, so there are none"
         yield Finding(check=check, level="not done", found=why)
         return
     surveys = {survey.place: survey for survey in (surveyor.survey(k.flags) for k in kinds)}
-    for place, found in surveys.items():
-        if found.accounting is None:
+    for place, survey in surveys.items():
+        if survey.accounting is None:
             enforced = cluster.controller.get("AccountingStorageEnforce", "none")
             yield _ok(check, f"none apply (AccountingStorageEnforce {enforced})")
             return
         names = {"account": place.account, "QOS": place.qos, "partition": place.partition}
-        where = ", ".join(f"{sort} {name}" for sort, name in names.items() if name)
-        yield _ok(f"limits of {where or 'this user'}", _told(found.allowed))
+        where = ", ".join(f"{kind} {name}" for kind, name in names.items() if name)
+        yield _ok(f"limits of {where or 'this user'}", _describe_limits(survey.allowed))
 
 
-def _told(allowed: Allowed) -> str:
+def _describe_limits(allowed: Allowed) -> str:
     queued = min((bound.max_tasks for bound in allowed.queued), default=None)
     limits = {
         "queued": queued,
@@ -95,12 +97,12 @@ def _told(allowed: Allowed) -> str:
         "minutes": allowed.max_minutes,
         **allowed.max_tres,
     }
-    told = [f"{name} {value:g}" for name, value in limits.items() if value is not None]
-    return f"at most: {', '.join(told)}; more goes in waves" if told else "none"
+    parts = [f"{name} {value:g}" for name, value in limits.items() if value is not None]
+    return f"at most: {', '.join(parts)}; more goes in waves" if parts else "none"
 
 
 def partition_findings(cluster: Cluster, kinds: Sequence[JobKind]) -> Iterator[Finding]:
-    """Judge the partitions that jobs of these kinds use, each once."""
+    """Yield findings about the partitions that these kinds of jobs use, each once."""
     users: dict[str, list[JobKind]] = {}
     for kind in kinds:
         for name in cluster.partitions_of(kind):
@@ -130,19 +132,19 @@ def _preemption(name: str, partition: Settings, controller: Settings) -> Finding
     grace = f"grace {partition.get('GraceTime', '0')} s"
     if kind == "none" or modes.startswith("OFF"):
         return _ok(check, "none: tasks of this partition are not preempted")
-    told = f"{modes} by {kind}, {grace}"
+    found = f"{modes} by {kind}, {grace}"
     if "SUSPEND" in modes or "GANG" in modes:
         change = "scheduler.hung_minutes: longer than a suspension may last, or such tasks are lost"
-        return Finding(check=check, level="warn", found=told, change=change)
+        return Finding(check=check, level="warn", found=found, change=change)
     if "CANCEL" in modes:
-        told += ": preempted tasks are not requeued, the next attempt goes on from checkpoints"
+        found += ": preempted tasks are not requeued, the next attempt goes on from checkpoints"
         change = "training.checkpoint_every_minutes bounds what is lost"
-        return Finding(check=check, level="warn", found=told, change=change)
-    return _ok(check, f"{told}: preempted tasks are requeued and go on from their checkpoints")
+        return Finding(check=check, level="warn", found=found, change=change)
+    return _ok(check, f"{found}: preempted tasks are requeued and go on from their checkpoints")
 
 
 def endings_findings(cluster: Cluster, kinds: Sequence[JobKind]) -> Iterator[Finding]:
-    """Judge what jobs of these kinds meet before they end, and whether they come back."""
+    """Yield findings about the warning before jobs end, and about requeueing."""
     without_requeue = [kind for kind in kinds if not _requeues(cluster, kind)]
     if without_requeue:
         keys = ", ".join(dict.fromkeys(kind.key("requeue") for kind in without_requeue))
@@ -175,8 +177,8 @@ def _requeues(cluster: Cluster, kind: JobKind) -> bool:
     return cluster.controller.get("JobRequeue") == "1"
 
 
-def _is_of_note(option: str) -> bool:
-    return option.partition("=")[0] in _OF_NOTE
+def _decides_starts(option: str) -> bool:
+    return option.partition("=")[0] in _START_PARAMETERS
 
 
 def _ok(check: str, found: str) -> Finding:

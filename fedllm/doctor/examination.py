@@ -1,4 +1,4 @@
-"""All that `fedllm doctor` looks at, in its order."""
+"""All checks of `fedllm doctor`, in their order."""
 
 import uuid
 from collections.abc import Generator, Iterator, Sequence
@@ -29,13 +29,13 @@ from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths, cache_of, shipped
 from fedllm.storage.publishing.publish import make_folder
 
-# a question to Slurm is asked once, whatever the number of kinds of jobs
+# longer than a doctor runs, so that each query is sent to Slurm once
 _ONCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorRequest:
-    """What is looked at: a configuration, or without one the cluster as it comes."""
+    """A configuration to check, or none: then the cluster is checked with its own defaults."""
 
     scheduler: SchedulerSection
     storage: StorageSection
@@ -45,56 +45,58 @@ class DoctorRequest:
 
     @property
     def uses_cluster(self) -> bool:
-        """Whether its jobs would be a batch system's."""
+        """Whether a batch system would run its jobs."""
         return self.config is None or traits_of(self.config).jobs_outlive_coordinator
 
     @property
     def kinds(self) -> list[JobKind]:
-        """The jobs that it submits."""
+        """The kinds of jobs that it submits."""
         tiers = self.config.clients.tiers if self.config else {"of default options": None}
         return job_kinds(self.scheduler, tiers)
 
 
-def examine(examinee: DoctorRequest) -> Iterator[Finding]:
-    """Yield what is found: configuration, cluster, compute nodes, folders."""
-    if examinee.config is not None:
-        yield from readiness_findings(examinee.config, examinee.root)
-    if examinee.uses_cluster:
-        yield from _on_cluster(examinee)
+def examine(request: DoctorRequest) -> Iterator[Finding]:
+    """Yield the findings about configuration, cluster, compute nodes and folders."""
+    if request.config is not None:
+        yield from readiness_findings(request.config, request.root)
+    if request.uses_cluster:
+        yield from _on_cluster(request)
     else:
-        why = f"scheduler.kind is {examinee.scheduler.kind}: no cluster is used"
+        why = f"scheduler.kind is {request.scheduler.kind}: no cluster is used"
         yield Finding(check="slurm", level="not done", found=why)
-        yield from folder_findings(examinee.root, examinee.storage, on_cluster=False)
+        yield from folder_findings(request.root, request.storage, on_cluster=False)
 
 
-def _on_cluster(examinee: DoctorRequest) -> Iterator[Finding]:
-    sights: list[ProbeResult] = []
+def _on_cluster(request: DoctorRequest) -> Iterator[Finding]:
+    results: list[ProbeResult] = []
     try:
-        log_pattern(RunPaths(root=examinee.root.resolve()).all_logs, "")
+        log_pattern(RunPaths(root=request.root.resolve()).all_logs, "")
     except RunDirectoryError as error:
         yield Finding(check="run directory", level="fail", found=str(error))
     try:
         cluster = ask_cluster()
-        kinds = examinee.kinds
+        kinds = request.kinds
     except FedllmError as error:
         change = "start from a host of the cluster, or use scheduler.kind: local"
         yield Finding(check="slurm", level="fail", found=str(error), change=change)
         yield Finding(check="compute nodes", level="not done", found="Slurm has to answer first")
     else:
-        yield from cluster_findings(cluster, examinee.scheduler)
+        yield from cluster_findings(cluster, request.scheduler)
         yield from partition_findings(cluster, kinds)
         yield from endings_findings(cluster, kinds)
         surveyor = Surveyor(commands=InstalledCommands(), query_seconds=_ONCE_SECONDS)
         yield from limit_findings(cluster, kinds, surveyor)
-        taken = yield from _taken(kinds, surveyor)
-        yield from _on_nodes(examinee, taken, sights)
-    hosts = {sight.node.host for sight in sights if not sight.node.storage_problem}
-    yield from folder_findings(examinee.root, examinee.storage, on_cluster=True, seen_from=hosts)
+        accepted = yield from _accepted(kinds, surveyor)
+        yield from _on_nodes(request, accepted, results)
+    hosts = {result.node.host for result in results if not result.node.storage_problem}
+    yield from folder_findings(request.root, request.storage, on_cluster=True, seen_from=hosts)
 
 
-def _taken(kinds: Sequence[JobKind], surveyor: Surveyor) -> Generator[Finding, None, list[JobKind]]:
-    """Ask sbatch about jobs of every kind; return the kinds that it would take."""
-    taken = []
+def _accepted(
+    kinds: Sequence[JobKind], surveyor: Surveyor
+) -> Generator[Finding, None, list[JobKind]]:
+    """Test jobs of every kind with sbatch; return the kinds that it would accept."""
+    accepted = []
     for kind in kinds:
         check = f"sbatch --test-only, {kind.name}"
         level: Level = "fail"
@@ -104,15 +106,15 @@ def _taken(kinds: Sequence[JobKind], surveyor: Surveyor) -> Generator[Finding, N
             lines, level = [str(error)], "not done"
         yield from (Finding(check=check, level=level, found=line) for line in lines)
         if lines:
-            why = "sbatch has to take such jobs first"
+            why = "sbatch has to accept such jobs first"
             yield Finding(check=f"compute node for {kind.name}", level="not done", found=why)
         else:
-            taken.append(kind)
-    if taken:
-        names = "jobs of every kind" if len(taken) == len(kinds) else _names(taken)
-        found = f"{names} would be taken"
+            accepted.append(kind)
+    if accepted:
+        names = "jobs of every kind" if len(accepted) == len(kinds) else _names(accepted)
+        found = f"{names} would be accepted"
         yield Finding(check="sbatch --test-only", level="ok", found=found)
-    return taken
+    return accepted
 
 
 def _names(kinds: Sequence[JobKind]) -> str:
@@ -120,23 +122,23 @@ def _names(kinds: Sequence[JobKind]) -> str:
 
 
 def _on_nodes(
-    examinee: DoctorRequest, kinds: Sequence[JobKind], sights: list[ProbeResult]
+    request: DoctorRequest, kinds: Sequence[JobKind], results: list[ProbeResult]
 ) -> Iterator[Finding]:
-    """Send a probe to the nodes that jobs get, one for jobs of equal options."""
-    alike: dict[object, list[JobKind]] = {}
+    """Run a probe on the nodes that jobs get, one probe for jobs of equal options."""
+    groups: dict[object, list[JobKind]] = {}
     for kind in kinds:
-        alike.setdefault(node_options(kind.flags), []).append(kind)
-    if not alike:
+        groups.setdefault(node_options(kind.flags), []).append(kind)
+    if not groups:
         return
-    parent = nearest_folder(examinee.root)
+    parent = nearest_folder(request.root)
     try:
-        with trial_folder(parent) as folder, ThreadPoolExecutor(len(alike)) as pool:
-            names = [_names(group) for group in alike.values()]
-            if len(alike) == 1 and len(kinds) == len(examinee.kinds):
+        with trial_folder(parent) as folder, ThreadPoolExecutor(len(groups)) as pool:
+            names = [_names(group) for group in groups.values()]
+            if len(groups) == 1 and len(kinds) == len(request.kinds):
                 names = ["every kind of job"]
-            for found in pool.map(partial(_probed, examinee, folder), alike.values(), names):
-                yield from found.findings
-                sights += found.sights
+            for probed in pool.map(partial(_probed, request, folder), groups.values(), names):
+                yield from probed.findings
+                results += probed.results
     except RunDirectoryError as error:
         yield Finding(check="compute nodes", level="not done", found=str(error))
 
@@ -144,50 +146,50 @@ def _on_nodes(
 @dataclass(frozen=True, kw_only=True)
 class _Probed:
     findings: list[Finding]
-    sights: list[ProbeResult]
+    results: list[ProbeResult]
 
 
-def _probed(examinee: DoctorRequest, folder: Path, kinds: Sequence[JobKind], name: str) -> _Probed:
-    """Probe the node that jobs of these kinds get; what comes in between is a finding, too."""
+def _probed(request: DoctorRequest, folder: Path, kinds: Sequence[JobKind], name: str) -> _Probed:
+    """Probe the node that jobs of these kinds get; a probe that fails is a finding too."""
     own = folder / uuid.uuid4().hex
     make_folder(own)
     probe = Probe(
-        section=examinee.scheduler,
+        section=request.scheduler,
         flags=kinds[0].flags,
         folder=own,
-        also=tuple(_needed_there(examinee)),
-        node_local=examinee.storage.node_local,
-        visibility_seconds=examinee.storage.visibility_seconds,
-        wait_seconds=examinee.wait_seconds,
+        also=tuple(_paths_for_jobs(request)),
+        node_local=request.storage.node_local,
+        visibility_seconds=request.storage.visibility_seconds,
+        wait_seconds=request.wait_seconds,
     )
     check = f"compute node for {name}"
     try:
-        sight = probe.run()
+        result = probe.run()
     except ProbeWaits as error:
-        change = "ask again when nodes are free, or with more patience: fedllm doctor --wait 3600"
+        change = "run it again when nodes are free, or wait longer: fedllm doctor --wait 3600"
         finding = Finding(check=check, level="not done", found=str(error), change=change)
-        return _Probed(findings=[finding], sights=[])
+        return _Probed(findings=[finding], results=[])
     except FedllmError as error:
-        change = "scheduler.python, scheduler.setup: what starts Python in a job"
+        change = "scheduler.python, scheduler.setup: they start Python in a job"
         finding = Finding(check=check, level="fail", found=str(error), change=change)
-        return _Probed(findings=[finding], sights=[])
+        return _Probed(findings=[finding], results=[])
     flags = kinds[0].flags
-    wanted = NodeRequirements(
+    needs = NodeRequirements(
         key=f"scheduler.sbatch.{kinds[0].program}",
         cpus=int(flags.get("cpus-per-task", 1)),
         gpus=asks_for_gpus(dict(flags)),
         versions=dict(installed_versions()),
-        visibility_seconds=examinee.storage.visibility_seconds,
-        node_local=examinee.storage.node_local,
+        visibility_seconds=request.storage.visibility_seconds,
+        node_local=request.storage.node_local,
         submits=any(kind.program == "coordinator" for kind in kinds),
     )
-    return _Probed(findings=node_findings(name, sight, wanted, folder.parent), sights=[sight])
+    return _Probed(findings=node_findings(name, result, needs, folder.parent), results=[result])
 
 
-def _needed_there(examinee: DoctorRequest) -> Iterator[Path]:
-    """Yield what jobs read beside the run directory, where it is here."""
+def _paths_for_jobs(request: DoctorRequest) -> Iterator[Path]:
+    """Yield the paths that jobs read besides the run directory."""
     yield shipped("jobs")
-    yield cache_of(examinee.storage.cache, examinee.root).root
-    if examinee.config is not None:
-        for path in (examinee.config.model.path, examinee.config.data.path):
+    yield cache_of(request.storage.cache, request.root).root
+    if request.config is not None:
+        for path in (request.config.model.path, request.config.data.path):
             yield Path(path).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""What `fedllm doctor` found, and what to change."""
+"""Findings of `fedllm doctor`, with what to change."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,9 +11,9 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: what was looked at.
-        level: `not done`: it could not be; `found` says why.
-        found: in a line.
+        check: the thing that was checked.
+        level: the result; `not done`: it could not be checked, and `found` says why.
+        found: the facts, in one line.
         change: what to change in which key; empty: nothing.
     """
 

@@ -1,4 +1,4 @@
-"""A probe on a compute node: one short srun, spoken with over its pipes, never left behind."""
+"""A probe of a compute node: one short srun that talks over its pipes and always ends."""
 
 import contextlib
 import math
@@ -32,28 +32,28 @@ from fedllm.scheduling.slurm.sbatch_flags import Flags, words_of
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publishing.publish import publish_bytes
 
-# What a batch job has and a step of seconds has not, or what decides its size.
-_NOT_OF_A_PROBE = {
+# Options for batch jobs only, and the size of a task: a probe is one short process.
+_NOT_FOR_PROBES = {
     *("requeue", "no-requeue", "open-mode", "signal", "time", "time-min", "deadline", "hold"),
     *("begin", "kill-on-invalid-dep", "mail-type", "mail-user", "comment", "nice"),
     *("nodes", "ntasks", "get-user-env", "export-file", "wait-all-nodes", "batch", "verbose"),
     "export",
 }
-# Python's start, and torch from a slow file system
+# time to start Python, and to load torch from a slow file system
 _ANSWER_SECONDS = 300.0
 _END_SECONDS = 5.0
 _START = "fedllm-probe-starts-on "
 
-_Found = TypeVar("_Found")
-_Told = TypeVar("_Told", NodeRecord, FileDelayRecord)
+_Parsed = TypeVar("_Parsed")
+_Answer = TypeVar("_Answer", NodeRecord, FileDelayRecord)
 
 
 class ProbeFailed(FedllmError):
-    """A probe that came to no answer; the message says why."""
+    """A probe that gave no answer; the message says why."""
 
 
 class ProbeWaits(ProbeFailed):
-    """Slurm gave the probe no node in time."""
+    """A probe that Slurm gave no node in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,12 @@ class Probe:
 
     Args:
         section: the scheduler's configuration.
-        flags: sbatch's flags of these tasks.
-        folder: a folder for this probe alone, where runs will lie.
-        also: what else has to be there; only what is here counts.
+        flags: the sbatch flags of these tasks.
+        folder: a folder for this probe alone, on the storage of runs.
+        also: other paths that the node must have, if this host has them.
         node_local: `storage.node_local`.
-        visibility_seconds: how long files may take to be seen.
-        wait_seconds: how long Slurm may take to give it a node.
+        visibility_seconds: how long a new file may stay invisible.
+        wait_seconds: how long Slurm may take to give the probe a node.
     """
 
     section: SchedulerSection
@@ -79,17 +79,17 @@ class Probe:
     wait_seconds: float
 
     def run(self) -> ProbeResult:
-        """Run it and return what it found.
+        """Run the probe and return its result.
 
         Raises:
-            ProbeWaits: no node in time; the message holds Slurm's reason.
+            ProbeWaits: no node in time; the message has Slurm's reason.
             ProbeFailed: no answer; the message says why.
             UserError: srun is not installed.
         """
         name = f"fedllm-doctor-{uuid.uuid4().hex[:8]}"
         with self._started(name) as step:
             node = self._node(step, name)
-            answer = self._told(step, node, NodeRecord)
+            answer = self._answer(step, node, NodeRecord)
             clock_seconds = answer.clock - time.time()
             if answer.storage_problem:
                 return ProbeResult(node=answer, clock_seconds=clock_seconds)
@@ -97,7 +97,7 @@ class Probe:
             seen_here = seconds_until(paths.there.exists, max_seconds=self.visibility_seconds)
             publish_bytes(paths.here, b"{}")
             step.say("look")
-            seen_there = self._told(step, node, FileDelayRecord).seconds
+            seen_there = self._answer(step, node, FileDelayRecord).seconds
         return ProbeResult(
             node=answer,
             clock_seconds=clock_seconds,
@@ -125,14 +125,14 @@ class Probe:
         except FileNotFoundError as error:
             raise UserError("srun: not found; the probe of a compute node needs it") from error
         step = _Step(process)
-        patience = 0.0
+        end_seconds = 0.0
         try:
             yield step
-            # one that was told all ends by itself
-            patience = _END_SECONDS
+            # a probe that has answered everything ends by itself
+            end_seconds = _END_SECONDS
         finally:
-            step.end(patience)
-            # an srun that was killed may leave its allocation
+            step.end(end_seconds)
+            # a killed srun may leave its allocation
             with contextlib.suppress(FedllmError, CommandRefused):
                 call(["scancel", "--quiet", f"--name={name}", f"--user={os.getuid()}"])
 
@@ -146,22 +146,22 @@ class Probe:
             [
                 f'echo "{_START}{NODE_NAME_IN_SHELL}"',
                 *self.section.setup,
-                # what a job's program would import, not what lies in the working directory
+                # import what a job's program would, not modules of the working directory
                 "export PYTHONSAFEPATH=1",
                 f"exec {python} -u {shlex.join(words)}",
             ]
         )
 
     def _node(self, step: "_Step", name: str) -> str:
-        """Return the node on which the probe starts, once it does."""
+        """Wait until the probe starts; return its node."""
         try:
             return step.find(_started_on, self.wait_seconds)
         except TimeoutError as error:
             seconds = f"{self.wait_seconds:.0f} s"
             raise ProbeWaits(f"no node within {seconds} ({_reason(name)})") from error
 
-    def _told(self, step: "_Step", node: str, kind: type[_Told]) -> _Told:
-        def parse(line: str) -> _Told | None:
+    def _answer(self, step: "_Step", node: str, kind: type[_Answer]) -> _Answer:
+        def parse(line: str) -> _Answer | None:
             try:
                 return kind.model_validate_json(line)
             except ValidationError:
@@ -178,20 +178,20 @@ class Probe:
 
 
 def srun_words(flags: Flags, name: str, seconds: float) -> list[str]:
-    """Return srun with those of sbatch's flags that choose and size a node."""
-    chosen = {flag: value for flag, value in flags.items() if flag not in _NOT_OF_A_PROBE}
+    """Return the srun command with those flags of sbatch that decide about the node."""
+    chosen = {flag: value for flag, value in flags.items() if flag not in _NOT_FOR_PROBES}
     return [
         "srun",
         *("--nodes=1", "--ntasks=1", f"--job-name={name}", "--kill-on-bad-exit=1"),
-        # the first line is waited for apart
+        # the time starts with the probe: the wait for a node has its own limit
         f"--time={math.ceil(seconds / 60)}",
         *words_of(chosen),
     ]
 
 
 def node_options(flags: Flags) -> tuple[tuple[str, str], ...]:
-    """Return what of the flags decides which node a probe gets: equal for one probe of both."""
-    return tuple(sorted((f, str(v)) for f, v in flags.items() if f not in _NOT_OF_A_PROBE))
+    """Return the flags that decide which node a probe gets; jobs with equal ones share a probe."""
+    return tuple(sorted((f, str(v)) for f, v in flags.items() if f not in _NOT_FOR_PROBES))
 
 
 def _started_on(line: str) -> str | None:
@@ -201,26 +201,26 @@ def _started_on(line: str) -> str | None:
 def _reason(name: str) -> str:
     try:
         words = ["squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}"]
-        said = "; ".join(marked_lines(call([*words, "-o", f"{MARK}%r"])))
+        reasons = "; ".join(marked_lines(call([*words, "-o", f"{MARK}%r"])))
     except (FedllmError, CommandRefused):
-        said = ""
-    return f"Slurm's reason: {said}" if said else "Slurm says no reason"
+        reasons = ""
+    return f"Slurm's reason: {reasons}" if reasons else "Slurm gives no reason"
 
 
 class _Step:
-    """A running srun: lines from it, with patience, and words to it."""
+    """A running srun: its output line by line, with a time limit, and its input."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
         self._lines: queue.Queue[str | None] = queue.Queue()
-        self._complaints: list[str] = []
+        self._error_lines: list[str] = []
         assert process.stdin
         assert process.stdout
         assert process.stderr
         self._in, self._out, self._err = process.stdin, process.stdout, process.stderr
         self._readers = [
             threading.Thread(target=self._read, args=(self._out,), daemon=True),
-            threading.Thread(target=self._complaints.extend, args=(self._err,), daemon=True),
+            threading.Thread(target=self._error_lines.extend, args=(self._err,), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
@@ -230,12 +230,12 @@ class _Step:
             self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
-    def find(self, parse: Callable[[str], _Found | None], seconds: float) -> _Found:
-        """Return the first line that means something; what `scheduler.setup` prints does not.
+    def find(self, parse: Callable[[str], _Parsed | None], seconds: float) -> _Parsed:
+        """Return the first line that `parse` accepts; the output of `scheduler.setup` is skipped.
 
         Raises:
-            TimeoutError: none came in time.
-            ProbeFailed: srun ended without it.
+            TimeoutError: no such line came in time.
+            ProbeFailed: srun ended without such a line.
         """
         end = time.monotonic() + seconds
         while True:
@@ -245,22 +245,22 @@ class _Step:
                 raise TimeoutError from error
             if line is None:
                 raise ProbeFailed(self._last_words())
-            found = parse(line)
-            if found is not None:
-                return found
+            parsed = parse(line)
+            if parsed is not None:
+                return parsed
 
     def say(self, word: str) -> None:
-        """Give it a line."""
+        """Write a line to its input."""
         with contextlib.suppress(BrokenPipeError):
             self._in.write(f"{word}\n")
             self._in.flush()
 
-    def end(self, patience: float) -> None:
-        """End it, whether or not it ever got a node, after so many seconds."""
+    def end(self, seconds: float) -> None:
+        """End srun, with or without a node, if it has not ended by itself after `seconds`."""
         with contextlib.suppress(BrokenPipeError):
             self._in.close()
         try:
-            self._process.wait(timeout=patience)
+            self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self._process.terminate()
             self._process.wait()
@@ -271,9 +271,9 @@ class _Step:
     def _last_words(self) -> str:
         for reader in self._readers:
             reader.join(timeout=_END_SECONDS)
-        lines = [line.strip() for line in self._complaints if line.strip()]
+        lines = [line.strip() for line in self._error_lines if line.strip()]
         own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: "))]
         errors = [line for line in lines if "error: " in line]
-        # what the node's shell or Python said, else what Slurm did
-        told = (own or errors or lines)[-1:] or [f"exit status {self._process.wait()}"]
-        return told[0].removeprefix("srun: ").removeprefix("error: ")
+        # the message of the node's shell or Python, else that of Slurm
+        last = (own or errors or lines)[-1:] or [f"exit status {self._process.wait()}"]
+        return last[0].removeprefix("srun: ").removeprefix("error: ")

@@ -1,4 +1,4 @@
-"""What can be looked at from here: folders, their group, and whether a run could start offline."""
+"""Findings about this host: folders, their group, and whether a run could start offline."""
 
 import os
 import shutil
@@ -19,36 +19,36 @@ from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.records import PreparedRecord
 
-_OF_ONE_MACHINE = {"tmpfs", "ramfs", "overlay", "devtmpfs"}
-_MOSTLY_OF_ONE_MACHINE = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm", "/run")))
+_LOCAL_KINDS = {"tmpfs", "ramfs", "overlay", "devtmpfs"}
+_USUALLY_LOCAL = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm", "/run")))
 _EMBEDDED = "embedded"
-# of updates, states and copies in the making, over what one round publishes
-_ROOM = 3
+# space needed over the updates of one round: also for states and unfinished copies
+_SPACE_FACTOR = 3
 
 
 def folder_findings(
     root: Path, storage: StorageSection, *, on_cluster: bool, seen_from: Collection[str] = ()
 ) -> Iterator[Finding]:
-    """Try the folders that a run and the cache would lie in.
+    """Yield findings about the folders of runs and of the cache, by writing to them.
 
     Args:
         root: the run directory, which need not exist.
-        storage: cache and group.
-        on_cluster: whether other machines have to see them.
-        seen_from: hosts whose probes did.
+        storage: the configuration of cache and group.
+        on_cluster: whether other machines have to see the folders.
+        seen_from: hosts whose probes saw them.
     """
     parents = {nearest_folder(root): "runs"}
     cache = nearest_folder(cache_of(storage.cache, root).root)
     parents[cache] = f"{parents[cache]} and cache" if cache in parents else "cache"
     for parent, name in parents.items():
-        yield _tried(f"storage of {name}", parent)
+        yield _writability(f"storage of {name}", parent)
         if on_cluster:
-            yield _place(f"place of {name}", parent, seen_from)
-    yield _room(root)
+            yield _visibility(f"place of {name}", parent, seen_from)
+    yield _free_space(root)
     yield _group(nearest_folder(root), storage.group)
 
 
-def _tried(check: str, parent: Path) -> Finding:
+def _writability(check: str, parent: Path) -> Finding:
     try:
         with trial_folder(parent) as folder:
             seconds = try_folder(folder)
@@ -60,13 +60,13 @@ def _tried(check: str, parent: Path) -> Finding:
     return Finding(check=check, level="ok", found=found)
 
 
-def _place(check: str, parent: Path, seen_from: Collection[str]) -> Finding:
+def _visibility(check: str, parent: Path, seen_from: Collection[str]) -> Finding:
     others = sorted(set(seen_from) - {os.uname().nodename})
     if others:
         return Finding(check=check, level="ok", found=f"{parent}: seen from {', '.join(others)}")
     kind, real = file_system(parent), parent.resolve()
-    local = kind in _OF_ONE_MACHINE
-    if local or any(real.is_relative_to(folder) for folder in _MOSTLY_OF_ONE_MACHINE):
+    local = kind in _LOCAL_KINDS
+    if local or any(real.is_relative_to(folder) for folder in _USUALLY_LOCAL):
         change = "--run-dir and storage.cache: a directory that all compute nodes share"
         found = f"{parent} ({kind}) is this machine's own on most clusters"
         return Finding(check=check, level="warn", found=found, change=change)
@@ -76,7 +76,7 @@ def _place(check: str, parent: Path, seen_from: Collection[str]) -> Finding:
     return Finding(check=check, level="not done", found=f"{parent}: no compute node looked at it")
 
 
-def _room(root: Path) -> Finding:
+def _free_space(root: Path) -> Finding:
     parent = nearest_folder(root)
     free = shutil.disk_usage(parent).free
     prepared = _prepared(root)
@@ -89,7 +89,7 @@ def _room(root: Path) -> Finding:
     cohort = federation.cohort(1)
     updates = sum(update_bytes(federation.ranks[client.tier], record.modules) for client in cohort)
     found += f"; a round publishes updates of {size(updates)}"
-    if free < _ROOM * updates:
+    if free < _SPACE_FACTOR * updates:
         change = "make space, choose another --run-dir, or lower storage.keep_states"
         return Finding(check="free space", level="fail", found=found, change=change)
     return Finding(check="free space", level="ok", found=found)
@@ -124,28 +124,28 @@ def _group(parent: Path, group: str | None) -> Finding:
 
 
 def readiness_findings(config: Config, root: Path) -> Iterator[Finding]:
-    """Say whether base and data are here, and whether a run would need the network."""
+    """Yield whether base and data are here, and whether a run would need the network."""
     cache = cache_of(config.storage.cache, root)
-    found = _prepared(root)
-    if found is not None:
-        record = found[1]
+    prepared = _prepared(root)
+    if prepared is not None:
+        record = prepared[1]
         gone = [path for path in (record.model_path, record.data_path) if not Path(path).exists()]
         if gone:
-            told, change = f"{', '.join(gone)} is gone", "prepare again: fedllm prepare CONFIG"
-            yield Finding(check="prepared", level="fail", found=told, change=change)
+            lost, change = f"{', '.join(gone)} is gone", "prepare again: fedllm prepare CONFIG"
+            yield Finding(check="prepared", level="fail", found=lost, change=change)
         else:
-            told = f"{root} is prepared: nothing needs the network"
-            yield Finding(check="prepared", level="ok", found=told)
+            ready = f"{root} is prepared: nothing needs the network"
+            yield Finding(check="prepared", level="ok", found=ready)
         return
     sections = (
         ("model.path", config.model.path, config.model.revision, cache.model),
         ("data.path", config.data.path, config.data.revision, cache.data),
     )
     for key, path, revision, place in sections:
-        yield _source(key, path, place(hub_key(path, revision)))
+        yield _source_finding(key, path, place(hub_key(path, revision)))
 
 
-def _source(key: str, path: str, fetched: Path) -> Finding:
+def _source_finding(key: str, path: str, fetched: Path) -> Finding:
     if path == _EMBEDDED:
         return Finding(check=key, level="ok", found="embedded: made by prepare, without a network")
     if Path(path).expanduser().exists():

@@ -1,4 +1,4 @@
-"""A folder tried out as runs use it, and what a compute node says of itself and of the folder."""
+"""Trial writes to a folder, as runs do them, and the records of a probe on a compute node."""
 
 import os
 import re
@@ -23,19 +23,19 @@ class NodeRecord(Record):
     """A compute node as a job sees it.
 
     Attributes:
-        node: Slurm's name of it.
-        host: its own name; virtual nodes share one.
+        node: Slurm's name for it.
+        host: its host name; virtual nodes share one.
         clock: seconds since the epoch.
         python: version and path of the interpreter.
         versions: package -> installed version.
         broken: package -> why it cannot be imported.
         gpus: names of the GPUs that torch sees.
         cpus: processors that the job may use.
-        memory_bytes: the limit of the job; None: none was found.
+        memory_bytes: the job's memory limit; None: no limit was found.
         refused: Slurm command -> why it does not work there.
-        absent: paths that jobs need and that are not there.
-        storage_problem: what is wrong with the trial folder; empty: it was written.
-        local_bytes: free bytes of `storage.node_local`; None: not asked for, or not writable.
+        absent: paths that jobs need and the node does not have.
+        storage_problem: what is wrong with the trial folder; empty: the node could write to it.
+        local_bytes: free bytes of `storage.node_local`; None: it is not set, or not writable.
         local_problem: why the node's own folder cannot be used.
     """
 
@@ -56,20 +56,20 @@ class NodeRecord(Record):
 
 
 class FileDelayRecord(Record):
-    """How long a node waited for a file that another machine wrote; None: in vain."""
+    """Delay until a node saw a file that another machine wrote; None: it did not see it in time."""
 
     seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What a probe on a node found.
+    """Result of a probe on a compute node.
 
     Attributes:
-        node: what it told of itself and of the trial folder.
-        clock_seconds: how far its clock is ahead of ours, as far as the way here lets us tell.
-        seen_here: seconds until a file of the node's was seen here; None: not in time.
-        seen_there: seconds until a file of ours was seen on the node; None: not in time.
+        node: the node's record of itself and of the trial folder.
+        clock_seconds: how far its clock is ahead of ours, less the time that its answer took.
+        seen_here: seconds until this host saw the node's file; None: it did not in time.
+        seen_there: seconds until the node saw this host's file; None: it did not in time.
     """
 
     node: NodeRecord
@@ -89,10 +89,10 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def trial_folder(parent: Path) -> Iterator[Path]:
-    """Give a new folder in `parent`, the nearest that exists, and remove it afterwards.
+    """Make a new folder in `parent`, which must exist, and remove it afterwards.
 
     Raises:
-        RunDirectoryError: nothing can be written there.
+        RunDirectoryError: `parent` cannot be written.
     """
     folder = parent / f".fedllm-doctor-{uuid.uuid4().hex[:8]}"
     try:
@@ -113,11 +113,11 @@ def nearest_folder(path: Path) -> Path:
 
 
 def try_folder(folder: Path) -> float:
-    """Publish, replace, and publish once, as runs do; return the seconds of one publication.
+    """Publish a file, replace it, and publish one once, as runs do; return the seconds of one.
 
     Raises:
-        FedllmError: the file system refuses one of them.
-        RunDirectoryError: it does not keep what they promise.
+        FedllmError: the file system refuses one of these.
+        RunDirectoryError: one of these had another effect than runs rely on.
     """
     path = folder / f"{uuid.uuid4().hex}.json"
     publish_bytes(path, b"first")
@@ -134,10 +134,10 @@ def try_folder(folder: Path) -> float:
     return seconds
 
 
-def seconds_until(there: Callable[[], bool], *, max_seconds: float) -> float | None:
-    """Return how long something took to come about; None: longer than `max_seconds` seconds."""
+def seconds_until(is_there: Callable[[], bool], *, max_seconds: float) -> float | None:
+    """Return the seconds until `is_there` is true; None: more than `max_seconds`."""
     start = time.monotonic()
-    while not there():
+    while not is_there():
         if time.monotonic() - start > max_seconds:
             return None
         time.sleep(_LOOK_SECONDS)
@@ -152,8 +152,8 @@ def file_system(folder: Path) -> str:
         return ""
     kinds: dict[Path, str] = {}
     for line in lines:
-        _, point, kind, *_ = line.split(" ")
-        # blanks in a path are written as \040; a later mount covers an earlier one
-        kinds[Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point))] = kind
+        _, mount, kind, *_ = line.split(" ")
+        # a blank in a path is written as \040; a later mount covers an earlier one
+        kinds[Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mount))] = kind
     real = Path(os.path.realpath(folder))
-    return next((kinds[each] for each in (real, *real.parents) if each in kinds), "")
+    return next((kinds[point] for point in (real, *real.parents) if point in kinds), "")

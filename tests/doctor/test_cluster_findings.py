@@ -1,4 +1,4 @@
-"""What a doctor makes of a cluster's settings; no Slurm is needed."""
+"""Findings about a cluster's settings; no Slurm is needed."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_a_usual_cluster_has_nothing_to_change() -> None:
     assert not {check: f for check, f in found().items() if f.level != "ok"}
 
 
-def test_of_the_schedulers_parameters_those_that_delay_arrays_are_named() -> None:
+def test_scheduler_parameters_that_delay_arrays_are_named() -> None:
     assert found()["scheduling"].found == "sched/backfill: bf_max_job_user=20"
 
 
@@ -66,7 +66,7 @@ def test_workers_of_equal_options_are_one_kind_and_the_coordinator_has_its_files
     assert kinds[-1].flags["time"] == "1-00:00:00"
 
 
-def test_a_key_is_the_one_that_gave_the_value() -> None:
+def test_a_key_is_the_key_that_set_the_value() -> None:
     section = SchedulerSection.model_validate({"sbatch": {"tiers": {"big": {"time": "2-0"}}}})
     kind = job_kinds(section, {"big": None})[0]
     assert kind.key("time") == "scheduler.sbatch.tiers.big.time"
@@ -79,7 +79,7 @@ def test_a_key_is_the_one_that_gave_the_value() -> None:
         ({"MaxJobCount": "100"}, "arrays", "scheduler.max_parallel: 64"),
     ],
 )
-def test_a_setting_that_is_tight_names_the_key_that_answers_to_it(
+def test_a_tight_setting_names_the_key_to_change(
     controller: dict[str, str], check: str, words: str
 ) -> None:
     finding = found(controller=controller)[check]
@@ -99,7 +99,7 @@ def test_a_cluster_without_arrays_cannot_be_used() -> None:
         ({"PreemptMode": "OFF"}, "ok", ""),
     ],
 )
-def test_what_preemption_does_to_tasks_is_told_per_partition(
+def test_the_effect_of_preemption_is_found_per_partition(
     partition: dict[str, str], level: str, words: str
 ) -> None:
     finding = found(partition=partition)["preemption in main"]
@@ -114,13 +114,13 @@ def test_a_partition_that_is_down_fails_with_the_key_that_names_it() -> None:
     assert "scheduler.sbatch.default.partition" in finding.change
 
 
-def test_only_partitions_that_jobs_use_are_looked_at() -> None:
+def test_only_partitions_that_jobs_use_are_checked() -> None:
     sbatch = {"tiers": {"large": {"partition": "other"}}}
     assert {"partition main", "partition other"} <= set(found(sbatch=sbatch))
     assert "partition other" not in found()
 
 
-def test_tasks_that_do_not_come_back_or_are_not_warned_are_told() -> None:
+def test_tasks_without_requeueing_or_a_warning_signal_are_a_warning() -> None:
     plain = found(controller={"JobRequeue": "0"})
     assert plain["requeueing"].level == "ok"
     sbatch = {"client": {"requeue": None, "signal": None}}

@@ -1,4 +1,4 @@
-"""What a doctor makes of what a compute node told, and how it says it."""
+"""Findings about a compute node, and their text."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ HERE = {"fedllm": "1.0", "torch": "2.9"}
 
 
 def judged(
-    sight: dict[str, Any] | None = None, wanted: dict[str, Any] | None = None, **node: Any
+    result: dict[str, Any] | None = None, requirements: dict[str, Any] | None = None, **node: Any
 ) -> dict[str, Finding]:
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "node": "n7",
         "host": "n7.big",
         "clock": 0.0,
@@ -44,11 +44,11 @@ def judged(
     }
     found = node_findings(
         "client",
-        ProbeResult(node=NodeRecord(**(told | node)), **(times | (sight or {}))),
-        NodeRequirements(**(needs | (wanted or {}))),
+        ProbeResult(node=NodeRecord(**(record | node)), **(times | (result or {}))),
+        NodeRequirements(**(needs | (requirements or {}))),
         RUNS,
     )
-    return {each.check.removeprefix("node n7 (client): "): each for each in found}
+    return {finding.check.removeprefix("node n7 (client): "): finding for finding in found}
 
 
 def test_a_good_node_has_nothing_to_change_and_what_was_not_asked_for_is_not_done() -> None:
@@ -59,7 +59,7 @@ def test_a_good_node_has_nothing_to_change_and_what_was_not_asked_for_is_not_don
 
 
 @pytest.mark.parametrize(
-    ("sight", "node", "level", "words"),
+    ("result", "node", "level", "words"),
     [
         ({}, {"storage_problem": "/shared is not there"}, "fail", "/shared is not there"),
         ({}, {"absent": ["/cache"]}, "fail", "does not have /cache"),
@@ -70,9 +70,9 @@ def test_a_good_node_has_nothing_to_change_and_what_was_not_asked_for_is_not_don
     ],
 )
 def test_what_a_node_sees_of_the_shared_storage(
-    sight: dict[str, Any], node: dict[str, Any], level: str, words: str
+    result: dict[str, Any], node: dict[str, Any], level: str, words: str
 ) -> None:
-    finding = judged(sight, **node)[f"sees {RUNS}"]
+    finding = judged(result, **node)[f"sees {RUNS}"]
     assert finding.level == level
     assert words in finding.found
     assert bool(finding.change) is (level != "ok")
@@ -87,27 +87,27 @@ def test_packages_that_differ_or_do_not_load_fail_with_their_names() -> None:
 
 
 def test_a_gpu_that_was_asked_for_has_to_be_seen() -> None:
-    assert judged(wanted={"gpus": True})["GPUs"].level == "fail"
-    seen = judged(wanted={"gpus": True}, gpus=["H100", "H100"])["GPUs"]
+    assert judged(requirements={"gpus": True})["GPUs"].level == "fail"
+    seen = judged(requirements={"gpus": True}, gpus=["H100", "H100"])["GPUs"]
     assert (seen.level, seen.found) == ("ok", "2 x H100")
 
 
-def test_fewer_processors_than_a_task_asks_for_are_told() -> None:
-    assert judged(wanted={"cpus": 8})["processors"].level == "warn"
+def test_fewer_processors_than_a_task_asks_for_are_a_warning() -> None:
+    assert judged(requirements={"cpus": 8})["processors"].level == "warn"
 
 
 def test_the_nodes_own_folder_has_to_be_writable_where_it_is_used() -> None:
-    wanted = {"node_local": "$TMPDIR"}
-    assert judged(wanted=wanted, local_bytes=2**31)["storage.node_local"].level == "ok"
-    refused = judged(wanted=wanted, local_problem="no TMPDIR")["storage.node_local"]
+    requirements = {"node_local": "$TMPDIR"}
+    assert judged(requirements=requirements, local_bytes=2**31)["storage.node_local"].level == "ok"
+    refused = judged(requirements=requirements, local_problem="no TMPDIR")["storage.node_local"]
     assert (refused.level, refused.found) == ("fail", "no TMPDIR")
 
 
 def test_commands_matter_only_where_the_coordinator_may_run() -> None:
     refused = {"sbatch": "not found"}
     assert judged(refused=refused)["Slurm's commands"].level == "ok"
-    told = judged(wanted={"submits": True}, refused=refused)["Slurm's commands"]
-    assert (told.level, "fedllm advance" in told.change) == ("warn", True)
+    coordinator = judged(requirements={"submits": True}, refused=refused)["Slurm's commands"]
+    assert (coordinator.level, "fedllm advance" in coordinator.change) == ("warn", True)
 
 
 def test_findings_are_lines_with_what_to_change_below_and_a_sum() -> None:

@@ -1,4 +1,4 @@
-"""Folders tried out as runs use them."""
+"""Trial writes to folders, as runs do them."""
 
 from pathlib import Path
 

@@ -77,7 +77,7 @@ def test_a_healthy_cluster_has_no_failures_and_nothing_is_left_on_it(
     assert "22.05" in found["slurm"]["found"]
     assert found["accounting"]["found"].startswith("slurmdbd")
     assert found["preemption in low"]["found"].startswith("REQUEUE by partition_prio")
-    assert found["sbatch --test-only"]["found"] == "jobs of every kind would be taken"
+    assert found["sbatch --test-only"]["found"] == "jobs of every kind would be accepted"
     assert not list(tmp_path.iterdir())
     assert not cluster.slurm("squeue", "--noheader", "--states=PENDING,RUNNING")
 

@@ -32,10 +32,10 @@ def doctor(
     json_: AsJson = False,
 ) -> None:
     """Look for what stands in the way of a run: cluster, storage, compute nodes, configuration."""
-    findings, examinee = _admitted(config, run_dir, set_ or [], wait)
+    findings, request = _admitted(config, run_dir, set_ or [], wait)
     if not json_:
         say("looking; a probe on every kind of compute node may take a minute")
-    findings += [*examine(examinee)]
+    findings += [*examine(request)]
     if json_:
         say_json([dataclasses.asdict(finding) for finding in findings])
     else:
@@ -66,11 +66,11 @@ def _admitted(
             why = "the cluster's own defaults are looked at until CONFIG is valid"
             findings.append(Finding(check="options of jobs", level="not done", found=why))
     root = run_dir or default_run_dir(file or Path("run"))
-    examinee = DoctorRequest(
+    request = DoctorRequest(
         scheduler=config.scheduler if config else SchedulerSection(),
         storage=config.storage if config else StorageSection(),
         root=root,
         config=config,
         wait_seconds=wait,
     )
-    return findings, examinee
+    return findings, request
