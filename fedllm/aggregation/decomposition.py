@@ -50,6 +50,19 @@ class Decomposition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankPartition:
+    """A range of directions that the same clients train, and the weight of these clients.
+
+    Directions count from 0, `end` is not in the range. `weight` is the sum of the weights of the
+    round's clients whose rank is at least `end`; it is not normalised.
+    """
+
+    begin: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """What is to be decomposed, for each of some modules of one shape.
 
@@ -60,6 +73,8 @@ class Problem:
         rank: how many triplets are wanted.
         exact: direct routes in float64 only.
         tolerance: the largest relative excess of an iterative route's residual energy.
+        partitions: the ranges of directions between the ranks that are trained or received, from
+            the first direction; routes do not look at them.
     """
 
     out: int
@@ -68,6 +83,7 @@ class Problem:
     rank: int
     exact: bool = False
     tolerance: float = 1e-4
+    partitions: tuple[RankPartition, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

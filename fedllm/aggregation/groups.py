@@ -4,10 +4,12 @@ Both follow from shapes, ranks and configuration alone, never from what has arri
 or from memory that is free: a rerun on another machine forms the same groups and blocks.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.decomposition import Problem, RankPartition
 from fedllm.aggregation.routes import route_for
 from fedllm.lora.factors import ModuleShape
 
@@ -82,6 +84,25 @@ def group_modules(
             groups.append((len(group.modules) * each, group))
     # buffers then have their size from the start, and devices end together
     return [group for _, group in sorted(groups, key=lambda pair: -pair[0])]
+
+
+def with_weights(group: ModuleGroup, weights: Mapping[int, float]) -> ModuleGroup:
+    """Return the group with the weight of every partition of its ranks in its problem.
+
+    Args:
+        group: modules of equal ranks.
+        weights: the weight of each client that takes part, by its place in `group.clients`.
+    """
+    ranks = sorted({0, *group.clients, *group.received})
+    partitions = tuple(
+        RankPartition(
+            begin=begin,
+            end=end,
+            weight=math.fsum(w for place, w in weights.items() if group.clients[place] >= end),
+        )
+        for begin, end in pairwise(ranks)
+    )
+    return replace(group, problem=replace(group.problem, partitions=partitions))
 
 
 def blocks_of(places: Sequence[int], block_clients: int) -> list[tuple[int, ...]]:

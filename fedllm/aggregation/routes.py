@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fedllm.aggregation.decomposition import (
     Decomposition,
@@ -49,8 +50,13 @@ def fold(block: FactorBlock, problem: Problem) -> Partial:
     """Return what a block's weighted sum of products comes to on the problem's route."""
     amounts_GC = block.weights_GC * block.scales_GC
     amounts_GR = amounts_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
+    return fold_columns(block.b_GOR, block.a_GRI, amounts_GR, problem)
+
+
+def fold_columns(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor, problem: Problem) -> Partial:
+    """Return the partial result of `sum_r amounts_r b_r a_r`, each column by its own amount."""
     route = ROUTES[route_for(problem)]
-    return route.fold(block.b_GOR, block.a_GRI, amounts_GR.to(block.a_GRI.device))
+    return route.fold(b_GOR, a_GRI, amounts_GR.to(a_GRI.device))
 
 
 def decompose(

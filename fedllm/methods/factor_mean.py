@@ -19,7 +19,7 @@ from fedllm.aggregation.routes import truncated_svd
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of, stack
 from fedllm.lora.spectral import alive_directions
-from fedllm.methods.diagnostics import diagnose
+from fedllm.methods.diagnostics import diagnose, partition_qualities
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.state import carried
 from fedllm.methods.weights import amounts
@@ -113,20 +113,40 @@ class FactorMean(Method):
         # an update is the client's whole adapter: the state before is only compared with
         a_GRI, b_GOR = _summed(partials)
         return [
-            self._aggregate(module, {"A": a_RI / total, "B": b_OR / total}, ranks, state)
+            self._aggregate(
+                module,
+                {"A": a_RI / total, "B": b_OR / total},
+                problem=problem,
+                total=total,
+                before=state,
+            )
             for module, a_RI, b_OR, state in zip(modules, a_GRI, b_GOR, before, strict=True)
         ]
 
     def _aggregate(
-        self, module: str, mean: ModuleState, ranks: Sequence[int], before: ModuleState
+        self,
+        module: str,
+        mean: ModuleState,
+        *,
+        problem: Problem,
+        total: float,
+        before: ModuleState,
     ) -> ModuleAggregate:
+        product, product_before = self._product(mean), self._product(before)
         return ModuleAggregate(
             state=carried(module, mean),
             diagnostics=diagnose(
-                self._product(mean),
-                ranks=ranks,
+                product,
+                ranks=[problem.rank],
                 stacked_rank=mean["A"].shape[0],
-                before=alive_directions(self._product(before).spectral),
+                before=alive_directions(product_before.spectral),
+                partitions=partition_qualities(
+                    problem,
+                    total=total,
+                    energies_before_R=product_before.spectral.s_R.square(),
+                    energies_R=product.spectral.s_R.square(),
+                    untrained=lambda reach: reach,
+                ),
             ),
         )
 

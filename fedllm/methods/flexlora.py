@@ -4,11 +4,16 @@ Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous 
 Resources", NeurIPS 2024, https://arxiv.org/abs/2402.11505: dW = sum_i (n_i / n) s_i B_i A_i,
 U S V^T = SVD(dW), and a client of rank r receives A = V_r^T, B = U_r diag(S_r) / s_r.
 
+With `truncated: keep` directions that a client did not receive count as unchanged instead of zero:
+dW' = dW + sum_i p_i (W - W_{r_i}), W the state before the round and W_r its truncation. The second
+sum is U diag(S_j (1 - P_j)) V^T, P_j the share of the weight of the clients with r_i >= j.
+
 Legend: G modules, K triplets, O out, I in, R rank of the state (the largest that anyone needs).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -19,10 +24,11 @@ from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, St
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of
 from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
-from fedllm.methods.diagnostics import diagnose
+from fedllm.methods.diagnostics import diagnose, partition_qualities
+from fedllm.methods.options import FlexLoraOptions
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.state import carried
-from fedllm.methods.weights import amounts
+from fedllm.methods.weights import amounts, direction_weights
 from fedllm.planning.seeding import seed_of
 
 
@@ -32,10 +38,12 @@ class FlexLora(Method):
 
     kind: ClassVar[str] = "lora"
     name: ClassVar[str] = "flexlora"
+    options_class: ClassVar[type[FlexLoraOptions]] = FlexLoraOptions
 
     seed: int
     alpha: float
     scaling: str = "fixed"
+    options: FlexLoraOptions = field(default_factory=FlexLoraOptions)
 
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
         """Return the shapes of U, S and Vh."""
@@ -67,7 +75,7 @@ class FlexLora(Method):
 
     def fold(self, block: FactorBlock, problem: Problem) -> Partial:
         """Return the block's weighted sum of products, as the problem's route holds it."""
-        return routes.fold(block, problem)
+        return routes.fold(block, self._with_room(problem))
 
     def finish(
         self,
@@ -82,11 +90,42 @@ class FlexLora(Method):
         """Return the leading triplets of the weighted sums of products, all able to train."""
         # an update is the client's whole adapter: the state it began from is within
         start = Start(seed=seed_of(self.seed, "aggregation", modules[0]), near_GKI=_near(before))
-        found = routes.decompose(partials, problem, total=total, start=start)
+        problem = self._with_room(problem)
+        blocks = chain(partials, self._kept(before, problem, total))
+        found = routes.decompose(blocks, problem, total=total, start=start)
         return [
-            self._aggregate(module, each, problem=problem, ranks=ranks, before=state)
+            self._aggregate(module, each, problem=problem, total=total, ranks=ranks, before=state)
             for module, each, state in zip(modules, found, before, strict=True)
         ]
+
+    def _keeps(self, problem: Problem) -> bool:
+        # at one rank everybody receives everything
+        return self.options.truncated == "keep" and len(problem.partitions) > 1
+
+    def _with_room(self, problem: Problem) -> Problem:
+        """Return the problem with the rank of the block of kept directions.
+
+        It follows from the configured ranks, whoever is left out: so does the route.
+        """
+        if not self._keeps(problem):
+            return problem
+        return replace(problem, stacked_rank=problem.stacked_rank + problem.rank)
+
+    def _kept(
+        self, before: Sequence[ModuleState], problem: Problem, total: float
+    ) -> Iterator[Partial]:
+        """Yield the block of what clients did not receive, unless they received all there is.
+
+        It is sum_i n_i (W - W_{r_i}) = U diag(S_j (n - N_j)) V^T.
+        """
+        if not self._keeps(problem):
+            return
+        missed_R = total - direction_weights(problem)
+        amounts_GR = torch.stack([state["S"].double().cpu() for state in before]) * missed_R
+        if bool(amounts_GR.any()):
+            u_GOR = torch.stack([state["U"] for state in before])
+            vh_GRI = torch.stack([state["Vh"] for state in before])
+            yield routes.fold_columns(u_GOR, vh_GRI, amounts_GR, problem)
 
     def _aggregate(
         self,
@@ -94,6 +133,7 @@ class FlexLora(Method):
         found: Decomposition,
         *,
         problem: Problem,
+        total: float,
         ranks: Sequence[int],
         before: ModuleState,
     ) -> ModuleAggregate:
@@ -110,8 +150,18 @@ class FlexLora(Method):
                 ranks=ranks,
                 stacked_rank=problem.stacked_rank,
                 before=alive_directions(_spectral(before)),
+                partitions=partition_qualities(
+                    problem,
+                    total=total,
+                    energies_before_R=before["S"].double().square(),
+                    energies_R=live.s_R.double().square(),
+                    untrained=self._untrained,
+                ),
             ),
         )
+
+    def _untrained(self, reach: float) -> float:
+        return 1.0 if self.options.truncated == "keep" else reach
 
     def base_delta(self, state: ModuleState) -> Tensor | None:
         """Return None: the base stays as it is."""

@@ -5,7 +5,7 @@ The coordinator checks options before it starts a job: nothing here loads torch.
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -20,7 +20,16 @@ class NoOptions(Section):
     """A method without options."""
 
 
-OPTIONS: Mapping[str, type[Section]] = {}
+class FlexLoraOptions(Section):
+    """FlexLoRA: `truncated` says what becomes of the directions that a client did not receive.
+
+    `drop` counts them as zero, as the paper does; `keep` counts them as unchanged.
+    """
+
+    truncated: Literal["drop", "keep"] = "drop"
+
+
+OPTIONS: Mapping[str, type[Section]] = {"flexlora": FlexLoraOptions}
 
 
 def parse_options(method: str, model: type[Section], raw: Mapping[str, Any]) -> Section:

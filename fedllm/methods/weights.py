@@ -6,6 +6,10 @@ They are divided by their sum at the end, so that a client that is left out chan
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from fedllm.aggregation.decomposition import Problem
 from fedllm.errors import DataError
 
 
@@ -46,3 +50,14 @@ def shares(weights: Sequence[float]) -> list[float]:
     """
     total = total_of(weights)
     return [weight / total for weight in weights]
+
+
+def direction_weights(problem: Problem) -> Tensor:
+    """Return for each direction of the state the weight of the clients that train it.
+
+    Shape (R,), float64; directions beyond every partition have 0.
+    """
+    weights_R = torch.zeros(problem.rank, dtype=torch.float64)
+    for part in problem.partitions:
+        weights_R[part.begin : part.end] = part.weight
+    return weights_R

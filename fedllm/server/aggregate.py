@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.aggregation.groups import ModuleGroup, ModuleRanks, blocks_of, group_modules
+from fedllm.aggregation.groups import (
+    ModuleGroup,
+    ModuleRanks,
+    blocks_of,
+    group_modules,
+    with_weights,
+)
 from fedllm.config.loading import read_config
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.catalog import method_of
@@ -139,7 +145,8 @@ def _aggregate(
             take=output.take,
             devices=devices,
         )
-        stages = engine.run(groups_of(federation, cohort))
+        groups = groups_of(federation, cohort)
+        stages = engine.run([with_weights(group, updates.weights) for group in groups])
     return _Done(stages=stages, clients=len(weights))
 
 

@@ -20,7 +20,13 @@ from fedllm.adapters.peft_writer import (
     writing_peft_adapter,
 )
 from fedllm.adapters.tensor_names import common_names
-from fedllm.aggregation.groups import WORKING_BYTES, ModuleRanks, blocks_of, group_modules
+from fedllm.aggregation.groups import (
+    WORKING_BYTES,
+    ModuleRanks,
+    blocks_of,
+    group_modules,
+    with_weights,
+)
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.catalog import build_method
@@ -185,7 +191,8 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
             tolerance=request.tolerance,
             working_bytes=request.working_bytes,
         )
-        seconds = engine.run(groups)
+        of_adapters = dict(enumerate(weights))
+        seconds = engine.run([with_weights(group, of_adapters) for group in groups])
     return Combined(
         base_model=about.base_model,
         inputs=tuple(

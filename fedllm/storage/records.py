@@ -483,6 +483,23 @@ class RankQuality(Record):
     truncation_error: float
 
 
+class PartitionQuality(Record):
+    """Directions `first` to `last` of one module, from 1, which the same tiers train.
+
+    `reach` is the share of the round's weight whose clients trained them. `energy_kept` and
+    `energy_lost` are what of the state before the round the method itself carries on and what it
+    drops, had nobody trained: their sum is the energy that the state had there. `energy` is what
+    the new state has there. All are squared Frobenius norms.
+    """
+
+    first: int
+    last: int
+    reach: float
+    energy_kept: float
+    energy_lost: float
+    energy: float
+
+
 class ModuleDiagnostics(Record):
     """How one module was aggregated: leading singular values, energy, errors per rank.
 
@@ -493,6 +510,7 @@ class ModuleDiagnostics(Record):
     `overlap` compares with the state before in the leading space of the smallest of `ranks`, and
     is None where one of the two has a dead direction there, as all have before the first round.
     `beyond_smallest_rank` is the share of the energy that the smallest of `ranks` misses.
+    `partitions` are the ranges of directions between ranks; records of earlier versions have none.
     """
 
     route: str
@@ -506,6 +524,7 @@ class ModuleDiagnostics(Record):
     effective_rank: float = 0.0
     beyond_smallest_rank: float = 0.0
     overlap: float | None = None
+    partitions: list[PartitionQuality] = []
 
 
 class AggregateRecord(Record):

@@ -22,11 +22,13 @@ from fedllm.cli.main import app
 from fedllm.config.loading import ENVIRONMENT, flatten
 from fedllm.config.models import Config, DataSection, HeldOutSection, TierSection
 from fedllm.data.readers import open_source
+from fedllm.methods.options import OPTIONS
 from fedllm.storage.paths import CachePaths
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs/configuration.md"
+METHODS = ROOT / "docs/methods.md"
 ADMIN = ROOT / "slurm/ADMIN.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ADMIN, *sorted((ROOT / "docs").glob("*.md"))]
 TABLES_OF_SECTIONS: dict[str, type[BaseModel]] = {
@@ -59,6 +61,22 @@ def test_every_value_that_a_key_is_chosen_from_stands_on_the_page() -> None:
     documented = _documented_keys()
     missing = {name: key.words - documented[name].words for name, key in _real_keys().items()}
     assert not {name: words for name, words in missing.items() if words}
+
+
+def test_every_option_of_a_method_stands_on_its_page_with_default_and_values() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| `([^`]+)` \| ([^|]+) \|", METHODS.read_text("utf-8"), re.M
+    )
+    documented = {
+        (method, option): (yaml.safe_load(default), frozenset(re.findall(r"`([^`]+)`", words)))
+        for method, option, default, words in rows
+    }
+    real = {
+        (method, name): (field.default, frozenset(_literals(field.annotation)))
+        for method, options in OPTIONS.items()
+        for name, field in options.model_fields.items()
+    }
+    assert documented == real
 
 
 def test_the_page_for_admins_has_every_knob_of_the_scheduler_and_its_default() -> None:

@@ -1,10 +1,12 @@
 """One module's updates through a method, as the engine gives them to it."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.groups import ModuleGroup, with_weights
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 
@@ -37,6 +39,13 @@ def aggregate(
         stacked_rank=sum(item.rank for item in factors),
         rank=max(ranks),
     )
+    group = ModuleGroup(
+        modules=("m",),
+        problem=problem,
+        clients=tuple(item.rank for item in factors),
+        received=tuple(ranks),
+    )
+    problem = with_weights(group, dict(enumerate(weights))).problem
     blocks = [
         block_of(factors[begin : begin + block_clients], weights[begin : begin + block_clients])
         for begin in range(0, len(factors), block_clients)
@@ -45,7 +54,7 @@ def aggregate(
         ["m"],
         problem=problem,
         partials=[method.fold(block, problem) for block in blocks],
-        total=sum(weights),
+        total=math.fsum(weights),
         before=[before or method.start_module(module="m", shape=shape, rank=max(ranks))],
         ranks=ranks,
     )[0]
