@@ -239,3 +239,25 @@ def test_cpus_and_memory_are_read_in_their_own_words() -> None:
     assert memory_of({"mem": "24G"}) == "24G"
     assert memory_of({"mem-per-cpu": "2G"}) == "2G per CPU"
     assert memory_of({}) == ""
+
+
+def test_the_share_of_clients_that_train_each_direction_follows_from_the_tiers() -> None:
+    tiers = {
+        "one": {"ranks": 2},
+        "two": {"ranks": {"attention": 4, "mlp": 8}},
+        "three": {"ranks": {"attention": 4, "mlp": 16}},
+        "four": {"ranks": 8},
+    }
+    config = config_of(clients__tiers=tiers, clients__distribution="heavy_tail_light")
+    found = geometry(config)
+    assert [(p.modules, p.first, p.last, round(p.share, 9)) for p in found.directions] == [
+        (("q_proj", "k_proj"), 1, 2, 1.0),
+        (("q_proj", "k_proj"), 3, 4, 0.2),
+        (("q_proj", "k_proj"), 5, 8, 0.1),
+        (("up_proj",), 1, 2, 1.0),
+        (("up_proj",), 3, 8, 0.2),
+        (("up_proj",), 9, 16, 0.05),
+    ]
+    text = describe_plan(found)
+    assert "share of the clients that train each direction, by tier shares" in text
+    assert "q_proj,k_proj         3-4    0.200" in text

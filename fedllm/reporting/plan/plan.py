@@ -10,6 +10,7 @@ from fedllm.planning.classes import asks_for_gpus, job_options
 from fedllm.planning.evaluation import choose_targets, is_evaluated
 from fedllm.planning.federation import TERAFLOPS, Federation
 from fedllm.planning.workers import ClassPlan
+from fedllm.reporting.plan.plan_directions import DirectionsPlan, plan_directions
 from fedllm.reporting.plan.plan_files import FolderPlan, folders_of_round
 from fedllm.reporting.plan.plan_time import (
     SlotsPlan,
@@ -105,6 +106,7 @@ class Geometry:
     files: int
     folders: tuple[FolderPlan, ...]
     evaluation: EvaluationPlan
+    directions: tuple[DirectionsPlan, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,7 @@ def plan_geometry(
         files=sum(folder.files for folder in folders),
         folders=folders,
         evaluation=evaluation,
+        directions=plan_directions(federation),
     )
 
 

@@ -25,6 +25,8 @@ def describe_plan(plan: Geometry) -> str:
             _times(plan),
             "",
             _files(plan),
+            "",
+            _directions(plan),
         ]
     )
 
@@ -158,3 +160,14 @@ def _files(plan: Geometry) -> str:
     title = f"what a round writes (updates: {size(plan.update_bytes)} of tensors)"
     notes = [f"{f.folder}: {f.note}" for f in plan.folders if f.note]
     return "\n".join([text_table(title, header, rows), *notes])
+
+
+def _directions(plan: Geometry) -> str:
+    rows = [
+        [",".join(part.modules), f"{part.first}-{part.last}", number(part.share)]
+        for part in plan.directions
+    ]
+    header = ["modules", "directions", "clients"]
+    return text_table(
+        "share of the clients that train each direction, by tier shares", header, rows
+    )
