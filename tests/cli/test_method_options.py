@@ -40,7 +40,7 @@ def test_a_killed_run_that_keeps_directions_resumes_to_the_same_bits(
 def test_options_of_another_value_or_name_are_one_line(tiny: Tiny, tmp_path: Path) -> None:
     for change, words in {
         "truncated=maybe": "method.options.truncated: got 'maybe', need 'drop' or 'keep'",
-        "truncatd=keep": "unknown option; did you mean `method.options.truncated`?",
+        "trunc=keep": "unknown option; did you mean `method.options.truncated`?",
     }.items():
         arguments = ["run", tiny.config, "--run-dir", tmp_path / "r"]
         found = in_process(*arguments, "--set", f"method.options.{change}")
