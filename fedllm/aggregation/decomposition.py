@@ -1,4 +1,4 @@
-"""What a route returns, and the last step that all routes share.
+"""Results of a route, and the last step that all routes share.
 
 Legend: G modules, O out, I in, R stacked rank, K wanted rank.
 """
@@ -13,21 +13,21 @@ from torch import Tensor
 from fedllm.aggregation.orthogonal import NEARLY_ORTHOGONAL, triangle
 from fedllm.lora.spectral import Spectral
 
-RESOLUTION = 1e-11  # of the energy: what float32 sums cannot tell from nothing
+RESOLUTION = 1e-11  # of the energy: float32 sums cannot tell less from zero
 
-Partial: TypeAlias = Mapping[str, Tensor]  # what a block of clients comes to: part -> (G, ...)
+Partial: TypeAlias = Mapping[str, Tensor]  # the result of one block: part -> (G, ...)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """How near the triplets are to the best ones of their number.
+    """Proof of how near the triplets are to the best ones of their number.
 
-    `residual_energy` is the squared Frobenius norm of what they leave out. It exceeds the
-    smallest possible one by at most the share `relative_excess` of that smallest, with
-    probability at least `1 - failure_probability` over the route's own random draws (0: certain).
-    What is left out is measured on the sum as the route formed it, in float64 or, on the
-    iterative route, in float32, of which `RESOLUTION` of the whole energy says nothing: where no
-    more is left out, `relative_excess` is 0.
+    `residual_energy` is the squared Frobenius norm of what they leave out. It exceeds the smallest
+    possible one by at most the share `relative_excess` of that smallest, with probability at least
+    `1 - failure_probability` over the route's own random draws (0: certain). The residual is
+    measured on the sum as the route formed it: in float64 or, on the iterative route, in float32,
+    which cannot resolve less than `RESOLUTION` of the whole energy. A residual below that gets
+    `relative_excess` 0.
     """
 
     residual_energy: float
@@ -39,8 +39,8 @@ class Certificate:
 class Decomposition:
     """Leading singular triplets, the energy of the whole matrix, the route and its certificate.
 
-    `total_energy` is the squared Frobenius norm, so that what was left out is known without the
-    triplets that were not computed.
+    `total_energy` is the squared Frobenius norm. It tells the energy that the triplets leave out
+    without computing the others.
     """
 
     spectral: Spectral
@@ -64,14 +64,14 @@ class RankPartition:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is to be decomposed, for each of some modules of one shape.
+    """The decomposition to compute, for each of some modules of one shape.
 
     Attributes:
         out: rows of the weight.
         in_: columns of the weight.
         stacked_rank: the sum of all clients' ranks.
         rank: how many triplets are wanted.
-        exact: direct routes in float64 only.
+        exact: only direct routes in float64.
         tolerance: the largest relative excess of an iterative route's residual energy.
         partitions: the ranges of directions between the ranks that are trained or received, from
             the first direction; routes do not look at them.
@@ -88,7 +88,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where an iterative route begins: a seed, and right singular vectors thought to be near."""
+    """The start of an iterative route: a seed, and right singular vectors expected to be near."""
 
     seed: int = 0
     near_GKI: Tensor | None = None
@@ -96,53 +96,54 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """A way from blocks of factors to triplets.
+    """A route from blocks of factors to triplets.
 
     Attributes:
-        fold: `b_GOR`, `a_GRI` and each column's amount (G, R) -> what the block comes to.
-        decompose: the blocks' partial results in their order -> triplets, module by module; the
-            partial results are used up.
+        fold: `b_GOR`, `a_GRI` and the weight of each column (G, R) -> the partial result of a
+            block.
+        decompose: the partial results of all blocks, in their order -> triplets, module by module;
+            the partial results are consumed.
     """
 
     fold: Callable[[Tensor, Tensor, Tensor], Partial]
     decompose: Callable[[Iterable[Partial], Problem, Start], list[Decomposition]]
 
 
-def on_left_basis(q_GOK: Tensor, p_GKI: Tensor) -> Spectral:
+def ritz_triplets(q_GOK: Tensor, p_GKI: Tensor) -> Spectral:
     """Return the triplets of `W` within the orthonormal columns `q_GOK`, from `p_GKI = q^T W`.
 
-    Rayleigh-Ritz: the Gram matrix that found the basis squares the singular values and loses
-    half of their digits; `W` itself, applied once more, gives them back.
+    Rayleigh-Ritz: the Gram matrix behind the basis squares the singular values and loses half of
+    their digits. One more product with `W` restores them.
     """
     t_GKK = triangle(p_GKI.mT, NEARLY_ORTHOGONAL)
     if t_GKK is None:
         rotation_GKK, s_GK, vh_GKI = torch.linalg.svd(p_GKI, full_matrices=False)
     else:
-        # the rows are nearly the triplets' own: p = T^T Q^T, and T is small
+        # the rows are nearly the right singular vectors: p = T^T Q^T, and T is small
         rotation_GKK, s_GK, small_GKK = torch.linalg.svd(t_GKK.mT)
         rows = torch.linalg.solve_triangular(t_GKK.mT, p_GKI, upper=False)
         vh_GKI = small_GKK @ rows
     return Spectral(u_OR=q_GOK @ rotation_GKK, s_R=s_GK, vh_RI=vh_GKI)
 
 
-def turned(spectral: Spectral) -> Spectral:
+def transposed(spectral: Spectral) -> Spectral:
     """Return the triplets of the transposed matrix."""
     return Spectral(u_OR=spectral.vh_RI.mT, s_R=spectral.s_R, vh_RI=spectral.u_OR.mT)
 
 
-def each_of(spectral: Spectral) -> list[Spectral]:
-    """Return the triplets of G modules one by one."""
+def split_modules(spectral: Spectral) -> list[Spectral]:
+    """Return the triplets of each of the G modules."""
     parts = zip(spectral.u_OR, spectral.s_R, spectral.vh_RI, strict=True)
     return [Spectral(u_OR=u_OR, s_R=s_R, vh_RI=vh_RI) for u_OR, s_R, vh_RI in parts]
 
 
-def in_units(found: Decomposition, unit: float) -> Decomposition:
-    """Return the decomposition of `unit` times the matrix."""
-    spectral = replace(found.spectral, s_R=found.spectral.s_R * unit)
-    residual = found.certificate.residual_energy * unit**2
+def scaled(decomposition: Decomposition, unit: float) -> Decomposition:
+    """Return the decomposition of the matrix multiplied by `unit`."""
+    spectral = replace(decomposition.spectral, s_R=decomposition.spectral.s_R * unit)
+    residual = decomposition.certificate.residual_energy * unit**2
     return replace(
-        found,
+        decomposition,
         spectral=spectral,
-        total_energy=found.total_energy * unit**2,
-        certificate=replace(found.certificate, residual_energy=residual),
+        total_energy=decomposition.total_energy * unit**2,
+        certificate=replace(decomposition.certificate, residual_energy=residual),
     )

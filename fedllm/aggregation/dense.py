@@ -15,63 +15,65 @@ from fedllm.aggregation.decomposition import (
     Problem,
     Route,
     Start,
-    each_of,
-    on_left_basis,
-    turned,
+    ritz_triplets,
+    split_modules,
+    transposed,
 )
 
 
 def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
-    """Return a block's weighted sum of products, float64."""
+    """Return the weighted sum of a block's products, float64."""
     return {"W": b_GOR.double() @ a_GRI.double().mul(amounts_GR[..., None])}
 
 
 def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> list[Decomposition]:
     """Return the leading triplets of the sum.
 
-    Only `rank` triplets are wanted: an eigendecomposition of W^T W finds their right space for
-    less than a full SVD.
+    Only `rank` triplets are wanted: an eigendecomposition of W^T W finds their right space for less
+    than a full SVD.
     """
-    del start  # nothing is drawn
+    del start  # this route draws nothing
     w_GOI = summed(partials)
     wide = problem.out < problem.in_
     tall = w_GOI.mT if wide else w_GOI
     gram = tall.mT @ tall
     values, vectors = torch.linalg.eigh(gram)
     basis = vectors[..., -min(problem.rank, vectors.shape[-1]) :].flip(-1)
-    found = on_left_basis(basis, (tall @ basis).mT)
-    triplets = found if wide else turned(found)
-    # without a copy of the products
+    narrow_triplets = ritz_triplets(basis, (tall @ basis).mT)
+    triplets = narrow_triplets if wide else transposed(narrow_triplets)
+    # vector_norm makes no copy of the products
     energies = torch.linalg.vector_norm(w_GOI, dim=(-2, -1)).square().tolist()
     return [
         Decomposition(
             spectral=spectral,
             total_energy=energy,
             route="dense",
-            certificate=direct_certificate(energy, spectral.s_R, own),
+            certificate=direct_certificate(energy, spectral.s_R, eigenvalues),
         )
-        for spectral, energy, own in zip(each_of(triplets), energies, values, strict=True)
+        for spectral, energy, eigenvalues in zip(
+            split_modules(triplets), energies, values, strict=True
+        )
     ]
 
 
 def summed(partials: Iterable[Partial]) -> Tensor:
-    """Return the sum of the blocks' products, added up in their order, in the first one's place."""
+    """Return the sum of the blocks' products, added in their order, in place of the first one."""
     blocks = iter(partials)
     total = next(blocks)["W"]
     for block in blocks:
         total += block["W"]
-        del block  # the next one may be made meanwhile
+        del block  # frees its memory before the next one is made
     return total
 
 
 def direct_certificate(
     energy: float, s_K: Tensor, values_N: Tensor, *, formed_from: float = 0.0
 ) -> Certificate:
-    """Return how good triplets from a whole spectrum are.
+    """Return the certificate of triplets from a whole spectrum.
 
-    The eigenvalues of a float64 Gram matrix are off by at most about N eps of the largest
-    (backward stability), and by eps of what it was formed from: by so much more might the best
-    triplets hold. Nothing is said of a residual that is itself no more than that.
+    The eigenvalues of a float64 Gram matrix have an error of at most about N eps of the largest
+    (backward stability) and eps of the matrices it was formed from. The best triplets may hold more
+    by that error. A residual below twice the error gets no excess.
 
     Args:
         energy: the squared Frobenius norm.

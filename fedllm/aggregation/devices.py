@@ -1,4 +1,4 @@
-"""What devices are good at."""
+"""Which number types a device multiplies fast."""
 
 import os
 
@@ -13,6 +13,6 @@ def is_fast_at_bfloat16(device: torch.device) -> bool:
 
 
 def _onednn_may_use_amx() -> bool:
-    """Say whether the library of these products is free to use what the processor has."""
+    """Say whether oneDNN, which computes these products, may use the processor's AMX."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     return limit in ("", "ALL", "DEFAULT") or "AMX" in limit

@@ -1,4 +1,6 @@
-"""The factored route: the SVD of a sum of products at the cost of its stacked rank, never formed.
+"""The factored route: the SVD of a sum of products from its factors, without forming the sum.
+
+Its cost grows with the stacked rank.
 
 Legend: G modules, O out, I in, R stacked rank (of a block, then of all), K wanted rank.
 """
@@ -15,18 +17,18 @@ from fedllm.aggregation.decomposition import (
     Problem,
     Route,
     Start,
-    each_of,
-    on_left_basis,
-    turned,
+    ritz_triplets,
+    split_modules,
+    transposed,
 )
 from fedllm.aggregation.orthogonal import orthonormal, triangle
 
-_INDEPENDENT = 1e-2  # what is left of a column of unit length beside those before it
+_INDEPENDENT = 1e-2  # the part of a unit column orthogonal to the columns before it
 _CANCELLED = 1e-6  # of the product of the parts' energies
 
 
 def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
-    """Return a block's factors in float64, the amounts shared between them."""
+    """Return the factors of a block in float64; each gets the root of the weight."""
     shares_GR = amounts_GR.abs().sqrt()
     signed_GR = torch.copysign(shares_GR, amounts_GR)
     return {
@@ -38,11 +40,11 @@ def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
 def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> list[Decomposition]:
     """Return the leading triplets of the sum of the blocks' products.
 
-    With A^T = Q T (QR, of which only T is needed) the left singular vectors are those of B T^T,
-    and its Gram matrix T (B^T B) T^T is R x R. The tall side goes through its Gram matrix, which
-    costs half of a QR; that has a floor of 1e-8 sigma_1, far below what lives.
+    With A^T = Q T (QR, of which only T is needed) the left singular vectors are those of B T^T, and
+    its Gram matrix T (B^T B) T^T is R x R. The tall side goes through its Gram matrix, which costs
+    half of a QR. That has a floor of 1e-8 sigma_1, far below any live direction.
     """
-    del start  # nothing is drawn
+    del start  # this route draws nothing
     blocks = list(partials)
     b_GOR = _side_by_side([block["B"] for block in blocks], 2)
     a_GRI = _side_by_side([block["A"] for block in blocks], 1)
@@ -56,24 +58,26 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     energy_G = _trace(gram_GRR).clamp(min=0.0)
     parts_G = t_GRR.square().sum((-2, -1)) * _trace(tall_GRR)
     if bool((energy_G < _CANCELLED * parts_G).any()):
-        # the sum is small beside its parts, whose rounding the Gram matrix has: form it
+        # the sum is small beside its parts, and the Gram matrix has their rounding: form the sum
         return dense.decompose([{"W": b_GOR @ a_GRI}], problem, Start())
     values_GR, vectors_GRR = torch.linalg.eigh(gram_GRR)
     kept = min(problem.rank, vectors_GRR.shape[-1])
     leading_GRK = vectors_GRR[..., -kept:].flip(-1)  # eigh sorts from the smallest
     basis = orthonormal(tall @ (t_GRR.mT @ leading_GRK))
-    found = on_left_basis(basis, (basis.mT @ tall) @ flat)
-    triplets = turned(found) if wide else found
-    numbers = zip(energy_G.tolist(), parts_G.tolist(), strict=True)
+    left_triplets = ritz_triplets(basis, (basis.mT @ tall) @ flat)
+    triplets = transposed(left_triplets) if wide else left_triplets
+    energies = zip(energy_G.tolist(), parts_G.tolist(), strict=True)
     return [
         Decomposition(
             spectral=spectral,
             total_energy=energy,
             route="factored",
-            certificate=dense.direct_certificate(energy, spectral.s_R, own, formed_from=parts),
+            certificate=dense.direct_certificate(
+                energy, spectral.s_R, eigenvalues, formed_from=parts
+            ),
         )
-        for spectral, (energy, parts), own in zip(
-            each_of(triplets), numbers, values_GR, strict=True
+        for spectral, (energy, parts), eigenvalues in zip(
+            split_modules(triplets), energies, values_GR, strict=True
         )
     ]
 

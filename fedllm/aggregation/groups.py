@@ -1,7 +1,7 @@
-"""Which modules are aggregated at once, and in which blocks clients are summed.
+"""Groups of modules that are aggregated at once, and blocks of clients that are summed at once.
 
-Both follow from shapes, ranks and configuration alone, never from what has arrived, from devices
-or from memory that is free: a rerun on another machine forms the same groups and blocks.
+Both follow from shapes, ranks and configuration alone, never from arrived updates, devices or free
+memory: a rerun on another machine forms the same groups and blocks.
 """
 
 import math
@@ -18,7 +18,7 @@ WORKING_BYTES = 512 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleRanks:
-    """A module's shape, each client's rank of it (0: none), and all ranks that anyone receives."""
+    """A module's shape, the rank of each client (0: none), and all ranks that anyone receives."""
 
     shape: ModuleShape
     clients: tuple[int, ...]
@@ -31,7 +31,7 @@ class ModuleGroup:
 
     Attributes:
         modules: their names.
-        problem: what is to be decomposed for each; its stacked rank is that of all clients.
+        problem: the decomposition of each of them; its stacked rank is that of all clients.
         clients: the rank of each client (0: it has no such modules).
         received: all ranks that anyone receives of them, ascending.
     """
@@ -50,14 +50,14 @@ def group_modules(
     tolerance: float,
     working_bytes: int = WORKING_BYTES,
 ) -> list[ModuleGroup]:
-    """Return the groups of all modules, those that take most first.
+    """Return the groups of all modules, those that need most memory first.
 
     Args:
         modules: name -> shape and ranks; `clients` has the same length for all.
         block_clients: how many clients a block has.
         exact: see `Problem`.
         tolerance: see `Problem`.
-        working_bytes: of a group, unless one module alone takes more.
+        working_bytes: the memory of a group, unless one module alone needs more.
     """
     alike: dict[ModuleRanks, list[str]] = {}
     for name, ranks in modules.items():
@@ -72,8 +72,8 @@ def group_modules(
             exact=exact,
             tolerance=tolerance,
         )
-        each = _bytes_of_module(problem, _largest_block(ranks.clients, block_clients))
-        count = max(1, working_bytes // each)
+        module_bytes = _bytes_of_module(problem, _largest_block(ranks.clients, block_clients))
+        count = max(1, working_bytes // module_bytes)
         for begin in range(0, len(names), count):
             group = ModuleGroup(
                 modules=tuple(names[begin : begin + count]),
@@ -81,8 +81,8 @@ def group_modules(
                 clients=ranks.clients,
                 received=tuple(sorted(set(ranks.received))),
             )
-            groups.append((len(group.modules) * each, group))
-    # buffers then have their size from the start, and devices end together
+            groups.append((len(group.modules) * module_bytes, group))
+    # largest first: buffers have their final size at once, and devices end together
     return [group for _, group in sorted(groups, key=lambda pair: -pair[0])]
 
 
@@ -108,8 +108,8 @@ def with_weights(group: ModuleGroup, weights: Mapping[int, float]) -> ModuleGrou
 def blocks_of(places: Sequence[int], block_clients: int) -> list[tuple[int, ...]]:
     """Return the clients of each block that has any.
 
-    Blocks are cut by the place in the cohort: where a client is left out its block gets smaller,
-    and all others stay as they were. Clients are known by their places.
+    The place in the cohort decides the block: leaving a client out makes its block smaller and
+    changes no other. Clients are named by their places.
 
     Args:
         places: the clients' places in the cohort, ascending.
@@ -128,36 +128,36 @@ def _largest_block(ranks: Sequence[int], block_clients: int) -> int:
 
 
 def _bytes_of_module(problem: Problem, block_rank: int) -> int:
-    """Return what a module's aggregation takes at its peak, block by block.
+    """Return the peak memory of a module's aggregation, block by block.
 
-    Blocks lie in float32 three times: one is computed on, one filled, one travels to a GPU.
+    A block is in float32 memory three times: one is computed on, one filled, one copied to a GPU.
     """
     buffers = 4 * 3 * (problem.out + problem.in_) * block_rank
     return buffers + _PEAKS[route_for(problem)](problem, block_rank)
 
 
 def _factored(problem: Problem, block_rank: int) -> int:
-    """All blocks, which are put side by side, and squares of the stacked rank, all in float64."""
+    """Return the bytes of all blocks side by side and of squares of the stacked rank, float64."""
     factors = (problem.out + problem.in_) * problem.stacked_rank
     copies = 1 if block_rank == problem.stacked_rank else 2
-    # a triangle, a Gram matrix, their products, eigenvectors and what LAPACK works in
+    # a triangle, a Gram matrix, their products, eigenvectors and LAPACK's workspace
     squares = 6 * problem.stacked_rank**2
     return 8 * (copies * factors + squares + _triplets(problem))
 
 
 def _dense(problem: Problem, block_rank: int) -> int:
-    """Three products while blocks are summed; then one, its squares and those of its Gram."""
+    """Return the larger peak: three products while summing, or one with its squares and Gram."""
     product, narrow = problem.out * problem.in_, min(problem.out, problem.in_)
-    # A once more as it is weighted
+    # one weighted copy of A
     folding = 3 * product + (problem.out + 2 * problem.in_) * block_rank
-    # a Gram matrix, eigenvectors and what LAPACK works in
+    # a Gram matrix, eigenvectors and LAPACK's workspace
     return 8 * max(folding, 2 * product + 3 * narrow**2 + _triplets(problem))
 
 
 def _iterative(problem: Problem, block_rank: int) -> int:
-    """The sum, a block's product, its factors, A once more as it is weighted, and the search.
+    """Return the bytes of the sum, a block's product and factors, weighted A, and the search.
 
-    All in float32; the search has two copies of the sum in half of that.
+    All are in float32; the search has two copies of the sum in half of that.
     """
     product = problem.out * problem.in_
     folding = 3 * product + (problem.out + 2 * problem.in_) * block_rank
@@ -165,11 +165,11 @@ def _iterative(problem: Problem, block_rank: int) -> int:
 
 
 def _triplets(problem: Problem) -> int:
-    """Return the numbers of a basis, of the matrix on it, and of the triplets from both."""
+    """Return the count of numbers in a basis, in the matrix on it, and in the triplets of both."""
     return 3 * (problem.out + problem.in_ + problem.rank) * problem.rank
 
 
-# by route, in bytes: counted, and held against what is measured
+# by route, in bytes: counted here, checked against measured peaks in the tests
 _PEAKS: Mapping[str, Callable[[Problem, int], int]] = {
     "factored": _factored,
     "dense": _dense,

@@ -6,18 +6,18 @@ Legend: G modules, N rows, R or K columns.
 import torch
 from torch import Tensor
 
-NEARLY_ORTHOGONAL = 0.5  # what is left of a column of unit length beside those before it
+NEARLY_ORTHOGONAL = 0.5  # the part of a unit column orthogonal to the columns before it
 
 
-def triangle(y_GNR: Tensor, least: float) -> Tensor | None:
-    """Return the upper triangular T (R, R) of y = Q T, Q^T Q = I, or None for Householder's QR.
+def triangle(y_GNR: Tensor, min_remainder: float) -> Tensor | None:
+    """Return the upper triangular T (R, R) of y = Q T, Q^T Q = I, or None if Householder is needed.
 
-    The Cholesky factor of the Gram matrix takes a quarter of the time. Columns of very unequal
-    sizes do not disturb it, dependent ones do.
+    The Cholesky factor of the Gram matrix takes a quarter of the time of a QR. Columns of very
+    unequal size do no harm, nearly dependent ones make it fail.
 
     Args:
         y_GNR: the columns, float64.
-        least: how much of each must be left beside those before it.
+        min_remainder: the part of each unit column that must be orthogonal to those before it.
     """
     gram_GRR = y_GNR.mT @ y_GNR
     sizes_GR = gram_GRR.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -26,7 +26,7 @@ def triangle(y_GNR: Tensor, least: float) -> Tensor | None:
     unit_GRR = gram_GRR / sizes_GR[:, :, None] / sizes_GR[:, None, :]
     factor_GRR, failed_G = torch.linalg.cholesky_ex(unit_GRR)
     pivots_GR = factor_GRR.diagonal(dim1=-2, dim2=-1)
-    if bool(failed_G.any()) or float(pivots_GR.min()) < least:
+    if bool(failed_G.any()) or float(pivots_GR.min()) < min_remainder:
         return None
     triangle_GRR: Tensor = factor_GRR.mT * sizes_GR[:, None, :]
     return triangle_GRR

@@ -1,8 +1,8 @@
-"""From blocks of clients' factors to the leading singular triplets of their weighted sum.
+"""Leading singular triplets of the weighted sum of clients' factors.
 
-Blocks are folded one by one, each by itself, and then decomposed together, by the route that
-their shapes ask for, for all modules of one shape at once. All values are finite: whoever reads
-updates sees to that.
+Each block of clients is folded by itself. Then all blocks are decomposed together, by the route
+that fits their shapes, for all modules of one shape at once. All values must be finite: the code
+that reads updates checks that.
 
 Legend: G modules, O out, I in, R stacked rank, C clients, K wanted rank.
 """
@@ -19,7 +19,7 @@ from fedllm.aggregation.decomposition import (
     Problem,
     Route,
     Start,
-    in_units,
+    scaled,
 )
 from fedllm.aggregation.dense import DENSE
 from fedllm.aggregation.factored import FACTORED
@@ -30,24 +30,24 @@ from fedllm.lora.spectral import with_fixed_signs
 
 ROUTES: Mapping[str, Route] = {"factored": FACTORED, "iterative": ITERATIVE, "dense": DENSE}
 
-# shares of the narrow side, where a route's time was measured to cross the next one's
-_FEW_RANKS, _FEW_WANTED = 0.4, 0.4
+# shares of the narrow side where, as measured, the next route becomes the faster one
+_MANY_RANKS, _MANY_WANTED = 0.4, 0.4
 _LARGE_SIDE = 512
-_FLOAT32_TELLS = 1e-6  # relative excess of a residual
+_FLOAT32_TOLERANCE = 1e-6  # the smallest relative excess that float32 can certify
 
 
 def route_for(problem: Problem) -> str:
     """Return the name of the route, from shapes and configuration alone: a rerun takes the same."""
     narrow = min(problem.out, problem.in_)
-    precise = problem.exact or problem.tolerance < _FLOAT32_TELLS
-    large = narrow >= _LARGE_SIDE and problem.stacked_rank > _FEW_RANKS * narrow
-    if large and not precise and width(problem.rank, narrow) <= _FEW_WANTED * narrow:
+    precise = problem.exact or problem.tolerance < _FLOAT32_TOLERANCE
+    large = narrow >= _LARGE_SIDE and problem.stacked_rank > _MANY_RANKS * narrow
+    if large and not precise and width(problem.rank, narrow) <= _MANY_WANTED * narrow:
         return "iterative"
     return "factored" if problem.stacked_rank < narrow else "dense"
 
 
 def fold(block: FactorBlock, problem: Problem) -> Partial:
-    """Return what a block's weighted sum of products comes to on the problem's route."""
+    """Return the partial result of a block: its weighted sum of products in the route's form."""
     amounts_GC = block.weights_GC * block.scales_GC
     amounts_GR = amounts_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
     return fold_columns(block.b_GOR, block.a_GRI, amounts_GR, problem)
@@ -64,29 +64,29 @@ def decompose(
 ) -> list[Decomposition]:
     """Return the leading triplets of the sum of `partials` over `total`, module by module.
 
-    At most min(rank, O, I, R) triplets, sorted, orthonormal also where singular values are zero,
-    with fixed signs; the total energy is that of the whole sum. The same bits for the same
-    partials, thread count and kind of device.
+    There are at most min(rank, O, I, R) triplets, sorted, with fixed signs, and orthonormal even
+    where singular values are zero. The total energy is that of the whole sum. The same partials,
+    thread count and kind of device give the same bits.
 
     Args:
-        partials: of the blocks in the clients' order, each as `fold` returns it; used up.
-        problem: the same as `fold` was given.
-        total: what the weights of all blocks sum to.
-        start: where an iterative route begins.
+        partials: the result of `fold` for each block, in the clients' order; consumed.
+        problem: the one given to `fold`.
+        total: the sum of the weights of all blocks.
+        start: the start of an iterative route.
     """
     route = ROUTES[route_for(problem)]
-    found = route.decompose(partials, problem, start or Start())
+    decompositions = route.decompose(partials, problem, start or Start())
     return [
-        in_units(replace(each, spectral=with_fixed_signs(each.spectral)), 1 / total)
-        for each in found
+        scaled(replace(item, spectral=with_fixed_signs(item.spectral)), 1 / total)
+        for item in decompositions
     ]
 
 
 def truncated_svd(stacked: Stacked, *, rank: int) -> Decomposition:
     """Return the leading `rank` singular triplets of `b_OR @ a_RI`, by a direct route in float64.
 
-    Singular values and the truncated product agree with a dense float64 SVD to 1e-7 of the
-    largest singular value where the summands do not cancel.
+    Singular values and the truncated product agree with a dense float64 SVD to 1e-7 of the largest
+    singular value where the summands do not cancel.
     """
     assert rank >= 1, f"rank {rank}"
     b_GOR, a_GRI = stacked.b_OR[None], stacked.a_RI[None]

@@ -1,6 +1,6 @@
 """LoRA factors of one module: their scale, their stack, their seeded start.
 
-Legend: O out, I in, R rank. A module's change is `scale * b_OR @ a_RI`.
+Legend: O out, I in, R rank. The change of a module is `scale * b_OR @ a_RI`.
 """
 
 import math
@@ -30,7 +30,7 @@ class ModuleShape:
 
     @property
     def largest_rank(self) -> int:
-        """The smaller side: no product of factors can have a higher rank."""
+        """The smaller side: a product of factors cannot have a higher rank."""
         return min(self.out, self.in_)
 
 
@@ -54,7 +54,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """How many directions the adapter has room for."""
+        """The number of directions that the adapter can hold."""
         return self.a_RI.shape[0]
 
     @property
@@ -78,10 +78,11 @@ def adapter_bytes(adapter: Adapter) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorBlock:
-    """Some clients' factors of G modules of one shape, side by side in the clients' order.
+    """Factors of some clients for G modules of one shape, side by side in the clients' order.
 
-    `a_GRI` and `b_GOR` hold the factors as they were sent, R the sum of the clients' `ranks`;
-    `scales_GC` and `weights_GC` are float64 on the CPU, C clients; weights are not normalised.
+    `a_GRI` and `b_GOR` hold the factors as the clients sent them; R is the sum of the clients'
+    `ranks`. `scales_GC` and `weights_GC` are float64 on the CPU, C clients; the weights are not
+    normalised.
     """
 
     a_GRI: Tensor
@@ -100,7 +101,7 @@ class Stacked:
 
     @property
     def rank(self) -> int:
-        """The sum of the ranks that were stacked."""
+        """The sum of the stacked ranks."""
         return self.a_RI.shape[0]
 
 
@@ -127,26 +128,26 @@ def delta(factors: Factors) -> Tensor:
 def stack(factors: Iterable[Factors], weights: Sequence[float]) -> Stacked:
     """Return `sum_i p_i s_i B_i A_i` as one product, without forming it.
 
-    Each factor carries sqrt(|p_i s_i|), the sign of `p_i s_i` goes to A, and the columns stand
-    in the order of `factors`: the same order gives the same bits. The sum of float32 products
-    cancels without loss, since the stack is float64.
+    Each factor carries sqrt(|p_i s_i|), A also the sign of `p_i s_i`. The columns keep the order of
+    `factors`: the same order gives the same bits. The sum of float32 products cancels without loss,
+    since the stack is float64.
 
     Raises:
         AdapterError: no factors, shapes that disagree, or NaN or infinity among the values.
     """
-    read = list(factors)
-    assert len(read) == len(weights), f"{len(read)} adapters, {len(weights)} weights"
-    shapes = sorted({(item.shape.out, item.shape.in_) for item in read})
+    items = list(factors)
+    assert len(items) == len(weights), f"{len(items)} adapters, {len(weights)} weights"
+    shapes = sorted({(item.shape.out, item.shape.in_) for item in items})
     if len(shapes) != 1:
         raise AdapterError(f"adapters to combine must change one shape of weight, got {shapes}")
     signed: list[float] = []
-    for item, weight in zip(read, weights, strict=True):
+    for item, weight in zip(items, weights, strict=True):
         product = weight * item.scale
         signed += [math.copysign(math.sqrt(abs(product)), product)] * item.rank
-    signed_R = torch.tensor(signed, dtype=torch.float64, device=read[0].a_RI.device)
+    signed_R = torch.tensor(signed, dtype=torch.float64, device=items[0].a_RI.device)
     # cat copies, so that scaling in place leaves the adapters as they were
-    b_OR = torch.cat([item.b_OR for item in read], dim=1).double().mul_(signed_R.abs())
-    a_RI = torch.cat([item.a_RI for item in read], dim=0).double().mul_(signed_R[:, None])
+    b_OR = torch.cat([item.b_OR for item in items], dim=1).double().mul_(signed_R.abs())
+    a_RI = torch.cat([item.a_RI for item in items], dim=0).double().mul_(signed_R[:, None])
     if not math.isfinite(float(b_OR.sum() + a_RI.sum())):
         raise AdapterError("adapters to combine hold NaN or infinity: leave the broken one out")
     return Stacked(b_OR=b_OR, a_RI=a_RI)
@@ -155,9 +156,9 @@ def stack(factors: Iterable[Factors], weights: Sequence[float]) -> Stacked:
 def initial_a(*, seed: int, module: str, rank: int, shape: ModuleShape) -> Tensor:
     """Return the first `rank` rows of the module's one seeded A, float32 (R, I).
 
-    Kaiming-uniform as PEFT starts A (a = sqrt(5): within 1 / sqrt(in)). The rows are drawn one
-    after the other, so that row k is the same whatever rank asks for it: prefixes mean the same
-    for all clients.
+    Kaiming-uniform, as PEFT starts A (a = sqrt(5): within 1 / sqrt(in)). The rows are drawn one
+    after the other, so row k is the same at every rank: the first rows mean the same for all
+    clients.
     """
     draws = torch.Generator().manual_seed(seed_of(seed, "initial A", module))
     bound = 1.0 / math.sqrt(shape.in_)

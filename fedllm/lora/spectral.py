@@ -1,4 +1,4 @@
-"""The spectral form of a change: `U diag(S) V^T`, of which every rank's adapter is a slice.
+"""The spectral form of a change, `U diag(S) V^T`: the adapter of any rank is a slice of it.
 
 Legend: O out, I in, R rank.
 """
@@ -26,7 +26,7 @@ class Spectral:
 
     @property
     def rank(self) -> int:
-        """How many triplets there are."""
+        """The number of triplets."""
         return self.s_R.shape[0]
 
 
@@ -34,7 +34,7 @@ def truncate(spectral: Spectral, rank: int) -> Spectral:
     """Return the leading `rank` triplets: the best approximation of that rank (Eckart-Young).
 
     Raises:
-        AdapterError: fewer triplets than `rank` are there.
+        AdapterError: there are fewer triplets than `rank`.
     """
     if not 1 <= rank <= spectral.rank:
         raise AdapterError(f"rank {rank} asked of a state of rank {spectral.rank}: ask for less")
@@ -46,17 +46,17 @@ def truncate(spectral: Spectral, rank: int) -> Spectral:
 def to_factors(spectral: Spectral, *, rank: int, scale: float) -> Factors:
     """Return the adapter of `rank`: A = V_r^T, B = U_r diag(S_r) / scale (arXiv 2402.11505).
 
-    All of S is in B, so that a direction with S = 0 keeps an A that gives B a gradient.
+    All of S is in B, so that the A of a direction with S = 0 still gives B a gradient.
 
     Raises:
-        AdapterError: fewer triplets than `rank` are there.
+        AdapterError: there are fewer triplets than `rank`.
     """
     kept = truncate(spectral, rank)
     return Factors(a_RI=kept.vh_RI, b_OR=kept.u_OR * (kept.s_R / scale), scale=scale)
 
 
 def with_fixed_signs(spectral: Spectral) -> Spectral:
-    """Return the same triplets, each turned so that its V row's largest entry is positive.
+    """Return the same triplets with the signs that make the largest entry of each V row positive.
 
     The first of equally large entries counts. The product is unchanged.
     """
@@ -73,10 +73,10 @@ def with_live_directions(
 ) -> Spectral:
     """Return `rank` triplets, each of which can train.
 
-    A direction with sigma <= 1e-6 sigma_1, or missing, gets U and S zero and for V the row of
+    A direction with sigma <= 1e-6 sigma_1, or a missing one, gets zero U and S. Its V is the row at
     its place in `seeded_a(rank)` (the seeded start, drawn only where needed), made orthogonal to
-    all rows before it and of unit length: the product is unchanged (to 1e-6 sigma_1), and no
-    arbitrary null space of an SVD reaches a client. `rank` is at most the smaller side.
+    all rows before it and of unit length. So the product is unchanged (to 1e-6 sigma_1), and no
+    client receives an arbitrary null space of an SVD. `rank` is at most the smaller side.
     """
     alive = min(rank, int((spectral.s_R > DEAD_BELOW * spectral.s_R[:1]).sum()))
     kept = Spectral(
@@ -100,21 +100,21 @@ def energy_left(*, residual_energy: float, s_R: Tensor, rank: int) -> float:
     """Return the energy (squared Frobenius norm) that the leading `rank` triplets leave out.
 
     Args:
-        residual_energy: what all of them leave out.
+        residual_energy: the energy that all triplets leave out.
         s_R: their singular values.
-        rank: how many of them are kept.
+        rank: the number of triplets kept.
     """
     return residual_energy + float(s_R[rank:].double().square().sum())
 
 
 def effective_rank(*, total_energy: float, s_R: Tensor) -> float:
-    """Return over how many directions the energy spreads: exp of its Shannon entropy.
+    """Return the number of directions that the energy spreads over: exp of its Shannon entropy.
 
-    The exponential is that of Roy & Vetterli (EUSIPCO 2007, "The effective rank"), the shares are
-    those of the energy, sigma^2 over its sum, as Alter et al. (PNAS 97, 2000) take them: what was
-    not computed is known by its energy alone. It counts as directions as large as the last one
-    that was computed, the fewest that can hold it: the result is at most the whole spectrum's.
-    Between 1 and the rank; 0 where there is no energy.
+    The exponential is that of Roy & Vetterli (EUSIPCO 2007, "The effective rank"). The shares are
+    those of the energy, sigma^2 over its sum, as in Alter et al. (PNAS 97, 2000): of the directions
+    that were not computed only the energy is known. It counts as directions as large as the last
+    computed one, the fewest that can hold it, so the result is at most the whole spectrum's. It
+    lies between 1 and the rank; 0 without energy.
     """
     energies_R = s_R.double().square()
     total = max(total_energy, float(energies_R.sum()))
@@ -128,7 +128,7 @@ def effective_rank(*, total_energy: float, s_R: Tensor) -> float:
 
 
 def alive_directions(spectral: Spectral) -> Tensor:
-    """Return the right singular vectors of the directions that live, none where all S is zero."""
+    """Return the right singular vectors of the live directions, none where all S is zero."""
     return spectral.vh_RI[spectral.s_R > DEAD_BELOW * spectral.s_R[:1]]
 
 
@@ -136,7 +136,7 @@ def overlap(one_RI: Tensor, other_RI: Tensor, *, rank: int) -> float | None:
     """Return the mean squared cosine of the angles between two leading right singular spaces.
 
     1 where the spaces of the first `rank` vectors are the same, `rank` / I on average for random
-    ones. None where either has fewer.
+    ones. None where either has fewer vectors.
 
     Args:
         one_RI: orthonormal rows, from the largest singular value; of any number.

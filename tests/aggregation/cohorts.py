@@ -1,4 +1,4 @@
-"""Cohorts through a route of one's choice, whatever route their shapes ask for."""
+"""Cohorts that go through a chosen route, whatever route their shapes would take."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def problem_of(cohort: Cohort, rank: int, *, tolerance: float = 1e-4) -> Problem
 
 
 def block_of(factors: Sequence[Sequence[Factors]], weights: Sequence[float]) -> FactorBlock:
-    """Return the block of some clients' factors of G modules: a list of clients for each."""
+    """Return the block of some clients' factors of G modules: one list of clients per module."""
     return FactorBlock(
         a_GRI=torch.stack([torch.cat([item.a_RI for item in module]) for module in factors]),
         b_GOR=torch.stack([torch.cat([item.b_OR for item in module], dim=1) for module in factors]),
@@ -60,7 +60,7 @@ def partials_of(name: str, blocks: Sequence[FactorBlock]) -> list[Partial]:
 def through(
     name: str, cohort: Cohort, rank: int, *, cuts: Cuts | None = None, near: Tensor | None = None
 ) -> Decomposition:
-    """Return what a route finds of one module."""
+    """Return the decomposition of one module by a route."""
     partials = partials_of(name, blocks_of([cohort], cuts))
     start = Start(seed=7, near_GKI=near)
     (found,) = ROUTES[name].decompose(partials, problem_of(cohort, rank), start)
@@ -68,7 +68,7 @@ def through(
 
 
 def rounding_of(name: str) -> float:
-    """Return the unit of the sums that a route is computed from: those of its blocks."""
+    """Return the rounding unit of a route: that of the sums of its blocks."""
     factor = torch.ones(1, 1, 1)
     partial = ROUTES[name].fold(factor, factor, torch.ones(1, 1, dtype=torch.float64))
     return max(torch.finfo(tensor.dtype).eps for tensor in partial.values())

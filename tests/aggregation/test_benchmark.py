@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, on sizes that take no time."""
+"""The benchmark of the aggregation measures what it reports, on sizes that take no time."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from benchmarks.aggregation import main
 from benchmarks.inputs.adapters import kinds_of, ranks_of
 from fedllm.errors import UserError
 
-ASKED = ["--shape", "40x30", "--clients", "3", "--ranks", "2,4", "--wanted", "3"]
+ARGUMENTS = ["--shape", "40x30", "--clients", "3", "--ranks", "2,4", "--wanted", "3"]
 
 
-def test_the_benchmark_times_all_ways_on_the_same_inputs(
+def test_the_benchmark_times_all_methods_on_the_same_inputs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main([*ASKED, "--json"])
+    main([*ARGUMENTS, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert [case["spectrum"] for case in report["cases"]] == ["decaying", "flat"]
     for case in report["cases"]:
@@ -31,10 +31,10 @@ def test_the_benchmark_times_all_ways_on_the_same_inputs(
             "copy",
             "product",
         }
-    main([*ASKED, "--threads", "1", "--repeats", "2"])
-    told = capsys.readouterr().out
-    assert "40x30, flat, stacked rank 8, wanted 3: route factored" in told
-    assert "device cpu, threads 1, clients 3" in told
+    main([*ARGUMENTS, "--threads", "1", "--repeats", "2"])
+    text = capsys.readouterr().out
+    assert "40x30, flat, stacked rank 8, wanted 3: route factored" in text
+    assert "device cpu, threads 1, clients 3" in text
 
 
 def test_an_iterative_route_is_timed_at_the_loose_tolerance_on_flat_spectra_too(
@@ -65,19 +65,19 @@ def test_named_models_have_their_modules_and_tiers_two_ranks() -> None:
 def test_a_whole_round_is_aggregated_from_files_that_are_written_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = [*ASKED, "--threads", "1", "--files", str(tmp_path / "round")]
-    main([*asked, "--json"])
+    arguments = [*ARGUMENTS, "--threads", "1", "--files", str(tmp_path / "round")]
+    main([*arguments, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert (report["clients"], report["modules"], report["routes"]) == (3, 1, {"factored": 1})
     assert set(report["stages"]) == {"read", "fold", "decompose", "write"}
     assert 0.05 < report["peak_anonymous_gib"] < 2
     files = list((tmp_path / "round").rglob("updates/**/*.safetensors"))
     written = [file.stat().st_mtime_ns for file in files]
-    main(asked)
+    main(arguments)
     assert "1 modules of 3 clients" in capsys.readouterr().out
     assert [file.stat().st_mtime_ns for file in files] == written
     with pytest.raises(UserError, match="a round of other arguments"):
-        main([*asked, "--clients", "4"])
+        main([*arguments, "--clients", "4"])
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UserError, match="not empty, and not a round"):
-        main([*ASKED, "--files", str(tmp_path)])
+        main([*ARGUMENTS, "--files", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Whether a device is fast at bfloat16, by what it has and what its library may use."""
+"""Devices are fast at bfloat16 by their features and by what their library may use."""
 
 import pytest
 import torch

@@ -62,7 +62,7 @@ def test_a_group_is_limited_by_its_bytes_and_one_module_always_fits() -> None:
     modules |= {f"huge{n}": alike(28672, 8192, (5000,) * 3) for n in range(2)}
     found = [group.modules for group in grouped(modules)]
     assert [len(names) for names in found] == [1, 1, 40]
-    # a block three times, its factors, squares of its rank, and triplets
+    # three copies of a block, its factors, squares of its rank, and triplets
     one = 12 * 4096 * 38 + 8 * (4096 * 38 + 6 * 38**2 + 3 * 4126 * 30)
     fewer = grouped(modules, working_bytes=16 * one)
     assert [len(group.modules) for group in fewer] == [1, 1, 16, 16, 8]
@@ -94,7 +94,7 @@ assert {{each.route for each in found}} == {{{route!r}}}
         ("iterative", (1536, 1024), 100, 64, False),
     ],
 )
-def test_what_a_group_takes_is_near_its_estimate(
+def test_the_memory_of_a_group_is_near_its_estimate(
     route: str, sides: tuple[int, int], rank: int, wanted: int, *, exact: bool
 ) -> None:
     (out, in_), modules = sides, 8
@@ -114,7 +114,7 @@ def test_what_a_group_takes_is_near_its_estimate(
         return len(found) == 1
 
     assert not is_one_group(int(0.8 * peak))
-    # the buffers of the blocks that are read ahead, and what a route is spared later
+    # the estimate also counts the buffers of blocks read ahead, which this test does not use
     assert is_one_group(int(2.0 * peak))
 
 

@@ -1,7 +1,7 @@
-"""Laws of every route, forced on what it would not be asked for too, against dense float64 SVDs.
+"""Laws of every route, also on shapes that would not choose it, against dense float64 SVDs.
 
-What is left out is compared by its energy: within the certificate, and the rounding of the sums
-that a route is computed from. `size` is what that is relative to, the sum of the summands' norms.
+The energies left out are compared: within the certificate, and within the rounding of the sums
+behind a route. `size`, the sum of the summands' norms, is the unit of that rounding.
 """
 
 import math
@@ -35,7 +35,7 @@ _OPERATIONS = 64  # roundings that add up, of sums over a few dozen terms
 
 
 def noise(name: str, size: float) -> float:
-    """The energy that rounding may misplace."""
+    """Return the energy that rounding may misplace."""
     return _OPERATIONS * rounding_of(name) * size**2 + 1e-300
 
 

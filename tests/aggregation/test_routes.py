@@ -13,7 +13,7 @@ from tests.lora.adapters import Cohort, cohorts, random_factors
 
 
 def agrees(found: Decomposition, w_OI: torch.Tensor, size: float, rank: int) -> None:
-    """The laws of a truncated SVD, relative to the size of what was summed."""
+    """Check the laws of a truncated SVD, relative to the size of the summands."""
     spectral, true_s = found.spectral, torch.linalg.svdvals(w_OI)
     eye = torch.eye(spectral.rank, dtype=torch.float64)
     torch.testing.assert_close(spectral.u_OR.mT @ spectral.u_OR, eye)
@@ -131,7 +131,7 @@ def test_the_route_follows_from_shapes_alone() -> None:
 
 
 @pytest.mark.parametrize("apart", [1e-1, 3e-2, 1e-2])
-def test_nothing_is_said_of_what_rounding_leaves_of_clients_that_nearly_cancel(
+def test_rounding_of_clients_that_nearly_cancel_counts_as_no_excess(
     apart: float,
 ) -> None:
     out, in_, rank = 80, 70, 12

@@ -59,7 +59,7 @@ def found_in(
     return decompose([{"W": w_GOI.clone()}], problem, start or Start())
 
 
-def is_as_good_as_it_says(found: Decomposition, w_OI: Tensor, tolerance: float) -> None:
+def holds_its_certificate(found: Decomposition, w_OI: Tensor, tolerance: float) -> None:
     s_N = torch.linalg.svdvals(w_OI.double())
     energy = float(s_N.square().sum())
     rounding = 1e-11 * energy
@@ -87,17 +87,17 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_the_certificate_holds_on_every_spectrum(spectrum: str, tolerance: float) -> None:
     w_OI = matrix(spectrum)
     (found,) = found_in(w_OI[None], tolerance=tolerance)
-    is_as_good_as_it_says(found, w_OI, tolerance)
+    holds_its_certificate(found, w_OI, tolerance)
     if spectrum in ("slow", "harmonic", "long", "two steps", "floor", "normal", "zero"):
         assert found.route == "iterative"
-    if spectrum in ("equal", "step before"):  # no gap to find about the wanted rank
+    if spectrum in ("equal", "step before"):  # no gap around the wanted rank
         assert found.route == "dense"
     certain = found.route == "dense"
     assert found.certificate.failure_probability == (0.0 if certain else 1e-6)
 
 
 @pytest.mark.parametrize("spectrum", ["slow", "harmonic", "steep", "floor", "long"])
-def test_what_is_left_out_is_told_to_a_ten_millionth_of_all(spectrum: str) -> None:
+def test_the_residual_energy_is_precise_to_a_ten_millionth_of_all(spectrum: str) -> None:
     for seed in range(6):
         long, narrow = [(200, 150), (600, 100), (1500, 60)][seed % 3]
         w_OI = matrix(spectrum, long=long, narrow=narrow, seed=seed)
@@ -116,7 +116,7 @@ def test_wide_matrices_and_modules_of_every_kind_side_by_side() -> None:
     w_GOI = torch.stack([matrix(kind, seed=n) for n, kind in enumerate(kinds)])
     for w in (w_GOI, w_GOI.mT.contiguous()):
         for each, w_OI in zip(found_in(w), w, strict=True):
-            is_as_good_as_it_says(each, w_OI, 1e-4)
+            holds_its_certificate(each, w_OI, 1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-18, 1e-12, 1e12, 1e18])
@@ -128,7 +128,7 @@ def test_the_size_of_the_change_does_not_matter(size: float) -> None:
     assert found.total_energy == pytest.approx(same.total_energy * size**2, rel=1e-6)
 
 
-def test_what_does_not_fit_float32_is_refused() -> None:
+def test_a_sum_that_does_not_fit_float32_is_refused() -> None:
     with pytest.raises(AdapterError, match="does not fit float32"):
         found_in(torch.full((1, LONG, NARROW), math.inf))
 
@@ -144,10 +144,10 @@ def test_a_start_nearby_saves_operations_and_changes_nothing_else() -> None:
         (warm,) = found_in(now[None], tolerance=1e-6, start=start)
     assert from_nearby.get_total_flops() < from_nothing.get_total_flops()
     torch.testing.assert_close(warm.spectral.s_R, cold.spectral.s_R, rtol=1e-4, atol=0)
-    # a start that misleads is found out
+    # a misleading start costs time, not quality
     away = Start(seed=3, near_GKI=torch.eye(NARROW)[None, :RANK])
     (misled,) = found_in(now[None], tolerance=1e-6, start=away)
-    is_as_good_as_it_says(misled, now, 1e-6)
+    holds_its_certificate(misled, now, 1e-6)
 
 
 @pytest.mark.parametrize("spectrum", ["normal", "harmonic", "floor", "equal", "one", "zero"])
@@ -162,9 +162,9 @@ def test_a_norm_lies_within_every_range_that_is_found_for_it(spectrum: str) -> N
         ranges = list(norm_ranges(lambda x: w_MN.mT @ (w_MN @ x), basis[None], energy_G, draws))
         assert len(ranges) > 2
         for found in ranges:
-            assert float(found.least_G) <= norm * (1 + 1e-9)
-            assert float(found.most_G) >= norm * (1 - 1e-9)
-        widths = [float(r.most_G - r.least_G) for r in ranges]
+            assert float(found.min_G) <= norm * (1 + 1e-9)
+            assert float(found.max_G) >= norm * (1 - 1e-9)
+        widths = [float(r.max_G - r.min_G) for r in ranges]
         assert widths[-1] <= 0.1 * norm + 1e-30
         assert widths[-1] <= widths[0]
 
@@ -175,7 +175,7 @@ def test_a_norm_lies_within_every_range_that_is_found_for_it(spectrum: str) -> N
 def test_ranges_include_the_rounding_that_they_are_found_with(
     spectrum: str, noise: float | None, precision: torch.dtype
 ) -> None:
-    """Probes run out of directions: what is left is rounding, with some of the basis in it."""
+    """Probes run out of directions: then only rounding is left, with some of the basis in it."""
     long, narrow, aside = 130, 100, 14  # "lower rank" has 13, and nothing but rounding beside them
     for case in range(2):
         w_MN = matrix(spectrum, long=long, narrow=narrow, seed=case)
@@ -193,18 +193,18 @@ def test_ranges_include_the_rounding_that_they_are_found_with(
             draws = torch.Generator().manual_seed(seed)
             ranges = norm_ranges(gram_of(w_MN), x_NL[None], energy_G, draws)
             for found in ranges:
-                assert float(found.least_G) <= norm * (1 + 1e-12)
-                assert float(found.most_G) >= norm * (1 - 1e-12)
-            # no wider than the probes' chance leaves it, and the rounding of |W|
+                assert float(found.min_G) <= norm * (1 + 1e-12)
+                assert float(found.max_G) >= norm * (1 - 1e-12)
+            # no wider than the random probes make it, plus the rounding of |W|
             rounding = 40 * torch.finfo(precision).eps * float(energy_G.sqrt())
-            assert math.sqrt(float(found.most_G)) <= 1.05 * math.sqrt(norm) + rounding
+            assert math.sqrt(float(found.max_G)) <= 1.05 * math.sqrt(norm) + rounding
 
 
 def gram_of(w_MN: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x_GNP: w_MN.mT @ (w_MN @ x_GNP)
 
 
-def test_a_best_bounds_what_the_best_could_hold_for_any_basis() -> None:
+def test_each_bound_holds_for_any_basis() -> None:
     g = matrix("harmonic").double()
     gram_NN = g.mT @ g
     values = torch.linalg.eigvalsh(gram_NN).flip(0)

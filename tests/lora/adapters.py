@@ -30,7 +30,7 @@ class Cohort:
         return dense_sum(self.factors, self.weights)
 
     def size(self) -> float:
-        """What rounding is relative to: the sum of the summands' norms."""
+        """Return the sum of the summands' norms, the unit of rounding."""
         return sum(
             weight * abs(item.scale) * float(item.b_OR.double().norm() * item.a_RI.double().norm())
             for item, weight in zip(self.factors, self.weights, strict=True)
@@ -56,7 +56,7 @@ def random_factors(
     size: float = 1.0,
     distinct: int | None = None,
 ) -> Factors:
-    """Normal factors times `size`; `distinct` rows of A at most are independent."""
+    """Return normal factors times `size`; at most `distinct` rows of A are independent."""
     draws = torch.Generator().manual_seed(seed)
     a = torch.randn(rank, in_, generator=draws, dtype=torch.float64)
     b = torch.randn(out, rank, generator=draws, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""PEFT's own arithmetic is what factors mean."""
+"""Factors agree with PEFT's own arithmetic."""
 
 from typing import Any
 

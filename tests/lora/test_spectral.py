@@ -91,7 +91,7 @@ def test_a_dead_row_does_not_depend_on_the_null_space_of_the_svd() -> None:
     assert torch.equal(one.vh_RI, two.vh_RI)
 
 
-def test_the_seed_is_asked_only_where_a_direction_is_dead() -> None:
+def test_the_seeded_start_is_drawn_only_where_a_direction_is_dead() -> None:
     def no_draws(rows: int) -> Tensor:
         raise AssertionError(f"{rows} rows drawn")
 
@@ -130,14 +130,14 @@ def test_the_papers_split_puts_all_of_s_in_b() -> None:
     torch.testing.assert_close(delta(factors), product(truncate(start, 3)))
 
 
-def test_more_than_the_state_holds_is_refused() -> None:
+def test_a_rank_above_that_of_the_state_is_refused() -> None:
     start = spectral_of(torch.eye(3))
     for rank in (0, 4):
         with pytest.raises(AdapterError, match=f"rank {rank} asked of a state of rank 3"):
             truncate(start, rank)
 
 
-def test_what_is_left_is_the_residual_and_all_smaller_triplets() -> None:
+def test_the_energy_left_out_is_the_residual_and_all_smaller_triplets() -> None:
     s = torch.tensor([2.0, 1.0, 0.5])
     assert energy_left(residual_energy=0.75, s_R=s, rank=2) == pytest.approx(1.0)
     assert energy_left(residual_energy=0.75, s_R=s, rank=3) == 0.75
@@ -166,7 +166,7 @@ def test_the_effective_rank_is_at_most_that_of_the_whole_spectrum(
     assert effective_rank(total_energy=unit**2 * total, s_R=unit * s[:kept]) == pytest.approx(short)
 
 
-def test_what_was_not_computed_counts_as_directions_of_the_last_ones_size() -> None:
+def test_energy_not_computed_counts_as_directions_of_the_last_ones_size() -> None:
     assert effective_rank(total_energy=4.0, s_R=torch.ones(4)) == pytest.approx(4.0)
     # four of eight equal ones: the rest is as it is taken to be
     assert effective_rank(total_energy=8.0, s_R=torch.ones(4)) == pytest.approx(8.0)
