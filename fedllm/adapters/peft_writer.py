@@ -24,7 +24,7 @@ from fedllm.adapters.peft_files import TENSORS
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors, ModuleShape
 from fedllm.storage.publishing.publish import publish_bytes
-from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
+from fedllm.storage.tensors import TensorSpec, TensorWriter, writing_tensors
 
 # alpha = 2r is a whole number, and halving B is exact
 _SCALE = 2
@@ -95,10 +95,10 @@ def writing_peft_adapter(
     """
     assert modules, "an adapter without modules"
     rank = max(plan.rank for plan in modules.values())
-    planned: dict[str, Planned] = {}
+    planned: dict[str, TensorSpec] = {}
     for module, plan in modules.items():
-        planned[_tensor(module, "A")] = Planned(shape=(rank, plan.shape.in_), dtype=dtype)
-        planned[_tensor(module, "B")] = Planned(shape=(plan.shape.out, rank), dtype=dtype)
+        planned[_tensor(module, "A")] = TensorSpec(shape=(rank, plan.shape.in_), dtype=dtype)
+        planned[_tensor(module, "B")] = TensorSpec(shape=(plan.shape.out, rank), dtype=dtype)
     with writing_tensors(folder / TENSORS, planned, {"format": "pt"}) as writer:
         yield PeftWriter(writer=writer, dtype=dtype, rank=rank)
     content = json.dumps(_peft_fields(rank, about), indent=2, ensure_ascii=False)

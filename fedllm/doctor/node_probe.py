@@ -94,8 +94,8 @@ class Probe:
             if answer.storage_problem:
                 return ProbeResult(node=answer, clock_seconds=clock_seconds)
             paths = ProbePaths(root=self.folder)
-            seen_here = seconds_until(paths.there.exists, max_seconds=self.visibility_seconds)
-            publish_bytes(paths.here, b"{}")
+            seen_here = seconds_until(paths.node_file.exists, max_seconds=self.visibility_seconds)
+            publish_bytes(paths.submitter_file, b"{}")
             step.say("look")
             seen_there = self._answer(step, node, FileDelayRecord).seconds
         return ProbeResult(

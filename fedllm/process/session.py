@@ -16,7 +16,7 @@ from fedllm.planning.grouping import engine_of
 from fedllm.process.log import say
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publishing.publish import Version, version_of
-from fedllm.storage.publishing.staging import near
+from fedllm.storage.publishing.staging import staged_folder
 from fedllm.storage.records import PreparedRecord
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Session:
             (prepared.data_path, below.data(prepared.data_fingerprint)),
         ):
             if shared not in self._near:
-                place, problem = near(Path(shared), name, folder)
+                place, problem = staged_folder(Path(shared), name, folder)
                 self._near[shared] = str(place)
                 if problem:
                     say(problem)

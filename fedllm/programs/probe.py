@@ -52,7 +52,12 @@ def main(argv: Sequence[str]) -> int:
     paths, max_seconds = ProbePaths(root=arguments.folder), arguments.patience
     _print(look(paths, arguments.also, arguments.node_local, max_seconds))
     for _ in sys.stdin:
-        _print(FileDelayRecord(seconds=seconds_until(paths.here.exists, max_seconds=max_seconds)))
+        seconds = seconds_until(paths.submitter_file.exists, max_seconds=max_seconds)
+        _print(FileDelayRecord(seconds=seconds))
+            FileDelayRecord(
+                seconds=seconds_until(paths.submitter_file.exists, max_seconds=max_seconds)
+            )
+        )
     return 0
 
 
@@ -109,13 +114,13 @@ def _refused() -> Iterator[tuple[str, str]]:
 
 def _storage_problem(paths: ProbePaths, max_seconds: float) -> str:
     if seconds_until(paths.root.is_dir, max_seconds=max_seconds) is None:
-        place = paths.place
+        place = paths.runs_folder
         return f"{place} is another folder there" if place.is_dir() else f"{place} is not there"
     try:
         try_folder(paths.root)
         # from now on this side has looked in vain: what a cache remembers of that shows
-        paths.here.exists()
-        publish_bytes(paths.there, b"{}")
+        paths.submitter_file.exists()
+        publish_bytes(paths.node_file, b"{}")
     except (FedllmError, OSError) as error:
         return str(error)
     return ""

@@ -7,7 +7,7 @@ from fedllm.planning.evaluation import is_evaluated
 from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
 from fedllm.rounds.dispatch.submissions import run_single_job
 from fedllm.rounds.run import Run
-from fedllm.storage.paths import aside
+from fedllm.storage.paths import backup_name
 from fedllm.storage.records import AggregateRecord
 
 
@@ -73,9 +73,9 @@ def redo_damaged_state(run: Run) -> None:
         )
     run.lease.check()
     if paths.global_state.exists():
-        paths.global_state.rename(aside(paths.global_state, "damaged"))
+        paths.global_state.rename(backup_name(paths.global_state, "damaged"))
     # the record last: killed in between, this is done again
     if paths.aggregate_attempts.exists():
-        paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
-    paths.aggregate_record.rename(aside(paths.aggregate_record, "replaced"))
+        paths.aggregate_attempts.rename(backup_name(paths.aggregate_attempts, "replaced"))
+    paths.aggregate_record.rename(backup_name(paths.aggregate_record, "replaced"))
     run.say(f"{paths.global_state}: {problem}; aggregated again")

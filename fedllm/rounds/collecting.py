@@ -8,7 +8,7 @@ from fedllm.planning.cohorts import quorum_of
 from fedllm.rounds.outliers import CheckedUpdates, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
-from fedllm.storage.paths import JobPaths, RoundPaths, aside, attempts_of
+from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of, backup_name
 from fedllm.storage.records import (
     CohortRecord,
     CollectedUpdate,
@@ -18,7 +18,7 @@ from fedllm.storage.records import (
     TierMix,
     training_metrics,
 )
-from fedllm.storage.updates import Published, Scan, check_update
+from fedllm.storage.updates import PublishedUpdate, Scan, check_update
 
 
 def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | None:
@@ -65,7 +65,7 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
     return collection
 
 
-def _taken(cohort: CohortRecord, scan: Scan, before: set[str] | None) -> dict[str, Published]:
+def _taken(cohort: CohortRecord, scan: Scan, before: set[str] | None) -> dict[str, PublishedUpdate]:
     """Return the valid updates, of a replaced collection those of its clients."""
     found = {c.id: scan.published[c.id] for c in cohort.clients if c.id in scan.published}
     return {
@@ -94,7 +94,7 @@ def _as_before(first: CollectionRecord, updates: Sequence[CollectedUpdate]) -> C
     )
 
 
-def _environments(taken: Sequence[Published]) -> list[dict[str, str]]:
+def _environments(taken: Sequence[PublishedUpdate]) -> list[dict[str, str]]:
     """Return the different environments that clients trained in, in the order they are met."""
     found: list[dict[str, str]] = []
     for update in taken:
@@ -171,7 +171,7 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
     for name, problem in problems.items():
         run.say(f"round {paths.number}: {paths.updates / name}: {problem}; its clients train again")
         if (paths.updates / name).exists():
-            (paths.updates / name).rename(aside(paths.updates / name, "damaged"))
+            (paths.updates / name).rename(backup_name(paths.updates / name, "damaged"))
     if problems:
         _replace(run, paths)
     return bool(problems)
@@ -209,8 +209,8 @@ def _bad_clients(run: Run, paths: RoundPaths) -> dict[str, str]:
 def _replace(run: Run, paths: RoundPaths) -> None:
     # the collection last: killed in between, what was said of the old one is not told again
     if paths.aggregate_attempts.exists():
-        paths.aggregate_attempts.rename(aside(paths.aggregate_attempts, "replaced"))
-    paths.collection.rename(aside(paths.collection, "replaced"))
+        paths.aggregate_attempts.rename(backup_name(paths.aggregate_attempts, "replaced"))
+    paths.collection.rename(backup_name(paths.collection, "replaced"))
     run.known_records.forget_updates()
 
 
@@ -241,7 +241,7 @@ def replaced_clients(run: Run, paths: RoundPaths) -> set[str] | None:
     return {update.client for update in record.updates} if record else None
 
 
-def _collected(found: Published, tier: str) -> CollectedUpdate:
+def _collected(found: PublishedUpdate, tier: str) -> CollectedUpdate:
     return CollectedUpdate(
         client=found.record.client,
         tier=tier,

@@ -13,7 +13,7 @@ from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.record_cache import AnyRecord, RecordCache
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord
-from fedllm.storage.updates import Origin, Published, UpdateScanner
+from fedllm.storage.updates import Origin, PublishedUpdate, UpdateScanner
 
 
 class KnownRecords:
@@ -57,7 +57,7 @@ class KnownRecords:
         return self._federation
 
     def scanner(
-        self, cohort: CohortRecord, problem: Callable[[Published], str | None]
+        self, cohort: CohortRecord, problem: Callable[[PublishedUpdate], str | None]
     ) -> UpdateScanner:
         """Return the round's scanner, which reads every update file once."""
         if self._scanner is None or self._scanner[0] != cohort.round:

@@ -22,7 +22,7 @@ from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
-from fedllm.storage.paths import RunPaths, aside
+from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import ChangeRecord, RunRecord
@@ -189,10 +189,10 @@ def _prepare_again(paths: RunPaths) -> None:
     """Set the preparation aside; before the first round also the state that was made from it."""
     for path in (paths.prepared, paths.prepare_attempts):
         if path.exists():
-            path.rename(aside(path, "replaced"))
+            path.rename(backup_name(path, "replaced"))
     start = paths.round(0).root
     if start.exists() and not paths.round(1).cohort.exists():
-        start.rename(aside(start, "replaced"))
+        start.rename(backup_name(start, "replaced"))
 
 
 def resumed_config(root: Path, overrides: Sequence[str]) -> Config:

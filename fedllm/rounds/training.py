@@ -19,10 +19,10 @@ from fedllm.rounds.dispatch.worker_failures import (
 )
 from fedllm.rounds.run import Run
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.paths import AttemptPaths, RoundPaths, aside
+from fedllm.storage.paths import AttemptPaths, RoundPaths, backup_name
 from fedllm.storage.publishing.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
-from fedllm.storage.updates import Published, Scan, norm_problem, shape_problem
+from fedllm.storage.updates import PublishedUpdate, Scan, norm_problem, shape_problem
 
 # the longest pause between looks at workers, in multiples of `scheduler.query_seconds`
 _MOST_QUERIES = 5
@@ -86,7 +86,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
     sides = {name: (m.out_features, m.in_features) for name, m in modules.items()}
     tiers = run.observations.tiers_of(cohort)
 
-    def problem(update: Published) -> str | None:
+    def problem(update: PublishedUpdate) -> str | None:
         tier = tiers.get(update.record.client)
         if tier is None:
             return "it is not in the cohort"
@@ -107,7 +107,7 @@ def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
     if not run.known_records.wait_is_over(path):
         return False
     run.lease.check()
-    path.rename(aside(path, "damaged"))
+    path.rename(backup_name(path, "damaged"))
     run.say(f"round {cohort.round}: {name}: {problem}; set aside, its clients train again")
     return True
 

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedllm.storage.paths import MOST_ENTRIES
+from fedllm.storage.paths import MAX_ENTRIES
 
 # logs in one folder, beside the script of their array
-MAX_LOGS = MOST_ENTRIES - 1
+MAX_LOGS = MAX_ENTRIES - 1
 
 
 def need_folders(tasks: int) -> bool:
     """Say whether each array of an attempt with `tasks` tasks needs its own folder of logs."""
-    return tasks > MOST_ENTRIES // 2
+    return tasks > MAX_ENTRIES // 2
 
 
 def log_of(folder: Path, task: str, *, process: int | str = 0) -> Path:

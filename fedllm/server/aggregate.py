@@ -32,7 +32,7 @@ from fedllm.storage.records import (
     ModuleDiagnostics,
     PreparedRecord,
 )
-from fedllm.storage.tensors import Planned, TensorWriter, writing_tensors
+from fedllm.storage.tensors import TensorSpec, TensorWriter, writing_tensors
 
 
 def aggregate_round(paths: RoundPaths) -> AggregateRecord:
@@ -150,9 +150,9 @@ def _aggregate(
     return _Done(stages=stages, clients=len(weights))
 
 
-def _planned(method: Method, federation: Federation) -> dict[str, Planned]:
+def _planned(method: Method, federation: Federation) -> dict[str, TensorSpec]:
     return {
-        f"{module}.{part}": Planned(shape=tuple(shape))
+        f"{module}.{part}": TensorSpec(shape=tuple(shape))
         for module, rank in federation.largest_ranks.items()
         for part, shape in method.parts(_shape(federation, module), rank).items()
     }

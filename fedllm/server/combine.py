@@ -34,7 +34,7 @@ from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.weights import shares, total_of
 from fedllm.model.device import resolve_devices
 from fedllm.server.pipeline import Pipeline
-from fedllm.storage.publishing.outputs import filling
+from fedllm.storage.publishing.outputs import filling_folder
 
 RequestedRank: TypeAlias = int | Literal["full"] | None
 ReportProgress: TypeAlias = Callable[[int, int], None]  # modules that are done, all modules
@@ -163,7 +163,7 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
         for module, of_module in ranks.items()
     }
     with (
-        filling(request.out, last=CONFIG) as folder,
+        filling_folder(request.out, last=CONFIG) as folder,
         writing_peft_adapter(folder, planned, about=about, dtype=dtype) as writer,
     ):
         output = _Output(

@@ -20,7 +20,7 @@ from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publishing.outputs import filling
+from fedllm.storage.publishing.outputs import filling_folder
 from fedllm.storage.records import AggregateRecord, PreparedRecord
 from fedllm.storage.tensors import TensorFile
 
@@ -122,7 +122,7 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
         fan_in_fan_out=any(state.prepared.modules[module].transposed for module in ranks),
         dropout=state.config.lora.dropout,
     )
-    with filling(out, last=CONFIG) as folder:
+    with filling_folder(out, last=CONFIG) as folder:
         adapter = adapter_of(state.method, state.file, ranks)
         write_peft_adapter(folder, adapter, about=about)
     return Exported(round=state.round, ranks=ranks, base_model=state.base_model)
@@ -153,7 +153,7 @@ def export_model(
     stored = dtype_of(name)
     path = Path(state.prepared.model_path)
     rounding = Rounding()
-    with filling(out, last=_MODEL_CONFIG) as folder:
+    with filling_folder(out, last=_MODEL_CONFIG) as folder:
         base = load_base(path, dtype=state.config.model.dtype, device="cpu")
         if base.fingerprint != state.prepared.model_fingerprint:
             raise ModelError(f"{path}: not the model that the run trained on; restore it")

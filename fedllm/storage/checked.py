@@ -1,8 +1,8 @@
-"""Files of records and tensors that one checksum covers, read without torch.
+"""Files of records and tensors under one checksum, read without torch.
 
 The file is a safetensors file. Its metadata holds the records, a digest of every tensor, and a
-checksum of records, layout and digests: the header alone tells which file it is, and a tensor can
-be checked when it is read.
+checksum of records, layout and digests. So the header alone identifies the file, and each tensor
+can be checked when it is read.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ Layout = Mapping[str, Any]  # name -> dtype, shape, data_offsets: as safetensors
 
 
 class DamagedUpdateError(Exception):
-    """An update file that is truncated, altered or not an update."""
+    """Error for an update file that is truncated, altered or not an update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The header of a file of records and tensors.
+    """Header of a file of records and tensors.
 
     Attributes:
         records: the records, as the text that is checksummed.
-        digest: the checksum that the file says it has.
+        digest: the checksum that the file states.
         digests: the SHA-256 of every tensor's bytes.
-        layout: names, types, shapes and places of the tensors.
-        begin: where the tensors begin.
-        data_bytes: how long they are together.
+        layout: names, types, shapes and byte ranges of the tensors.
+        begin: the byte where the tensors begin.
+        data_bytes: the size of all tensors.
     """
 
     records: str
@@ -47,7 +47,7 @@ class Header:
     begin: int
     data_bytes: int
 
-    def place(self, name: str) -> tuple[int, int]:
+    def byte_range(self, name: str) -> tuple[int, int]:
         """Return where a tensor's bytes begin and end in the file."""
         begin, end = self.layout[name]["data_offsets"]
         return self.begin + begin, self.begin + end
@@ -57,12 +57,12 @@ def digest_of(records: str, layout: Layout, digests: Mapping[str, str]) -> str:
     """Return the checksum of a file: SHA-256 of records, layout and tensors' digests."""
     text = json.dumps(layout, sort_keys=True, separators=(",", ":"))
     covered = f"{records}\0{text}\0{_joined(digests)}"
-    # what JSON may say and UTF-8 may not
+    # JSON may hold lone surrogates, UTF-8 may not
     return hashlib.sha256(covered.encode(errors="surrogatepass")).hexdigest()
 
 
 def metadata_of(records: str, layout: Layout, digests: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file of records and tensors; its length follows from the layout."""
+    """Return the metadata of a file of records and tensors, of a length that the layout decides."""
     return {
         RECORDS: records,
         DIGEST: digest_of(records, layout, digests),
@@ -71,10 +71,10 @@ def metadata_of(records: str, layout: Layout, digests: Mapping[str, str]) -> dic
 
 
 def read_checked_header(file: BinaryIO) -> Header:
-    """Read the header of a file: its checksum tells which file it is, its digests are not compared.
+    """Read the header of a file and check its checksum; the tensors stay unread.
 
     Raises:
-        DamagedUpdateError: it is truncated, altered or no such file.
+        DamagedUpdateError: the file is truncated, altered or of another kind.
     """
     header = _read_header(file)
     if digest_of(header.records, header.layout, header.digests) != header.digest:
@@ -82,15 +82,15 @@ def read_checked_header(file: BinaryIO) -> Header:
     return header
 
 
-def read_whole(file: BinaryIO) -> Header:
-    """Read a file and compare everything in it with its checksum.
+def read_and_check(file: BinaryIO) -> Header:
+    """Read a file and compare everything in it with its checksums.
 
     Raises:
-        DamagedUpdateError: it is truncated, altered or no such file.
+        DamagedUpdateError: the file is truncated, altered or of another kind.
     """
     header = read_checked_header(file)
-    for name in sorted(header.layout, key=header.place):
-        begin, end = header.place(name)
+    for name in sorted(header.layout, key=header.byte_range):
+        begin, end = header.byte_range(name)
         file.seek(begin)
         if _digest_of_next(file, end - begin) != header.digests[name]:
             raise DamagedUpdateError(f"the checksum of {name} does not match")
@@ -105,7 +105,7 @@ def _read_header(file: BinaryIO) -> Header:
         raw = json.loads(file.read(count) if count < size else b"")
         metadata = raw.pop(METADATA)
         if not isinstance(metadata[RECORDS], str):
-            raise TypeError("records are a text")
+            raise TypeError("records are not text")
         header = Header(
             records=metadata[RECORDS],
             digest=metadata[DIGEST],
@@ -116,28 +116,28 @@ def _read_header(file: BinaryIO) -> Header:
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedUpdateError("its header cannot be read") from error
-    whole = header.begin + header.data_bytes
-    if size != whole:
-        raise DamagedUpdateError(f"{size} bytes, its header says {whole}")
+    expected = header.begin + header.data_bytes
+    if size != expected:
+        raise DamagedUpdateError(f"{size} bytes, its header says {expected}")
     return header
 
 
 def _digest_of_next(file: BinaryIO, count: int) -> str:
     digest = hashlib.sha256()
-    while piece := file.read(min(CHUNK_BYTES, count)):
-        digest.update(piece)
-        count -= len(piece)
+    while chunk := file.read(min(CHUNK_BYTES, count)):
+        digest.update(chunk)
+        count -= len(chunk)
     return digest.hexdigest()
 
 
 def _joined(digests: Mapping[str, str]) -> str:
-    """Return digests in the order of their names, which the layout has."""
+    """Return the digests as one text, in the order of the tensors' names."""
     return "".join(digests[name] for name in sorted(digests))
 
 
 def _split(text: str, layout: Layout) -> dict[str, str]:
     if len(text) != _DIGEST_LETTERS * len(layout) or 2 * len(bytes.fromhex(text)) != len(text):
-        raise ValueError("one digest for every tensor")
+        raise ValueError("not one digest for every tensor")
     return {
         name: text[_DIGEST_LETTERS * number :][:_DIGEST_LETTERS]
         for number, name in enumerate(sorted(layout))
@@ -145,7 +145,7 @@ def _split(text: str, layout: Layout) -> dict[str, str]:
 
 
 def _data_bytes(layout: Layout) -> int:
-    """Return how many bytes of tensors follow, which must lie one after the other."""
+    """Return the size of all tensors, which must lie one after the other."""
     end = 0
     for entry in sorted(layout.values(), key=lambda entry: entry["data_offsets"]):
         begin, after = entry["data_offsets"]

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: whose training it is, and how far it went. No torch here."""
+"""Header of a checkpoint: the identity and the progress of a client's training. No torch here."""
 
 from pydantic import AliasChoices, Field
 
@@ -6,10 +6,10 @@ from fedllm.storage.records import Record, TrainingStats
 
 
 class CheckpointIdentity(Record):
-    """What a client's training follows from; only the same training goes on from a checkpoint.
+    """Identity of a client's training: only the same training may continue a checkpoint.
 
     `result_fingerprint` is that of the configuration, `state_sha256` that of the server state.
-    `group` are the clients that are trained together, empty for one by itself.
+    `group` are the clients trained together, empty for a client trained alone.
     """
 
     run_id: str
@@ -25,7 +25,7 @@ class CheckpointIdentity(Record):
 class CheckpointRecord(TrainingStats):
     """A client's training before optimizer step `steps`, counted from 0; its tensors lie beside.
 
-    `environments` are the distinct ones that it was trained in, the latest last.
+    `environments` are the distinct environments of the training, the latest last.
     """
 
     identity: CheckpointIdentity

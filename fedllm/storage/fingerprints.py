@@ -1,4 +1,4 @@
-"""Fingerprints of content: the same files give the same key, wherever they lie."""
+"""Fingerprints of content: the same files give the same key in any folder."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ def fingerprint_files(files: Iterable[Path], root: Path) -> str:
 
 
 def fingerprint_values(*values: Any) -> str:
-    """Return the SHA-256 of values that JSON can hold."""
+    """Return the SHA-256 of values that JSON can represent."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

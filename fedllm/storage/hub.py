@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub, and where their fetched copies lie in the cache."""
+"""Names of the Hugging Face hub, and the cache keys of fetched repositories."""
 
 import re
 
@@ -8,15 +8,15 @@ _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def is_hub_name(name: str) -> bool:
-    """Say whether `name` could be a repository of the hub: `name` or `owner/name`."""
+    """Say whether `name` has the form of a hub repository: `name` or `owner/name`."""
     return _NAME.fullmatch(name) is not None
 
 
 def hub_key(name: str, revision: str | None) -> str:
-    """Return the cache key of a repository at a revision: readable, one for each."""
+    """Return the cache key of a repository at a revision: readable and unique."""
     return f"hub-{name.replace('/', '--')}-{fingerprint_values(name, revision)[:12]}"
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what a library says, or its kind."""
+    """Return the first line of an error's message, or the error's type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

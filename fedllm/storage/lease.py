@@ -1,4 +1,4 @@
-"""The coordinator's numbered lease: the highest holds, nothing is unlinked."""
+"""The coordinator's numbered lease: the highest number holds, and no lease is removed."""
 
 import os
 import socket
@@ -19,13 +19,13 @@ def process_start_time(pid: int) -> str | None:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
-    # the name in parentheses may hold spaces; state is the 1st field after it, start the 20th
+    # the name in parentheses may contain spaces; state is the 1st field after it, start the 20th
     state, *fields = stat.rpartition(")")[2].split()
     return None if state == "Z" else fields[18]
 
 
 def boot_id() -> str:
-    """Return what tells two boots of a machine apart."""
+    """Return the id of the machine's boot, which differs from boot to boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
@@ -33,7 +33,7 @@ def boot_id() -> str:
 
 
 def process_is_gone(holder: LeaseRecord) -> bool | None:
-    """Say whether a holder's process ended; None for one on another machine: unknown."""
+    """Say whether a holder's process ended; None (unknown) for a process on another machine."""
     if holder.host != socket.gethostname():
         return None
     if holder.boot_id != boot_id():
@@ -55,7 +55,7 @@ class Lease:
 
     @property
     def since(self) -> int:
-        """The lease at which a person started this: what counts from then on counts against it."""
+        """The lease at which a person started this run: retries are counted from that lease on."""
         return self.record.origin or self.number
 
     @classmethod
@@ -72,22 +72,22 @@ class Lease:
 
         Args:
             paths: the run.
-            job: the batch job that this process runs in; None: it runs in none.
+            job: the batch job of this process; None if it runs in none.
             gone: says whether the present holder ended; None is unknown, and unknown is not gone.
-            take_over: the user knows that the present holder ended; whoever takes the lease
-                meanwhile is another one.
-            unattended: no person started this; it goes on with what the holder before was
-                started for, and with the retries that it had left.
+            take_over: the user knows that the present holder ended. It does not apply to a
+                coordinator that takes the lease meanwhile.
+            unattended: no person started this coordinator. It continues the work of the holder
+                before it, with the retries that are left.
 
         Raises:
             LeaseError: another coordinator holds the run; the message names it.
         """
-        known_gone = highest(paths)[0] if take_over else 0
+        known_gone = current_lease(paths)[0] if take_over else 0
         while True:
-            number, holder = highest(paths)
+            number, holder = current_lease(paths)
             if holder and number != known_gone and not paths.released(number).exists():
                 _refuse_unless_gone(paths, holder, gone(holder))
-            mine = LeaseRecord(
+            record = LeaseRecord(
                 number=number + 1,
                 host=socket.gethostname(),
                 boot_id=boot_id(),
@@ -96,30 +96,30 @@ class Lease:
                 slurm_job=job,
                 origin=(holder.origin or holder.number) if holder and unattended else None,
             )
-            if mine.publish_once(paths.lease(number + 1)):
-                return cls(paths=paths, record=mine)
+            if record.publish_once(paths.lease(number + 1)):
+                return cls(paths=paths, record=record)
 
     def check(self) -> None:
-        """Make sure that this lease still holds.
+        """Raise LeaseError if this lease no longer holds.
 
         Raises:
             LeaseError: another coordinator took over; this one must stop.
         """
         if self.paths.lease(self.number + 1).exists():
-            _, holder = highest(self.paths)
+            _, holder = current_lease(self.paths)
             assert holder is not None
             raise LeaseError(
-                f"{self.paths.root}: coordinator {holder.number} ({place_of(holder)}) took over "
+                f"{self.paths.root}: coordinator {holder.number} ({location_of(holder)}) took over "
                 f"from {self.number}; this one stops"
             )
 
     def release(self) -> None:
-        """Say that this holder ended, for coordinators on other machines."""
+        """Record that this holder ended, for coordinators on other machines."""
         self.record.publish_once(self.paths.released(self.number))
 
 
-def highest(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
-    """Return the present lease, or (0, None)."""
+def current_lease(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
+    """Return the number and record of the present lease, or (0, None)."""
     for folder in paths.lease_folders():
         names = [p.name.removesuffix(".json") for p in folder.glob("*.json")]
         if numbers := [int(name) for name in names if name.isdigit()]:
@@ -130,14 +130,14 @@ def highest(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
 def _refuse_unless_gone(paths: RunPaths, holder: LeaseRecord, gone: bool | None) -> None:
     if gone:
         return
-    doubt = "" if gone is False else " (cannot be asked from here; if it ended, add --take-over)"
+    doubt = "" if gone is False else " (unknown from here; if it ended, add --take-over)"
     raise LeaseError(
-        f"{paths.root}: coordinator {holder.number} holds this run: {place_of(holder)}{doubt}; "
+        f"{paths.root}: coordinator {holder.number} holds this run: {location_of(holder)}{doubt}; "
         "wait for it or end it first"
     )
 
 
-def place_of(holder: LeaseRecord) -> str:
+def location_of(holder: LeaseRecord) -> str:
     """Return where a coordinator runs: its Slurm job, host and process."""
     job = f"Slurm job {holder.slurm_job}, " if holder.slurm_job else ""
     return f"{job}host {holder.host}, pid {holder.pid}"

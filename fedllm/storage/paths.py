@@ -1,4 +1,4 @@
-"""The one authority for paths: every file of a run, of the cache and of the installation."""
+"""The one place for paths: every file of a run, of the cache and of the installation."""
 
 import base64
 import hashlib
@@ -12,23 +12,23 @@ from typing import TypeVar
 from fedllm.errors import UserError
 
 _PLAIN = re.compile(r"[A-Za-z0-9_]{1,80}")
-# Admins ask for a few hundred entries a folder at most.
-MOST_ENTRIES = 400
-# half of them: the folders of the others lie beside the first
-_SHARD = MOST_ENTRIES // 2
-# a bundle may be published in several parts
+# Cluster admins ask for at most a few hundred entries per folder.
+MAX_ENTRIES = 400
+# half of them: the shard folders lie beside the first files
+_SHARD = MAX_ENTRIES // 2
+# a bundle may be published in several parts, so a shard holds fewer bundles
 _BUNDLES_PER_SHARD = _SHARD // 2
-# a lease is two files, and cron takes one a minute
+# a lease is two files, and a cron job may take one a minute
 _LEASES_PER_SHARD = _SHARD // 2
 
 
 def shard(folder: Path, number: int, size: int = _SHARD) -> Path:
-    """Return where file `number` lies: in `folder` itself below `size`, else in a folder there."""
+    """Return the folder of file `number`: `folder` itself below `size`, else a subfolder of it."""
     return folder if number < size else folder / f"{number // size:04d}"
 
 
-def aside(path: Path, word: str) -> Path:
-    """Return a free name beside `path` for what is kept but used no more: `<name>.<word>-1`."""
+def backup_name(path: Path, word: str) -> Path:
+    """Return a free name beside `path`, `<name>.<word>-1`, to keep a file that is out of use."""
     number = 1
     while (free := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1
@@ -36,10 +36,10 @@ def aside(path: Path, word: str) -> Path:
 
 
 def encode_client(client: str) -> str:
-    """Return a file name for a client id: itself where plain, else `~` and a readable code.
+    """Return a file name for a client id: the id where it is plain, else `~` and a readable code.
 
-    Ids may hold `/`, `..`, spaces or emoji; two ids never share a name, also on file systems
-    that fold case.
+    Ids may contain `/`, `..`, spaces or emoji. Two ids never share a name, not even on file systems
+    that ignore case.
     """
     if _PLAIN.fullmatch(client) and client == client.lower():
         return client
@@ -52,7 +52,7 @@ def encode_client(client: str) -> str:
 def shipped(name: str) -> Path:
     """Return a file that comes with fedllm (`jobs/client.py`, `configs/quickstart.yaml`).
 
-    In a wheel these folders lie inside the package, in a clone beside it.
+    A wheel has these folders inside the package, a clone beside it.
     """
     package = Path(__file__).resolve().parents[1]
     for root in (package, package.parent):
@@ -63,13 +63,13 @@ def shipped(name: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class JobPaths:
-    """A job that is one task: prepare, aggregate or evaluate; one folder per attempt."""
+    """Paths of a job of one task (prepare, aggregate or evaluate); one folder per attempt."""
 
     root: Path
 
     @property
     def submission(self) -> Path:
-        """The intent, written before anything is submitted."""
+        """The plan of the job, written before anything is submitted."""
         return self.root / "submission.json"
 
     @property
@@ -78,18 +78,18 @@ class JobPaths:
         return self.root / "jobs.json"
 
     @property
-    def doubt(self) -> Path:
-        """Nobody says whether an array was submitted; it is not sent again while this exists."""
+    def in_doubt(self) -> Path:
+        """The record of a submission in doubt: nothing is sent again while it exists."""
         return self.root / "in-doubt.json"
 
     @property
     def error(self) -> Path:
-        """Why the job stopped, written by itself where it can say so."""
+        """The reason why the job stopped, written by the job itself if it can."""
         return self.root / "error.json"
 
     @property
     def outcome(self) -> Path:
-        """How tasks ended that failed, written when none is left."""
+        """The endings of failed tasks, written once no task is left."""
         return self.root / "outcome.json"
 
 
@@ -97,27 +97,27 @@ AnyJob = TypeVar("AnyJob", bound=JobPaths)
 
 
 def attempts_of(folder: Callable[[int], AnyJob]) -> list[AnyJob]:
-    """Return the attempts whose plans exist, the first one first; `folder` gives attempt 1, 2..."""
-    found: list[AnyJob] = []
-    while (job := folder(len(found) + 1)).submission.exists():
-        found.append(job)
-    return found
+    """Return the attempts that have a plan, the first one first; `folder` gives attempt 1, 2..."""
+    attempts: list[AnyJob] = []
+    while (job := folder(len(attempts) + 1)).submission.exists():
+        attempts.append(job)
+    return attempts
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptPaths(JobPaths):
-    """One plan for all that a round still misses."""
+    """Paths of one attempt: one plan for everything that a round still misses."""
 
     number: int
 
     @property
     def round(self) -> "RoundPaths":
-        """The round that the attempt is of."""
+        """The round of the attempt."""
         return RoundPaths(root=self.root.parents[1])
 
     @property
     def run(self) -> "RunPaths":
-        """The run that it is of."""
+        """The run of the attempt."""
         return self.round.run
 
     @property
@@ -131,41 +131,41 @@ class AttemptPaths(JobPaths):
         return self.root / "tasks"
 
     def claim(self, bundle: int) -> Path:
-        """Bundle `bundle` is taken, and by which task."""
+        """The claim of bundle `bundle`: the task that took it."""
         return shard(self.claims, bundle) / f"{bundle:03d}.json"
 
     def task(self, name: str) -> Path:
-        """Progress of one worker; those of an array (`1234_56`) lie in a folder of its own."""
+        """The progress record of one worker; an array (`1234_56`) has a folder of its own."""
         name = name.replace(os.sep, "_")
         array, _, number = name.rpartition("_")
         if not (array and number.isdigit()):
             return self.tasks / f"{name}.json"
-        # an error may lie beside each
+        # every task may also have an error file
         return shard(self.tasks / array, int(number), _SHARD // 2) / f"{name}.json"
 
     def task_error(self, name: str) -> Path:
-        """Why a worker stopped, written by itself where it can say so."""
+        """The reason why a worker stopped, written by the worker itself if it can."""
         return self.task(name).with_suffix(".error.json")
 
     def claim_files(self) -> list[Path]:
-        """Return the claims that there are, sorted."""
+        """Return the existing claims, sorted."""
         return sorted(p for p in self.claims.rglob("*.json") if not p.name.startswith("."))
 
     def task_files(self) -> list[Path]:
-        """Return the progress records that there are, sorted."""
-        return [path for path in self._of_tasks() if not path.name.endswith(".error.json")]
+        """Return the existing progress records, sorted."""
+        return [path for path in self._all_task_files() if not path.name.endswith(".error.json")]
 
     def task_errors(self) -> list[Path]:
         """Return the errors that workers recorded, sorted."""
-        return [path for path in self._of_tasks() if path.name.endswith(".error.json")]
+        return [path for path in self._all_task_files() if path.name.endswith(".error.json")]
 
-    def _of_tasks(self) -> list[Path]:
+    def _all_task_files(self) -> list[Path]:
         return sorted(p for p in self.tasks.rglob("*.json") if not p.name.startswith("."))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPaths:
-    """One round."""
+    """Paths of one round."""
 
     root: Path
 
@@ -176,12 +176,12 @@ class RoundPaths:
 
     @property
     def run(self) -> "RunPaths":
-        """The run that the round is of."""
+        """The run of the round."""
         return RunPaths(root=self.root.parents[1])
 
     @property
     def cohort(self) -> Path:
-        """Clients, tiers and ranks of the round."""
+        """The clients, tiers and ranks of the round."""
         return self.root / "cohort.json"
 
     @property
@@ -198,8 +198,8 @@ class RoundPaths:
         return len(attempts_of(self.attempt))
 
     @property
-    def before(self) -> "RoundPaths":
-        """The round before this one."""
+    def previous(self) -> "RoundPaths":
+        """The previous round."""
         return RoundPaths(root=self.root.with_name(f"{self.number - 1:04d}"))
 
     @property
@@ -208,26 +208,26 @@ class RoundPaths:
         return self.root / "updates"
 
     def update(self, *, attempt: int, bundle: int, part: int) -> Path:
-        """The finished clients of one bundle."""
-        place = shard(self.updates, bundle, _BUNDLES_PER_SHARD)
-        return place / f"{attempt:02d}-{bundle:03d}-{part:02d}.safetensors"
+        """The file of finished clients of one bundle."""
+        folder = shard(self.updates, bundle, _BUNDLES_PER_SHARD)
+        return folder / f"{attempt:02d}-{bundle:03d}-{part:02d}.safetensors"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of unfinished clients' states."""
+        """The folder of checkpoints of unfinished clients."""
         return self.root / "checkpoints"
 
     def checkpoint(self, client: str) -> Path:
-        """The state of a client whose training was interrupted."""
+        """The checkpoint of a client whose training was interrupted."""
         return self.checkpoints / f"{encode_client(client)}.safetensors"
 
     def checkpoint_files(self) -> list[Path]:
-        """Return the checkpoints that there are, sorted."""
+        """Return the existing checkpoints, sorted."""
         return sorted(self.checkpoints.glob("[!.]*.safetensors"))
 
     @property
     def collection(self) -> Path:
-        """What the round used, frozen before aggregation."""
+        """The list of updates that the round used, frozen before aggregation."""
         return self.root / "collection.json"
 
     @property
@@ -242,16 +242,16 @@ class RoundPaths:
 
     @property
     def aggregate_record(self) -> Path:
-        """The aggregation is complete."""
+        """The record of the complete aggregation."""
         return self.aggregate / "aggregate.json"
 
     @property
     def aggregate_attempts(self) -> Path:
-        """The folder of attempts at the aggregation."""
+        """The folder of aggregation attempts."""
         return self.aggregate / "attempts"
 
     def aggregate_job(self, number: int) -> JobPaths:
-        """Attempt `number` at the aggregation."""
+        """Aggregation attempt `number`."""
         return JobPaths(root=self.aggregate_attempts / f"{number:02d}")
 
     @property
@@ -261,22 +261,22 @@ class RoundPaths:
 
     @property
     def evaluation_record(self) -> Path:
-        """The evaluation is complete."""
+        """The record of the complete evaluation."""
         return self.evaluation / "evaluation.json"
 
     def evaluation_job(self, number: int) -> JobPaths:
-        """Attempt `number` at the evaluation."""
+        """Evaluation attempt `number`."""
         return JobPaths(root=self.evaluation / "attempts" / f"{number:02d}")
 
     @property
     def record(self) -> Path:
-        """The round is done."""
+        """The record of the finished round."""
         return self.root / "round.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPaths:
-    """One run directory."""
+    """Paths of one run directory."""
 
     root: Path
 
@@ -297,11 +297,11 @@ class RunPaths:
 
     @property
     def prepare_attempts(self) -> Path:
-        """The folder of attempts at the preparation."""
+        """The folder of preparation attempts."""
         return self.root / "prepare" / "attempts"
 
     def prepare_job(self, number: int) -> JobPaths:
-        """Attempt `number` at the preparation."""
+        """Preparation attempt `number`."""
         return JobPaths(root=self.prepare_attempts / f"{number:02d}")
 
     @property
@@ -310,15 +310,15 @@ class RunPaths:
         return self.root / "coordinator"
 
     def lease(self, number: int) -> Path:
-        """Lease `number`; the highest holds."""
+        """The file of lease `number`; the highest number holds."""
         return shard(self.leases, number, _LEASES_PER_SHARD) / f"{number:04d}.json"
 
     def released(self, number: int) -> Path:
-        """Lease `number` was given back by its holder."""
+        """The mark that the holder of lease `number` gave it back."""
         return self.lease(number).with_suffix(".released.json")
 
     def lease_folders(self) -> list[Path]:
-        """Return the folders of leases that there are, the highest numbers first."""
+        """Return the existing folders of leases, the highest numbers first."""
         if not self.leases.is_dir():
             return []
         shards = (p for p in self.leases.iterdir() if p.name.isdigit())
@@ -326,12 +326,12 @@ class RunPaths:
 
     @property
     def coordinator_job(self) -> Path:
-        """The Slurm job that was submitted last to go on with the run."""
+        """The record of the Slurm job submitted last to coordinate the run."""
         return self.leases / "submitted.json"
 
     @property
-    def coordinator_doubt(self) -> Path:
-        """Nobody says whether a coordinator's job was submitted: no other is while this exists."""
+    def coordinator_in_doubt(self) -> Path:
+        """The record of a coordinator job in doubt: no other is submitted while it exists."""
         return self.leases / "in-doubt.json"
 
     @property
@@ -340,8 +340,8 @@ class RunPaths:
         return self.root / "rounds"
 
     def newest_state(self) -> RoundPaths | None:
-        """The newest round that is aggregated, if one is; 0 is the state before training."""
-        # a folder that was set aside has another name
+        """Return the newest aggregated round, or None; round 0 is the state before training."""
+        # backups of round folders have other names
         numbers = [int(path.name) for path in self.rounds.glob("*") if path.name.isdigit()]
         rounds = (self.round(number) for number in sorted(numbers, reverse=True))
         return next((paths for paths in rounds if paths.aggregate_record.exists()), None)
@@ -352,7 +352,7 @@ class RunPaths:
 
     @property
     def metrics(self) -> Path:
-        """One line per round, rebuilt from the records."""
+        """The metrics, one line per round, rebuilt from the records."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -367,29 +367,29 @@ class RunPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbePaths:
-    """A probe's own folder, in a trial folder, in the folder where runs will lie."""
+    """Paths of a probe: its own folder in a trial folder, below the folder of future runs."""
 
     root: Path
 
     @property
-    def place(self) -> Path:
-        """The folder where runs will lie."""
+    def runs_folder(self) -> Path:
+        """The folder where runs will be."""
         return self.root.parents[1]
 
     @property
-    def here(self) -> Path:
-        """The file of the machine that sent the probe."""
+    def submitter_file(self) -> Path:
+        """The file that the submitting machine writes."""
         return self.root / "here.json"
 
     @property
-    def there(self) -> Path:
-        """The file of the node that the probe runs on."""
+    def node_file(self) -> Path:
+        """The file that the node of the probe writes."""
         return self.root / "there.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePaths:
-    """The cache that runs share, keyed by fingerprint."""
+    """Paths of the cache that runs share, keyed by fingerprint."""
 
     root: Path
 

@@ -1,4 +1,4 @@
-"""Records that are read again and again: what did not change is not read again."""
+"""A cache of records that are read repeatedly: only changed files are read again."""
 
 import contextlib
 from collections.abc import Iterable
@@ -13,43 +13,43 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class RecordCache:
-    """Records as they were read last, by path."""
+    """The last content of records that were read, by path."""
 
     def __init__(self) -> None:
-        self._held: dict[Path, tuple[Version, Record]] = {}
+        self._cached: dict[Path, tuple[Version, Record]] = {}
 
     def read(self, kind: type[AnyRecord], path: Path) -> AnyRecord:
-        """Read a record, anew only where its file changed: some hold thousands of clients.
+        """Read a record, from disk only if its file changed: some hold thousands of clients.
 
         Raises:
-            FileNotFoundError: there is none.
-            RunDirectoryError: it is not a record of this kind.
+            FileNotFoundError: the file does not exist.
+            RunDirectoryError: the file is not a record of this kind.
         """
         version = version_of(path)
-        held = self._held.get(path)
-        if held is None or held[0] != version:
-            held = self._held[path] = (version, kind.read(path))
-        record = held[1]
+        cached = self._cached.get(path)
+        if cached is None or cached[0] != version:
+            cached = self._cached[path] = (version, kind.read(path))
+        record = cached[1]
         assert isinstance(record, kind)
         return record
 
     def find(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-        """Read a record as `read` does, or return None where its step is not complete."""
+        """Read a record as `read` does, or return None if the file does not exist."""
         try:
             return self.read(kind, path)
         except FileNotFoundError:
             return None
 
     def all(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
-        """Return those of many records that can be read: the figures of one are not the truth."""
-        found = []
+        """Read many records and return those that can be read; a damaged one is left out."""
+        records = []
         for path in paths:
             with contextlib.suppress(RunDirectoryError):
                 record = self.find(kind, path)
                 if record is not None:
-                    found.append(record)
-        return found
+                    records.append(record)
+        return records
 
     def clear(self) -> None:
         """Forget all records."""
-        self._held.clear()
+        self._cached.clear()

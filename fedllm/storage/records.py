@@ -1,4 +1,4 @@
-"""The records of a run: frozen models written as JSON, last in every step. No torch here."""
+"""Records of a run: frozen models written as JSON, last in every step. No torch here."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from fedllm.storage.publishing.publish import publish_bytes, publish_once
 
 
 class Record(BaseModel):
-    """A frozen record with an atomic home."""
+    """A frozen record that is published atomically."""
 
     model_config = ConfigDict(
         extra="ignore",
         frozen=True,
         protected_namespaces=(),
         populate_by_name=True,
-        # JSON has no numbers for them, and a diverged loss must come back as what it was
+        # JSON has no such numbers, and a diverged loss must be read back as it was
         ser_json_inf_nan="strings",
     )
 
@@ -27,7 +27,7 @@ class Record(BaseModel):
         return (self.model_dump_json(indent=1, by_alias=True) + "\n").encode()
 
     def publish(self, path: Path) -> None:
-        """Write the record under `path`, whole or not at all."""
+        """Write the record to `path`, whole or not at all."""
         publish_bytes(path, self.to_bytes())
 
     def publish_once(self, path: Path) -> bool:
@@ -39,8 +39,8 @@ class Record(BaseModel):
         """Read a record.
 
         Raises:
-            FileNotFoundError: there is none.
-            RunDirectoryError: it is not a record of this kind.
+            FileNotFoundError: the file does not exist.
+            RunDirectoryError: the file is not a record of this kind.
         """
         content = path.read_bytes()
         try:
@@ -54,7 +54,7 @@ class Record(BaseModel):
 
     @classmethod
     def find(cls, path: Path) -> Self | None:
-        """Read a record, or return None where its step is not complete."""
+        """Read a record, or return None if the file does not exist."""
         try:
             return cls.read(path)
         except FileNotFoundError:
@@ -66,7 +66,7 @@ _LAYOUT = Field(default=None, validation_alias="way", serialization_alias="way")
 
 
 class ModuleRecord(Record):
-    """A target module of the base: W is (out, in), stored as (in, out) where it is `transposed`."""
+    """A target module of the base: W is (out, in), stored as (in, out) if `transposed`."""
 
     out_features: int
     in_features: int
@@ -89,7 +89,7 @@ class LayoutRecord(Record):
 
 
 class ClientRecord(Record):
-    """A client of the data: usable rows per split after dropping rows without an answer.
+    """A client of the data: usable rows per split, without the rows that lack an answer.
 
     `truncated_rows` counts prompts and answers that were cut at `data.cutoff_tokens`, `cut_answers`
     the answers among them. `longest_row` is the largest number of tokens of a training row.
@@ -109,7 +109,7 @@ class ClientRecord(Record):
 
 
 class StartRecord(Record):
-    """The adapter that a run starts from: its folder, and the SHA-256 of its content."""
+    """The adapter at the start of a run: its folder, and the SHA-256 of its content."""
 
     path: str
     fingerprint: str
@@ -144,7 +144,7 @@ class ChangeRecord(Record):
 
 
 class RunRecord(Record):
-    """Identity of a run."""
+    """The identity of a run."""
 
     run_id: str
     result_fingerprint: str
@@ -153,10 +153,10 @@ class RunRecord(Record):
 
 
 class LeaseRecord(Record):
-    """Who coordinates a run.
+    """The holder of a lease: the process that coordinates a run.
 
-    `origin` is the lease at which a person started it: a requeued coordinator, the links of a
-    chain and calls of `advance` go on with the retries that are used up already.
+    `origin` is the lease at which a person started the run. A requeued coordinator, the links of a
+    chain and calls of `advance` keep it: they continue to count the retries that are used up.
     """
 
     number: int
@@ -169,10 +169,10 @@ class LeaseRecord(Record):
 
 
 class CoordinatorJobRecord(Record):
-    """The Slurm job that was submitted last to coordinate a run.
+    """The Slurm job submitted last to coordinate a run.
 
-    Of a chain it is the link that waits, and `lost` says how many links before it, in a row,
-    ended without a word.
+    In a chain this is the waiting link, and `lost` counts the links before it that ended, in a row,
+    without reporting anything.
     """
 
     job: str
@@ -189,10 +189,10 @@ class CohortClient(Record):
 
 
 class CohortRecord(Record):
-    """The clients of a round and what each tier trains.
+    """The clients of a round and the ranks that each tier trains.
 
     `enough` valid updates complete the round; null: all. `cost` of a client is in tokens. `layout`
-    is that of prepare; the first round's holds for the run.
+    comes from prepare; that of the first round holds for the run.
     """
 
     round: int
@@ -216,10 +216,10 @@ class BundleRecord(Record):
 
 
 class ArrayRecord(Record):
-    """One array of identical tasks of one class, as it is submitted.
+    """One array of identical tasks of one class, as submitted.
 
-    `minutes` is the time limit that is asked for, which ends the claiming of bundles too;
-    `parallel` the `%N` of the array; `logs` the folder of its logs, below that of the round.
+    `minutes` is the requested time limit, after which no bundle is claimed either; `parallel` the
+    `%N` of the array; `logs` the folder of its logs, below that of the round.
     """
 
     name: str
@@ -232,9 +232,9 @@ class ArrayRecord(Record):
 
 
 class WorkersRecord(Record):
-    """The workers that an attempt wants of a class: tasks in all, at once, and in one array.
+    """The workers that an attempt needs of a class: tasks in all, at once, and in one array.
 
-    `memory_factor` is how many times the configured memory their options ask for.
+    `memory_factor` multiplies the configured memory in their options.
     """
 
     tasks: int
@@ -246,11 +246,11 @@ class WorkersRecord(Record):
 
 
 class SubmissionRecord(Record):
-    """The plan, written before anything is submitted.
+    """The plan of an attempt, written before anything is submitted.
 
-    `workers` are wanted per class: arrays are added, wave by wave, as the cluster's limits allow.
-    `adopted` are tasks of the round before that linger for this one. With `one_bundle` every task
-    claims exactly one.
+    `workers` are needed per class: arrays are added, wave by wave, as the cluster's limits allow.
+    `adopted` are idle tasks of the previous round that wait for this one. With `one_bundle` every
+    task claims exactly one bundle.
     """
 
     token: str
@@ -272,9 +272,10 @@ class JobsRecord(Record):
 
 
 class DoubtRecord(Record):
-    """What was sent under `name` may exist or not: `said` is what is known of it.
+    """A submission whose success is unknown: the job `name` may exist.
 
-    A person removes it once he is sure that there is no such job.
+    `said` is what the scheduler answered. A person removes the record once sure that there is no
+    such job.
     """
 
     name: str
@@ -282,10 +283,10 @@ class DoubtRecord(Record):
 
 
 class ErrorRecord(Record):
-    """Why a job stopped.
+    """The reason why a job stopped.
 
-    `bad_places` are the places in the cohort of clients without whose updates an aggregation may
-    go on, and what is wrong with these.
+    `bad_places` names clients by their places in the cohort, with what is wrong with their updates:
+    the aggregation may go on without them.
     """
 
     kind: str
@@ -296,7 +297,7 @@ class ErrorRecord(Record):
 
 
 class ClaimRecord(Record):
-    """A bundle is taken; the same task, requeued, goes on with it."""
+    """The claim of a bundle by a task; the same task, requeued, continues it."""
 
     bundle: int
     task: str
@@ -305,12 +306,12 @@ class ClaimRecord(Record):
 
 
 class TaskRecord(Record):
-    """Progress of one worker, in seconds since its process began.
+    """The progress of one worker, in seconds since its process began.
 
-    A record that does not change is what a hung worker leaves. `startup_seconds` passed before
-    the first client trained, `busy_seconds` in training clients; both, and `allocated_seconds`,
-    are of this start of the task alone: `earlier` sums the starts before it was requeued.
-    `clients` are in training together, `client` is the first of them.
+    The record of a hung worker does not change. `startup_seconds` passed before the first client
+    trained, `busy_seconds` in training clients. Both, and `allocated_seconds`, are of this start of
+    the task alone: `earlier_...` sums the starts before it was requeued. `clients` are in training
+    together, `client` is the first of them.
     """
 
     task: str
@@ -329,14 +330,14 @@ class TaskRecord(Record):
     earlier_allocated_seconds: float = 0.0
 
 
-def in_training(client: str | None, clients: Sequence[str]) -> str:
-    """Name whom a task trains: the first client, and how many more in its group."""
+def training_text(client: str | None, clients: Sequence[str]) -> str:
+    """Return the clients that a task trains, in words: the first one, and how many more."""
     more = f" and {len(clients) - 1} more" if len(clients) > 1 else ""
     return f"{client or ''}{more}"
 
 
 class EndingRecord(Record):
-    """How a task ended: `state` is the word of its scheduler (`FAILED`, `exit 3`, `preempted`)."""
+    """The ending of a task: `state` is its scheduler's word (`FAILED`, `exit 3`, `preempted`)."""
 
     state: str
     exit_code: str = ""
@@ -344,7 +345,7 @@ class EndingRecord(Record):
     log: str = ""
 
     def __str__(self) -> str:
-        """Say it in a few words."""
+        """Return the ending in a few words."""
         code = f", exit code {self.exit_code}" if self.exit_code else ""
         node = f" on {self.node}" if self.node else ""
         log = f"; log {self.log}" if self.log else ""
@@ -352,11 +353,11 @@ class EndingRecord(Record):
 
 
 class OutcomeRecord(Record):
-    """What an attempt came to once none of its tasks is left; written before the next one.
+    """The outcome of an attempt once none of its tasks is left; written before the next one.
 
-    `endings` has the tasks that failed alone, `cancelled` why the coordinator ended some itself,
-    `checkpoints` when the unfinished clients' files were written, in ns: `progressed` if that
-    changed.
+    `endings` has only the tasks that failed, `cancelled` the reasons why the coordinator ended
+    some. `checkpoints` has the times, in ns, when the unfinished clients' files were written;
+    `progressed` tells whether they changed.
     """
 
     endings: dict[str, EndingRecord] = {}
@@ -366,7 +367,7 @@ class OutcomeRecord(Record):
 
 
 class TrainingStats(Record):
-    """The numbers of a client's training, of the optimizer steps that were taken so far.
+    """Numbers of a client's training, over the optimizer steps taken so far.
 
     `rows` counts the distinct rows that entered a step, `tokens` and `loss_tokens` those of all
     steps. `losses` has each step's mean over its targets, `gradient_norms` the Euclidean norm of
@@ -386,27 +387,27 @@ class TrainingStats(Record):
 
     @classmethod
     def of(cls, record: "TrainingStats") -> "TrainingStats":
-        """Return the numbers alone of a record that carries them."""
+        """Return only the training numbers of a record that has more fields."""
         return TrainingStats(**{name: getattr(record, name) for name in TrainingStats.model_fields})
 
 
 def training_metrics(clients: Sequence[TrainingStats]) -> dict[str, float]:
-    """Return the numbers of a round's clients that `metrics.jsonl` shows, by name.
+    """Return the numbers of a round's clients for `metrics.jsonl`, by name.
 
-    A client counts once, whatever its steps. What no client has a number of is left out.
+    Every client counts once, however many steps it took. A number that no client has is left out.
     """
-    known = [client.gradient_norms for client in clients if client.gradient_norms]
-    if not known:
+    norms_of_clients = [client.gradient_norms for client in clients if client.gradient_norms]
+    if not norms_of_clients:
         return {}
-    means = [sum(norms) / len(norms) for norms in known]
+    means = [sum(norms) / len(norms) for norms in norms_of_clients]
     return {
         "gradient_norm_mean": sum(means) / len(means),
-        "gradient_norm_max": max(map(max, known)),
+        "gradient_norm_max": max(map(max, norms_of_clients)),
     }
 
 
 class UpdateRecord(TrainingStats):
-    """What a client sends beside its tensors; `group` are those it was trained together with."""
+    """The record that a client sends with its tensors; `group` are the clients trained with it."""
 
     run_id: str
     round: int
@@ -432,7 +433,7 @@ class UpdateRecord(TrainingStats):
 class CollectedUpdate(Record):
     """A client's update as the round uses it; the weight is its rows, not yet normalised.
 
-    `clipped` are the modules whose change is scaled down, and the factor that it is scaled by.
+    `clipped` maps the modules whose change is scaled down to the factor of the scaling.
     """
 
     client: str
@@ -445,9 +446,9 @@ class CollectedUpdate(Record):
 
 
 class TierMix(Record):
-    """How a tier fared in a round: clients drawn and used.
+    """The clients of a tier in a round: how many were drawn and how many used.
 
-    `tokens` were expected of the used ones (as in the cohort), `seconds` their training took.
+    `tokens` were expected of the used ones (as in the cohort); their training took `seconds`.
     """
 
     drawn: int
@@ -457,7 +458,7 @@ class TierMix(Record):
 
 
 class CollectionRecord(Record):
-    """What a round used, frozen; `training` are numbers of its clients' training, by name."""
+    """The updates that a round used, frozen; `training` has metrics of its clients' training."""
 
     round: int
     lease: int
@@ -472,10 +473,10 @@ class CollectionRecord(Record):
 
 
 class RankQuality(Record):
-    """What an adapter of `rank` keeps of the aggregated change of one module.
+    """Quality of an adapter of `rank`: what it keeps of the aggregated change of one module.
 
     `energy_kept` is a share of the squared Frobenius norm; `truncation_error` is the Frobenius norm
-    of what is left out over that of the change (0 where there is no change).
+    of the part left out over that of the change (0 if there is no change).
     """
 
     rank: int
@@ -501,14 +502,14 @@ class PartitionQuality(Record):
 
 
 class ModuleDiagnostics(Record):
-    """How one module was aggregated: leading singular values, energy, errors per rank.
+    """Diagnostics of one module's aggregation: leading singular values, energy, errors per rank.
 
-    `stacked_rank` is that of the problem. `residual_energy` is what the spectrum leaves out of
-    `total_energy`, both squared Frobenius norms. `relative_excess` is how much larger it is, at
-    most, than the smallest that any triplets of that number could leave, with probability
-    `1 - failure_probability`. `effective_rank` and `overlap` are those of `lora.spectral`;
-    `overlap` compares with the state before in the leading space of the smallest of `ranks`, and
-    is None where one of the two has a dead direction there, as all have before the first round.
+    `stacked_rank` is that of the problem. `residual_energy` is the part of `total_energy` that the
+    spectrum leaves out; both are squared Frobenius norms. It exceeds the smallest residual that the
+    same number of triplets could have by at most the share `relative_excess`, with probability `1 -
+    failure_probability`. `effective_rank` and `overlap` are those of `lora.spectral`. `overlap`
+    compares with the previous state in the leading space of the smallest of `ranks`; it is None if
+    either state has a dead direction there, as every state has before the first round.
     `beyond_smallest_rank` is the share of the energy that the smallest of `ranks` misses.
     `partitions` are the ranges of directions between ranks; records of earlier versions have none.
     """
@@ -528,7 +529,7 @@ class ModuleDiagnostics(Record):
 
 
 class AggregateRecord(Record):
-    """The aggregation is complete."""
+    """The record of a complete aggregation."""
 
     round: int
     method: str
@@ -542,7 +543,7 @@ class AggregateRecord(Record):
 
 
 class Scores(Record):
-    """Answer quality on a set of rows; Rouge-L and exact match in 0..1 of generated answers."""
+    """Quality of answers on a set of rows; Rouge-L and exact match in 0..1 of generated answers."""
 
     rows: int
     loss: float
@@ -561,7 +562,7 @@ class ClientScores(Record):
 
 
 class EvaluationRecord(Record):
-    """The evaluation of one round is complete."""
+    """The record of the complete evaluation of one round."""
 
     round: int
     state_sha256: str
@@ -571,7 +572,7 @@ class EvaluationRecord(Record):
 
 
 class RoundRecord(Record):
-    """The round is done."""
+    """The record of a finished round."""
 
     round: int
     lease: int

@@ -25,15 +25,15 @@ from fedllm.storage.checked import (
     DamagedUpdateError,
     Header,
     Layout,
+    read_and_check,
     read_checked_header,
-    read_whole,
 )
 from fedllm.storage.checkpoint_header import CheckpointRecord
 from fedllm.storage.paths import encode_client
 from fedllm.storage.publishing.placing import HashedPlaces, Places, placing, placing_checked
 from fedllm.storage.publishing.publish import version_of
 from fedllm.storage.records import UpdateRecord
-from fedllm.storage.updates import Published, records_text, tensor_name, updates_in
+from fedllm.storage.updates import PublishedUpdate, records_text, tensor_name, updates_in
 
 _DTYPES = {
     torch.float64: "F64",
@@ -46,29 +46,29 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_MOST_KINDS = 256  # of clients in a cohort that share what is the same of them
+_MAX_CACHED = 256  # distinct sets of shapes or scales in a cohort, each held once
 _C = ctypes.CDLL(None)
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """A tensor that is to be written."""
+class TensorSpec:
+    """Shape and type of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        """Return the plan of a tensor that is there already."""
+        """Return the spec of an existing tensor."""
         return cls(shape=tuple(tensor.shape), dtype=tensor.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorWriter:
-    """A file whose tensors are written as they are made, in any order, by several threads."""
+    """A file whose tensors are written one by one, in any order, by several threads."""
 
-    planned: Mapping[str, Planned]
+    planned: Mapping[str, TensorSpec]
     places: Places
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -77,20 +77,23 @@ class TensorWriter:
         Raises:
             StorageFull: no space or quota is left.
         """
-        here = tensor.detach().cpu().contiguous()
-        assert Planned.of(here) == self.planned[name], f"{name}: {Planned.of(here)} unplanned"
-        self.places.write(name, _bytes_of(here))
+        on_cpu = tensor.detach().cpu().contiguous()
+        spec, expected = TensorSpec.of(on_cpu), self.planned[name]
+        assert spec == expected, f"{name}: got {spec}, planned {expected}"
+        self.places.write(name, _bytes_of(on_cpu))
 
     @property
     def sha256(self) -> str:
         """The SHA-256 of the file of `writing_tensors`, after its block."""
-        assert isinstance(self.places, HashedPlaces), "files of records are known by their header"
+        assert isinstance(self.places, HashedPlaces), (
+            "files of records are identified by their header"
+        )
         return self.places.sha256
 
 
 @contextmanager
 def writing_tensors(
-    path: Path, planned: Mapping[str, Planned], metadata: Mapping[str, str]
+    path: Path, planned: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 ) -> Iterator[TensorWriter]:
     """Publish the tensors that the block writes as safetensors, all or nothing."""
     with placing(path, _layout(planned), metadata) as places:
@@ -102,9 +105,9 @@ def write_tensors(
 ) -> str:
     """Publish tensors as safetensors and return the SHA-256 of the file.
 
-    The same tensors and metadata give the same bytes: safetensors' own writer shuffles metadata.
+    The same tensors and metadata give the same bytes; safetensors' own writer shuffles metadata.
     """
-    planned = {name: Planned.of(tensor) for name, tensor in tensors.items()}
+    planned = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     with writing_tensors(path, planned, metadata) as writer:
         for name in _in_file_order(planned):
             writer.write(name, tensors[name])
@@ -112,7 +115,7 @@ def write_tensors(
 
 
 class TensorFile:
-    """A safetensors file whose tensors are read one by one by memory map."""
+    """A safetensors file whose tensors are read one by one through a memory map."""
 
     def __init__(self, path: Path) -> None:
         """Open the file.
@@ -157,13 +160,13 @@ class TensorFile:
         return tensor
 
     def release(self) -> None:
-        """Let go of the memory that holds what was read; the file can be read on.
+        """Free the memory of what was read; the file stays readable.
 
         Raises:
-            RunDirectoryError: another file has the name by now.
+            RunDirectoryError: another file has taken the name.
         """
         if version_of(self.path) != self._opened:
-            raise RunDirectoryError(f"{self.path}: was exchanged while it was read; restore it")
+            raise RunDirectoryError(f"{self.path}: was replaced while it was read; restore it")
         self._file.__exit__(None, None, None)
         self._file = self._mapped()
 
@@ -174,7 +177,7 @@ class TensorFile:
             raise RunDirectoryError(f"{self.path}: not a whole tensor file ({error})") from error
 
     def module(self, module: str) -> dict[str, torch.Tensor]:
-        """Read the parts of one module, those named `<module>.<part>`."""
+        """Read the parts of one module: the tensors named `<module>.<part>`."""
         prefix = f"{module}."
         return {
             name.removeprefix(prefix): self.get(name)
@@ -184,13 +187,13 @@ class TensorFile:
 
 
 class _Map:
-    """A file's content in memory; no descriptor is kept, however many files are mapped.
+    """Content of a file, mapped into memory without keeping a file descriptor.
 
-    Python's own map keeps one, up to 3.12.
+    Python's own mmap keeps one, up to 3.12, and many files are mapped at once.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        # the file whose header was read, whatever its name stands for by now
+        # the file whose header was read, even if its name is another file's by now
         opened, size = f"/proc/self/fd/{file.fileno()}", os.fstat(file.fileno()).st_size
         storage = torch.UntypedStorage.from_file(opened, shared=False, nbytes=size)
         assert isinstance(storage, torch.UntypedStorage)
@@ -198,20 +201,20 @@ class _Map:
         self.content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
 
     def digest(self, begin: int, end: int) -> bytes:
-        """Return the SHA-256 of some bytes; their pages no longer count as the process's memory."""
+        """Return the SHA-256 of some bytes, and free their pages from the process's memory."""
         with self.content[begin:end] as data:
-            found = hashlib.sha256(data).digest()
+            digest = hashlib.sha256(data).digest()
         begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         if (count := (end - begin) // mmap.PAGESIZE) > 0:
-            # whoever reads them again finds them in the page cache
-            place, size = self._address + begin, count * mmap.PAGESIZE
-            _C.madvise(ctypes.c_void_p(place), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-        return found
+            # a later read finds them in the page cache
+            address, size = self._address + begin, count * mmap.PAGESIZE
+            _C.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        return digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Kind:
-    """A tensor that many clients send: its number among a client's, its type and shape."""
+class _SentTensor:
+    """A tensor that many clients send: its number among a client's tensors, its type and shape."""
 
     number: int
     dtype: torch.dtype
@@ -219,53 +222,57 @@ class _Kind:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Sent:
-    """What a client sent, in little memory: the files of a whole cohort are open at once.
+class _ClientTensors:
+    """Tensors of one client, in little memory: the files of a whole cohort are open at once.
 
     Attributes:
-        kinds: `<module>|A` and `<module>|B`, one mapping for all clients that send the like.
-        scales: by module, one mapping for all clients of the same.
-        begins: where each tensor begins in the file.
-        digests: the SHA-256 of each, one after the other.
+        kinds: `<module>|A` and `<module>|B`; clients with the same types and shapes share it.
+        scales: the scale of each module; clients with the same scales share it.
+        begins: the byte where each tensor begins in the file.
+        digests: the SHA-256 of each tensor, one after the other.
     """
 
-    kinds: Mapping[str, _Kind]
+    kinds: Mapping[str, _SentTensor]
     scales: Mapping[str, float]
     begins: "array[int]"
     digests: bytes
 
     @classmethod
-    def of(cls, update: Published, header: Header) -> Self:
-        """Return what matters of a client's update and of the header of its file."""
+    def of(cls, update: PublishedUpdate, header: Header) -> Self:
+        """Return the tensors of a client's update, from the header of its file."""
         client = encode_client(update.record.client)
         names = [f"{client}|{name}" for name in update.shapes]
         dtypes = [_TORCH_DTYPES[header.layout[name]["dtype"]] for name in names]
         return cls(
-            kinds=_kinds(tuple(zip(update.shapes, dtypes, update.shapes.values(), strict=True))),
+            kinds=_sent_tensors(
+                tuple(zip(update.shapes, dtypes, update.shapes.values(), strict=True))
+            ),
             scales=_scales(tuple(update.record.scales.items())),
-            begins=array("q", [header.place(name)[0] for name in names]),
+            begins=array("q", [header.byte_range(name)[0] for name in names]),
             digests=bytes.fromhex("".join(header.digests[name] for name in names)),
         )
 
 
-@lru_cache(maxsize=_MOST_KINDS)
-def _kinds(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Mapping[str, _Kind]:
+@lru_cache(maxsize=_MAX_CACHED)
+def _sent_tensors(
+    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...],
+) -> Mapping[str, _SentTensor]:
     return {
-        name: _Kind(number=number, dtype=dtype, shape=shape)
+        name: _SentTensor(number=number, dtype=dtype, shape=shape)
         for number, (name, dtype, shape) in enumerate(tensors)
     }
 
 
-@lru_cache(maxsize=_MOST_KINDS)
+@lru_cache(maxsize=_MAX_CACHED)
 def _scales(scales: tuple[tuple[str, float], ...]) -> Mapping[str, float]:
     return dict(scales)
 
 
 class UpdateFile:
-    """An update file that was collected; its tensors are views of the file, checked one by one."""
+    """A collected update file; its tensors are views of the file, checked one by one."""
 
     def __init__(self, path: Path, sha256: str) -> None:
-        """Map the file, by its header the one whose checksum was collected.
+        """Map the file if its header has the collected checksum.
 
         Raises:
             AdapterError: it is missing, truncated or another file.
@@ -275,20 +282,22 @@ class UpdateFile:
             with path.open("rb") as file:
                 header = read_checked_header(file)
                 self._map = _Map(file)
-            found = updates_in(path.name, header)
+            updates = updates_in(path.name, header)
         except (DamagedUpdateError, FileNotFoundError) as error:
             raise AdapterError(f"{path}: damaged update ({error})") from error
         if header.digest != sha256:
             raise AdapterError(f"{path}: not the file that was collected")
-        self._sent = {update.record.client: _Sent.of(update, header) for update in found}
+        self._clients = {
+            update.record.client: _ClientTensors.of(update, header) for update in updates
+        }
 
     def scale(self, client: str, module: str) -> float:
-        """Return the scale that a client trained a module with."""
-        return self._sent[client].scales[module]
+        """Return the scale of a module in a client's training."""
+        return self._clients[client].scales[module]
 
     def view(self, client: str, module: str, factor: str) -> torch.Tensor:
-        """Return a factor (`A` (R, I) or `B` (O, R)) as it lies in the file, not yet checked."""
-        kind, begin = self._place(client, module, factor)
+        """Return a factor (`A` (R, I) or `B` (O, R)) as a view of the file, not yet checked."""
+        kind, begin = self._location(client, module, factor)
         return _tensor(self._map.content, kind.dtype, kind.shape, begin)
 
     def check(self, client: str, module: str, factor: str) -> None:
@@ -297,17 +306,17 @@ class UpdateFile:
         Raises:
             AdapterError: it was altered.
         """
-        kind, begin = self._place(client, module, factor)
+        kind, begin = self._location(client, module, factor)
         end = begin + math.prod(kind.shape) * kind.dtype.itemsize
         digest = self._map.digest(begin, end)
-        if not self._sent[client].digests.startswith(digest, kind.number * len(digest)):
+        if not self._clients[client].digests.startswith(digest, kind.number * len(digest)):
             raise AdapterError(
                 f"{self.path}: damaged update (client {client}: the checksum of {module} {factor} "
                 "does not match)"
             )
 
-    def _place(self, client: str, module: str, factor: str) -> tuple[_Kind, int]:
-        sent = self._sent[client]
+    def _location(self, client: str, module: str, factor: str) -> tuple[_SentTensor, int]:
+        sent = self._clients[client]
         kind = sent.kinds[f"{module}|{factor}"]
         return kind, sent.begins[kind.number]
 
@@ -317,7 +326,7 @@ def publish_update(
     records: Sequence[UpdateRecord],
     tensors: Mapping[str, Mapping[str, tuple[torch.Tensor, torch.Tensor]]],
 ) -> None:
-    """Publish the finished clients of a bundle as one file, their records in its header.
+    """Publish the finished clients of a bundle as one file, with their records in its header.
 
     Args:
         path: `updates/<attempt>-<bundle>-<part>.safetensors`.
@@ -335,10 +344,10 @@ def publish_update(
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A client's unfinished training as it was saved.
+    """A client's unfinished training, as saved.
 
-    `tensors` are, on the CPU, the factors (`<module>|A`, `<module>|B`) and what the optimizer
-    keeps for each of them (`<module>|A|<name>`).
+    `tensors` are, on the CPU, the factors (`<module>|A`, `<module>|B`) and the optimizer's state
+    for each of them (`<module>|A|<name>`).
     """
 
     record: CheckpointRecord
@@ -346,7 +355,7 @@ class Checkpoint:
 
 
 def publish_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Publish a client's unfinished training in place of what was saved of it before."""
+    """Publish a client's unfinished training in place of its previous checkpoint."""
     _publish_checked(path, checkpoint.record.model_dump_json(), checkpoint.tensors)
 
 
@@ -357,9 +366,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: there is none.
         DamagedUpdateError: it is truncated, altered or not a checkpoint.
     """
-    # read once: what is checked is what is gone on with
+    # read once: training continues from the very bytes that were checked
     content = bytearray(path.read_bytes())
-    header = read_whole(io.BytesIO(content))
+    header = read_and_check(io.BytesIO(content))
     try:
         record = CheckpointRecord.model_validate_json(header.records)
     except ValidationError as error:
@@ -370,7 +379,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 @contextmanager
 def writing_checked(
-    path: Path, records: str, planned: Mapping[str, Planned]
+    path: Path, records: str, planned: Mapping[str, TensorSpec]
 ) -> Iterator[TensorWriter]:
     """Publish records and the tensors that the block writes under one checksum, all or nothing."""
     with placing_checked(path, _layout(planned), records) as places:
@@ -378,16 +387,18 @@ def writing_checked(
 
 
 def _publish_checked(path: Path, records: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    planned = {name: Planned.of(tensor) for name, tensor in tensors.items()}
+    planned = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     with writing_checked(path, records, planned) as writer:
         for name in _in_file_order(planned):
             writer.write(name, tensors[name])
 
 
 def _view(header: Header, name: str, content: bytearray | memoryview) -> torch.Tensor:
-    """Return the tensor that lies in `content`: nothing is copied."""
+    """Return a tensor as a view of `content`: nothing is copied."""
     entry = header.layout[name]
-    return _tensor(content, _TORCH_DTYPES[entry["dtype"]], entry["shape"], header.place(name)[0])
+    return _tensor(
+        content, _TORCH_DTYPES[entry["dtype"]], entry["shape"], header.byte_range(name)[0]
+    )
 
 
 def _tensor(
@@ -399,12 +410,12 @@ def _tensor(
     return torch.frombuffer(content, dtype=dtype, count=count, offset=begin).reshape(shape)
 
 
-def _in_file_order(planned: Mapping[str, Planned]) -> list[str]:
-    """Return tensors as they lie in a file: wide types first, so that all are aligned."""
+def _in_file_order(planned: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the tensors in their order in a file: wide types first, so that all are aligned."""
     return sorted(planned, key=lambda name: (-planned[name].dtype.itemsize, name))
 
 
-def _layout(planned: Mapping[str, Planned]) -> Layout:
+def _layout(planned: Mapping[str, TensorSpec]) -> Layout:
     layout: dict[str, object] = {}
     end = 0
     for name in _in_file_order(planned):

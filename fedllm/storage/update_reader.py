@@ -1,4 +1,4 @@
-"""Updates of a round for those who only look; what cannot be read is the coordinator's to judge."""
+"""A reader of a round's updates for observers; the coordinator alone judges unreadable files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,36 +6,39 @@ from typing import Generic, TypeVar
 
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RoundPaths
-from fedllm.storage.updates import Origin, SentBy, update_files
+from fedllm.storage.updates import HasOrigin, Origin, update_files
 
-AnySent = TypeVar("AnySent", bound=SentBy)
+AnyUpdate = TypeVar("AnyUpdate", bound=HasOrigin)
 
 
-class UpdateReader(Generic[AnySent]):
-    """Reads each update file of a round once.
+class UpdateReader(Generic[AnyUpdate]):
+    """Reader of a round's updates; it reads each file once.
 
     Args:
         paths: the round.
-        origin: updates of another run, round or base model are passed over.
-        read: reads what is wanted of a file; FileNotFoundError, another OSError, DamagedUpdateError
-            or ValueError: it is on its way or damaged, and read again at the next look.
+        origin: updates of another run, round or base model are left out.
+        read: reads the needed part of a file. FileNotFoundError, another OSError,
+            DamagedUpdateError or ValueError mean that the file is on its way or damaged: the next
+            call reads it again.
     """
 
     def __init__(
-        self, paths: RoundPaths, origin: Origin, read: Callable[[Path], Sequence[AnySent]]
+        self, paths: RoundPaths, origin: Origin, read: Callable[[Path], Sequence[AnyUpdate]]
     ) -> None:
         self._paths, self._origin, self._read = paths, origin, read
-        self._known: dict[str, list[AnySent]] = {}
+        self._known: dict[str, list[AnyUpdate]] = {}
 
-    def look(self) -> list[AnySent]:
-        """Return what is published by now, in the order of the files' names."""
-        return [sent for name in update_files(self._paths) for sent in self._in(name)]
+    def look(self) -> list[AnyUpdate]:
+        """Return the updates published so far, in the order of the files' names."""
+        return [update for name in update_files(self._paths) for update in self._updates_in(name)]
 
-    def _in(self, name: str) -> list[AnySent]:
+    def _updates_in(self, name: str) -> list[AnyUpdate]:
         if name not in self._known:
             try:
-                found = self._read(self._paths.updates / name)
+                updates = self._read(self._paths.updates / name)
             except (OSError, DamagedUpdateError, ValueError):
                 return []
-            self._known[name] = [sent for sent in found if self._origin.problem(sent) is None]
+            self._known[name] = [
+                update for update in updates if self._origin.problem(update) is None
+            ]
         return self._known[name]

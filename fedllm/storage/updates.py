@@ -1,4 +1,4 @@
-"""Published updates read without torch: header, layout, checksum, shapes."""
+"""Published updates, read without torch: header, layout, checksum, shapes."""
 
 import math
 import os
@@ -14,23 +14,23 @@ from pydantic import TypeAdapter, ValidationError
 from fedllm.storage.checked import (
     DamagedUpdateError,
     Header,
+    read_and_check,
     read_checked_header,
-    read_whole,
 )
 from fedllm.storage.paths import RoundPaths, encode_client
 from fedllm.storage.records import CohortRecord, UpdateRecord
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
-# the coarsest time of change that file systems give folders: a file may come within it unseen
-_TIME_OF_CHANGE_SECONDS = 2.0
+# the coarsest modification time of folders on any file system: a second change within it is unseen
+_MTIME_SECONDS = 2.0
 _RECORDS = TypeAdapter(list[UpdateRecord])
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """A client's update that can be read whole; shapes by `<module>|A` and `<module>|B`."""
+class PublishedUpdate:
+    """A client's readable update; its shapes are keyed by `<module>|A` and `<module>|B`."""
 
     record: UpdateRecord
     file: str
@@ -40,25 +40,25 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What a folder of updates holds: the first update of every client, and bad files.
+    """Content of a folder of updates: the first update of every client, and bad files.
 
-    `duplicates` are further updates of the same clients; `failed` of the published ones say that
-    the client's training failed.
+    `duplicates` are further updates of the same clients. `failed` counts the published updates that
+    report a failed training.
     """
 
-    published: Mapping[str, Published]
+    published: Mapping[str, PublishedUpdate]
     damaged: Mapping[str, str]
-    duplicates: Sequence[Published]
+    duplicates: Sequence[PublishedUpdate]
     failed: int = 0
 
     @property
     def valid(self) -> int:
-        """How many clients have an update that the aggregation can use."""
+        """The number of clients whose update the aggregation can use."""
         return len(self.published) - self.failed
 
 
-class SentBy(Protocol):
-    """What an update says of where it comes from."""
+class HasOrigin(Protocol):
+    """The fields of an update that tell where it comes from."""
 
     @property
     def run_id(self) -> str:
@@ -75,7 +75,7 @@ class SentBy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The run, round and base model that a round's updates are of; all others are foreign."""
+    """The run, round and base model of a round's updates; an update of any other is foreign."""
 
     run_id: str
     round: int
@@ -83,18 +83,18 @@ class Origin:
 
     @classmethod
     def of(cls, run_id: str, cohort: CohortRecord) -> "Origin":
-        """Return what the updates of a cohort are of."""
+        """Return the origin of a cohort's updates."""
         return cls(run_id=run_id, round=cohort.round, base_fingerprint=cohort.base_fingerprint)
 
-    def problem(self, sent: SentBy) -> str | None:
-        """Say what makes an update foreign, or None."""
-        for what, is_, need in (
-            ("run", sent.run_id, self.run_id),
-            ("round", sent.round, self.round),
-            ("base model", sent.base_fingerprint, self.base_fingerprint),
+    def problem(self, update: HasOrigin) -> str | None:
+        """Say why an update is foreign, or None."""
+        for what, found, expected in (
+            ("run", update.run_id, self.run_id),
+            ("round", update.round, self.round),
+            ("base model", update.base_fingerprint, self.base_fingerprint),
         ):
-            if is_ != need:
-                return f"it is of {what} {is_}, need {need}"
+            if found != expected:
+                return f"it is of {what} {found}, need {expected}"
         return None
 
 
@@ -104,15 +104,15 @@ def tensor_name(client: str, module: str, factor: str) -> str:
 
 
 def records_text(records: Sequence[UpdateRecord]) -> str:
-    """Return the records of an update file as the one text that is checksummed."""
+    """Return the records of an update file as the text that is checksummed."""
     return _RECORDS.dump_json(list(records)).decode()
 
 
-def read_update(path: Path) -> list[Published]:
-    """Read the records of one update file by its header alone: its tensors stay unread.
+def read_update(path: Path) -> list[PublishedUpdate]:
+    """Read the records of an update file from its header; its tensors stay unread.
 
-    The header's checksum covers the digests of the tensors, so it tells which file this is;
-    whoever reads a tensor compares it with its digest.
+    The header's checksum covers the digests of the tensors, so it identifies the file. A reader of
+    a tensor compares the tensor with its digest.
 
     Raises:
         FileNotFoundError: there is none.
@@ -124,28 +124,28 @@ def read_update(path: Path) -> list[Published]:
 
 
 def read_records(path: Path) -> list[UpdateRecord]:
-    """Read the records of one update file as `read_update` does."""
+    """Read the records of an update file as `read_update` does."""
     return [update.record for update in read_update(path)]
 
 
-def check_update(path: Path) -> list[Published]:
-    """Read one update file to its end and compare every tensor with its digest.
+def check_update(path: Path) -> list[PublishedUpdate]:
+    """Read an update file to its end and compare every tensor with its digest.
 
     Raises:
         FileNotFoundError: there is none.
         DamagedUpdateError: it is truncated, altered or not an update file.
     """
     with path.open("rb") as file:
-        header = read_whole(file)
+        header = read_and_check(file)
     return updates_in(path.name, header)
 
 
-def updates_in(name: str, header: Header) -> list[Published]:
-    """Return the updates of file `name`, whose header was read.
+def updates_in(name: str, header: Header) -> list[PublishedUpdate]:
+    """Return the updates of file `name` from its header.
 
     Raises:
-        DamagedUpdateError: its records are not those of updates, or do not fit its tensors; names
-            client, module and value.
+        DamagedUpdateError: the records are not those of updates, or do not fit the tensors; the
+            message names client, module and value.
     """
     try:
         records = _RECORDS.validate_json(header.records)
@@ -166,17 +166,17 @@ def updates_in(name: str, header: Header) -> list[Published]:
 
 def _published(
     name: str, header: Header, record: UpdateRecord, tensors: Mapping[str, Any]
-) -> Published:
+) -> PublishedUpdate:
     types = {tensor: entry["dtype"] for tensor, entry in tensors.items()}
     problem = _type_problem(types) or _number_problem(record, types)
     if problem:
         raise DamagedUpdateError(f"client {record.client}: {problem}")
     shapes = {tensor: tuple(entry["shape"]) for tensor, entry in tensors.items()}
-    return Published(record=record, file=name, sha256=header.digest, shapes=shapes)
+    return PublishedUpdate(record=record, file=name, sha256=header.digest, shapes=shapes)
 
 
 def _type_problem(types: Mapping[str, str]) -> str | None:
-    """Say which tensor is of no type that can be aggregated, or which pair disagrees."""
+    """Say which tensor has a type that cannot be aggregated, or which pair has two types."""
     for tensor, dtype in types.items():
         module, _, factor = tensor.rpartition("|")
         if dtype not in _FLOATS:
@@ -188,7 +188,7 @@ def _type_problem(types: Mapping[str, str]) -> str | None:
 
 
 def _number_problem(record: UpdateRecord, tensors: Iterable[str]) -> str | None:
-    """Say which module's recorded scale or norms cannot be used; a failed update has no tensors."""
+    """Say which module's recorded scale or norms are invalid; a failed update has no tensors."""
     for module in sorted({tensor.rpartition("|")[0] for tensor in tensors}):
         scale = record.scales.get(module)
         if scale is None or not math.isfinite(scale):
@@ -201,7 +201,7 @@ def _number_problem(record: UpdateRecord, tensors: Iterable[str]) -> str | None:
 
 @dataclass(kw_only=True)
 class _Folder:
-    """A folder as it was listed last; `since` is when its time of change was seen first."""
+    """A folder at its last listing; `since` is when this modification time was first seen."""
 
     path: Path
     names: frozenset[str] = frozenset()
@@ -213,45 +213,44 @@ class _Folder:
 
 @dataclass(kw_only=True)
 class UpdateScanner:
-    """Scans a round's updates; a look costs what is new, whatever the round has already.
+    """Scanner of a round's updates; a scan costs what is new, however many updates exist.
 
-    Of a file the header alone is read, and once; folders that did not change are not listed again.
-    Tensors that were altered are for the aggregation to find, which reads each of them anyway. What
-    is kept of an update is small: without scales and norms, which are many in number and which the
-    aggregation reads from the files.
+    It reads only the header of a file, once, and lists only folders that changed. The aggregation
+    reads every tensor and so finds altered ones. The scanner keeps little of an update: not the
+    scales and norms, which are many and which the aggregation reads from the files.
 
     Args:
         round: the round.
-        origin: foreign updates are refused,
-        problem: and those of which this says what is wrong.
+        origin: foreign updates are refused.
+        problem: says what is wrong with an update; such an update is refused too.
     """
 
     round: RoundPaths
     origin: Origin
-    problem: Callable[[Published], str | None] = lambda _update: None
-    _known: dict[str, list[Published]] = field(default_factory=dict)
+    problem: Callable[[PublishedUpdate], str | None] = lambda _update: None
+    _known: dict[str, list[PublishedUpdate]] = field(default_factory=dict)
     _unread: set[str] = field(default_factory=set)
-    _published: dict[str, Published] = field(default_factory=dict)
-    _duplicates: list[Published] = field(default_factory=list)
+    _published: dict[str, PublishedUpdate] = field(default_factory=dict)
+    _duplicates: list[PublishedUpdate] = field(default_factory=list)
     _failed: int = 0
     _folders: dict[str, _Folder] = field(default_factory=dict)
     _shapes: dict[frozenset[tuple[str, tuple[int, ...]]], Shapes] = field(default_factory=dict)
 
     def scan(self) -> Scan:
-        """Return what is published now; its mapping is a view that the next scan goes on with."""
-        self._look()
+        """Return the published updates; the mapping is a live view that the next scan extends."""
+        self._update_names()
         damaged: dict[str, str] = {}
         for name in sorted(self._unread):
             try:
-                found = self._read(name)
+                updates = self._read(name)
             except FileNotFoundError:
                 continue
             except (DamagedUpdateError, OSError) as error:
                 damaged[name] = str(error)
                 continue
             self._unread.discard(name)
-            self._known[name] = found
-            self._count(found)
+            self._known[name] = updates
+            self._count(updates)
         return Scan(
             published=MappingProxyType(self._published),
             damaged=damaged,
@@ -260,15 +259,15 @@ class UpdateScanner:
         )
 
     def forget(self, name: str) -> None:
-        """Read a file anew at the next scan, if it is there."""
+        """Forget a file, so that the next scan reads it again if it exists."""
         if self._known.pop(name, None) is not None:
             self._recount()
         self._unread.discard(name)
         prefix = f"{name.rpartition('/')[0]}/" if "/" in name else ""
         self._folders.pop(prefix, None)
 
-    def _look(self) -> None:
-        """Note the names of files that came and forget those that went."""
+    def _update_names(self) -> None:
+        """Note the names of new files and forget those of removed files."""
         gone = self._list("")
         for prefix in self._folders[""].shards:
             gone |= self._list(prefix)
@@ -287,10 +286,10 @@ class UpdateScanner:
             modified_ns = 0
         now = time.monotonic()
         same = last.modified_ns == modified_ns
-        if same and last.listed - last.since >= _TIME_OF_CHANGE_SECONDS:
+        if same and last.listed - last.since >= _MTIME_SECONDS:
             return set()
         names = frozenset(_names(last.path))
-        found = self._folders[prefix] = _Folder(
+        listing = self._folders[prefix] = _Folder(
             path=last.path,
             names=names,
             modified_ns=modified_ns,
@@ -298,12 +297,12 @@ class UpdateScanner:
             listed=now,
             shards=tuple(f"{name}/" for name in names if name.isdigit()),
         )
-        new = {f"{prefix}{name}" for name in found.names - last.names if _is_update(name)}
+        new = {f"{prefix}{name}" for name in listing.names - last.names if _is_update(name)}
         self._unread |= new - self._known.keys()
-        return {f"{prefix}{name}" for name in last.names - found.names}
+        return {f"{prefix}{name}" for name in last.names - listing.names}
 
-    def _count(self, found: Iterable[Published]) -> None:
-        for update in found:
+    def _count(self, updates: Iterable[PublishedUpdate]) -> None:
+        for update in updates:
             if update.record.client in self._published:
                 self._duplicates.append(update)
                 continue
@@ -311,31 +310,31 @@ class UpdateScanner:
             self._failed += update.record.status == "failed"
 
     def _recount(self) -> None:
-        # a new mapping: scans that were given out keep what they saw
+        # a new mapping: earlier scans keep theirs
         self._published = {}
         self._duplicates = []
         self._failed = 0
         for name in sorted(self._known):
             self._count(self._known[name])
 
-    def _read(self, name: str) -> list[Published]:
-        found = read_update(self.round.updates / name)
-        for update in found:
+    def _read(self, name: str) -> list[PublishedUpdate]:
+        updates = read_update(self.round.updates / name)
+        for update in updates:
             if problem := self.origin.problem(update.record) or self.problem(update):
                 raise DamagedUpdateError(f"client {update.record.client}: {problem}")
-        return [replace(self._small(update), file=name) for update in found]
+        return [replace(self._without_numbers(update), file=name) for update in updates]
 
-    def _small(self, update: Published) -> Published:
+    def _without_numbers(self, update: PublishedUpdate) -> PublishedUpdate:
         shapes = self._shapes.setdefault(frozenset(update.shapes.items()), update.shapes)
         record = update.record.model_copy(update={"scales": {}, "norms": {}})
         return replace(update, record=record, shapes=shapes)
 
 
 def update_files(paths: RoundPaths) -> list[str]:
-    """Return the names of a round's published updates below its folder of them, sorted."""
-    found = _names(paths.updates)
-    shards = [name for name in found if name.isdigit()]
-    names = [name for name in found if _is_update(name)]
+    """Return the names of a round's published updates, relative to their folder, sorted."""
+    entries = _names(paths.updates)
+    shards = [name for name in entries if name.isdigit()]
+    names = [name for name in entries if _is_update(name)]
     for folder in shards:
         names += [f"{folder}/{n}" for n in _names(paths.updates / folder) if _is_update(n)]
     return sorted(names)
@@ -343,7 +342,7 @@ def update_files(paths: RoundPaths) -> list[str]:
 
 def _names(folder: Path) -> list[str]:
     try:
-        # names alone: a path for each is ten times the work, and coordinators look all the time
+        # names alone: making paths takes ten times as long, and coordinators list all the time
         return os.listdir(folder)  # noqa: PTH208
     except FileNotFoundError:
         return []
@@ -354,7 +353,7 @@ def _is_update(name: str) -> bool:
 
 
 def shape_problem(
-    update: Published,
+    update: PublishedUpdate,
     ranks: Mapping[str, int],
     sides: Mapping[str, tuple[int, int]],
 ) -> str | None:
@@ -362,7 +361,7 @@ def shape_problem(
 
     Args:
         update: the update; a failed one has no tensors and no problem.
-        ranks: the rank of each module that the client was asked to train.
+        ranks: the rank of each module that the client had to train.
         sides: (out, in) of each module.
     """
     if update.record.status == "failed":
@@ -379,8 +378,8 @@ def shape_problem(
     return f"{extra[0].replace('|', ' ')} was not asked for" if extra else None
 
 
-def norm_problem(update: Published) -> str | None:
-    """Say which module's norms an update does not record, or None."""
+def norm_problem(update: PublishedUpdate) -> str | None:
+    """Say which module's norms are missing in an update's record, or None."""
     modules = {tensor.rpartition("|")[0] for tensor in update.shapes}
     missing = sorted(modules - update.record.norms.keys())
     return f"{missing[0]} has no norms of A and B in its record" if missing else None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from fedllm.storage.lease import highest, process_is_gone
+from fedllm.storage.lease import current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.updates import update_files
 from tests.chaos.coordinators import COORDINATORS, Command, Coordinator
@@ -271,7 +271,7 @@ class Campaign:
         yield from _stopped(trip)
         while not self._coordinates():
             yield
-        _, holder = highest(self.paths)
+        _, holder = current_lease(self.paths)
         assert holder is not None
         os.kill(holder.pid, signal.SIGKILL)
         while not process_is_gone(holder):
@@ -281,7 +281,7 @@ class Campaign:
 
     def _coordinates(self) -> bool:
         """Say whether a coordinator is at work."""
-        number, holder = highest(self.paths)
+        number, holder = current_lease(self.paths)
         if holder is None or self.paths.released(number).exists():
             return False
         return not process_is_gone(holder)

@@ -15,7 +15,7 @@ from fedllm.config.loading import read_config
 from fedllm.errors import ModelError
 from fedllm.process.session import Session
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publishing.staging import near
+from fedllm.storage.publishing.staging import staged_folder
 from fedllm.storage.records import PreparedRecord
 from tests.storage.mounts import python_on_tmpfs
 from tests.tiny import Tiny
@@ -46,14 +46,14 @@ def test_what_is_loaded_lies_on_the_nodes_disk_under_the_name_of_its_content(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SCRATCH_OF_NODE", str(tmp_path))
-    place, problem = near(source, NAME, "$SCRATCH_OF_NODE/local")
+    place, problem = staged_folder(source, NAME, "$SCRATCH_OF_NODE/local")
     assert (place, problem) == (tmp_path / "local" / NAME, "")
     expected = contents(source)
     del expected[".cache/huge"]
     assert contents(place) == expected
     # the second task of the node finds it, whatever became of the shared files
     shutil.rmtree(source)
-    assert near(source, NAME, "$SCRATCH_OF_NODE/local") == (place, "")
+    assert staged_folder(source, NAME, "$SCRATCH_OF_NODE/local") == (place, "")
 
 
 def test_tasks_of_a_node_copy_once(
@@ -65,7 +65,7 @@ def test_tasks_of_a_node_copy_once(
 
     def task() -> None:
         wait.wait()
-        places.append(near(source, NAME, str(tmp_path / "local")))
+        places.append(staged_folder(source, NAME, str(tmp_path / "local")))
 
     def counted(origin: Path, place: Path) -> None:
         copied.append(origin)
@@ -88,15 +88,15 @@ def test_a_copy_that_died_half_way_is_begun_anew_and_leaves_nothing(
     killed = (
         "import os, shutil, signal, sys\n"
         "from pathlib import Path\n"
-        "from fedllm.storage.publishing.staging import near\n"
+        "from fedllm.storage.publishing.staging import staged_folder\n"
         "die = lambda event, _: os.kill(os.getpid(), 9) if event == 'os.rename' else None\n"
         "sys.addaudithook(die)\n"
-        f"near(Path({str(source)!r}), Path({str(NAME)!r}), {str(tmp_path / 'local')!r})\n"
+        f"staged_folder(Path({str(source)!r}), Path({str(NAME)!r}), {str(tmp_path / 'local')!r})\n"
     )
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
     folder = tmp_path / "local" / NAME.parent
     assert len(list(folder.glob(".*.part"))) == 1
-    place, problem = near(source, NAME, str(tmp_path / "local"))
+    place, problem = staged_folder(source, NAME, str(tmp_path / "local"))
     assert (problem, place.is_dir()) == ("", True)
     assert sorted(path.name for path in folder.iterdir()) == ["abc", "abc.lock"]
 
@@ -114,7 +114,7 @@ def test_one_that_copies_is_waited_for(source: Path, tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         another = threading.Timer(0.3, copied_by_another)
         another.start()
-        assert near(source, NAME, str(tmp_path / "local")) == (place, "")
+        assert staged_folder(source, NAME, str(tmp_path / "local")) == (place, "")
         another.join()
     # theirs stays
     assert list(contents(place)) == ["more.json"]
@@ -131,7 +131,7 @@ def test_one_that_copies_is_waited_for(source: Path, tmp_path: Path) -> None:
 def test_where_it_cannot_be_the_shared_files_are_read_and_this_is_said(
     source: Path, configured: str, told: str
 ) -> None:
-    place, problem = near(source, NAME, configured)
+    place, problem = staged_folder(source, NAME, configured)
     assert place == source
     assert told in problem
     assert problem.startswith(f"storage.node_local: {configured}: ")
@@ -141,14 +141,14 @@ def test_where_it_cannot_be_the_shared_files_are_read_and_this_is_said(
 def test_a_disk_without_room_is_left_alone(source: Path, tmp_path: Path) -> None:
     script = (
         "from pathlib import Path\n"
-        "from fedllm.storage.publishing.staging import near\n"
+        "from fedllm.storage.publishing.staging import staged_folder\n"
         f"folder = Path({str(tmp_path / 'disk')!r})\n"
-        f"place, problem = near(Path({str(source)!r}), Path({str(NAME)!r}), str(folder))\n"
+        f"place, problem = staged_folder(Path({str(source)!r}), Path({str(NAME)!r}), str(folder))\n"
         "print(place, problem, [p.name for p in folder.rglob('*')], sep='\\n')\n"
     )
     place, problem, left = python_on_tmpfs(tmp_path / "disk", "size=64k", script).splitlines()
     assert place == str(source)
-    assert "GiB wanted" in problem
+    assert "GiB needed" in problem
     assert left == "['models', 'abc.lock']"
 
 

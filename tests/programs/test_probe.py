@@ -41,7 +41,7 @@ def test_a_probe_tells_packages_processors_and_leaves_its_mark_in_the_folder(
     assert (told.broken, told.storage_problem, told.local_problem) == ({}, "", "")
     assert told.cpus >= 1
     assert told.local_bytes
-    assert trial.there.exists()
+    assert trial.node_file.exists()
 
 
 def test_a_probe_waits_for_the_other_sides_file_each_time_it_is_told_to(
@@ -49,7 +49,7 @@ def test_a_probe_waits_for_the_other_sides_file_each_time_it_is_told_to(
 ) -> None:
     _, first = answers(monkeypatch, capsys, trial.root, said="look\n")
     assert FileDelayRecord.model_validate_json(first).seconds is None
-    trial.here.touch()
+    trial.submitter_file.touch()
     _, second = answers(monkeypatch, capsys, trial.root, said="look\n")
     assert FileDelayRecord.model_validate_json(second).seconds is not None
 

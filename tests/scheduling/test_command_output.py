@@ -187,7 +187,7 @@ def test_a_coordinator_that_may_exist_unseen_is_not_submitted_again(
         with pytest.raises(SubmissionUnknown, match=r"remove \S+/in-doubt\.json$"):
             submit_coordinator(paths, config, "ab12")
     assert (tmp_path / "sent").read_text() == "x\n"
-    paths.coordinator_doubt.unlink()
+    paths.coordinator_in_doubt.unlink()
     (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho 6\n")
     assert submit_coordinator(paths, config, "ab12") == "6"
 

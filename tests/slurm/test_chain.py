@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.rounds.chaining import Chain
-from fedllm.storage.lease import Lease, highest
+from fedllm.storage.lease import Lease, current_lease
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 from tests.cli.commands import fedllm
@@ -80,7 +80,7 @@ def test_a_chain_makes_the_states_of_an_undisturbed_run_and_leaves_no_job(
     assert never_more_than_two(cluster, jobs)
     assert each_trained_once(RunPaths(root=root).round(2))
     # one start by a person
-    _, holder = highest(RunPaths(root=root))
+    _, holder = current_lease(RunPaths(root=root))
     assert holder
     assert holder.origin == 1
 
@@ -132,7 +132,7 @@ def test_a_link_that_is_requeued_and_one_that_is_cancelled_are_followed_by_one_t
     submit(root, HELD, path=intercept(begun.folder / "bin", "scontrol", script, os.environ))
     first = until_stuck(cluster, root)
     cluster.slurm("scontrol", "requeue", first)
-    until(lambda: highest(RunPaths(root=root))[0] > 3, seconds=PATIENCE_SECONDS)
+    until(lambda: current_lease(RunPaths(root=root))[0] > 3, seconds=PATIENCE_SECONDS)
     # it found the successor that it had submitted
     assert until_stuck(cluster, root) == first
     second = links(cluster, root, "PD")[0]
@@ -217,13 +217,13 @@ def test_cron_advances_a_run_without_staying_and_leaves_it_to_whoever_holds_it(
     ((array,),) = arrays(cluster, root, "r0002-a0").values()
     cluster.slurm("scontrol", "release", array)
     until(lambda: fedllm("advance", root).returncode == 0, seconds=PATIENCE_SECONDS)
-    number, last = highest(RunPaths(root=root))
+    number, last = current_lease(RunPaths(root=root))
     assert last
     assert last.origin == lease.number
     assert states(root) == undisturbed
     # done: cron goes on calling
     assert fedllm("advance", root).stdout == "done\n"
-    assert highest(RunPaths(root=root))[0] == number
+    assert current_lease(RunPaths(root=root))[0] == number
 
 
 def test_a_link_keeps_one_successor_and_waits_until_no_other_runs(

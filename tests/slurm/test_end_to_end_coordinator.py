@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.storage.lease import highest
+from fedllm.storage.lease import current_lease
 from fedllm.storage.paths import RunPaths
 from tests.cli.commands import fedllm, one_line
 from tests.rounds.simulation import states
@@ -57,14 +57,14 @@ def test_a_submitted_coordinator_refuses_others_and_goes_on_when_requeued_and_wh
     assert f"Slurm job {job}" in fedllm("status", root).stdout
     assert f"Slurm job {job}" in one_line(fedllm("resume", root))
     assert f"Slurm job {job}" in one_line(fedllm(*words))
-    lease, _ = highest(RunPaths(root=root))
+    lease, _ = current_lease(RunPaths(root=root))
     cluster.slurm("scontrol", "requeue", job)
-    until(lambda: highest(RunPaths(root=root))[0] > lease, seconds=PATIENCE_SECONDS)
-    requeued, holder = highest(RunPaths(root=root))
+    until(lambda: current_lease(RunPaths(root=root))[0] > lease, seconds=PATIENCE_SECONDS)
+    requeued, holder = current_lease(RunPaths(root=root))
     assert holder
     os.kill(holder.pid, signal.SIGKILL)
-    until(lambda: highest(RunPaths(root=root))[0] > requeued, seconds=PATIENCE_SECONDS)
-    _, holder = highest(RunPaths(root=root))
+    until(lambda: current_lease(RunPaths(root=root))[0] > requeued, seconds=PATIENCE_SECONDS)
+    _, holder = current_lease(RunPaths(root=root))
     assert holder
     # all of them the same start by a person
     assert (holder.slurm_job, holder.origin) == (job, lease)

@@ -1,4 +1,4 @@
-"""Something happens on the file system just before one of our own system calls."""
+"""Interference: an action on the file system just before one of our own system calls."""
 
 import sys
 from collections.abc import Callable, Iterator

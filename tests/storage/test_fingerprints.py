@@ -1,4 +1,4 @@
-"""Keys of content: equal for equal content wherever it lies, and for nothing else."""
+"""Keys of content: equal for equal content in any place, and only for equal content."""
 
 from pathlib import Path
 
@@ -55,6 +55,6 @@ def test_every_repository_and_revision_has_its_own_key() -> None:
     assert hub_key("a/b", None).startswith("hub-a--b-")
 
 
-def test_of_what_a_library_says_the_first_line_is_told() -> None:
+def test_only_the_first_line_of_a_library_error_is_used() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"

@@ -1,4 +1,4 @@
-"""Whole folders: published once, or filled for the user, and never half."""
+"""Whole folders: published once, or filled for the user, and never in part."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from fedllm.errors import RunDirectoryError
 from fedllm.storage.publishing.folders import publishing_folder
-from fedllm.storage.publishing.outputs import filling
+from fedllm.storage.publishing.outputs import filling_folder
 from tests.storage.mounts import python_on_tmpfs
 
 FOREVER = """
@@ -95,9 +95,9 @@ FULL = """
 from pathlib import Path
 from fedllm.errors import StorageFull
 from fedllm.storage.publishing.folders import publishing_folder
-from fedllm.storage.publishing.outputs import filling
+from fedllm.storage.publishing.outputs import filling_folder
 folder = Path({folder!r})
-for publishing in (publishing_folder(folder / "key"), filling(folder / "out", last="a")):
+for publishing in (publishing_folder(folder / "key"), filling_folder(folder / "out", last="a")):
     try:
         with publishing as beside:
             (beside / "a").write_bytes(b"x" * 100_000)
@@ -107,16 +107,16 @@ print(list(folder.iterdir()))
 """
 
 
-def test_a_full_disk_is_told_and_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     said = python_on_tmpfs(folder, "size=16k", FULL.format(folder=str(folder))).splitlines()
     words = "no space left on device; make space, then resume the run"
     assert said == [f"{folder}/key: {words}", f"{folder}/out: {words}", "[]"]
 
 
-def test_an_output_folder_is_filled_and_the_file_that_says_so_comes_last(tmp_path: Path) -> None:
+def test_an_output_folder_is_filled_and_its_last_file_comes_last(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    with filling(out, last="a.json") as inside:
+    with filling_folder(out, last="a.json") as inside:
         fill(inside, **{"a.json": "1", "b.safetensors": "2"})
         (inside / "deep").mkdir()
         fill(inside / "deep", c="3")
@@ -126,23 +126,23 @@ def test_an_output_folder_is_filled_and_the_file_that_says_so_comes_last(tmp_pat
     assert max(out.iterdir(), key=lambda path: path.stat().st_ctime_ns).name == "a.json"
 
 
-def test_an_output_that_fails_takes_its_new_folders_away(tmp_path: Path) -> None:
+def test_a_failed_output_removes_its_new_folders(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        filling(tmp_path / "new" / "out", last="a") as inside,
+        filling_folder(tmp_path / "new" / "out", last="a") as inside,
     ):
         fill(inside, a="half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_fails_while_its_files_move_leaves_only_what_others_put_there(
+def test_an_output_that_fails_while_its_files_move_leaves_only_the_files_of_others(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
     with (
         pytest.raises(RunDirectoryError, match=r"out: cannot be written \(is a directory\)"),
-        filling(out, last="z") as inside,
+        filling_folder(out, last="z") as inside,
     ):
         fill(inside, a="1", b="2", z="3")
         (out / "b").mkdir()

@@ -15,7 +15,7 @@ from fedllm.errors import LeaseError
 from fedllm.storage.lease import (
     Lease,
     boot_id,
-    highest,
+    current_lease,
     process_is_gone,
     process_start_time,
 )
@@ -75,11 +75,11 @@ def hold(paths: RunPaths, **changes: object) -> LeaseRecord:
 
 
 def test_the_first_coordinator_holds_lease_one(paths: RunPaths) -> None:
-    assert highest(paths) == (0, None)
+    assert current_lease(paths) == (0, None)
     lease = Lease.acquire(paths)
     assert lease.number == 1
     lease.check()
-    assert highest(paths) == (1, lease.record)
+    assert current_lease(paths) == (1, lease.record)
 
 
 def test_a_second_coordinator_is_refused_and_the_first_is_named(paths: RunPaths) -> None:
@@ -90,7 +90,7 @@ def test_a_second_coordinator_is_refused_and_the_first_is_named(paths: RunPaths)
         assert str(caught.value) == (
             f"{paths.root}: coordinator 1 holds this run: {place}; wait for it or end it first"
         )
-        assert highest(paths)[0] == 1
+        assert current_lease(paths)[0] == 1
 
 
 def test_a_lease_that_was_given_back_is_free(paths: RunPaths) -> None:
@@ -104,7 +104,7 @@ def test_a_lease_that_was_given_back_is_free(paths: RunPaths) -> None:
 def test_a_killed_holder_is_taken_over(paths: RunPaths, buried: bool) -> None:
     with coordinator(paths) as process:
         process.send_signal(signal.SIGKILL)
-        # until its parent asks, a killed process is a zombie
+        # a killed process is a zombie until its parent waits for it
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         if buried:
             process.wait()
@@ -133,7 +133,7 @@ def test_a_holder_on_another_machine_is_unknown_and_unknown_is_not_gone(paths: R
     lease.check()
 
 
-def test_who_was_taken_over_stops(paths: RunPaths) -> None:
+def test_a_coordinator_that_was_taken_over_stops(paths: RunPaths) -> None:
     first = Lease.acquire(paths)
     Lease.acquire(paths, take_over=True)
     with pytest.raises(LeaseError, match=r"coordinator 2 .* took over from 1; this one stops"):
@@ -144,7 +144,7 @@ def test_who_was_taken_over_stops(paths: RunPaths) -> None:
         Lease.acquire(paths)
 
 
-def test_of_two_that_find_the_holder_gone_one_takes_over(paths: RunPaths) -> None:
+def test_one_of_two_coordinators_takes_over_from_a_holder_that_is_gone(paths: RunPaths) -> None:
     hold(paths, start_time="1")
 
     def rival_is_faster(record: LeaseRecord) -> bool | None:
@@ -156,7 +156,7 @@ def test_of_two_that_find_the_holder_gone_one_takes_over(paths: RunPaths) -> Non
         Lease.acquire(paths, gone=rival_is_faster)
 
 
-def test_taking_over_is_from_the_holder_that_was_there_not_from_one_that_came_meanwhile(
+def test_take_over_does_not_apply_to_a_holder_that_came_meanwhile(
     paths: RunPaths,
 ) -> None:
     hold(paths, host="elsewhere")
@@ -171,12 +171,12 @@ def test_a_holder_in_a_batch_job_names_it_in_its_lease(paths: RunPaths) -> None:
     assert Lease.acquire(paths, job="12").record.slurm_job == "12"
 
 
-def test_files_that_are_no_leases_are_passed_over(paths: RunPaths) -> None:
+def test_files_that_are_no_leases_are_ignored(paths: RunPaths) -> None:
     paths.leases.mkdir()
     (paths.leases / ".0001.json.0.part").write_text("half")
-    assert highest(paths) == (0, None)
+    assert current_lease(paths) == (0, None)
     Lease.acquire(paths).release()
-    assert highest(paths)[0] == 1
+    assert current_lease(paths)[0] == 1
 
 
 def test_a_process_that_never_was_has_no_start_time() -> None:
@@ -206,7 +206,7 @@ def test_without_a_boot_id_there_is_an_empty_one(monkeypatch: pytest.MonkeyPatch
     assert boot_id() == ""
 
 
-def test_what_no_person_started_goes_on_with_the_start_that_a_person_made(paths: RunPaths) -> None:
+def test_an_unattended_coordinator_keeps_the_origin_of_the_one_before(paths: RunPaths) -> None:
     def taken(*, unattended: bool) -> Lease:
         return Lease.acquire(paths, take_over=True, unattended=unattended)
 
@@ -220,11 +220,11 @@ def test_what_no_person_started_goes_on_with_the_start_that_a_person_made(paths:
 def test_a_lease_a_minute_for_months_fills_no_folder(paths: RunPaths) -> None:
     for number in (1, 199, 200, 399, 400):
         hold(paths, number=number, start_time="1")
-        assert highest(paths)[0] == number
+        assert current_lease(paths)[0] == number
     lease = Lease.acquire(paths)
     assert lease.number == 401
     lease.release()
     assert paths.released(401).parent == paths.lease(400).parent != paths.lease(399).parent
     # made for a lease that was not taken in the end
     (paths.leases / "0009").mkdir()
-    assert highest(paths)[0] == 401
+    assert current_lease(paths)[0] == 401

@@ -1,4 +1,4 @@
-"""Names: every file has one place, every client its own name."""
+"""Paths: every file has one place, every client its own file name."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from fedllm.errors import UserError
 from fedllm.storage.paths import (
-    MOST_ENTRIES,
+    MAX_ENTRIES,
     JobPaths,
     RoundPaths,
     RunPaths,
-    aside,
+    backup_name,
     cache_of,
     encode_client,
     shipped,
@@ -24,7 +24,7 @@ AWKWARD = ["", ".", "..", "../x", "a/b", "a b", "A", "a", "é", "🦙", "~a", "a
 
 
 @given(one=st.text(), other=st.text())
-def test_two_clients_never_share_a_name_also_where_case_is_folded(one: str, other: str) -> None:
+def test_two_clients_never_share_a_name_even_where_case_is_ignored(one: str, other: str) -> None:
     assert (encode_client(one).casefold() == encode_client(other).casefold()) == (one == other)
 
 
@@ -100,16 +100,16 @@ def test_every_file_of_a_run_has_its_place() -> None:
     assert JobPaths(root=attempt.root).submission == attempt.submission
 
 
-def test_what_is_set_aside_never_replaces_what_was_set_aside_before(tmp_path: Path) -> None:
+def test_a_backup_never_replaces_an_earlier_backup(tmp_path: Path) -> None:
     path = tmp_path / "collection.json"
     for number in (1, 2, 3):
         path.write_text(str(number))
-        path.rename(aside(path, "replaced"))
+        path.rename(backup_name(path, "replaced"))
     assert (tmp_path / "collection.json.replaced-1").read_text() == "1"
     assert (tmp_path / "collection.json.replaced-3").read_text() == "3"
 
 
-def test_what_is_shipped_is_found_and_what_is_not_is_told() -> None:
+def test_shipped_files_are_found_and_a_missing_one_is_named() -> None:
     assert shipped("jobs/client.py").is_file()
     assert shipped("errors.py").is_file()
     with pytest.raises(UserError, match=r"jobs/nothing.py: not part of this installation"):
@@ -143,4 +143,4 @@ def test_no_folder_of_a_large_attempt_has_more_than_a_few_hundred_entries() -> N
         for path in (file, *file.parents):
             entries.setdefault(path.parent, set()).add(path)
     assert len(set(files)) == len(files)
-    assert max(map(len, entries.values())) <= MOST_ENTRIES
+    assert max(map(len, entries.values())) <= MAX_ENTRIES

@@ -12,7 +12,7 @@ from fedllm.errors import ConfigError
 from fedllm.storage.publishing.permissions import share_with_group
 
 GROUPS = [grp.getgrgid(number) for number in {os.getegid(), *os.getgroups()}]
-# the last: one that new files would not belong to anyway, where this user has any other
+# the last group: one that new files do not get by default, if this user has another
 GROUP = sorted(GROUPS, key=lambda group: group.gr_gid == os.getegid())[0]
 IF_ROOT = next(g for g in grp.getgrall() if g.gr_gid != os.getegid())
 SHARED = IF_ROOT if os.geteuid() == 0 else GROUP

@@ -1,4 +1,4 @@
-"""A published file is whole or absent, whatever happens; a name is taken by one."""
+"""Published files are whole or absent, whatever happens; only one process gets a name."""
 
 import errno
 import os
@@ -168,7 +168,7 @@ def test_a_file_system_that_cannot_sync_folders_is_good_enough() -> None:
     sync_folder(Path("/proc"))
 
 
-def test_a_disk_that_fails_is_told_and_publishes_nothing(
+def test_a_failing_disk_is_reported_and_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(descriptor: int) -> None:
@@ -251,7 +251,7 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
         (errno.EIO, Incomplete, "resume the run"),
     ],
 )
-def test_what_a_file_system_refuses_is_one_line_with_a_remedy(
+def test_an_error_of_the_file_system_is_one_line_with_a_remedy(
     tmp_path: Path, code: int, kind: type[FedllmError], remedy: str
 ) -> None:
     def refuse() -> None:
@@ -274,7 +274,7 @@ def test_other_errors_of_the_file_system_pass_as_they_are(tmp_path: Path) -> Non
     assert caught.value.errno == errno.EXDEV
 
 
-def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
+def test_a_library_error_about_a_full_disk_is_understood(tmp_path: Path) -> None:
     def refuse(words: str) -> None:
         with storage_errors(tmp_path):
             raise RuntimeError(words)
@@ -289,7 +289,7 @@ def refusing(code: int) -> None:
     raise OSError(code, os.strerror(code))
 
 
-def test_a_file_system_without_hard_links_is_told_apart(tmp_path: Path) -> None:
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path) -> None:
     with (
         just_before("os.link", lambda *_: refusing(errno.EOPNOTSUPP)),
         pytest.raises(RunDirectoryError, match="has no hard links"),

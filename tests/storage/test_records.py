@@ -1,4 +1,4 @@
-"""Records come back as they were written, or name what is wrong with them."""
+"""Records are read back as they were written, or the error names what is wrong with them."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_only_the_first_record_takes_a_name(tmp_path: Path) -> None:
 
 
 @given(value=st.floats())
-def test_any_number_comes_back_also_what_json_has_no_word_for(value: float) -> None:
+def test_any_number_is_read_back_even_if_json_has_no_word_for_it(value: float) -> None:
     scores = Scores(rows=1, loss=value, rouge_l=0.0, exact_match=1.0)
     assert repr(Scores.model_validate_json(scores.to_bytes())) == repr(scores)
     update = record_of("a", losses=[value], norms={"m": (value, 0.0)})
@@ -109,7 +109,7 @@ def test_the_layout_keeps_its_name_in_json(kind: type[PreparedRecord | CohortRec
     assert record.to_bytes().decode() == content
 
 
-def test_keys_of_a_later_version_are_passed_over() -> None:
+def test_keys_of_a_later_version_are_ignored() -> None:
     later = b'{"bundle": 7, "task": "12_3", "node": "node1", "colour": "red"}'
     assert ClaimRecord.model_validate_json(later) == CLAIM
 

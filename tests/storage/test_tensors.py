@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from fedllm.errors import RunDirectoryError
 from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.tensors import (
-    Planned,
     TensorFile,
+    TensorSpec,
     TensorWriter,
     write_tensors,
     writing_checked,
@@ -54,7 +54,7 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
         assert set(file.module("m.sub")) == {"A"}
 
 
-def test_a_file_is_read_on_after_its_memory_was_let_go(tmp_path: Path) -> None:
+def test_a_file_stays_readable_after_its_memory_is_released(tmp_path: Path) -> None:
     path = tmp_path / "global.safetensors"
     write_tensors(path, TENSORS, {})
     with TensorFile(path) as file:
@@ -64,7 +64,7 @@ def test_a_file_is_read_on_after_its_memory_was_let_go(tmp_path: Path) -> None:
         assert torch.equal(before, TENSORS["m.A"])
         write_tensors(tmp_path / "other", TENSORS, {})
         (tmp_path / "other").replace(path)
-        with pytest.raises(RunDirectoryError, match="exchanged"):
+        with pytest.raises(RunDirectoryError, match="was replaced while"):
             file.release()
 
 
@@ -105,7 +105,7 @@ def test_every_type_and_shape_is_read_alike_by_safetensors(
         assert torch.equal(found[name], tensor)
 
 
-def test_what_is_not_contiguous_or_needs_a_gradient_is_written_as_its_values(
+def test_tensors_that_are_not_contiguous_or_need_a_gradient_are_written_as_their_values(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "t.safetensors"
@@ -151,8 +151,8 @@ def test_a_damaged_file_or_a_missing_tensor_is_named(tmp_path: Path) -> None:
         TensorFile(tmp_path / "none")
 
 
-def planned_of(tensors: dict[str, torch.Tensor]) -> dict[str, Planned]:
-    return {name: Planned.of(tensor) for name, tensor in tensors.items()}
+def planned_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(TENSORS)))
@@ -211,11 +211,11 @@ def half_checked(path: Path) -> AbstractContextManager[TensorWriter]:
     return writing_checked(path, "[]", planned_of(TENSORS))
 
 
-def test_what_was_not_planned_or_is_written_twice_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_that_was_not_planned_or_is_written_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     for tensor in (torch.ones(3, 2), torch.ones(2, 3).double()):
         with (
-            pytest.raises(AssertionError, match="unplanned"),
+            pytest.raises(AssertionError, match=", planned "),
             writing_tensors(path, planned_of(TENSORS), {}) as writer,
         ):
             writer.write("m.A", tensor)
@@ -232,7 +232,7 @@ FULL = """
 import torch
 from pathlib import Path
 from fedllm.errors import StorageFull
-from fedllm.storage.tensors import Planned, publish_update, write_tensors, writing_checked
+from fedllm.storage.tensors import TensorSpec, publish_update, write_tensors, writing_checked
 from tests.storage.samples import record_of
 folder = Path({folder!r})
 big = torch.ones(300, 300)
@@ -245,7 +245,7 @@ try:
 except StorageFull as error:
     print(error)
 try:
-    with writing_checked(folder / "f.safetensors", "[]", {{"m": Planned.of(big)}}) as writer:
+    with writing_checked(folder / "f.safetensors", "[]", {{"m": TensorSpec.of(big)}}) as writer:
         try:
             writer.write("m", big)
         except StorageFull as error:
@@ -257,7 +257,7 @@ print(list(folder.iterdir()))
 """
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     said = python_on_tmpfs(folder, "size=64k", FULL.format(folder=str(folder))).splitlines()
     assert [line.partition(";")[0] for line in said] == [

@@ -1,4 +1,4 @@
-"""Those who only look at updates see what the coordinator would take, each file read once."""
+"""Observers of updates see what the coordinator would take, and read each file once."""
 
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,7 @@ def clients(found: list[UpdateRecord]) -> list[str]:
 @pytest.mark.parametrize(
     "change", [{"run_id": "other"}, {"round": 4}, {"base_fingerprint": "other"}]
 )
-def test_what_the_scanner_refuses_as_foreign_is_passed_over(
-    paths: RoundPaths, change: dict[str, Any]
-) -> None:
+def test_foreign_updates_are_left_out(paths: RoundPaths, change: dict[str, Any]) -> None:
     publish(paths, "1", bundle=0)
     foreign = publish(paths, "2", bundle=1, **change)
     scan = UpdateScanner(round=paths, origin=ORIGIN).scan()
@@ -66,7 +64,7 @@ def test_a_file_is_read_once(paths: RoundPaths) -> None:
     assert reads == [first.name, second.name]
 
 
-def test_a_file_that_went_is_no_longer_counted(paths: RoundPaths) -> None:
+def test_a_removed_file_is_no_longer_counted(paths: RoundPaths) -> None:
     path = publish(paths, "1")
     looks = reader(paths)
     assert clients(looks.look()) == ["1"]

@@ -1,4 +1,4 @@
-"""Update files: whole, of this run and round, and of the shapes that were asked for, or refused."""
+"""Update files: whole, of this run and round, and of the expected shapes, or refused."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from fedllm.storage.checked import (
     RECORDS,
     DamagedUpdateError,
     digest_of,
-    read_whole,
+    read_and_check,
 )
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import TensorFile, UpdateFile, publish_update
 from fedllm.storage.updates import (
     Origin,
-    Published,
+    PublishedUpdate,
     UpdateScanner,
     check_update,
     norm_problem,
@@ -87,7 +87,7 @@ def test_a_collected_file_is_known_by_its_header_and_checked_tensor_by_tensor(
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    # what lies last is told; the rest is as it was sent
+    # only the last tensor is damaged; the rest is as it was sent
     last = UpdateFile(path, sha256)
     altered = [
         (client, module, factor)
@@ -134,7 +134,7 @@ def test_an_open_file_takes_little_memory_however_many_modules_it_has(tmp_path: 
         check=True,
         timeout=120,
     )
-    # a digest and a place for each of 336 tensors, and what is allocated once
+    # a digest and a place for each of 336 tensors, and one-time allocations
     assert int(done.stdout) < 32 << 10
 
 
@@ -208,7 +208,9 @@ def test_an_altered_byte_is_found_wherever_it_is(paths: RoundPaths) -> None:
     assert check_update(path) == before
 
 
-def unless_damaged(read: Callable[[Path], list[Published]], path: Path) -> list[Published]:
+def unless_damaged(
+    read: Callable[[Path], list[PublishedUpdate]], path: Path
+) -> list[PublishedUpdate]:
     try:
         return read(path)
     except DamagedUpdateError:
@@ -237,7 +239,7 @@ def resealed(path: Path, records: Callable[[str], str]) -> None:
 
     rewritten(path, change)
     with path.open("rb") as file:
-        read_whole(file)
+        read_and_check(file)
 
 
 def rewritten(path: Path, change: Any) -> Path:
@@ -397,7 +399,7 @@ def test_without_a_folder_nothing_is_published(paths: RoundPaths) -> None:
     assert (scan.published, scan.damaged, scan.duplicates) == ({}, {}, ())
 
 
-def test_a_scan_finds_what_is_published_and_passes_over_what_is_beside(paths: RoundPaths) -> None:
+def test_a_scan_finds_published_updates_and_ignores_other_files(paths: RoundPaths) -> None:
     publish(paths, *CLIENTS)
     last = publish(paths, "late", bundle=1)
     shutil.copy(last, last.with_name(f".{last.name}.0.part"))
@@ -426,7 +428,7 @@ def test_foreign_updates_are_named_and_not_published(
     assert set(scan.published) == {"b"}
 
 
-def test_of_duplicates_the_first_counts_and_the_others_are_counted(paths: RoundPaths) -> None:
+def test_the_first_of_duplicates_is_used_and_the_others_are_counted(paths: RoundPaths) -> None:
     first = publish(paths, *CLIENTS)
     second = publish(paths, CLIENTS[1], attempt=2)
     scan = scanner(paths).scan()
@@ -463,7 +465,7 @@ def test_forgetting_one_file_leaves_the_others_as_they_are(paths: RoundPaths) ->
     assert set(scans.scan().published) == {"b", "d"}
 
 
-def test_a_damaged_file_is_read_again_for_it_may_be_on_its_way(paths: RoundPaths) -> None:
+def test_a_damaged_file_is_read_again_because_it_may_be_on_its_way(paths: RoundPaths) -> None:
     path = publish(paths, "a")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -480,7 +482,7 @@ def test_a_file_that_vanishes_during_a_scan_is_not_there(paths: RoundPaths) -> N
     assert (scan.published, scan.damaged) == ({}, {})
 
 
-def test_what_a_scanner_keeps_does_not_grow_with_the_modules(paths: RoundPaths) -> None:
+def test_the_memory_of_a_scanner_does_not_grow_with_the_modules(paths: RoundPaths) -> None:
     publish(paths, *CLIENTS)
     kept = scanner(paths).scan().published
     assert len({id(update.shapes) for update in kept.values()}) == 1

@@ -216,7 +216,7 @@ def counts_on(attempt: AttemptPaths, *tasks: str) -> None:
 
 def before(paths: RoundPaths) -> AttemptPaths:
     """The attempt of the round before: done, and where the worker's command line leads."""
-    return paths.before.attempt(1)
+    return paths.previous.attempt(1)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from fedllm.scheduling.slurm.coordinator_job import (
     job_is_gone,
 )
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.lease import highest, process_is_gone
+from fedllm.storage.lease import current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 
@@ -71,7 +71,7 @@ def _end_job(job: str) -> str:
 
 def _end_holder(paths: RunPaths) -> Iterator[str]:
     """End who holds the run, a job that was submitted by hand or a process."""
-    number, holder = highest(paths)
+    number, holder = current_lease(paths)
     if holder is None or paths.released(number).exists():
         return
     if holder.slurm_job:

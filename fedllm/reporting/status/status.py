@@ -18,7 +18,7 @@ from fedllm.reporting.status.queue import (
     queue_status,
 )
 from fedllm.reporting.usage import Usage, round_usage
-from fedllm.storage.lease import HolderIsGone, highest, place_of, process_is_gone
+from fedllm.storage.lease import HolderIsGone, current_lease, location_of, process_is_gone
 from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import (
@@ -124,7 +124,7 @@ class StatusReader:
         current = _current(self._paths, config.rounds, done)
         prepared = self._paths.prepared.exists()
         jobs = self._jobs(rounds, done)
-        lease, holder = highest(self._paths)
+        lease, holder = current_lease(self._paths)
         answers = self._answers(jobs, holder)
         state, coordinator = self._coordinator(lease, holder, answers)
         here = None
@@ -191,7 +191,7 @@ class StatusReader:
         state, where = "stopped", "none"
         holds = holder is not None and not self._paths.released(number).exists()
         if holder is not None and holds:
-            state, where = self._holder_state(holder, answers), place_of(holder)
+            state, where = self._holder_state(holder, answers), location_of(holder)
         job = self._submitted()
         # a job that gave its lease back may wait to go on: it was preempted, say
         if job is None or (holder is not None and holds and holder.slurm_job == job):

@@ -10,7 +10,7 @@ from fedllm.reporting.status.pace import Estimate, Pace
 from fedllm.reporting.status.queue import QueueStatus
 from fedllm.reporting.status.status import RoundStatus, RunStatus
 from fedllm.reporting.tables import text_table
-from fedllm.storage.records import in_training
+from fedllm.storage.records import training_text
 
 _MOST_TASKS = 24
 _MOST_FAILED = 10
@@ -113,7 +113,7 @@ def _task_table(tasks: tuple[TaskStatus, ...]) -> str:
             task.task,
             task.node,
             task.state,
-            in_training(task.client, task.clients),
+            training_text(task.client, task.clients),
             str(task.step) if task.client else "",
             str(task.clients_done),
             str(task.held),

@@ -47,7 +47,7 @@ def start_attempt(
     if excluded:
         options = {name: _excluding(given, excluded) for name, given in options.items()}
     capacities = {name: run.scheduler.capacity(given) for name, given in options.items()}
-    before = run.known_records.find(CollectionRecord, paths.before.collection)
+    before = run.known_records.find(CollectionRecord, paths.previous.collection)
     classes = plan_classes(
         groups,
         federation.classes,

@@ -17,7 +17,7 @@ def find_idle_workers(
     found: dict[str, list[str]] = defaultdict(list)
     if not run.config.scheduler.linger_minutes:
         return found
-    attempts = [*attempts_of(paths.before.attempt), *attempts_of(paths.attempt)]
+    attempts = [*attempts_of(paths.previous.attempt), *attempts_of(paths.attempt)]
     records = {
         record.task: record
         for attempt in attempts

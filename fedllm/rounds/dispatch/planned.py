@@ -13,7 +13,7 @@ from fedllm.reporting.usage import Options
 from fedllm.rounds.dispatch.dry_run import DryRun, dry_run_jobs, plan_first_round
 from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable
 from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
-from fedllm.storage.paths import MOST_ENTRIES, RunPaths, shipped
+from fedllm.storage.paths import MAX_ENTRIES, RunPaths, shipped
 from fedllm.storage.records import PreparedRecord
 
 # what identifies a job is not what it asks for
@@ -83,7 +83,7 @@ def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capaci
     except ConfigError:
         raise
     except (UserError, SchedulerUnreachable):
-        return Capacity(free_slots=most, max_parallel=most, largest_array=MOST_ENTRIES)
+        return Capacity(free_slots=most, max_parallel=most, largest_array=MAX_ENTRIES)
 
 
 def _geometry(

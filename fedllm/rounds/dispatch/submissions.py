@@ -18,7 +18,7 @@ from fedllm.scheduling.seam import (
     SubmissionUnknown,
     TaskState,
 )
-from fedllm.storage.paths import JobPaths, aside, attempts_of
+from fedllm.storage.paths import JobPaths, attempts_of, backup_name
 from fedllm.storage.records import (
     ArrayRecord,
     DoubtRecord,
@@ -130,20 +130,20 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
 
 def _sent_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[str]:
     """Return the tasks of an array, submitted now unless it is found or may exist unseen."""
-    doubt = run.known_records.find(DoubtRecord, paths.doubt)
+    doubt = run.known_records.find(DoubtRecord, paths.in_doubt)
     in_doubt = doubt is not None and doubt.name == job.name
     found = run.scheduler.find(job.name) if search or in_doubt else None
     if found is not None:
         return found
     if doubt and in_doubt:
-        raise SubmissionUnknown(doubt.said).kept_in(paths.doubt)
+        raise SubmissionUnknown(doubt.said).kept_in(paths.in_doubt)
     run.lease.check()
     try:
         return run.scheduler.submit(job)
     except SubmissionUnknown as error:
         # also where the lease was lost meanwhile: who holds it now must not send it again
-        DoubtRecord(name=job.name, said=str(error)).publish(paths.doubt)
-        raise error.kept_in(paths.doubt) from error
+        DoubtRecord(name=job.name, said=str(error)).publish(paths.in_doubt)
+        raise error.kept_in(paths.in_doubt) from error
 
 
 def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, list[str]]) -> None:
@@ -154,7 +154,7 @@ def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, 
     """
     if not ids and not plan.adopted:
         run.lease.check()
-        paths.root.rename(aside(paths.root, "refused"))
+        paths.root.rename(backup_name(paths.root, "refused"))
         return
     arrays = [array for array in plan.arrays if array.name in ids]
     sent = Counter[str]()

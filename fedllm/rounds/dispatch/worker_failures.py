@@ -21,7 +21,7 @@ from fedllm.storage.records import (
     OutcomeRecord,
     SubmissionRecord,
     TaskRecord,
-    in_training,
+    training_text,
 )
 from fedllm.storage.updates import Scan
 
@@ -53,7 +53,7 @@ def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
             continue
         doing = "nothing begun"
         if record and record.client:
-            doing = f"client {in_training(record.client, record.clients)}, step {record.step}"
+            doing = f"client {training_text(record.client, record.clients)}, step {record.step}"
         why = f"no progress for {silent / 60:.1f} minutes ({doing})"
         run.lease.check()
         run.scheduler.cancel([task])
@@ -148,7 +148,7 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     """
     before: set[str] = set()
     if paths.number > 1:
-        for last in attempts_of(paths.before.attempt)[-1:]:
+        for last in attempts_of(paths.previous.attempt)[-1:]:
             before = set(run.known_records.read(SubmissionRecord, last.submission).excluded_nodes)
     failures: Counter[str] = Counter()
     ran: set[str] = set()
@@ -159,7 +159,7 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
         ran |= _nodes(attempt)
     broken = {node for node, count in failures.items() if count >= _most(run)}
     if paths.number > 1 and broken:
-        ran = ran.union(*map(_nodes, attempts_of(paths.before.attempt)))
+        ran = ran.union(*map(_nodes, attempts_of(paths.previous.attempt)))
     if not (ran | set(failures)) - broken:
         broken = set()
     for node in sorted(broken - before):
@@ -190,7 +190,7 @@ def memory_factor(run: Run, paths: RoundPaths, attempts: int, worker_class: str)
     """
     if not attempts and paths.number == 1:
         return 1.0
-    last = paths if attempts else paths.before
+    last = paths if attempts else paths.previous
     number = attempts or last.last_attempt()
     if not number:
         return 1.0

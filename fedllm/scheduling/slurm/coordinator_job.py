@@ -131,8 +131,8 @@ def refuse_second_coordinator(paths: RunPaths, run_id: str) -> None:
             f"{paths.root}: its coordinator waits or runs as Slurm job {', '.join(jobs)}; wait "
             f"for it, or end it with: fedllm cancel {paths.root}"
         )
-    if doubt := DoubtRecord.find(paths.coordinator_doubt):
-        raise SubmissionUnknown(doubt.said).kept_in(paths.coordinator_doubt)
+    if doubt := DoubtRecord.find(paths.coordinator_in_doubt):
+        raise SubmissionUnknown(doubt.said).kept_in(paths.coordinator_in_doubt)
 
 
 def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
@@ -260,8 +260,8 @@ def _find_submitted(paths: RunPaths, run_id: str, output: str) -> str:
     jobs = [job for job in coordinator_jobs(run_id) if job != TaskEnvironment().job]
     if not jobs:
         unknown = SubmissionUnknown(unknown_submission(_name(run_id), output))
-        DoubtRecord(name=_name(run_id), said=str(unknown)).publish(paths.coordinator_doubt)
-        raise unknown.kept_in(paths.coordinator_doubt)
+        DoubtRecord(name=_name(run_id), said=str(unknown)).publish(paths.coordinator_in_doubt)
+        raise unknown.kept_in(paths.coordinator_in_doubt)
     return jobs[-1]
 
 

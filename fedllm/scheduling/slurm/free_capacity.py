@@ -22,10 +22,10 @@ from fedllm.scheduling.slurm.limits import (
     Place,
 )
 from fedllm.scheduling.slurm.nodes import NODE_COLUMNS, Request
-from fedllm.storage.paths import MOST_ENTRIES
+from fedllm.storage.paths import MAX_ENTRIES
 
 # keeps a folder of logs small
-LARGEST_ARRAY = MOST_ENTRIES
+LARGEST_ARRAY = MAX_ENTRIES
 # places in the queue that stay free of workers: aggregation and evaluation need one
 _RESERVED = 1
 # limits are cached for this many `scheduler.query_seconds`, idle resources for this part of one

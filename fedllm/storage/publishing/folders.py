@@ -1,4 +1,4 @@
-"""Publishing whole folders: written beside, then renamed; the first one stays."""
+"""Publication of whole folders: written beside, then renamed; the first one stays."""
 
 import os
 import shutil
@@ -6,43 +6,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedllm.storage.publishing.publish import beside_of, make_folder, storage_errors, sync_folder
+from fedllm.storage.publishing.publish import (
+    make_folder,
+    storage_errors,
+    sync_folder,
+    temporary_name,
+)
 
 
 @contextmanager
 def publishing_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; publish it under `path` when the block succeeds.
+    """Give a temporary folder beside `path`; publish it as `path` when the block succeeds.
 
-    For content that its name determines: where someone else has published `path` meanwhile,
-    theirs stays and ours is discarded. A failed block leaves nothing behind.
+    The name must determine the content: if another process has published `path` meanwhile, its
+    folder stays and ours is discarded. A failed block leaves nothing behind.
     """
     with storage_errors(path):
         make_folder(path.parent)
-        beside = beside_of(path)
-        beside.mkdir()
+        temporary = temporary_name(path)
+        temporary.mkdir()
         try:
-            yield beside
-            sync_tree(beside)
-            _rename_unless_there(beside, path)
+            yield temporary
+            sync_tree(temporary)
+            _rename_unless_there(temporary, path)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(path.parent)
 
 
 def sync_tree(path: Path) -> None:
-    """Make a file, or a folder with all that is in it, last through a loss of power."""
-    for each in (*path.rglob("*"), path):
-        if each.is_dir():
-            sync_folder(each)
+    """Make a file, or a folder with everything in it, survive a loss of power."""
+    for entry in (*path.rglob("*"), path):
+        if entry.is_dir():
+            sync_folder(entry)
             continue
-        with each.open("rb") as file:
+        with entry.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def _rename_unless_there(beside: Path, path: Path) -> None:
+def _rename_unless_there(temporary: Path, path: Path) -> None:
     try:
-        # renaming onto a folder that is not empty fails: nobody's work is replaced
-        beside.rename(path)
+        # renaming onto a non-empty folder fails, so no other folder is replaced
+        temporary.rename(path)
     except OSError:
         if not path.is_dir():
             raise

@@ -1,4 +1,4 @@
-"""Run directories that a group shares: what one member writes, the others can go on with."""
+"""Permissions of run directories that a group shares: every member can continue a run."""
 
 import grp
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 from fedllm.errors import ConfigError
 from fedllm.storage.publishing.publish import make_folder, storage_errors
 
-_FOR_GROUP = 0o2770  # set-group-id: what is made below belongs to the group too
+_FOR_GROUP = 0o2770  # set-group-id: new files below belong to the group too
 _NOT_FOR_OTHERS = 0o007
 
 
 def let_group_write() -> None:
-    """Let the group read and write what this process makes from now on, and nobody else."""
+    """Let only this user and the group read and write what this process makes from now on."""
     os.umask(_NOT_FOR_OTHERS)
 
 
@@ -32,7 +32,7 @@ def group_number(group: str) -> int:
 
 
 def share_with_group(root: Path, group: str) -> None:
-    """Give a run directory to a group, with all that this process makes in it from now on.
+    """Give a run directory to a group, with everything that this process makes in it later.
 
     Raises:
         ConfigError: there is no such group, or this user is not in it.
@@ -42,7 +42,7 @@ def share_with_group(root: Path, group: str) -> None:
     let_group_write()
     with storage_errors(root):
         make_folder(root)
-        found = root.stat()
-        if (found.st_gid, found.st_mode & _FOR_GROUP) != (number, _FOR_GROUP):
+        status = root.stat()
+        if (status.st_gid, status.st_mode & _FOR_GROUP) != (number, _FOR_GROUP):
             os.chown(root, -1, number)
-            root.chmod(found.st_mode | _FOR_GROUP)
+            root.chmod(status.st_mode | _FOR_GROUP)

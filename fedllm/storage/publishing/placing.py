@@ -1,7 +1,7 @@
-"""Tensor files of which every tensor is written at its place, in any order. No torch here.
+"""Tensor files whose tensors are written at their places, in any order. No torch here.
 
-Names, types and shapes are known before the first tensor is made, so all places are; several
-threads may write at once. The file is published when everything is there.
+Names, types and shapes are known before the first tensor exists, so all places are known too, and
+several threads may write at once. The file is published when every tensor is written.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ class Places:
     """A file that is being written.
 
     Args:
-        path: what it will be called, for errors.
+        path: its final name, for errors.
         descriptor: the open file.
-        layout: where the tensors lie after the header.
-        begin: where the header ends.
+        layout: the places of the tensors after the header.
+        begin: the byte where the header ends.
     """
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, begin: int) -> None:
@@ -47,7 +47,7 @@ class Places:
         Raises:
             StorageFull: no space or quota is left.
         """
-        begin, end = self._range(name)
+        begin, end = self._byte_range(name)
         assert len(data) == end - begin, f"{name}: {len(data)} bytes, planned {end - begin}"
         with storage_errors(self._path):
             _write_at(self._descriptor, data, begin)
@@ -56,22 +56,22 @@ class Places:
             self._written.add(name)
 
     def finish(self) -> None:
-        """See that nothing is missing."""
+        """Check that every tensor was written."""
         missing = sorted(self._layout.keys() - self._written)
         assert not missing, f"{self._path}: {missing[0]} was never written"
 
-    def _range(self, name: str) -> tuple[int, int]:
+    def _byte_range(self, name: str) -> tuple[int, int]:
         begin, end = self._layout[name]["data_offsets"]
         return self._begin + begin, self._begin + end
 
 
 class HashedPlaces(Places):
-    """A file whose SHA-256 is known when it is finished: hashed as far as it lies whole."""
+    """A file that is hashed while it is written: as far as it has no gap."""
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, header: bytes) -> None:
         super().__init__(path, descriptor, layout, len(header))
         self._digest = hashlib.sha256(header)
-        self._order = sorted(layout, key=lambda name: (self._range(name), name))
+        self._order = sorted(layout, key=lambda name: (self._byte_range(name), name))
         self._hashed = 0
         self._is_hashing = False
         with storage_errors(path):
@@ -84,7 +84,10 @@ class HashedPlaces(Places):
         return self._digest.hexdigest()
 
     def write(self, name: str, data: memoryview) -> None:
-        """Write the bytes of one tensor, once, and hash what lies whole if no other thread does."""
+        """Write the bytes of one tensor, once, and hash the file as far as it has no gap.
+
+        Only one thread hashes at a time.
+        """
         super().write(name, data)
         with self._lock:
             if self._is_hashing:
@@ -92,10 +95,10 @@ class HashedPlaces(Places):
             self._is_hashing = True
         while next_name := self._next():
             with storage_errors(self._path):
-                self._hash(*self._range(next_name))
+                self._hash(*self._byte_range(next_name))
 
     def _next(self) -> str | None:
-        """Return what is to be hashed next, if it is there; else let go of the hashing."""
+        """Return the next tensor to hash, if it is written; else stop being the hashing thread."""
         with self._lock:
             if self._hashed < len(self._order) and self._order[self._hashed] in self._written:
                 self._hashed += 1
@@ -105,18 +108,20 @@ class HashedPlaces(Places):
 
     def _hash(self, begin: int, end: int) -> None:
         while begin < end:
-            piece = os.pread(self._descriptor, min(CHUNK_BYTES, end - begin), begin)
-            assert piece, f"{self._path}: shorter than what was written"
-            self._digest.update(piece)
-            begin += len(piece)
+            chunk = os.pread(self._descriptor, min(CHUNK_BYTES, end - begin), begin)
+            assert chunk, f"{self._path}: shorter than what was written"
+            self._digest.update(chunk)
+            begin += len(chunk)
 
 
 class CheckedPlaces(Places):
-    """A file of records and tensors: its header is written last, with the tensors' digests."""
+    """A file of records and tensors; its header is written last, with the tensors' digests."""
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, records: str) -> None:
-        # digests are of one length: the header's is known before them
-        empty = encoded(layout, metadata_of(records, layout, dict.fromkeys(layout, _NO_DIGEST)))
+        # all digests have one length, so the length of the header is known before them
+        empty = encoded_header(
+            layout, metadata_of(records, layout, dict.fromkeys(layout, _NO_DIGEST))
+        )
         super().__init__(path, descriptor, layout, len(empty))
         self._records = records
         self._digests: dict[str, str] = {}
@@ -127,9 +132,11 @@ class CheckedPlaces(Places):
         super().write(name, data)
 
     def finish(self) -> None:
-        """See that nothing is missing and write the header."""
+        """Check that every tensor was written, and write the header."""
         super().finish()
-        header = encoded(self._layout, metadata_of(self._records, self._layout, self._digests))
+        header = encoded_header(
+            self._layout, metadata_of(self._records, self._layout, self._digests)
+        )
         assert len(header) == self._begin
         with storage_errors(self._path):
             _write_at(self._descriptor, memoryview(header), 0)
@@ -138,8 +145,8 @@ class CheckedPlaces(Places):
 @contextmanager
 def placing(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Iterator[HashedPlaces]:
     """Publish the tensors that the block writes; a failed block leaves nothing behind."""
-    header = encoded(layout, dict(sorted(metadata.items())), last=True)
-    with publishing(path) as beside, beside.open("w+b") as file:
+    header = encoded_header(layout, dict(sorted(metadata.items())), last=True)
+    with publishing(path) as temporary, temporary.open("w+b") as file:
         places = HashedPlaces(path, file.fileno(), layout, header)
         yield places
         places.finish()
@@ -148,16 +155,16 @@ def placing(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Iterator
 @contextmanager
 def placing_checked(path: Path, layout: Layout, records: str) -> Iterator[CheckedPlaces]:
     """Publish records and the tensors that the block writes under one checksum."""
-    with publishing(path) as beside, beside.open("w+b") as file:
+    with publishing(path) as temporary, temporary.open("w+b") as file:
         places = CheckedPlaces(path, file.fileno(), layout, records)
         yield places
         places.finish()
 
 
-def encoded(layout: Layout, metadata: Mapping[str, str], *, last: bool = False) -> bytes:
+def encoded_header(layout: Layout, metadata: Mapping[str, str], *, last: bool = False) -> bytes:
     """Return the header of a safetensors file; its metadata comes first, or `last`."""
-    about = {METADATA: metadata}
-    header = {**layout, **about} if last else {**about, **layout}
+    entry = {METADATA: metadata}
+    header = {**layout, **entry} if last else {**entry, **layout}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

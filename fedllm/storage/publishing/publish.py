@@ -1,4 +1,4 @@
-"""The one authority for publishing files: write beside, fsync, rename, fsync the folder."""
+"""The one place that publishes files: write beside, fsync, rename, fsync the folder."""
 
 import errno
 import os
@@ -30,18 +30,18 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def version_of(path: Path) -> Version:
-    """Return what tells a file from every other that has its name: publication makes a new one.
+    """Return the version of a file, which changes with every publication under its name.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line that names `path` and the remedy.
+    """Turn errors of the file system into one line that names `path` and the remedy.
 
     Raises:
         StorageFull: no space or quota is left.
@@ -67,21 +67,21 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _error_code(error: Exception) -> int:
-    """Return the system's error number, 0 without one."""
+    """Return the system's error number, 0 if there is none."""
     if isinstance(error, OSError):
         return error.errno or 0
-    # libraries written in Rust (safetensors, tokenizers) raise errors of their own
-    told = _RUST_ERROR.search(str(error))
-    return int(told[1]) if told else 0
+    # libraries written in Rust (safetensors, tokenizers) raise their own errors
+    match = _RUST_ERROR.search(str(error))
+    return int(match[1]) if match else 0
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a loss of power."""
+    """Make the names in a folder survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some file systems write names through and refuse to be asked
+        # some file systems write names at once and refuse fsync on folders
         if error.errno != errno.EINVAL:
             raise
     finally:
@@ -89,7 +89,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder with its parents, each of whose names lasts as the files in it do."""
+    """Make a folder and its parents; their names survive a loss of power."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -97,76 +97,76 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def beside_of(path: Path) -> Path:
-    """Return a temporary name beside `path` that no reader takes for a file of the run."""
+def temporary_name(path: Path) -> Path:
+    """Return a temporary name beside `path` that no reader mistakes for a file of the run."""
     return path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
 
 
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; publish it under `path` when the block succeeds.
+    """Give a temporary path beside `path`; publish it as `path` when the block succeeds.
 
     A reader sees the old file or the whole new one. A failed block leaves nothing behind.
     """
     with storage_errors(path):
         make_folder(path.parent)
-        beside = beside_of(path)
+        temporary = temporary_name(path)
         try:
-            yield beside
-            with beside.open("rb") as written:
+            yield temporary
+            with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-                _replace(beside, path, os.fstat(written.fileno()))
+                _replace(temporary, path, os.fstat(written.fileno()))
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
 
-def _replace(beside: Path, path: Path, written: os.stat_result) -> None:
+def _replace(temporary: Path, path: Path, written: os.stat_result) -> None:
     try:
-        beside.replace(path)
+        temporary.replace(path)
     except FileNotFoundError:
-        # NFS: where the answer to a rename was lost, the repeated request finds nothing to rename
+        # NFS: if the answer to a rename was lost, the repeated request finds nothing to rename
         if not (path.exists() and os.path.samestat(path.stat(), written)):
             raise
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
     """Publish `content` under `path`."""
-    with publishing(path) as beside:
-        beside.write_bytes(content)
+    with publishing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def publish_once(path: Path, content: bytes) -> bool:
-    """Publish `content` unless `path` exists already; say whether it was this call that did.
+    """Publish `content` unless `path` exists already; say whether this call did.
 
-    Uses `link`, the lock that is safe on NFS and Lustre; a link whose answer was lost is
-    recognised by its link count.
+    It uses `link`, the lock that is safe on NFS and Lustre. The link count tells that a link was
+    made though its answer was lost.
 
     Raises:
         RunDirectoryError: the file system has no hard links.
     """
     with storage_errors(path):
         make_folder(path.parent)
-        beside = beside_of(path)
+        temporary = temporary_name(path)
         try:
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if not _link(beside, path):
+            if not _link(temporary, path):
                 return False
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
         return True
 
 
-def _link(beside: Path, path: Path) -> bool:
+def _link(temporary: Path, path: Path) -> bool:
     try:
-        os.link(beside, path)
+        os.link(temporary, path)
     except FileExistsError:
-        return beside.stat().st_nlink > 1
+        return temporary.stat().st_nlink > 1
     except OSError as error:
         if error.errno in _NO_LINKS:
             raise RunDirectoryError(
@@ -178,12 +178,12 @@ def _link(beside: Path, path: Path) -> bool:
 
 
 def age_seconds(path: Path) -> float:
-    """Return how long ago a file was published, by its file system's own clock.
+    """Return the seconds since a file was published, by its file system's own clock.
 
-    Two files of one file system are compared: no decision compares the clocks of two machines.
+    It compares two files of one file system: no decision compares the clocks of two machines.
     """
     with storage_errors(path):
-        now = beside_of(path)
+        now = temporary_name(path)
         now.touch()
         try:
             return now.stat().st_mtime - path.stat().st_mtime

@@ -1,4 +1,4 @@
-"""Copies on a node's own disk, made once per node, of what every task of it reads."""
+"""Copies of shared files on a node's own disk, made once per node for all its tasks."""
 
 import errno
 import fcntl
@@ -13,14 +13,14 @@ from fedllm.errors import FedllmError
 from fedllm.storage.publishing.folders import publishing_folder
 from fedllm.storage.publishing.publish import make_folder
 
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 def node_folder(configured: str) -> Path:
-    """Return `storage.node_local` as it is on this node.
+    """Return the folder that `storage.node_local` names on this node.
 
     Raises:
-        OSError: a variable in it is not set here, or it is not absolute.
+        OSError: it contains a variable that is not set here, or it is not absolute.
     """
     folder = Path(os.path.expandvars(configured)).expanduser()
     if not folder.is_absolute() or "$" in str(folder):
@@ -28,12 +28,12 @@ def node_folder(configured: str) -> Path:
     return folder
 
 
-def near(source: Path, name: Path, configured: str) -> tuple[Path, str]:
-    """Return where to read `source` from, and why not from this node's disk, else nothing.
+def staged_folder(source: Path, name: Path, configured: str) -> tuple[Path, str]:
+    """Return the folder to read `source` from, and why it is not the node's disk (else "").
 
     Args:
         source: a folder on shared storage.
-        name: of its copy, below that folder; it tells the content.
+        name: the path of its copy below that folder; it identifies the content.
         configured: `storage.node_local`.
     """
     try:
@@ -47,26 +47,26 @@ def near(source: Path, name: Path, configured: str) -> tuple[Path, str]:
 
 def _copy_once(source: Path, target: Path) -> None:
     make_folder(target.parent)
-    with _alone(target.with_name(f"{target.name}.lock")):
-        # another task of this node may have made it meanwhile
+    with _locked(target.with_name(f"{target.name}.lock")):
+        # another task of this node may have made the copy meanwhile
         if target.is_dir():
             return
-        for left in target.parent.glob(f".{target.name}.*.part"):
-            # of a task that was killed: nobody else writes here now
-            shutil.rmtree(left, ignore_errors=True)
-        _need_room(source, target)
-        with publishing_folder(target) as beside:
+        for leftover in target.parent.glob(f".{target.name}.*.part"):
+            # a killed task left it: nobody else writes here now
+            shutil.rmtree(leftover, ignore_errors=True)
+        _require_space(source, target)
+        with publishing_folder(target) as temporary:
             for file in _files(source):
-                place = beside / file.relative_to(source)
+                place = temporary / file.relative_to(source)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place)
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock; the kernel gives back that of a process which died.
+def _locked(lock: Path) -> Iterator[None]:
+    """Hold a lock; the kernel releases that of a process that died.
 
-    Right on a disk of the node's own, where it is for; the run directory is locked by `link`.
+    flock is safe on the node's own disk; the run directory is locked by `link`.
     """
     with lock.open("a") as file:
         while True:
@@ -74,21 +74,21 @@ def _alone(lock: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                # a signal is noted between two looks
-                time.sleep(_LOOK_SECONDS)
+                # signals are handled between two attempts
+                time.sleep(_POLL_SECONDS)
         yield
 
 
-def _need_room(source: Path, target: Path) -> None:
-    """Refuse before the disk is full: others use it too."""
-    wanted = sum(file.stat().st_size for file in _files(source))
+def _require_space(source: Path, target: Path) -> None:
+    """Raise OSError if the copy would fill the disk, which others use too."""
+    needed = sum(file.stat().st_size for file in _files(source))
     free = shutil.disk_usage(target.parent).free
-    if wanted > free:
-        raise OSError(errno.ENOSPC, f"{wanted / 2**30:.1f} GiB wanted, {free / 2**30:.1f} GiB free")
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files of a folder; hidden ones (`.git`, `.cache`) are nothing to load."""
+    """Return the files of a folder, without hidden ones (`.git`, `.cache`)."""
     return [
         path
         for path in sorted(folder.rglob("*"))
