@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedllm.cli import execution
 from fedllm.config.loading import read_config
 from fedllm.errors import UserError
-from fedllm.reporting.status.queue import Answers, Ask
+from fedllm.reporting.status.queue import AskScheduler, SchedulerAnswers
 from fedllm.scheduling.seam import Scheduler, TaskState
 from fedllm.scheduling.slurm.coordinator_job import holder_is_gone
 from fedllm.scheduling.traits import traits_of
@@ -16,7 +16,7 @@ from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import LeaseRecord
 
 
-def scheduler_query(paths: RunPaths) -> Ask | None:
+def scheduler_query(paths: RunPaths) -> AskScheduler | None:
     """Return what asks the scheduler of a run; None where it cannot answer to this process.
 
     Local tasks are known to their coordinator alone, and squeue is asked about one's own jobs.
@@ -36,7 +36,7 @@ class _Asking:
         self._query_seconds = query_seconds
         self._first_seen: dict[str, float] = {}
 
-    def __call__(self, ids: Sequence[str]) -> Answers:
+    def __call__(self, ids: Sequence[str]) -> SchedulerAnswers:
         """Return what is known of tasks; those that came since it was asked are unknown."""
         now = time.monotonic()
         # those of the first look were submitted before Slurm is asked
@@ -46,11 +46,11 @@ class _Asking:
         try:
             states = self._scheduler.states(ids)
         except UserError as error:
-            return Answers(problem=str(error))
+            return SchedulerAnswers(problem=str(error))
         if ids and all(state is TaskState.UNKNOWN for state in states.values()):
-            return Answers(problem="Slurm does not answer now")
+            return SchedulerAnswers(problem="Slurm does not answer now")
         new = {id_ for id_ in ids if self._first_seen[id_] > now - self._query_seconds}
-        return Answers(
+        return SchedulerAnswers(
             states={
                 id_: state.value
                 for id_, state in states.items()

@@ -54,10 +54,6 @@ def main(argv: Sequence[str]) -> int:
     for _ in sys.stdin:
         seconds = seconds_until(paths.submitter_file.exists, max_seconds=max_seconds)
         _print(FileDelayRecord(seconds=seconds))
-            FileDelayRecord(
-                seconds=seconds_until(paths.submitter_file.exists, max_seconds=max_seconds)
-            )
-        )
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Records to tables."""
+"""Tables and pages for people, made from records."""

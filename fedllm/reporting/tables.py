@@ -11,14 +11,14 @@ _WIDTH_COLUMNS = 10_000
 
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table; the first column is text, the others are numbers."""
+    """Return an aligned table; the first column is left-aligned text, the others are numbers."""
     table = Table(box=None, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
-    # names are the user's: brackets and colons in them are no markup
+    # the user chooses the names: brackets and colons in them are not markup
     console = Console(
         file=buffer,
         width=_WIDTH_COLUMNS,

@@ -1,4 +1,4 @@
-"""What a round used of the machines, from the progress records of its workers."""
+"""Machine time that a round used, from the progress records of its workers."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Options = Mapping[str, str | int | float | bool | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tasks that worked, and their seconds: in training clients, allocated, times GPUs."""
+    """Machine time: tasks that worked, and their seconds in training, allocated, and times GPUs."""
 
     tasks: int = 0
     busy_seconds: float = 0.0
@@ -22,7 +22,7 @@ class Usage:
     gpu_seconds: float = 0.0
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Add up two usages."""
+        """Return the sum of two usages."""
         return Usage(
             tasks=self.tasks + other.tasks,
             busy_seconds=self.busy_seconds + other.busy_seconds,
@@ -37,13 +37,13 @@ class Usage:
 
 
 def round_usage(paths: RoundPaths, records: RecordCache | None = None) -> Usage:
-    """Return what the tasks of a round's attempts used so far.
+    """Return what the tasks of a round's attempts have used so far.
 
-    A task that was killed counts to its last progress record, at most a minute earlier.
+    A killed task counts up to its last progress record, at most a minute before its end.
 
     Args:
         paths: the round.
-        records: what was read before, for who asks again and again.
+        records: the cache of a caller that asks repeatedly.
     """
     records = records or RecordCache()
     total = Usage()
@@ -57,7 +57,7 @@ def round_usage(paths: RoundPaths, records: RecordCache | None = None) -> Usage:
 
 
 def task_usage(record: TaskRecord, gpus: int) -> Usage:
-    """Return what one task used in all its starts, on so many GPUs."""
+    """Return what one task used in all its starts, with `gpus` GPUs."""
     allocated = record.allocated_seconds + record.earlier_allocated_seconds
     return Usage(
         tasks=1,
@@ -69,40 +69,40 @@ def task_usage(record: TaskRecord, gpus: int) -> Usage:
 
 def gpus_of_classes(plan: SubmissionRecord) -> dict[str, int]:
     """Return the GPUs of a task per class of a plan."""
-    wanted = {name: gpus_of(workers.options) for name, workers in plan.workers.items()}
-    return wanted | {array.worker_class: gpus_of(array.options) for array in plan.arrays}
+    planned = {name: gpus_of(workers.options) for name, workers in plan.workers.items()}
+    return planned | {array.worker_class: gpus_of(array.options) for array in plan.arrays}
 
 
 def gpus_of(options: Options) -> int:
-    """Return how many GPUs a task of these sbatch options has."""
-    given = by_flag(options)
-    nodes, processes = _count(given.get("nodes")), _count(given.get("ntasks"))
+    """Return the number of GPUs of a task with these sbatch options."""
+    flags = by_flag(options)
+    nodes, processes = _count(flags.get("nodes")), _count(flags.get("ntasks"))
     for name, times in (("gpus", 1), ("gpus-per-node", nodes), ("gpus-per-task", processes)):
-        if given.get(name):
-            return times * sum(_count(part) for part in str(given[name]).split(","))
-    parts = [part for part in str(given.get("gres") or "").split(",") if _is_gpu(part)]
+        if flags.get(name):
+            return times * sum(_count(part) for part in str(flags[name]).split(","))
+    parts = [part for part in str(flags.get("gres") or "").split(",") if _is_gpu(part)]
     return nodes * sum(_count(part) for part in parts)
 
 
 def cpus_of(options: Options) -> int:
-    """Return how many CPUs a task of these sbatch options asks for."""
-    given = by_flag(options)
-    nodes = _count(given.get("nodes"))
-    processes = given.get("ntasks") or nodes * _count(given.get("ntasks-per-node"))
-    return _count(processes) * _count(given.get("cpus-per-task"))
+    """Return the number of CPUs that these sbatch options request for a task."""
+    flags = by_flag(options)
+    nodes = _count(flags.get("nodes"))
+    processes = flags.get("ntasks") or nodes * _count(flags.get("ntasks-per-node"))
+    return _count(processes) * _count(flags.get("cpus-per-task"))
 
 
 def memory_of(options: Options) -> str:
-    """Return the memory that these sbatch options ask for, in their own words."""
-    given = by_flag(options)
-    if given.get("mem"):
-        return str(given["mem"])
-    per = [
-        f"{given[f'mem-per-{unit}']} per {unit.upper()}"
+    """Return the memory that these sbatch options request, as written there."""
+    flags = by_flag(options)
+    if flags.get("mem"):
+        return str(flags["mem"])
+    shares = [
+        f"{flags[f'mem-per-{unit}']} per {unit.upper()}"
         for unit in ("cpu", "gpu")
-        if given.get(f"mem-per-{unit}")
+        if flags.get(f"mem-per-{unit}")
     ]
-    return per[0] if per else ""
+    return shares[0] if shares else ""
 
 
 def _is_gpu(resource: str) -> bool:
@@ -110,6 +110,6 @@ def _is_gpu(resource: str) -> bool:
 
 
 def _count(value: str | int | float | bool | None) -> int:
-    """Return the number that `4`, `2-8` (at least two), `a100:4` or `gpu:a100:4` says, else 1."""
-    found = re.match(r"(\d+)", str(value).rpartition(":")[2].partition("(")[0].strip())
-    return int(found[1]) if found else 1
+    """Return the number in `4`, `2-8` (at least two), `a100:4` or `gpu:a100:4`, else 1."""
+    match = re.match(r"(\d+)", str(value).rpartition(":")[2].partition("(")[0].strip())
+    return int(match[1]) if match else 1

@@ -27,7 +27,7 @@ CLIENTS = ("task/7 ü", "12", "13", "14")
 
 
 def begin(root: Path, **changes: object) -> RunPaths:
-    """Make a run that was opened and nothing more."""
+    """Make a run directory with a configuration and a run record only."""
     paths = RunPaths(root=root)
     publish_bytes(paths.config, dump_config(config_of(**changes)).encode())
     RunRecord(run_id="run", result_fingerprint="", versions={}).publish(paths.run)

@@ -166,7 +166,7 @@ def test_runs_are_compared_on_the_clients_that_all_have_scored_in_the_tiers_of_t
     ]
 
 
-def test_a_run_that_is_not_through_is_compared_by_its_last_state(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_compared_by_its_last_state(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0})
     two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0})
     through = compare({"one": one.root, "two": two.root})
@@ -175,7 +175,7 @@ def test_a_run_that_is_not_through_is_compared_by_its_last_state(tmp_path: Path)
     assert compare({"one": one.root, "two": two.root}) == through
 
 
-def test_a_comparison_prints_or_says_in_one_line_why_not(
+def test_a_comparison_is_printed_or_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = finished(tmp_path / "one", {"a": 1.0})
@@ -189,7 +189,7 @@ def test_a_comparison_prints_or_says_in_one_line_why_not(
         ([f"={one.root}"], "need NAME=RUN"),
         ([f"base={one.root}"], "`base` is the state before training"),
         ([f"x={tmp_path}"], "not a run directory"),
-        ([f"x={begun.root}"], "not evaluated at start and end; resume the run"),
+        ([f"x={begun.root}"], "no evaluation of the base or of a later round; resume the run"),
         ([f"x={one.root}", f"y={other.root}"], "no client was scored in all of them"),
     ):
         assert main(arguments) == 2

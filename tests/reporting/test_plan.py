@@ -1,4 +1,4 @@
-"""The geometry of a round: what is submitted, how long it takes, what it costs and writes."""
+"""The geometry of a round: its jobs, their time and cost, and the files that it writes."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.workers import STARTUP_SECONDS
-from fedllm.reporting.plan.plan import Geometry, RealOptions, Room, plan_geometry
+from fedllm.reporting.plan.plan import Geometry, QueueLimits, RealOptions, plan_geometry
 from fedllm.reporting.plan.plan_text import describe_plan, flags_text, queue_line
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
 from fedllm.rounds.dispatch.dry_run import plan_first_round
@@ -28,7 +28,7 @@ def geometry(
     *,
     clients: int = 100,
     slots: tuple[int, ...] = (),
-    room: Room | None = None,
+    room: QueueLimits | None = None,
     options: RealOptions | None = None,
 ) -> Geometry:
     prepared = prepared_of([heavy(str(n)) for n in range(clients)])
@@ -43,7 +43,7 @@ def geometry(
         waves=dry_run.waves,
         logs=dry_run.logs,
         slots=slots,
-        room=room or Room(),
+        room=room or QueueLimits(),
         options=options or RealOptions(),
     )
 
@@ -95,12 +95,12 @@ def test_more_slots_shorten_a_round_until_its_longest_client_is_all_there_is() -
     assert found.times[-1].tasks > found.times[0].tasks
 
 
-def test_arrays_are_split_and_sent_in_waves_and_one_line_says_so() -> None:
+def test_arrays_are_split_and_submitted_in_waves_and_one_line_says_so() -> None:
     tasks = slurm_of(scheduler__clients_per_task=1, clients__cohort={"count": 24})
     split = geometry(
         tasks,
         Capacity(free_slots=64, max_parallel=64, largest_array=10),
-        room=Room(largest_array=10),
+        room=QueueLimits(largest_array=10),
     )
     assert (split.tasks, len(split.waves)) == (24, 1)
     # one task is one client; each class has arrays of at most ten
@@ -111,19 +111,19 @@ def test_arrays_are_split_and_sent_in_waves_and_one_line_says_so() -> None:
     waves = geometry(
         tasks,
         Capacity(free_slots=64, max_parallel=64, largest_array=10, free_tasks=5),
-        room=Room(largest_array=10, most_submitted=5, free_tasks=5),
+        room=QueueLimits(largest_array=10, most_submitted=5, free_tasks=5),
     )
     assert waves.waves == (5, 5, 5, 5, 4)
     assert queue_line(waves) == (
         "MaxArraySize 10, MaxSubmitJobs 5: 24 tasks go out in 5 waves of up to 5"
     )
-    fewer = Room(largest_array=10, most_submitted=5, free_tasks=4)
+    fewer = QueueLimits(largest_array=10, most_submitted=5, free_tasks=4)
     assert "MaxSubmitJobs 5 (room for 4 tasks now): " in queue_line(
         geometry(tasks, PLENTY, room=fewer)
     )
     full = Capacity(free_slots=0, max_parallel=64, largest_array=10, free_tasks=0)
     assert queue_line(geometry(tasks, full)).endswith("no room for any of the 24 tasks now")
-    unknown = Room(problem="Slurm does not answer here")
+    unknown = QueueLimits(problem="Slurm does not answer here")
     assert queue_line(geometry(tasks, room=unknown)) == (
         "limits unknown (Slurm does not answer here): 24 tasks go out at once, in 1 array"
     )
@@ -138,7 +138,7 @@ def test_a_task_for_each_client_starts_each_anew() -> None:
     assert single.job_starts_per_minute > bundled.job_starts_per_minute
 
 
-def test_workers_that_are_there_anyway_need_no_start() -> None:
+def test_resident_workers_need_no_start() -> None:
     resident = Capacity(free_slots=2, max_parallel=2, largest_array=400, resident=True)
     found = geometry(slurm_of(), resident)
     assert found.startup_minutes == 0
@@ -161,7 +161,7 @@ def test_files_and_folders_are_those_that_a_round_really_writes(tmp_path: Path) 
         waves=dry_run.waves,
         logs=dry_run.logs,
         slots=(),
-        room=Room(),
+        room=QueueLimits(),
         options=RealOptions(),
     )
     folders = {folder.folder: folder for folder in planned.folders}
@@ -200,7 +200,7 @@ def test_evaluations_are_counted_and_estimated() -> None:
     assert (never.times, never.clients, never.seconds) == (0, 0, 0.0)
 
 
-def test_a_plan_says_all_options_that_are_set() -> None:
+def test_a_plan_shows_all_options_that_are_set() -> None:
     options = RealOptions(
         classes={"small": {"nodes": "1", "requeue": True, "time": "60"}},
         jobs={"aggregate": {"mem": "4G", "time": "20"}},

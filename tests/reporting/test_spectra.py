@@ -1,4 +1,4 @@
-"""A round's update in a few numbers: means over modules, each by its energy."""
+"""Spectra of a round's update: means over modules, each weighted by its energy."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_a_module_counts_by_the_energy_of_its_change() -> None:
     assert found.relative_excess == 0.003
 
 
-def test_modules_without_an_overlap_say_nothing_of_it() -> None:
+def test_modules_without_an_overlap_do_not_count_in_its_mean() -> None:
     found = round_spectra(aggregated(2, module(3.0, r2=1.0), module(1.0, overlap=0.4, r2=0.5)))
     assert found is not None
     assert found.overlap == pytest.approx(0.4)

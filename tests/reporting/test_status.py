@@ -1,4 +1,4 @@
-"""Where a run stands, read from its files alone."""
+"""Status of a run, read from its files alone."""
 
 import os
 import time
@@ -13,7 +13,13 @@ import torch
 from fedllm.reporting.status.attempt_tasks import AttemptStatus, EndingStatus, TaskStatus
 from fedllm.reporting.status.logs import client_log, newest_logs, tail
 from fedllm.reporting.status.pace import Estimate
-from fedllm.reporting.status.queue import Answers, ArrayStatus, Ask, QueueStatus, ReasonStatus
+from fedllm.reporting.status.queue import (
+    ArrayStatus,
+    AskScheduler,
+    QueueStatus,
+    ReasonStatus,
+    SchedulerAnswers,
+)
 from fedllm.reporting.status.status import (
     FailedClient,
     RoundStatus,
@@ -57,9 +63,9 @@ def finish(paths: RunPaths, *numbers: int) -> None:
         record.publish(paths.round(number).record)
 
 
-def answering(states: Mapping[str, str], reasons: Mapping[str, str] | None = None) -> Ask:
-    def ask(ids: Sequence[str]) -> Answers:
-        return Answers(
+def answering(states: Mapping[str, str], reasons: Mapping[str, str] | None = None) -> AskScheduler:
+    def ask(ids: Sequence[str]) -> SchedulerAnswers:
+        return SchedulerAnswers(
             states={id_: states.get(id_, "gone") for id_ in ids}, reasons=dict(reasons or {})
         )
 
@@ -181,14 +187,14 @@ def test_a_file_that_was_read_is_not_read_again_and_a_new_one_is(tmp_path: Path)
     reader = StatusReader(paths)
     before = reader.read().current
     assert before and before.published == 1
-    # its content is gone, its name is not: what was read is remembered
+    # the file is empty now, but it was read before
     paths.round(1).update(attempt=1, bundle=0, part=0).write_bytes(b"")
     publish(paths.round(1), CLIENTS[1], bundle=1, run_id="run", round=1)
     after = reader.read().current
     assert after and after.published == 2
 
 
-def test_tasks_at_work_are_told_with_their_node_log_client_and_step(tmp_path: Path) -> None:
+def test_tasks_at_work_are_shown_with_their_node_log_client_and_step(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     prepare(paths)
     finish(paths, 0)
@@ -233,7 +239,7 @@ def test_a_task_that_trains_a_group_names_the_first_client_and_counts_the_others
     assert CLIENTS[0] in other and " and " not in other
 
 
-def test_a_task_that_slurm_knows_no_more_holds_nothing(tmp_path: Path) -> None:
+def test_a_task_that_slurm_no_longer_knows_holds_nothing(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     prepare(paths)
     finish(paths, 0)
@@ -250,7 +256,7 @@ def test_a_task_that_slurm_knows_no_more_holds_nothing(tmp_path: Path) -> None:
     assert (found.claimed, found.waiting) == (1, 3)
 
 
-def test_what_lost_tasks_had_claimed_is_not_at_work(tmp_path: Path) -> None:
+def test_claims_of_lost_tasks_are_not_at_work(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     prepare(paths)
     finish(paths, 0)
@@ -263,7 +269,7 @@ def test_what_lost_tasks_had_claimed_is_not_at_work(tmp_path: Path) -> None:
     assert current(paths).claimed == 1
 
 
-def test_an_attempt_tells_its_waves_and_why_tasks_ended(tmp_path: Path) -> None:
+def test_an_attempt_shows_its_waves_and_why_tasks_ended(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     prepare(paths)
     finish(paths, 0)
@@ -309,13 +315,13 @@ def test_an_attempt_tells_its_waves_and_why_tasks_ended(tmp_path: Path) -> None:
         ),
     )
     text = status_text(tmp_path, run_status(paths))
-    assert "attempt 1: 3 of 7 tasks submitted, 1 lingered for it, 1 of 4 bundles claimed" in text
+    assert "attempt 1: 3 of 7 tasks submitted, 1 reused from the previous round, 1 of 4" in text
     assert "2 ended NODE_FAIL on n1, n3 (log /logs/7_1)" in text
     assert "1 ended by fedllm: no progress for 60 minutes" in text
     assert "nodes left out: n1" in text
 
 
-def test_why_tasks_of_an_array_wait_is_counted_and_what_would_help_is_said(tmp_path: Path) -> None:
+def test_reasons_to_wait_are_counted_and_come_with_advice(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     prepare(paths)
     finish(paths, 0)
@@ -346,7 +352,9 @@ def test_why_tasks_of_an_array_wait_is_counted_and_what_would_help_is_said(tmp_p
     assert "  1 wait for JobHeldUser: release it" in lines
 
 
-def test_without_an_answer_the_files_tell_and_one_line_says_so(tmp_path: Path) -> None:
+def test_without_an_answer_of_the_scheduler_the_files_are_shown(
+    tmp_path: Path,
+) -> None:
     paths = begin(tmp_path)
     prepare(paths)
     finish(paths, 0)
@@ -358,7 +366,7 @@ def test_without_an_answer_the_files_tell_and_one_line_says_so(tmp_path: Path) -
     elsewhere.publish(paths.lease(2))
     asked = list[object]()
     reader = StatusReader(
-        paths, gone=asked.append, ask=lambda _ids: Answers(problem="Slurm does not answer")
+        paths, gone=asked.append, ask=lambda _ids: SchedulerAnswers(problem="Slurm does not answer")
     )
     found = reader.read()
     assert (found.state, found.queue) == (
@@ -371,7 +379,7 @@ def test_without_an_answer_the_files_tell_and_one_line_says_so(tmp_path: Path) -
     assert "1 of 4 clients published" in text
 
 
-def test_the_coordinators_job_is_told_while_it_waits_and_behind_one_that_runs(
+def test_the_coordinators_job_is_shown_while_it_waits_and_behind_one_that_runs(
     tmp_path: Path,
 ) -> None:
     paths = begin(tmp_path)
@@ -389,7 +397,7 @@ def test_the_coordinators_job_is_told_while_it_waits_and_behind_one_that_runs(
     assert gone.read().state == "stopped"
 
 
-def test_rounds_that_were_timed_tell_when_the_last_one_ends(tmp_path: Path) -> None:
+def test_the_end_is_estimated_from_finished_rounds(tmp_path: Path) -> None:
     paths = begin(tmp_path, rounds=6)
     prepare(paths)
     finish(paths, 0)
@@ -412,7 +420,7 @@ def test_rounds_that_were_timed_tell_when_the_last_one_ends(tmp_path: Path) -> N
     assert "round 3 took 3 min" in status_text(tmp_path, found)
 
 
-def test_the_first_round_tells_its_own_end_by_the_clients_it_has(tmp_path: Path) -> None:
+def test_the_end_of_the_first_round_is_estimated_from_its_published_clients(tmp_path: Path) -> None:
     paths = begin(tmp_path, rounds=2)
     prepare(paths)
     finish(paths, 0)

@@ -1,4 +1,4 @@
-"""Tables say what they were given, whatever the names."""
+"""Tables show every name as it is given."""
 
 import pytest
 

@@ -1,1 +1,1 @@
-"""What a configuration would take: jobs, time, bytes, files."""
+"""The plan of a run before it starts: jobs, time, bytes, files."""

@@ -1,4 +1,4 @@
-"""The geometry of a round before anything is submitted."""
+"""The geometry of a round: its jobs, time and files, before anything is submitted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ _TERA = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayPlan:
-    """The workers of a class: `arrays` of `tasks` in all, `parallel` at once, and their options."""
+    """The workers of a class, `tasks` in all in `arrays`, `parallel` at once, and their options."""
 
     worker_class: str
     tiers: tuple[str, ...]
@@ -46,7 +46,7 @@ class ArrayPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class JobPlan:
-    """A job that is one task, and how often a run submits it."""
+    """A job of one task, and how often a run submits it."""
 
     kind: str
     times: int
@@ -58,9 +58,10 @@ class JobPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """What the evaluations of a run score, each row at its client's and at the largest rank.
+    """The evaluations of a run; each row is scored at its client's rank and at the largest rank.
 
-    `seconds` of the largest one is estimated from the operations alone: generating is slower.
+    `seconds` is the time of the largest evaluation, estimated from its operations alone: generating
+    text is slower.
     """
 
     times: int
@@ -71,8 +72,8 @@ class EvaluationPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
-    """What limits the queue; None: not known."""
+class QueueLimits:
+    """Limits of the queue; None means unknown."""
 
     largest_array: int | None = None
     free_tasks: int | None = None
@@ -82,7 +83,7 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What a run submits and writes; a round is round 1, whose cohort is drawn."""
+    """The jobs and files of a run; the round described is round 1, with its cohort."""
 
     rounds: int
     trainable_clients: int
@@ -91,7 +92,7 @@ class Geometry:
     arrays: tuple[ArrayPlan, ...]
     jobs: tuple[JobPlan, ...]
     waves: tuple[int, ...]
-    room: Room
+    room: QueueLimits
     tasks: int
     bundles: int
     round_minutes: float
@@ -111,7 +112,7 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class RealOptions:
-    """All sbatch options that are really set, per class of workers and per job of one task."""
+    """All sbatch options as submitted, per class of workers and per job of one task."""
 
     classes: Mapping[str, Options] = field(default_factory=dict)
     jobs: Mapping[str, Options] = field(default_factory=dict)
@@ -127,32 +128,32 @@ def plan_geometry(
     waves: tuple[int, ...],
     logs: Sequence[Path],
     slots: Sequence[int],
-    room: Room,
+    room: QueueLimits,
     options: RealOptions,
 ) -> Geometry:
-    """Return what a run submits and writes.
+    """Return the jobs and files of a run.
 
     Args:
         federation: clients, tiers and classes.
-        cohort: who trains in the round.
+        cohort: the clients that train in the round.
         classes: workers and bundles per class.
         plan: the plan with all its arrays.
-        capacities: class -> what there is room for.
-        waves: tasks that go out together.
-        logs: what the arrays leave in the folders of logs.
-        slots: numbers of free slots to tell the time for.
-        room: what limits the queue.
-        options: what sbatch is really told; empty where nothing goes to Slurm.
+        capacities: class -> the free capacity for it.
+        waves: the number of tasks submitted together, wave by wave.
+        logs: the logs that the arrays write.
+        slots: numbers of free slots to estimate the time for.
+        room: the limits of the queue.
+        options: the options as sbatch gets them; empty if nothing goes to Slurm.
     """
     config, prepared = federation.config, federation.prepared
-    arrays = tuple(_array(federation, each, plan, options) for each in classes)
+    arrays = tuple(_array(federation, item, plan, options) for item in classes)
     startup = startup_seconds(capacities)
     seconds = round_seconds(classes, startup=startup, one_bundle=plan.one_bundle)
-    hours = [_worker_hours(each, startup, plan.one_bundle) for each in classes]
+    hours = [_worker_hours(item, startup, plan.one_bundle) for item in classes]
     folders = folders_of_round(federation, cohort, plan, logs)
-    tasks = sum(each.workers for each in classes)
+    tasks = sum(item.workers for item in classes)
     evaluation = _evaluation(config, prepared)
-    # a round has an aggregation too, and its share of the evaluations
+    # a round also starts an aggregation and its share of the evaluations
     starts = tasks + 1 + evaluation.times / config.rounds
     return Geometry(
         rounds=config.rounds,
@@ -169,8 +170,8 @@ def plan_geometry(
         job_starts_per_minute=60 * starts / seconds if seconds else 0.0,
         startup_minutes=startup / 60,
         worker_hours=sum(hours),
-        cpu_hours=sum(each * array.cpus for each, array in zip(hours, arrays, strict=True)),
-        gpu_hours=sum(each * array.gpus for each, array in zip(hours, arrays, strict=True)),
+        cpu_hours=sum(time * array.cpus for time, array in zip(hours, arrays, strict=True)),
+        gpu_hours=sum(time * array.gpus for time, array in zip(hours, arrays, strict=True)),
         times=times_for_slots(
             federation, cohort, capacities, {c.worker_class: c.options for c in classes}, slots
         ),
@@ -186,31 +187,31 @@ def plan_geometry(
 
 
 def _array(
-    federation: Federation, each: ClassPlan, plan: SubmissionRecord, real: RealOptions
+    federation: Federation, class_plan: ClassPlan, plan: SubmissionRecord, real: RealOptions
 ) -> ArrayPlan:
-    name = each.worker_class
+    name = class_plan.worker_class
     options = real.classes.get(name, {})
     return ArrayPlan(
         worker_class=name,
         tiers=tuple(tier for tier, class_ in federation.classes.items() if class_ == name),
-        clients=sum(len(bundle.clients) for bundle in each.bundles),
-        bundles=len(each.bundles),
-        tasks=each.workers,
-        parallel=each.parallel,
+        clients=sum(len(bundle.clients) for bundle in class_plan.bundles),
+        bundles=len(class_plan.bundles),
+        tasks=class_plan.workers,
+        parallel=class_plan.parallel,
         arrays=sum(array.worker_class == name for array in plan.arrays),
-        work_minutes=each.seconds / each.workers / 60,
-        requested_minutes=each.minutes,
-        cpus=cpus_of(each.options),
-        gpus=gpus_of(each.options),
-        memory=memory_of(each.options),
+        work_minutes=class_plan.seconds / class_plan.workers / 60,
+        requested_minutes=class_plan.minutes,
+        cpus=cpus_of(class_plan.options),
+        gpus=gpus_of(class_plan.options),
+        memory=memory_of(class_plan.options),
         options=options,
     )
 
 
-def _worker_hours(each: ClassPlan, startup: float, one_bundle: bool) -> float:
-    # workers that wait for a slot find little left when they start
-    starts = len(each.bundles) if one_bundle else min(each.workers, each.parallel)
-    return (each.seconds + starts * startup) / 3600
+def _worker_hours(class_plan: ClassPlan, startup: float, one_bundle: bool) -> float:
+    # a worker that waits for a slot finds little work when it starts, so it hardly counts
+    starts = len(class_plan.bundles) if one_bundle else min(class_plan.workers, class_plan.parallel)
+    return (class_plan.seconds + starts * startup) / 3600
 
 
 def _jobs(config: Config, evaluation: EvaluationPlan, real: RealOptions) -> tuple[JobPlan, ...]:
@@ -233,7 +234,7 @@ def _jobs(config: Config, evaluation: EvaluationPlan, real: RealOptions) -> tupl
 
 
 def _evaluation(config: Config, prepared: PreparedRecord) -> EvaluationPlan:
-    """Return the cost of evaluations; those that score most are the base's and the last."""
+    """Return the cost of evaluations; the largest are those of the base and of the last round."""
     section = config.evaluation
     scored = [n for n in range(config.rounds + 1) if is_evaluated(section, n, config.rounds)]
     targets = choose_targets(config, prepared, config.rounds) if scored else []
@@ -242,8 +243,8 @@ def _evaluation(config: Config, prepared: PreparedRecord) -> EvaluationPlan:
     tokens = 0.0
     for target in targets:
         client = by_id[target.client]
-        each = client.train_tokens / client.train_rows if client.train_rows else 0.0
-        tokens += len(target.rows) * (each + section.max_new_tokens)
+        row_tokens = client.train_tokens / client.train_rows if client.train_rows else 0.0
+        tokens += len(target.rows) * (row_tokens + section.max_new_tokens)
     gpus = asks_for_gpus(job_options(config.scheduler.sbatch, "evaluate"))
     speed = _TERA * (config.scheduler.worker_teraflops or TERAFLOPS[gpus])
     return EvaluationPlan(

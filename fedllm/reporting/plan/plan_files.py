@@ -1,4 +1,4 @@
-"""What a round writes, and where: counted by the same paths that the round will use."""
+"""Files that a round writes, counted with the same paths that the round will use."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,15 @@ from fedllm.storage.records import CohortClient, ModuleRecord, SubmissionRecord
 _FLOAT32_BYTES = 4
 # measured on runs: a claim, a progress record, a client's line in plan, cohort and collection
 _CLAIM_BYTES, _TASK_BYTES, _CLIENT_BYTES, _RECORDS_BYTES = 250, 500, 500, 4096
-# a client's line in a log, and what its task says besides
+# a client's line in a log, and the other lines of its task
 _LOG_LINE_BYTES, _LOG_BYTES = 100, 2000
-# of an update: its record, and per module norms, scales, places and checksums of two tensors
+# an update's record, and per module its norms, scales, places and checksums of two tensors
 _UPDATE_CLIENT_BYTES, _UPDATE_MODULE_BYTES = 800, 480
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderPlan:
-    """A folder of a round: its files, entries of the largest folder in it, and estimated bytes."""
+    """A folder of a round: its files, the entries of its largest folder, and estimated bytes."""
 
     folder: str
     files: int
@@ -36,13 +36,13 @@ def folders_of_round(
     plan: SubmissionRecord,
     logs: Sequence[Path],
 ) -> tuple[FolderPlan, ...]:
-    """Return what a round writes, folder by folder.
+    """Return the files that a round writes, folder by folder.
 
     Args:
         federation: clients, tiers and ranks.
-        cohort: who trains.
+        cohort: the clients that train.
         plan: the plan with all its arrays.
-        logs: what its arrays leave in the folders of logs.
+        logs: the logs that its arrays write.
     """
     modules = federation.prepared.modules
     run = RunPaths(root=Path())
@@ -56,8 +56,8 @@ def folders_of_round(
     sent = sum(update_bytes(federation.ranks[client.tier], modules) for client in cohort)
     parts = [paths.update(attempt=1, bundle=b.number, part=0) for b in plan.bundles]
     at_once = min(len(cohort), sum(workers.parallel for workers in plan.workers.values()))
-    # adapter and, for AdamW, its two moments
-    each = 3 * sent // max(1, len(cohort))
+    # an adapter and, for AdamW, its two moments
+    checkpoint_bytes = 3 * sent // max(1, len(cohort))
     jobs = [paths.aggregate_job(1), paths.evaluation_job(1)]
     state = [paths.global_state, paths.aggregate_record]
     scores = [paths.evaluation_record]
@@ -75,7 +75,7 @@ def folders_of_round(
         _folder(
             "checkpoints",
             [paths.checkpoint(f"{n}") for n in range(at_once)],
-            each,
+            checkpoint_bytes,
             note="at most, of clients in training",
         ),
         _folder(
@@ -90,19 +90,24 @@ def folders_of_round(
 
 
 def _folder(
-    name: str, files: Iterable[Path], each: int = 0, *, total: int | None = None, note: str = ""
+    name: str,
+    files: Iterable[Path],
+    file_bytes: int = 0,
+    *,
+    total: int | None = None,
+    note: str = "",
 ) -> FolderPlan:
-    listed = list(files)
-    folders = Counter(path.parent for path in listed)
-    # folders are entries of theirs
+    all_files = list(files)
+    folders = Counter(path.parent for path in all_files)
+    # a subfolder is an entry too
     for folder in list(folders):
         if folder.parent in folders:
             folders[folder.parent] += 1
     return FolderPlan(
         folder=name,
-        files=len(listed),
+        files=len(all_files),
         largest_folder=max(folders.values(), default=0),
-        bytes=len(listed) * each if total is None else total,
+        bytes=len(all_files) * file_bytes if total is None else total,
         note=note,
     )
 

@@ -1,21 +1,21 @@
-"""A plan in lines for people."""
+"""The plan as text for people."""
 
 from collections.abc import Iterator
 
 from fedllm.planning.sbatch_options import by_flag
-from fedllm.reporting.plan.plan import Geometry, Room
+from fedllm.reporting.plan.plan import Geometry, QueueLimits
 from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.tables import number, size, text_table
 from fedllm.reporting.usage import Options
 
 
 def describe_plan(plan: Geometry) -> str:
-    """Return a plan as text."""
+    """Return the plan as text."""
     return "\n".join(
         [
             _arrays(plan),
             _jobs(plan),
-            "sbatch options, as they are really set",
+            "sbatch options as submitted",
             *(f"  {a.worker_class}: {flags_text(a.options)}" for a in plan.arrays),
             *(f"  {job.kind}: {flags_text(job.options)}" for job in plan.jobs),
             "",
@@ -66,17 +66,17 @@ def _jobs(plan: Geometry) -> str:
         ]
         for job in plan.jobs
     ]
-    header = ["job of one task", "a run", "time limit", "memory", "CPUs", "GPUs"]
-    return text_table("beside them", header, rows) + "\n"
+    header = ["job of one task", "per run", "time limit", "memory", "CPUs", "GPUs"]
+    return text_table("other jobs", header, rows) + "\n"
 
 
 def _time_limit(options: Options) -> str:
-    given = str(options.get("time", "-"))
-    return f"{given} min" if given.isdigit() else given
+    limit = str(options.get("time", "-"))
+    return f"{limit} min" if limit.isdigit() else limit
 
 
 def flags_text(options: Options) -> str:
-    """Return options as they are given to sbatch."""
+    """Return options as given to sbatch."""
     return " ".join(_flags(options)) or "(none)"
 
 
@@ -90,7 +90,7 @@ def _flags(options: Options) -> Iterator[str]:
 
 
 def queue_line(plan: Geometry) -> str:
-    """Return in a line what limits the queue, and what that makes of the arrays."""
+    """Return one line with the limits of the queue and what they mean for the arrays."""
     arrays = sum(array.arrays for array in plan.arrays)
     if sum(plan.waves) < plan.tasks:
         return f"{_limits(plan.room)}: no room for any of the {plan.tasks} tasks now"
@@ -101,18 +101,18 @@ def queue_line(plan: Geometry) -> str:
     return f"{_limits(plan.room)}: {sent}"
 
 
-def _limits(room: Room) -> str:
-    if room.problem:
-        return f"limits unknown ({room.problem})"
+def _limits(limits: QueueLimits) -> str:
+    if limits.problem:
+        return f"limits unknown ({limits.problem})"
     parts = []
-    if room.largest_array is not None:
-        parts.append(f"MaxArraySize {room.largest_array}")
-    if room.most_submitted is not None:
-        parts.append(f"MaxSubmitJobs {room.most_submitted}")
-        if room.free_tasks is not None and room.free_tasks != room.most_submitted:
-            parts[-1] += f" (room for {room.free_tasks} tasks now)"
-    elif room.free_tasks is not None:
-        parts.append(f"MaxSubmitJobs leaves room for {room.free_tasks} tasks now")
+    if limits.largest_array is not None:
+        parts.append(f"MaxArraySize {limits.largest_array}")
+    if limits.most_submitted is not None:
+        parts.append(f"MaxSubmitJobs {limits.most_submitted}")
+        if limits.free_tasks is not None and limits.free_tasks != limits.most_submitted:
+            parts[-1] += f" (room for {limits.free_tasks} tasks now)"
+    elif limits.free_tasks is not None:
+        parts.append(f"MaxSubmitJobs leaves room for {limits.free_tasks} tasks now")
     else:
         parts.append("no limit on submitted jobs")
     return ", ".join(parts)
@@ -126,7 +126,7 @@ def _costs(plan: Geometry) -> Iterator[str]:
     yield (
         f"a round trains for about {duration(60 * plan.round_minutes)}, "
         f"{duration(60 * plan.startup_minutes)} of it the start of workers; estimated from model "
-        "and data, rounds of a run are calibrated by the one before"
+        "and data; later rounds of a run are estimated from the round before"
     )
     yield f"job starts: {plan.job_starts_per_minute:.1f} a minute"
     yield _hours("a round", plan, 1)
@@ -150,7 +150,7 @@ def _hours(what: str, plan: Geometry, times: int) -> str:
 def _times(plan: Geometry) -> str:
     rows = [[str(t.slots), str(t.tasks), duration(60 * t.minutes)] for t in plan.times]
     header = ["free slots", "array tasks", "training"]
-    return text_table("a round on other numbers of slots", header, rows)
+    return text_table("time of a round by free slots", header, rows)
 
 
 def _files(plan: Geometry) -> str:

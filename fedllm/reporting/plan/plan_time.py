@@ -1,4 +1,4 @@
-"""How long a round takes for a number of slots: bundles claimed longest first by free workers."""
+"""Time that a round takes on a number of slots: free workers claim the longest bundle first."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from fedllm.storage.records import CohortClient
 
 @dataclass(frozen=True, kw_only=True)
 class SlotsPlan:
-    """A round's training on so many slots: its workers, and minutes until the last one ends."""
+    """The training of a round on `slots` slots: its workers, and minutes until the last ends."""
 
     slots: int
     tasks: int
@@ -22,22 +22,22 @@ class SlotsPlan:
 
 
 def startup_seconds(capacities: Mapping[str, Capacity]) -> float:
-    """Return what a worker needs before it trains; one that is there anyway needs nothing."""
+    """Return the seconds a worker needs before it trains; 0 if all workers run already."""
     resident = all(room.resident for room in capacities.values())
     return 0.0 if resident else STARTUP_SECONDS
 
 
 def round_seconds(classes: Sequence[ClassPlan], *, startup: float, one_bundle: bool) -> float:
-    """Return how long the classes train side by side, the start of workers included."""
-    return max((_class_seconds(each, startup, one_bundle) for each in classes), default=0.0)
+    """Return the time in which the classes train side by side, including the start of workers."""
+    return max((_class_seconds(item, startup, one_bundle) for item in classes), default=0.0)
 
 
 def _class_seconds(plan: ClassPlan, startup: float, one_bundle: bool) -> float:
-    # with a task for each bundle every one of them starts anew
-    each = startup if one_bundle else 0.0
-    free_at = [startup - each] * min(plan.parallel, len(plan.bundles))
+    # with one task per bundle, every bundle waits for a worker's start
+    restart_seconds = startup if one_bundle else 0.0
+    free_at = [startup - restart_seconds] * min(plan.parallel, len(plan.bundles))
     for cost in sorted((bundle.cost for bundle in plan.bundles), reverse=True):
-        heapq.heapreplace(free_at, free_at[0] + each + cost)
+        heapq.heapreplace(free_at, free_at[0] + restart_seconds + cost)
     return max(free_at)
 
 
@@ -48,9 +48,9 @@ def times_for_slots(
     options: Mapping[str, Options],
     slots: Sequence[int],
 ) -> tuple[SlotsPlan, ...]:
-    """Return how long a round takes for several numbers of free slots."""
+    """Return the time of a round for each number of free slots."""
     config = federation.config
-    found = []
+    plans = []
     for number in slots:
         rooms = {
             name: replace(room, free_slots=number, max_parallel=number)
@@ -61,15 +61,15 @@ def times_for_slots(
             federation.classes,
             costs=federation.seed_costs(),
             capacities=rooms,
-            options={name: dict(given) for name, given in options.items()},
+            options={name: dict(flags) for name, flags in options.items()},
             section=config.scheduler,
         )
         seconds = round_seconds(
             classes, startup=startup_seconds(rooms), one_bundle=_one_bundle(config)
         )
-        tasks = sum(each.workers for each in classes)
-        found.append(SlotsPlan(slots=number, tasks=tasks, minutes=seconds / 60))
-    return tuple(found)
+        tasks = sum(item.workers for item in classes)
+        plans.append(SlotsPlan(slots=number, tasks=tasks, minutes=seconds / 60))
+    return tuple(plans)
 
 
 def _one_bundle(config: Config) -> bool:

@@ -1,1 +1,1 @@
-"""What came out of a run: metrics, spectra, comparisons."""
+"""Results of a run: metrics, spectra, comparisons."""

@@ -1,4 +1,4 @@
-"""Runs on the same clients, side by side.
+"""Comparison of runs on the same clients, side by side.
 
 python -m fedllm.reporting.results.comparison NAME=RUN ...
 """
@@ -29,13 +29,13 @@ _SCORES = (("answer loss", "loss"), ("Rouge-L", "rouge_l"), ("exact match", "exa
 
 
 def compare(runs: Mapping[str, Path]) -> str:
-    """Return the base and the last evaluation of several runs per tier of the last run.
+    """Return the base and the last evaluation of several runs, per tier of the last run.
 
-    Only clients that all of them scored are counted; the base is that of the first run.
+    Only clients that were scored in all runs count; the base is that of the first run.
 
     Raises:
-        RunDirectoryError: a run has no evaluation of its base or its end, or no client was
-            scored in all runs.
+        RunDirectoryError: a run has no evaluation of its base or of its last round, or no client
+            was scored in all runs.
     """
     evaluations: dict[str, EvaluationRecord] = {}
     for name, root in runs.items():
@@ -43,7 +43,9 @@ def compare(runs: Mapping[str, Path]) -> str:
         base = EvaluationRecord.find(paths.round(0).evaluation_record)
         last = last_evaluation(paths, read_config(paths.config).rounds)
         if base is None or last is None or not last.round:
-            raise RunDirectoryError(f"{root}: not evaluated at start and end; resume the run")
+            raise RunDirectoryError(
+                f"{root}: no evaluation of the base or of a later round; resume the run"
+            )
         evaluations.setdefault(_BASE, base)
         evaluations[name] = last
     tiers = _tiers_of_all(list(evaluations.values()))
@@ -68,14 +70,14 @@ def compare(runs: Mapping[str, Path]) -> str:
 
 
 def _tiers_of_all(evaluations: Sequence[EvaluationRecord]) -> dict[str, str]:
-    """Return client -> tier in the last evaluation, for the clients that all of them scored."""
+    """Return client -> tier in the last evaluation, for the clients that all evaluations scored."""
     scored = [{client.client for client in evaluation.clients} for evaluation in evaluations]
     in_all = set.intersection(*scored)
     return {c.client: c.tier for c in evaluations[-1].clients if c.client in in_all}
 
 
 def _in_tiers(evaluation: EvaluationRecord, tiers: Mapping[str, str]) -> EvaluationRecord:
-    """Return the evaluation with clients grouped by the tiers of another run."""
+    """Return the evaluation with its clients in the tiers of another run."""
     clients = [
         client.model_copy(update={"tier": tiers[client.client]})
         for client in evaluation.clients
@@ -85,7 +87,7 @@ def _in_tiers(evaluation: EvaluationRecord, tiers: Mapping[str, str]) -> Evaluat
 
 
 def _last_tables(runs: Mapping[str, Path]) -> list[str]:
-    """Return tables about the last round of every run, and of the last run."""
+    """Return tables about the last round of every run, and about the last run."""
     states = {name: RunPaths(root=root).newest_state() for name, root in runs.items()}
     ends = {name: state for name, state in states.items() if state}
     records = {name: AggregateRecord.read(end.aggregate_record) for name, end in ends.items()}

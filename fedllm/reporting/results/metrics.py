@@ -1,4 +1,4 @@
-"""Numbers of a run from its records: never the truth, always rebuilt."""
+"""Metrics of a run, rebuilt from its records: the records alone are the truth."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from fedllm.storage.records import (
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """Mean of scores over clients, each client counting once."""
+    """The mean of scores over clients; each client counts once."""
 
     clients: int
     loss: float
@@ -29,20 +29,20 @@ class Mean:
 
 
 def mean_scores(scores: Iterable[Scores]) -> Mean | None:
-    """Return the unweighted mean over clients, None without any."""
-    listed = list(scores)
-    if not listed:
+    """Return the unweighted mean over clients, None if there are none."""
+    all_scores = list(scores)
+    if not all_scores:
         return None
     return Mean(
-        clients=len(listed),
-        loss=sum(s.loss for s in listed) / len(listed),
-        rouge_l=sum(s.rouge_l for s in listed) / len(listed),
-        exact_match=sum(s.exact_match for s in listed) / len(listed),
+        clients=len(all_scores),
+        loss=sum(s.loss for s in all_scores) / len(all_scores),
+        rouge_l=sum(s.rouge_l for s in all_scores) / len(all_scores),
+        exact_match=sum(s.exact_match for s in all_scores) / len(all_scores),
     )
 
 
 def by_tier(clients: Iterable[ClientScores]) -> dict[str, Mean]:
-    """Return the mean as deployed per tier."""
+    """Return the mean scores as deployed, per tier."""
     groups: dict[str, list[Scores]] = {}
     for client in clients:
         groups.setdefault(client.tier, []).append(client.as_deployed)
@@ -51,7 +51,7 @@ def by_tier(clients: Iterable[ClientScores]) -> dict[str, Mean]:
 
 
 def by_group(clients: Iterable[ClientScores]) -> dict[str, Mean]:
-    """Return the mean as deployed per group: train, dev, unseen."""
+    """Return the mean scores as deployed, per group: train, dev, unseen."""
     groups: dict[str, list[Scores]] = {}
     for client in clients:
         groups.setdefault(client.group, []).append(client.as_deployed)
@@ -71,9 +71,9 @@ def headline(evaluation: EvaluationRecord | None) -> str:
 
 
 def write_metrics(paths: RunPaths) -> None:
-    """Rebuild `metrics.jsonl`, one line per round that is done."""
+    """Rebuild `metrics.jsonl`, one line per finished round."""
     lines = []
-    # a folder that was set aside has another name
+    # backups of round folders have other names
     numbers = sorted(int(p.name) for p in paths.rounds.iterdir() if p.name.isdigit())
     for number in numbers:
         round_paths = paths.round(number)
@@ -94,7 +94,7 @@ def write_metrics(paths: RunPaths) -> None:
             for group, mean in by_group(evaluation.clients).items():
                 row |= {f"{group}_loss": mean.loss, f"{group}_rouge_l": mean.rouge_l}
                 row[f"{group}_exact_match"] = mean.exact_match
-        # not every reader of JSON knows NaN
+        # some readers of JSON do not know NaN
         row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
         lines.append(json.dumps(row, allow_nan=False))
     publish_bytes(paths.metrics, "".join(f"{line}\n" for line in lines).encode())

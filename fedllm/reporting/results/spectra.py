@@ -1,4 +1,4 @@
-"""How the aggregated updates of a run spread over directions, and what each rank keeps of them."""
+"""Spectra of a run's aggregated updates: how the energy spreads, and what each rank keeps."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from fedllm.reporting.tables import number, text_table
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import AggregateRecord, ModuleDiagnostics
 
-_ROUNDS = 10  # of a long run's, evenly spaced
+_MAX_ROUNDS = 10  # shown of a long run, evenly spaced
 _COLUMNS = ("effective rank", "energy beyond the smallest rank", "overlap with the round before")
 
 
@@ -24,13 +24,13 @@ class RankSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSpectra:
-    """A round's update in a few numbers: means over modules, each by the energy of its change.
+    """Summary of a round's update: means over modules, weighted by the energy of their change.
 
     `effective_rank` is the number of directions that the energy spreads over,
-    `beyond_smallest_rank` the share of it that the smallest rank of a client misses, `overlap` how
-    much of the leading directions was there in the round before (None: in no module).
-    `residual` and `relative_excess` say what the state leaves out, as a share of the energy, and
-    the worst certificate of a module.
+    `beyond_smallest_rank` the share of the energy that the smallest rank of a client misses.
+    `overlap` is the share of the leading directions that the previous round had too (None: known
+    for no module). `residual` is the share of the energy that the state leaves out, and
+    `relative_excess` the worst certificate of a module.
     """
 
     round: int
@@ -45,7 +45,7 @@ class RoundSpectra:
 def rank_summaries(record: AggregateRecord) -> list[RankSummary]:
     """Return energy kept and truncation error per rank, over all modules of a round.
 
-    Energies of modules add up: a module counts by the energy of its change.
+    A module counts by the energy of its change: energies of modules add up.
     """
     kept: dict[int, float] = {}
     total: dict[int, float] = {}
@@ -69,7 +69,7 @@ def rank_summaries(record: AggregateRecord) -> list[RankSummary]:
 
 
 def round_spectra(record: AggregateRecord) -> RoundSpectra | None:
-    """Return a round's update in a few numbers, None where nothing was aggregated."""
+    """Return the summary of a round's update, None if nothing was aggregated."""
     modules = list(record.modules.values())
     if not modules:
         return None
@@ -87,30 +87,30 @@ def round_spectra(record: AggregateRecord) -> RoundSpectra | None:
 
 
 def _mean(values: Iterable[tuple[ModuleDiagnostics, float]]) -> float | None:
-    """Return the mean by the energy of each module, None without any."""
+    """Return the mean weighted by the energy of each module, None without any energy."""
     listed = list(values)
     energy = math.fsum(module.total_energy for module, _ in listed)
     return math.fsum(m.total_energy * value for m, value in listed) / energy if energy else None
 
 
 def metrics_of(record: AggregateRecord) -> dict[str, object]:
-    """Return a round's update as the keys of a line of metrics."""
-    found = round_spectra(record)
-    if found is None:
+    """Return the summary of a round's update under the keys of `metrics.jsonl`."""
+    spectra = round_spectra(record)
+    if spectra is None:
         return {}
     return {
-        "update_energy": found.energy,
-        "effective_rank": found.effective_rank,
-        "beyond_smallest_rank": found.beyond_smallest_rank,
-        "overlap": found.overlap,
-        "residual": found.residual,
-        "relative_excess": found.relative_excess,
+        "update_energy": spectra.energy,
+        "effective_rank": spectra.effective_rank,
+        "beyond_smallest_rank": spectra.beyond_smallest_rank,
+        "overlap": spectra.overlap,
+        "residual": spectra.residual,
+        "relative_excess": spectra.relative_excess,
         **{f"energy_kept_rank_{s.rank}": s.energy_kept for s in rank_summaries(record)},
     }
 
 
 def rank_table(record: AggregateRecord) -> str:
-    """Return energy kept and truncation error per rank as a table."""
+    """Return a table of energy kept and truncation error per rank."""
     rows = [
         [str(s.rank), str(s.modules), f"{100 * s.energy_kept:.2f} %", number(s.truncation_error, 4)]
         for s in rank_summaries(record)
@@ -120,26 +120,26 @@ def rank_table(record: AggregateRecord) -> str:
 
 
 def spectra_table(paths: RunPaths, rounds: int) -> str | None:
-    """Return how the update spread, round by round, as a table; None where no round has it.
+    """Return a table of how the update spreads, round by round; None if no round has a spectrum.
 
-    Of a long run some rounds are shown, the first and the last among them.
+    A long run shows some rounds, the first and the last among them.
     """
     records = (AggregateRecord.find(paths.round(n).aggregate_record) for n in range(1, rounds + 1))
-    found = [spectra for record in records if record and (spectra := round_spectra(record))]
-    if not found:
+    rounds_known = [spectra for record in records if record and (spectra := round_spectra(record))]
+    if not rounds_known:
         return None
-    rows = [[str(spectra.round), *_told(spectra)] for spectra in _evenly(found)]
+    rows = [[str(spectra.round), *_cells(spectra)] for spectra in _evenly_spaced(rounds_known)]
     return text_table("how the aggregated update spreads", ["round", *_COLUMNS], rows)
 
 
 def last_spectra_table(runs: Mapping[str, AggregateRecord]) -> str:
-    """Return how the updates of several runs spread, as a table with a line for each."""
-    found = {name: round_spectra(record) for name, record in runs.items()}
-    rows = [[name, *_told(spectra)] for name, spectra in found.items() if spectra]
+    """Return a table of how the last updates of several runs spread, one line per run."""
+    last_spectra = {name: round_spectra(record) for name, record in runs.items()}
+    rows = [[name, *_cells(spectra)] for name, spectra in last_spectra.items() if spectra]
     return text_table("how the last aggregated update spreads", ["run", *_COLUMNS], rows)
 
 
-def _told(spectra: RoundSpectra) -> list[str]:
+def _cells(spectra: RoundSpectra) -> list[str]:
     return [
         number(spectra.effective_rank, 2),
         f"{100 * spectra.beyond_smallest_rank:.2f} %",
@@ -147,8 +147,8 @@ def _told(spectra: RoundSpectra) -> list[str]:
     ]
 
 
-def _evenly(found: Sequence[RoundSpectra]) -> list[RoundSpectra]:
-    last = len(found) - 1
-    places = range(_ROUNDS) if last >= _ROUNDS else range(last + 1)
+def _evenly_spaced(rounds: Sequence[RoundSpectra]) -> list[RoundSpectra]:
+    last = len(rounds) - 1
+    places = range(_MAX_ROUNDS) if last >= _MAX_ROUNDS else range(last + 1)
     steps = max(1, len(places) - 1)
-    return [found[round(place * last / steps)] for place in places]
+    return [rounds[round(place * last / steps)] for place in places]

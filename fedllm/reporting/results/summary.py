@@ -1,4 +1,4 @@
-"""What a run achieved, as tables from its records."""
+"""Summary of a run as tables, from its records."""
 
 import shlex
 from collections.abc import Mapping
@@ -31,19 +31,19 @@ def scores_by_tier(evaluation: EvaluationRecord) -> dict[str, Mean]:
 def last_evaluation(paths: RunPaths, rounds: int) -> EvaluationRecord | None:
     """Return the newest evaluation of a run."""
     for round_number in range(rounds, -1, -1):
-        found = EvaluationRecord.find(paths.round(round_number).evaluation_record)
-        if found:
-            return found
+        evaluation = EvaluationRecord.find(paths.round(round_number).evaluation_record)
+        if evaluation:
+            return evaluation
     return None
 
 
 def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
-    """Return how many bytes a client sends (and receives) per round: A and B in float32."""
+    """Return the bytes that a client sends (and receives) per round: A and B in float32."""
     return _FLOAT32_BYTES * adapter_weights(ranks, modules)
 
 
 def run_summary(paths: RunPaths) -> str:
-    """Return the tables that `fedllm run` ends with."""
+    """Return the tables that `fedllm run` prints at its end."""
     config = read_config(paths.config)
     parts = [f"run {paths.root} ({config.method.name} + {config.method.local})"]
     base = EvaluationRecord.find(paths.round(0).evaluation_record)
@@ -91,7 +91,7 @@ def _arrow(before: Mean | None, after: Mean) -> list[str]:
 
 
 def bytes_table(cohort: CohortRecord, prepared: PreparedRecord) -> str:
-    """Return the bytes that a client of each tier sends per round as a table."""
+    """Return a table of the bytes that a client of each tier sends per round."""
     rows = [
         [tier, _span(ranks), size(update_bytes(ranks, prepared.modules))]
         for tier, ranks in cohort.ranks.items()
@@ -105,7 +105,7 @@ def _span(ranks: Mapping[str, int]) -> str:
 
 
 def score_table(title: str, record: EvaluationRecord) -> str:
-    """Return one evaluation per tier and group as a table."""
+    """Return a table of one evaluation, per tier and group."""
     groups = {**scores_by_tier(record), **by_group(record.clients)}
     rows = [
         [name, str(m.clients), number(m.loss), number(m.rouge_l), number(m.exact_match)]

@@ -1,1 +1,1 @@
-"""Where a run stands."""
+"""Status of a run, read from its files."""

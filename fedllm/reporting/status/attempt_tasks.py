@@ -1,4 +1,4 @@
-"""How the attempts of a round fare: their tasks at work, and how others ended."""
+"""Status of a round's attempts: the tasks at work, and how others ended."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
@@ -20,10 +20,10 @@ GONE = "gone"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskStatus:
-    """A task at work, as it last told: `seconds` since its start, `held` clients unpublished.
+    """A task at work, from its last record: `seconds` since its start, `held` unpublished clients.
 
-    `state` is starting, training or lingering; gone where it ended before it published them.
-    `clients` are in training together, `client` is the first of them.
+    `state` is starting, training or lingering; it is gone if the task ended before it published the
+    held clients. `clients` are in training together, `client` is the first of them.
     """
 
     task: str
@@ -40,7 +40,7 @@ class TaskStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class EndingStatus:
-    """Tasks that ended alike: `state` in the scheduler's words, where, and the log of one."""
+    """Tasks with the same ending: `state` in the scheduler's words, their nodes, and one log."""
 
     state: str
     tasks: int
@@ -50,7 +50,7 @@ class EndingStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStatus:
-    """One plan of a round: tasks wanted and submitted so far, bundles cut and claimed."""
+    """One attempt of a round: tasks planned and submitted so far, bundles planned and claimed."""
 
     attempt: int
     tasks_wanted: int
@@ -66,23 +66,23 @@ class AttemptStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptWork:
-    """The attempts of a round, and what the last one's tasks hold."""
+    """The attempts of a round, and the tasks of the last one."""
 
     attempts: tuple[AttemptStatus, ...]
     tasks: tuple[TaskStatus, ...]
     claimed: int
 
 
-def work_of(
+def attempt_work(
     records: RecordCache, paths: RoundPaths, published: Collection[str], states: Mapping[str, str]
 ) -> AttemptWork:
-    """Read how a round's attempts fare.
+    """Read the status of a round's attempts.
 
     Args:
-        records: what was read before.
+        records: the records read before.
         paths: the round.
         published: clients that have an update.
-        states: what the scheduler says of tasks, as far as it was asked.
+        states: the scheduler's states of tasks, as far as known.
     """
     attempts: list[AttemptStatus] = []
     last: tuple[AttemptPaths, SubmissionRecord, list[ClaimRecord]] | None = None
@@ -95,7 +95,7 @@ def work_of(
     if last is None:
         return AttemptWork(attempts=(), tasks=(), claimed=0)
     attempt, plan, claims = last
-    held = _held(plan, claims, published)
+    held = _unpublished_clients(plan, claims, published)
     tasks = _tasks(records, attempt, held, claims, states)
     return AttemptWork(
         attempts=tuple(attempts),
@@ -142,15 +142,15 @@ def _endings(outcome: OutcomeRecord) -> tuple[EndingStatus, ...]:
     )
 
 
-def _held(
+def _unpublished_clients(
     plan: SubmissionRecord, claims: list[ClaimRecord], published: Collection[str]
 ) -> dict[str, int]:
-    """Return the clients that each task claimed and nobody published yet."""
+    """Return how many clients each task claimed that have no update yet."""
     clients = {bundle.number: bundle.clients for bundle in plan.bundles}
     held: dict[str, int] = {}
     for claim in claims:
-        left = sum(client not in published for client in clients.get(claim.bundle, ()))
-        held[claim.task] = held.get(claim.task, 0) + left
+        unpublished = sum(client not in published for client in clients.get(claim.bundle, ()))
+        held[claim.task] = held.get(claim.task, 0) + unpublished
     return held
 
 
@@ -161,18 +161,18 @@ def _tasks(
     claims: list[ClaimRecord],
     states: Mapping[str, str],
 ) -> list[TaskStatus]:
-    """Return the tasks that hold clients or say that they are at work."""
-    told = {r.task: r for r in records.all(TaskRecord, attempt.task_files())}
+    """Return the tasks that hold clients or whose record says that they work."""
+    records_of_tasks = {r.task: r for r in records.all(TaskRecord, attempt.task_files())}
     claimed = {claim.task: claim for claim in claims}
-    found: list[TaskStatus] = []
-    for task in sorted({*held, *told}, key=_in_order):
-        record, claim = told.get(task), claimed.get(task)
+    tasks: list[TaskStatus] = []
+    for task in sorted({*held, *records_of_tasks}, key=_task_order):
+        record, claim = records_of_tasks.get(task), claimed.get(task)
         unpublished = held.get(task, 0)
         gone = states.get(task) == GONE
         if not unpublished and (gone or record is None or record.state == "ended"):
             continue
         state = record.state if record else "starting"
-        found.append(
+        tasks.append(
             TaskStatus(
                 task=task,
                 state=GONE if gone or state == "ended" else state,
@@ -186,9 +186,9 @@ def _tasks(
                 seconds=record.allocated_seconds if record else 0.0,
             )
         )
-    return found
+    return tasks
 
 
-def _in_order(task: str) -> tuple[tuple[int, str], ...]:
-    """Sort `7_10` after `7_9`."""
+def _task_order(task: str) -> tuple[tuple[int, str], ...]:
+    """Return the sort key of a task id: `7_10` comes after `7_9`."""
     return tuple((int(part), "") if part.isdigit() else (0, part) for part in task.split("_"))

@@ -1,4 +1,4 @@
-"""Finding logs."""
+"""Logs of a run: finding and showing them."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ def newest_logs(paths: RunPaths) -> list[Path]:
     """Return the logs of the newest round that has any."""
     folders = sorted(path for path in paths.all_logs.glob("*") if path.is_dir())
     for folder in reversed(folders):
-        found = sorted(path for path in folder.rglob("*") if path.suffix in {".log", ".out"})
-        if found:
-            return found
+        logs = sorted(path for path in folder.rglob("*") if path.suffix in {".log", ".out"})
+        if logs:
+            return logs
     return sorted(paths.all_logs.glob("*.log"))
 
 
 def client_log(paths: RunPaths, rounds: int, client: str) -> Path | None:
     """Return the log of the task that claimed a client last."""
     for number in range(rounds, 0, -1):
-        found = _claimed_in(paths.round(number), client)
-        if found:
-            return found
+        log = _newest_log(paths.round(number), client)
+        if log:
+            return log
     return None
 
 
-def _claimed_in(paths: RoundPaths, client: str) -> Path | None:
+def _newest_log(paths: RoundPaths, client: str) -> Path | None:
     newest: Path | None = None
     for attempt in attempts_of(paths.attempt):
         bundles = SubmissionRecord.read(attempt.submission).bundles

@@ -1,4 +1,4 @@
-"""How fast rounds go, and when the last one will be done."""
+"""Pace of rounds, and an estimate of the end of the last one."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ RECENT_ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class TierShare:
-    """Clients of a tier that a round drew, and those whose updates it used."""
+    """The clients of a tier that a round drew, and those whose updates it used."""
 
     drawn: int
     used: int
@@ -22,7 +22,7 @@ class TierShare:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """A round's speed: `seconds` from its draw to its state (or now), training's share of them.
+    """The speed of a round: `seconds` from its draw to its state (or now), and training's share.
 
     A round that does not wait for all clients takes more of the fast `tiers`.
     """
@@ -43,7 +43,7 @@ class Pace:
 def pace_of(
     *, round_number: int, clients: int, tokens: float, seconds: float, training_seconds: float
 ) -> Pace:
-    """Return a round's speed, without what its record would add."""
+    """Return the speed of a round, without the numbers that its record adds."""
     return Pace(
         round=round_number,
         clients=clients,
@@ -57,14 +57,14 @@ def pace_of(
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds until the last round has its state, and what they were estimated from."""
+    """The seconds until the last round has its state, and the basis of this estimate (`how`)."""
 
     seconds: float
     how: str
 
 
 def pace_of_round(records: RecordCache, paths: RoundPaths) -> Pace | None:
-    """Return the speed of a round that has its state; None where that is not known any more."""
+    """Return the speed of a round that has its state, or None if it is no longer known."""
     collection = records.find(CollectionRecord, paths.collection)
     drawn, ended = written_at(paths.cohort), written_at(paths.aggregate_record)
     collected = written_at(paths.collection)
@@ -77,8 +77,8 @@ def pace_of_round(records: RecordCache, paths: RoundPaths) -> Pace | None:
         seconds=max(0.0, ended - drawn),
         training_seconds=max(0.0, collected - drawn),
     )
-    mix = collection.tiers.items()
-    pace = replace(pace, tiers={t: TierShare(drawn=m.drawn, used=m.used) for t, m in mix})
+    mixes = collection.tiers.items()
+    pace = replace(pace, tiers={t: TierShare(drawn=m.drawn, used=m.used) for t, m in mixes})
     record = records.find(RoundRecord, paths.record)
     if record is None:
         return pace
@@ -92,10 +92,10 @@ def pace_of_round(records: RecordCache, paths: RoundPaths) -> Pace | None:
 
 
 def recent_paces(records: RecordCache, paths: RunPaths, newest: int) -> list[Pace]:
-    """Return the speeds of the last rounds up to `newest` that have their state, oldest first."""
+    """Return the speeds of the last rounds up to `newest` that have a state, oldest first."""
     first = max(1, newest - RECENT_ROUNDS + 1)
-    found = (pace_of_round(records, paths.round(n)) for n in range(first, newest + 1))
-    return [pace for pace in found if pace is not None]
+    paces = (pace_of_round(records, paths.round(n)) for n in range(first, newest + 1))
+    return [pace for pace in paces if pace is not None]
 
 
 def estimate(
@@ -104,28 +104,32 @@ def estimate(
     """Estimate when the last round has its state.
 
     Args:
-        recent: rounds that have theirs.
-        current: the round that trains, if one does.
-        cohort: its clients.
-        rounds_left: rounds without a state, the current one among them.
+        recent: rounds that have a state.
+        current: the round in training, if any.
+        cohort: the number of its clients.
+        rounds_left: rounds without a state, including the current one.
     """
     timed = [pace.seconds for pace in recent if pace.seconds > 0]
     elapsed = current.seconds if current else 0.0
     if timed:
-        each = statistics.median(timed)
-        words = f"{rounds_left} rounds at {each:.0f} s, the median of the last {len(timed)}"
-        return Estimate(seconds=max(0.0, each - elapsed) + each * (rounds_left - 1), how=words)
+        round_seconds = statistics.median(timed)
+        how = f"{rounds_left} rounds at {round_seconds:.0f} s, the median of the last {len(timed)}"
+        return Estimate(
+            seconds=max(0.0, round_seconds - elapsed) + round_seconds * (rounds_left - 1), how=how
+        )
     if current is None or not current.clients:
         return None
-    each = elapsed * cohort / current.clients
-    words = f"from {current.clients} of {cohort} clients in {elapsed:.0f} s of this first round"
-    return Estimate(seconds=max(0.0, each - elapsed) + each * (rounds_left - 1), how=words)
+    round_seconds = elapsed * cohort / current.clients
+    how = f"from {current.clients} of {cohort} clients in {elapsed:.0f} s of this first round"
+    return Estimate(
+        seconds=max(0.0, round_seconds - elapsed) + round_seconds * (rounds_left - 1), how=how
+    )
 
 
 def written_at(path: Path) -> float | None:
     """Return when a file was written, in seconds since the epoch by its file system's clock.
 
-    For people to read: no decision hangs on it.
+    This is only for people to read: no decision depends on it.
     """
     try:
         return path.stat().st_mtime

@@ -1,4 +1,4 @@
-"""What clients sent, without reading what they trained: no tensor, no shape, no norm."""
+"""Summaries of published updates, read without tensors, shapes or norms."""
 
 import json
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from fedllm.storage.updates import Origin
 _METADATA_COMES_FIRST = f'{{"{METADATA}":'
 
 
-class Sent(Record):
-    """The little of an update's record that tells how its client fared."""
+class UpdateSummary(Record):
+    """The part of an update's record that tells how its client's training went."""
 
     run_id: str
     round: int
@@ -32,27 +32,27 @@ class Sent(Record):
     log: str = ""
 
 
-_SENT = TypeAdapter(list[Sent])
+_SUMMARIES = TypeAdapter(list[UpdateSummary])
 
 
-class SentUpdates:
-    """Published updates of one round; a file that was read once is not read again."""
+class UpdateSummaries:
+    """Summaries of one round's published updates; each file is read once."""
 
     def __init__(self, paths: RoundPaths, origin: Origin) -> None:
-        self._reader = UpdateReader(paths, origin, read_sent)
+        self._reader = UpdateReader(paths, origin, read_summaries)
 
-    def read(self) -> Mapping[str, Sent]:
+    def read(self) -> Mapping[str, UpdateSummary]:
         """Return the first update of every client."""
-        found: dict[str, Sent] = {}
-        for sent in self._reader.look():
-            found.setdefault(sent.client, sent)
-        return found
+        summaries: dict[str, UpdateSummary] = {}
+        for summary in self._reader.look():
+            summaries.setdefault(summary.client, summary)
+        return summaries
 
 
-def read_sent(path: Path) -> list[Sent]:
-    """Read the records of an update file by the first part of its header.
+def read_summaries(path: Path) -> list[UpdateSummary]:
+    """Read the records of an update file from the first part of its header.
 
-    The layout of the tensors, thousands of entries a client, follows and stays undecoded.
+    The layout of the tensors, thousands of entries per client, comes after them and is not decoded.
 
     Raises:
         FileNotFoundError: there is none.
@@ -67,6 +67,6 @@ def read_sent(path: Path) -> list[Sent]:
         raise ValueError(f"{path}: not an update file")
     try:
         metadata, _ = json.JSONDecoder().raw_decode(text, len(_METADATA_COMES_FIRST))
-        return _SENT.validate_json(metadata[RECORDS])
+        return _SUMMARIES.validate_json(metadata[RECORDS])
     except (ValidationError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no records of updates") from error

@@ -1,4 +1,4 @@
-"""What a scheduler says of a run's arrays: what waits, why, and what would help."""
+"""Queue status of a run's arrays: which tasks wait, why, and what would help."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +8,10 @@ WAITING, RUNNING = "waiting", "running"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What a scheduler says of tasks: waiting, running, gone or unknown, and why they wait.
+class SchedulerAnswers:
+    """States of tasks from the scheduler (waiting, running, gone or unknown), and why they wait.
 
-    `problem` says why it does not answer.
+    `problem` says why the scheduler does not answer.
     """
 
     states: Mapping[str, str] = field(default_factory=dict)
@@ -19,12 +19,12 @@ class Answers:
     problem: str = ""
 
 
-Ask = Callable[[Sequence[str]], Answers]
+AskScheduler = Callable[[Sequence[str]], SchedulerAnswers]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonStatus:
-    """Why tasks of an array wait, in the scheduler's word, and what would help."""
+    """The reason why tasks of an array wait, in the scheduler's word, and what would help."""
 
     reason: str
     tasks: int
@@ -33,7 +33,7 @@ class ReasonStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayStatus:
-    """An array of which tasks wait or run."""
+    """An array with tasks that wait or run."""
 
     name: str
     tasks: int
@@ -44,21 +44,21 @@ class ArrayStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class QueueStatus:
-    """What the scheduler says of the run's arrays; `problem` where it does not answer."""
+    """The arrays of a run in the queue; `problem` says why the scheduler does not answer."""
 
     problem: str
     arrays: tuple[ArrayStatus, ...]
 
 
 def queue_status(
-    jobs: Mapping[str, Sequence[str]], answers: Answers, advice: Callable[[str], str]
+    jobs: Mapping[str, Sequence[str]], answers: SchedulerAnswers, advice: Callable[[str], str]
 ) -> QueueStatus:
-    """Return what is known of the arrays of which tasks wait or run.
+    """Return the arrays that have tasks that wait or run.
 
     Args:
         jobs: array -> task ids.
-        answers: what the scheduler said of them.
-        advice: what would help against a reason to wait.
+        answers: the scheduler's answers about them.
+        advice: returns what would help against a reason to wait.
     """
     arrays = (_array(name, ids, answers, advice) for name, ids in jobs.items())
     alive = tuple(array for array in arrays if array.waiting or array.running)
@@ -66,7 +66,7 @@ def queue_status(
 
 
 def _array(
-    name: str, ids: Sequence[str], answers: Answers, advice: Callable[[str], str]
+    name: str, ids: Sequence[str], answers: SchedulerAnswers, advice: Callable[[str], str]
 ) -> ArrayStatus:
     states = Counter(answers.states.get(id_) for id_ in ids)
     reasons = Counter(answers.reasons[id_] for id_ in ids if id_ in answers.reasons)

@@ -1,4 +1,4 @@
-"""Where a run stands, from its files; a scheduler, where one answers, says why tasks wait."""
+"""Status of a run, from its files and, if a scheduler answers, from its queue."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus, work_of
+from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus, attempt_work
 from fedllm.reporting.status.pace import Estimate, Pace, estimate, pace_of, recent_paces, written_at
-from fedllm.reporting.status.published import Sent, SentUpdates
+from fedllm.reporting.status.published import UpdateSummaries, UpdateSummary
 from fedllm.reporting.status.queue import (
     RUNNING,
     WAITING,
-    Answers,
-    Ask,
+    AskScheduler,
     QueueStatus,
+    SchedulerAnswers,
     queue_status,
 )
 from fedllm.reporting.usage import Usage, round_usage
@@ -34,7 +34,7 @@ from fedllm.storage.updates import Origin
 
 @dataclass(frozen=True, kw_only=True)
 class FailedClient:
-    """A client whose training failed, where, and its log."""
+    """A client whose training failed, its node and its log."""
 
     client: str
     reason: str
@@ -44,7 +44,7 @@ class FailedClient:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundStatus:
-    """One round that has begun: its cohort is published, claimed by tasks at work, or waiting."""
+    """One round that has begun: how many clients are published, claimed by tasks, or waiting."""
 
     round: int
     step: str
@@ -61,10 +61,10 @@ class RoundStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """A run.
+    """The status of a run.
 
-    `state` is done, running, waiting (for its coordinator's job to start), stopped or unknown (a
-    coordinator that cannot be asked about from here).
+    `state` is done, running, waiting (for its coordinator's job to start), stopped or unknown (its
+    coordinator's state cannot be known from here).
     """
 
     run_id: str
@@ -84,14 +84,14 @@ class RunStatus:
 
 
 class StatusReader:
-    """Reads where a run stands, again and again: what did not change is not read again.
+    """Reader of a run's status; a repeated read opens only the files that changed.
 
     Args:
         paths: the run.
-        gone: says whether its coordinator ended.
-        ask: says what the scheduler knows of tasks; None: there is none to ask.
-        advice: says what would help against a reason to wait.
-        now: the time in seconds since the epoch.
+        gone: says whether the coordinator ended.
+        ask: asks the scheduler about tasks; None if there is no scheduler.
+        advice: returns what would help against a reason to wait.
+        now: returns the time in seconds since the epoch.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StatusReader:
         paths: RunPaths,
         *,
         gone: HolderIsGone = process_is_gone,
-        ask: Ask | None = None,
+        ask: AskScheduler | None = None,
         advice: Callable[[str], str] = lambda _reason: "",
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -110,10 +110,10 @@ class StatusReader:
         self._now = now
         self._records = RecordCache()
         self._config: tuple[float | None, Config] | None = None
-        self._sent: dict[int, SentUpdates] = {}
+        self._summaries: dict[int, UpdateSummaries] = {}
 
     def read(self) -> RunStatus:
-        """Read where the run stands now.
+        """Read the present status of the run.
 
         Raises:
             RunDirectoryError: a record is damaged.
@@ -127,12 +127,12 @@ class StatusReader:
         lease, holder = current_lease(self._paths)
         answers = self._answers(jobs, holder)
         state, coordinator = self._coordinator(lease, holder, answers)
-        here = None
+        round_status = None
         if prepared and current is not None:
-            here = self._round(self._paths.round(current), run, answers)
+            round_status = self._round(self._paths.round(current), run, answers)
         stateless = [r for r in rounds[1:] if not r.aggregate_record.exists()]
         recent = recent_paces(self._records, self._paths, config.rounds - len(stateless))
-        training = here if here and here.step == "train" else None
+        training = round_status if round_status and round_status.step == "train" else None
         usage = self._usage(rounds, done)
         return RunStatus(
             run_id=run.run_id,
@@ -141,7 +141,7 @@ class StatusReader:
             rounds=config.rounds,
             rounds_done=sum(number > 0 for number in done),
             prepared=prepared,
-            current=here,
+            current=round_status,
             evaluating=tuple(_evaluating(rounds, done)),
             recent=tuple(recent),
             estimate=estimate(
@@ -165,35 +165,37 @@ class StatusReader:
         return self._config[1]
 
     def _jobs(self, rounds: Sequence[RoundPaths], done: Sequence[int]) -> dict[str, list[str]]:
-        """Return the task ids of all submissions that may be at work, by array."""
+        """Return the task ids of all submissions that may be running, by array."""
         ids: dict[str, list[str]] = {}
         for paths in _submissions(self._paths, [r for r in rounds if r.number not in done]):
             jobs = self._records.find(JobsRecord, paths.jobs)
             ids |= jobs.ids if jobs else {}
         return ids
 
-    def _answers(self, jobs: Mapping[str, list[str]], holder: LeaseRecord | None) -> Answers:
+    def _answers(
+        self, jobs: Mapping[str, list[str]], holder: LeaseRecord | None
+    ) -> SchedulerAnswers:
         if self._ask is None:
-            return Answers()
+            return SchedulerAnswers()
         ids = [id_ for array in jobs.values() for id_ in array]
         ids += [job for job in (holder and holder.slurm_job, self._submitted()) if job]
         return self._ask(ids)
 
     def _submitted(self) -> str | None:
-        """Return the coordinator's job that was submitted last."""
+        """Return the id of the coordinator's job that was submitted last."""
         record = self._records.find(CoordinatorJobRecord, self._paths.coordinator_job)
         return record.job if record else None
 
     def _coordinator(
-        self, number: int, holder: LeaseRecord | None, answers: Answers
+        self, number: int, holder: LeaseRecord | None, answers: SchedulerAnswers
     ) -> tuple[str, str]:
-        """Return the run's state, and who coordinates it or will."""
+        """Return the run's state, and its present or next coordinator."""
         state, where = "stopped", "none"
         holds = holder is not None and not self._paths.released(number).exists()
         if holder is not None and holds:
             state, where = self._holder_state(holder, answers), location_of(holder)
         job = self._submitted()
-        # a job that gave its lease back may wait to go on: it was preempted, say
+        # a job that gave its lease back may wait to continue, for example after a preemption
         if job is None or (holder is not None and holds and holder.slurm_job == job):
             return state, where
         if answers.states.get(job) not in {WAITING, RUNNING}:
@@ -204,23 +206,23 @@ class StatusReader:
             return state, f"{where}; next in its chain: {word}"
         return WAITING, word
 
-    def _holder_state(self, holder: LeaseRecord, answers: Answers) -> str:
-        # Slurm was just asked: not again
+    def _holder_state(self, holder: LeaseRecord, answers: SchedulerAnswers) -> str:
+        # Slurm has just answered: do not ask again
         listed = answers.states.get(holder.slurm_job or "")
         if listed in {WAITING, RUNNING}:
             return RUNNING if listed == RUNNING else WAITING
-        unasked = holder.slurm_job is not None and bool(answers.problem)
-        gone = None if unasked else self._gone(holder)
+        no_answer = holder.slurm_job is not None and bool(answers.problem)
+        gone = None if no_answer else self._gone(holder)
         return {True: "stopped", False: RUNNING, None: "unknown"}[gone]
 
-    def _round(self, paths: RoundPaths, run: RunRecord, answers: Answers) -> RoundStatus:
+    def _round(self, paths: RoundPaths, run: RunRecord, answers: SchedulerAnswers) -> RoundStatus:
         cohort = self._records.find(CohortRecord, paths.cohort)
         if cohort is None:
             return RoundStatus(round=paths.number, step="cohort" if paths.number else "state")
-        if paths.number not in self._sent:
-            self._sent = {paths.number: SentUpdates(paths, Origin.of(run.run_id, cohort))}
-        sent = self._sent[paths.number].read()
-        work = work_of(self._records, paths, sent, answers.states)
+        if paths.number not in self._summaries:
+            self._summaries = {paths.number: UpdateSummaries(paths, Origin.of(run.run_id, cohort))}
+        sent = self._summaries[paths.number].read()
+        work = attempt_work(self._records, paths, sent, answers.states)
         step = _step(paths)
         return RoundStatus(
             round=paths.number,
@@ -236,7 +238,7 @@ class StatusReader:
             pace=self._pace(paths, sent),
         )
 
-    def _pace(self, paths: RoundPaths, sent: Mapping[str, Sent]) -> Pace:
+    def _pace(self, paths: RoundPaths, sent: Mapping[str, UpdateSummary]) -> Pace:
         drawn, collected = written_at(paths.cohort), written_at(paths.collection)
         now = self._now()
         began = now if drawn is None else drawn
@@ -249,7 +251,7 @@ class StatusReader:
         )
 
     def _usage(self, rounds: Sequence[RoundPaths], done: Sequence[int]) -> Usage:
-        """Return what rounds that are done recorded, and what tasks of the others used so far."""
+        """Return the recorded usage of finished rounds, plus that of the other tasks so far."""
         total = Usage()
         for paths in rounds:
             record = self._records.find(RoundRecord, paths.record)
@@ -266,10 +268,10 @@ class StatusReader:
 
 
 def _current(paths: RunPaths, rounds: int, done: Sequence[int]) -> int | None:
-    """Return the last round that has begun: the next one trains while the last is evaluated."""
-    open_ = [number for number in range(rounds + 1) if number not in done]
-    begun = [number for number in open_ if paths.round(number).root.exists()]
-    return begun[-1] if begun else next(iter(open_), None)
+    """Return the last round that has begun: it trains while the previous one is evaluated."""
+    unfinished = [number for number in range(rounds + 1) if number not in done]
+    begun = [number for number in unfinished if paths.round(number).root.exists()]
+    return begun[-1] if begun else next(iter(unfinished), None)
 
 
 def _evaluating(rounds: Sequence[RoundPaths], done: Sequence[int]) -> Iterator[int]:
@@ -287,7 +289,7 @@ def _submissions(run: RunPaths, rounds: Sequence[RoundPaths]) -> Iterator[JobPat
         yield from attempts_of(folder)
 
 
-def _failed(sent: Mapping[str, Sent]) -> tuple[FailedClient, ...]:
+def _failed(sent: Mapping[str, UpdateSummary]) -> tuple[FailedClient, ...]:
     return tuple(
         FailedClient(client=client, reason=update.reason, node=update.node, log=update.log)
         for client, update in sent.items()
@@ -302,5 +304,5 @@ def _step(paths: RoundPaths) -> str:
 
 
 def run_status(paths: RunPaths, gone: HolderIsGone = process_is_gone) -> RunStatus:
-    """Read once where a run stands, from its files alone."""
+    """Read the status of a run once, from its files alone."""
     return StatusReader(paths, gone=gone).read()

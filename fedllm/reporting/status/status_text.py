@@ -1,4 +1,4 @@
-"""Where a run stands, in lines for people."""
+"""The status of a run as text for people."""
 
 import shlex
 import time
@@ -12,48 +12,53 @@ from fedllm.reporting.status.status import RoundStatus, RunStatus
 from fedllm.reporting.tables import text_table
 from fedllm.storage.records import training_text
 
-_MOST_TASKS = 24
-_MOST_FAILED = 10
+_MAX_TASKS = 24
+_MAX_FAILED = 10
 _TIER_ROUNDS = 3
 
 
-def status_text(root: Path, found: RunStatus, *, now: float | None = None) -> str:
-    """Return where a run stands, in lines.
+def status_text(root: Path, status: RunStatus, *, now: float | None = None) -> str:
+    """Return the status of a run, in lines.
 
     Args:
         root: the run directory as the user named it.
-        found: where it stands.
+        status: the status.
         now: the time in seconds since the epoch; default: the present.
     """
-    return "\n".join(_lines(root, found, time.time() if now is None else now))
+    return "\n".join(_lines(root, status, time.time() if now is None else now))
 
 
-def headline(found: RunStatus) -> str:
-    """Return the one line that says most."""
-    text = f"run {found.run_id}: {found.state}, {found.rounds_done} of {found.rounds} rounds done"
-    if found.current and found.current.cohort:
-        text += f"; {_round_line(found.current)}"
+def headline(status: RunStatus) -> str:
+    """Return the most important line of a status."""
+    text = _run_line(status)
+    if status.current and status.current.cohort:
+        text += f"; {_round_line(status.current)}"
     return text
 
 
-def _lines(root: Path, found: RunStatus, now: float) -> Iterator[str]:
-    yield f"run {found.run_id}: {found.state}, {found.rounds_done} of {found.rounds} rounds done"
-    yield f"coordinator: {found.coordinator}"
-    if not found.prepared:
+def _run_line(status: RunStatus) -> str:
+    done = f"{status.rounds_done} of {status.rounds} rounds done"
+    return f"run {status.run_id}: {status.state}, {done}"
+
+
+def _lines(root: Path, status: RunStatus, now: float) -> Iterator[str]:
+    yield _run_line(status)
+    yield f"coordinator: {status.coordinator}"
+    if not status.prepared:
         yield "prepare: not complete"
-    elif found.current:
-        yield from _round_lines(found.current)
-    others = [str(n) for n in found.evaluating if not found.current or n != found.current.round]
+    elif status.current:
+        yield from _round_lines(status.current)
+    others = [str(n) for n in status.evaluating if not status.current or n != status.current.round]
     if others:
         yield f"evaluation under way: round {', '.join(others)}"
-    if found.queue:
-        yield from _queue_lines(found.queue)
-    yield from _recent_lines(found.recent)
-    if found.task_hours:
-        yield _used(found)
-    if found.estimate and found.state != "done":
-        yield _end(found.estimate, now, running=found.state == "running")
-    if found.state == "stopped":
+    if status.queue:
+        yield from _queue_lines(status.queue)
+    yield from _recent_lines(status.recent)
+    if status.task_hours:
+        yield _usage_line(status)
+    if status.estimate and status.state != "done":
+        yield _end_line(status.estimate, now, running=status.state == "running")
+    if status.state == "stopped":
         yield f"go on with: fedllm resume {shlex.quote(str(root))}"
 
 
@@ -64,7 +69,7 @@ def _round_line(current: RoundStatus) -> str:
     if current.failed:
         parts.append(f"{len(current.failed)} failed")
     if current.enough < current.cohort:
-        parts.append(f"{current.enough} are enough")
+        parts.append(f"quorum {current.enough}")
     return f"round {current.round}: {current.step}; {', '.join(parts)}"
 
 
@@ -77,12 +82,12 @@ def _round_lines(current: RoundStatus) -> Iterator[str]:
         yield f"  {_speed(current.pace)}, for {duration(current.pace.seconds)}"
     for attempt in current.attempts:
         yield from _attempt_lines(attempt)
-    for failed in current.failed[:_MOST_FAILED]:
+    for failed in current.failed[:_MAX_FAILED]:
         place = f" on {failed.node}" if failed.node else ""
         log = f" (log {failed.log})" if failed.log else ""
         yield f"  failed {failed.client}{place}: {failed.reason}{log}"
-    if len(current.failed) > _MOST_FAILED:
-        yield f"  ... and {len(current.failed) - _MOST_FAILED} more failed; --json has all"
+    if len(current.failed) > _MAX_FAILED:
+        yield f"  ... and {len(current.failed) - _MAX_FAILED} more failed; --json has all"
     if current.tasks:
         yield _task_table(current.tasks)
 
@@ -90,7 +95,7 @@ def _round_lines(current: RoundStatus) -> Iterator[str]:
 def _attempt_lines(attempt: AttemptStatus) -> Iterator[str]:
     wave = f"{attempt.tasks_submitted} of {attempt.tasks_wanted} tasks submitted"
     if attempt.tasks_adopted:
-        wave += f", {attempt.tasks_adopted} lingered for it"
+        wave += f", {attempt.tasks_adopted} reused from the previous round"
     yield (
         f"  attempt {attempt.attempt}: {wave}, "
         f"{attempt.bundles_claimed} of {attempt.bundles} bundles claimed"
@@ -102,7 +107,7 @@ def _attempt_lines(attempt: AttemptStatus) -> Iterator[str]:
     for why, tasks in attempt.cancelled.items():
         yield f"    {tasks} ended by fedllm: {why}"
     for error in attempt.errors:
-        yield f"    said: {error}"
+        yield f"    error: {error}"
     if attempt.excluded_nodes:
         yield f"    nodes left out: {', '.join(attempt.excluded_nodes)}"
 
@@ -120,17 +125,17 @@ def _task_table(tasks: tuple[TaskStatus, ...]) -> str:
             duration(task.seconds) if task.seconds else "",
             task.log,
         ]
-        for task in tasks[:_MOST_TASKS]
+        for task in tasks[:_MAX_TASKS]
     ]
     header = ["task", "node", "state", "client", "step", "done", "held", "for", "log"]
     table = text_table("tasks at work", header, rows)
-    left = len(tasks) - _MOST_TASKS
-    return table + (f"\n... and {left} more; --json has all" if left > 0 else "")
+    hidden = len(tasks) - _MAX_TASKS
+    return table + (f"\n... and {hidden} more; --json has all" if hidden > 0 else "")
 
 
 def _queue_lines(queue: QueueStatus) -> Iterator[str]:
     if queue.problem:
-        yield f"queue: {queue.problem}; all of this is from the run's files"
+        yield f"queue: {queue.problem}; the rest is from the run's files"
     for array in queue.arrays:
         yield f"{array.name}: {array.running} running, {array.waiting} waiting"
         for reason in array.reasons:
@@ -153,9 +158,9 @@ def _speed(pace: Pace) -> str:
     return f"{pace.clients_per_minute:.1f} clients/min, {pace.tokens_per_second:,.0f} tokens/s"
 
 
-def _used(found: RunStatus) -> str:
-    text = f"used: {found.task_hours:.2f} task hours, {found.gpu_hours:.2f} GPU hours"
-    efficiency = _percent(found.array_efficiency)
+def _usage_line(status: RunStatus) -> str:
+    text = f"used: {status.task_hours:.2f} task hours, {status.gpu_hours:.2f} GPU hours"
+    efficiency = _percent(status.array_efficiency)
     return text + (f", tasks trained for {efficiency} of them" if efficiency else "")
 
 
@@ -163,15 +168,15 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-def _end(estimate: Estimate, now: float, *, running: bool) -> str:
+def _end_line(estimate: Estimate, now: float, *, running: bool) -> str:
     if not running:
         return f"work left: {duration(estimate.seconds)} ({estimate.how})"
-    at = time.strftime("%a %H:%M", time.localtime(now + estimate.seconds))
-    return f"estimated end: in {duration(estimate.seconds)}, {at} ({estimate.how})"
+    clock_time = time.strftime("%a %H:%M", time.localtime(now + estimate.seconds))
+    return f"estimated end: in {duration(estimate.seconds)}, {clock_time} ({estimate.how})"
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the two units that matter."""
+    """Return a time in its two largest units."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

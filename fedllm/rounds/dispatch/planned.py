@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedllm.config.models import Config, SbatchOptions
 from fedllm.errors import ConfigError, UserError
 from fedllm.planning.capacity import Capacity
-from fedllm.reporting.plan.plan import Geometry, RealOptions, Room, plan_geometry
+from fedllm.reporting.plan.plan import Geometry, QueueLimits, RealOptions, plan_geometry
 from fedllm.reporting.usage import Options
 from fedllm.rounds.dispatch.dry_run import DryRun, dry_run_jobs, plan_first_round
 from fedllm.scheduling.seam import Job, Scheduler, SchedulerUnreachable
@@ -87,7 +87,7 @@ def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capaci
 
 
 def _geometry(
-    config: Config, dry_run: DryRun, scripts: Sequence[JobScript], room: Room
+    config: Config, dry_run: DryRun, scripts: Sequence[JobScript], room: QueueLimits
 ) -> Geometry:
     most = max(room.max_parallel for room in dry_run.capacities.values())
     return plan_geometry(
@@ -138,16 +138,18 @@ def _options(text: str) -> Options:
     }
 
 
-def _room(scheduler: Scheduler, dry_run: DryRun) -> Room:
+def _room(scheduler: Scheduler, dry_run: DryRun) -> QueueLimits:
     """Return what the scheduler says of its limits, those that leave the least."""
     said = [scheduler.limits(workers.options) for workers in dry_run.plan.workers.values()]
     known = [limits for limits in said if not limits.problem]
     if not known:
-        return Room(problem=next((limits.problem for limits in said), ""))
+        return QueueLimits(problem=next((limits.problem for limits in said), ""))
     sizes = [limits.largest_array for limits in known]
     queued = [limits.max_submitted for limits in known]
     free = [room.free_tasks for room in dry_run.capacities.values()]
-    return Room(largest_array=_least(sizes), most_submitted=_least(queued), free_tasks=_least(free))
+    return QueueLimits(
+        largest_array=_least(sizes), most_submitted=_least(queued), free_tasks=_least(free)
+    )
 
 
 def _least(limits: Sequence[int | None]) -> int | None:
