@@ -22,7 +22,7 @@ from fedllm.storage.records import ErrorRecord
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What a program is called with."""
+    """The call of a program: its arguments, and the state of its process."""
 
     arguments: argparse.Namespace
     session: Session
@@ -35,7 +35,7 @@ _Step = Callable[[_Call], int]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, as all errors do."""
+        """Raise UserError with one line, as for all errors."""
         raise UserError(f"{self.prog}: {message}; see --help")
 
 
@@ -49,16 +49,15 @@ def run(
 ) -> int:
     """Run `prepare`, `client`, `aggregate` or `evaluate` and return its exit code.
 
-    A failure leaves an `ErrorRecord` where the coordinator looks for it, and one line (or the
-    traceback of what nobody foresaw) on stderr.
+    An error leaves an `ErrorRecord` where the coordinator looks for it, and one line on stderr
+    (for an unexpected error, its traceback).
 
     Args:
-        program: which one.
-        argv: its words.
-        session: what is loaded already.
-        signals: where the caller notes signals, if it does.
-        began: the moment of `time.monotonic` since when the time of this process counts; now by
-            default.
+        program: its name.
+        argv: its arguments.
+        session: the loaded base model and data.
+        signals: the caller's record of signals; None: the program notes them itself.
+        began: when the time of this process began to count, of `time.monotonic`; None: now.
     """
     began = time.monotonic() if began is None else began
     arguments: argparse.Namespace | None = None
@@ -76,7 +75,7 @@ def run(
         _record(program, arguments, error, FedllmError.exit_code)
         return FedllmError.exit_code
     finally:
-        give_back_freed()  # the next program of this process needs other sizes
+        give_back_freed()  # the next program of this process needs memory of other sizes
 
 
 def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
@@ -85,9 +84,9 @@ def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
     if program == "client":
         parser.add_argument("--class", dest="worker_class", help="take bundles of this class only")
         parser.add_argument("--client", help="train this client alone and compare its losses")
-        parser.add_argument("--scratch", type=Path, help="where --client leaves its update")
+        parser.add_argument("--scratch", type=Path, help="folder for the update of --client")
     else:
-        parser.add_argument("--job", type=Path, help="where an error is recorded")
+        parser.add_argument("--job", type=Path, help="folder in which an error is recorded")
     arguments = parser.parse_args(argv)
     if program == "client" and (arguments.client is None) != (arguments.scratch is None):
         parser.error("--client and --scratch go together")
@@ -109,7 +108,7 @@ def _client(call: _Call) -> int:
     from fedllm.worker.worker import work
 
     arguments, session = call.arguments, call.session
-    attempt = AttemptPaths(root=arguments.target, number=_number(arguments.target))
+    attempt = AttemptPaths(root=arguments.target, number=_attempt_number(arguments.target))
     _share(attempt.run, session)
     if arguments.client is None:
         return work(
@@ -121,9 +120,9 @@ def _client(call: _Call) -> int:
             began=call.began,
         )
     signals = call.signals or StopSignals()
-    found = replay(attempt, arguments.client, arguments.scratch, session, signals)
-    sys.stdout.write("\n".join(found.lines()) + "\n")
-    return 0 if found.agrees else 1
+    replayed = replay(attempt, arguments.client, arguments.scratch, session, signals)
+    sys.stdout.write("\n".join(replayed.lines()) + "\n")
+    return 0 if replayed.agrees else 1
 
 
 def _aggregate(call: _Call) -> int:
@@ -145,7 +144,7 @@ def _evaluate(call: _Call) -> int:
 
 
 def _share(run: RunPaths, session: Session) -> None:
-    """Let the group of a shared project write what this process writes, and nobody else read it."""
+    """Set the umask of a shared project: the group may write files, others may not read them."""
     if session.config(run.config).storage.group is not None:
         os.umask(0o007)
 
@@ -159,13 +158,13 @@ _STEPS: Mapping[str, _Step] = {
 _TARGETS = {"prepare": "RUN", "client": "ATTEMPT", "aggregate": "ROUND", "evaluate": "ROUND"}
 _DESCRIPTIONS = {
     "prepare": "Fetch, fingerprint and tokenise what a run needs.",
-    "client": "Be a worker of an attempt: claim bundle after bundle and train its clients.",
-    "aggregate": "Make a round's server state from its collected updates.",
+    "client": "Work on an attempt: claim bundle after bundle and train their clients.",
+    "aggregate": "Aggregate a round's collected updates into its server state.",
     "evaluate": "Score a round's server state.",
 }
 
 
-def _number(attempt: Path) -> int:
+def _attempt_number(attempt: Path) -> int:
     if not attempt.name.isdigit():
         raise UserError(f"{attempt}: not an attempt; need RUN/rounds/NNNN/attempts/NN")
     return int(attempt.name)
@@ -189,12 +188,12 @@ def _record(
         if path is None:
             return
         if isinstance(error, ProcessLost):
-            # the process that was lost may have said why
+            # the lost process may have recorded the reason already
             record.publish_once(path)
         else:
             record.publish(path)
     except (FedllmError, OSError) as second:
-        # a full disk takes no record either: the exit code and this line must do
+        # a full disk takes no record: then the exit code and this line are all that is left
         say(f"error: {path}: the error could not be recorded ({second})")
 
 

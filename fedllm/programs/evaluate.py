@@ -1,4 +1,4 @@
-"""The evaluation job: a server state, scored on clients' test rows by generated answers."""
+"""The evaluation job: it scores a server state on clients' test rows by generated answers."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ _Ranks = Mapping[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores one server state; clients of equal ranks share an adapter, so also batches."""
+    """A scorer of one server state; clients of equal ranks share an adapter and batches."""
 
     method: Method
     state: TensorFile
@@ -48,7 +48,7 @@ class Scorer:
 
     @classmethod
     def open(cls, paths: RoundPaths, session: Session) -> "Scorer":
-        """Open the state of a round.
+        """Open the server state of a round.
 
         Raises:
             RunDirectoryError: it is missing, pruned or damaged.
@@ -65,13 +65,13 @@ class Scorer:
             sha256=AggregateRecord.read(paths.aggregate_record).sha256,
         )
 
-    def score(self, round_number: int, chosen_as_in: int) -> EvaluationRecord:
-        """Return the scores of the clients and rows that round `chosen_as_in` evaluates."""
+    def score(self, round_number: int, targets_round: int) -> EvaluationRecord:
+        """Return the scores of the clients and rows that round `targets_round` evaluates."""
         begun = time.perf_counter()
         config = self.federation.config
-        targets = choose_targets(config, self.federation.prepared, chosen_as_in)
+        targets = choose_targets(config, self.federation.prepared, targets_round)
         deployed = self.as_deployed(targets)
-        # before training B is zero, unless the run starts from an adapter: any rank is the base
+        # without a starting adapter B is zero before training, so every rank scores the same
         changed = round_number or config.model.adapter
         largest = self.at_largest_rank(targets, deployed) if changed else deployed
         record = _record(
@@ -82,20 +82,20 @@ class Scorer:
             sha256=self.sha256,
             begun=begun,
         )
-        complete = is_complete(config.evaluation, chosen_as_in, config.rounds)
+        complete = is_complete(config.evaluation, targets_round, config.rounds)
         return record.model_copy(update={"complete": complete})
 
     def as_deployed(self, targets: Sequence[Target]) -> dict[str, Scores]:
         """Return every client's scores at its own tier's ranks."""
-        found: dict[str, Scores] = {}
+        scores: dict[str, Scores] = {}
         for ranks, tiers in _tiers_of_equal_ranks(self.federation):
-            found |= self.at(ranks, [target for target in targets if target.tier in tiers])
-        return found
+            scores |= self.at(ranks, [target for target in targets if target.tier in tiers])
+        return scores
 
     def at_largest_rank(
         self, targets: Sequence[Target], deployed: Mapping[str, Scores]
     ) -> dict[str, Scores]:
-        """Return every client's scores at the largest ranks; those that run them have theirs."""
+        """Return every client's scores at the largest ranks; clients that have them keep theirs."""
         largest = self.federation.largest_ranks
         ranks = self.federation.ranks
         smaller = [target for target in targets if ranks[target.tier] != largest]
@@ -105,7 +105,7 @@ class Scorer:
         """Return every client's scores with the adapter of `ranks`."""
         if not targets:
             return {}
-        # copied into the model: nothing holds the adapter, or its pages of the state, any longer
+        # the model has a copy of the adapter: the pages of the state can go
         self.slots.install(adapter_of(self.method, self.state, ranks))
         self.state.release()
         return score_targets(self.slots, self.data, targets, self.federation.config)
@@ -130,10 +130,10 @@ def evaluate_state(
 
     Args:
         run: the run.
-        round_number: whose state; 0 is the base.
-        rank: for all clients and modules, at most what the state holds; None is each client's
-            own. With a rank there is one score, and both of the record's are it.
-        session: what this process has loaded.
+        round_number: the round of the state; 0 is the base.
+        rank: the rank of all clients and modules, at most that of the state; None: each client's
+            own. With a rank both scores of the record are the same.
+        session: the loaded base model and data.
 
     Raises:
         RunDirectoryError: the state is missing, pruned or damaged.
@@ -142,13 +142,13 @@ def evaluate_state(
     last = scorer.federation.config.rounds
     if rank is None:
         return scorer.score(round_number, last)
-    held = scorer.federation.largest_ranks
-    ranks = {module: min(rank, held[module]) for module in held}
+    largest = scorer.federation.largest_ranks
+    ranks = {module: min(rank, largest[module]) for module in largest}
     begun = time.perf_counter()
     targets = choose_targets(scorer.federation.config, scorer.federation.prepared, last)
-    found = scorer.at(ranks, targets)
+    scores = scorer.at(ranks, targets)
     return _record(
-        targets, found, found, round_number=round_number, sha256=scorer.sha256, begun=begun
+        targets, scores, scores, round_number=round_number, sha256=scorer.sha256, begun=begun
     )
 
 
@@ -160,8 +160,8 @@ def evaluate_adapter(
     Args:
         folder: the adapter; it may adapt other modules than the configuration names.
         config: base model, data and clients.
-        prepared: what `prepare` found for `config`.
-        session: what this process has loaded.
+        prepared: the record of `prepare` for `config`.
+        session: the loaded base model and data.
 
     Raises:
         AdapterError: it cannot be read, or belongs to another base model.
@@ -176,9 +176,9 @@ def evaluate_adapter(
     slots = session.slots(config.model_copy(update={"lora": lora}), prepared)
     adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
     slots.install(adapter)
-    found = score_targets(slots, session.data(prepared.data_path), targets, config)
+    scores = score_targets(slots, session.data(prepared.data_path), targets, config)
     sha256 = sha256_of(folder / TENSORS)
-    return _record(targets, found, found, round_number=0, sha256=sha256, begun=begun)
+    return _record(targets, scores, scores, round_number=0, sha256=sha256, begun=begun)
 
 
 def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
@@ -195,7 +195,7 @@ def score_targets(
 ) -> dict[str, Scores]:
     """Return the scores of every target's rows with the installed adapter.
 
-    Forward passes are in `training.precision`, as those of training are.
+    Forward passes use `training.precision`, as in training.
     """
     tests = (data.rows(target.client, "test") for target in targets)
     clients = [

@@ -1,4 +1,4 @@
-"""Inspect: one row of a client, from the raw text to the tokens that carry loss."""
+"""Inspection of a client's row, from the raw text to the tokens that carry loss."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token and whether its prediction is trained."""
+    """A token, and whether its prediction counts in the loss."""
 
     id: int
     text: str
@@ -34,9 +34,9 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """A row as its owner wrote it, as the model reads it, and as it is trained.
+    """An inspected row: as its owner wrote it, as the model reads it, and as it is trained.
 
-    `tokens` is empty where the row has no answer: it is then dropped.
+    `tokens` is empty if the row has no answer: training drops such a row.
     """
 
     client: str
@@ -54,14 +54,14 @@ class Inspection:
     tokens: list[Token]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return all fields as plain values."""
         return dataclasses.asdict(self)
 
 
 def inspect_client(
     config: Config, cache: CachePaths, client: str, row: int = 0, report: Report = say
 ) -> Inspection:
-    """Show training row `row` of a client (a test row where it has no training rows).
+    """Inspect training row `row` of a client, or a test row if it has no training rows.
 
     Raises:
         DataError: there is no such client or row.
@@ -94,34 +94,34 @@ def inspect_client(
     )
 
 
-def describe(found: Inspection) -> str:
-    """Return an inspection as text; tokens that carry loss stand in brackets."""
-    marks = [f"[{t.text}]" if t.loss else t.text for t in found.tokens]
-    with_loss = sum(token.loss for token in found.tokens)
-    cuts = [name for name in ("prompt", "answer") if getattr(found, f"{name}_cut")]
+def describe(inspected: Inspection) -> str:
+    """Return an inspection as text; tokens with loss are in brackets."""
+    marks = [f"[{t.text}]" if t.loss else t.text for t in inspected.tokens]
+    with_loss = sum(token.loss for token in inspected.tokens)
+    cuts = [name for name in ("prompt", "answer") if getattr(inspected, f"{name}_cut")]
     lines = [
-        f"client {found.client}, {found.split} row {found.row} of {found.rows}",
-        f"category     {found.category}",
-        *_said(found),
+        f"client {inspected.client}, {inspected.split} row {inspected.row} of {inspected.rows}",
+        f"category     {inspected.category}",
+        *_raw_lines(inspected),
         "",
         "prompt, before anything is cut:",
-        *(f"  {line}" for line in found.prompt.splitlines()),
+        *(f"  {line}" for line in inspected.prompt.splitlines()),
         "",
-        f"{len(found.tokens)} tokens, {with_loss} with loss (in brackets); "
+        f"{len(inspected.tokens)} tokens, {with_loss} with loss (in brackets); "
         f"cut: {' and '.join(cuts) or 'nothing'}",
         "  " + "·".join(marks) if marks else "  dropped: the row has no answer",
     ]
     return "\n".join(lines)
 
 
-def _said(found: Inspection) -> list[str]:
-    """Return what the owner wrote: the turns of a conversation, or the columns of a row."""
-    if found.turns:
-        return [f"{turn.role:<12} {_shortened(turn.content)}" for turn in found.turns]
+def _raw_lines(inspected: Inspection) -> list[str]:
+    """Return the raw text of a row: the turns of a conversation, or the columns."""
+    if inspected.turns:
+        return [f"{turn.role:<12} {_shortened(turn.content)}" for turn in inspected.turns]
     return [
-        f"instruction  {_shortened(found.instruction)}",
-        f"input        {_shortened(found.input)}",
-        f"output       {_shortened(' | '.join(found.references))}",
+        f"instruction  {_shortened(inspected.instruction)}",
+        f"input        {_shortened(inspected.input)}",
+        f"output       {_shortened(' | '.join(inspected.references))}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Prepare: fetch the base, tokenise the data, index the clients; everything later runs offline."""
+"""The prepare job: fetch the base, tokenise the data, index the clients. Later jobs run offline."""
 
 import re
 from collections.abc import Callable, Sequence, Set
@@ -65,7 +65,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
 
 
 def prepare(config: Config, cache: CachePaths, report: Report = say) -> PreparedRecord:
-    """Bring base and data into the cache, where they are not yet, and describe them.
+    """Prepare base and data: bring them into the cache if they are not there, and describe them.
 
     The same configuration, data and cache give the same record, to the byte.
 
@@ -168,25 +168,26 @@ def _check_engine(config: Config, layout: LayoutRecord | None) -> None:
 
 
 def _rows_apart(config: Config) -> bool:
+    """Return whether every forward pass computes a single row."""
     training = config.training
     largest = min(training.micro_batch_size or training.batch_size, training.batch_size)
     return largest == config.evaluation.batch_size == 1
 
 
 def _check_budget(config: Config, clients: Sequence[ClientRecord]) -> None:
-    """Refuse a token budget that the longest row of a client that trains does not fit."""
+    """Refuse a token budget that is too small for the longest row of a training client."""
     budget = config.training.micro_batch_tokens
     if budget is None:
         return
     train = set(split_roles(config.clients, clients).train)
     # the last token is a target only
-    over = [each for each in clients if each.id in train and each.longest_row - 1 > budget]
+    over = [c for c in clients if c.id in train and c.longest_row - 1 > budget]
     if over:
-        longest = max(over, key=lambda client: client.longest_row)
-        need = longest.longest_row - 1
+        client = max(over, key=lambda client: client.longest_row)
+        need = client.longest_row - 1
         raise ConfigError(
-            f"training.micro_batch_tokens: got {budget}, a training row of client {longest.id} has "
-            f"{longest.longest_row} tokens and computes {need} (its last one is a target only); "
+            f"training.micro_batch_tokens: got {budget}, a training row of client {client.id} has "
+            f"{client.longest_row} tokens and computes {need} (its last one is a target only); "
             f"need at least {need}, or data.cutoff_tokens: {budget + 1}"
         )
 
@@ -264,7 +265,7 @@ def _by_column(chosen: HeldOutSection, clients: Sequence[IndexedClient]) -> set[
 
 
 def _listed(file: Path, known: Set[str]) -> tuple[str, ...]:
-    """Return the ids of a file with one a line; blanks about one are not its own."""
+    """Return the ids of a file, one per line, without blanks around them unless the id has them."""
     if not file.is_file():
         raise DataError(
             f"clients.held_out_from: {file}: no such file; give all, a list of client ids, a file "
@@ -278,6 +279,6 @@ def _listed(file: Path, known: Set[str]) -> tuple[str, ...]:
         ) from error
     except ValueError as error:
         raise DataError(f"clients.held_out_from: {file}: is no text ({error})") from error
-    # not `splitlines`: an id may hold what is a line's end to Unicode
+    # not `splitlines`: an id may contain a character that Unicode takes for the end of a line
     lines = (line for line in _LINE_END.split(text) if line.strip())
     return tuple(line if line in known else line.strip() for line in lines)

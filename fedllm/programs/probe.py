@@ -1,8 +1,8 @@
-"""What `fedllm doctor` runs on a compute node: `python -m fedllm.programs.probe FOLDER`.
+"""The probe of `fedllm doctor` on a compute node: `python -m fedllm.programs.probe FOLDER`.
 
-It prints what it found as one JSON line. Then, for every line on its input, it waits for the file
-that the other side has just written and prints how long that took, on its own clock: no two
-machines' clocks are compared.
+It prints its findings as one JSON line. Then, for every line on its input, it waits for the file
+that the other side has just written, and prints the seconds that this took. It uses its own clock
+alone: clocks of two machines are not compared.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.publishing.staging import node_folder
 
 _IMPORTED = ("torch", "transformers", "peft")
-# questions that change nothing; the coordinator and a task that requeues itself ask such
+# commands that change nothing; the coordinator and a task that requeues itself use the same ones
 _COMMANDS = {
     "sbatch": ("sbatch", "--test-only", "--time=1", "--output=/dev/null", "--wrap=true"),
     "squeue": ("squeue", "--noheader", f"--user={os.getuid()}", "-o", "%i"),
@@ -45,8 +45,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m fedllm.programs.probe", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--also", type=Path, action="append", default=[], help="must be there too")
-    parser.add_argument("--node-local", metavar="DIR", help="a folder of the node's own")
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], help="a path that must exist too"
+    )
+    parser.add_argument("--node-local", metavar="DIR", help="a folder on the node's own disk")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a file")
     arguments = parser.parse_args(argv)
     paths, max_seconds = ProbePaths(root=arguments.folder), arguments.patience
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def look(
     paths: ProbePaths, also: Sequence[Path], node_local: str | None, max_seconds: float
 ) -> NodeRecord:
-    """Return what a job finds here; the probe's folder may take `max_seconds` seconds to appear."""
+    """Return the findings on this node; the probe's folder may appear `max_seconds` late."""
     broken = dict(_broken())
     local_bytes, local_problem = _node_local(node_local)
     return NodeRecord(
@@ -114,7 +116,7 @@ def _storage_problem(paths: ProbePaths, max_seconds: float) -> str:
         return f"{place} is another folder there" if place.is_dir() else f"{place} is not there"
     try:
         try_folder(paths.root)
-        # from now on this side has looked in vain: what a cache remembers of that shows
+        # this first look fails: a cache that remembers the failure then shows in the seconds
         paths.submitter_file.exists()
         publish_bytes(paths.node_file, b"{}")
     except (FedllmError, OSError) as error:
@@ -134,7 +136,7 @@ def _node_local(configured: str | None) -> tuple[int | None, str]:
 
 def _memory_bytes() -> int | None:
     """Return the smallest memory limit of the control groups above this process."""
-    found = []
+    files = []
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
         if controllers not in {"", "memory"}:
@@ -142,9 +144,9 @@ def _memory_bytes() -> int | None:
         root = Path("/sys/fs/cgroup", controllers)
         name = "memory.limit_in_bytes" if controllers else "memory.max"
         group = root / path.lstrip("/")
-        found += [_lines(each / name) for each in (group, *group.parents)]
-    limits = [int(lines[0]) for lines in found if lines and lines[0].isdigit()]
-    # without a limit version 1 says nearly 2 ** 63
+        files += [_lines(folder / name) for folder in (group, *group.parents)]
+    limits = [int(lines[0]) for lines in files if lines and lines[0].isdigit()]
+    # without a limit, version 1 of the control groups gives nearly 2 ** 63
     return min((limit for limit in limits if limit < 2**60), default=None)
 
 

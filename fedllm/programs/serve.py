@@ -20,14 +20,14 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Serve until stdin closes."""
     end_with_parent()
-    # what jobs print goes to their logs, so the answers need a descriptor of their own
+    # the output of jobs goes to their logs: the answers need a descriptor of their own
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import fedllm.worker.worker  # noqa: F401 - the compute stack, before there is anything to do
     from fedllm.process.session import Session
 
     session = Session()
-    # what was imported stays: no collection need visit it again
+    # imported modules stay: the garbage collector need not visit them again
     gc.freeze()
     _answer(answers, {"ready": True})
     for line in sys.stdin:
@@ -40,13 +40,13 @@ def main() -> int:
 def end_with_parent() -> None:
     """Have the kernel end this process with its parent (Linux; elsewhere stdin must do).
 
-    The signal goes with the thread that started this process.
+    The kernel sends its signal when the thread that started this process ends.
     """
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        # it was gone before the kernel knew
+        # the parent ended before the kernel was asked
         os._exit(1)
 
 

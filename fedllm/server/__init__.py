@@ -1,1 +1,1 @@
-"""The server's side: adapters and updates to a server state, and a state to adapters."""
+"""The server: it makes a server state from updates or adapters, and adapters from a state."""

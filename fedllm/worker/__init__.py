@@ -1,1 +1,1 @@
-"""What a worker does: it claims bundles, trains their clients and publishes their updates."""
+"""The worker: it claims bundles, trains their clients and publishes their updates."""
