@@ -16,7 +16,7 @@ WARNINGS = [signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.mark.parametrize("number", WARNINGS)
-def test_a_warning_is_told_from_a_request_to_end(number: int) -> None:
+def test_a_warning_is_not_a_request_to_end(number: int) -> None:
     before = signal.getsignal(number)
     with StopSignals() as signals:
         assert (signals.came, signals.only_warned, signals.name) == (False, False, "none")
@@ -26,7 +26,7 @@ def test_a_warning_is_told_from_a_request_to_end(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_who_was_told_to_end_after_a_warning_was_not_only_warned() -> None:
+def test_a_request_to_end_counts_after_a_warning() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with StopSignals() as signals:
@@ -51,11 +51,11 @@ def test_a_signal_while_python_still_imports_is_noted(tmp_path: Path) -> None:
         while not handles(process.pid, signal.SIGUSR2):
             time.sleep(0.001)
         process.send_signal(signal.SIGUSR2)
-        said = process.stderr.read()
-    # it came to what is wrong with its arguments, torch and all
-    assert process.returncode == 2, said
-    assert "import" in said
-    assert "not a run directory" in said
+        log = process.stderr.read()
+    # it got as far as to refuse its arguments, after the import of torch
+    assert process.returncode == 2, log
+    assert "import" in log
+    assert "not a run directory" in log
 
 
 def handles(pid: int, number: int) -> bool:

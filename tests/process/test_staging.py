@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_what_is_loaded_lies_on_the_nodes_disk_under_the_name_of_its_content(
+def test_the_copy_on_the_nodes_disk_is_named_by_its_content(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SCRATCH_OF_NODE", str(tmp_path))
@@ -82,7 +82,7 @@ def test_tasks_of_a_node_copy_once(
     assert sorted(copied) == [source / "sub" / "more.json", source / "weights.bin"]
 
 
-def test_a_copy_that_died_half_way_is_begun_anew_and_leaves_nothing(
+def test_a_copy_that_died_half_way_is_begun_again_and_leaves_nothing(
     source: Path, tmp_path: Path
 ) -> None:
     killed = (
@@ -101,7 +101,7 @@ def test_a_copy_that_died_half_way_is_begun_anew_and_leaves_nothing(
     assert sorted(path.name for path in folder.iterdir()) == ["abc", "abc.lock"]
 
 
-def test_one_that_copies_is_waited_for(source: Path, tmp_path: Path) -> None:
+def test_a_task_waits_for_the_copy_of_another(source: Path, tmp_path: Path) -> None:
     lock = tmp_path / "local" / NAME.parent / "abc.lock"
     lock.parent.mkdir(parents=True)
     place = tmp_path / "local" / NAME
@@ -121,19 +121,19 @@ def test_one_that_copies_is_waited_for(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("configured", "told"),
+    ("configured", "message"),
     [
         ("$NOT_SET_HERE/x", "$NOT_SET_HERE/x is no absolute path on this node"),
         ("relative", "relative is no absolute path on this node"),
         ("/dev/null/x", "File exists: '/dev/null'"),
     ],
 )
-def test_where_it_cannot_be_the_shared_files_are_read_and_this_is_said(
-    source: Path, configured: str, told: str
+def test_without_a_usable_folder_the_shared_files_are_read_and_this_is_reported(
+    source: Path, configured: str, message: str
 ) -> None:
     place, problem = staged_folder(source, NAME, configured)
     assert place == source
-    assert told in problem
+    assert message in problem
     assert problem.startswith(f"storage.node_local: {configured}: ")
     assert problem.endswith(f"; reading {source} itself")
 

@@ -1,4 +1,4 @@
-"""Programs say in one line what is wrong, leave it for the coordinator, and exit with it."""
+"""Programs print an error in one line, record it for the coordinator, and exit with its code."""
 
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class Broken(Session):
         raise ZeroDivisionError(path.name)
 
 
-def test_what_nobody_foresaw_is_exit_1_with_its_traceback_in_the_log(
+def test_an_unexpected_error_is_exit_1_with_its_traceback_in_the_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     paths = tmp_path / "run" / "rounds" / "0001"
@@ -113,7 +113,7 @@ def test_what_nobody_foresaw_is_exit_1_with_its_traceback_in_the_log(
     assert (found.kind, found.message, found.exit_code) == ("ZeroDivisionError", "prepared.json", 1)
 
 
-def test_an_error_that_cannot_be_recorded_is_still_told(
+def test_an_error_that_cannot_be_recorded_is_still_printed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()

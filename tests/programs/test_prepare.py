@@ -140,7 +140,7 @@ def test_a_run_that_began_without_a_layout_goes_on_where_a_new_one_is_refused(
         prepare_run(run)
 
 
-def test_what_is_wrong_with_a_runs_layout_by_now_is_told(
+def test_a_layout_that_is_computed_wrongly_by_now_is_refused(
     config: Config, tiny: Tiny, tmp_path: Path
 ) -> None:
     # as if an earlier transformers had let this class compute its parts
@@ -157,7 +157,7 @@ def test_what_is_wrong_with_a_runs_layout_by_now_is_told(
     assert not run.prepared.exists()
 
 
-def test_block_masks_that_are_gone_are_told(config: Config, tmp_path: Path) -> None:
+def test_a_layout_without_its_block_masks_is_refused(config: Config, tmp_path: Path) -> None:
     run = begun(config, tmp_path / "run", LayoutRecord(cpu="parts", cuda="flex"))
     with pytest.raises(
         RunDirectoryError, match=r"parts \(flex on a GPU\), .* \(no FlexAttention\);"
@@ -212,7 +212,7 @@ def test_rows_of_clients_that_never_train_need_no_room_in_the_budget(
     changed = with_rows(config, tmp_path / "rows.jsonl", rows)
     changed = override_config(changed, ["data.cutoff_tokens=400", "clients.dev=0"])
     cache = CachePaths(root=tmp_path / "cache")
-    lengths = {each.id: each.longest_row for each in prepare(changed, cache, quiet).clients}
+    lengths = {client.id: client.longest_row for client in prepare(changed, cache, quiet).clients}
     assert lengths["long"] == lengths["short"] + 39 < 400
     tight = override_config(changed, [f"training.micro_batch_tokens={lengths['short'] - 1}"])
     prepare(override_config(tight, ["clients.held_out_from=[long]"]), cache, quiet)
@@ -308,7 +308,7 @@ def test_held_out_clients_may_come_from_a_column(config: Config, tmp_path: Path)
         ),
     ],
 )
-def test_held_out_clients_that_are_not_there_are_told(
+def test_unknown_held_out_clients_are_refused(
     config: Config, cache: CachePaths, value: str, words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
@@ -326,7 +326,7 @@ def test_bad_data_leave_nothing_in_the_cache(
     assert capsys.readouterr().err == ""
 
 
-def test_a_target_module_that_the_base_has_not_is_told(config: Config, cache: CachePaths) -> None:
+def test_an_unknown_target_module_is_refused(config: Config, cache: CachePaths) -> None:
     changed = override_config(config, ["lora.target_modules=[q_proj, c_attn]"])
     with pytest.raises(ModelError, match="c_attn"):
         prepare(changed, cache)
@@ -354,9 +354,7 @@ def test_inspect_with_loss_on_all_marks_all_but_the_first(
     assert [token.loss for token in tokens] == [False] + [True] * (len(tokens) - 1)
 
 
-def test_inspect_of_a_client_or_row_that_is_not_there_is_told(
-    config: Config, cache: CachePaths
-) -> None:
+def test_inspect_refuses_an_unknown_client_or_row(config: Config, cache: CachePaths) -> None:
     with pytest.raises(DataError, match="nearest: plain"):
         inspect_client(config, cache, "plane")
     with pytest.raises(DataError, match="--row: got 99"):

@@ -1,4 +1,4 @@
-"""A resident worker answers job by job, keeps its word in the log, and ends with its parent."""
+"""A resident worker answers job by job, writes to the jobs' logs, and ends with its parent."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def server() -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
-def asked(server: "subprocess.Popen[str]", **message: object) -> dict[str, object]:
+def answer_to(server: "subprocess.Popen[str]", **message: object) -> dict[str, object]:
     assert server.stdin and server.stdout
     server.stdin.write(json.dumps({"environment": {}, **message}) + "\n")
     server.stdin.flush()
@@ -40,7 +40,7 @@ def test_it_answers_every_job_logs_it_and_ends_with_stdin(
     log.write_text("before\n")
     job = tmp_path / "job"
     for number in (1, 2):
-        found = asked(
+        found = answer_to(
             server,
             id=f"t{number}",
             program="aggregate",

@@ -1,4 +1,4 @@
-"""An attempt as tests plan it, and what workers published of its round."""
+"""Attempts that tests plan, and the updates that workers published."""
 
 import shutil
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ Update = dict[str, torch.Tensor]
 
 
 def untrained(paths: RoundPaths) -> AttemptPaths:
-    """Take back what was done in a round after its plan; return its attempt."""
+    """Remove all that a round did after its plan; return its attempt."""
     attempt = paths.attempt(1)
     for folder in (paths.updates, paths.aggregate, attempt.claims, attempt.tasks):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Trains a client of a round in a process of its own, and can die or lack memory as one does.
+"""A program that trains a client of a round; it can be killed, or run out of memory.
 
-`trainer.py ATTEMPT CLIENT OUT`: the record and the factors are pickled to OUT.
+`client_program.py ATTEMPT CLIENT OUT`: the record and the factors are pickled to OUT.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Row:
 
 
 class LongRows(Session):
-    """Eight rows so long that their activations outweigh everything else, the base too."""
+    """A session of eight rows whose activations need more memory than all the rest."""
 
     def data(self, path: str) -> SimpleNamespace:  # type: ignore[override]
         """Return the same rows for every client."""
@@ -45,7 +45,7 @@ class LongRows(Session):
 
 
 def main() -> int:
-    """Train as told."""
+    """Train the client that the arguments name."""
     parser = argparse.ArgumentParser()
     parser.add_argument("attempt", type=Path)
     parser.add_argument("client")
@@ -53,28 +53,28 @@ def main() -> int:
     parser.add_argument("--die-at", type=int, help="save before this step, then be killed")
     parser.add_argument("--long-rows", action="store_true")
     parser.add_argument("--more-mib", type=int, help="memory to be had beside the loaded base")
-    told = parser.parse_args()
-    attempt = AttemptPaths(root=told.attempt, number=1)
-    opened = ClientRound.open(attempt, LongRows() if told.long_rows else Session())
-    opened.received(told.client)
+    arguments = parser.parse_args()
+    attempt = AttemptPaths(root=arguments.attempt, number=1)
+    opened = ClientRound.open(attempt, LongRows() if arguments.long_rows else Session())
+    opened.received(arguments.client)
     assert opened.trainer.num_processes == 1
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
-    if told.more_mib is not None:
-        limit_memory(told.more_mib)
+    if arguments.more_mib is not None:
+        limit_memory(arguments.more_mib)
     try:
         (trained,) = opened.train(
-            [told.client],
+            [arguments.client],
             attempt=1,
             bundle=0,
             identity=TaskIdentity(task="9_1", node="n", log=""),
-            before_step=lambda step, save: die(save) if step == told.die_at else None,
+            before_step=lambda step, save: die(save) if step == arguments.die_at else None,
         )
     except FedllmError as error:
         say(f"{type(error).__name__}: {error}")
         return error.exit_code
     finally:
         resource.setrlimit(resource.RLIMIT_AS, unlimited)
-    told.out.write_bytes(pickle.dumps(as_plain(trained)))
+    arguments.out.write_bytes(pickle.dumps(as_plain(trained)))
     return 0
 
 
@@ -85,7 +85,7 @@ def die(save: Save) -> None:
 
 
 def limit_memory(more_mib: int) -> None:
-    """Let the process have only so much memory more than it has."""
+    """Limit the memory of this process to what it has and `more_mib` more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (more_mib << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))

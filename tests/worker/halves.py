@@ -1,6 +1,6 @@
-"""A worker of two processes: a trainer that computes the rows of a step by halves.
+"""A worker of two processes: its trainer computes half of the passes in each.
 
-`halves.py ATTEMPT`, once for each process, which the environment tells who it is.
+`halves.py ATTEMPT`, once for each process; the environment gives its rank.
 """
 
 import os
@@ -31,19 +31,19 @@ class Half(Loop):
     def step(self, number: int) -> None:
         """Take one optimizer step by the gradients of all processes."""
         time.sleep(float(os.environ.get(PAUSE, "0")))
-        every = self.passes(number, self._slots.layout)
-        targets = sum(each.num_targets for each in every)
+        passes = self.passes(number, self._slots.layout)
+        targets = sum(one_pass.num_targets for one_pass in passes)
         total = torch.zeros(())
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
-        for each in every[dist.get_rank() :: dist.get_world_size()]:
-            self._slots.rows.enter(self.pieces(number, each))
-            loss = each.loss_sum(self._slots.model) / max(1, targets)
+        for one_pass in passes[dist.get_rank() :: dist.get_world_size()]:
+            self._slots.rows.enter(self.pieces(number, one_pass))
+            loss = one_pass.loss_sum(self._slots.model) / max(1, targets)
             loss.backward()
             total += loss.detach()
         for tensor in (total, *(parameter.grad for parameter in self._parameters)):
             dist.all_reduce(tensor)
-        self.end_step(number, every, total)
+        self.end_step(number, passes, total)
 
 
 @dataclass(frozen=True, kw_only=True)

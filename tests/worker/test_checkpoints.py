@@ -1,4 +1,4 @@
-"""What a client was trained to before its worker ended is not trained again."""
+"""Checkpoints: steps that a client took before its worker ended are not taken again."""
 
 import os
 import pickle
@@ -48,7 +48,7 @@ def session() -> Session:
 
 @pytest.fixture
 def attempt(done: Path, tmp_path: Path) -> AttemptPaths:
-    """The round, with more steps and less rows at a time than it had."""
+    """The attempt of the round, with more steps and fewer rows at a time."""
     root = tmp_path / "run"
     shutil.copytree(done, root)
     attempt = RunPaths(root=root).round(1).attempt(1)
@@ -90,7 +90,7 @@ def train(
 
 
 def leave_at(found: ClientRound, stop: int) -> None:
-    """Train up to a step, as a worker that is told to end."""
+    """Train up to a step and save, as a worker that a signal ends."""
 
     def leave(step: int, save: Save) -> None:
         if step == stop:
@@ -109,7 +109,7 @@ def in_a_process(
             *(sys.executable, trainer.__file__),
             *(str(attempt.root), client, str(out_of(attempt)), *options),
         ],
-        # of the address space, which tests limit, threads would take arenas as they happen to meet
+        # one arena: threads would take a varying part of the address space, which tests limit
         env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
@@ -128,8 +128,8 @@ def trained_by(attempt: AttemptPaths) -> Plain:
 
 
 def assert_same(found: Plain, expected: Plain) -> None:
-    told = ("status", "rows", "steps", "tokens", "loss_tokens", "losses", "norms", "scales")
-    assert {key: found[0][key] for key in told} == {key: expected[0][key] for key in told}
+    keys = ("status", "rows", "steps", "tokens", "loss_tokens", "losses", "norms", "scales")
+    assert {key: found[0][key] for key in keys} == {key: expected[0][key] for key in keys}
     assert found[1] == expected[1]
 
 
@@ -199,7 +199,7 @@ def alter_header(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, alter_header])
-def test_a_damaged_checkpoint_is_told_and_the_client_trains_from_its_start(
+def test_a_damaged_checkpoint_is_logged_and_the_client_trains_from_its_start(
     attempt: AttemptPaths,
     session: Session,
     damage: Callable[[bytes], bytes],
@@ -233,7 +233,7 @@ def test_an_update_or_a_folder_in_its_place_is_no_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("run_id", "another", "it is of another run id"),
         ("round", 7, "it is of another round"),
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_another_training_is_left_alone(
     capsys: pytest.CaptureFixture[str],
     key: str,
     value: object,
-    told: str,
+    message: str,
 ) -> None:
     found = opened(attempt, session)
     leave_at(found, 4)
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_another_training_is_left_alone(
     )
     again = train(found)
     assert again.record.resumed_at == []
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def rewrite(found: ClientRound, change: Callable[[CheckpointRecord], CheckpointRecord]) -> None:
@@ -277,19 +277,19 @@ def test_a_checkpoint_of_another_configuration_is_left_alone(
     leave_at(opened(attempt, session), 4)
     change_training(attempt, learning_rate=0.5)
     assert train(opened(attempt, session)).record.resumed_at == []
-    told = capsys.readouterr().err
-    assert f"client {client_of(opened(attempt, session))}: trains from its start: " in told
+    message = capsys.readouterr().err
+    assert f"client {client_of(opened(attempt, session))}: trains from its start: " in message
     assert (
         "it is of another result fingerprint: "
         "written by another version of fedllm or with another configuration"
-    ) in told
+    ) in message
     leave_at(opened(attempt, session), 4)
-    # what the result does not depend on may change
+    # keys that do not change the result may change
     change_training(attempt, checkpoint_every_minutes=3.0, learning_rate=0.5)
     assert train(opened(attempt, session)).record.resumed_at == [4]
 
 
-def test_other_micro_batches_and_other_ranks_are_not_gone_on_with(
+def test_a_checkpoint_of_other_micro_batches_or_ranks_is_not_resumed(
     attempt: AttemptPaths, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = opened(attempt, session)
@@ -333,26 +333,26 @@ def test_where_memory_runs_out_the_client_is_trained_with_smaller_micro_batches(
     little = ("--long-rows", "--more-mib", "110")
     killed = in_a_process(attempt, client, *little, "--die-at", "1")
     assert killed.returncode == -9, killed.stderr
-    told = f"client {client}: memory ran out with micro-batches of 8 rows"
-    assert killed.stderr.startswith(f"{told}; it is trained again from its start with 4\n")
+    message = f"client {client}: memory ran out with micro-batches of 8 rows"
+    assert killed.stderr.startswith(f"{message}; it is trained again from its start with 4\n")
     done = in_a_process(attempt, client, *little)
     assert done.returncode == 0, done.stderr
     found = trained_by(attempt)
     record = UpdateRecord.model_validate(found[0])
     assert record.micro_batch_size in {1, 2}
     assert killed.stderr.endswith(f"from its start with {record.micro_batch_size}\n")
-    # its checkpoint says already what fits
+    # its checkpoint already has the size that fits
     assert "memory ran out" not in done.stderr
     assert record.resumed_at == [1]
-    asked = LONG | {"micro_batch_size": record.micro_batch_size}
-    change_training(attempt, "fedavg", **asked, smaller_micro_batch=False)
+    fitting = LONG | {"micro_batch_size": record.micro_batch_size}
+    change_training(attempt, "fedavg", **fitting, smaller_micro_batch=False)
     expected = train(opened(attempt, trainer.LongRows()), resume=False)
     assert expected.record.micro_batch_size is None
     assert_same(found, as_plain(expected))
 
 
 @pytest.mark.parametrize(
-    ("keys", "more_mib", "told"),
+    ("keys", "more_mib", "message"),
     [
         (
             {"micro_batch_size": 6, "smaller_micro_batch": False},
@@ -369,17 +369,17 @@ def test_where_memory_runs_out_the_client_is_trained_with_smaller_micro_batches(
     ],
 )
 def test_too_little_memory_is_one_line_that_names_client_micro_batch_and_keys(
-    attempt: AttemptPaths, session: Session, keys: dict[str, object], more_mib: int, told: str
+    attempt: AttemptPaths, session: Session, keys: dict[str, object], more_mib: int, message: str
 ) -> None:
     change_training(attempt, "fedavg", **LONG | keys)
     client = client_of(opened(attempt, session))
     failed = in_a_process(attempt, client, "--long-rows", "--more-mib", str(more_mib))
     assert failed.returncode == 1, failed.stderr
     last = failed.stderr.splitlines()[-1]
-    assert last == f"OutOfMemory: client {client}: memory ran out with micro-batches {told}"
+    assert last == f"OutOfMemory: client {client}: memory ran out with micro-batches {message}"
 
 
-def test_an_error_that_is_not_of_memory_stays_what_it_is(
+def test_an_error_other_than_of_memory_is_raised_as_it_is(
     attempt: AttemptPaths, session: Session
 ) -> None:
     change_training(attempt, smaller_micro_batch=True, micro_batch_size=2)

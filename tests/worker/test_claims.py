@@ -1,4 +1,4 @@
-"""Bundles are taken once, one's own first, then longest first, and only where time allows."""
+"""Claims: a bundle is claimed once, a task's own first, then the longest that fits its time."""
 
 import threading
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_with_little_time_left_shorter_bundles_are_taken_or_none(tmp_path: Path)
     assert all_of(claims) == [1]
 
 
-def test_what_is_held_is_gone_on_with_however_little_time_is_left(tmp_path: Path) -> None:
+def test_a_held_bundle_goes_on_however_little_time_is_left(tmp_path: Path) -> None:
     assert the_claims(tmp_path, a_plan(10), me()).next(None)
     again = the_claims(tmp_path, a_plan(10), me(), restarted=True)
     assert all_of(again, seconds_left=0) == [0]
@@ -110,7 +110,7 @@ def test_workers_that_start_together_take_every_bundle_once(tmp_path: Path) -> N
             assert claim.task == f"7_{number}"
 
 
-def test_what_others_have_costs_one_look_at_the_folder(
+def test_the_claims_of_others_cost_one_listing_of_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = a_plan(*range(900, 0, -1))

@@ -1,4 +1,4 @@
-"""Clients that train together: their bits follow from the group, whatever happens to it."""
+"""Groups: the bits of clients that train together depend on the group alone."""
 
 import itertools
 import json
@@ -82,7 +82,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One undisturbed round of clients of whom every other has few rows, and all their epochs."""
+    """One undisturbed round over all epochs, where every other client has few rows."""
     tiny = make_tiny(tmp_path_factory.mktemp("unequal"))
     rows = tiny.data.read_text(encoding="utf-8").splitlines()
     of_client = itertools.groupby(rows, key=lambda row: json.loads(row)["client_id"])
@@ -96,7 +96,7 @@ class Interrupted(Exception):
 
 
 def leave_at(attempt: AttemptPaths, session: Session, clients: Sequence[str], stop: int) -> None:
-    """Train up to a step, as a worker that is told to end."""
+    """Train up to a step and save, as a worker that a signal ends."""
 
     def leave(step: int, save: Save) -> None:
         if step == stop:
@@ -136,7 +136,7 @@ def test_bits_do_not_depend_on_bundles_even_where_they_cut_groups(
     assert TaskRecord.read(attempt.task(ME.task)).clients_done == 6
 
 
-def test_of_a_group_that_misses_one_update_only_that_one_is_published_again(
+def test_of_a_group_that_misses_one_update_only_that_one_is_published(
     attempt: AttemptPaths, done: Path, session: Session
 ) -> None:
     second, first = groups_of(attempt)
@@ -152,7 +152,7 @@ def test_of_a_group_that_misses_one_update_only_that_one_is_published_again(
     assert not list((round_of(attempt).root / "checkpoints").glob("*"))
 
 
-def test_what_a_group_saved_stays_until_the_update_that_it_missed_is_published(
+def test_checkpoints_of_a_group_stay_until_its_missing_update_is_published(
     attempt: AttemptPaths, done: Path, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other, group = groups_of(attempt)
@@ -251,7 +251,7 @@ def test_a_signal_saves_all_members_and_the_task_goes_on(
     assert updates(paths)[group[0]][0].resumed_at == [2]
 
 
-def test_checkpoints_of_different_moments_are_told_and_all_train_from_their_start(
+def test_checkpoints_of_different_steps_are_refused_and_all_train_from_their_start(
     attempt: AttemptPaths, done: Path, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
     group = groups_of(attempt)[1]
@@ -264,8 +264,8 @@ def test_checkpoints_of_different_moments_are_told_and_all_train_from_their_star
     found = train(attempt, session, group)
     assert [trained.record.resumed_at for trained in found] == [[]] * TOGETHER
     assert_as_recorded(found, done)
-    told = f"group of {', '.join(group)}: trains from its start: {paths.checkpoint(group[1])}: "
-    assert f"{told}is of another step than its group's" in capsys.readouterr().err
+    message = f"group of {', '.join(group)}: trains from its start: {paths.checkpoint(group[1])}: "
+    assert f"{message}is of another step than its group's" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_group_is_left_alone(
@@ -301,8 +301,8 @@ def test_where_memory_runs_out_all_members_train_again_with_smaller_micro_batche
 
     found = train(attempt, session, group, fail_once)
     assert {trained.record.micro_batch_size for trained in found} == {1}
-    told = f"group of {', '.join(group)}: memory ran out with micro-batches of 2 rows"
-    assert f"{told}; it is trained again from its start with 1" in capsys.readouterr().err
+    message = f"group of {', '.join(group)}: memory ran out with micro-batches of 2 rows"
+    assert f"{message}; it is trained again from its start with 1" in capsys.readouterr().err
     change_config(attempt, "training", smaller_micro_batch=False, micro_batch_size=1)
     for one, other in zip(found, train(attempt, session, group), strict=True):
         assert as_plain(one)[1] == as_plain(other)[1]

@@ -1,4 +1,4 @@
-"""What a worker does beside training: it saves, asks for another start, ends early, or stays."""
+"""Workers beside their training: they save, are requeued, end early, or wait idle."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ from tests.worker.attempts import (
 
 @contextmanager
 def when_saved(action: Callable[[], object]) -> Iterator[None]:
-    """Do something when a client's checkpoint is about to get its name, once."""
+    """Call `action` once, when a client's checkpoint is about to be renamed into place."""
     with ExitStack() as stack:
 
         def renamed(_source: object, target: object, *_: object) -> None:
@@ -57,7 +57,7 @@ def interrupt(number: int) -> Callable[[], None]:
 
 @pytest.fixture
 def saving(attempt: AttemptPaths) -> AttemptPaths:
-    """All clients in one bundle, saved before every step."""
+    """An attempt with one bundle of all clients, which are saved before every step."""
     change_config(attempt, "training", checkpoint_every_minutes=1e-9)
     plan(attempt, [cohort(attempt)])
     return attempt
@@ -84,11 +84,11 @@ def test_a_client_in_training_is_saved_and_another_task_goes_on_with_it(
     assert {client: bool(found[client][0].resumed_at) for client in clients} == {
         client: client == first for client in clients
     }
-    # published clients need none
+    # published clients need no checkpoint
     assert not checkpoints(saving)
 
 
-def test_what_was_saved_periodically_outlives_a_kill(
+def test_periodic_checkpoints_outlive_a_kill(
     saving: AttemptPaths, done: Path, session: Session
 ) -> None:
     class Killed(BaseException):
@@ -108,12 +108,12 @@ def test_what_was_saved_periodically_outlives_a_kill(
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """This process is an array task; what it asks of scontrol goes to a file."""
-    asked = tmp_path / "asked"
-    asked.touch()
+    """Make this process an array task; its calls of scontrol go to the returned file."""
+    calls = tmp_path / "calls"
+    calls.touch()
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
     (folder / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     array, number = ME.task.split("_")
@@ -123,10 +123,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("FEDLLM_TASK", ME.task),
     ):
         monkeypatch.setenv(name, value)
-    return asked
+    return calls
 
 
-def test_a_warned_task_asks_to_be_started_again(
+def test_a_warned_task_is_requeued(
     saving: AttemptPaths, session: Session, slurm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with when_saved(interrupt(signal.SIGUSR2)):
@@ -135,7 +135,7 @@ def test_a_warned_task_asks_to_be_started_again(
     assert f"{ME.task}: requeued" in capfd.readouterr().err
 
 
-def test_where_slurm_refuses_this_is_said(
+def test_a_refused_requeue_is_logged(
     saving: AttemptPaths, session: Session, slurm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (slurm.parent / "bin" / "scontrol").write_text("#!/bin/sh\necho disabled >&2; exit 1\n")
@@ -144,7 +144,7 @@ def test_where_slurm_refuses_this_is_said(
     assert f"{ME.task}: not requeued (disabled); the next attempt" in capfd.readouterr().err
 
 
-def test_who_is_told_to_end_leaves_the_rest_to_slurm(
+def test_a_terminated_task_is_not_requeued(
     saving: AttemptPaths, session: Session, slurm: Path
 ) -> None:
     with when_saved(interrupt(signal.SIGTERM)):
@@ -152,7 +152,7 @@ def test_who_is_told_to_end_leaves_the_rest_to_slurm(
     assert not slurm.read_text()
 
 
-def test_a_start_without_a_step_does_not_lead_to_another(
+def test_a_start_without_a_step_is_not_requeued(
     saving: AttemptPaths, session: Session, slurm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with StopSignals() as signals:
@@ -162,14 +162,14 @@ def test_a_start_without_a_step_does_not_lead_to_another(
     assert "not requeued (no step was taken since it started)" in capfd.readouterr().err
 
 
-def test_who_comes_when_the_round_is_done_leaves_no_trace(done: Path, session: Session) -> None:
+def test_a_worker_of_a_finished_round_writes_nothing(done: Path, session: Session) -> None:
     attempt = RunPaths(root=done).round(1).attempt(1)
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     assert work(attempt, None, OTHER, session) == 0
     assert before == {path: path.stat().st_mtime_ns for path in done.rglob("*")}
 
 
-def test_who_comes_when_a_later_attempt_has_the_rest_leaves_it_alone(
+def test_a_worker_of_an_earlier_attempt_claims_nothing(
     attempt: AttemptPaths, session: Session
 ) -> None:
     later = round_of(attempt).attempt(2)
@@ -199,23 +199,23 @@ def two_rounds(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def second(two_rounds: Path, tmp_path: Path) -> RoundPaths:
-    """The second round is planned, and counts on a worker that lingers."""
+    """A second round that is planned and adopts the worker `ME`."""
     run = RunPaths(root=tmp_path / "two")
     shutil.copytree(two_rounds, run.root)
     paths = run.round(2)
     attempt = untrained(paths)
-    counts_on(attempt, ME.task)
+    adopt(attempt, ME.task)
     change_config(attempt, "scheduler", kind="slurm", linger_minutes=10)
     return paths
 
 
-def counts_on(attempt: AttemptPaths, *tasks: str) -> None:
+def adopt(attempt: AttemptPaths, *tasks: str) -> None:
     plan = SubmissionRecord.read(attempt.submission)
     plan.model_copy(update={"adopted": list(tasks)}).publish(attempt.submission)
 
 
 def before(paths: RoundPaths) -> AttemptPaths:
-    """The attempt of the round before: done, and where the worker's command line leads."""
+    """The finished attempt of the round before, with which the worker starts."""
     return paths.previous.attempt(1)
 
 
@@ -233,14 +233,14 @@ def meanwhile(action: Callable[[], object], when: Callable[[], object]) -> Itera
     thread.join()
 
 
-def test_a_worker_that_lingers_works_on_the_round_that_counts_on_it_until_the_run_is_done(
+def test_an_idle_worker_works_on_the_round_that_adopts_it_until_the_run_is_done(
     second: RoundPaths, two_rounds: Path, session: Session
 ) -> None:
     attempt, plan_ = second.attempt(1), SubmissionRecord.read(second.attempt(1).submission)
     attempt.submission.unlink()
     found: list[TaskRecord] = []
 
-    def lingers() -> bool:
+    def is_idle() -> bool:
         record = TaskRecord.find(attempt.task(ME.task))
         return record is not None and record.state == "lingering"
 
@@ -250,7 +250,7 @@ def test_a_worker_that_lingers_works_on_the_round_that_counts_on_it_until_the_ru
 
     with (
         meanwhile(lambda: plan_.publish(attempt.submission), lambda: True),
-        meanwhile(done, lingers),
+        meanwhile(done, is_idle),
     ):
         assert work(before(second), None, ME, session) == 0
     (record,) = found
@@ -266,7 +266,7 @@ def assert_same(found: RoundPaths, expected: RoundPaths) -> None:
     assert {client: record.losses for client, (record, _) in updates(found).items()} == losses
 
 
-def test_a_requeued_worker_that_lingered_goes_on_with_what_it_holds(
+def test_a_requeued_worker_that_was_idle_goes_on_with_its_bundles(
     second: RoundPaths, two_rounds: Path, session: Session
 ) -> None:
     attempt = second.attempt(1)
@@ -274,16 +274,16 @@ def test_a_requeued_worker_that_lingered_goes_on_with_what_it_holds(
     with when_saved(interrupt(signal.SIGUSR2)):
         assert work(before(second), None, ME, session) == STOPPED
     change_config(attempt, "scheduler", linger_minutes=0.001)
-    # Slurm starts it with the words of its first start
+    # Slurm starts it with the arguments of its first start
     assert work(before(second), None, ME, session) == 0
     assert_same(second, RunPaths(root=two_rounds).round(2))
     assert TaskRecord.read(attempt.task(ME.task)).starts == 2
 
 
-def test_a_worker_that_nobody_counts_on_waits_its_minutes_and_ends(
+def test_a_worker_that_no_round_adopts_waits_its_minutes_and_ends(
     second: RoundPaths, session: Session
 ) -> None:
-    counts_on(second.attempt(1), OTHER.task)
+    adopt(second.attempt(1), OTHER.task)
     change_config(second.attempt(1), "scheduler", linger_minutes=0.005)
     began = time.monotonic()
     assert work(before(second), None, ME, session) == 0
@@ -291,18 +291,18 @@ def test_a_worker_that_nobody_counts_on_waits_its_minutes_and_ends(
     assert not second.attempt(1).claim_files()
 
 
-def test_a_signal_ends_a_worker_that_lingers(second: RoundPaths, session: Session) -> None:
-    counts_on(second.attempt(1))
+def test_a_signal_ends_an_idle_worker(second: RoundPaths, session: Session) -> None:
+    adopt(second.attempt(1))
     with StopSignals() as signals, meanwhile(interrupt(signal.SIGUSR2), lambda: True):
         assert work(before(second), None, ME, session, signals=signals) == 0
     assert signals.came
 
 
-def test_a_worker_whose_time_is_nearly_over_does_not_linger(
+def test_a_worker_whose_time_is_nearly_over_does_not_wait_idle(
     second: RoundPaths, session: Session
 ) -> None:
     first = before(second)
-    counts_on(second.attempt(1))
+    adopt(second.attempt(1))
     record = SubmissionRecord.read(first.submission)
     arrays = [array.model_copy(update={"minutes": 60}) for array in record.arrays]
     record.model_copy(update={"arrays": arrays}).publish(first.submission)
@@ -311,7 +311,7 @@ def test_a_worker_whose_time_is_nearly_over_does_not_linger(
     assert work(first, worker_class, ME, session, began=began) == 0
 
 
-def test_who_takes_a_single_bundle_does_not_linger(second: RoundPaths, session: Session) -> None:
+def test_a_single_bundle_worker_does_not_wait_idle(second: RoundPaths, session: Session) -> None:
     first = before(second)
     record = SubmissionRecord.read(first.submission)
     record.model_copy(update={"one_bundle": True}).publish(first.submission)
@@ -319,7 +319,7 @@ def test_who_takes_a_single_bundle_does_not_linger(second: RoundPaths, session: 
     assert not second.attempt(1).claim_files()
 
 
-def test_workers_of_local_runs_stay_anyway(second: RoundPaths, session: Session) -> None:
+def test_local_workers_do_not_wait_for_the_next_round(second: RoundPaths, session: Session) -> None:
     change_config(second.attempt(1), "scheduler", kind="local")
     assert work(before(second), None, ME, session) == 0
     assert not second.attempt(1).claim_files()

@@ -1,4 +1,4 @@
-"""A worker of several processes claims, reports and publishes once, and stops and resumes whole."""
+"""Workers of several processes: they claim and publish once, stop and resume together."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ Worker = list["subprocess.Popen[bytes]"]
 def worker(
     attempt: AttemptPaths, *, program: Path = HALVES, pause: float = 0.0
 ) -> Iterator[Worker]:
-    """Both processes of a task."""
+    """Start both processes of a task."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     processes = []
@@ -76,7 +76,7 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def said(attempt: AttemptPaths, rank: int) -> str:
+def log_of(attempt: AttemptPaths, rank: int) -> str:
     return (attempt.run.root / f"worker_{rank}.log").read_text()
 
 
@@ -93,7 +93,7 @@ def halved(done: Path, tmp_path_factory: pytest.TempPathFactory) -> AttemptPaths
     shutil.copytree(done, root)
     attempt = prepared(untrained(RunPaths(root=root).round(1)))
     with worker(attempt) as processes:
-        assert ended(processes) == [0, 0], said(attempt, 0) + said(attempt, 1)
+        assert ended(processes) == [0, 0], log_of(attempt, 0) + log_of(attempt, 1)
     return attempt
 
 
@@ -115,8 +115,8 @@ def test_two_processes_claim_report_and_publish_as_one(halved: AttemptPaths, don
     assert TaskRecord.read(task).clients_done == len(found)
     assert not halved.task_errors()
     # the others say nothing
-    assert all(f"client {client}: " in said(halved, 0) for client in found)
-    assert said(halved, 1) == ""
+    assert all(f"client {client}: " in log_of(halved, 0) for client in found)
+    assert log_of(halved, 1) == ""
 
 
 @pytest.mark.slow
@@ -130,11 +130,11 @@ def test_a_signal_stops_both_between_two_steps_and_the_task_goes_on_with_the_sam
         until(lambda: list(paths.checkpoints.rglob("*.safetensors")))
         for rank in ranks:
             processes[rank].send_signal(number)
-        assert ended(processes) == [STOPPED, STOPPED], said(attempt, 0) + said(attempt, 1)
-    assert f"{TASK}: stopped by {signal.Signals(number).name}" in said(attempt, 0)
+        assert ended(processes) == [STOPPED, STOPPED], log_of(attempt, 0) + log_of(attempt, 1)
+    assert f"{TASK}: stopped by {signal.Signals(number).name}" in log_of(attempt, 0)
     assert list(paths.checkpoints.rglob("*.safetensors"))
     with worker(attempt) as processes:
-        assert ended(processes) == [0, 0], said(attempt, 0) + said(attempt, 1)
+        assert ended(processes) == [0, 0], log_of(attempt, 0) + log_of(attempt, 1)
     assert_same_bits(paths, halved.run.root)
     resumed = [record.resumed_at for record, _ in updates(paths).values() if record.resumed_at]
     assert len(resumed) == 1
@@ -161,10 +161,10 @@ def test_a_trainer_of_one_process_refuses_a_task_of_two_and_says_so_first(
         assert ended(processes) == [2, 1]
     (record,) = map(ErrorRecord.read, attempt.task_errors())
     assert record.message.startswith(f"{TASK}: a task of 2 processes; this run's trainer needs")
-    assert "Traceback" not in said(attempt, 0) + said(attempt, 1)
+    assert "Traceback" not in log_of(attempt, 0) + log_of(attempt, 1)
 
 
-def test_what_came_to_another_process_counts_as_if_it_had_come_to_this_one() -> None:
+def test_a_signal_to_another_process_counts_as_one_to_this_process() -> None:
     with StopSignals() as here, StopSignals() as there:
         os.kill(os.getpid(), signal.SIGUSR2)
         here.hear(there.flags)

@@ -1,4 +1,4 @@
-"""A worker trains what nobody trained, to bits that only round and client decide."""
+"""Workers train the clients without an update; its bits depend on round and client alone."""
 
 import dataclasses
 import os
@@ -127,7 +127,7 @@ def test_finished_clients_are_published_when_a_signal_comes(
     assert stopped_after(attempt, session, 2, number) == STOPPED
     assert signal.getsignal(number) is before
     assert_same_bits(round_of(attempt), done, clients[:2])
-    # an end that was asked for is no error
+    # an end by a signal is no error
     assert not attempt.task_errors()
 
 
@@ -175,13 +175,15 @@ def test_adapters_that_take_much_memory_are_published_as_they_come(
     assert_same_bits(round_of(attempt), done)
 
 
-def test_adapters_that_are_not_kept_are_made_anew(attempt: AttemptPaths, done: Path) -> None:
+def test_adapters_that_are_not_kept_are_made_again(attempt: AttemptPaths, done: Path) -> None:
     plan(attempt, [cohort(attempt)])
     work(attempt, None, ME, Session(kept_bytes=0))
     assert_same_bits(round_of(attempt), done)
 
 
-def test_what_cannot_be_published_is_an_error(attempt: AttemptPaths, session: Session) -> None:
+def test_an_update_that_cannot_be_written_is_an_error(
+    attempt: AttemptPaths, session: Session
+) -> None:
     round_of(attempt).updates.write_text("in the way")
     with pytest.raises(RunDirectoryError, match="updates"):
         work(attempt, None, ME, session)
@@ -234,7 +236,7 @@ def test_a_damaged_state_is_named_and_recorded(
     assert not files(attempt)
 
 
-def test_what_another_node_wrote_may_become_visible_late(
+def test_a_file_of_another_node_may_become_visible_late(
     attempt: AttemptPaths, done: Path, session: Session
 ) -> None:
     change_config(attempt, "scheduler", kind="slurm")
@@ -248,7 +250,7 @@ def test_what_another_node_wrote_may_become_visible_late(
     assert_same_bits(paths, done)
 
 
-def test_what_stays_invisible_is_missing(attempt: AttemptPaths, session: Session) -> None:
+def test_a_file_that_stays_invisible_is_missing(attempt: AttemptPaths, session: Session) -> None:
     round_of(attempt).cohort.unlink()
     with pytest.raises(RunDirectoryError, match=r"cohort\.json: missing; resume the run"):
         work(attempt, None, ME, session)
