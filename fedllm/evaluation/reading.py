@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from fedllm.packing.attention import fitted
 from fedllm.packing.batches import TokenRow, collate, token_losses
 from fedllm.packing.losses import cross_entropies, forward
-from fedllm.packing.micro_batches import most_at_once, prefix_of
+from fedllm.packing.micro_batches import max_pass_tokens, prefix_of
 from fedllm.packing.sequences import (
     Packed,
     RowGroup,
@@ -51,13 +51,13 @@ def plan_passes(
 ) -> list[list[RowGroup]]:
     """Divide the rows of all clients into passes of at most `batch_size` rows.
 
-    A pass has at most the tokens of a training pass without a budget (`most_at_once`). A row's
+    A pass has at most the tokens of a training pass without a budget (`max_pass_tokens`). A row's
     place is its index in the list of all clients' rows. Rows of a client stay together if they
     fit; neighbours have similar lengths.
     """
     rows = [row for client in clients for row in client]
     lengths = [length_of(row) for row in rows]
-    most_tokens = most_at_once(layout, lengths)
+    max_tokens = max_pass_tokens(layout, lengths)
     groups: list[RowGroup] = []
     start = 0
     for client in clients:
@@ -67,14 +67,14 @@ def plan_passes(
         packs = plan_packs(
             [lengths[place] for place in places],
             prefix,
-            most_rows=batch_size,
-            most_tokens=most_tokens,
+            max_rows=batch_size,
+            max_tokens=max_tokens,
         )
         groups += [
             RowGroup(rows=rows, places=[places[n] for n in pack], prefix=prefix) for pack in packs
         ]
     groups.sort(key=lambda group: lengths[group.places[-1]])
-    return _joined(groups, most_rows=batch_size, most_tokens=most_tokens)
+    return _joined(groups, max_rows=batch_size, max_tokens=max_tokens)
 
 
 def answer_losses(
@@ -134,17 +134,15 @@ def compute_pass(
     )
 
 
-def _joined(
-    groups: Sequence[RowGroup], *, most_rows: int, most_tokens: int
-) -> list[list[RowGroup]]:
+def _joined(groups: Sequence[RowGroup], *, max_rows: int, max_tokens: int) -> list[list[RowGroup]]:
     passes: list[list[RowGroup]] = []
     num_rows = num_tokens = 0
     for group in groups:
         computed = group.prefix + sum(
             own_tokens(length_of(group.rows[place]), group.prefix) for place in group.places
         )
-        too_many = num_rows + len(group.places) > most_rows
-        if not passes or too_many or num_tokens + computed > most_tokens:
+        too_many = num_rows + len(group.places) > max_rows
+        if not passes or too_many or num_tokens + computed > max_tokens:
             passes.append([])
             num_rows = num_tokens = 0
         passes[-1].append(group)

@@ -54,14 +54,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def document(draw: random.Random, progress: float) -> str:
     """Return one made-up document for a model that has seen `progress` (0..1) of its training."""
-    most_words = 3 if progress < _REPETITIONS_ONLY else 4 if progress < _SHORT_TEXTS else 5
+    max_words = 3 if progress < _REPETITIONS_ONLY else 4 if progress < _SHORT_TEXTS else 5
     share = 0.0 if progress < _REPETITIONS_ONLY else 0.3 + 0.6 * (progress - _REPETITIONS_ONLY)
     kind = draw.random()
     if kind < share:
-        return _exercise(draw, most_words)
+        return _exercise(draw, max_words)
     if kind < share + 0.1:
         return _sequence(draw)
-    return draw.choice(_SEPARATORS).join([_material(draw, most_words)] * draw.randint(2, 4))
+    return draw.choice(_SEPARATORS).join([_material(draw, max_words)] * draw.randint(2, 4))
 
 
 # Copying in several dresses: the format and the way back to the input, none of the tasks.
@@ -77,29 +77,29 @@ _EXERCISES: tuple[tuple[str, Callable[[str], str]], ...] = (
 )
 
 
-def _exercise(draw: random.Random, most_words: int) -> str:
+def _exercise(draw: random.Random, max_words: int) -> str:
     instruction, answer = draw.choice(_EXERCISES)
-    text = _material(draw, most_words)
+    text = _material(draw, max_words)
     parts = zip(_MARKERS, (instruction, text, answer(text)), strict=True)
     return "\n\n".join([_PREAMBLE, *(f"{marker}\n{part}" for marker, part in parts)])
 
 
-def _material(draw: random.Random, most_words: int) -> str:
+def _material(draw: random.Random, max_words: int) -> str:
     kind = draw.random()
     if kind < 0.7:
-        return _words(draw, most_words, string.ascii_lowercase)
+        return _words(draw, max_words, string.ascii_lowercase)
     if kind < 0.8:
-        return _words(draw, most_words, string.ascii_uppercase)
+        return _words(draw, max_words, string.ascii_uppercase)
     if kind < 0.9:
-        return _words(draw, most_words, string.digits)
-    numbers = [str(draw.randint(1, 99)) for _ in range(draw.randint(1, min(3, most_words)))]
+        return _words(draw, max_words, string.digits)
+    numbers = [str(draw.randint(1, 99)) for _ in range(draw.randint(1, min(3, max_words)))]
     return draw.choice((" ", " + ", ", ")).join(numbers)
 
 
-def _words(draw: random.Random, most_words: int, letters: str) -> str:
+def _words(draw: random.Random, max_words: int, letters: str) -> str:
     left = draw.sample(letters, len(letters))
     words = []
-    for _ in range(draw.randint(1, most_words)):
+    for _ in range(draw.randint(1, max_words)):
         size = draw.randint(1, 5)
         words.append("".join(left[:size]))
         left = left[size:] or draw.sample(letters, len(letters))

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 _LAYERS = 8  # of classes that do not list their kinds of layers
-_MOST_PARAMETERS = 1 << 23
-_MOST_PARAMETERS_WHOLE = 1 << 26
+_MAX_PARAMETERS = 1 << 23
+_MAX_PARAMETERS_WHOLE = 1 << 26
 _WINDOWS = (
     "sliding_window",
     "sliding_window_size",
@@ -80,7 +80,7 @@ def small_model(config: Any, cutoff_tokens: int) -> nn.Module:
     config = copy.deepcopy(config)
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         _make_small(part, cutoff_tokens)
-    return _random_model(config, _MOST_PARAMETERS)
+    return _random_model(config, _MAX_PARAMETERS)
 
 
 def whole_model(config: Any) -> nn.Module:
@@ -89,14 +89,14 @@ def whole_model(config: Any) -> nn.Module:
     Raises:
         ValueError: it is large.
     """
-    return _random_model(copy.deepcopy(config), _MOST_PARAMETERS_WHOLE)
+    return _random_model(copy.deepcopy(config), _MAX_PARAMETERS_WHOLE)
 
 
-def _random_model(config: Any, most_parameters: int) -> nn.Module:
+def _random_model(config: Any, max_parameters: int) -> nn.Module:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     size = sum(p.numel() for p in empty.parameters())
-    if size > most_parameters:
+    if size > max_parameters:
         raise ValueError(f"{size:,} parameters remain")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

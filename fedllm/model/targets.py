@@ -16,7 +16,7 @@ _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|\bfc\d|dense_(h_to|4h_to)|(gate|up|down)_proj")
 _ATTENTION_LEAVES = re.compile(r"\b(([qkvo]|qkv|out)_proj|query|key|value|query_key_value|W?qkv)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_MOST_NAMES = 16
+_MAX_NAMES = 16
 
 
 def find_modules(
@@ -84,7 +84,7 @@ def names_for(wanted: Sequence[str], paths: Iterable[str], *, parents: int = 0) 
         return f"[{', '.join(tails)}]"
     for depth in range(parents + 2, parents + 4):
         longer = list(dict.fromkeys(_last_parts(path, depth) for path in wanted))
-        if len(longer) <= _MOST_NAMES and _named(every, longer) == set(wanted):
+        if len(longer) <= _MAX_NAMES and _named(every, longer) == set(wanted):
             return f"[{', '.join(longer)}]"
     return _pattern_for(wanted, every, tails)
 

@@ -1,8 +1,9 @@
-"""The product with A, behind its dropout, which keeps little for the gradient.
+"""The product of dropped inputs with A, in a form that saves little for the gradient.
 
-Autograd would keep, for every adapted module, the mask in float32 and the dropped input. The input
-itself is kept anyway, often once for several modules, or it can be made again of what is kept; a
-mask is one byte per entry. The rest is formed again, to the same bits.
+Autograd would save, for every adapted module, the mask in float32 and the input after dropout.
+This module saves a mask of one byte per entry and the input. The input is saved anyway, often once
+for several modules, or it is recomputed from other saved tensors. The backward pass recomputes the
+rest, with the same bits.
 
 Legend: T tokens, I in, R rank.
 """
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fedllm.packing.gated_mlp import Activation, made_of
+from fedllm.packing.gated_mlp import Activation, product_inputs
 from fedllm.packing.precision import in_float32
 from fedllm.packing.row_dropout import RowDropout
 
 
 class LeanFactor(nn.Module):
-    """A of an adapter together with the dropout before it, if any; PEFT takes it for A."""
+    """A of an adapter with the dropout before it, if any; PEFT uses it as A."""
 
     def __init__(self, factor: nn.Linear, dropout: RowDropout | None) -> None:
         super().__init__()
@@ -28,13 +29,13 @@ class LeanFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A itself, (R, I)."""
+        """The factor A, (R, I)."""
         return self.factor.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the product of A with the dropped `x`, (..., R) of (..., I)."""
+        """Return the product of A with `x` after dropout: (..., R) for (..., I)."""
         dropout = self.dropout if self.training else None
-        source = made_of(x)
+        source = product_inputs(x)
         if dropout is None and source is None:
             product: Tensor = self.factor(x)
             return product
@@ -46,7 +47,7 @@ class LeanFactor(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """`saved` is `x`, or the two that give it again as `act(gate) * up`."""
+    """The product of A with dropped `x`; `saved` is `x`, or gate and up of `act(gate) * up`."""
 
     @staticmethod
     def forward(
@@ -59,7 +60,7 @@ class _Product(torch.autograd.Function):
         *saved: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(a_RI, kept, *saved)
-        ctx.dropout, ctx.act = dropout, act  # no tensors: they would outlive the backward pass
+        ctx.dropout, ctx.act = dropout, act  # not tensors: those would outlive the backward pass
         return nn.functional.linear(_dropped(x, kept, dropout), a_RI)
 
     @staticmethod
@@ -68,7 +69,7 @@ class _Product(torch.autograd.Function):
         a_RI, kept, *saved = ctx.saved_tensors
         x = saved[0] if ctx.act is None else ctx.act(saved[0]) * saved[1]
         grad_TR = grad.flatten(0, -2)
-        # the products that autograd forms, in its order: the same bits
+        # autograd's products, in its order: the same bits
         grad_a = grad_TR.t() @ _dropped(x, kept, ctx.dropout).flatten(0, -2)
         grad_x = None
         if ctx.needs_input_grad[0]:

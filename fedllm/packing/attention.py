@@ -1,11 +1,12 @@
-"""Attention among the parts of packed sequences, in the ways that models take it.
+"""Attention among the parts of packed sequences, per layout.
 
-`parts` computes every part by itself through an attention function registered with transformers,
-so that no mask of all tokens times all tokens exists. `mask` gives the model that mask. `flex`
-gives it a block mask for FlexAttention. `packed` gives it nothing but positions that restart:
-transformers tells parts without prefix apart by these.
+`parts` computes each part alone, by an attention function that is registered with transformers: no
+mask of all tokens times all tokens exists. `mask` gives the model that mask. `flex` gives it a
+block mask for FlexAttention. `packed` gives it only positions that restart, by which transformers
+separates parts without a prefix.
 
-Legend: C batch entries, H heads, T packed tokens, S a part's tokens, P its prefix's, D per head.
+Legend: C batch entries, H heads, T packed tokens, S tokens of a part, P tokens of its prefix, D
+features per head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,16 +28,16 @@ Entries = Sequence[Sequence[Part]]
 """The parts of each batch entry; they cover its tokens, in order."""
 
 PARTS_ATTENTION = "fedllm_parts"
-"""The name of `parts_attention` for `set_attn_implementation`."""
+"""The name of `parts_attention` in `set_attn_implementation`."""
 
 FLEX_BLOCK = 128
-"""Tokens of a packed sequence for `flex` come in multiples of this."""
+"""Tokens of a block: a packed sequence for `flex` has a multiple of them."""
 
 
 class PartsPlan:
-    """How to compute the parts of one forward pass; the model's attention layers share it.
+    """The parts of one forward pass and their masks; all attention layers share them.
 
-    Batch entries are laid behind each other, so that parts have indices of one sequence.
+    Batch entries are joined to one sequence, so that parts have indices in it.
     """
 
     def __init__(self, entries: Entries, num_tokens: int, device: torch.device | str) -> None:
@@ -49,7 +50,7 @@ class PartsPlan:
             self._longest[part.offset] = max(self._longest[part.offset], part.length)
         self.lengths = [part.length for part in self._parts]
         assert self.num_tokens == len(entries) * num_tokens, "parts cover every token"
-        self.prefixes: list[int | None] = []  # of every part: which part is its prefix
+        self.prefixes: list[int | None] = []  # per part: the number of its prefix
         for parts in entries:
             numbers = {
                 (part.start, part.stop): len(self.prefixes) + n for n, part in enumerate(parts)
@@ -61,11 +62,11 @@ class PartsPlan:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens all entries have."""
+        """The number of tokens of all entries."""
         return sum(self.lengths)
 
     def mask(self, number: int, window: int | None) -> Tensor | None:
-        """Return which keys, prefix and own, a part's queries see (S, P+S); None: causal."""
+        """Return the keys, prefix and own, that a part's queries see (S, P+S); None: causal."""
         part = self._parts[number]
         if window is not None and window >= part.offset + part.length:
             window = None
@@ -73,7 +74,7 @@ class PartsPlan:
             return None
         big_SX = self._masks.get((part.offset, window))
         if big_SX is None:
-            # a key's index is its position: every part takes the top left corner of one mask
+            # a key's index is its position: each part uses the top left corner of one mask
             big_SX = _causal(part.offset, self._longest[part.offset], window, self._device)
             self._masks[part.offset, window] = big_SX
         return big_SX[: part.length, : part.offset + part.length]
@@ -102,7 +103,7 @@ def parts_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend part by part; without `parts` as transformers' own SDPA does, with the same bits.
+    """Compute attention part by part; without `parts`, as transformers' SDPA, with its bits.
 
     Args:
         module: the attention layer.
@@ -110,20 +111,20 @@ def parts_attention(
         key: (C, H or fewer, T, D).
         value: as `key`.
         attention_mask: used without `parts` only.
-        parts: what attends to what; the model passes it through from its call.
-        sliding_window: how many last positions a token sees, its own included.
-        softcap: refused with `parts`, as is every term that SDPA cannot add.
+        parts: the parts of this pass; the model hands them on from its call.
+        sliding_window: how many positions a token sees, up to its own and included.
+        softcap: refused with `parts`, since SDPA cannot apply it.
         s_aux: likewise.
         position_bias: likewise.
-        scaling: of the scores; None: 1 / sqrt(D).
-        dropout: of the attention weights.
-        **kwargs: of transformers' own function.
+        scaling: factor of the scores; None: 1 / sqrt(D).
+        dropout: rate for the attention weights.
+        **kwargs: for transformers' own function.
 
     Returns:
         (C, T, H, D) and no weights.
 
     Raises:
-        ModelError: the layer adds to its scores what cannot be added here.
+        ModelError: the layer adds a term to its scores, and `parts` is given.
     """
     extra = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
     given = {name: term for name, term in extra.items() if term is not None}
@@ -157,7 +158,7 @@ def parts_attention(
 
 
 class _Attended(torch.autograd.Function):
-    """Attention that keeps queries, keys and values, and not the copies that parts make of them."""
+    """Attention that saves queries, keys and values, but not the copies that parts need."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
@@ -174,9 +175,9 @@ class _Attended(torch.autograd.Function):
         ]
         with torch.enable_grad():
             output_1THD = _attended(*inputs, *ctx.settings)
-        wanted = [x for x in inputs if x.requires_grad]
-        found = iter(torch.autograd.grad(output_1THD, wanted, grad_1THD))
-        grads = [next(found) if x.requires_grad else None for x in inputs]
+        trained = [x for x in inputs if x.requires_grad]
+        computed = iter(torch.autograd.grad(output_1THD, trained, grad_1THD))
+        grads = [next(computed) if x.requires_grad else None for x in inputs]
         return *grads, *(None for _ in ctx.settings)
 
 
@@ -189,7 +190,7 @@ def _attended(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """Return what each part attends to (1, C * T, H, D)."""
+    """Return the attention output of all parts (1, C * T, H, D)."""
     groups = query.shape[1] // key.shape[1]
     queries = _split(query, parts, 1)
     keys, values = _split(key, parts, groups), _split(value, parts, groups)
@@ -214,9 +215,9 @@ def _attended(
 
 
 def _split(x_CHTD: Tensor, parts: PartsPlan, copies: int) -> tuple[Tensor, ...]:
-    """Return the parts' slices (1, H * copies, S, D), entries behind each other.
+    """Return the tensors of all parts (1, H * copies, S, D), entry after entry.
 
-    `split` rather than slices: its gradient is written once, not once per part.
+    `split` and not slices: its gradient is written once, not once per part.
     """
     if copies > 1:
         x_CHTD = x_CHTD.repeat_interleave(copies, dim=1)
@@ -226,14 +227,14 @@ def _split(x_CHTD: Tensor, parts: PartsPlan, copies: int) -> tuple[Tensor, ...]:
 
 
 AttentionInterface.register(PARTS_ATTENTION, parts_attention)
-# an implementation without a mask function of its own gets no padding mask at all
+# without a mask function an implementation gets no padding mask at all
 AttentionMaskInterface.register(PARTS_ATTENTION, sdpa_mask)
 
 
 def boolean_mask(
     parts: Sequence[Part], num_tokens: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return which keys each query sees, bool (1, 1, T, T)."""
+    """Return the keys that each query sees, bool (1, 1, T, T)."""
     seen_TT = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
     for part in parts:
         own = slice(part.start, part.stop)
@@ -243,7 +244,7 @@ def boolean_mask(
 
 
 def block_mask(entries: Entries, num_tokens: int, device: torch.device | str) -> BlockMask:
-    """Return the same for FlexAttention, in blocks, (C, 1, T, T)."""
+    """Return the block mask of FlexAttention: keys that each query sees, (C, 1, T, T)."""
     assert num_tokens % FLEX_BLOCK == 0, f"{num_tokens} tokens: no multiple of {FLEX_BLOCK}"
 
     def per_token(end: str) -> Tensor:
@@ -267,11 +268,11 @@ def block_mask(entries: Entries, num_tokens: int, device: torch.device | str) ->
 
 
 SHARED = frozenset({"parts", "flex", "mask"})
-"""The ways that compute the common prefix of rows once."""
+"""The layouts that compute the common prefix of rows once."""
 
 
 def fitted(packed: Packed, layout: str) -> Packed:
-    """Return packed rows as a way takes them: filled up to whole blocks for `flex`."""
+    """Return packed rows as a layout needs them: filled up to whole blocks for `flex`."""
     block = FLEX_BLOCK if layout == "flex" else 1
     return padded_to(packed, -(-packed.computed_tokens // block) * block)
 
@@ -282,7 +283,7 @@ Inputs = Callable[[nn.Module, Entries, int, torch.device], dict[str, Any]]
 def _parts_inputs(
     _model: nn.Module, entries: Entries, num_tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    # transformers hands a mask of four dimensions on as it is and makes none of its own
+    # transformers hands on a mask of four dimensions unchanged and makes none itself
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return {"attention_mask": unused, "parts": PartsPlan(entries, num_tokens, device)}
 
@@ -318,4 +319,4 @@ INPUTS: Mapping[str, Inputs] = {
     "flex": _flex_inputs,
     "packed": _packed_inputs,
 }
-"""Per way: what a model is given, beside tokens and positions, to attend within the parts."""
+"""The inputs of a model per layout, beside tokens and positions, for attention in the parts."""

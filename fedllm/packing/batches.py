@@ -1,7 +1,7 @@
 """Rows as padded batches, and the loss of their tokens.
 
-Rows are padded on the left: the tokens that carry loss then end in the same column, and logits
-are computed for the last columns only. Legend: N rows, T positions, K positions with logits.
+Rows are padded on the left. So the tokens that carry loss end in the same column, and logits are
+computed for the last columns only. Legend: N rows, T positions, K positions with logits.
 """
 
 import inspect
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 LossOn = Literal["answer", "last_answer", "all"]
-"""Which tokens carry loss: of all answers, of the row's last one alone, or all but the first."""
+"""The tokens that carry loss: of all answers, of the row's last answer, or all but the first."""
 
 _IGNORED = -100
 
 
 class TokenRow(Protocol):
-    """A row as the cache of tokens gives it."""
+    """A row of tokens, as the token cache has it."""
 
     @property
     def prompt_ids(self) -> Sequence[int]:
@@ -27,16 +27,16 @@ class TokenRow(Protocol):
 
     @property
     def answer_ids(self) -> Sequence[int]:
-        """The answer's tokens, the end of the sequence included."""
+        """The answer's tokens, with the end of the sequence."""
 
     @property
     def prompt_targets(self) -> Sequence[int]:
-        """The places of the prompt's tokens that are of earlier answers, in order, without 0."""
+        """The places in the prompt of the tokens of earlier answers, in order, without 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows ready for a forward pass; the last token of a row is a target only.
+    """A padded batch of rows for a forward pass; the last token of a row is a target only.
 
     `mask_NT` and `positions_NT` are None where no row is padded. `starts` are the rows' first
     real positions.
@@ -51,14 +51,14 @@ class Batch:
     num_targets: int
 
     def counts(self) -> Tensor:
-        """Return how many targets every row has (N,)."""
+        """Return the number of targets per row (N,)."""
         return (self.targets_NK != _IGNORED).sum(dim=1)
 
 
 def target_places(row: TokenRow, loss_on: LossOn) -> list[int]:
     """Return the places of a row's tokens that carry loss, in order."""
     prompt = len(row.prompt_ids)
-    # nothing comes before the first token that could predict it
+    # no token before the first one could predict it
     first = 1 if loss_on == "all" else max(1, prompt)
     earlier = row.prompt_targets if loss_on == "answer" else ()
     return [*earlier, *range(first, prompt + len(row.answer_ids))]
@@ -67,11 +67,11 @@ def target_places(row: TokenRow, loss_on: LossOn) -> list[int]:
 def collate(
     rows: Sequence[TokenRow], *, loss_on: LossOn, pad_token: int, device: torch.device | str
 ) -> Batch:
-    """Return `rows` as one batch, with loss on the answers or on every token after the first."""
+    """Return `rows` as one padded batch."""
     texts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
     places = [target_places(row, loss_on) for row in rows]
     targets = [_aligned(text, places) for text, places in zip(texts, places, strict=True)]
-    # a row of one token has nothing to compute and no target: it is all padding, without loss
+    # a row of one token has no target and nothing to compute: it is padding only, without loss
     width = max(1, *(len(text) - 1 for text in texts))
     kept = max(1, *(len(row) for row in targets))
     starts = tuple(width + 1 - len(text) for text in texts)
@@ -95,7 +95,7 @@ def collate(
 
 
 def _aligned(text: Sequence[int], places: Sequence[int]) -> list[int]:
-    """Return the tokens from the first target on, the others among them ignored."""
+    """Return the tokens from the first target on; those without loss are `_IGNORED`."""
     if not places:
         return []
     targets = [_IGNORED] * (len(text) - places[0])
@@ -105,7 +105,7 @@ def _aligned(text: Sequence[int], places: Sequence[int]) -> list[int]:
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the cross entropy of every target (N, K), in float32 at least; else zero."""
+    """Return the cross entropy per target (N, K), at least in float32; 0 where none is."""
     kept = batch.targets_NK.shape[1]
     options = {"logits_to_keep": kept} if keeps_logits(model) else {}
     output = model(

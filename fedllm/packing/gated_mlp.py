@@ -1,8 +1,8 @@
-"""Gated MLPs that keep less for the gradient.
+"""Gated MLPs that save less for the gradient.
 
-Of `down(act(gate(x)) * up(x))` autograd keeps four tensors as wide as the MLP: the outputs of gate
-and up, the activation, and the product for the adapter of `down`. The first two give the others
-again by two cheap operations, to the same bits.
+For `down(act(gate(x)) * up(x))` autograd saves four tensors as wide as the MLP: the outputs of gate
+and up, the activation, and the product for the adapter of `down`. Two cheap operations recompute
+the last two from the first two, with the same bits.
 
 Legend: T tokens, F features of the MLP.
 """
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LARGE = 1 << 18
-"""Entries from which on a tensor is formed again rather than kept."""
+"""Number of entries from which on a tensor is recomputed instead of saved."""
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeOf:
-    """What a product of a gated MLP was made of."""
+class ProductInputs:
+    """The inputs of a gated MLP's product, `act(gate) * up`."""
 
     act: Activation
     gate_TF: Tensor
@@ -33,18 +33,18 @@ class MadeOf:
 
 
 def is_large(x: Tensor) -> bool:
-    """Say whether forming a tensor again costs less than what is saved: a call takes its time."""
+    """Say whether a tensor is large enough to recompute: each call has a fixed cost."""
     return x.numel() >= LARGE
 
 
-def made_of(x: Tensor) -> MadeOf | None:
-    """Return what the tensor was made of, where it is a product that need not be kept."""
-    found: MadeOf | None = getattr(x, "made_of", None)
-    return found
+def product_inputs(x: Tensor) -> ProductInputs | None:
+    """Return the inputs of a gated MLP's product; None for other tensors."""
+    inputs: ProductInputs | None = getattr(x, "product_inputs", None)
+    return inputs
 
 
-def keep_less(model: nn.Module) -> None:
-    """Let the gated MLPs of a model keep less; those that compute something else stay."""
+def save_mlp_memory(model: nn.Module) -> None:
+    """Let a model's gated MLPs save less; MLPs that compute another formula stay as they are."""
     same: dict[type, bool] = {}
     for module in model.modules():
         if {name for name, _ in module.named_children()} != _PARTS:
@@ -63,7 +63,9 @@ def _forward(mlp: Any, x: Tensor) -> Tensor:
         output: Tensor = mlp.down_proj(mlp.act_fn(gate_TF) * up_TF)
         return output
     product_TF: Any = _Product.apply(gate_TF, up_TF, mlp.act_fn)  # type: ignore[no-untyped-call]
-    product_TF.made_of = MadeOf(act=mlp.act_fn, gate_TF=gate_TF.detach(), up_TF=up_TF.detach())
+    product_TF.product_inputs = ProductInputs(
+        act=mlp.act_fn, gate_TF=gate_TF.detach(), up_TF=up_TF.detach()
+    )
     return mlp.down_proj(product_TF)  # type: ignore[no-any-return]
 
 
@@ -86,7 +88,7 @@ class _Product(torch.autograd.Function):
 
 
 def _computes_the_same(mlp: Any) -> bool:
-    """Say whether a class's own forward pass is the formula, by the bits of one input."""
+    """Say whether a class's forward pass gives the bits of the formula, for one input."""
     weight_FI = mlp.gate_proj.weight
     draws = torch.Generator().manual_seed(0)
     x_TI = torch.randn(1, 2, weight_FI.shape[1], generator=draws)

@@ -1,12 +1,12 @@
-"""The ways in which a model computes rows together, and the check that finds one it does right.
+"""The layouts of rows in a forward pass, and the check that finds one that a model computes right.
 
-Rows share their common prefix where the model lets them: `parts` (its attention is called part by
-part), `flex` (FlexAttention with block masks, on a GPU) or `mask` (one boolean mask of all tokens).
-Else they are `packed`, one after the other without sharing, or `padded` to a rectangle.
+Rows share their common prefix where the model allows it: `parts` (one attention call per part),
+`flex` (FlexAttention with block masks, on a GPU) or `mask` (one boolean mask of all tokens).
+Otherwise they are `packed`, one after the other without sharing, or `padded` to a rectangle.
 
-Only a comparison tells what a model does: a class may drop a mask, or ignore positions, without a
-word. So a small model of the same class and configuration, in float64, computes some rows every
-way, and the first one that agrees with each row by itself is the way.
+Only a comparison shows what a model does: a class may drop a mask or ignore positions without any
+warning. So a small model of the same class and configuration, in float64, computes some rows in
+every layout. The layout is the first in which they agree with each row computed alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from fedllm.storage.hub import first_line
 from fedllm.storage.records import LayoutRecord
 
 _CHECKED = ("parts", "mask", "packed", "padded")  # in the order of preference
-# largest relative error; transformers computes norms and rotary angles in float32: 1e-8 is seen
+# largest relative error; 1e-8 is measured: transformers has norms and rotary angles in float32
 _TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
@@ -38,8 +38,8 @@ class _Row:
     prompt_targets: Sequence[int] = ()
 
 
-# of very different length, with a common prefix of nine tokens; one row is little more than the
-# prefix, and two are the same
+# rows of very different lengths with a common prefix of nine tokens; one row is hardly longer than
+# the prefix, and two are the same
 _PREFIX = (3, 17, 5, 99, 23, 42, 8, 61, 77)
 _ROWS = tuple(
     _Row(prompt_ids=_PREFIX, answer_ids=answer)
@@ -56,24 +56,24 @@ _ROWS = tuple(
 def find_layout(
     config: Any, *, cutoff_tokens: int, longest_answer: int = 0, rows_apart: bool = False
 ) -> LayoutRecord:
-    """Return how a model of this configuration computes rows together.
+    """Return the best layout that a model of this configuration computes right.
 
     Args:
-        config: of the base, as transformers reads it.
-        cutoff_tokens: the longest row.
-        longest_answer: tokens that the model itself writes behind a row, at most.
-        rows_apart: no row is ever computed beside others, so that none can disturb it.
+        config: the base's configuration, as transformers reads it.
+        cutoff_tokens: tokens of the longest row.
+        longest_answer: max tokens that the model generates after a row.
+        rows_apart: every row is computed alone, so that no other row can change it.
 
     Raises:
-        ConfigError: rows of that length depend on what is computed beside them.
-        ModelError: the model computes a row differently beside others, whichever way.
+        ConfigError: the result of a row of that length depends on the rows beside it.
+        ModelError: in every layout, the model computes a row differently beside others.
     """
     _refuse_dynamic_rotary(config.get_text_config(), cutoff_tokens, longest_answer)
     try:
         with silence():
             model = small_model(config, cutoff_tokens)
             _alone(model, _ROWS[0])
-    # whatever a class raises that cannot be made small: it is not checked then, and this is said
+    # a class that cannot be made small may raise anything: it is not checked, and `why` says so
     except Exception as error:
         why = f"a small {type(config).__name__} cannot be made ({first_line(error)})"
         return LayoutRecord(cpu="padded", cuda="padded", why=why)
@@ -103,15 +103,15 @@ def find_layout(
     )
 
 
-def still_right(recorded: LayoutRecord, found: LayoutRecord) -> bool:
-    """Say whether a check that chose `found` found nothing wrong with `recorded`."""
-    if recorded.cuda == "flex" and found.cuda != "flex":
-        return False  # masks alone are still right
-    return _rank(recorded.cpu) >= _rank(found.cpu) and _rank(recorded.cuda) >= _rank(found.cuda)
+def is_still_valid(recorded: LayoutRecord, best: LayoutRecord) -> bool:
+    """Say whether the recorded layout passed the check that chose `best`."""
+    if recorded.cuda == "flex" and best.cuda != "flex":
+        return False  # `mask` may still pass
+    return _rank(recorded.cpu) >= _rank(best.cpu) and _rank(recorded.cuda) >= _rank(best.cuda)
 
 
 def set_layout(model: nn.Module, layout: str) -> None:
-    """Make a model ready to compute rows in a way; generation and padded rows keep their bits."""
+    """Set a model's attention for a layout; generation and padded rows keep their bits."""
     causal: Any = model
     if layout == "parts":
         causal.set_attn_implementation(PARTS_ATTENTION)
@@ -120,12 +120,12 @@ def set_layout(model: nn.Module, layout: str) -> None:
 
 
 def _rank(layout: str) -> int:
-    """Return the place of a way in the order of preference; block masks are masks."""
+    """Return the place of a layout in the order of preference; `flex` counts as `mask`."""
     return _CHECKED.index("mask" if layout == "flex" else layout)
 
 
 def _wrong_layouts(model: nn.Module) -> dict[str, str]:
-    """Return what is wrong with the ways before the first that serves every device."""
+    """Return the problems of the layouts before the first that is right on every device."""
     wrong: dict[str, str] = {}
     for layout in _CHECKED:
         if layout == "padded":
@@ -139,23 +139,23 @@ def _wrong_layouts(model: nn.Module) -> dict[str, str]:
 
 
 def _is_padded_right(config: Any) -> bool:
-    """Say whether padded rows agree where windows keep their lengths."""
+    """Say whether padded rows are right if windows keep their lengths."""
     with silence():
         return not _problem(small_model(config, cutoff_tokens=0).float(), "padded")
 
 
 def _problem(model: nn.Module, layout: str) -> str:
-    """Say how a way differs from every row by itself, or nothing."""
+    """Return how a layout differs from rows computed alone; empty if it does not."""
     causal: Any = model
     own = causal.config._attn_implementation
-    # FlexAttention has no gradient on a CPU, and is compiled on a GPU only
+    # FlexAttention has no gradient on a CPU, and is compiled only on a GPU
     compute = _loss_only if layout == "flex" else _computed
     alone = compute(model, lambda: torch.stack([_alone(model, row) for row in _ROWS]).sum())
     set_layout(model, layout)
     try:
-        found = _difference(alone, compute(model, lambda: _together(model, layout)))
-        return found or (_cache_problem(model, layout, own) if layout in SHARED else "")
-    # a class that cannot take these inputs raises what it likes: then it is not this way
+        difference = _difference(alone, compute(model, lambda: _together(model, layout)))
+        return difference or (_cache_problem(model, layout, own) if layout in SHARED else "")
+    # a class that does not support these inputs may raise anything: the layout is wrong for it
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
@@ -163,7 +163,7 @@ def _problem(model: nn.Module, layout: str) -> str:
 
 
 def _alone(model: nn.Module, row: _Row) -> Tensor:
-    """Return the loss of a row by itself, of all tokens after its first."""
+    """Return the loss of a row computed alone, summed over all tokens after its first."""
     text = torch.tensor([[*row.prompt_ids, *row.answer_ids]])
     logits_TV = model(input_ids=text[:, :-1], use_cache=False).logits[0]
     return nn.functional.cross_entropy(logits_TV, text[0, 1:], reduction="sum")
@@ -182,10 +182,10 @@ def _packed(layout: str) -> Packed:
 
 
 def _cache_problem(model: nn.Module, layout: str, own: str) -> str:
-    """Say how a step behind the keys and values of shared rows differs, or nothing.
+    """Return how a decoding step after the cache of shared rows differs; empty if it does not.
 
-    Evaluation answers so: each row gathers its keys from the cache of a packed pass, and the rows
-    are aligned on the right for a step of a token each.
+    Evaluation decodes so: each row gathers its keys from the cache of a packed pass, and the rows
+    are aligned on the right for a step of one token each.
     """
     packed = _packed(layout)
     cache = DynamicCache()
@@ -199,7 +199,7 @@ def _cache_problem(model: nn.Module, layout: str, own: str) -> str:
         for number, layer in enumerate(cache.layers):
             keys, values = (x[0][:, keys_NW].transpose(0, 1) for x in (layer.keys, layer.values))
             steps.update(keys, values, number)
-        if layout == "flex":  # its blocks are for many queries
+        if layout == "flex":  # FlexAttention needs many queries
             cast(Any, model).set_attn_implementation(own)
         together_NV = model(
             input_ids=torch.tensor([text_of(row)[-1:] for row in _ROWS]),
@@ -215,18 +215,18 @@ def _cache_problem(model: nn.Module, layout: str, own: str) -> str:
 
 
 def _keys(packed: Packed, width: int) -> list[list[int]]:
-    """Return every row's own places in a packed sequence, behind copies of its first one."""
-    found = []
-    own = {part.row: part for part in packed.parts}
+    """Return the places of each row's keys in a packed sequence, after copies of its first."""
+    padded = []
+    parts = {part.row: part for part in packed.parts}
     for place in range(len(_ROWS)):
-        part = own[place]
+        part = parts[place]
         keys = [*range(part.prefix_start, part.prefix_stop), *range(part.start, part.stop)]
-        found.append(keys[:1] * (width - len(keys)) + keys)
-    return found
+        padded.append(keys[:1] * (width - len(keys)) + keys)
+    return padded
 
 
 def _computed(model: nn.Module, loss: Callable[[], Tensor]) -> Sequence[Tensor]:
-    """Return a loss and, in one vector, its gradient by every parameter."""
+    """Return a loss and its gradient by all parameters, in one vector."""
     model.zero_grad()
     value = loss()
     value.backward()  # type: ignore[no-untyped-call]
@@ -235,13 +235,13 @@ def _computed(model: nn.Module, loss: Callable[[], Tensor]) -> Sequence[Tensor]:
 
 
 def _loss_only(_model: nn.Module, loss: Callable[[], Tensor]) -> Sequence[Tensor]:
-    """Return a loss, without compiling what makes it."""
+    """Return a loss, computed without compilation."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return (loss(),)
 
 
 def _difference(alone: Sequence[Tensor], together: Sequence[Tensor]) -> str:
-    """Say how far apart any of these are, or nothing."""
+    """Return the largest relative error, as text; empty if it is within the tolerance."""
     if [a.shape for a in alone] != [b.shape for b in together]:
         return "other parameters get gradients"
     errors = [(b - a).norm() / a.norm() for a, b in zip(alone, together, strict=True)]
@@ -254,13 +254,13 @@ def _refuse_dynamic_rotary(config: Any, cutoff_tokens: int, longest_answer: int)
         kind = rotary["rope_type"]
         if kind not in {"dynamic", "longrope"}:
             continue
-        most = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
-        if cutoff_tokens + longest_answer > most:
+        limit = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
+        if cutoff_tokens + longest_answer > limit:
             answers = f" and evaluation.max_new_tokens: {longest_answer}" if longest_answer else ""
             raise ConfigError(
                 f"data.cutoff_tokens: got {cutoff_tokens}{answers}, but model.path has {kind} "
-                f"rotary scaling: above {most} tokens a row's result depends on the rows computed "
-                f"beside it; need at most {most}{' together' if answers else ''}"
+                f"rotary scaling: above {limit} tokens a row's result depends on the rows computed "
+                f"beside it; need at most {limit}{' together' if answers else ''}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The loss of packed rows: logits where there is a loss, cross entropy in float32.
+"""The loss of packed rows: logits only where a loss is, cross entropy in float32.
 
 Legend: T packed tokens, U positions with logits, K targets, V vocabulary.
 """
@@ -14,7 +14,7 @@ from fedllm.packing.attention import INPUTS
 from fedllm.packing.batches import keeps_logits
 from fedllm.packing.sequences import Packed
 
-_CHUNK_LOGITS = 1 << 22  # logits that are in float32 at one time
+_CHUNK_LOGITS = 1 << 22  # logits in float32 at one time
 
 
 def packed_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
@@ -24,7 +24,7 @@ def packed_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
 
 
 def target_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
-    """Return the cross entropy of every target (K,), in float32 at least."""
+    """Return the cross entropy per target (K,), at least in float32."""
     logits_UV = forward(model, packed, layout, kept=packed.kept_U).logits[0]
     return cross_entropies(logits_UV, packed.inverse_K, packed.targets_K)
 
@@ -32,10 +32,10 @@ def target_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
 def forward(model: nn.Module, packed: Packed, layout: str, *, kept: Tensor, **options: Any) -> Any:
     """Return the model's output for packed rows, with logits (1, U, V) at the indices `kept`.
 
-    `options` go to the model, for example a cache to fill; without them it keeps none.
+    `options` go to the model, for example a cache to fill; without one it keeps no cache.
 
     Raises:
-        ModelError: the model does not compute with the attention of the way.
+        ModelError: the model does not call the attention function of the layout.
     """
     inputs = INPUTS[layout](model, [packed.parts], packed.computed_tokens, packed.tokens_1T.device)
     keeps = keeps_logits(model)
@@ -52,7 +52,7 @@ def forward(model: nn.Module, packed: Packed, layout: str, *, kept: Tensor, **op
     if plan is not None and not plan.calls:
         raise ModelError(
             f"{type(model).__name__}: its attention does not go through transformers' attention "
-            f"interface; need another way to train its rows than {layout}"
+            f"interface; need another layout of its rows than {layout}"
         )
     return output
 
@@ -62,14 +62,14 @@ def cross_entropies(
 ) -> Tensor:
     """Return -log softmax of `logits_UV[inverse_K]` at the targets (K,).
 
-    Computed in float32, float64 for float64 logits, a chunk of positions at a time: neither the
-    logits nor their gradient are ever wholly in that precision.
+    It is computed in float32 (float64 for float64 logits), one chunk of positions after the other,
+    so that only a chunk of the logits and of their gradient is in that precision at a time.
 
     Args:
-        logits_UV: in any precision.
-        inverse_K: which position each target reads, sorted.
-        targets_K: the tokens.
-        chunk_logits: how many logits are in that precision at one time, at least one position's.
+        logits_UV: logits in any precision.
+        inverse_K: the position that each target reads, sorted.
+        targets_K: the target tokens.
+        chunk_logits: max logits of a chunk; a chunk has at least one position.
     """
     losses_K: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits_UV, inverse_K, targets_K, chunk_logits

@@ -1,4 +1,4 @@
-"""The forward passes of an optimizer step, in each way that a model's rows can be laid out."""
+"""The forward passes of an optimizer step, for each layout of its rows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ from fedllm.packing.sequences import (
 )
 
 DENSE_TOKENS = 1024
-"""Tokens computed at once, without a budget, where a mask is dense: it grows with their square."""
+"""Max tokens of a pass with a dense mask and no budget: the mask grows with their square."""
 
 PARTS_TOKENS = 2048
-"""Tokens computed at once, without a budget, by parts: more take memory and save no time."""
+"""Max tokens of a pass by parts and no budget: more take memory and save no time."""
 
 FLEX_TOKENS = 16_384
-"""Tokens computed at once, without a budget, by block masks: each is made from a dense mask."""
+"""Max tokens of a pass with a block mask and no budget: it is made from a dense mask."""
 
-# per way: tokens, and how many rows of the longest fit even so: fewer repeat their prefix often.
-# For `packed` transformers makes a dense mask too.
-_AT_ONCE: Mapping[str, tuple[int, int]] = {
+# per layout: max tokens of a pass, and how many rows of the longest length fit nevertheless: with
+# fewer rows passes repeat the prefix often. For `packed` transformers makes a dense mask too.
+_PASS_BOUNDS: Mapping[str, tuple[int, int]] = {
     "parts": (PARTS_TOKENS, 4),
     "flex": (FLEX_TOKENS, 4),
     "mask": (DENSE_TOKENS, 1),
@@ -46,22 +46,22 @@ RowSeed = Callable[[int], int]
 
 
 class Pass(Protocol):
-    """Some rows of an optimizer step, in the model at one time."""
+    """A forward pass of some rows of an optimizer step."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its rows, padding left out."""
+        """The number of tokens of its rows, without padding."""
 
     @property
     def num_targets(self) -> int:
-        """Tokens that carry loss."""
+        """The number of tokens that carry loss."""
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the forward pass computes."""
+        """The number of tokens that the forward pass computes."""
 
     def pieces(self, row_seed: RowSeed, prefix_seed: int) -> list[Piece]:
-        """Return whose dropout masks to draw, given the seed of a row by its place in the step."""
+        """Return the pieces for dropout; `row_seed` gives a row's seed by its place in the step."""
 
     def loss_sum(self, model: nn.Module) -> Tensor:
         """Return the sum of the losses of all targets, a scalar."""
@@ -69,28 +69,28 @@ class Pass(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedPass:
-    """Rows as a padded batch; `places` are theirs in the step."""
+    """A pass of padded rows; `places` are their places in the step."""
 
     batch: Batch
     places: Sequence[int]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its rows, padding left out."""
+        """The number of tokens of its rows, without padding."""
         return self.batch.num_tokens
 
     @property
     def num_targets(self) -> int:
-        """Tokens that carry loss."""
+        """The number of tokens that carry loss."""
         return self.batch.num_targets
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the forward pass computes."""
+        """The number of tokens that the forward pass computes."""
         return self.batch.tokens_NT.numel()
 
     def pieces(self, row_seed: RowSeed, prefix_seed: int) -> list[Piece]:  # noqa: ARG002
-        """Return a piece per row, from its first real position on."""
+        """Return one piece per row, from the row's first token on."""
         width = self.batch.tokens_NT.shape[1]
         return [
             Piece(entry=n, start=start, stop=width, seed=row_seed(place))
@@ -104,28 +104,28 @@ class PaddedPass:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedPass:
-    """Rows as a packed sequence, and the way the model attends within it."""
+    """A pass of packed rows in one layout."""
 
     packed: Packed
     layout: str
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its rows, a shared prefix once per row."""
+        """The number of tokens of its rows; a shared prefix counts once per row."""
         return self.packed.num_tokens
 
     @property
     def num_targets(self) -> int:
-        """Tokens that carry loss."""
+        """The number of tokens that carry loss."""
         return self.packed.num_targets
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the forward pass computes."""
+        """The number of tokens that the forward pass computes."""
         return self.packed.computed_tokens
 
     def pieces(self, row_seed: RowSeed, prefix_seed: int) -> list[Piece]:
-        """Return a piece per part; the prefix has one seed in every pass of the step."""
+        """Return one piece per part; the prefix has the same seed in every pass of the step."""
         return [
             Piece(
                 entry=0,
@@ -153,8 +153,8 @@ class Cut:
     loss_on: LossOn
     pad_token: int
     device: torch.device | str
-    most_rows: int | None = None
-    most_tokens: int | None = None
+    max_rows: int | None = None
+    max_tokens: int | None = None
     by_length: bool = True
     places: Sequence[int] | None = None
 
@@ -163,19 +163,19 @@ class Cut:
         return range(len(rows)) if self.places is None else self.places
 
 
-def most_at_once(layout: str, lengths: Sequence[int]) -> int:
-    """Return how many tokens to compute at once without a budget.
+def max_pass_tokens(layout: str, lengths: Sequence[int]) -> int:
+    """Return the max tokens of a pass without a budget.
 
     Args:
         layout: of the packed rows.
         lengths: tokens of each row.
     """
-    most_tokens, least_rows = _AT_ONCE[layout]
-    return max(most_tokens, least_rows * max(lengths, default=0))
+    max_tokens, min_rows = _PASS_BOUNDS[layout]
+    return max(max_tokens, min_rows * max(lengths, default=0))
 
 
 def prefix_of(rows: Sequence[TokenRow], layout: str) -> int:
-    """Return how many first tokens of these rows a way computes once."""
+    """Return how many first tokens of these rows a layout computes once."""
     return shared_prefix([text_of(row) for row in rows]) if layout in SHARED else 0
 
 
@@ -199,34 +199,34 @@ def _padded(rows: Sequence[TokenRow], cut: Cut) -> list[PaddedPass]:
 
 
 def _plan_batches(lengths: Sequence[int], places: Sequence[int], cut: Cut) -> list[list[int]]:
-    """Cut rows into batches in which no row is, by length, padded to more than its double."""
+    """Cut rows into batches; `by_length`, no row is padded to more than twice its length."""
     order = list(places)
     if cut.by_length:
         order.sort(key=lengths.__getitem__)
     batches: list[list[int]] = []
     for place in order:
-        check_fits(lengths[place], cut.most_tokens)
+        check_fits(lengths[place], cut.max_tokens)
         before = batches[-1] if batches else []
         widths = [max(1, lengths[other] - 1) for other in [*before, place]]
-        fits = cut.most_tokens is None or len(widths) * max(widths) <= cut.most_tokens
+        fits = cut.max_tokens is None or len(widths) * max(widths) <= cut.max_tokens
         alike = not cut.by_length or max(widths) <= 2 * min(widths)
-        if not batches or len(before) == cut.most_rows or not fits or not alike:
+        if not batches or len(before) == cut.max_rows or not fits or not alike:
             batches.append([])
         batches[-1].append(place)
     return batches
 
 
 def _packed(rows: Sequence[TokenRow], cut: Cut, *, layout: str) -> list[PackedPass]:
-    # the prefix is of the whole step, not of a pass: how a step is cut changes rounding only
+    # the prefix of the whole step, not of a pass: so cutting a step changes rounding only
     prefix = prefix_of(rows, layout)
     lengths = [length_of(row) for row in rows]
-    most_tokens = most_at_once(layout, lengths) if cut.most_tokens is None else cut.most_tokens
+    max_tokens = max_pass_tokens(layout, lengths) if cut.max_tokens is None else cut.max_tokens
     own = cut.of(rows)
     plan = plan_packs(
         [lengths[place] for place in own],
         prefix,
-        most_rows=cut.most_rows,
-        most_tokens=most_tokens,
+        max_rows=cut.max_rows,
+        max_tokens=max_tokens,
     )
     packs = (
         pack(rows, [own[n] for n in some], prefix, loss_on=cut.loss_on, device=cut.device)
@@ -239,4 +239,4 @@ PACKERS: Mapping[str, Packer] = {
     "padded": _padded,
     **{layout: partial(_packed, layout=layout) for layout in INPUTS},
 }
-"""Per way: the rows of an optimizer step to its passes."""
+"""The packers per layout: each makes passes from the rows of an optimizer step."""

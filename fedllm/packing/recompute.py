@@ -1,7 +1,7 @@
-"""Activation checkpointing by the layer: what a layer keeps for the gradient, or computes again.
+"""Activation checkpointing by the layer: a layer saves tensors for the gradient or recomputes them.
 
-A recomputed layer keeps its input alone, and repeats its forward pass in the backward pass. The
-gradients have the same bits; a step in which all layers are recomputed takes about 45 % longer.
+A recomputed layer saves only its input, and repeats its forward pass in the backward pass. The
+gradients have the same bits. A step that recomputes all layers takes about 45 % longer.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedllm.packing.precision import as_now
+from fedllm.packing.precision import checkpoint_contexts
 
 Recompute = bool | Literal["auto"]
-"""All layers, none, or as many as what the others keep needs to fit its budget."""
+"""All layers, none, or as many as needed so that the others' saved tensors fit a budget."""
 
 CPU_BUDGET = 448 * 2**20
-"""Bytes that the layers of a pass may keep on a CPU; as many as the base has where it has more."""
+"""Bytes that the layers of a pass may save on a CPU; the size of the base if that is more."""
 
 GPU_SHARE = 0.8
-"""Of a GPU's free memory: the part that the layers of a pass may keep."""
+"""Share of a GPU's free memory that the layers of a pass may fill."""
 
 
 class Recomputation:
-    """Which layers of a model recompute; none at first."""
+    """Switch for the layers of a model that recompute; at first none does."""
 
     def __init__(self, model: nn.Module, *, cpu_budget: int = CPU_BUDGET) -> None:
         self._model: Any = model
@@ -34,7 +34,7 @@ class Recomputation:
         self._budget: _Budget | None = None
 
     def set(self, recompute: Recompute) -> None:
-        """Let the passes from now on recompute all layers, none, or what `auto` finds."""
+        """Set which layers later passes recompute: all, none, or what `auto` finds."""
         if recompute == self._now:
             return
         if recompute == "auto" and not self._model.supports_gradient_checkpointing:
@@ -49,10 +49,10 @@ class Recomputation:
 
 
 class _Budget:
-    """Decides in every training pass, when its first layer is through, which others recompute.
+    """A budget for saved tensors: decides in every training pass which layers recompute.
 
-    The first layer that keeps something is never recomputed; what it keeps is counted and taken
-    for what each of the others would keep.
+    The decision follows the first layer that saves something, which is never recomputed. Each
+    other layer is assumed to save as many bytes.
     """
 
     def __init__(self, model: nn.Module, cpu_budget: int) -> None:
@@ -65,7 +65,7 @@ class _Budget:
             layer.forward = self._deciding(number, layer.forward)
 
     def end(self) -> None:
-        """Leave the layers as they were."""
+        """Restore the layers."""
         for layer in self._layers:
             del layer.forward
 
@@ -81,20 +81,20 @@ class _Budget:
                 layer.gradient_checkpointing = number <= self._last_recomputed
                 return forward(*args, **kwargs)
             layer.gradient_checkpointing = False
-            kept = _Kept(layer)
-            with kept.counted():
+            saved = _SavedBytes(layer)
+            with saved.counting():
                 output = forward(*args, **kwargs)
-            if kept.num_bytes:
-                self._last_recomputed = self._decide(number, kept.num_bytes)
+            if saved.num_bytes:
+                self._last_recomputed = self._decide(number, saved.num_bytes)
             return output
 
         return decided
 
     def _decide(self, first: int, num_bytes: int) -> int:
-        """Return the last layer to recompute; the backward pass comes to the earlier ones last."""
+        """Return the last layer to recompute: the backward pass reaches the earlier layers last."""
         others = len(self._layers) - 1 - first
-        keeping = max(0, self._bytes() // num_bytes - 1)
-        return first + max(0, others - keeping)
+        saving = max(0, self._bytes() // num_bytes - 1)
+        return first + max(0, others - saving)
 
     def _bytes(self) -> int:
         device = next(self._model.parameters()).device
@@ -105,15 +105,15 @@ class _Budget:
         return int(GPU_SHARE * (free + unused))
 
 
-class _Kept:
-    """Counts the bytes that a layer's forward pass keeps for the gradient, weights left out."""
+class _SavedBytes:
+    """Counter of the bytes that a layer's forward pass saves for the gradient, without weights."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._seen = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         self.num_bytes = 0
 
-    def counted(self) -> saved_tensors_hooks:
-        """Return the context of the forward pass."""
+    def counting(self) -> saved_tensors_hooks:
+        """Return the context in which the forward pass is counted."""
         return saved_tensors_hooks(self._pack, _unpacked)
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class _Kept:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.num_bytes += storage.nbytes()
-        # a tensor with its graph would be a circle that nobody frees where no backward pass follows
+        # with its graph the tensor would be in a cycle that is not freed without a backward pass
         return tensor.detach()
 
 
@@ -130,13 +130,13 @@ def _unpacked(tensor: Tensor) -> Tensor:
 
 
 def _switch(model: Any, on: bool) -> None:
-    # the methods have had new names since transformers 5.23
+    # transformers 5.23 renamed the methods
     if on:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)(
-            {"use_reentrant": False, "context_fn": as_now}
+            {"use_reentrant": False, "context_fn": checkpoint_contexts}
         )
-        # re-entrant checkpointing alone needs it; without, nothing below the adapters keeps a graph
+        # only re-entrant checkpointing needs this hook; it gives layers below the adapters a graph
         if hasattr(model, "_require_grads_hook"):
             model.disable_input_require_grads()
     else:

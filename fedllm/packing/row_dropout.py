@@ -1,4 +1,4 @@
-"""Dropout whose masks belong to a row and a position, not to how rows were batched.
+"""Row dropout: a mask depends on the row and the position, not on the batch.
 
 Legend: N rows, T positions, I features.
 """
@@ -13,13 +13,13 @@ from fedllm.errors import ModelError
 from fedllm.packing.attention import FLEX_BLOCK
 from fedllm.planning.seeding import seed_of
 
-_LEVELS = 1 << 16  # a draw is a 16-bit integer: four of them per 64-bit random number
+_LEVELS = 1 << 16  # a draw is a 16-bit integer: one 64-bit random number gives four
 _DRAWS_PER_NUMBER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Tokens [start, stop) of a batch entry whose masks are drawn from one seed."""
+    """Tokens [start, stop) of a batch entry; their masks are drawn from one seed."""
 
     entry: int
     start: int
@@ -28,25 +28,25 @@ class Piece:
 
 
 class RowSeeds:
-    """Whose tokens are now in the model: the pieces of the forward pass and their seeds."""
+    """The pieces of the current forward pass, with their seeds."""
 
     def __init__(self) -> None:
         self.pieces: Sequence[Piece] | None = None
 
     def enter(self, pieces: Sequence[Piece]) -> None:
-        """Say what the next forward pass computes; for tokens of no piece, padding, none drawn."""
+        """Set the pieces of the next forward pass; for other tokens (padding) no mask is drawn."""
         self.pieces = pieces
 
 
 class RowDropout(nn.Module):
-    """Dropout as a function of (seed of the piece, module, position in it).
+    """Dropout whose mask is a function of (seed of the piece, module, position in the piece).
 
-    Micro-batches, accumulation and padding change nothing, and neither does a second forward
-    pass (gradient checkpointing). It also draws a quarter of the random numbers that
-    `nn.Dropout` draws. `rate` is met to 1 / 65,536.
+    Micro-batches, accumulation, padding and a second forward pass (gradient checkpointing) leave
+    the masks unchanged. It draws a quarter of the random numbers that `nn.Dropout` draws. `rate`
+    is exact to 1 / 65,536.
 
     Some classes (OPT, shared experts) give a module the tokens of all rows as one list: the masks
-    are those of the rows.
+    stay those of the rows.
     """
 
     def __init__(self, rate: float, *, module: str, rows: RowSeeds) -> None:
@@ -59,22 +59,22 @@ class RowDropout(nn.Module):
         self._draws: dict[torch.device, torch.Generator] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` with dropped entries zero and the others scaled up; `x` itself in `eval`.
+        """Return `x` with dropped entries zero and the others scaled up; in `eval` return `x`.
 
         Args:
             x: the inputs of all tokens of the forward pass, (N, T, I) or flattened (N * T, I).
 
         Raises:
-            ModelError: tokens of which the pieces do not tell whose they are.
+            ModelError: the pieces do not say which row each token belongs to.
         """
         return x * self.gains(self.kept(x), x.dtype) if self.training else x
 
     def gains(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what entries are multiplied with: 0 where dropped, the same for all others."""
+        """Return the factor per entry: 0 where dropped, one constant for the others."""
         return kept.to(dtype).mul_(self._gain)
 
     def kept(self, x: Tensor) -> Tensor:
-        """Return which entries of `x` are kept, in its shape, as booleans.
+        """Return a boolean per entry of `x`: whether it is kept.
 
         Raises:
             ModelError: as `forward`.
@@ -89,15 +89,15 @@ class RowDropout(nn.Module):
         return levels >= self._dropped - _LEVELS // 2
 
     def _by_entry(self, levels: Tensor, pieces: Sequence[Piece]) -> Tensor:
-        """Return a view (N, T, I); several entries end with a piece each, one may with padding."""
+        """Return a view (N, T, I). Several entries end with a piece each, one may with padding."""
         entries = 1 + max(piece.entry for piece in pieces)
         width = max(piece.stop for piece in pieces)
-        found = levels.numel() // levels.shape[-1]
-        padding = found - entries * width
+        num_tokens = levels.numel() // levels.shape[-1]
+        padding = num_tokens - entries * width
         if padding and not (entries == 1 and 0 < padding < FLEX_BLOCK):
             raise ModelError(
-                f"lora.dropout: {self._module} gets {found} of the {entries * width} tokens of a "
-                "pass, so rows cannot have masks of their own; need lora.dropout: 0, or "
+                f"lora.dropout: {self._module} gets {num_tokens} of the {entries * width} tokens "
+                "of a pass, so rows cannot have masks of their own; need lora.dropout: 0, or "
                 "lora.target_modules without it"
             )
         return levels.view(entries, -1, levels.shape[-1])

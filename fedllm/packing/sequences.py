@@ -1,6 +1,6 @@
-"""Rows as one flat sequence of parts, in which a prefix that rows share is computed once.
+"""Packed sequences: rows as one sequence of parts, in which a shared prefix is computed once.
 
-A part attends to itself, causally, and to at most one earlier part, its prefix:
+A part attends causally to itself, and to at most one earlier part, its prefix:
 
     rows of a step   a a a a b b b    a a a a c c    a a a a d d d d      the prefix has 4 tokens
     packed           a a a a | b b | c | d d d       a row's last token is a target only
@@ -19,17 +19,17 @@ from torch import Tensor
 from fedllm.errors import DataError
 from fedllm.packing.batches import LossOn, TokenRow, target_places
 
-PREFIX, PADDING = -1, -2  # what a part is that is no row's own
+PREFIX, PADDING = -1, -2  # `row` of a part that belongs to no single row
 
-LEAST_SHARED = 8  # a shorter prefix costs more calls than it saves tokens
+MIN_SHARED = 8  # for a shorter prefix the calls cost more than the saved tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Tokens [start, stop) of a packed sequence.
+    """A part of a packed sequence: its tokens [start, stop).
 
-    Its token `start + j` has position `prefix_stop - prefix_start + j`. The prefix is a whole
-    earlier part; none where both ends are equal. `row` is the index of the row, or `PREFIX`, or
+    Token `start + j` has position `prefix_stop - prefix_start + j`. The prefix is a whole earlier
+    part; there is none if both its ends are equal. `row` is the index of the row, or `PREFIX`, or
     `PADDING`.
     """
 
@@ -41,23 +41,24 @@ class Part:
 
     @property
     def length(self) -> int:
-        """How many tokens it has."""
+        """The number of its tokens."""
         return self.stop - self.start
 
     @property
     def offset(self) -> int:
-        """The position of its first token: how many tokens its prefix has."""
+        """The position of its first token: the number of tokens of its prefix."""
         return self.prefix_stop - self.prefix_start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Parts ready for one forward pass.
+    """A packed sequence, ready for one forward pass.
 
-    `kept_U` are the indices whose logits are needed, sorted and unique; target k reads those at
-    `kept_U[inverse_K[k]]`, and `inverse_K` is sorted. `weights_K` says how many rows have the
-    target; `rows_K` whose it is, where targets were not merged. `num_tokens` counts the rows'
-    tokens, a shared prefix once per row; `computed_tokens` those of the forward pass.
+    `kept_U` are the indices whose logits are needed, sorted and unique. Target k reads the logits
+    at `kept_U[inverse_K[k]]`; `inverse_K` is sorted. `weights_K` is the number of rows that have
+    the target. `rows_K` is the row of each target; None if equal targets were merged. `num_tokens`
+    counts the tokens of the rows, a shared prefix once per row; `computed_tokens` counts those of
+    the forward pass.
     """
 
     tokens_1T: Tensor
@@ -73,13 +74,13 @@ class Packed:
 
     @property
     def computed_tokens(self) -> int:
-        """How many tokens the forward pass computes."""
+        """The number of tokens that the forward pass computes."""
         return self.tokens_1T.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup:
-    """Rows at `places`, of which the first `prefix` tokens are the same."""
+    """The rows at `places`, which share their first `prefix` tokens."""
 
     rows: Sequence[TokenRow]
     places: Sequence[int]
@@ -92,53 +93,53 @@ def text_of(row: TokenRow) -> list[int]:
 
 
 def length_of(row: TokenRow) -> int:
-    """Return how many tokens a row has."""
+    """Return the number of tokens of a row."""
     return len(row.prompt_ids) + len(row.answer_ids)
 
 
 def own_tokens(length: int, prefix: int) -> int:
-    """Return what a row of `length` tokens computes behind its prefix: not its last token."""
+    """Return how many tokens of a row are computed after its prefix; its last token is not."""
     return max(0, length - 1 - prefix)
 
 
 def common_prefix(texts: Sequence[Sequence[int]]) -> int:
-    """Return how many first tokens all `texts` share, the last token of each left out.
+    """Return how many first tokens all `texts` share, without the last token of each.
 
-    The last token is never computed: it is a target only.
+    The last token is never computed: it is only a target.
     """
     inputs = [list(text[:-1]) for text in texts]
-    first, last = min(inputs), max(inputs)  # what these two share, all between them share
+    first, last = min(inputs), max(inputs)  # what these two share, all texts share
     pairs = zip(first, last, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), len(first))
 
 
 def shared_prefix(texts: Sequence[Sequence[int]]) -> int:
-    """Return how many first tokens to compute once for all `texts`: 0 where it does not pay."""
+    """Return how many first tokens to compute once for all `texts`; 0 if sharing does not pay."""
     prefix = common_prefix(texts) if len(texts) > 1 else 0
-    return prefix if prefix >= LEAST_SHARED else 0
+    return prefix if prefix >= MIN_SHARED else 0
 
 
 def plan_packs(
-    lengths: Sequence[int], prefix: int, *, most_rows: int | None, most_tokens: int | None
+    lengths: Sequence[int], prefix: int, *, max_rows: int | None, max_tokens: int | None
 ) -> list[list[int]]:
-    """Cut the rows of a step into packs, in their order; every pack repeats the prefix.
+    """Divide the rows of a step into packs, in their order; each pack repeats the prefix.
 
     Args:
-        lengths: tokens of each row, the last one, a target only, included.
-        prefix: tokens that the rows share.
-        most_rows: rows in a pack; None: no bound.
-        most_tokens: tokens that a pack computes; None: no bound.
+        lengths: tokens of each row, with the last one, which is only a target.
+        prefix: number of tokens that the rows share.
+        max_rows: rows of a pack; None: no bound.
+        max_tokens: tokens that a pack computes; None: no bound.
 
     Raises:
-        DataError: a row that is longer than `most_tokens` by itself.
+        DataError: one row alone is longer than `max_tokens`.
     """
     packs: list[list[int]] = []
     computed = 0
     for place, length in enumerate(lengths):
-        check_fits(length, most_tokens)
+        check_fits(length, max_tokens)
         own = own_tokens(length, prefix)
-        full = not packs or len(packs[-1]) == most_rows
-        if full or (most_tokens is not None and computed + own > most_tokens):
+        full = not packs or len(packs[-1]) == max_rows
+        if full or (max_tokens is not None and computed + own > max_tokens):
             packs.append([])
             computed = prefix
         packs[-1].append(place)
@@ -146,14 +147,14 @@ def plan_packs(
     return packs
 
 
-def check_fits(length: int, most_tokens: int | None) -> None:
-    """Raise DataError if a row of `length` tokens is longer than the budget by itself."""
+def check_fits(length: int, max_tokens: int | None) -> None:
+    """Raise DataError if one row of `length` tokens is longer than the budget."""
     computed = length - 1
-    if most_tokens is not None and computed > most_tokens:
+    if max_tokens is not None and computed > max_tokens:
         raise DataError(
-            f"training.micro_batch_tokens: got {most_tokens}, a training row of {length} tokens"
+            f"training.micro_batch_tokens: got {max_tokens}, a training row of {length} tokens"
             f" computes {computed} (its last one is a target only); need at least {computed}, or"
-            f" data.cutoff_tokens: {most_tokens + 1}"
+            f" data.cutoff_tokens: {max_tokens + 1}"
         )
 
 
@@ -170,12 +171,12 @@ def pack(
 
     Args:
         rows: all rows of the step.
-        places: which of them are in this pack.
-        prefix: how many first tokens all these rows share; 0: every row by itself.
-        loss_on: which tokens carry loss.
-        device: where the tensors go.
-        merge_targets: one target with a weight where rows share its position and token; else
-            every target has its row in `rows_K`.
+        places: the rows of this pack.
+        prefix: how many first tokens these rows share; 0: they share nothing.
+        loss_on: the tokens that carry loss.
+        device: of the tensors.
+        merge_targets: merge targets of one position and token to one with a weight; else every
+            target has its row in `rows_K`.
     """
     group = RowGroup(rows=rows, places=places, prefix=prefix)
     return pack_groups([group], loss_on=loss_on, device=device, merge_targets=merge_targets)
@@ -188,7 +189,7 @@ def pack_groups(
     device: torch.device | str,
     merge_targets: bool = True,
 ) -> Packed:
-    """Return several groups, each behind its own prefix, as one packed sequence; see `pack`."""
+    """Return several groups, each after its own prefix, as one packed sequence; see `pack`."""
     builder = _PackBuilder()
     for group in groups:
         builder.add(group, loss_on)
@@ -196,7 +197,7 @@ def pack_groups(
 
 
 class _PackBuilder:
-    """A packed sequence in the making, in lists."""
+    """A builder of a packed sequence; it collects tokens, parts and targets in lists."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -206,7 +207,7 @@ class _PackBuilder:
         self._num_tokens = 0
 
     def add(self, group: RowGroup, loss_on: LossOn) -> None:
-        """Append a group's prefix and the own parts of its rows."""
+        """Append a group: its prefix, then one part per row."""
         shared = text_of(group.rows[group.places[0]])[: group.prefix] if group.places else []
         begin = self._part(shared, row=PREFIX, prefix=(0, 0))
         prefix = (begin, begin + len(shared))
@@ -221,9 +222,9 @@ class _PackBuilder:
             self._num_tokens += len(text)
 
     def packed(self, device: torch.device | str, merge_targets: bool) -> Packed:
-        """Return it as tensors."""
+        """Return the packed sequence."""
         if not self._tokens:
-            self._part([0], row=PADDING, prefix=(0, 0))  # a pass needs a token
+            self._part([0], row=PADDING, prefix=(0, 0))  # a pass needs at least one token
         targets = sorted(self._targets, key=lambda target: target[0])
         counts = dict.fromkeys((target[:2] for target in targets), 0)
         for target in targets:
@@ -250,7 +251,7 @@ class _PackBuilder:
         )
 
     def _part(self, tokens: Sequence[int], *, row: int, prefix: tuple[int, int]) -> int:
-        """Append a part, if it has tokens, and return where it starts."""
+        """Append a part, if it has tokens, and return its start."""
         start, offset = len(self._tokens), prefix[1] - prefix[0]
         self._tokens += tokens
         self._positions += range(offset, offset + len(tokens))
@@ -261,7 +262,7 @@ class _PackBuilder:
 
 
 def padded_to(packed: Packed, num_tokens: int) -> Packed:
-    """Return `packed` with a part of padding behind it, `num_tokens` long together."""
+    """Return `packed` with a part of padding after it, `num_tokens` long in total."""
     missing = num_tokens - packed.computed_tokens
     if not missing:
         return packed

@@ -1,4 +1,4 @@
-"""Adapter slots: PEFT layers injected once into one base model, filled anew for every client.
+"""Adapter slots: PEFT layers, injected once into the base model, refilled for every client.
 
 Legend: O out, I in, R rank.
 """
@@ -20,20 +20,20 @@ from fedllm.model.base import Base
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.packing.adapter_product import LeanFactor
-from fedllm.packing.gated_mlp import keep_less
+from fedllm.packing.gated_mlp import save_mlp_memory
 from fedllm.packing.layouts import set_layout
-from fedllm.packing.precision import keep_factor_wide, keep_sums_wide
+from fedllm.packing.precision import keep_sums_in_float32, make_float32_factor
 from fedllm.packing.recompute import Recomputation, Recompute
 from fedllm.packing.row_dropout import RowDropout, RowSeeds
-from fedllm.packing.stacked_adapters import Seats, StackedA, StackedB
+from fedllm.packing.stacked_adapters import ClientLengths, StackedA, StackedB
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
-_GROUP = "group"  # the name of the one PEFT adapter that computes with several adapters
+_GROUP = "group"  # the name of the PEFT adapter that several clients share
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Slot:
-    """One PEFT adapter name and the tensors behind it."""
+    """A slot for one client: a PEFT adapter and its tensors."""
 
     name: str
     layers: Mapping[str, LoraLayer]
@@ -43,9 +43,9 @@ class _Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class _GroupSlot:
-    """The PEFT adapter of several clients, and the tensors that members of groups train.
+    """A slot for a group of clients: a PEFT adapter, and the tensors that the members train.
 
-    `pool` has them by module, rank and place in the group: groups of any ranks share them.
+    `pool` has the tensors by module, rank and place in the group, so that groups share them.
     """
 
     name: str
@@ -55,7 +55,7 @@ class _GroupSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """The adapter that the model now computes with; it ends with the next `install`."""
+    """The adapter that the model computes with, until the next `install`."""
 
     modules: tuple[str, ...]
     scales: Mapping[str, float]
@@ -64,7 +64,7 @@ class Installed:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Return what trains: every A, then every B, in the order of `modules`."""
+        """The trained parameters: every A, then every B, in the order of `modules`."""
         return [*self.a, *self.b]
 
     def factors(self) -> Adapter:
@@ -76,11 +76,11 @@ class Installed:
 
 
 class AdapterSlots:
-    """Room for one adapter at a time in a base model that stays as it is.
+    """The slots of one base model: room for one adapter, or one group of adapters, at a time.
 
-    There is one PEFT adapter per distinct set of ranks, `c0`, `c1`, ...; installing copies A, B
-    and scale in place, so that memory does not grow with the clients. Only the installed adapter
-    requires gradients. `layout` is how the model computes rows together, one of `layouts`.
+    There is one PEFT adapter per distinct set of ranks: `c0`, `c1`, ... `install` copies A, B and
+    scale into it, so that memory does not grow with the number of clients. Only the installed
+    adapter requires gradients. The base stays frozen. `layout` is one of `packing.layouts`.
     """
 
     def __init__(
@@ -97,25 +97,25 @@ class AdapterSlots:
         self.rows = RowSeeds()
         self._modules = find_modules(base.model, target_modules)
         self._dropout = dropout
-        self.seats = Seats()
+        self.client_lengths = ClientLengths()
         self._slots: dict[_Signature, _Slot] = {}
         self._group: _GroupSlot | None = None
-        self._seated: list[int] = []  # which members of the installed group its layers hold
+        self._members_in_layers: list[int] = []  # ids of the members whose factors the layers hold
         self._active: _Slot | _GroupSlot | None = None
         self._recomputation = Recomputation(base.model)
         self.model.requires_grad_(False)
-        keep_sums_wide(self.model)
-        keep_less(self.model)
+        keep_sums_in_float32(self.model)
+        save_mlp_memory(self.model)
         set_layout(self.model, layout)
 
     @property
     def device(self) -> torch.device:
-        """Where the base model is."""
+        """The device of the base model."""
         return next(self.model.parameters()).device
 
     @property
     def pad_token(self) -> int:
-        """A token for padding; any that is embedded will do, since it is masked."""
+        """A token for padding; any embedded token will do, since padding is masked."""
         tokenizer = self.base.tokenizer
         token = tokenizer.pad_token_id
         if token is None:
@@ -123,10 +123,10 @@ class AdapterSlots:
         return int(token) if token < embedded_tokens(self.model) else 0
 
     def install(self, adapter: Adapter) -> Installed:
-        """Make the model compute with `adapter`, whose values are copied.
+        """Install an adapter: copy its values, and let the model compute with it.
 
         Raises:
-            AdapterError: a module that is no target, or a shape that is not the module's.
+            AdapterError: a module is no target, or a factor does not have its module's shape.
         """
         self._check(adapter)
         modules = tuple(sorted(adapter))
@@ -148,9 +148,9 @@ class AdapterSlots:
         return installed
 
     def install_group(self, adapters: Sequence[Adapter]) -> list[Installed]:
-        """Make the model compute with several adapters, each for the tokens that `seat` says.
+        """Install the adapters of a group; `use_members` says whose tokens each pass computes.
 
-        All have the same modules, of any ranks; each member's parameters are its own.
+        All have the same modules, with any ranks; each member has parameters of its own.
 
         Raises:
             AdapterError: as `install`.
@@ -162,24 +162,25 @@ class AdapterSlots:
         slot = self._group_slot(modules)
         members = [self._copied(slot, adapter, place) for place, adapter in enumerate(adapters)]
         self._activate(slot)
-        self._seated = []
+        self._members_in_layers = []
         for parameter in (p for member in members for p in member.parameters):
             parameter.requires_grad_(True)
             parameter.grad = None
         return members
 
-    def seat(self, members: Sequence[Installed], lengths: Sequence[int]) -> None:
-        """Say whose tokens the next forward pass computes: so many of each member, in turn.
+    def use_members(self, members: Sequence[Installed], lengths: Sequence[int]) -> None:
+        """Set the members whose tokens the next forward pass computes, one after the other.
 
         Args:
-            members: of the installed group, all or some.
-            lengths: their tokens in the sequence.
+            members: all or some of the installed group.
+            lengths: number of tokens of each of these members.
         """
         assert self._group is not None and self._group is self._active, "no group is installed"
-        self.seats.enter(lengths)
-        if self._seated == [id(member) for member in members]:
+        self.client_lengths.enter(lengths)
+        ids = [id(member) for member in members]
+        if self._members_in_layers == ids:
             return
-        self._seated = [id(member) for member in members]
+        self._members_in_layers = ids
         for number, module in enumerate(members[0].modules):
             layer = self._group.layers[module]
             a, b = layer.lora_A[_GROUP], layer.lora_B[_GROUP]
@@ -189,14 +190,14 @@ class AdapterSlots:
             b.scales = tuple(member.scales[module] for member in members)
 
     def train(self, *, recompute: Recompute = False) -> None:
-        """Set the model to train: dropout is on."""
+        """Set the model to training: dropout is on."""
         self._recomputation.set(recompute)
-        # `train` visits every module: once is enough
+        # `train` visits every module, so it is called only if needed
         if not self.model.training:
             self.model.train()
 
     def evaluate(self) -> None:
-        """Set the model to evaluate: dropout is off."""
+        """Set the model to evaluation: dropout is off."""
         if self.model.training:
             self.model.eval()
 
@@ -221,7 +222,7 @@ class AdapterSlots:
     def _slot(self, signature: _Signature) -> _Slot:
         slot = self._slots.get(signature)
         if slot is None:
-            # PEFT loses layers of "0" and refuses dots
+            # PEFT loses the layers of a name like "0" and refuses dots
             name = f"c{len(self._slots)}"
             slot = self._slots[signature] = self._inject(name, dict(signature))
             for layer in slot.layers.values():
@@ -237,19 +238,19 @@ class AdapterSlots:
             self._active = slot
 
     def _group_slot(self, modules: Sequence[str]) -> _GroupSlot:
-        """Return the slot of groups, whose layers have stacked factors in place of PEFT's own."""
+        """Return the slot of groups: its layers have stacked factors instead of PEFT's."""
         if self._group is None:
             layers = self._inject(_GROUP, dict.fromkeys(modules, 1)).layers
             for layer in layers.values():
-                layer.lora_A[_GROUP] = StackedA(self.seats)
-                layer.lora_B[_GROUP] = StackedB(self.seats)
+                layer.lora_A[_GROUP] = StackedA(self.client_lengths)
+                layer.lora_B[_GROUP] = StackedB(self.client_lengths)
                 layer.scaling[_GROUP] = 1.0
             self._group = _GroupSlot(name=_GROUP, layers=layers, pool={})
         assert set(self._group.layers) == set(modules), "groups of unequal modules"
         return self._group
 
     def _copied(self, slot: _GroupSlot, adapter: Adapter, place: int) -> Installed:
-        """Copy the adapter of the member at `place` into tensors of its own."""
+        """Copy the adapter of the member at `place` into the tensors of that place."""
         pairs = {}
         for module, factors in sorted(adapter.items()):
             key = (module, factors.rank, place)
@@ -271,24 +272,24 @@ class AdapterSlots:
     def _inject(self, name: str, ranks: Mapping[str, int]) -> _Slot:
         config = LoraConfig(
             target_modules=list(ranks),
-            # PEFT reads these keys as patterns
+            # PEFT takes these keys as regular expressions
             rank_pattern={re.escape(module): rank for module, rank in ranks.items()},
             lora_alpha=1,
             lora_dropout=0.0,
             fan_in_fan_out=any(self._modules[module].transposed for module in ranks),
         )
-        # PEFT's own start of A draws from the global generator
+        # PEFT draws its first A from the global generator
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # several adapters in one model are what is wanted here
+            # several adapters in one model are intended here
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            # a base may have both layouts: PEFT takes each module's own
+            # a base may store weights both ways: PEFT handles each module right
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             inject_adapter_in_model(config, self.model, adapter_name=name)
         layers = {module: self._layer(module) for module in ranks}
         for module, layer in layers.items():
-            # trained in float32 whatever the base is kept in
-            keep_factor_wide(layer.lora_A[name])
-            keep_factor_wide(layer.lora_B[name])
+            # trained in float32 in any format of the base
+            make_float32_factor(layer.lora_A[name])
+            make_float32_factor(layer.lora_B[name])
             if self._dropout:
                 layer.lora_dropout[name] = RowDropout(self._dropout, module=module, rows=self.rows)
         self.model.train(self.model.training)
@@ -306,7 +307,7 @@ class AdapterSlots:
 
 
 def _join_dropout(layer: LoraLayer, name: str) -> None:
-    """Let A do its dropout, if there is one, itself: together they keep less for the gradient."""
+    """Join A and the dropout before it, if any: together they save less for the gradient."""
     dropout = layer.lora_dropout[name]
     factor = layer.lora_A[name]
     assert isinstance(factor, nn.Linear)

@@ -1,12 +1,11 @@
-"""Adapters of several clients in one model at once, each for the client's own tokens.
+"""Stacked adapters: those of several clients in one model, each for its client's tokens.
 
 The clients' packed rows follow each other in one sequence, in which no part sees another client's.
-The base computes them together, and every adapted module multiplies them with stacked factors,
-padded with zeros to the largest rank: one batched product with A, one with B. A batch entry has
-the tokens of one client alone, so that what is not finite stays with its client.
+The base computes them together. Every adapted module multiplies them with stacked factors, padded
+with zeros to the largest rank: one batched product with A, one with B. A batch entry has the tokens
+of only one client, so that NaN and infinity stay with their client.
 
-Legend: C clients, T tokens, S tokens of the client that has most, O out, I in, R largest rank,
-K targets.
+Legend: C clients, T tokens, S max tokens of a client, O out, I in, R largest rank, K targets.
 """
 
 from collections.abc import Sequence
@@ -24,30 +23,30 @@ from fedllm.packing.row_dropout import Piece
 from fedllm.packing.sequences import Packed
 
 
-class Seats:
-    """How many tokens each client has, in turn, of the sequence that is now in the model."""
+class ClientLengths:
+    """The number of tokens of each client in the current sequence, in order."""
 
     def __init__(self) -> None:
         self.lengths: tuple[int, ...] = ()
 
     def enter(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens of each client the next forward pass computes."""
+        """Set the number of tokens of each client in the next forward pass."""
         self.lengths = tuple(lengths)
 
     def gather(self, x_1TI: Tensor) -> Tensor:
-        """Return the tokens with a batch entry per client (C, S, I), zeros behind them."""
+        """Return the tokens with one batch entry per client (C, S, I), with zeros after them."""
         assert sum(self.lengths) == x_1TI.shape[1], "Seats.enter before the forward pass"
         x_CSI: Tensor = _Gather.apply(x_1TI, self.lengths)  # type: ignore[no-untyped-call]
         return x_CSI
 
     def scatter(self, x_CSO: Tensor) -> Tensor:
-        """Return what `gather` was made of (1, T, O)."""
+        """Return the sequence of all clients' tokens (1, T, O); it undoes `gather`."""
         x_1TO: Tensor = _Scatter.apply(x_CSO, self.lengths)  # type: ignore[no-untyped-call]
         return x_1TO
 
 
 class _Gather(torch.autograd.Function):
-    """A copy each way: the gradients of slices would be a whole tensor for every client."""
+    """The copy to batch entries; slices would have a whole tensor as gradient per client."""
 
     @staticmethod
     def forward(ctx: Any, x_1TI: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -76,7 +75,7 @@ def _entries(x_1TI: Tensor, lengths: Sequence[int]) -> Tensor:
     x_CSI = x_1TI.new_empty(len(lengths), max(lengths), x_1TI.shape[2])
     for x_SI, own_SI in zip(x_CSI, torch.split(x_1TI[0], list(lengths)), strict=True):
         x_SI[: len(own_SI)] = own_SI
-        x_SI[len(own_SI) :] = 0.0  # whatever is there enters products
+        x_SI[len(own_SI) :] = 0.0  # uninitialised memory would enter products
     return x_CSI
 
 
@@ -86,48 +85,48 @@ def _sequence(x_CSO: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 class _Stacked(nn.Module):
-    """One factor of every client for one module; PEFT takes it for the layer of an adapter."""
+    """The factors A, or B, of all clients for one module; PEFT uses it as an adapter's layer."""
 
-    def __init__(self, seats: Seats) -> None:
+    def __init__(self, client_lengths: ClientLengths) -> None:
         super().__init__()
-        self._seats = seats
+        self._client_lengths = client_lengths
         self.factors = nn.ParameterList()
 
     def fill(self, factors: Sequence[nn.Parameter]) -> None:
-        """Compute with these factors from now on; they stay the clients' own parameters."""
+        """Set the factors; they stay the clients' own parameters."""
         self.factors = nn.ParameterList(factors)
 
     @property
     def weight(self) -> Tensor:
-        """A factor, whose precision is that of all."""
+        """A factor; all have its precision."""
         factor: Tensor = self.factors[0]
         return factor
 
 
 class StackedA(_Stacked):
-    """Each client's tokens times its own A, (R, I) or less."""
+    """The product of each client's tokens with its A, (R, I) or of a smaller rank."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what `StackedB` takes: (C, S, R) of (1, T, I), and (C * S, R) of (T, I)."""
+        """Return the input of `StackedB`: (C, S, R) for (1, T, I), and (C * S, R) for (T, I)."""
         rank = max(a_RI.shape[0] for a_RI in self.factors)
         padded = [nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])) for a in self.factors]
         a_CRI = torch.stack(padded)
         flat = x.dim() == 2
-        x_CSI = self._seats.gather(x.unsqueeze(0) if flat else x)
+        x_CSI = self._client_lengths.gather(x.unsqueeze(0) if flat else x)
         with in_float32(x.device):
             h_CSR = torch.bmm(x_CSI, a_CRI.transpose(1, 2))
         return h_CSR.flatten(0, 1) if flat else h_CSR
 
 
 class StackedB(_Stacked):
-    """What `StackedA` gave times each client's own scale and B, (O, R) or less."""
+    """The product of each client's output of `StackedA` with its scale and B, at most (O, R)."""
 
-    def __init__(self, seats: Seats) -> None:
-        super().__init__(seats)
+    def __init__(self, client_lengths: ClientLengths) -> None:
+        super().__init__(client_lengths)
         self.scales: tuple[float, ...] = ()
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return (1, T, O) of (C, S, R), and (T, O) of (C * S, R)."""
+        """Return the product: (1, T, O) for (C, S, R), and (T, O) for (C * S, R)."""
         rank = max(b_OR.shape[1] for b_OR in self.factors)
         padded = [
             nn.functional.pad(b_OR * scale, (0, rank - b_OR.shape[1]))
@@ -138,15 +137,15 @@ class StackedB(_Stacked):
         h_CSR = h.view(len(self.factors), -1, h.shape[1]) if flat else h
         with in_float32(h.device):
             x_CSO = torch.bmm(h_CSR, b_COR.transpose(1, 2))
-        x_1TO = self._seats.scatter(x_CSO)
+        x_1TO = self._client_lengths.scatter(x_CSO)
         return x_1TO.squeeze(0) if flat else x_1TO
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackedPass:
-    """Packed rows of several clients as one sequence.
+    """A forward pass of the packed rows of several clients as one sequence.
 
-    `lengths` says how many tokens each client has there, `entries` how many of the targets.
+    `lengths` is the number of tokens per client, `entries` the number of its targets.
     """
 
     packed: Packed
@@ -155,7 +154,7 @@ class StackedPass:
 
     @classmethod
     def of(cls, packs: Sequence[Packed]) -> "StackedPass":
-        """Put the packs, one per client, behind each other."""
+        """Join the packs, one per client, to one sequence."""
         lengths = tuple(pack.computed_tokens for pack in packs)
         starts = _starts(lengths)
         firsts = _starts([len(pack.kept_U) for pack in packs])
@@ -188,7 +187,7 @@ class StackedPass:
         )
 
     def pieces(self, per_client: Sequence[Sequence[Piece]]) -> list[Piece]:
-        """Return the clients' pieces, each of its own pack, where they are in the sequence."""
+        """Return the pieces of all clients, moved from their packs to the joint sequence."""
         return [
             replace(piece, start=piece.start + start, stop=piece.stop + start)
             for pieces, start in zip(per_client, _starts(self.lengths), strict=True)
@@ -196,11 +195,11 @@ class StackedPass:
         ]
 
     def loss_sums(self, model: nn.Module, layout: str) -> list[Tensor]:
-        """Return the sum of the losses of every client's targets, a scalar each."""
+        """Return the sum of the losses of each client's targets, a scalar per client."""
         losses_K = target_losses(model, self.packed, layout) * self.packed.weights_K
         return [own_K.sum() for own_K in torch.split(losses_K, list(self.entries))]
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
-    """Return where each begins, one behind the other."""
+    """Return where each client begins in the sequence."""
     return list(accumulate(lengths[:-1], initial=0))

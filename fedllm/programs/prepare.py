@@ -20,7 +20,7 @@ from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.memory import give_back_freed
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.packing.attention import SHARED
-from fedllm.packing.layouts import find_layout, still_right
+from fedllm.packing.layouts import find_layout, is_still_valid
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.grouping import engine_of
 from fedllm.planning.roles import split_roles
@@ -150,7 +150,7 @@ def _begun_layout(
     if layout is None:
         return None
     best = _best_layout(config, base)
-    if not still_right(layout, best):
+    if not is_still_valid(layout, best):
         lost = "no FlexAttention" if layout.cuda == "flex" != best.cuda else ""
         why = "; ".join(filter(None, (best.why, lost)))
         raise RunDirectoryError(

@@ -206,8 +206,8 @@ class Loop:
             loss_on=self._settings.loss_on,
             pad_token=self._slots.pad_token,
             device=self.device,
-            most_rows=training.micro_batch_size,
-            most_tokens=training.micro_batch_tokens,
+            max_rows=training.micro_batch_size,
+            max_tokens=training.micro_batch_tokens,
             by_length=self._settings.by_length,
         )
         return PACKERS[layout]([self._rows[place] for place in self._steps[number]], cut)

@@ -133,7 +133,7 @@ class _Group:
         """Return the sums of the losses of one pass of some members' steps."""
         packs = [self._packed(each) for each in present.values()]
         stacked = StackedPass.of(packs)
-        self._slots.seat([self._loops[n].installed for n in present], stacked.lengths)
+        self._slots.use_members([self._loops[n].installed for n in present], stacked.lengths)
         pieces = [self._loops[n].pieces(number, each) for n, each in present.items()]
         self._slots.rows.enter(stacked.pieces(pieces))
         with precision(self._settings.training.precision, self._slots.device):

@@ -15,7 +15,7 @@ from fedllm.evaluation.decoding import RowAnswer, answer_clients
 from fedllm.evaluation.reading import answer_losses, padded_losses, plan_passes
 from fedllm.model.base import Base
 from fedllm.packing.micro_batches import DENSE_TOKENS, PARTS_TOKENS
-from fedllm.packing.sequences import LEAST_SHARED, RowGroup, pack_groups, shared_prefix, text_of
+from fedllm.packing.sequences import MIN_SHARED, RowGroup, pack_groups, shared_prefix, text_of
 from fedllm.packing.slots import AdapterSlots
 from tests.decoders import DECODERS, Row, in_layout, make_decoder
 
@@ -186,7 +186,7 @@ def test_a_prefix_is_computed_once_and_no_token_needlessly(
         + sum(len(text_of(row)) - 1 - prefix for row in client)
         for client in clients
     )
-    assert shared_prefix([text_of(row) for row in DIFFERENT]) == len(HEAD) >= LEAST_SHARED
+    assert shared_prefix([text_of(row) for row in DIFFERENT]) == len(HEAD) >= MIN_SHARED
     assert shapes[0] == (1, read)
     # an answer's last token is never computed
     assert sum(n for n, _ in shapes[1:]) == sum(len(row.tokens) - 1 for row in found)

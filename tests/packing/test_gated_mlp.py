@@ -19,7 +19,7 @@ from transformers import (
 
 from fedllm.lora.factors import Factors
 from fedllm.model.base import Base
-from fedllm.packing.gated_mlp import LARGE, keep_less
+from fedllm.packing.gated_mlp import LARGE, save_mlp_memory
 from fedllm.packing.row_dropout import Piece
 from fedllm.packing.slots import AdapterSlots
 
@@ -120,7 +120,7 @@ def test_a_gated_mlp_keeps_two_tensors_of_its_width_and_gives_the_same_bits(
 @pytest.mark.parametrize("family", OTHERS)
 def test_another_mlp_stays_as_it_is(family: str) -> None:
     model = model_of(OTHERS[family])
-    keep_less(model)
+    save_mlp_memory(model)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -139,7 +139,7 @@ class Shifted(nn.Module):
 
 def test_names_alone_do_not_make_a_gated_mlp() -> None:
     mlp = Shifted()
-    keep_less(nn.ModuleList([mlp]))
+    save_mlp_memory(nn.ModuleList([mlp]))
     assert "forward" not in vars(mlp)
 
 

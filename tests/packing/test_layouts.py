@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.packing.layouts import find_layout, still_right
+from fedllm.packing.layouts import find_layout, is_still_valid
 from fedllm.storage.records import LayoutRecord
 
 WINDOW = {"sliding_window": 64}
@@ -223,4 +223,4 @@ def test_a_layout_that_the_check_passed_over_is_no_longer_right(
     recorded: tuple[Any, Any], found: tuple[Any, Any], holds: bool
 ) -> None:
     before, now = (LayoutRecord(cpu=cpu, cuda=cuda) for cpu, cuda in (recorded, found))
-    assert still_right(before, now) is holds
+    assert is_still_valid(before, now) is holds

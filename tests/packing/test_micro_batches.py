@@ -123,7 +123,7 @@ def test_neither_side_of_padding_is_another_step(llama: nn.Module, side: str) ->
 MANY = [row for name in ("very different lengths", "identical rows") for row in STEPS[name]]
 
 
-@pytest.mark.parametrize("cut", [{"most_rows": 1}, {"most_rows": 4}, {"most_tokens": 75}])
+@pytest.mark.parametrize("cut", [{"max_rows": 1}, {"max_rows": 4}, {"max_tokens": 75}])
 @pytest.mark.parametrize("layout", ["parts", "mask", "packed", "padded"])
 def test_how_a_step_is_cut_changes_rounding_only(
     llama: nn.Module, layout: str, cut: dict[str, int]
@@ -139,7 +139,7 @@ def passes_of(rows: Sequence[Row], layout: str, **cut: object) -> Sequence[Pass]
 
 @pytest.mark.parametrize("layout", PACKERS)
 def test_counts_are_those_of_the_rows(layout: str) -> None:
-    for cut in ({}, {"most_rows": 2}):
+    for cut in ({}, {"max_rows": 2}):
         passes = passes_of(MANY, layout, **cut)
         assert sum(p.num_tokens for p in passes) == sum(len(text_of(row)) for row in MANY)
         assert sum(p.num_targets for p in passes) == sum(len(row.answer_ids) for row in MANY)
@@ -159,11 +159,11 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert computed["flex"] == [128]
 
 
-@pytest.mark.parametrize("most_rows", [None, 3])
-def test_padded_rows_are_beside_rows_of_similar_length(most_rows: int | None) -> None:
+@pytest.mark.parametrize("max_rows", [None, 3])
+def test_padded_rows_are_beside_rows_of_similar_length(max_rows: int | None) -> None:
     computed = {}
     for by_length in (True, False):
-        passes = passes_of(MANY, "padded", most_rows=most_rows, by_length=by_length)
+        passes = passes_of(MANY, "padded", max_rows=max_rows, by_length=by_length)
         places = [place for one in passes for place in one.places]  # type: ignore[attr-defined]
         assert sorted(places) == list(range(len(MANY)))
         assert (places == list(range(len(MANY)))) == (not by_length)
@@ -175,9 +175,9 @@ def test_padded_rows_are_beside_rows_of_similar_length(most_rows: int | None) ->
 @pytest.mark.parametrize("layout", PACKERS)
 def test_a_row_over_the_budget_is_refused_in_every_layout(layout: str) -> None:
     longest = max(len(text_of(row)) for row in MANY)
-    passes_of(MANY, layout, most_tokens=longest - 1)
+    passes_of(MANY, layout, max_tokens=longest - 1)
     with pytest.raises(DataError, match=f"a training row of {longest} tokens"):
-        passes_of(MANY, layout, most_tokens=longest - 2)
+        passes_of(MANY, layout, max_tokens=longest - 2)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def masks(one: Pass) -> dict[int, Tensor]:
 def test_a_row_and_the_prefix_have_their_masks_however_a_step_is_cut() -> None:
     (whole,) = [masks(one) for one in passes_of(MANY, "parts")]
     assert whole.keys() == {PREFIX, *range(len(MANY))}
-    for cut in ({"most_rows": 1}, {"most_rows": 4}, {"most_tokens": 75}):
+    for cut in ({"max_rows": 1}, {"max_rows": 4}, {"max_tokens": 75}):
         for one in passes_of(MANY, "parts", **cut):
             for row, mask_TI in masks(one).items():
                 assert torch.equal(mask_TI, whole[row])
@@ -260,7 +260,7 @@ def test_dropout_is_the_same_however_a_step_is_cut(checkpointing: bool) -> None:
     whole = step()
     assert whole[0] != pytest.approx(gradients(model.eval(), lambda: sum_of(model))[0], rel=1e-3)
     model.train()
-    for cut in ({"most_rows": 1}, {"most_tokens": 75}):
+    for cut in ({"max_rows": 1}, {"max_tokens": 75}):
         found = step(**cut)
         assert found[0] == pytest.approx(whole[0], rel=1e-6)
         assert worst(found[1], whole[1]) < 1e-6

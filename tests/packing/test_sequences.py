@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedllm.errors import DataError
 from fedllm.packing.attention import boolean_mask
 from fedllm.packing.sequences import (
-    LEAST_SHARED,
+    MIN_SHARED,
     PADDING,
     PREFIX,
     Packed,
@@ -85,15 +85,15 @@ def test_packs_of_a_step_are_the_step(
     rows = behind(head, rows)
     lengths = [len(text_of(row)) for row in rows]
     prefix = data.draw(st.integers(0, common_prefix([text_of(row) for row in rows])))
-    most_tokens = data.draw(st.none() | st.integers(max(lengths), 80))
-    most_rows = data.draw(st.none() | st.integers(1, 5))
-    plan = plan_packs(lengths, prefix, most_rows=most_rows, most_tokens=most_tokens)
+    max_tokens = data.draw(st.none() | st.integers(max(lengths), 80))
+    max_rows = data.draw(st.none() | st.integers(1, 5))
+    plan = plan_packs(lengths, prefix, max_rows=max_rows, max_tokens=max_tokens)
     assert [place for places in plan for place in places] == list(range(len(rows)))
     found: Counter[tuple[tuple[int, ...], int]] = Counter()
     for places in plan:
         packed = pack(rows, places, prefix, loss_on=loss_on, device="cpu")  # type: ignore[arg-type]
-        assert most_rows is None or len(places) <= most_rows
-        assert most_tokens is None or packed.computed_tokens <= most_tokens
+        assert max_rows is None or len(places) <= max_rows
+        assert max_tokens is None or packed.computed_tokens <= max_tokens
         for inverse, target, weight in zip(
             packed.inverse_K, packed.targets_K, packed.weights_K, strict=True
         ):
@@ -104,22 +104,22 @@ def test_packs_of_a_step_are_the_step(
 
 def test_packs_are_full_before_the_next_begins() -> None:
     lengths = [11, 11, 11, 11]  # 6 of a prefix of 4 each
-    assert plan_packs(lengths, 4, most_rows=None, most_tokens=16) == [[0, 1], [2, 3]]
-    assert plan_packs(lengths, 4, most_rows=None, most_tokens=15) == [[0], [1], [2], [3]]
-    assert plan_packs(lengths, 4, most_rows=3, most_tokens=None) == [[0, 1, 2], [3]]
-    assert plan_packs(lengths, 4, most_rows=None, most_tokens=None) == [[0, 1, 2, 3]]
+    assert plan_packs(lengths, 4, max_rows=None, max_tokens=16) == [[0, 1], [2, 3]]
+    assert plan_packs(lengths, 4, max_rows=None, max_tokens=15) == [[0], [1], [2], [3]]
+    assert plan_packs(lengths, 4, max_rows=3, max_tokens=None) == [[0, 1, 2], [3]]
+    assert plan_packs(lengths, 4, max_rows=None, max_tokens=None) == [[0, 1, 2, 3]]
 
 
 def test_a_row_over_the_budget_is_named_with_its_length_and_the_remedy() -> None:
-    assert plan_packs([9, 12], 4, most_rows=None, most_tokens=11) == [[0], [1]]
+    assert plan_packs([9, 12], 4, max_rows=None, max_tokens=11) == [[0], [1]]
     with pytest.raises(DataError) as caught:
-        plan_packs([9, 13], 4, most_rows=None, most_tokens=11)
+        plan_packs([9, 13], 4, max_rows=None, max_tokens=11)
     assert str(caught.value) == (
         "training.micro_batch_tokens: got 11, a training row of 13 tokens computes 12 (its last "
         "one is a target only); need at least 12, or data.cutoff_tokens: 12"
     )
     # a row of that many tokens fits
-    assert plan_packs([12], 4, most_rows=None, most_tokens=11) == [[0]]
+    assert plan_packs([12], 4, max_rows=None, max_tokens=11) == [[0]]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_the_common_prefix_leaves_the_last_token_of_every_row(
 
 
 def test_a_short_prefix_and_that_of_one_row_are_not_shared() -> None:
-    text = list(range(LEAST_SHARED))
-    assert shared_prefix([[*text, 90, 1], [*text, 91, 1]]) == LEAST_SHARED
+    text = list(range(MIN_SHARED))
+    assert shared_prefix([[*text, 90, 1], [*text, 91, 1]]) == MIN_SHARED
     assert shared_prefix([[*text[1:], 90, 1], [*text[1:], 91, 1]]) == 0
     assert shared_prefix([[*text, 90, 1]]) == 0
 

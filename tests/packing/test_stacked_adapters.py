@@ -89,7 +89,7 @@ def together(
         parameter.data = parameter.data.double()
     slots.train()
     stacked = StackedPass.of(packs)
-    slots.seat(members, stacked.lengths)
+    slots.use_members(members, stacked.lengths)
     slots.rows.enter(stacked.pieces([pieces_of(pack, n) for n, pack in enumerate(packs)]))
     losses = stacked.loss_sums(slots.model, "parts")
     torch.stack(losses).sum().backward()
@@ -172,7 +172,7 @@ def test_groups_of_any_ranks_share_their_tensors(slots: AdapterSlots, base: Base
         members = slots.install_group(adapters_of(base, order))
         used = [parameter for member in members for parameter in member.parameters]
         assert len({id(parameter) for parameter in used}) == len(used)
-        slots.seat(members[:1], [1])
+        slots.use_members(members[:1], [1])
         trained = [p for p in slots.model.parameters() if p.requires_grad]
         assert {id(p) for p in trained} == {id(p) for p in members[0].parameters}
     assert total() == first
