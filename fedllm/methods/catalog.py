@@ -4,7 +4,8 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedllm.config.models import Config, MethodSection
 from fedllm.errors import ConfigError
@@ -14,10 +15,40 @@ from fedllm.methods.options import OPTIONS, NoOptions, parse_options
 if TYPE_CHECKING:
     from fedllm.methods.protocol import Method
 
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEntry:
+    """A method's class by its import path, and what a user reads of it.
+
+    `ranks` says whether clients of different ranks work together: `any`, or `one` for all.
+    """
+
+    path: str
+    ranks: Literal["any", "one"]
+    summary: str
+    paper: str
+
+
 # by import path, so that a coordinator knows the names without loading torch
-METHODS: Mapping[str, str] = {
-    "flexlora": "fedllm.methods.flexlora:FlexLora",
-    "factor_mean": "fedllm.methods.factor_mean:FactorMean",
+METHODS: Mapping[str, MethodEntry] = {
+    "flexlora": MethodEntry(
+        path="fedllm.methods.flexlora:FlexLora",
+        ranks="any",
+        summary="mean of full-size products, SVD, each client the best of its rank",
+        paper="https://arxiv.org/abs/2402.11505",
+    ),
+    "raflora": MethodEntry(
+        path="fedllm.methods.raflora:RaFlora",
+        ranks="any",
+        summary="as flexlora, each range of directions by the clients that train it",
+        paper="https://arxiv.org/abs/2602.13486",
+    ),
+    "factor_mean": MethodEntry(
+        path="fedllm.methods.factor_mean:FactorMean",
+        ranks="one",
+        summary="means of A and of B, each by itself: FedAvg and FedIT with LoRA",
+        paper="https://arxiv.org/abs/2305.05644",
+    ),
 }
 
 
@@ -64,7 +95,7 @@ def method_class(name: str) -> "type[Method]":
         ConfigError: no such method, with the valid names and the nearest one.
     """
     check_names(name, next(iter(LOCAL_RULES)))
-    return _imported(METHODS.get(name, name))
+    return _imported(METHODS[name].path if name in METHODS else name)
 
 
 def build_method(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Decomposition, Problem
+from fedllm.aggregation.decomposition import Decomposition, Problem, RankPartition
 from fedllm.lora.spectral import (
     alive_directions,
     effective_rank,
@@ -63,35 +63,41 @@ def partition_qualities(
     problem: Problem,
     *,
     total: float,
-    energies_before_R: Tensor,
-    energies_R: Tensor,
-    untrained: Callable[[float], float],
+    before: Sequence[float],
+    after: Sequence[float],
+    untrained: Callable[[RankPartition], float],
 ) -> list[PartitionQuality]:
     """Return what the round made of each range of directions that the state has.
 
     Args:
         problem: its partitions are the ranges.
         total: what the weights of all clients sum to.
-        energies_before_R: the energy of each direction of the state before the round.
-        energies_R: the same of the new state.
-        untrained: the share of the weight that reaches a direction -> what the method multiplies
-            the direction by, had nobody trained.
+        before: the energy of each range in the state before the round.
+        after: the same of the new state.
+        untrained: what the method multiplies a range by, had nobody trained.
     """
     found = []
-    for part in problem.partitions:
-        if part.begin >= problem.rank:
-            break
-        reach = part.weight / total
-        energy = float(energies_before_R[part.begin : part.end].sum())
-        kept = energy * untrained(reach) ** 2
+    for part, energy, energy_after in zip(_held(problem), before, after, strict=True):
+        kept = energy * untrained(part) ** 2
         found.append(
             PartitionQuality(
                 first=part.begin + 1,
                 last=min(part.end, problem.rank),
-                reach=reach,
+                reach=part.weight / total,
                 energy_kept=kept,
                 energy_lost=energy - kept,
-                energy=float(energies_R[part.begin : part.end].sum()),
+                energy=energy_after,
             )
         )
     return found
+
+
+def spectral_energies(problem: Problem, s_R: Tensor) -> list[float]:
+    """Return the energy of each range of directions, from their singular values."""
+    energies_R = s_R.double().square()
+    return [float(energies_R[part.begin : part.end].sum()) for part in _held(problem)]
+
+
+def _held(problem: Problem) -> list[RankPartition]:
+    """Return the ranges of which the state holds any direction."""
+    return [part for part in problem.partitions if part.begin < problem.rank]

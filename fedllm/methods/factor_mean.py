@@ -19,7 +19,7 @@ from fedllm.aggregation.routes import truncated_svd
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of, stack
 from fedllm.lora.spectral import alive_directions
-from fedllm.methods.diagnostics import diagnose, partition_qualities
+from fedllm.methods.diagnostics import diagnose, partition_qualities, spectral_energies
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from fedllm.methods.state import carried
 from fedllm.methods.weights import amounts
@@ -143,9 +143,9 @@ class FactorMean(Method):
                 partitions=partition_qualities(
                     problem,
                     total=total,
-                    energies_before_R=product_before.spectral.s_R.square(),
-                    energies_R=product.spectral.s_R.square(),
-                    untrained=lambda reach: reach,
+                    before=spectral_energies(problem, product_before.spectral.s_R),
+                    after=spectral_energies(problem, product.spectral.s_R),
+                    untrained=lambda part: part.weight / total,
                 ),
             ),
         )

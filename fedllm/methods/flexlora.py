@@ -7,75 +7,33 @@ U S V^T = SVD(dW), and a client of rank r receives A = V_r^T, B = U_r diag(S_r) 
 With `truncated: keep` directions that a client did not receive count as unchanged instead of zero:
 dW' = dW + sum_i p_i (W - W_{r_i}), W the state before the round and W_r its truncation. The second
 sum is U diag(S_j (1 - P_j)) V^T, P_j the share of the weight of the clients with r_i >= j.
-
-Legend: G modules, K triplets, O out, I in, R rank of the state (the largest that anyone needs).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from fedllm.aggregation import routes
-from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Start
-from fedllm.errors import AdapterError
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of
-from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
-from fedllm.methods.diagnostics import diagnose, partition_qualities
+from fedllm.aggregation.decomposition import Partial, Problem, RankPartition
+from fedllm.lora.factors import FactorBlock
 from fedllm.methods.options import FlexLoraOptions
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
-from fedllm.methods.state import carried
-from fedllm.methods.weights import amounts, direction_weights
-from fedllm.planning.seeding import seed_of
+from fedllm.methods.protocol import ModuleAggregate, ModuleState
+from fedllm.methods.spectral_state import SpectralMethod, with_room, with_state
+from fedllm.methods.weights import direction_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexLora(Method):
-    """The state is spectral, `U` (O, R), `S` (R,) and `Vh` (R, I): any rank is a slice of it."""
+class FlexLora(SpectralMethod):
+    """The mean of products, of which every client receives the best approximation of its rank."""
 
-    kind: ClassVar[str] = "lora"
     name: ClassVar[str] = "flexlora"
     options_class: ClassVar[type[FlexLoraOptions]] = FlexLoraOptions
 
-    seed: int
-    alpha: float
-    scaling: str = "fixed"
     options: FlexLoraOptions = field(default_factory=FlexLoraOptions)
-
-    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of U, S and Vh."""
-        return {"U": (shape.out, rank), "S": (rank,), "Vh": (rank, shape.in_)}
-
-    def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
-        """Return None: any mix of ranks works."""
-        del tier_ranks
-        return None
-
-    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
-        """Return no change yet: U and S zero, Vh the seeded A, of which all ranks get prefixes."""
-        a_RI = initial_a(seed=self.seed, module=module, rank=rank, shape=shape)
-        return {"U": torch.zeros(shape.out, rank), "S": torch.zeros(rank), "Vh": a_RI}
-
-    def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
-        """Return the best approximation of the state at `rank`, all of S in B."""
-        spectral = _spectral(state)
-        if rank > spectral.rank:
-            raise AdapterError(
-                f"{module}: rank {rank} asked of a state of rank {spectral.rank}: ask for less"
-            )
-        scale = scale_of(alpha=self.alpha, scaling=self.scaling, rank=rank)
-        return to_factors(spectral, rank=rank, scale=scale)
-
-    def weigh(self, rows: Sequence[float]) -> list[float]:
-        """Return n_i."""
-        return amounts(rows)
 
     def fold(self, block: FactorBlock, problem: Problem) -> Partial:
         """Return the block's weighted sum of products, as the problem's route holds it."""
-        return routes.fold(block, self._with_room(problem))
+        return routes.fold(block, self._problem(problem))
 
     def finish(
         self,
@@ -89,92 +47,29 @@ class FlexLora(Method):
     ) -> list[ModuleAggregate]:
         """Return the leading triplets of the weighted sums of products, all able to train."""
         # an update is the client's whole adapter: the state it began from is within
-        start = Start(seed=seed_of(self.seed, "aggregation", modules[0]), near_GKI=_near(before))
-        problem = self._with_room(problem)
-        blocks = chain(partials, self._kept(before, problem, total))
-        found = routes.decompose(blocks, problem, total=total, start=start)
-        return [
-            self._aggregate(module, each, problem=problem, total=total, ranks=ranks, before=state)
-            for module, each, state in zip(modules, found, before, strict=True)
-        ]
+        if self._keeps:
+            # sum_i n_i (W - W_{r_i}) = U diag(S_j (n - N_j)) V^T
+            missed_R = total - direction_weights(problem)[: problem.rank]
+            problem = self._problem(problem)
+            partials = with_state(partials, before, problem, missed_R)
 
-    def _keeps(self, problem: Problem) -> bool:
-        # at one rank everybody receives everything
-        return self.options.truncated == "keep" and len(problem.partitions) > 1
+        def untrained(part: RankPartition) -> float:
+            return 1.0 if self._keeps else part.weight / total
 
-    def _with_room(self, problem: Problem) -> Problem:
-        """Return the problem with the rank of the block of kept directions.
-
-        It follows from the configured ranks, whoever is left out: so does the route.
-        """
-        if not self._keeps(problem):
-            return problem
-        return replace(problem, stacked_rank=problem.stacked_rank + problem.rank)
-
-    def _kept(
-        self, before: Sequence[ModuleState], problem: Problem, total: float
-    ) -> Iterator[Partial]:
-        """Yield the block of what clients did not receive, unless they received all there is.
-
-        It is sum_i n_i (W - W_{r_i}) = U diag(S_j (n - N_j)) V^T.
-        """
-        if not self._keeps(problem):
-            return
-        missed_R = total - direction_weights(problem)
-        amounts_GR = torch.stack([state["S"].double().cpu() for state in before]) * missed_R
-        if bool(amounts_GR.any()):
-            u_GOR = torch.stack([state["U"] for state in before])
-            vh_GRI = torch.stack([state["Vh"] for state in before])
-            yield routes.fold_columns(u_GOR, vh_GRI, amounts_GR, problem)
-
-    def _aggregate(
-        self,
-        module: str,
-        found: Decomposition,
-        *,
-        problem: Problem,
-        total: float,
-        ranks: Sequence[int],
-        before: ModuleState,
-    ) -> ModuleAggregate:
-        shape = ModuleShape(out=problem.out, in_=problem.in_)
-        live = with_live_directions(
-            found.spectral,
-            rank=problem.rank,
-            seeded_a=lambda rank: initial_a(seed=self.seed, module=module, rank=rank, shape=shape),
-        )
-        return ModuleAggregate(
-            state=carried(module, {"U": live.u_OR, "S": live.s_R, "Vh": live.vh_RI}),
-            diagnostics=diagnose(
-                replace(found, spectral=live),
-                ranks=ranks,
-                stacked_rank=problem.stacked_rank,
-                before=alive_directions(_spectral(before)),
-                partitions=partition_qualities(
-                    problem,
-                    total=total,
-                    energies_before_R=before["S"].double().square(),
-                    energies_R=live.s_R.double().square(),
-                    untrained=self._untrained,
-                ),
-            ),
+        return self.decomposed(
+            modules,
+            problem=problem,
+            partials=partials,
+            divisor=total,
+            before=before,
+            ranks=ranks,
+            total=total,
+            untrained=untrained,
         )
 
-    def _untrained(self, reach: float) -> float:
-        return 1.0 if self.options.truncated == "keep" else reach
+    @property
+    def _keeps(self) -> bool:
+        return self.options.truncated == "keep"
 
-    def base_delta(self, state: ModuleState) -> Tensor | None:
-        """Return None: the base stays as it is."""
-        del state
-        return None
-
-
-def _spectral(state: ModuleState) -> Spectral:
-    return Spectral(u_OR=state["U"], s_R=state["S"], vh_RI=state["Vh"])
-
-
-def _near(before: Sequence[ModuleState]) -> Tensor | None:
-    """Return the modules' right singular vectors, unless one has none yet."""
-    if not all(bool(state["S"].any()) for state in before):
-        return None
-    return torch.stack([state["Vh"] for state in before])
+    def _problem(self, problem: Problem) -> Problem:
+        return with_room(problem) if self._keeps else problem

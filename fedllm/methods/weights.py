@@ -53,11 +53,9 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def direction_weights(problem: Problem) -> Tensor:
-    """Return for each direction of the state the weight of the clients that train it.
+    """Return for each direction the weight of the clients that train it.
 
-    Shape (R,), float64; directions beyond every partition have 0.
+    Float64, as many as the largest rank that anyone trains or receives.
     """
-    weights_R = torch.zeros(problem.rank, dtype=torch.float64)
-    for part in problem.partitions:
-        weights_R[part.begin : part.end] = part.weight
-    return weights_R
+    weights = [part.weight for part in problem.partitions for _ in range(part.begin, part.end)]
+    return torch.tensor(weights, dtype=torch.float64)

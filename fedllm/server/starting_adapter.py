@@ -16,7 +16,7 @@ from fedllm.adapters.base_names import fingerprint_of, folder_of
 from fedllm.adapters.peft_config import CONFIG
 from fedllm.adapters.peft_files import TENSORS, PeftAdapter, read_peft_adapter
 from fedllm.adapters.tensor_names import names_in
-from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules
+from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
 from fedllm.config.models import AggregationSection, Config
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
@@ -135,7 +135,7 @@ def _aggregate_alone(
     )
     groups = group_modules(ranks, block_clients=1, exact=section.exact, tolerance=section.tolerance)
     try:
-        engine.run(groups)
+        engine.run([with_weights(group, {0: 1.0}) for group in groups])
     except AdapterError as error:
         raise AdapterError(f"model.adapter: {adapter.folder}: {error}") from error
 

@@ -22,13 +22,14 @@ from fedllm.cli.main import app
 from fedllm.config.loading import ENVIRONMENT, flatten
 from fedllm.config.models import Config, DataSection, HeldOutSection, TierSection
 from fedllm.data.readers import open_source
+from fedllm.methods.catalog import METHODS
 from fedllm.methods.options import OPTIONS
 from fedllm.storage.paths import CachePaths
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs/configuration.md"
-METHODS = ROOT / "docs/methods.md"
+METHODS_PAGE = ROOT / "docs/methods.md"
 ADMIN = ROOT / "slurm/ADMIN.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ADMIN, *sorted((ROOT / "docs").glob("*.md"))]
 TABLES_OF_SECTIONS: dict[str, type[BaseModel]] = {
@@ -63,9 +64,18 @@ def test_every_value_that_a_key_is_chosen_from_stands_on_the_page() -> None:
     assert not {name: words for name, words in missing.items() if words}
 
 
+def test_every_method_stands_on_its_page_and_among_the_values_of_its_key() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (any|one) \| ([^|]+) \| (\S+) \|$", METHODS_PAGE.read_text("utf-8"), re.M
+    )
+    real = [(name, e.ranks, e.summary, e.paper) for name, e in METHODS.items()]
+    assert rows == real
+    assert set(METHODS) <= _documented_keys()["method.name"].words
+
+
 def test_every_option_of_a_method_stands_on_its_page_with_default_and_values() -> None:
     rows = re.findall(
-        r"^\| `(\w+)` \| `(\w+)` \| `([^`]+)` \| ([^|]+) \|", METHODS.read_text("utf-8"), re.M
+        r"^\| `(\w+)` \| `(\w+)` \| `([^`]+)` \| ([^|]+) \|", METHODS_PAGE.read_text("utf-8"), re.M
     )
     documented = {
         (method, option): (yaml.safe_load(default), frozenset(re.findall(r"`([^`]+)`", words)))

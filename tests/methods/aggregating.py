@@ -58,3 +58,17 @@ def aggregate(
         before=[before or method.start_module(module="m", shape=shape, rank=max(ranks))],
         ranks=ranks,
     )[0]
+
+
+def can_train(factors: Factors) -> None:
+    """One step of gradient descent on B, far enough, uses all of the adapter's directions."""
+    both_zero = (factors.a_RI == 0).all(1) & (factors.b_OR == 0).all(0)
+    assert not both_zero.any()
+    b = factors.b_OR.double().requires_grad_()
+    target = torch.randn(
+        b.shape[0], factors.a_RI.shape[1], generator=torch.Generator().manual_seed(1)
+    )
+    ((b @ factors.a_RI.double()) * target.double()).sum().backward()
+    assert b.grad is not None
+    stepped = b.detach() / max(1e-30, float(b.detach().norm())) - b.grad
+    assert int(torch.linalg.matrix_rank(stepped @ factors.a_RI.double())) == factors.rank

@@ -12,7 +12,7 @@ from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, initia
 from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 from tests.lora.adapters import Cohort, cohorts, random_factors
-from tests.methods.aggregating import aggregate, block_of
+from tests.methods.aggregating import aggregate, block_of, can_train
 
 METHOD: Method = FlexLora(seed=3, alpha=16.0)
 SHAPE = ModuleShape(out=10, in_=7)
@@ -64,20 +64,6 @@ def test_every_received_direction_can_train(cohort: Cohort, data: st.DataObject)
     full = cohort.shape.largest_rank
     state = aggregated(cohort, [full]).state
     can_train(received(state, data.draw(st.integers(1, full), label="rank")))
-
-
-def can_train(factors: Factors) -> None:
-    """One step of gradient descent on B, far enough, uses all of the adapter's directions."""
-    both_zero = (factors.a_RI == 0).all(1) & (factors.b_OR == 0).all(0)
-    assert not both_zero.any()
-    b = factors.b_OR.double().requires_grad_()
-    target = torch.randn(
-        b.shape[0], factors.a_RI.shape[1], generator=torch.Generator().manual_seed(1)
-    )
-    ((b @ factors.a_RI.double()) * target.double()).sum().backward()
-    assert b.grad is not None
-    stepped = b.detach() / max(1e-30, float(b.detach().norm())) - b.grad
-    assert int(torch.linalg.matrix_rank(stepped @ factors.a_RI.double())) == factors.rank
 
 
 def test_a_low_rank_update_trains_at_a_higher_rank() -> None:

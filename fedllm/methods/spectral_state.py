@@ -1,0 +1,180 @@
+"""The spectral state that FlexLoRA and its kin carry, and its last step: an SVD of a sum.
+
+Legend: G modules, O out, I in, R rank of the state (the largest that anyone needs).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregation import routes
+from fedllm.aggregation.decomposition import (
+    Decomposition,
+    Partial,
+    Problem,
+    RankPartition,
+    Start,
+)
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import Factors, ModuleShape, initial_a, scale_of
+from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
+from fedllm.methods.diagnostics import diagnose, partition_qualities, spectral_energies
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.state import carried
+from fedllm.methods.weights import amounts
+from fedllm.planning.seeding import seed_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralMethod(Method):
+    """A method whose state is `U` (O, R), `S` (R,) and `Vh` (R, I): any rank is a slice of it."""
+
+    kind: ClassVar[str] = "lora"
+
+    seed: int
+    alpha: float
+    scaling: str = "fixed"
+
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of U, S and Vh."""
+        return {"U": (shape.out, rank), "S": (rank,), "Vh": (rank, shape.in_)}
+
+    def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
+        """Return None: any mix of ranks works."""
+        del tier_ranks
+        return None
+
+    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
+        """Return no change yet: U and S zero, Vh the seeded A, of which all ranks get prefixes."""
+        a_RI = initial_a(seed=self.seed, module=module, rank=rank, shape=shape)
+        return {"U": torch.zeros(shape.out, rank), "S": torch.zeros(rank), "Vh": a_RI}
+
+    def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
+        """Return the best approximation of the state at `rank`, all of S in B."""
+        spectral = _spectral(state)
+        if rank > spectral.rank:
+            raise AdapterError(
+                f"{module}: rank {rank} asked of a state of rank {spectral.rank}: ask for less"
+            )
+        scale = scale_of(alpha=self.alpha, scaling=self.scaling, rank=rank)
+        return to_factors(spectral, rank=rank, scale=scale)
+
+    def weigh(self, rows: Sequence[float]) -> list[float]:
+        """Return n_i."""
+        return amounts(rows)
+
+    def base_delta(self, state: ModuleState) -> Tensor | None:
+        """Return None: the base stays as it is."""
+        del state
+        return None
+
+    def decomposed(
+        self,
+        modules: Sequence[str],
+        *,
+        problem: Problem,
+        partials: Iterable[Partial],
+        divisor: float,
+        before: Sequence[ModuleState],
+        ranks: Sequence[int],
+        total: float,
+        untrained: Callable[[RankPartition], float],
+    ) -> list[ModuleAggregate]:
+        """Return the leading triplets of the sum of `partials` over `divisor`, all able to train.
+
+        Args:
+            modules: as in `finish`.
+            problem: the same as the partial results were folded with.
+            partials: what the blocks come to; read once.
+            divisor: of the sum.
+            before: as in `finish`.
+            ranks: as in `finish`.
+            total: what the weights of all clients sum to.
+            untrained: what the method multiplies a range of directions by, had nobody trained.
+        """
+        start = Start(seed=seed_of(self.seed, "aggregation", modules[0]), near_GKI=_near(before))
+        found = routes.decompose(partials, problem, total=divisor, start=start)
+        results = []
+        for module, each, state in zip(modules, found, before, strict=True):
+            live = self._live(module, each, problem)
+            diagnostics = diagnose(
+                live,
+                ranks=ranks,
+                stacked_rank=problem.stacked_rank,
+                before=alive_directions(_spectral(state)),
+                partitions=partition_qualities(
+                    problem,
+                    total=total,
+                    before=spectral_energies(problem, state["S"]),
+                    after=spectral_energies(problem, live.spectral.s_R),
+                    untrained=untrained,
+                ),
+            )
+            triplets = live.spectral
+            parts = {"U": triplets.u_OR, "S": triplets.s_R, "Vh": triplets.vh_RI}
+            results.append(ModuleAggregate(state=carried(module, parts), diagnostics=diagnostics))
+        return results
+
+    def _live(self, module: str, found: Decomposition, problem: Problem) -> Decomposition:
+        shape = ModuleShape(out=problem.out, in_=problem.in_)
+        live = with_live_directions(
+            found.spectral,
+            rank=problem.rank,
+            seeded_a=lambda rank: initial_a(seed=self.seed, module=module, rank=rank, shape=shape),
+        )
+        return replace(found, spectral=live)
+
+
+def with_room(problem: Problem) -> Problem:
+    """Return the problem with the rank of one more block, that of the state before the round.
+
+    It follows from the configured ranks, whoever is left out: so does the route. Where all ranks
+    are equal everybody receives the whole state, and the problem stays.
+    """
+    if len(problem.partitions) <= 1:
+        return problem
+    return replace(problem, stacked_rank=problem.stacked_rank + problem.rank)
+
+
+def with_state(
+    partials: Iterable[Partial],
+    before: Sequence[ModuleState],
+    problem: Problem,
+    amounts_R: Tensor,
+) -> Iterator[Partial]:
+    """Return the blocks and, behind them, U diag(amounts_j S_j) V^T of the state before the round.
+
+    The block is left out where it is zero.
+
+    Args:
+        partials: of the clients' blocks.
+        before: the modules' states before the round.
+        problem: as `with_room` returns it.
+        amounts_R: float64, one for each direction of the state.
+    """
+
+    def block() -> Iterator[Partial]:
+        if len(problem.partitions) <= 1:
+            return
+        s_GR = torch.stack([state["S"].double().cpu() for state in before]) * amounts_R
+        if bool(s_GR.any()):
+            u_GOR = torch.stack([state["U"] for state in before])
+            vh_GRI = torch.stack([state["Vh"] for state in before])
+            yield routes.fold_columns(u_GOR, vh_GRI, s_GR, problem)
+
+    return chain(partials, block())
+
+
+def _spectral(state: ModuleState) -> Spectral:
+    return Spectral(u_OR=state["U"], s_R=state["S"], vh_RI=state["Vh"])
+
+
+def _near(before: Sequence[ModuleState]) -> Tensor | None:
+    """Return the modules' right singular vectors, unless one has none yet."""
+    if not all(bool(state["S"].any()) for state in before):
+        return None
+    return torch.stack([state["Vh"] for state in before])
