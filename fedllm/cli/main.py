@@ -18,6 +18,7 @@ from fedllm.cli.control.submit import submit
 from fedllm.cli.views.doctor import doctor
 from fedllm.cli.views.inspect import inspect
 from fedllm.cli.views.logs import logs
+from fedllm.cli.views.methods import methods
 from fedllm.cli.views.plan import plan
 from fedllm.cli.views.status import status
 from fedllm.errors import FedllmError
@@ -49,7 +50,7 @@ app.command("run")(run_command)
 for command in (
     *(resume, submit, prepare, advance, cancel),
     *(status, logs, plan, doctor, prune),
-    *(inspect, evaluate, aggregate, export),
+    *(methods, inspect, evaluate, aggregate, export),
 ):
     app.command()(command)
 
