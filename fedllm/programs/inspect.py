@@ -117,11 +117,11 @@ def describe(inspected: Inspection) -> str:
 def _raw_lines(inspected: Inspection) -> list[str]:
     """Return the raw text of a row: the turns of a conversation, or the columns."""
     if inspected.turns:
-        return [f"{turn.role:<12} {_shortened(turn.content)}" for turn in inspected.turns]
+        return [f"{turn.role:<12} {_shorten(turn.content)}" for turn in inspected.turns]
     return [
-        f"instruction  {_shortened(inspected.instruction)}",
-        f"input        {_shortened(inspected.input)}",
-        f"output       {_shortened(' | '.join(inspected.references))}",
+        f"instruction  {_shorten(inspected.instruction)}",
+        f"input        {_shorten(inspected.input)}",
+        f"output       {_shorten(' | '.join(inspected.references))}",
     ]
 
 
@@ -144,6 +144,6 @@ def _tokens(encoded: EncodedRow, tokenizer: Any, loss_on: LossOn) -> list[Token]
     ]
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     line = text.replace("\n", "\\n")
     return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}... ({len(text):,} characters)"

@@ -47,7 +47,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     config = read_config(run.config)
     first = CohortRecord.find(run.round(1).cohort)
     cache = cache_of(config.storage.cache, run.root)
-    base, prepared = _described(config, cache, say, begun=first is not None)
+    base, prepared = _describe(config, cache, say, begun=first is not None)
     layout = (
         _best_layout(config, base) if first is None else _begun_layout(first, config, base, run)
     )
@@ -75,7 +75,7 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
         ModelError: the base is missing or unsuitable.
         DataError: the data are missing or not as described.
     """
-    base, prepared = _described(config, cache, report)
+    base, prepared = _describe(config, cache, report)
     layout = _best_layout(config, base)
     _check_engine(config, layout)
     return prepared.model_copy(update={"layout": layout})
@@ -92,7 +92,7 @@ def describe_layout(layout: LayoutRecord | None) -> str:
     return f"rows: {'; '.join(filter(None, (names, prefix, reason)))}"
 
 
-def _described(
+def _describe(
     config: Config, cache: CachePaths, report: Report, *, begun: bool = False
 ) -> tuple[BaseDescription, PreparedRecord]:
     """Describe base and data; the record has no layout of rows yet."""
@@ -101,7 +101,7 @@ def _described(
     base = describe_base(path, config.lora.target_modules, say=notes.append, begun=begun)
     tokenizer, rows = load_tokenizer(path), base.embedded_tokens
     beyond = check_tokens(path, tokenizer, rows, begun=begun)
-    folder = _tokenised(config, base.path, cache, report)
+    folder = _tokenise(config, base.path, cache, report)
     data = TokenizedClients.open(folder)
     if tokens_beyond(tokenizer, rows):
         check_rows(path, tokenizer, rows, data.largest_token())
@@ -205,19 +205,19 @@ def held_out_candidates(section: ClientsSection, clients: Sequence[IndexedClient
     """
     chosen = section.held_out_from
     if isinstance(chosen, HeldOutSection):
-        return _by_column(chosen, clients)
+        return _candidates_by_column(chosen, clients)
     if chosen == "all":
         return {client.id for client in clients}
     known = [client.id for client in clients]
     if isinstance(chosen, str):
-        chosen = _listed(Path(chosen).expanduser(), set(known))
+        chosen = _read_ids(Path(chosen).expanduser(), set(known))
     for client in chosen:
         if client not in set(known):
             raise DataError(f"clients.held_out_from: {unknown_client(client, known)}")
     return set(chosen)
 
 
-def _tokenised(config: Config, base: Path, cache: CachePaths, report: Report) -> Path:
+def _tokenise(config: Config, base: Path, cache: CachePaths, report: Report) -> Path:
     source = open_source(config.data, cache, config.clients.split_seed)
     key = fingerprint_values(
         FORMAT,
@@ -253,7 +253,7 @@ def _record(client: IndexedClient, data: TokenizedClients, candidate: bool) -> C
     )
 
 
-def _by_column(chosen: HeldOutSection, clients: Sequence[IndexedClient]) -> set[str]:
+def _candidates_by_column(chosen: HeldOutSection, clients: Sequence[IndexedClient]) -> set[str]:
     for client in clients:
         if chosen.column not in client.integers:
             usable = set.intersection(*(set(c.integers) for c in clients))
@@ -264,7 +264,7 @@ def _by_column(chosen: HeldOutSection, clients: Sequence[IndexedClient]) -> set[
     return {c.id for c in clients if c.integers[chosen.column] % chosen.modulo == chosen.equals}
 
 
-def _listed(file: Path, known: Set[str]) -> tuple[str, ...]:
+def _read_ids(file: Path, known: Set[str]) -> tuple[str, ...]:
     """Return the ids of a file, one per line, without blanks around them unless the id has them."""
     if not file.is_file():
         raise DataError(

@@ -33,7 +33,7 @@ from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.publishing.staging import node_folder
 
 _IMPORTED = ("torch", "transformers", "peft")
-# commands that change nothing; the coordinator and a task that requeues itself use the same ones
+# commands that change nothing, of the programs that the coordinator and a requeuing task call
 _COMMANDS = {
     "sbatch": ("sbatch", "--test-only", "--time=1", "--output=/dev/null", "--wrap=true"),
     "squeue": ("squeue", "--noheader", f"--user={os.getuid()}", "-o", "%i"),
@@ -63,7 +63,7 @@ def look(
     paths: ProbePaths, also: Sequence[Path], node_local: str | None, max_seconds: float
 ) -> NodeRecord:
     """Return the findings on this node; the probe's folder may appear `max_seconds` late."""
-    broken = dict(_broken())
+    broken = dict(_broken_packages())
     local_bytes, local_problem = _node_local(node_local)
     return NodeRecord(
         node=TaskEnvironment().node,
@@ -74,7 +74,7 @@ def look(
         gpus=[] if "torch" in broken else _gpus(),
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=_memory_bytes(),
-        refused=dict(_refused()),
+        refused=dict(_refused_commands()),
         storage_problem=_storage_problem(paths, max_seconds),
         absent=[str(path) for path in also if not path.exists()],
         local_bytes=local_bytes,
@@ -88,7 +88,7 @@ def _print(record: NodeRecord | FileDelayRecord) -> None:
     sys.stdout.flush()
 
 
-def _broken() -> Iterator[tuple[str, str]]:
+def _broken_packages() -> Iterator[tuple[str, str]]:
     for package in _IMPORTED:
         try:
             importlib.import_module(package)
@@ -102,7 +102,7 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
 
 
-def _refused() -> Iterator[tuple[str, str]]:
+def _refused_commands() -> Iterator[tuple[str, str]]:
     for name, words in _COMMANDS.items():
         try:
             call(words)
@@ -137,20 +137,20 @@ def _node_local(configured: str | None) -> tuple[int | None, str]:
 def _memory_bytes() -> int | None:
     """Return the smallest memory limit of the control groups above this process."""
     files = []
-    for line in _lines(Path("/proc/self/cgroup")):
+    for line in _read_lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
         if controllers not in {"", "memory"}:
             continue
         root = Path("/sys/fs/cgroup", controllers)
         name = "memory.limit_in_bytes" if controllers else "memory.max"
         group = root / path.lstrip("/")
-        files += [_lines(folder / name) for folder in (group, *group.parents)]
+        files += [_read_lines(folder / name) for folder in (group, *group.parents)]
     limits = [int(lines[0]) for lines in files if lines and lines[0].isdigit()]
     # without a limit, version 1 of the control groups gives nearly 2 ** 63
     return min((limit for limit in limits if limit < 2**60), default=None)
 
 
-def _lines(file: Path) -> list[str]:
+def _read_lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except OSError:

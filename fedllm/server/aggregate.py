@@ -51,13 +51,13 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     federation = plan_federation(config, PreparedRecord.read(run.prepared))
     method = method_of(config)
     devices = resolve_devices(config.aggregation.device)
-    planned = _planned(method, federation)
+    planned = _planned_tensors(method, federation)
     with writing_tensors(paths.global_state, planned, {"method": config.method.name}) as writer:
         output = _Output(writer=writer, modules={})
         if paths.number:
             done = _aggregate(paths, federation, method, devices, output)
         else:
-            done = _Done(stages={}, clients=0)
+            done = _AggregationResult(stages={}, clients=0)
             start_states(method, federation, devices, output.write)
     record = AggregateRecord(
         round=paths.number,
@@ -113,7 +113,7 @@ class _Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Done:
+class _AggregationResult:
     """The seconds of each stage, and the number of clients."""
 
     stages: dict[str, float]
@@ -126,7 +126,7 @@ def _aggregate(
     method: Method,
     devices: tuple[torch.device, ...],
     output: _Output,
-) -> _Done:
+) -> _AggregationResult:
     """Aggregate a collection."""
     section = federation.config.aggregation
     collection = CollectionRecord.read(paths.collection)
@@ -147,10 +147,10 @@ def _aggregate(
         )
         groups = groups_of(federation, cohort)
         stages = engine.run([with_weights(group, updates.weights) for group in groups])
-    return _Done(stages=stages, clients=len(weights))
+    return _AggregationResult(stages=stages, clients=len(weights))
 
 
-def _planned(method: Method, federation: Federation) -> dict[str, TensorSpec]:
+def _planned_tensors(method: Method, federation: Federation) -> dict[str, TensorSpec]:
     return {
         f"{module}.{part}": TensorSpec(shape=tuple(shape))
         for module, rank in federation.largest_ranks.items()

@@ -54,7 +54,7 @@ class CollectedUpdates:
 
     def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
         """Return A (R, I) and B (O, R) as they lie in the file."""
-        update, file = self._of(client)
+        update, file = self._locate(client)
         return file.view(update.client, module, "A"), file.view(update.client, module, "B")
 
     def check(self, client: int, module: str, part: str) -> None:
@@ -63,7 +63,7 @@ class CollectedUpdates:
         Raises:
             AdapterError: it was altered.
         """
-        update, file = self._of(client)
+        update, file = self._locate(client)
         file.check(update.client, module, part)
 
     def scale(self, client: int, module: str) -> float:
@@ -72,7 +72,7 @@ class CollectedUpdates:
         Clipping does not change the weight: a factor mean weighs A and B alike with it, and the
         weights sum to the total.
         """
-        update, file = self._of(client)
+        update, file = self._locate(client)
         return file.scale(update.client, module) * update.clipped.get(module, 1.0)
 
     def weight(self, client: int, module: str) -> float:
@@ -82,9 +82,9 @@ class CollectedUpdates:
 
     def name(self, client: int, module: str, part: str) -> str:
         """Return the name of A or B for messages: file, client, module and factor."""
-        update, file = self._of(client)
+        update, file = self._locate(client)
         return f"{file.path}: client {update.client}: {module} {part}"
 
-    def _of(self, client: int) -> tuple[CollectedUpdate, UpdateFile]:
+    def _locate(self, client: int) -> tuple[CollectedUpdate, UpdateFile]:
         update = self.updates[client]
         return update, self.files[update.file]

@@ -122,7 +122,7 @@ class _Worker:
     def _aggregate(
         self, group: ModuleGroup, partials: Iterator[Partial], seconds: "defaultdict[str, float]"
     ) -> list[ModuleAggregate]:
-        before = [_on(self.device, self.pipeline.before(module)) for module in group.modules]
+        before = [_move_to(self.device, self.pipeline.before(module)) for module in group.modules]
         started = time.perf_counter()
         blocks = _Timed(partials)
         with _naming_modules(group, blocks):
@@ -177,7 +177,7 @@ def _fold(method: Method, block: FactorBlock, group: ModuleGroup) -> Partial:
         raise AdapterError(f"{group.modules[0]}: {error}") from error
 
 
-def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _move_to(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

@@ -143,7 +143,9 @@ class Prefetch:
     def _fill(self, buffer: Buffer, portion: Portion) -> "_Filled":
         modules, ranks = portion.group.modules, portion.ranks
         present = [c for c, rank in enumerate(ranks) if rank]
-        pairs = {c: [self._checked(portion, c, ranks[c], m) for m in modules] for c in present}
+        pairs = {
+            c: [self._checked_factors(portion, c, ranks[c], m) for m in modules] for c in present
+        }
         factors = (pair for of_client in pairs.values() for pair in of_client)
         dtypes = {tensor.dtype for pair in factors for tensor in pair}
         layout = BlockLayout(
@@ -181,7 +183,9 @@ class Prefetch:
         ]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def _checked(self, portion: Portion, c: int, rank: int, module: str) -> tuple[Tensor, Tensor]:
+    def _checked_factors(
+        self, portion: Portion, c: int, rank: int, module: str
+    ) -> tuple[Tensor, Tensor]:
         """Return a client's factors of a module, after a check of their shapes and types."""
         problem, client = portion.group.problem, portion.clients[c]
         pair = self._source.factors(client, module)

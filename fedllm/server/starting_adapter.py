@@ -1,4 +1,4 @@
-"""The adapter from which a run starts: prepare checks it, the method makes it the first state.
+"""The starting adapter of a run: prepare checks it, and the method makes the first state of it.
 
 The method aggregates the adapter as if it were the only update. So every method that can aggregate
 it can start from it.
@@ -40,7 +40,7 @@ def describe_start(config: Config, base: Path, prepared: PreparedRecord) -> Star
     if config.model.adapter is None:
         return None
     folder = Path(config.model.adapter).expanduser().resolve()
-    adapter = _opened(folder, prepared.modules)
+    adapter = _open_adapter(folder, prepared.modules)
     _refuse_other_base(adapter, base, prepared.model_fingerprint, config)
     check_copies([adapter], base)
     return StartRecord(path=str(folder), fingerprint=_fingerprint(folder))
@@ -56,7 +56,7 @@ def refuse_ranks(method: Method, federation: Federation) -> None:
     if start is None:
         return
     # prepare has just taken its fingerprint
-    adapter = _opened(Path(start.path), federation.prepared.modules)
+    adapter = _open_adapter(Path(start.path), federation.prepared.modules)
     ranks = {module: adapter.factors.rank(module) for module in adapter.factors}
     if method.refuse([*federation.ranks.values(), ranks]):
         adapter_ranks = ", ".join(map(str, sorted(set(ranks.values()))))
@@ -81,7 +81,7 @@ def start_states(
         module: ModuleShape(out=record.out_features, in_=record.in_features)
         for module, record in federation.prepared.modules.items()
     }
-    adapter = _prepared_adapter(federation.prepared)
+    adapter = _open_prepared_adapter(federation.prepared)
     for module, rank in federation.largest_ranks.items():
         if adapter is None or module not in adapter.factors:
             write(module, method.start_module(module=module, shape=shapes[module], rank=rank))
@@ -140,7 +140,7 @@ def _aggregate_alone(
         raise AdapterError(f"model.adapter: {adapter.folder}: {error}") from error
 
 
-def _opened(folder: Path, modules: Mapping[str, ModuleRecord]) -> PeftAdapter:
+def _open_adapter(folder: Path, modules: Mapping[str, ModuleRecord]) -> PeftAdapter:
     """Open an adapter under the base's module names; refuse modules that are not in `modules`."""
     try:
         adapter = read_peft_adapter(folder)
@@ -164,11 +164,11 @@ def _opened(folder: Path, modules: Mapping[str, ModuleRecord]) -> PeftAdapter:
     return replace(adapter, factors=factors)
 
 
-def _prepared_adapter(prepared: PreparedRecord) -> PeftAdapter | None:
+def _open_prepared_adapter(prepared: PreparedRecord) -> PeftAdapter | None:
     if prepared.start is None:
         return None
     folder = Path(prepared.start.path)
-    adapter = _opened(folder, prepared.modules)
+    adapter = _open_adapter(folder, prepared.modules)
     if _fingerprint(folder) != prepared.start.fingerprint:
         raise AdapterError(
             f"model.adapter: {folder}: not the adapter that was prepared; restore it, or begin "

@@ -65,7 +65,7 @@ class BundleTraining:
         Returns:
             True if the bundle is done; False if a signal came first.
         """
-        bundle, published = claimed.bundle, self._published(claimed)
+        bundle, published = claimed.bundle, self._published_clients(claimed)
         try:
             for group in dict.fromkeys(map(self.round.group_of, bundle.clients)):
                 missing = [c for c in group if c in bundle.clients and c not in published]
@@ -140,7 +140,7 @@ class BundleTraining:
         save()
         self._saved_at = time.monotonic()
 
-    def _published(self, claimed: Claimed) -> set[str]:
+    def _published_clients(self, claimed: Claimed) -> set[str]:
         """Return the published clients, which need no training.
 
         A bundle of the first attempt has none, unless an earlier start of this task began it.

@@ -39,7 +39,7 @@ class Resumable:
 
     @property
     def begun_at(self) -> int:
-        """The number of optimizer steps that earlier processes took."""
+        """The number of optimizer steps that were taken before this training began."""
         return self.progress.step if self.progress else 0
 
     @property
@@ -89,7 +89,7 @@ class Resumable:
                 raise self._unusable(why)
         if record.micro_batch_size not in micro_batch_sizes:
             raise self._unusable(f"its micro-batches have {record.micro_batch_size} rows")
-        progress = _progress(checkpoint)
+        progress = _progress_of(checkpoint)
         if not progress.fits(received()):
             raise self._unusable("its factors have other shapes")
         return replace(
@@ -145,5 +145,5 @@ def common_step(trainings: Sequence[Resumable], ends: Sequence[int]) -> int:
     return step
 
 
-def _progress(checkpoint: Checkpoint) -> Progress:
+def _progress_of(checkpoint: Checkpoint) -> Progress:
     return Progress(tensors=checkpoint.tensors, stats=TrainingStats.of(checkpoint.record))

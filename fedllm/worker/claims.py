@@ -43,12 +43,14 @@ class Claims:
         self._max_bundles = 1 if submission.one_bundle else len(submission.bundles)
         mine = (b for b in submission.bundles if worker_class in {None, b.worker_class})
         self.bundles = sorted(mine, key=lambda bundle: (-bundle.cost, bundle.number))
-        self._own = self._held() if restarted else []
-        self._num_claimed = len(self._own)
+        self._own_bundles = self._claimed_before() if restarted else []
+        self._num_claimed = len(self._own_bundles)
 
     def is_any_left(self) -> bool:
         """Return whether a bundle is left that this task holds or may claim."""
-        return bool(self._own) or (self._num_claimed < self._max_bundles and bool(self._free()))
+        return bool(self._own_bundles) or (
+            self._num_claimed < self._max_bundles and bool(self._unclaimed())
+        )
 
     def next(self, seconds_left: float | None) -> Claimed | None:
         """Claim the next bundle; return None if no bundle is left that fits.
@@ -56,18 +58,22 @@ class Claims:
         Args:
             seconds_left: a free bundle with a longer estimate is skipped; None: no limit.
         """
-        if self._own:
-            return Claimed(bundle=self._own.pop(0), begun_before=True)
+        if self._own_bundles:
+            return Claimed(bundle=self._own_bundles.pop(0), begun_before=True)
         if self._num_claimed >= self._max_bundles:
             return None
-        free, races = self._free(), 0
+        free, races = self._unclaimed(), 0
         while fitting := [b for b in free if seconds_left is None or b.cost <= seconds_left]:
             bundle = fitting[self._choice(races, len(fitting))]
-            if self._take(bundle):
+            if self._claim(bundle):
                 self._num_claimed += 1
                 return Claimed(bundle=bundle)
             races += 1
-            free = [b for b in free if b is not bundle] if races % _RACES_PER_LOOK else self._free()
+            free = (
+                [b for b in free if b is not bundle]
+                if races % _RACES_PER_LOOK
+                else self._unclaimed()
+            )
         return None
 
     def _choice(self, races: int, count: int) -> int:
@@ -80,7 +86,7 @@ class Claims:
         number = int(digits) if digits.isdigit() else 0
         return number % min(1 << min(races, 16), count)
 
-    def _take(self, bundle: BundleRecord) -> bool:
+    def _claim(self, bundle: BundleRecord) -> bool:
         path = self._attempt.claim(bundle.number)
         claim = ClaimRecord(
             bundle=bundle.number,
@@ -91,12 +97,12 @@ class Claims:
         # to look for the file is cheaper than a link that fails
         return not path.exists() and claim.publish_once(path)
 
-    def _free(self) -> list[BundleRecord]:
+    def _unclaimed(self) -> list[BundleRecord]:
         """Return the bundles without a claim; this lists the folder of claims once."""
         taken = {int(path.stem) for path in self._attempt.claim_files()}
         return [bundle for bundle in self.bundles if bundle.number not in taken]
 
-    def _held(self) -> list[BundleRecord]:
+    def _claimed_before(self) -> list[BundleRecord]:
         """Return the bundles that an earlier start of this task claimed."""
         claims = (ClaimRecord.read(path) for path in self._attempt.claim_files())
         numbers = {claim.bundle for claim in claims if claim.task == self._identity.task}

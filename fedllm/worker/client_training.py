@@ -79,7 +79,7 @@ class ClientRound:
             result_fingerprint=result_fingerprint(config),
             prepared=prepared,
             cohort=cohort,
-            state=read_late_file(lambda: _state(run, cohort), visibility_seconds),
+            state=read_late_file(lambda: _open_state(run, cohort), visibility_seconds),
             method=method_of(config),
             settings=LocalSettings(
                 training=config.training,
@@ -153,14 +153,14 @@ class ClientRound:
             UserError: the trainer needs another number of processes.
         """
         self._require_processes(identity)
-        members = [self._member(client) for client in clients]
-        sizes = self._sizes(members)
-        trainings = self._begin(members, sizes, resume=resume)
-        (processes or OneProcess()).send_order(self._order(trainings, attempt))
+        members = [self._member_of(client) for client in clients]
+        sizes = self._sizes_to_try(members)
+        trainings = self._resume_or_start(members, sizes, resume=resume)
+        (processes or OneProcess()).send_order(self._order_for(trainings, attempt))
         done, results = self._train_in_memory(trainings, members, sizes, before_step)
         return [
             Trained(
-                record=self._record(training, result, attempt, bundle, identity),
+                record=self._update_record(training, result, attempt, bundle, identity),
                 adapter=result.adapter,
             )
             for training, result in zip(done, results, strict=True)
@@ -182,14 +182,14 @@ class ClientRound:
         """
         self._require_processes(identity)
         sizes = [order.micro_batch_size]
-        members = [self._member(client) for client in order.clients]
+        members = [self._member_of(client) for client in order.clients]
         trainings = [
             self._new_training(client, order.clients, sizes[0]) for client in order.clients
         ]
         if any(order.steps):
             visibility_seconds = traits_of(self.config).visibility_seconds
             trainings = read_late_file(
-                lambda: self._as_ordered(order, trainings, members), visibility_seconds
+                lambda: self._resume_as_ordered(order, trainings, members), visibility_seconds
             )
         self._train_in_memory(trainings, members, sizes, before_step, is_first=False)
 
@@ -197,7 +197,7 @@ class ClientRound:
         """Remove the checkpoint of a client that is published."""
         self.paths.checkpoint(client).unlink(missing_ok=True)
 
-    def _member(self, client: str) -> Member:
+    def _member_of(self, client: str) -> Member:
         if client not in self.tiers:
             raise UserError(f"{self.paths.cohort}: client {client} is not in this round's cohort")
         received = partial(self.received, client)
@@ -215,14 +215,14 @@ class ClientRound:
                 f"trainer needs {needed}"
             )
 
-    def _sizes(self, members: Sequence[Member]) -> list[int]:
+    def _sizes_to_try(self, members: Sequence[Member]) -> list[int]:
         """Return the micro-batch sizes to try, the next one each time that memory runs out."""
         max_rows = max(len(member.rows) for member in members)
         sizes = list(micro_batch_sizes(self.config.training, max_rows))
         # where memory runs out in one process, the others would not know
         return sizes if self.trainer.num_processes == 1 else sizes[:1]
 
-    def _order(self, trainings: Sequence[Resumable], attempt: int) -> Order:
+    def _order_for(self, trainings: Sequence[Resumable], attempt: int) -> Order:
         return Order(
             attempt=str(self.paths.attempt(attempt).root),
             number=attempt,
@@ -231,7 +231,7 @@ class ClientRound:
             micro_batch_size=trainings[0].micro_batch_size,
         )
 
-    def _as_ordered(
+    def _resume_as_ordered(
         self, order: Order, trainings: Sequence[Resumable], members: Sequence[Member]
     ) -> list[Resumable]:
         """Return the trainings resumed at the steps of an order, or refuse other checkpoints."""
@@ -268,9 +268,9 @@ class ClientRound:
                     raise
             # the tensors can be freed only here, where the error's traceback is gone
             self.trainer.let_go()
-            trainings = self._smaller(trainings, sizes)
+            trainings = self._with_smaller_micro_batches(trainings, sizes)
 
-    def _begin(
+    def _resume_or_start(
         self, members: Sequence[Member], sizes: Sequence[int], *, resume: bool
     ) -> list[Resumable]:
         """Return the clients' trainings, resumed if the checkpoints of all of them fit together."""
@@ -336,7 +336,9 @@ class ClientRound:
         size = trainings[0].micro_batch_size
         return self.trainer.train(begun, micro_batch_size=size, before_step=hook)
 
-    def _smaller(self, trainings: Sequence[Resumable], sizes: Sequence[int]) -> list[Resumable]:
+    def _with_smaller_micro_batches(
+        self, trainings: Sequence[Resumable], sizes: Sequence[int]
+    ) -> list[Resumable]:
         """Return the trainings at their start, with the next smaller micro-batch size.
 
         Raises:
@@ -354,7 +356,7 @@ class ClientRound:
             f"{problem}; give the task more memory and resume, or begin a new run with {remedies}"
         )
 
-    def _record(
+    def _update_record(
         self,
         training: Resumable,
         result: TrainResult,
@@ -390,7 +392,7 @@ def _label(clients: Sequence[str]) -> str:
     return f"client {clients[0]}" if len(clients) == 1 else f"group of {', '.join(clients)}"
 
 
-def _state(run: RunPaths, cohort: CohortRecord) -> TensorFile:
+def _open_state(run: RunPaths, cohort: CohortRecord) -> TensorFile:
     before = run.round(cohort.round - 1)
     path = before.global_state
     if path.exists() and sha256_of(path) == cohort.state_sha256:

@@ -77,7 +77,7 @@ class Heartbeat:
             yield
             self._clients_done += count
         finally:
-            self._busy_seconds, self._busy_since = self._busy(), None
+            self._busy_seconds, self._busy_since = self._busy_now(), None
 
     def step(self, number: int) -> None:
         """Note a step, and write the record if the last one is `every_seconds` old."""
@@ -103,19 +103,19 @@ class Heartbeat:
             state=state,
             worker_class=self.worker_class,
             startup_seconds=round(startup, 3),
-            busy_seconds=round(self._busy(), 3),
+            busy_seconds=round(self._busy_now(), 3),
             allocated_seconds=round(now - self.began, 3),
             starts=before.starts + 1 if before else 1,
-            earlier_busy_seconds=_sum(before, "busy_seconds"),
-            earlier_allocated_seconds=_sum(before, "allocated_seconds"),
+            earlier_busy_seconds=_total_seconds(before, "busy_seconds"),
+            earlier_allocated_seconds=_total_seconds(before, "allocated_seconds"),
         ).publish(self.attempt.task(self.identity.task))
 
-    def _busy(self) -> float:
+    def _busy_now(self) -> float:
         running = 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
         return self._busy_seconds + running
 
 
-def _sum(record: TaskRecord | None, name: str) -> float:
+def _total_seconds(record: TaskRecord | None, name: str) -> float:
     """Return the seconds of all starts of the task, up to that of `record`."""
     if record is None:
         return 0.0

@@ -53,7 +53,7 @@ class Publisher:
             return
         self.wait()
         part = 0
-        while (path := self._part(bundle, part)).exists():
+        while (path := self._part_path(bundle, part)).exists():
             part += 1
         self._written = self._writer.submit(self._write, path, self._held, self._finished)
         self._held, self._finished = [], []
@@ -71,7 +71,7 @@ class Publisher:
         finally:
             self._writer.shutdown()
 
-    def _part(self, bundle: int, part: int) -> Path:
+    def _part_path(self, bundle: int, part: int) -> Path:
         return self._round.paths.update(attempt=self._attempt, bundle=bundle, part=part)
 
     def _write(self, path: Path, clients: Sequence[Trained], finished: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class Publisher:
 
 
 def published_clients(opened: ClientRound) -> UpdateReader[UpdateRecord]:
-    """Return the reader of a round's published clients, who need no training."""
+    """Return the reader of a round's published clients, which need no training."""
     return UpdateReader(opened.paths, Origin.of(opened.run_id, opened.cohort), read_records)
 
 
@@ -91,9 +91,9 @@ def write_clients(path: Path, clients: Sequence[Trained]) -> None:
     publish_update(
         path,
         [client.record for client in clients],
-        {client.record.client: _pairs(client.adapter) for client in clients},
+        {client.record.client: _factor_pairs(client.adapter) for client in clients},
     )
 
 
-def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+def _factor_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     return {module: (factors.a_RI, factors.b_OR) for module, factors in adapter.items()}
