@@ -42,7 +42,7 @@ def when_saved(action: Callable[[], object]) -> Iterator[None]:
     with ExitStack() as stack:
 
         def renamed(_source: object, target: object, *_: object) -> None:
-            if "checkpoints" in str(target):
+            if "/checkpoints/" in str(target):
                 action()
             else:
                 stack.enter_context(just_before("os.rename", renamed))
