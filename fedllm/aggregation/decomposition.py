@@ -99,7 +99,7 @@ class Route:
     """A route from blocks of factors to triplets.
 
     Attributes:
-        fold: `b_GOR`, `a_GRI` and the weight of each column (G, R) -> the partial result of a
+        fold: `b_GOR`, `a_GRI` and the coefficient of each column (G, R) -> the partial result of a
             block.
         decompose: the partial results of all blocks, in their order -> triplets, module by module;
             the partial results are consumed.

@@ -21,9 +21,9 @@ from fedllm.aggregation.decomposition import (
 )
 
 
-def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
+def fold(b_GOR: Tensor, a_GRI: Tensor, coefficients_GR: Tensor) -> Partial:
     """Return the weighted sum of a block's products, float64."""
-    return {"W": b_GOR.double() @ a_GRI.double().mul(amounts_GR[..., None])}
+    return {"W": b_GOR.double() @ a_GRI.double().mul(coefficients_GR[..., None])}
 
 
 def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> list[Decomposition]:

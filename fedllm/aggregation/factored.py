@@ -27,12 +27,12 @@ _INDEPENDENT = 1e-2  # the part of a unit column orthogonal to the columns befor
 _CANCELLED = 1e-6  # of the product of the parts' energies
 
 
-def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
-    """Return the factors of a block in float64; each gets the root of the weight."""
-    shares_GR = amounts_GR.abs().sqrt()
-    signed_GR = torch.copysign(shares_GR, amounts_GR)
+def fold(b_GOR: Tensor, a_GRI: Tensor, coefficients_GR: Tensor) -> Partial:
+    """Return the factors of a block in float64; each gets the root of the coefficient."""
+    roots_GR = coefficients_GR.abs().sqrt()
+    signed_GR = torch.copysign(roots_GR, coefficients_GR)
     return {
-        "B": b_GOR.to(torch.float64, copy=True).mul_(shares_GR[:, None, :]),
+        "B": b_GOR.to(torch.float64, copy=True).mul_(roots_GR[:, None, :]),
         "A": a_GRI.to(torch.float64, copy=True).mul_(signed_GR[..., None]),
     }
 

@@ -59,11 +59,11 @@ def group_modules(
         tolerance: see `Problem`.
         working_bytes: the memory of a group, unless one module alone needs more.
     """
-    alike: dict[ModuleRanks, list[str]] = {}
+    names_by_ranks: dict[ModuleRanks, list[str]] = {}
     for name, ranks in modules.items():
-        alike.setdefault(ranks, []).append(name)
+        names_by_ranks.setdefault(ranks, []).append(name)
     groups: list[tuple[int, ModuleGroup]] = []
-    for ranks, names in alike.items():
+    for ranks, names in names_by_ranks.items():
         problem = Problem(
             out=ranks.shape.out,
             in_=ranks.shape.in_,

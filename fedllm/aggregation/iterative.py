@@ -39,18 +39,18 @@ _MIN_ENERGY, _MAX_ENERGY = 2.0**-16, 2.0**48
 _SMALL = 1e-3  # of the largest singular value
 
 
-def fold(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor) -> Partial:
+def fold(b_GOR: Tensor, a_GRI: Tensor, coefficients_GR: Tensor) -> Partial:
     """Return the weighted sum of a block's products, float32, some ranks at a time."""
     (modules, out, _), in_ = b_GOR.shape, a_GRI.shape[2]
     w_GOI = a_GRI.new_empty((modules, out, in_), dtype=torch.float32)
     parts = zip(
         torch.split(b_GOR, _RANKS, dim=2),
         torch.split(a_GRI, _RANKS, dim=1),
-        torch.split(amounts_GR[..., None].float(), _RANKS, dim=1),
+        torch.split(coefficients_GR[..., None].float(), _RANKS, dim=1),
         strict=True,
     )
-    for number, (b, a, amounts) in enumerate(parts):
-        w_GOI.baddbmm_(b.float(), a.float() * amounts, beta=1 if number else 0)
+    for number, (b, a, coefficients) in enumerate(parts):
+        w_GOI.baddbmm_(b.float(), a.float() * coefficients, beta=1 if number else 0)
     return {"W": w_GOI}
 
 

@@ -48,15 +48,17 @@ def route_for(problem: Problem) -> str:
 
 def fold(block: FactorBlock, problem: Problem) -> Partial:
     """Return the partial result of a block: its weighted sum of products in the route's form."""
-    amounts_GC = block.weights_GC * block.scales_GC
-    amounts_GR = amounts_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
-    return fold_columns(block.b_GOR, block.a_GRI, amounts_GR, problem)
+    coefficients_GC = block.weights_GC * block.scales_GC
+    coefficients_GR = coefficients_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
+    return fold_columns(block.b_GOR, block.a_GRI, coefficients_GR, problem)
 
 
-def fold_columns(b_GOR: Tensor, a_GRI: Tensor, amounts_GR: Tensor, problem: Problem) -> Partial:
-    """Return the partial result of `sum_r amounts_r b_r a_r`, each column by its own amount."""
+def fold_columns(
+    b_GOR: Tensor, a_GRI: Tensor, coefficients_GR: Tensor, problem: Problem
+) -> Partial:
+    """Return the partial result of `sum_r c_r b_r a_r`, c the coefficient of each column."""
     route = ROUTES[route_for(problem)]
-    return route.fold(b_GOR, a_GRI, amounts_GR.to(a_GRI.device))
+    return route.fold(b_GOR, a_GRI, coefficients_GR.to(a_GRI.device))
 
 
 def decompose(

@@ -251,7 +251,7 @@ def _next_basis(
     num_deflated = ritz.num_deflated
     x_GNA, before = ritz.x_GNL[..., :num_deflated], ritz.x_GNL[..., num_deflated:]
     kept_GMA = w_GMN @ x_GNA
-    fast = _FastGram.beside(w_GMN, x_GNA, kept_GMA) if num_deflated else all_w
+    fast = _FastGram.without(w_GMN, x_GNA, kept_GMA) if num_deflated else all_w
     # T_0 and T_1, then T_{d+1}(G) = (4 / cut G - 2) T_d(G) - T_{d-1}(G)
     half_G11 = (ritz.cut / 2)[:, None, None].float()
     now = fast(before).div_(half_G11).sub_(before)
@@ -396,8 +396,8 @@ class _ExcessBound:
 class _FastGram:
     """Products with W^T W without the deflated vectors, in bfloat16 where the device is fast at it.
 
-    The deflated vectors are subtracted from W before it is rounded: beside them, all else would be
-    rounding.
+    The deflated vectors are subtracted from W before it is rounded: they are so large that their
+    rounding would hide all else.
     """
 
     low_GMN: Tensor
@@ -409,7 +409,7 @@ class _FastGram:
         return cls(low_GMN=w_GMN.bfloat16() if is_fast_at_bfloat16(w_GMN.device) else w_GMN)
 
     @classmethod
-    def beside(cls, w_GMN: Tensor, deflated_GNA: Tensor, y_GMA: Tensor) -> "_FastGram":
+    def without(cls, w_GMN: Tensor, deflated_GNA: Tensor, y_GMA: Tensor) -> "_FastGram":
         """Return the products with W - y a^T, where y = W a."""
         if not is_fast_at_bfloat16(w_GMN.device):
             return cls(low_GMN=w_GMN, deflated_GNA=deflated_GNA)

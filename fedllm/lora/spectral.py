@@ -37,7 +37,7 @@ def truncate(spectral: Spectral, rank: int) -> Spectral:
         AdapterError: there are fewer triplets than `rank`.
     """
     if not 1 <= rank <= spectral.rank:
-        raise AdapterError(f"rank {rank} asked of a state of rank {spectral.rank}: ask for less")
+        raise AdapterError(f"rank {rank} is above the state's rank {spectral.rank}: choose less")
     return Spectral(
         u_OR=spectral.u_OR[:, :rank], s_R=spectral.s_R[:rank], vh_RI=spectral.vh_RI[:rank]
     )

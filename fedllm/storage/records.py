@@ -75,12 +75,12 @@ class ModuleRecord(Record):
 
 
 class LayoutRecord(Record):
-    """The layout of rows in a forward pass, per kind of device; found once, kept for the run.
+    """The layout of rows in a forward pass, per kind of device; chosen once, kept for the run.
 
     `parts`, `flex` and `mask` compute the common prefix of rows once: one attention call per part
     of the sequence, block masks of FlexAttention, or one boolean mask. `packed` rows lie one after
-    the other and share nothing; `padded` ones fill a rectangle. `why` says what is wrong
-    with the better layouts.
+    the other and share nothing; `padded` rows fill a rectangle. `why` says what is wrong with the
+    better layouts.
     """
 
     cpu: Literal["parts", "mask", "packed", "padded"]
@@ -116,10 +116,10 @@ class StartRecord(Record):
 
 
 class PreparedRecord(Record):
-    """What prepare found: everything a coordinator needs to know of model and data.
+    """The result of prepare: everything a coordinator needs to know about model and data.
 
-    A run that was prepared before there were layouts has none, and goes on with padded rows.
-    `notes` is what the user should know of the base and is no error.
+    A run prepared by a version without layouts has none, and continues with padded rows. `notes`
+    tells the user about the base; a note is no error.
     """
 
     model_fingerprint: str
@@ -485,12 +485,12 @@ class RankQuality(Record):
 
 
 class PartitionQuality(Record):
-    """Directions `first` to `last` of one module, from 1, which the same tiers train.
+    """Energies of directions `first` to `last` of one module, from 1, which the same tiers train.
 
-    `reach` is the share of the round's weight whose clients trained them. `energy_kept` and
-    `energy_lost` are what of the state before the round the method itself carries on and what it
-    drops, had nobody trained: their sum is the energy that the state had there. `energy` is what
-    the new state has there. All are squared Frobenius norms.
+    `reach` is the share of the round's weight whose clients trained them. If nobody had trained,
+    the method would carry on `energy_kept` of the state before the round and drop `energy_lost`;
+    their sum is the energy that state had in these directions. `energy` is that of the new state
+    there. All are squared Frobenius norms.
     """
 
     first: int

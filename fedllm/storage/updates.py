@@ -375,7 +375,7 @@ def shape_problem(
         if update.shapes.get(name) != shape:
             return f"{name.replace('|', ' ')} has shape {update.shapes.get(name)}, need {shape}"
     extra = sorted(set(update.shapes) - set(expected))
-    return f"{extra[0].replace('|', ' ')} was not asked for" if extra else None
+    return f"{extra[0].replace('|', ' ')} is unexpected" if extra else None
 
 
 def norm_problem(update: PublishedUpdate) -> str | None:

@@ -51,9 +51,9 @@ def partials_of(name: str, blocks: Sequence[FactorBlock]) -> list[Partial]:
     """Fold blocks by a route."""
     found = []
     for block in blocks:
-        amounts_GC = block.weights_GC * block.scales_GC
-        amounts_GR = amounts_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
-        found.append(ROUTES[name].fold(block.b_GOR, block.a_GRI, amounts_GR))
+        coefficients_GC = block.weights_GC * block.scales_GC
+        coefficients_GR = coefficients_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
+        found.append(ROUTES[name].fold(block.b_GOR, block.a_GRI, coefficients_GR))
     return found
 
 

@@ -133,7 +133,7 @@ def test_the_papers_split_puts_all_of_s_in_b() -> None:
 def test_a_rank_above_that_of_the_state_is_refused() -> None:
     start = spectral_of(torch.eye(3))
     for rank in (0, 4):
-        with pytest.raises(AdapterError, match=f"rank {rank} asked of a state of rank 3"):
+        with pytest.raises(AdapterError, match=f"rank {rank} is above the state's rank 3"):
             truncate(start, rank)
 
 

@@ -494,7 +494,7 @@ def test_the_memory_of_a_scanner_does_not_grow_with_the_modules(paths: RoundPath
     ("ranks", "words"),
     [
         ({**RANKS, "layers.0.q_proj": 3}, "layers.0.q_proj A has shape (2, 6), need (3, 6)"),
-        ({"layers.0.q_proj": 2}, "layers.0.up_proj A was not asked for"),
+        ({"layers.0.q_proj": 2}, "layers.0.up_proj A is unexpected"),
     ],
 )
 def test_wrong_shapes_are_named(paths: RoundPaths, ranks: dict[str, int], words: str) -> None:

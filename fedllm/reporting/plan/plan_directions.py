@@ -1,4 +1,4 @@
-"""The share of the clients that train each direction of a module, by the shares of the tiers."""
+"""Directions of a module, with the share of the clients that train them, by tier shares."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,9 +9,9 @@ from fedllm.planning.tiers import tier_shares
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionsPlan:
-    """Directions `first` to `last`, from 1, of the modules of these names.
+    """Directions `first` to `last`, from 1, of the modules with these names.
 
-    `share` is that of the clients whose rank reaches `last`.
+    `share` is the share of the clients whose rank reaches `last`.
     """
 
     modules: tuple[str, ...]
@@ -24,10 +24,10 @@ def plan_directions(federation: Federation) -> tuple[DirectionsPlan, ...]:
     """Return the ranges of directions between the ranks, for modules of equal ranks together."""
     shares = tier_shares(federation.config.clients)
     total = sum(shares.values())
-    alike: dict[tuple[int, ...], dict[str, None]] = {}
+    names_by_ranks: dict[tuple[int, ...], dict[str, None]] = {}
     for path in federation.prepared.modules:
         ranks = tuple(federation.ranks[tier][path] for tier in shares)
-        alike.setdefault(ranks, {})[path.rpartition(".")[2]] = None
+        names_by_ranks.setdefault(ranks, {})[path.rpartition(".")[2]] = None
     return tuple(
         DirectionsPlan(
             modules=tuple(names),
@@ -36,6 +36,6 @@ def plan_directions(federation: Federation) -> tuple[DirectionsPlan, ...]:
             share=sum(s for s, rank in zip(shares.values(), ranks, strict=True) if rank >= end)
             / total,
         )
-        for ranks, names in alike.items()
+        for ranks, names in names_by_ranks.items()
         for begin, end in pairwise(sorted({0, *ranks}))
     )

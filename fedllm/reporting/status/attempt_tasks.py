@@ -128,9 +128,9 @@ def _attempt(
 
 
 def _endings(outcome: OutcomeRecord) -> tuple[EndingStatus, ...]:
-    alike: dict[str, list[str]] = defaultdict(list)
+    tasks_by_state: dict[str, list[str]] = defaultdict(list)
     for task, ending in outcome.endings.items():
-        alike[ending.state].append(task)
+        tasks_by_state[ending.state].append(task)
     return tuple(
         EndingStatus(
             state=state,
@@ -138,7 +138,7 @@ def _endings(outcome: OutcomeRecord) -> tuple[EndingStatus, ...]:
             nodes=tuple(sorted({n for t in tasks if (n := outcome.endings[t].node)})),
             log=next((log for t in tasks if (log := outcome.endings[t].log)), ""),
         )
-        for state, tasks in sorted(alike.items())
+        for state, tasks in sorted(tasks_by_state.items())
     )
 
 
