@@ -1,1 +1,1 @@
-"""Who trains where: attempts, their submission, and what becomes of their workers."""
+"""Attempts of a round: their plans, their submission, and their workers."""

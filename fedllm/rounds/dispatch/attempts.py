@@ -1,4 +1,4 @@
-"""One plan for all that a round still misses: who trains it, where, in which bundles."""
+"""Attempts of a round: one plan for all missing clients, with workers and bundles."""
 
 from collections.abc import Sequence
 
@@ -32,21 +32,21 @@ def start_attempt(
     missing: Sequence[CohortClient],
     number: int,
 ) -> None:
-    """Plan who trains the missing clients and submit as many workers as there is room for."""
+    """Plan an attempt for the missing clients; submit as many workers as there is room for."""
     paths = run.paths.round(cohort.round)
     groups = _missing_groups(federation, cohort, missing)
     present = {federation.classes[group.tier] for group in groups}
     sbatch = run.config.scheduler.sbatch
     factors = {name: memory_factor(run, paths, number - 1, name) for name in sorted(present)}
+    configured = {name: tier_options(sbatch, name) for name in factors}
     options = {
-        name: with_memory(run, name, tier_options(sbatch, name), factor)
-        for name, factor in factors.items()
+        name: with_memory(run, name, configured[name], factor) for name, factor in factors.items()
     }
-    unraised = {name for name, given in options.items() if given == tier_options(sbatch, name)}
+    same_memory = {name for name in options if options[name] == configured[name]}
     excluded = excluded_nodes(run, paths, number - 1)
     if excluded:
-        options = {name: _excluding(given, excluded) for name, given in options.items()}
-    capacities = {name: run.scheduler.capacity(given) for name, given in options.items()}
+        options = {name: _excluding(flags, excluded) for name, flags in options.items()}
+    capacities = {name: run.scheduler.capacity(flags) for name, flags in options.items()}
     before = run.known_records.find(CollectionRecord, paths.previous.collection)
     classes = plan_classes(
         groups,
@@ -57,13 +57,13 @@ def start_attempt(
         section=run.config.scheduler,
         startup_seconds=_startup_seconds(before),
     )
-    lingering = find_idle_workers(run, paths, excluded_nodes=excluded)
-    # those that run have no more memory than they were given
+    idle = find_idle_workers(run, paths, excluded_nodes=excluded)
+    # a running worker cannot get more memory, so it is not taken over where more is needed
     adopted = {
-        each.worker_class: lingering.get(each.worker_class, [])[: each.workers]
-        if each.worker_class in unraised
+        c.worker_class: idle.get(c.worker_class, [])[: c.workers]
+        if c.worker_class in same_memory
         else []
-        for each in classes
+        for c in classes
     }
     plan = SubmissionRecord(
         token=array_name(run, cohort.round, f"a{number:02d}"),
@@ -71,7 +71,7 @@ def start_attempt(
         kind="client",
         command=[str(paths.attempt(number).root)],
         arrays=[],
-        bundles=[bundle for each in classes for bundle in each.bundles],
+        bundles=[bundle for c in classes for bundle in c.bundles],
         workers={
             c.worker_class: workers_record(
                 c,
@@ -86,21 +86,22 @@ def start_attempt(
         excluded_nodes=excluded,
     )
     plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
-    run.say(f"round {cohort.round}/{run.config.rounds}: {_told(plan, len(missing), number)}")
+    run.say(f"round {cohort.round}/{run.config.rounds}: {_describe(plan, len(missing), number)}")
     submit(run, paths.attempt(number), plan, run.paths.logs(cohort.round))
 
 
 def _missing_groups(
     federation: Federation, cohort: CohortRecord, missing: Sequence[CohortClient]
 ) -> list[ClientGroup]:
-    """Return the groups that train again, whole, for the members of theirs that are missing."""
+    """Return the groups with missing members; each of them trains again as a whole."""
     done = {client.id for client in cohort.clients} - {client.id for client in missing}
     groups = engine_of(federation.config.training).groups(cohort.clients, cohort.ranks)
-    return [left for group in groups if (left := group.without(done)).missing]
+    rest = (group.without(done) for group in groups)
+    return [group for group in rest if group.missing]
 
 
 def _measured_costs(federation: Federation, before: CollectionRecord | None) -> CostModel:
-    """Return how long clients take, by what the round before took."""
+    """Return the cost model, measured by the round before where there is one."""
     seeded = federation.seed_costs()
     return calibrate(seeded, before.tiers) if before else seeded
 
@@ -113,7 +114,7 @@ def _startup_seconds(before: CollectionRecord | None) -> float:
 def workers_record(
     plan: ClassPlan, capacity: Capacity, *, adopted: int = 0, memory_factor: float = 1.0
 ) -> WorkersRecord:
-    """Return the workers of a class that are to be submitted, beside those taken over."""
+    """Return the record of the workers of a class to submit, `adopted` ones not counted."""
     return WorkersRecord(
         tasks=plan.workers - adopted,
         parallel=max(1, plan.parallel - adopted),
@@ -125,16 +126,16 @@ def workers_record(
 
 
 def _excluding(options: SbatchOptions, nodes: Sequence[str]) -> SbatchOptions:
-    given = next((key for key in options if flag_name(key) == "exclude"), "exclude")
-    return {**options, given: ",".join([*filter(None, [str(options.get(given) or "")]), *nodes])}
+    key = next((key for key in options if flag_name(key) == "exclude"), "exclude")
+    return {**options, key: ",".join([*filter(None, [str(options.get(key) or "")]), *nodes])}
 
 
-def _told(plan: SubmissionRecord, clients: int, number: int) -> str:
-    workers = sum(each.tasks for each in plan.workers.values())
+def _describe(plan: SubmissionRecord, clients: int, number: int) -> str:
+    workers = sum(record.tasks for record in plan.workers.values())
     sent = sum(array.tasks for array in plan.arrays)
     lines = (
         f"{clients} clients in {len(plan.bundles)} bundles for {workers} workers",
-        f"{len(plan.adopted)} that linger" if plan.adopted else "",
+        f"{len(plan.adopted)} idle ones taken over" if plan.adopted else "",
         f"{sent} submitted now, the others as limits allow" if sent < workers else "",
         f"attempt {number}" if number > 1 else "",
         f"not on {', '.join(plan.excluded_nodes)}" if plan.excluded_nodes else "",

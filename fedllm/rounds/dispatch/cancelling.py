@@ -1,4 +1,4 @@
-"""End exactly the jobs of one run."""
+"""Cancel exactly the jobs of one run."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from fedllm.storage.records import JobsRecord, SubmissionRecord
 
 
 def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
-    """Cancel every task of the run that is not gone; return how many there were."""
+    """Cancel every task of the run that has not ended; return their number."""
     ids: dict[str, None] = {}
     for job in _submissions(paths, config):
         plan = SubmissionRecord.read(job.submission)
@@ -18,7 +18,7 @@ def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
         jobs = JobsRecord.find(job.jobs)
         for array in plan.arrays:
             if jobs is None or array.name not in jobs.ids:
-                # submitted by a coordinator that died before it could record the ids
+                # a coordinator submitted this array and died before it could record the ids
                 ids |= dict.fromkeys(scheduler.find(array.name) or [])
     alive = active_tasks(scheduler, list(ids))
     if alive:
@@ -30,7 +30,7 @@ def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
     yield from attempts_of(paths.prepare_job)
     for round_number in range(config.rounds + 1):
         round_paths = paths.round(round_number)
-        # workers may end after their round, or linger for any later one
+        # workers may end after their round, or wait idle for any later one
         is_past = round_paths.record.exists() and paths.round(round_number + 1).record.exists()
         if is_past and not config.scheduler.linger_minutes:
             continue

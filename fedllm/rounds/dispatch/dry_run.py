@@ -1,4 +1,4 @@
-"""What the first round of a configuration would submit; nothing is submitted or written."""
+"""Dry run: what the first round would submit, without submitting or writing anything."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class DryRun:
 
     Attributes:
         federation: clients, tiers and classes.
-        cohort: who would train.
+        cohort: the clients of the first round.
         classes: workers and bundles per class.
-        capacities: class -> what there is room for.
+        capacities: class -> its capacity.
         plan: the plan with the arrays of all waves.
-        waves: tasks of each wave.
-        logs: what the arrays leave in the folders of logs.
+        waves: number of tasks of each wave.
+        logs: the log files that the arrays would write.
     """
 
     federation: Federation
@@ -54,7 +54,7 @@ def plan_first_round(
     run: RunPaths,
     capacity: Callable[[SbatchOptions], Capacity],
 ) -> DryRun:
-    """Plan the first round of a run in `run`.
+    """Plan the first round of a run in the directory `run`; nothing is written.
 
     Raises:
         ConfigError: configuration, data and base model do not fit together.
@@ -64,7 +64,7 @@ def plan_first_round(
     groups = federation.groups(cohort)
     names = sorted({federation.classes[group.tier] for group in groups})
     options = {name: tier_options(config.scheduler.sbatch, name) for name in names}
-    capacities = {name: capacity(given) for name, given in options.items()}
+    capacities = {name: capacity(flags) for name, flags in options.items()}
     classes = plan_classes(
         groups,
         federation.classes,
@@ -79,11 +79,8 @@ def plan_first_round(
         kind="client",
         command=[str(run.round(1).attempt(1).root)],
         arrays=[],
-        bundles=[bundle for each in classes for bundle in each.bundles],
-        workers={
-            each.worker_class: workers_record(each, capacities[each.worker_class])
-            for each in classes
-        },
+        bundles=[bundle for c in classes for bundle in c.bundles],
+        workers={c.worker_class: workers_record(c, capacities[c.worker_class]) for c in classes},
         one_bundle=config.scheduler.clients_per_task != "auto",
     )
     waves = list(_waves(plan, capacities))
@@ -102,7 +99,7 @@ def plan_first_round(
 def _waves(
     plan: SubmissionRecord, capacities: Mapping[str, Capacity]
 ) -> Iterator[list[ArrayRecord]]:
-    """Yield the arrays that go out together; the next wave when all of one have ended."""
+    """Yield waves: the arrays submitted together once all of the wave before have ended."""
     rooms = {name: capacity.free_tasks for name, capacity in capacities.items()}
     while wave := arrays_within(plan, rooms):
         plan = plan.model_copy(update={"arrays": [*plan.arrays, *wave]})
@@ -116,7 +113,7 @@ def _logs(arrays: Sequence[ArrayRecord], folder: Path) -> Iterator[Path]:
 
 
 def dry_run_jobs(dry_run: DryRun, run: RunPaths) -> list[Job]:
-    """Return everything that the first round would submit, as the scheduler takes it."""
+    """Return the jobs that the first round would submit, with those of prepare."""
     sbatch = dry_run.federation.config.scheduler.sbatch
     logs, first = run.logs(1), run.round(1)
     jobs = [job_of(dry_run.plan, array, logs) for array in dry_run.plan.arrays]

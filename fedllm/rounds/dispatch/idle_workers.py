@@ -1,4 +1,4 @@
-"""Workers that stayed after a round: the next one takes them over instead of queueing anew."""
+"""Idle workers: they stay after a round, and the next one takes them over without queueing."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -13,10 +13,10 @@ from fedllm.storage.records import SubmissionRecord, TaskRecord
 def find_idle_workers(
     run: Run, paths: RoundPaths, *, excluded_nodes: Collection[str]
 ) -> Mapping[str, list[str]]:
-    """Return class -> running tasks of earlier attempts that have nothing to do."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Return the idle workers of earlier attempts: class -> running tasks with nothing to do."""
+    idle: dict[str, list[str]] = defaultdict(list)
     if not run.config.scheduler.linger_minutes:
-        return found
+        return idle
     attempts = [*attempts_of(paths.previous.attempt), *attempts_of(paths.attempt)]
     records = {
         record.task: record
@@ -25,14 +25,14 @@ def find_idle_workers(
     }
     running = set(_running(run, [task for a in attempts for task in all_tasks(run, a)]))
     for task, record in sorted(records.items()):
-        is_free = task in running and record.state == "lingering"
-        if is_free and record.node not in excluded_nodes:
-            found[record.worker_class].append(task)
-    return found
+        is_idle = task in running and record.state == "lingering"
+        if is_idle and record.node not in excluded_nodes:
+            idle[record.worker_class].append(task)
+    return idle
 
 
 def all_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
-    """Return the tasks of an attempt, its own and those that it took over."""
+    """Return all tasks of an attempt: its own and those that it took over."""
     plan = run.known_records.find(SubmissionRecord, attempt.submission)
     return [*known_tasks(run, attempt), *(plan.adopted if plan else [])]
 

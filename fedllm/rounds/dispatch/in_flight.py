@@ -1,4 +1,4 @@
-"""What of a run is at work now, so that whoever need not watch knows what to wait for."""
+"""Tasks in flight: what the next step of a run waits for."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,19 +12,19 @@ from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, a
 from fedllm.storage.publishing.publish import age_seconds
 from fedllm.storage.records import CohortRecord, JobsRecord, SubmissionRecord
 
-# how often to look for enough updates while workers are still busy
+# how often to look whether enough updates came while workers are still busy
 _LOOK_AGAIN_MINUTES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class InFlight:
-    """What the next step of a run waits for.
+    """The tasks that the next step of a run waits for.
 
     Attributes:
-        tasks: the tasks that are at work on it.
-        waits_for_room: more are wanted than the limits on submitted jobs left room for.
-        look_again_minutes: when there may be more to do although tasks are still at work: None
-            if that cannot be.
+        tasks: ids of the tasks that work on it.
+        waits_for_room: whether tasks could not be submitted because of a limit on submitted jobs.
+        look_again_minutes: minutes after which there may be more to do although tasks still run;
+            None: there is nothing to do before they end.
     """
 
     tasks: tuple[str, ...]
@@ -33,16 +33,20 @@ class InFlight:
 
 
 def find_in_flight(run: Run) -> InFlight:
-    """Return what is at work; evaluations where nothing else is, as no other step needs them."""
-    return _work(run, _unfinished(run)) or _work(run, _unevaluated(run)) or InFlight(tasks=())
+    """Return the tasks in flight; those of evaluations only if no other step has any."""
+    return (
+        _in_flight(run, _unfinished(run))
+        or _in_flight(run, _unevaluated(run))
+        or InFlight(tasks=())
+    )
 
 
 def is_done(paths: RunPaths, config: Config) -> bool:
-    """Say whether all rounds of a run are done: then there is nothing to hold a lease for."""
+    """Return whether all rounds of a run are done, so that nobody needs the lease."""
     return all(paths.round(number).record.exists() for number in range(config.rounds + 1))
 
 
-def _work(run: Run, submissions: Iterator[JobPaths]) -> InFlight | None:
+def _in_flight(run: Run, submissions: Iterator[JobPaths]) -> InFlight | None:
     tasks: list[str] = []
     is_short = False
     look_again: int | None = None
@@ -68,7 +72,7 @@ def _begun(run: Run) -> Iterator[RoundPaths]:
 
 
 def _unfinished(run: Run) -> Iterator[JobPaths]:
-    """Return the last submission for each step before the next round."""
+    """Yield the last submission of each step that the next round needs."""
     if not run.paths.prepared.exists():
         yield from _last(run.paths.prepare_job)
     for paths in _begun(run):
@@ -89,25 +93,25 @@ def _last(folder: Callable[[int], JobPaths]) -> Iterator[JobPaths]:
 
 
 def _lacks_workers(run: Run, paths: JobPaths) -> bool:
-    """Say whether a submission wants more tasks than were submitted."""
+    """Return whether a submission has tasks that were not submitted yet."""
     plan = run.known_records.read(SubmissionRecord, paths.submission)
     jobs = run.known_records.find(JobsRecord, paths.jobs)
-    wanted = sum(workers.tasks for workers in plan.workers.values())
+    planned = sum(workers.tasks for workers in plan.workers.values())
     unsent = unsent_arrays(plan, jobs)
-    return bool(unsent) or wanted > sum(array.tasks for array in plan.arrays)
+    return bool(unsent) or planned > sum(array.tasks for array in plan.arrays)
 
 
 def _look_again_minutes(run: Run, paths: RoundPaths, *, is_short: bool) -> int | None:
-    """Return when a round that trains may have more to do before its arrays end."""
-    found: list[int] = []
-    is_cut_short = run.known_records.read(CohortRecord, paths.cohort).enough is not None
-    if is_short or is_cut_short:
-        found.append(_LOOK_AGAIN_MINUTES)
+    """Return the minutes until a training round may have more to do while its arrays run."""
+    minutes: list[int] = []
+    has_over_sample = run.known_records.read(CohortRecord, paths.cohort).enough is not None
+    if is_short or has_over_sample:
+        minutes.append(_LOOK_AGAIN_MINUTES)
     deadline_minutes = run.config.clients.deadline_minutes
     if deadline_minutes is not None:
         left = deadline_minutes - age_seconds(paths.cohort) / 60.0
-        found.append(math.ceil(left) if left > 0 else _LOOK_AGAIN_MINUTES)
+        minutes.append(math.ceil(left) if left > 0 else _LOOK_AGAIN_MINUTES)
     if linger_minutes := run.config.scheduler.linger_minutes:
-        # workers that are through stay: they do not tell by their end
-        found.append(max(1, int(linger_minutes / 2)))
-    return min(found, default=None)
+        # workers without work stay idle, so no task ends when the training does
+        minutes.append(max(1, int(linger_minutes / 2)))
+    return min(minutes, default=None)

@@ -1,4 +1,4 @@
-"""What `fedllm plan` tells: what a configuration would submit, and what that costs and writes."""
+"""Plan of a run for `fedllm plan`: what it would submit, cost and write."""
 
 import dataclasses
 import re
@@ -16,14 +16,14 @@ from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
 from fedllm.storage.paths import MAX_ENTRIES, RunPaths, shipped
 from fedllm.storage.records import PreparedRecord
 
-# what identifies a job is not what it asks for
+# options that identify a job, not its resources
 _IDENTITY = {"array", "job-name", "output", "comment"}
 _OPTION = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobScript:
-    """A job that would be submitted, and what a batch system would be given for it."""
+    """A job that would be submitted, and its script for the batch system."""
 
     job: Job
     text: str
@@ -31,11 +31,11 @@ class JobScript:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A run as it would be submitted.
+    """The plan of a run.
 
     Attributes:
-        geometry: what it submits, costs and writes.
-        scripts: its first round's jobs; none where no batch system is used.
+        geometry: what the run would submit, cost and write.
+        scripts: the jobs of its first round; empty without a batch system.
     """
 
     geometry: Geometry
@@ -50,14 +50,14 @@ def plan_run(
     *,
     slots: int | None = None,
 ) -> RunPlan:
-    """Plan a run in `run`; nothing is submitted or written.
+    """Plan a run in the directory `run`; nothing is submitted or written.
 
     Args:
-        config: its configuration.
-        prepared: what its preparation found.
-        run: where it would lie.
-        scheduler: is asked what there is room for.
-        slots: plan for so many free slots instead.
+        config: configuration of the run.
+        prepared: record of its preparation.
+        run: paths of its run directory, which need not exist.
+        scheduler: knows how much room there is.
+        slots: number of free slots to plan for, instead of asking the scheduler.
 
     Raises:
         ConfigError: configuration, data and base model do not fit together, or the scheduler
@@ -76,20 +76,22 @@ def plan_run(
     return RunPlan(geometry=geometry, scripts=scripts)
 
 
-def _capacity(scheduler: Scheduler, options: SbatchOptions, most: int) -> Capacity:
-    """Return what there is room for; a plan is made on a laptop, too."""
+def _capacity(scheduler: Scheduler, options: SbatchOptions, max_parallel: int) -> Capacity:
+    """Return the scheduler's capacity, or a guess where no scheduler answers, as on a laptop."""
     try:
         return scheduler.capacity(options)
     except ConfigError:
         raise
     except (UserError, SchedulerUnreachable):
-        return Capacity(free_slots=most, max_parallel=most, largest_array=MAX_ENTRIES)
+        return Capacity(
+            free_slots=max_parallel, max_parallel=max_parallel, largest_array=MAX_ENTRIES
+        )
 
 
 def _geometry(
     config: Config, dry_run: DryRun, scripts: Sequence[JobScript], room: QueueLimits
 ) -> Geometry:
-    most = max(room.max_parallel for room in dry_run.capacities.values())
+    slots = max(room.max_parallel for room in dry_run.capacities.values())
     return plan_geometry(
         dry_run.federation,
         dry_run.cohort,
@@ -98,14 +100,14 @@ def _geometry(
         capacities=dry_run.capacities,
         waves=dry_run.waves,
         logs=dry_run.logs,
-        slots=sorted({max(1, most // 4), max(1, most // 2), most, 2 * most, 4 * most}),
+        slots=sorted({max(1, slots // 4), max(1, slots // 2), slots, 2 * slots, 4 * slots}),
         room=room,
         options=_real_options(config, scripts) if scripts else RealOptions(),
     )
 
 
 def _scripts(scheduler: Scheduler, dry_run: DryRun, run: RunPaths) -> Iterator[JobScript]:
-    """Yield what a batch system would be given; nothing where none is used."""
+    """Yield the scripts for the batch system; none without a batch system."""
     for job in dry_run_jobs(dry_run, run):
         text = scheduler.script(job)
         if text is not None:
@@ -113,7 +115,7 @@ def _scripts(scheduler: Scheduler, dry_run: DryRun, run: RunPaths) -> Iterator[J
 
 
 def _real_options(config: Config, scripts: Sequence[JobScript]) -> RealOptions:
-    """Return the options that stand in the scripts, defaults too; of a class, the first's."""
+    """Return the options in the scripts, with defaults; for a class, those of its first array."""
     classes: dict[str, Options] = {}
     jobs: dict[str, Options] = {}
     for script in scripts:
@@ -130,27 +132,27 @@ def _real_options(config: Config, scripts: Sequence[JobScript]) -> RealOptions:
 
 
 def _options(text: str) -> Options:
-    found = (_OPTION.fullmatch(line) for line in text.splitlines())
+    matches = (_OPTION.fullmatch(line) for line in text.splitlines())
     return {
         match[1]: True if match[2] is None else match[2].strip("'\"")
-        for match in found
+        for match in matches
         if match and match[1] not in _IDENTITY
     }
 
 
 def _room(scheduler: Scheduler, dry_run: DryRun) -> QueueLimits:
-    """Return what the scheduler says of its limits, those that leave the least."""
-    said = [scheduler.limits(workers.options) for workers in dry_run.plan.workers.values()]
-    known = [limits for limits in said if not limits.problem]
+    """Return the scheduler's limits, the smallest of those of all classes."""
+    limits_of_classes = [
+        scheduler.limits(workers.options) for workers in dry_run.plan.workers.values()
+    ]
+    known = [limits for limits in limits_of_classes if not limits.problem]
     if not known:
-        return QueueLimits(problem=next((limits.problem for limits in said), ""))
+        return QueueLimits(problem=next((limits.problem for limits in limits_of_classes), ""))
     sizes = [limits.largest_array for limits in known]
     queued = [limits.max_submitted for limits in known]
     free = [room.free_tasks for room in dry_run.capacities.values()]
-    return QueueLimits(
-        largest_array=_least(sizes), most_submitted=_least(queued), free_tasks=_least(free)
-    )
+    return QueueLimits(largest_array=_min(sizes), most_submitted=_min(queued), free_tasks=_min(free))
 
 
-def _least(limits: Sequence[int | None]) -> int | None:
+def _min(limits: Sequence[int | None]) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)

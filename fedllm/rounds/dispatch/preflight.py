@@ -1,4 +1,4 @@
-"""Before a run's first job: would the scheduler take all the kinds of jobs that it is to submit?"""
+"""Preflight: check before a run's first job that the scheduler takes every kind of its jobs."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -16,11 +16,12 @@ _SINGLE: tuple[Literal["prepare", "aggregate", "evaluate"], ...] = (
 
 
 def check_jobs(run: Run) -> None:
-    """Ask the scheduler about one job of every kind; nothing is submitted.
+    """Check one job of every kind with the scheduler; nothing is submitted.
 
     Raises:
-        ConfigError: it would refuse some, or never start them; one line per problem.
-        SchedulerUnreachable: it does not answer.
+        ConfigError: the scheduler would refuse a kind of job, or never start it; one line per
+            problem.
+        SchedulerUnreachable: the scheduler does not answer.
     """
     run.scheduler.check(list(_jobs(run)))
 
@@ -32,7 +33,7 @@ def _jobs(run: Run) -> Iterator[Job]:
         options = job_options(section, kind)
         yield Job(name=f"fedllm-{kind}", program=kind, argv=(), log_folder=logs, options=options)
     for name in dict.fromkeys(classes_of(section, run.config.clients.tiers).values()):
-        # without a configured one the time limit follows from the work, and fits the partition
+        # without a configured time limit the plan sets one that fits the partition
         limit: dict[str, Option] = {"time": None}
         options = by_flag(tier_options(section, name))
         yield Job(

@@ -1,4 +1,4 @@
-"""Write the plan, then submit; find again what was submitted before a coordinator died."""
+"""Submissions: write the plan, then submit; find arrays that a dead coordinator submitted."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,31 +33,31 @@ SingleProgram = Literal["prepare", "aggregate", "evaluate"]
 
 
 def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> None:
-    """Publish the plan, submit its arrays and record their ids."""
+    """Publish a plan, submit its arrays and record their ids."""
     run.publish(plan, paths.submission)
     _send(run, paths, plan, logs, search=False)
 
 
 def _is_active(run: Run, paths: JobPaths, logs: Path) -> bool:
-    """Say whether anything of a submission may still be at work, or has yet to be submitted."""
+    """Return whether a submission has tasks that may still run, or has yet to be submitted."""
     return not submit_unsent(run, paths, logs) or bool(
         active_tasks(run.scheduler, known_tasks(run, paths))
     )
 
 
 def submit_unsent(run: Run, paths: JobPaths, logs: Path) -> bool:
-    """Submit what a plan names and no record has an id of; False where there is no room yet.
+    """Submit the arrays of a plan that have no recorded id; return False if there is no room yet.
 
-    That was left by a coordinator that died between its intent and the record of the ids: its
-    arrays are looked up by name, and submitted where there are none. Should both exist in the
-    end, the second finds nothing to do.
+    A coordinator may have died after it wrote the plan and before it recorded the ids. So each
+    array is looked up by name first, and submitted only if the scheduler knows none. If both exist
+    in the end, the second array finds nothing to do.
     """
     plan = run.known_records.read(SubmissionRecord, paths.submission)
     jobs = run.known_records.find(JobsRecord, paths.jobs)
     unsent = unsent_arrays(plan, jobs)
     if not unsent and jobs:
         return True
-    # what found no room was not submitted: no need to look for it
+    # arrays that found no room were not submitted: no need to look them up
     search = not unsent <= run.observations.no_room
     if search or run.observations.is_due(paths.root, run.config.scheduler.query_seconds):
         return _send(run, paths, plan, logs, search=search)
@@ -65,12 +65,12 @@ def submit_unsent(run: Run, paths: JobPaths, logs: Path) -> bool:
 
 
 def unsent_arrays(plan: SubmissionRecord, jobs: JobsRecord | None) -> set[str]:
-    """Return the arrays of a plan that no record has an id of."""
+    """Return the names of the plan's arrays that have no recorded id."""
     return {array.name for array in plan.arrays} - (jobs.ids.keys() if jobs else set())
 
 
 def find_unrecorded(run: Run, paths: JobPaths) -> None:
-    """Record the ids of arrays whose coordinator died before it could; submit nothing."""
+    """Record the ids of arrays whose coordinator died before it recorded them; submit nothing."""
     plan = run.known_records.read(SubmissionRecord, paths.submission)
     jobs = run.known_records.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
@@ -81,7 +81,7 @@ def find_unrecorded(run: Run, paths: JobPaths) -> None:
 
 
 def active_tasks(scheduler: Scheduler, ids: Sequence[str]) -> list[str]:
-    """Return those of the tasks that may still be at work."""
+    """Return the tasks that may still wait or run."""
     states = scheduler.states(ids) if ids else {}
     return [id_ for id_, state in states.items() if state is not TaskState.GONE]
 
@@ -92,7 +92,7 @@ def known_tasks(run: Run, paths: JobPaths) -> list[str]:
 
 
 def task_ids(paths: JobPaths) -> list[str]:
-    """Return the ids of all tasks of a submission, for those who do not coordinate."""
+    """Return the ids of all tasks of a submission, read without a coordinator's cache."""
     return _tasks(JobsRecord.find(paths.jobs))
 
 
@@ -103,17 +103,17 @@ def _tasks(jobs: JobsRecord | None) -> list[str]:
 def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool) -> bool:
     jobs = run.known_records.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
-    room = True
+    has_room = True
     try:
         for array in (array for array in plan.arrays if array.name not in ids):
-            ids[array.name] = _sent_once(run, paths, job_of(plan, array, logs), search=search)
+            ids[array.name] = _submit_once(run, paths, job_of(plan, array, logs), search=search)
             run.observations.no_room.discard(array.name)
     except SchedulerFull as error:
-        room = False
+        has_room = False
         if array.name not in run.observations.no_room:
             run.say(f"{array.name}: waits for room in the queue ({error})")
         rest = [array.name for array in plan.arrays if array.name not in ids]
-        # once looked for, nobody needs to look for them again
+        # after this search nobody needs to look them up again
         ids |= {name: found for name in rest if search and (found := run.scheduler.find(name))}
         run.observations.no_room |= set(rest) - ids.keys()
     except SubmissionUnknown:
@@ -123,13 +123,17 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
     except ConfigError:
         _withdraw(run, paths, plan, ids)
         raise
-    if room or ids:
+    if has_room or ids:
         run.publish(JobsRecord(ids=ids), paths.jobs)
-    return room
+    return has_room
 
 
-def _sent_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[str]:
-    """Return the tasks of an array, submitted now unless it is found or may exist unseen."""
+def _submit_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[str]:
+    """Submit an array unless the scheduler has it already; return its tasks.
+
+    Raises:
+        SubmissionUnknown: nobody knows whether an earlier submission of it succeeded.
+    """
     doubt = run.known_records.find(DoubtRecord, paths.in_doubt)
     in_doubt = doubt is not None and doubt.name == job.name
     found = run.scheduler.find(job.name) if search or in_doubt else None
@@ -141,16 +145,15 @@ def _sent_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[str
     try:
         return run.scheduler.submit(job)
     except SubmissionUnknown as error:
-        # also where the lease was lost meanwhile: who holds it now must not send it again
+        # recorded even if the lease was lost meanwhile: its new holder must not submit again
         DoubtRecord(name=job.name, said=str(error)).publish(paths.in_doubt)
         raise error.kept_in(paths.in_doubt) from error
 
 
 def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, list[str]]) -> None:
-    """Let go of what the scheduler refused: the next plan is made of the mended configuration.
+    """Withdraw arrays that the scheduler refused: a corrected configuration makes the next plan.
 
-    Arrays that it took before and workers that were taken over stay, and of the plan what concerns
-    them.
+    The plan keeps the arrays that were submitted before and the workers that were taken over.
     """
     if not ids and not plan.adopted:
         run.lease.check()
@@ -161,8 +164,8 @@ def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, 
     for array in arrays:
         sent[array.worker_class] += array.tasks
     workers = {
-        name: each.model_copy(update={"tasks": sent[name]})
-        for name, each in plan.workers.items()
+        name: record.model_copy(update={"tasks": sent[name]})
+        for name, record in plan.workers.items()
         if name in sent
     }
     kept = plan.model_copy(update={"arrays": arrays, "workers": workers})
@@ -171,7 +174,7 @@ def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, 
 
 
 def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
-    """Return an array of a plan as the scheduler takes it."""
+    """Return the scheduler's job for an array of a plan."""
     arguments = tuple(plan.command)
     worker_class = array.worker_class if plan.kind == "client" else None
     if worker_class is not None:
@@ -189,7 +192,7 @@ def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
 
 
 def array_name(run: Run, round_number: int, step: str) -> str:
-    """Return a name that identifies run, round, and attempt, class and number in `step`."""
+    """Return the array's name from run, round and `step`, which names attempt, class and number."""
     return f"fedllm-{run.record.run_id}-r{round_number:04d}-{step}"
 
 
@@ -202,18 +205,18 @@ def run_single_job(
     done: Path,
     round_number: int,
 ) -> None:
-    """Make progress on a job that is one task, unless its record `done` exists.
+    """Make progress on a job of one task, unless its record `done` exists.
 
     Args:
         run: the run.
-        kind: which program.
-        folder: the paths of attempt 1, 2, ...
+        kind: the job's program.
+        folder: attempt number (from 1) -> its paths.
         target: the directory that the program works on.
         done: the record that the job writes last.
-        round_number: for its name and logs; 0 for prepare.
+        round_number: round in its name and logs; 0 for prepare.
 
     Raises:
-        FedllmError: the job said why it stopped, or it failed again and again.
+        FedllmError: the job recorded why it stopped, or `scheduler.max_attempts` attempts failed.
     """
     if done.exists():
         return
@@ -228,7 +231,7 @@ def run_single_job(
         ):
             return
         outcome = record_outcome(run, paths)
-        if is_mine(run, paths):
+        if is_since_start(run, paths):
             error = job_error(run, paths, logs, outcome)
             if isinstance(error, UserError | Incomplete) or _is_last(run, folder, number):
                 raise error
@@ -239,7 +242,7 @@ def run_single_job(
 def _submit_single(
     run: Run, kind: SingleProgram, paths: JobPaths, target: Path, round_number: int
 ) -> None:
-    """Plan and submit a job that is one task; `paths` are those of this attempt."""
+    """Plan and submit a job of one task; `paths` belong to this attempt."""
     token = array_name(run, round_number, f"{kind}-{int(paths.root.name):02d}")
     options = job_options(run.config.scheduler.sbatch, kind)
     plan = SubmissionRecord(
@@ -252,14 +255,14 @@ def _submit_single(
     submit(run, paths, plan, run.paths.logs(round_number))
 
 
-def is_mine(run: Run, paths: JobPaths) -> bool:
-    """Say whether a plan was made since a person started this coordinator or those before it."""
+def is_since_start(run: Run, paths: JobPaths) -> bool:
+    """Return whether a plan was made since a person last started the run."""
     return run.known_records.read(SubmissionRecord, paths.submission).lease >= run.lease.since
 
 
 def _is_last(run: Run, folder: Callable[[int], JobPaths], number: int) -> bool:
-    mine = [folder(n) for n in range(1, number + 1) if is_mine(run, folder(n))]
-    spent = sum(not was_preempted(record_outcome(run, paths)) for paths in mine)
+    attempts = [folder(n) for n in range(1, number + 1) if is_since_start(run, folder(n))]
+    spent = sum(not was_preempted(record_outcome(run, paths)) for paths in attempts)
     return spent >= run.config.scheduler.max_attempts
 
 
@@ -270,7 +273,7 @@ def record_outcome(
     checkpoints: Mapping[str, int] | None = None,
     progressed: bool = False,
 ) -> OutcomeRecord:
-    """Record once how the tasks of a submission ended: Slurm forgets it within minutes."""
+    """Record once how the tasks of a submission ended, as Slurm forgets it within minutes."""
     known = run.known_records.find(OutcomeRecord, paths.outcome)
     if known:
         return known
@@ -291,9 +294,10 @@ def record_outcome(
 
 
 def was_preempted(outcome: OutcomeRecord) -> bool:
-    """Say whether preemption alone ended it: that never counts against the retries.
+    """Return whether preemption alone ended a submission, which never counts as a retry.
 
-    Beside it tasks may have left the queue that were not needed, but none for being silent.
+    Tasks that were cancelled because nobody needed them do not matter; tasks that were cancelled
+    because they were silent do.
     """
     reasons = {task: reason_of(ending) for task, ending in outcome.endings.items()}
     counted = {
@@ -305,16 +309,16 @@ def was_preempted(outcome: OutcomeRecord) -> bool:
 
 
 def job_error(run: Run, paths: JobPaths, logs: Path, outcome: OutcomeRecord) -> FedllmError:
-    """Return why a job ended without its record: what it said itself, else the scheduler."""
-    told = ErrorRecord.find(paths.error)
-    if told:
-        return error_of(told)
+    """Return the error of a job that ended without its record: its own, else the scheduler's."""
+    error = ErrorRecord.find(paths.error)
+    if error:
+        return error_of(error)
     ended = "; ".join(f"{id_}: {ending}" for id_, ending in outcome.endings.items())
     kind = run.known_records.read(SubmissionRecord, paths.submission).kind
-    blind = visibility_problem(run.paths.root, kind, outcome.endings, logs)
-    if blind:
-        # no job of a run that begins so would fare better; later it may be one node's mount
-        return UserError(blind) if kind == "prepare" else RunFailed(blind)
+    problem = visibility_problem(run.paths.root, kind, outcome.endings, logs)
+    if problem:
+        # if the first job cannot see the folder, no other will; later it may be one node's mount
+        return UserError(problem) if kind == "prepare" else RunFailed(problem)
     return RunFailed(f"{kind} job ended early ({ended or 'it left no record'}); see {logs}")
 
 

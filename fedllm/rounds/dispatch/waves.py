@@ -1,4 +1,4 @@
-"""The arrays of an attempt: as many tasks at a time as the cluster's limits leave room for."""
+"""Waves of arrays: an attempt submits as many tasks at a time as the cluster's limits allow."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,17 +14,17 @@ from fedllm.storage.records import ArrayRecord, JobsRecord, SubmissionRecord
 
 
 def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
-    """Submit what an attempt still misses of its workers, as far as there is room now.
+    """Submit workers that an attempt still misses, as many as there is room for now.
 
     Returns:
-        Whether all are submitted that there are bundles for.
+        Whether every worker is submitted that there are bundles for.
     """
     if not submit_unsent(run, attempt, logs):
         return False
     plan = run.known_records.read(SubmissionRecord, attempt.submission)
     if not any(_left(plan).values()):
         return True
-    # each look may cost a question to the scheduler
+    # this may query the scheduler, so not at every call
     if not run.observations.is_due(("wave", attempt.root), run.config.scheduler.query_seconds):
         return False
     if not has_unclaimed_bundles(
@@ -42,9 +42,9 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
 def next_wave(
     run: Run, plan: SubmissionRecord, alive: Mapping[str, int] | None = None
 ) -> list[ArrayRecord]:
-    """Return the arrays to submit next; `alive` are the tasks of earlier ones that did not end."""
-    wanted = _wanted(plan, alive or {})
-    rooms = {name: run.scheduler.room(plan.workers[name].options) for name in wanted}
+    """Return the arrays to submit next; `alive` is array -> number of tasks that did not end."""
+    counts = _to_submit(plan, alive or {})
+    rooms = {name: run.scheduler.room(plan.workers[name].options) for name in counts}
     return arrays_within(plan, rooms, alive)
 
 
@@ -53,36 +53,42 @@ def arrays_within(
     rooms: Mapping[str, int | None],
     alive: Mapping[str, int] | None = None,
 ) -> list[ArrayRecord]:
-    """Return the arrays that there is room for; `rooms` are of the classes.
+    """Return the arrays that there is room for.
 
-    The first of a class wait behind their `%N`, which shares out what may run at once. Later ones
-    have as many tasks as may start beside those that are alive.
+    The first arrays of a class have all its tasks; Slurm's `%N` limits how many run at once. Later
+    arrays have as many tasks as may start beside those that are alive.
+
+    Args:
+        plan: the attempt's plan, with the arrays that were submitted.
+        rooms: class -> number of tasks that may be submitted now; None: any number.
+        alive: array -> number of tasks that did not end.
     """
-    wanted = _wanted(plan, alive or {})
+    counts = _to_submit(plan, alive or {})
     sizes = next_arrays(
-        wanted,
-        largest={name: plan.workers[name].largest_array for name in wanted},
+        counts,
+        largest={name: plan.workers[name].largest_array for name in counts},
         rooms=rooms,
     )
     return [array for name, tasks in sizes.items() for array in _arrays(plan, name, tasks)]
 
 
-def _wanted(plan: SubmissionRecord, alive: Mapping[str, int]) -> dict[str, int]:
-    wanted: dict[str, int] = {}
+def _to_submit(plan: SubmissionRecord, alive: Mapping[str, int]) -> dict[str, int]:
+    """Return class -> number of tasks to submit now, if there is room."""
+    counts: dict[str, int] = {}
     for name, left in _left(plan).items():
         earlier = [array for array in plan.arrays if array.worker_class == name]
         running = sum(min(a.parallel or a.tasks, alive.get(a.name, 0)) for a in earlier)
-        most = plan.workers[name].parallel - running if earlier else left
-        if min(left, most) > 0:
-            wanted[name] = min(left, most)
-    return wanted
+        may_start = plan.workers[name].parallel - running if earlier else left
+        if min(left, may_start) > 0:
+            counts[name] = min(left, may_start)
+    return counts
 
 
 def _arrays(plan: SubmissionRecord, worker_class: str, sizes: list[int]) -> list[ArrayRecord]:
     workers = plan.workers[worker_class]
     first = sum(array.worker_class == worker_class for array in plan.arrays)
-    many = need_folders(sum(w.tasks for w in plan.workers.values()))
-    # `%N` is per array: those of a class share what may run at once
+    in_folders = need_folders(sum(w.tasks for w in plan.workers.values()))
+    # `%N` is per array, so the arrays of a class share their number of parallel tasks
     shares = {str(n): float(size) for n, size in enumerate(sizes)}
     parallel = largest_remainder(shares, min(workers.parallel, sum(sizes)))
     return [
@@ -93,14 +99,14 @@ def _arrays(plan: SubmissionRecord, worker_class: str, sizes: list[int]) -> list
             options=workers.options,
             minutes=workers.minutes,
             parallel=max(1, parallel[str(place)]),
-            logs=f"{worker_class}-{number}" if many else "",
+            logs=f"{worker_class}-{number}" if in_folders else "",
         )
         for place, (number, tasks) in enumerate(enumerate(sizes, first))
     ]
 
 
 def _left(plan: SubmissionRecord) -> dict[str, int]:
-    """Return class -> workers that no array has yet."""
+    """Return class -> number of workers that no array has yet."""
     sent = Counter[str]()
     for array in plan.arrays:
         sent[array.worker_class] += array.tasks
@@ -108,25 +114,25 @@ def _left(plan: SubmissionRecord) -> dict[str, int]:
 
 
 def _alive(run: Run, attempt: AttemptPaths) -> dict[str, int]:
-    """Return array -> tasks that did not end."""
+    """Return array -> number of tasks that did not end."""
     jobs = run.known_records.find(JobsRecord, attempt.jobs)
     alive = set(active_tasks(run.scheduler, known_tasks(run, attempt)))
     return {name: len(alive.intersection(ids)) for name, ids in jobs.ids.items()} if jobs else {}
 
 
 def has_unclaimed_bundles(run: Run, attempt: AttemptPaths, classes: Iterable[str]) -> bool:
-    """Say whether there are bundles of these classes that nobody took.
+    """Return whether bundles of these classes are unclaimed.
 
-    A claim stays: each is looked for until it is there, and not again.
+    Claims are never removed, so a bundle that was found claimed is not looked at again.
     """
     plan = run.known_records.read(SubmissionRecord, attempt.submission)
     for name in classes:
-        unseen = run.observations.unclaimed.get((attempt.root, name))
-        if unseen is None:
-            unseen = [b.number for b in plan.bundles if b.worker_class == name]
-            run.observations.unclaimed[attempt.root, name] = unseen
-        while unseen and attempt.claim(unseen[-1]).exists():
-            unseen.pop()
-        if unseen:
+        unclaimed = run.observations.unclaimed.get((attempt.root, name))
+        if unclaimed is None:
+            unclaimed = [b.number for b in plan.bundles if b.worker_class == name]
+            run.observations.unclaimed[attempt.root, name] = unclaimed
+        while unclaimed and attempt.claim(unclaimed[-1]).exists():
+            unclaimed.pop()
+        if unclaimed:
             return True
     return False

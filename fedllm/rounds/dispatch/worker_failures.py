@@ -1,4 +1,4 @@
-"""What goes wrong with workers: silent ones, broken nodes, too little memory, no progress."""
+"""Worker failures: silent workers, broken nodes, too little memory, no progress."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +8,12 @@ from fedllm.config.models import SbatchOptions
 from fedllm.errors import Incomplete, OutOfMemory
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
 from fedllm.rounds.dispatch.idle_workers import all_tasks
-from fedllm.rounds.dispatch.submissions import is_mine, known_tasks, record_outcome, was_preempted
+from fedllm.rounds.dispatch.submissions import (
+    is_since_start,
+    known_tasks,
+    record_outcome,
+    was_preempted,
+)
 from fedllm.rounds.dispatch.waves import has_unclaimed_bundles
 from fedllm.rounds.run import Run
 from fedllm.scheduling.endings import exit_status, reason_of
@@ -25,19 +30,19 @@ from fedllm.storage.records import (
 )
 from fedllm.storage.updates import Scan
 
-# a node may be to blame for these; not for time, memory or preemption
-_A_NODES_FAULT = {EndReason.FAILED, EndReason.NODE_LOST}
+# a node may cause these; it does not cause timeouts, out-of-memory or preemption
+_NODE_FAULTS = {EndReason.FAILED, EndReason.NODE_LOST}
 _MEMORY_GROWTH = 1.5
 
 
 def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
-    """Cancel running tasks whose progress has not changed for `scheduler.hung_minutes`.
+    """Cancel running tasks whose heartbeat has not changed for `scheduler.hung_minutes`.
 
-    Counted on this coordinator's own clock; a worker that lingers has nothing to say. Workers
-    that were taken over are watched as its own are.
+    Time is measured on this coordinator's own clock. Workers that were taken over are watched
+    too; idle workers are not, as they write no heartbeat.
 
     Raises:
-        SchedulerUnreachable: one could not be cancelled; it is looked at again.
+        SchedulerUnreachable: a task could not be cancelled; the next call tries again.
     """
     hung_seconds = 60.0 * run.config.scheduler.hung_minutes
     if not run.observations.is_due(("silent", attempt.root), min(60.0, hung_seconds / 4)):
@@ -47,14 +52,14 @@ def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
     running = [task for task, state in states.items() if state is TaskState.RUNNING]
     for task in [task for task in running if task not in run.observations.cancelled]:
         path = attempt.task(task)
-        silent = run.observations.silent_seconds(task, _modified_ns(path))
-        record = TaskRecord.find(path) if silent >= hung_seconds else None
-        if silent < hung_seconds or (record and record.state == "lingering"):
+        silent_seconds = run.observations.silent_seconds(task, _modified_ns(path))
+        record = TaskRecord.find(path) if silent_seconds >= hung_seconds else None
+        if silent_seconds < hung_seconds or (record and record.state == "lingering"):
             continue
         doing = "nothing begun"
         if record and record.client:
             doing = f"client {training_text(record.client, record.clients)}, step {record.step}"
-        why = f"no progress for {silent / 60:.1f} minutes ({doing})"
+        why = f"no progress for {silent_seconds / 60:.1f} minutes ({doing})"
         run.lease.check()
         run.scheduler.cancel([task])
         run.observations.cancelled[task] = why
@@ -62,10 +67,10 @@ def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
 
 
 def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
-    """Cancel tasks that wait in the queue once every bundle is taken by others.
+    """Cancel tasks that wait in the queue once other tasks claimed every bundle.
 
-    They would start for nothing, and until then take room under the limits. A requeued task that
-    waits holds bundles: it stays.
+    They would find nothing to do, and until then count against the limits. A requeued task that
+    holds bundles stays.
     """
     if not run.observations.is_due(("queued", attempt.root), run.config.scheduler.query_seconds):
         return
@@ -77,7 +82,7 @@ def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
         plan = run.known_records.read(SubmissionRecord, attempt.submission)
         if has_unclaimed_bundles(run, attempt, {bundle.worker_class for bundle in plan.bundles}):
             return
-        # every bundle has its claim now: they are read once
+        # every bundle is claimed, so the claims are read only once
         holders = {ClaimRecord.read(path).task for path in attempt.claim_files()}
         run.observations.holders[attempt.root] = holders
     if idle := [task for task in waiting if task not in holders]:
@@ -86,16 +91,18 @@ def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
 
 
 def waiting_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[str]]:
-    """Return the tasks of an attempt that wait in the queue, and those that may be at work."""
+    """Return the tasks of an attempt that wait in the queue, and those that may run."""
     ids = known_tasks(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
     waiting = [task for task, state in states.items() if state is TaskState.WAITING]
-    over = {TaskState.WAITING, TaskState.GONE}
-    return waiting, [task for task, state in states.items() if state not in over]
+    running = [
+        task for task, state in states.items() if state not in {TaskState.WAITING, TaskState.GONE}
+    ]
+    return waiting, running
 
 
 def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
-    """Record once how an attempt ended, and whether its unfinished clients came further."""
+    """Record once how an attempt ended, and whether its unfinished clients made progress."""
     known = run.known_records.find(OutcomeRecord, attempt.outcome)
     if known:
         return known
@@ -109,12 +116,12 @@ def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
     outcome = record_outcome(
         run, attempt, checkpoints=checkpoints, progressed=bool(checkpoints.items() - before.items())
     )
-    for line in _told(attempt, outcome):
+    for line in _describe_endings(attempt, outcome):
         run.say(line)
     return outcome
 
 
-def _told(attempt: AttemptPaths, outcome: OutcomeRecord) -> Iterator[str]:
+def _describe_endings(attempt: AttemptPaths, outcome: OutcomeRecord) -> Iterator[str]:
     endings = Counter((e.state, e.node) for e in outcome.endings.values())
     for (state, node), count in sorted(endings.items()):
         place = f" on {node}" if node else ""
@@ -125,39 +132,40 @@ def _told(attempt: AttemptPaths, outcome: OutcomeRecord) -> Iterator[str]:
 
 
 def count_fruitless_attempts(run: Run, attempt: AttemptPaths, scan: Scan) -> int:
-    """Return how many attempts, to the last, brought no update and no checkpoint further.
+    """Return the number of latest attempts in a row without a new update or checkpoint.
 
-    Those that preemption ended are passed over: it never counts. So are those before a person
-    started the run again.
+    Attempts that ended by preemption do not count. Nor do attempts from before a person last
+    started the run.
     """
     fruitful = {update.record.attempt for update in scan.published.values()}
     count = 0
     for number in range(attempt.number, 0, -1):
         paths = attempt.round.attempt(number)
         outcome = close_attempt(run, paths)
-        if number in fruitful or outcome.progressed or not is_mine(run, paths):
+        if number in fruitful or outcome.progressed or not is_since_start(run, paths):
             break
         count += not was_preempted(outcome)
     return count
 
 
 def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
-    """Return nodes that no worker should run on: each failed `scheduler.node_failures` tasks.
+    """Return the nodes that workers must avoid: those where `scheduler.node_failures` tasks failed.
 
-    Where no other node ran anything, it may not be the node.
+    A node is excluded only if another node ran something: otherwise the node may not be the cause.
     """
     before: set[str] = set()
     if paths.number > 1:
         for last in attempts_of(paths.previous.attempt)[-1:]:
             before = set(run.known_records.read(SubmissionRecord, last.submission).excluded_nodes)
+    max_failures = run.config.scheduler.node_failures
     failures: Counter[str] = Counter()
     ran: set[str] = set()
     for number in range(1, attempts + 1):
         attempt = paths.attempt(number)
         endings = close_attempt(run, attempt).endings.values()
-        failures.update(e.node for e in endings if e.node and _blames_node(e))
+        failures.update(e.node for e in endings if e.node and _is_nodes_fault(e))
         ran |= _nodes(attempt)
-    broken = {node for node, count in failures.items() if count >= _most(run)}
+    broken = {node for node, count in failures.items() if count >= max_failures}
     if paths.number > 1 and broken:
         ran = ran.union(*map(_nodes, attempts_of(paths.previous.attempt)))
     if not (ran | set(failures)) - broken:
@@ -168,25 +176,21 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
     return sorted(before | broken)
 
 
-def _blames_node(ending: Ending) -> bool:
-    # who ended as it was told to, before its time or preemption, is also counted as failed
-    as_told = exit_status(ending) == Incomplete.exit_code
-    return reason_of(ending) in _A_NODES_FAULT and not as_told
-
-
-def _most(run: Run) -> int:
-    return run.config.scheduler.node_failures
+def _is_nodes_fault(ending: Ending) -> bool:
+    # Slurm also counts a task as failed that stopped in order, before its time limit or preemption
+    in_order = exit_status(ending) == Incomplete.exit_code
+    return reason_of(ending) in _NODE_FAULTS and not in_order
 
 
 def _nodes(attempt: AttemptPaths) -> set[str]:
-    """Return the nodes on which workers of an attempt began."""
+    """Return the nodes on which workers of an attempt started."""
     return {TaskRecord.read(path).node for path in attempt.task_files()}
 
 
 def memory_factor(run: Run, paths: RoundPaths, attempts: int, worker_class: str) -> float:
-    """Return how much more memory than configured a class needs: what ran out before is told.
+    """Return the memory factor of a class: requested memory over configured memory, at least 1.
 
-    It grows with every attempt that ran out of it, and stays for the rounds that follow.
+    It grows with every attempt that ran out of memory, and later rounds keep it.
     """
     if not attempts and paths.number == 1:
         return 1.0
@@ -205,7 +209,7 @@ def memory_factor(run: Run, paths: RoundPaths, attempts: int, worker_class: str)
 def with_memory(
     run: Run, worker_class: str, options: SbatchOptions, factor: float
 ) -> SbatchOptions:
-    """Return a class's options with `factor` times the memory, and say so."""
+    """Return a class's options with `factor` times the memory, and log the change."""
     if factor == 1.0:
         return options
     grown = with_more_memory(options, factor)
@@ -233,12 +237,12 @@ def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bo
     ended = [reason_of(endings[task]) for task in tasks if task in endings]
     if EndReason.OUT_OF_MEMORY in ended:
         return True
-    # on a GPU it is the GPU's memory that ran out, which no option of a job enlarges
+    # with GPUs it was the GPU's memory, which no option of a job enlarges
     if any(asks_for_gpus(array.options) for array in mine):
         return False
-    told = {path: ErrorRecord.read(path) for path in attempt.task_errors()}
+    errors = {path: ErrorRecord.read(path) for path in attempt.task_errors()}
     own = {attempt.task_error(task) for task in tasks}
-    return any(e.kind == OutOfMemory.__name__ for path, e in told.items() if path in own)
+    return any(e.kind == OutOfMemory.__name__ for path, e in errors.items() if path in own)
 
 
 def _modified_ns(path: Path) -> int:
