@@ -1,1 +1,1 @@
-"""Advance: the whole story of a run, without torch."""
+"""Rounds: the whole course of a run, without torch."""

@@ -1,7 +1,7 @@
-"""The whole story of a run: read what is there, take every step that is possible.
+"""Advance a run: read its directory and take every step that is possible.
 
 Calling it again changes nothing: a step is complete when its record exists, and the record is
-written last. Run, resume, the coordinator job and `fedllm advance` are this one call.
+written last. `fedllm run`, `resume`, `advance` and the coordinator job all make this call.
 """
 
 from fedllm.errors import RunDirectoryError
@@ -17,10 +17,10 @@ from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord
 
 
 def advance(run: Run) -> bool:
-    """Take every step that is possible now; say whether the run is done.
+    """Take every step that is possible now; return whether the run is done.
 
     Raises:
-        FedllmError: the run cannot go on, with the exit code that says why.
+        FedllmError: the run cannot go on; the exit code says why.
     """
     run.observations.training_seconds = None
     federation = prepare(run)
@@ -34,7 +34,7 @@ def advance(run: Run) -> bool:
 
 
 def prepare(run: Run) -> Federation | None:
-    """Have model and data prepared; return what they and the configuration fix."""
+    """Prepare model and data in a job; return the federation, or None until they are prepared."""
     is_new = not run.paths.prepared.exists()
     if not run.paths.prepare_job(1).submission.exists():
         check_jobs(run)
@@ -61,7 +61,7 @@ def prepare(run: Run) -> Federation | None:
 
 
 def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
-    """Paths may change between rounds, what lies there may not.
+    """Require the base and data of the first round: their paths may change, their content not.
 
     Raises:
         RunDirectoryError: the first round was trained on another base model or other data.
@@ -70,13 +70,13 @@ def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
     if run.observations.content is prepared or not path.exists():
         return
     first = CohortRecord.read(path)
-    for key, was, found in (
+    for key, was, now in (
         ("model.path", first.base_fingerprint, prepared.model_fingerprint),
         ("data.path", first.data_fingerprint, prepared.data_fingerprint),
     ):
-        if was != found:
+        if was != now:
             raise RunDirectoryError(
-                f"{key}: not what the first round was trained on (fingerprint {found[:12]}, it "
+                f"{key}: not what the first round was trained on (fingerprint {now[:12]}, it "
                 f"was {was[:12]}); resume with --set {key}=<a path of the same content>, or with "
                 "the version of fedllm that began the run: another one may make other tokens"
             )
@@ -84,7 +84,7 @@ def _require_same_content(run: Run, prepared: PreparedRecord) -> None:
 
 
 def advance_round(run: Run, federation: Federation, number: int) -> bool:
-    """Draw, train, collect, aggregate; say whether the round's server state exists."""
+    """Draw, train, collect, aggregate; return whether the round's server state exists."""
     paths = run.paths.round(number)
     if paths.aggregate_record.exists():
         return True
@@ -98,7 +98,7 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
 
 
 def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
-    """Draw the round's cohort, or return the one that was drawn."""
+    """Draw the round's cohort, or return it if it was drawn already."""
     paths = run.paths.round(number)
     drawn = run.known_records.find(CohortRecord, paths.cohort)
     if drawn:

@@ -1,4 +1,4 @@
-"""The server's two jobs of a round: aggregation and evaluation."""
+"""Aggregation and evaluation: the server's two jobs of a round."""
 
 import hashlib
 
@@ -15,8 +15,8 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
     """Make progress on a round's server state; return its record once it is complete.
 
     Raises:
-        FedllmError: the job cannot succeed. A damaged update is not that: its clients train
-            again. Nor is one that holds what is not finite: its client is left out.
+        FedllmError: the job cannot succeed. Damaged updates raise nothing: their clients train
+            again. Nor do updates with values that are not finite: their clients are left out.
     """
     paths = run.paths.round(number)
     try:
@@ -35,7 +35,7 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
 
 
 def evaluate(run: Run, number: int) -> None:
-    """Make progress on a round's evaluation, where one is due; nothing waits for it."""
+    """Make progress on a round's evaluation if one is due; no other step waits for it."""
     if not is_evaluated(run.config.evaluation, number, run.config.rounds):
         return
     paths = run.paths.round(number)
@@ -50,10 +50,10 @@ def evaluate(run: Run, number: int) -> None:
 
 
 def redo_damaged_state(run: Run) -> None:
-    """Check the newest server state against its record; have a damaged one aggregated again.
+    """Check the newest server state against its record; aggregate a damaged one again.
 
     Raises:
-        RunDirectoryError: the updates it was made from are gone.
+        RunDirectoryError: the state is damaged and the updates it was made from are gone.
     """
     paths = run.paths.newest_state()
     if paths is None:
@@ -62,8 +62,8 @@ def redo_damaged_state(run: Run) -> None:
     problem = "missing"
     if paths.global_state.exists():
         with paths.global_state.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found == record.sha256:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 == record.sha256:
             return
         problem = "not the file that aggregate.json describes"
     if number and not paths.updates.exists():
@@ -74,7 +74,7 @@ def redo_damaged_state(run: Run) -> None:
     run.lease.check()
     if paths.global_state.exists():
         paths.global_state.rename(backup_name(paths.global_state, "damaged"))
-    # the record last: killed in between, this is done again
+    # the record is moved last: if killed in between, this is done again
     if paths.aggregate_attempts.exists():
         paths.aggregate_attempts.rename(backup_name(paths.aggregate_attempts, "replaced"))
     paths.aggregate_record.rename(backup_name(paths.aggregate_record, "replaced"))

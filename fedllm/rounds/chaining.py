@@ -1,7 +1,7 @@
-"""A link of the chained coordinator: take the steps that are possible, leave a successor waiting.
+"""Links of the chained coordinator: a link takes possible steps and leaves a waiting successor.
 
-The successor is submitted first, to start when this link ends: killed at any moment, a link is
-followed by one that goes on. Only then it is pointed at what this link submitted.
+A link first submits its successor, to start when the link ends. So the chain goes on whenever a
+link is killed. Only at its end a link makes the successor wait for the arrays it submitted.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from fedllm.scheduling.slurm.notation import arrays_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 
-# in a row, each before it could say why
-_MOST_LOST_LINKS = 10
+# links killed in a row, each before it could record why
+_MAX_LOST_LINKS = 10
 
 Answer = TypeVar("Answer")
 
@@ -38,12 +38,12 @@ class Chain:
     """The chain of a run, seen from one of its links.
 
     Args:
-        paths: the run.
-        config: its configuration.
-        run_id: its id.
-        job: this link's own job.
-        say: tells one line.
-        wait: sleeps.
+        paths: paths of the run.
+        config: configuration of the run.
+        run_id: id of the run.
+        job: Slurm job id of this link.
+        say: logs one line.
+        wait: sleeps for so many seconds.
     """
 
     paths: RunPaths
@@ -54,10 +54,10 @@ class Chain:
     wait: Callable[[float], None]
 
     def successor(self) -> str:
-        """Return the one link that waits behind this one, submitted now if there is none.
+        """Return the job that waits to follow this link; submit it if there is none.
 
         Raises:
-            RunFailed: many links in a row were killed.
+            RunFailed: 10 links in a row were killed.
         """
         lost = self._lost_links()
         waiting = self._others()
@@ -73,13 +73,13 @@ class Chain:
             )
         )
 
-    def start_successor_after(self, successor: str, work: InFlight) -> str:
-        """Have the successor start when something will have changed; say when that is."""
-        arrays = arrays_of(work.tasks)
+    def start_successor_after(self, successor: str, in_flight: InFlight) -> str:
+        """Start the successor when there may be more to do; return when, in words."""
+        arrays = arrays_of(in_flight.tasks)
         if not arrays:
             self.postpone(successor)
-            return "in a few minutes: there is no room for what it wants to submit"
-        minutes = work.look_again_minutes
+            return "in a few minutes: there is no room for more tasks"
+        minutes = in_flight.look_again_minutes
         if minutes is None:
             self.retry(lambda: slurm.start_after(successor, arrays))
             return f"after {' and '.join(arrays)}"
@@ -88,33 +88,33 @@ class Chain:
         return f"after {' or '.join(arrays)}, at the latest {minutes} minutes after this one began"
 
     def postpone(self, successor: str) -> None:
-        """Have the successor start, but not at once."""
+        """Start the successor after a pause of up to 5 minutes."""
         seconds = min(30 * self.config.scheduler.poll_seconds, LONGEST_WAIT_SECONDS)
         self.retry(lambda: slurm.start_later(successor, seconds))
 
     def end(self) -> None:
-        """Cancel what waits: the run is done, or must not go on by itself."""
+        """Cancel the waiting links, because the run is done or must not go on by itself."""
         for job in self._others():
             self.retry(partial(slurm.cancel_job, job))
 
     def record_orderly_end(self, successor: str) -> None:
-        """Record that this link was not lost."""
+        """Record that this link ended in order, so that it does not count as lost."""
         record = CoordinatorJobRecord(job=successor, mode="chained")
         record.publish(self.paths.coordinator_job)
 
-    def retry(self, ask: Callable[[], Answer]) -> Answer:
-        """Ask Slurm until it answers and has room, ever more rarely."""
+    def retry(self, call: Callable[[], Answer]) -> Answer:
+        """Call Slurm until it answers and has room, with growing pauses; return its answer."""
         pause = self._backoff()
         while True:
             try:
-                return ask()
+                return call()
             except (SchedulerUnreachable, SchedulerFull) as error:
                 self.say(f"{error}; asking again in {pause.seconds:.0f} s")
                 self.wait(pause.seconds)
                 pause.fail()
 
     def _others(self) -> list[str]:
-        """Return the links that wait, once none runs beside this one."""
+        """Return the waiting links, once no other link runs."""
         while True:
             jobs = self.retry(lambda: slurm.coordinator_jobs(self.run_id))
             others = {job: state for job, state in jobs.items() if job != self.job}
@@ -123,13 +123,13 @@ class Chain:
             self.wait(self.config.scheduler.poll_seconds)
 
     def _lost_links(self) -> int:
-        """Return how many links before this one were lost; after several, wait for better times."""
+        """Return the number of links lost in a row before this one; with several, pause first."""
         record = CoordinatorJobRecord.find(self.paths.coordinator_job)
         lost = record.lost if record else 0
-        if lost >= _MOST_LOST_LINKS:
+        if lost >= _MAX_LOST_LINKS:
             raise RunFailed(
                 f"{self.paths.root}: {lost} links of the chain in a row were killed before they "
-                f"could say why; see {self.paths.all_logs / 'chain.log'}, then: "
+                f"could record why; see {self.paths.all_logs / 'chain.log'}, then: "
                 f"fedllm submit {self.paths.root}"
             )
         if lost > 1:
@@ -143,11 +143,11 @@ class Chain:
 
 
 def take_link(chain: Chain, open_run: Callable[[], Run]) -> bool:
-    """Be a link of the chain; say whether the run is done.
+    """Run one link of the chain; return whether the run is done.
 
     Raises:
         FedllmError: the run cannot go on, and the chain ends here.
-        Stopped: this link was told to stop; its successor goes on.
+        Stopped: a signal stopped this link; its successor goes on.
     """
     with stopping_on_signals():
         try:
@@ -165,12 +165,12 @@ def take_link(chain: Chain, open_run: Callable[[], Run]) -> bool:
 def _take_steps(chain: Chain, open_run: Callable[[], Run]) -> bool:
     successor = chain.successor()
     try:
-        work = advance_while_possible(open_run())
-        if work is None:
+        in_flight = advance_while_possible(open_run())
+        if in_flight is None:
             return True
-        chain.say(f"link {successor} goes on {chain.start_successor_after(successor, work)}")
+        chain.say(f"link {successor} goes on {chain.start_successor_after(successor, in_flight)}")
     except (LeaseError, SchedulerUnreachable, SchedulerFull) as error:
-        # the lease: a person goes on with the run, or cron, or a link that ends just now
+        # LeaseError: a person, cron or a link that is just ending advances the run
         chain.say(f"{error}; link {successor} tries again in a while")
         chain.postpone(successor)
     except Stopped:
@@ -183,10 +183,10 @@ def _take_steps(chain: Chain, open_run: Callable[[], Run]) -> bool:
 def this_link(
     paths: RunPaths, config: Config, *, say: Callable[[str], None], wait: Callable[[float], None]
 ) -> Chain:
-    """Return the chain as the job sees it in which this process runs.
+    """Return the chain of the Slurm job in which this process runs.
 
     Raises:
-        UserError: it is no job.
+        UserError: this process is not in a Slurm job.
     """
     job = TaskEnvironment().job
     if job is None:

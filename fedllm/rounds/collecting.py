@@ -1,4 +1,4 @@
-"""Freeze what a round uses, before anything is computed from it."""
+"""Collection: freeze the updates of a round before anything is computed from them."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median_high
@@ -22,14 +22,17 @@ from fedllm.storage.updates import PublishedUpdate, Scan, check_update
 
 
 def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | None:
-    """Freeze the round's valid updates in the cohort's order; None: look at the files again.
+    """Freeze the round's valid updates, in the cohort's order.
 
-    What arrives later is late: counted, never mixed in. Where an earlier collection was replaced
-    because a file was damaged, the same clients are taken again, clipped as they were, but for
-    those whose values no aggregation can use.
+    Updates that arrive later are late: they are counted and never used. If this collection replaces
+    one with a damaged file, it takes the same clients with the same clipping, without those whose
+    values no aggregation can use.
+
+    Returns:
+        The collection; None if a file changed since the scan, so that it must be scanned again.
 
     Raises:
-        RunFailed: fewer valid updates than the quorum; names clients, reasons and logs.
+        RunFailed: fewer valid updates than the quorum; it names clients, reasons and logs.
     """
     paths = run.paths.round(cohort.round)
     frozen = CollectionRecord.find(paths.collection)
@@ -39,9 +42,9 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
     taken = _taken(cohort, scan, {u.client for u in first.updates} if first else None)
     updates = [_collected(taken[c.id], c.tier) for c in cohort.clients if c.id in taken]
     try:
-        checked = _as_before(first, updates) if first else check_outliers(run, paths, updates)
+        checked = _clip_as_before(first, updates) if first else check_outliers(run, paths, updates)
     except UnreadableUpdateError as error:
-        # it was whole when it was scanned: the next scan finds what it is now
+        # the file changed since the scan: the next scan reads it again
         run.say(f"round {cohort.round}: {error}")
         run.known_records.forget_update(error.file)
         return None
@@ -60,33 +63,33 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
         startup_seconds=_startup_seconds(paths),
         training=training_metrics([taken[update.client].record for update in updates]),
     )
-    _tell(run, collection, scan, checked.rejected)
+    _log_collection(run, collection, scan, checked.rejected)
     run.publish(collection, paths.collection)
     return collection
 
 
 def _taken(cohort: CohortRecord, scan: Scan, before: set[str] | None) -> dict[str, PublishedUpdate]:
-    """Return the valid updates, of a replaced collection those of its clients."""
-    found = {c.id: scan.published[c.id] for c in cohort.clients if c.id in scan.published}
+    """Return client -> valid update; only of the clients in `before`, if given."""
+    published = {c.id: scan.published[c.id] for c in cohort.clients if c.id in scan.published}
     return {
         client: update
-        for client, update in found.items()
+        for client, update in published.items()
         if update.record.status == "ok" and (before is None or client in before)
     }
 
 
 def _failures(cohort: CohortRecord, scan: Scan) -> dict[str, str]:
-    """Return why clients failed to train."""
-    found = [scan.published[c.id].record for c in cohort.clients if c.id in scan.published]
+    """Return client -> why it failed to train."""
+    records = [scan.published[c.id].record for c in cohort.clients if c.id in scan.published]
     return {
         record.client: f"{record.reason} (log {record.log})"
-        for record in found
+        for record in records
         if record.status == "failed"
     }
 
 
-def _as_before(first: CollectionRecord, updates: Sequence[CollectedUpdate]) -> CheckedUpdates:
-    """Treat a replaced collection's clients as it did: with others left out the median differs."""
+def _clip_as_before(first: CollectionRecord, updates: Sequence[CollectedUpdate]) -> CheckedUpdates:
+    """Clip clients as the replaced collection did: without all its clients the median differs."""
     clips = {update.client: update.clipped for update in first.updates}
     return CheckedUpdates(
         updates=[clipped(update, clips[update.client]) for update in updates],
@@ -95,16 +98,18 @@ def _as_before(first: CollectionRecord, updates: Sequence[CollectedUpdate]) -> C
 
 
 def _environments(taken: Sequence[PublishedUpdate]) -> list[dict[str, str]]:
-    """Return the different environments that clients trained in, in the order they are met."""
-    found: list[dict[str, str]] = []
+    """Return the distinct environments that clients trained in, in the updates' order."""
+    environments: list[dict[str, str]] = []
     for update in taken:
         for environment in (update.record.environment, *update.record.earlier_environments):
-            if environment not in found:
-                found.append(environment)
-    return found
+            if environment not in environments:
+                environments.append(environment)
+    return environments
 
 
-def _tell(run: Run, collection: CollectionRecord, scan: Scan, rejected: Mapping[str, str]) -> None:
+def _log_collection(
+    run: Run, collection: CollectionRecord, scan: Scan, rejected: Mapping[str, str]
+) -> None:
     number = collection.round
     for update in scan.duplicates:
         counts = scan.published[update.record.client].file
@@ -114,7 +119,7 @@ def _tell(run: Run, collection: CollectionRecord, scan: Scan, rejected: Mapping[
         )
     for client, why in rejected.items():
         run.say(f"round {number}: {client} is left out: {why}")
-    run.say(f"round {number}: collected {_told(collection)}")
+    run.say(f"round {number}: collected {_describe(collection)}")
     if len(collection.environments) > 1:
         run.say(
             f"round {number}: clients trained in {len(collection.environments)} environments, so "
@@ -123,7 +128,10 @@ def _tell(run: Run, collection: CollectionRecord, scan: Scan, rejected: Mapping[
 
 
 def tier_mix(cohort: CohortRecord, scan: Scan, used: set[str]) -> dict[str, TierMix]:
-    """Return how the tiers fared: of a round that does not wait, fast ones see more clients."""
+    """Return tier -> clients drawn and used, tokens and seconds.
+
+    If a round does not wait for all its clients, it uses more of those in fast tiers.
+    """
     mix: dict[str, TierMix] = {}
     for tier in cohort.ranks:
         drawn = [client for client in cohort.clients if client.tier == tier]
@@ -137,7 +145,7 @@ def tier_mix(cohort: CohortRecord, scan: Scan, used: set[str]) -> dict[str, Tier
     return mix
 
 
-def _told(collection: CollectionRecord) -> str:
+def _describe(collection: CollectionRecord) -> str:
     drawn = sum(mix.drawn for mix in collection.tiers.values())
     if len(collection.updates) == drawn:
         return f"all {drawn} clients"
@@ -146,7 +154,7 @@ def _told(collection: CollectionRecord) -> str:
 
 
 def _startup_seconds(paths: RoundPaths) -> float | None:
-    """Return what a worker of a round needed before it trained, where it is known: the median."""
+    """Return the median seconds that a round's workers needed before they trained, if known."""
     attempts = attempts_of(paths.attempt)
     records = [TaskRecord.read(path) for attempt in attempts for path in attempt.task_files()]
     known = [record.startup_seconds for record in records if record.startup_seconds]
@@ -154,11 +162,11 @@ def _startup_seconds(paths: RoundPaths) -> float | None:
 
 
 def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
-    """Put a collection aside whose files cannot be read as they were frozen.
+    """Set a collection aside if its files are not as they were frozen; return whether it was.
 
-    Asked once an aggregation failed, for it reads every tensor: scans read headers alone. The
-    damaged files are set aside too; their clients train again and, being functions of their
-    identity, send the same update.
+    Call this only after an aggregation failed, as it reads every tensor; scans read only headers.
+    It sets the damaged files aside too. Their clients train again and send the same update, as
+    training depends only on their identity.
     """
     collection = CollectionRecord.read(paths.collection)
     problems: dict[str, str] = {}
@@ -178,10 +186,14 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
 
 
 def leave_out_bad(run: Run, paths: RoundPaths) -> bool:
-    """Put a collection aside whose aggregation said which clients' updates cannot be used.
+    """Set a collection aside if its aggregation named clients with unusable updates.
 
-    What it said stays beside it, so whoever collects anew leaves them out: the same update would
-    come if they trained again. The quorum decides whether the round goes on.
+    The aggregation's error record stays beside it, so the next collection leaves these clients out:
+    they would send the same update if they trained again. The quorum decides whether the round
+    goes on.
+
+    Returns:
+        Whether the collection was set aside.
     """
     bad = _bad_clients(run, paths)
     collection = CollectionRecord.read(paths.collection)
@@ -193,13 +205,13 @@ def leave_out_bad(run: Run, paths: RoundPaths) -> bool:
 
 
 def _bad_clients(run: Run, paths: RoundPaths) -> dict[str, str]:
-    """Return the clients whose updates stopped an aggregation of the round, and why."""
+    """Return client -> problem of the updates that stopped an aggregation of the round."""
     attempts = paths.aggregate_attempts
     places: dict[int, str] = {}
-    for told in sorted(
+    for path in sorted(
         attempts.parent.glob(f"{attempts.name}*/*/{JobPaths(root=attempts).error.name}")
     ):
-        places |= run.known_records.read(ErrorRecord, told).bad_places
+        places |= run.known_records.read(ErrorRecord, path).bad_places
     if not places:
         return {}
     clients = run.known_records.read(CohortRecord, paths.cohort).clients
@@ -207,7 +219,7 @@ def _bad_clients(run: Run, paths: RoundPaths) -> dict[str, str]:
 
 
 def _replace(run: Run, paths: RoundPaths) -> None:
-    # the collection last: killed in between, what was said of the old one is not told again
+    # the collection is moved last: if killed in between, old errors do not count for the new one
     if paths.aggregate_attempts.exists():
         paths.aggregate_attempts.rename(backup_name(paths.aggregate_attempts, "replaced"))
     paths.collection.rename(backup_name(paths.collection, "replaced"))
@@ -216,16 +228,17 @@ def _replace(run: Run, paths: RoundPaths) -> None:
 
 def _problem(paths: RoundPaths, name: str, sha256: str) -> str | None:
     try:
-        found = check_update(paths.updates / name)
+        published = check_update(paths.updates / name)
     except FileNotFoundError:
         return "missing"
     except DamagedUpdateError as error:
         return str(error)
-    return None if found and found[0].sha256 == sha256 else "not the file that was collected"
+    is_same = bool(published) and published[0].sha256 == sha256
+    return None if is_same else "not the file that was collected"
 
 
 def replaced_collection(run: Run, paths: RoundPaths) -> CollectionRecord | None:
-    """Return the first collection that was replaced, if any was, without clients left out since."""
+    """Return the first replaced collection, if any, without clients that were left out since."""
     path = paths.collection.with_name(f"{paths.collection.name}.replaced-1")
     first = run.known_records.find(CollectionRecord, path)
     bad = _bad_clients(run, paths) if first else {}
@@ -236,19 +249,19 @@ def replaced_collection(run: Run, paths: RoundPaths) -> CollectionRecord | None:
 
 
 def replaced_clients(run: Run, paths: RoundPaths) -> set[str] | None:
-    """Return the clients that a replaced collection is to have again, if any was replaced."""
+    """Return the clients that the new collection needs if one was replaced, else None."""
     record = replaced_collection(run, paths)
     return {update.client for update in record.updates} if record else None
 
 
-def _collected(found: PublishedUpdate, tier: str) -> CollectedUpdate:
+def _collected(update: PublishedUpdate, tier: str) -> CollectedUpdate:
     return CollectedUpdate(
-        client=found.record.client,
+        client=update.record.client,
         tier=tier,
-        attempt=found.record.attempt,
-        file=found.file,
-        sha256=found.sha256,
-        weight=float(found.record.rows),
+        attempt=update.record.attempt,
+        file=update.file,
+        sha256=update.sha256,
+        weight=float(update.record.rows),
     )
 
 

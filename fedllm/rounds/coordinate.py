@@ -1,4 +1,4 @@
-"""The coordinator: advance until the run is done, or until others have to do their part."""
+"""Coordinator: advance a run until it is done, or until it must wait for jobs."""
 
 import gc
 import signal
@@ -20,15 +20,15 @@ _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 
 class Stopped(Incomplete):
-    """It was told to stop."""
+    """A signal stopped the coordinator."""
 
 
 def coordinate(run: Run) -> None:
     """Advance a run to its end, then close it.
 
     Raises:
-        FedllmError: it cannot go on.
-        Stopped: it was told to stop; resume goes on.
+        FedllmError: the run cannot go on.
+        Stopped: a signal stopped it; resume goes on.
     """
     with stopping_on_signals(), _rare_garbage_collection():
         try:
@@ -41,18 +41,18 @@ def coordinate(run: Run) -> None:
 def advance_while_possible(run: Run) -> InFlight | None:
     """Take every step that is possible without waiting for jobs, then close the run.
 
-    Waits only until files that may be on their way must have come: who comes later would have
-    to wait anew.
+    It waits only for missing files that the file system may still show: the next coordinator would
+    have to start this wait again.
 
     Returns:
-        What is at work now, or None if the run is done.
+        The tasks in flight, or None if the run is done.
     """
     try:
         redo_damaged_state(run)
         while not advance(run):
-            work = find_in_flight(run)
-            if work.waits_for_room or (work.tasks and not run.known_records.is_waiting):
-                return work
+            in_flight = find_in_flight(run)
+            if in_flight.waits_for_room or (in_flight.tasks and not run.known_records.is_waiting):
+                return in_flight
             run.scheduler.wait(run.config.scheduler.poll_seconds)
         return None
     finally:
@@ -72,13 +72,13 @@ def _advance_to_the_end(run: Run) -> None:
             pause.fail()
             continue
         pause.succeed()
-        trouble = _told(run, trouble)
+        trouble = _log_trouble(run, trouble)
         run.scheduler.wait(_pause_seconds(run))
 
 
 @contextmanager
 def _rare_garbage_collection() -> Iterator[None]:
-    """Let the collector pass over what lives for a round anyway: thousands of clients' records."""
+    """Run the garbage collector rarely: the records of thousands of clients live for a round."""
     before = gc.get_threshold()
     gc.set_threshold(*_COLLECTION_THRESHOLDS)
     try:
@@ -88,17 +88,17 @@ def _rare_garbage_collection() -> Iterator[None]:
 
 
 def _pause_seconds(run: Run) -> float:
-    """Return when to look again: of long training at most a hundredth of its time is lost."""
+    """Return the seconds until the next look, so that at most 1 % of a long training is lost."""
     section = run.config.scheduler
     trained = run.observations.training_seconds or 0.0
     return max(section.poll_seconds, min(section.query_seconds, trained / 100))
 
 
-def _told(run: Run, before: str | None) -> str | None:
-    """Say when the scheduler no longer answers about tasks, and when it does again."""
+def _log_trouble(run: Run, before: str | None) -> str | None:
+    """Log when the scheduler stops answering about tasks and when it answers again; return why."""
     trouble = run.scheduler.trouble()
     if trouble and not before:
-        run.say(f"{trouble}; until then tasks count as at work")
+        run.say(f"{trouble}; until then tasks count as running")
     elif before and not trouble:
         run.say("the scheduler answers again")
     return trouble
@@ -106,7 +106,7 @@ def _told(run: Run, before: str | None) -> str | None:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Turn the first SIGTERM or Ctrl-C into an orderly end; further ones do not disturb it."""
+    """Raise Stopped on the first SIGTERM or Ctrl-C; ignore later ones, so that it ends in order."""
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         name = signal.Signals(number).name

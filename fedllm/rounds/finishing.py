@@ -1,4 +1,4 @@
-"""What is left of a round: its record, the metrics, and what retention keeps."""
+"""End of a round: write its record and the metrics, then prune what retention does not keep."""
 
 from fedllm.planning.evaluation import is_evaluated
 from fedllm.reporting.results.metrics import headline, write_metrics
@@ -15,12 +15,12 @@ from fedllm.storage.updates import update_files
 
 
 def finish_rounds(run: Run) -> bool:
-    """Complete every round whose state and evaluation exist; say whether all rounds are done."""
+    """Finish every round whose state and evaluation exist; return whether all rounds are done."""
     done = True
     finished = False
     for number in range(run.observations.done, run.config.rounds + 1):
         if run.paths.round(number).record.exists():
-            # all rounds before are done too: nobody needs to look at them again
+            # all rounds before it are done too: they need no second look
             run.observations.done += run.observations.done == number
             continue
         if _may_finish(run, number):

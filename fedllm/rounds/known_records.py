@@ -1,6 +1,6 @@
-"""What a coordinator has read of its run directory, and since when it waits for a file.
+"""Cache of what a coordinator read from its run directory, and since when it waits for files.
 
-A new coordinator begins with nothing and comes to the same decisions, later at most.
+A new coordinator starts with an empty cache and makes the same decisions, at most later.
 """
 
 import time
@@ -17,12 +17,12 @@ from fedllm.storage.updates import Origin, PublishedUpdate, UpdateScanner
 
 
 class KnownRecords:
-    """Records, update files and the plan of clients, each read or worked out once.
+    """Records, update files and the federation, each read or computed once.
 
     Args:
-        paths: the run directory.
-        config: of the run.
-        record: of the run.
+        paths: paths of the run directory.
+        config: configuration of the run.
+        record: the run's `run.json`.
     """
 
     def __init__(self, paths: RunPaths, config: Config, record: RunRecord) -> None:
@@ -34,23 +34,23 @@ class KnownRecords:
         self._first_seen: dict[Path, float] = {}
 
     def read(self, kind: type[AnyRecord], path: Path) -> AnyRecord:
-        """Read a record, anew only where its file changed.
+        """Read a record; read it again only if its file changed.
 
         Raises:
-            FileNotFoundError: there is none.
-            RunDirectoryError: it is not a record of this kind.
+            FileNotFoundError: there is no such file.
+            RunDirectoryError: the file is not a record of this kind.
         """
         return self._records.read(kind, path)
 
     def find(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-        """Read a record as `read` does, or return None where its step is not complete."""
+        """Read a record as `read` does, or return None if its step is not complete."""
         return self._records.find(kind, path)
 
     def federation(self, prepared: PreparedRecord) -> Federation:
-        """Return what configuration and data fix, worked out once.
+        """Return the federation of the run, computed once.
 
         Raises:
-            ConfigError: they do not fit together.
+            ConfigError: configuration, data and base model do not fit together.
         """
         if self._federation is None or self._federation.prepared is not prepared:
             self._federation = plan_federation(self._config, prepared)
@@ -61,7 +61,7 @@ class KnownRecords:
     ) -> UpdateScanner:
         """Return the round's scanner, which reads every update file once."""
         if self._scanner is None or self._scanner[0] != cohort.round:
-            # a round that begins needs nothing of those before
+            # a new round needs no record of earlier ones
             self._records.clear()
             scanner = UpdateScanner(
                 round=self._paths.round(cohort.round),
@@ -72,18 +72,19 @@ class KnownRecords:
         return self._scanner[1]
 
     def forget_update(self, name: str) -> None:
-        """Let the next scan read an update file again."""
+        """Make the next scan read an update file again."""
         if self._scanner is not None:
             self._scanner[1].forget(name)
 
     def forget_updates(self) -> None:
-        """Let the next scan read every update file again."""
+        """Make the next scan read every update file again."""
         self._scanner = None
 
     def wait_is_over(self, path: Path) -> bool:
-        """Say whether what is missing or damaged under `path` cannot be on its way any more.
+        """Return whether the wait for a missing or damaged file at `path` is over.
 
-        Counts on this process's own clock from the first time it was asked: no decision compares
+        The wait is `storage.visibility_seconds` from the first call with this path, as a shared
+        file system may show a file late. It uses this process's own clock: no decision compares
         the clocks of two machines.
         """
         since = self._first_seen.setdefault(path, time.monotonic())
@@ -91,6 +92,6 @@ class KnownRecords:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether anything that was asked for by `settled` may still be on its way."""
+        """Whether the wait for any path given to `wait_is_over` is not over."""
         now = time.monotonic()
         return any(now - since < self._visibility_seconds for since in self._first_seen.values())

@@ -1,4 +1,4 @@
-"""What a coordinator keeps in mind, on its own clock; all of it can be lost."""
+"""Observations of a coordinator, on its own clock; they may be lost at any time."""
 
 import math
 import time
@@ -11,9 +11,19 @@ from fedllm.storage.records import CohortRecord, PreparedRecord
 
 @dataclass(kw_only=True)
 class Observations:
-    """Moments to look again, workers that are silent, arrays that found no room.
+    """Observations: times of the next look, silent workers, arrays that found no room.
 
-    Decisions that last are records; a coordinator that starts anew watches anew.
+    Lasting decisions are records. A new coordinator starts without observations.
+
+    Attributes:
+        cancelled: task -> why it was cancelled.
+        content: the prepared record whose base and data were found to be those of round 1.
+        done: rounds below this number are done.
+        attempts: round -> number of the last attempt that was started.
+        holders: attempt's folder -> tasks that hold its claims, once every bundle is claimed.
+        unclaimed: (attempt's folder, class) -> numbers of its bundles not found claimed yet.
+        training_seconds: for how long the current attempt has been watched; None: none trains.
+        no_room: names of arrays that the scheduler had no room for.
     """
 
     cancelled: dict[str, str] = field(default_factory=dict)
@@ -29,35 +39,35 @@ class Observations:
     _unchanged: dict[str, tuple[object, float]] = field(default_factory=dict)
 
     def tiers_of(self, cohort: CohortRecord) -> Mapping[str, str]:
-        """Return client -> tier of a cohort, made once."""
+        """Return client -> tier of a cohort, computed once."""
         if self._tiers is None or self._tiers[0] is not cohort:
             self._tiers = cohort, {client.id: client.tier for client in cohort.clients}
         return self._tiers[1]
 
     def training_seconds_of(self, attempt: Path) -> float:
-        """Return for how long an attempt has been watched."""
+        """Return the seconds for which an attempt has been watched."""
         return self.silent_seconds(str(attempt), "training")
 
-    def is_due(self, what: object, seconds: float) -> bool:
-        """Say whether to do something now that is done every `seconds`."""
+    def is_due(self, action: object, seconds: float) -> bool:
+        """Return whether an action is due; if so, it is due again after `seconds`."""
         now = time.monotonic()
-        if now < self._next.get(what, now):
+        if now < self._next.get(action, now):
             return False
-        self._next[what] = now + seconds
+        self._next[action] = now + seconds
         return True
 
-    def look_again(self, what: object) -> None:
-        """Have what is done every so often be due."""
-        self._next.pop(what, None)
+    def look_again(self, action: object) -> None:
+        """Make an action due at once."""
+        self._next.pop(action, None)
 
-    def is_new(self, what: object) -> bool:
-        """Say whether this is asked for the first time."""
-        return self.is_due(what, math.inf)
+    def is_new(self, subject: object) -> bool:
+        """Return whether this is the first call for a subject."""
+        return self.is_due(subject, math.inf)
 
-    def silent_seconds(self, task: str, progress: object) -> float:
-        """Return for how long the progress of a task has been seen unchanged."""
+    def silent_seconds(self, task: str, heartbeat: object) -> float:
+        """Return the seconds since the heartbeat of a task was first seen with this value."""
         now = time.monotonic()
-        seen = self._unchanged.get(task)
-        if seen is None or seen[0] != progress:
-            seen = self._unchanged[task] = (progress, now)
-        return now - seen[1]
+        last = self._unchanged.get(task)
+        if last is None or last[0] != heartbeat:
+            last = self._unchanged[task] = (heartbeat, now)
+        return now - last[1]

@@ -1,4 +1,4 @@
-"""Open a run directory: a new one, or one to go on with."""
+"""Opening of a run directory: create a new run, or go on with an existing one."""
 
 import hashlib
 import os
@@ -40,11 +40,11 @@ def open_run(
     take_over: bool = False,
     unattended: bool = False,
 ) -> Run:
-    """Take the lease of a run directory and bring it to `config`.
+    """Open a run directory: take its lease and apply `config`.
 
     Raises:
         RunDirectoryError: the directory is not a run, belongs to another configuration, or
-            `rounds` is smaller than what was asked before.
+            `rounds` is smaller than in the run.
         LeaseError: another coordinator holds it.
     """
     paths = RunPaths(root=root.resolve())
@@ -79,24 +79,24 @@ def open_run(
 
 
 def close_run(run: Run) -> None:
-    """End the scheduler's processes and give the lease back."""
+    """Close a run: end the scheduler's processes and release the lease."""
     run.scheduler.close()
     try:
         run.lease.release()
     except FedllmError as error:
-        # a full disk, say: what it stopped first is the error to raise
-        run.say(f"the lease was not given back: {error}")
+        # for example a full disk; the first error that it caused is the one to raise
+        run.say(f"the lease was not released: {error}")
 
 
 def versions() -> dict[str, str]:
     """Return the installed versions of the packages that results depend on."""
-    found: dict[str, str] = {}
+    installed: dict[str, str] = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _create(paths: RunPaths, config: Config) -> RunRecord:
@@ -131,10 +131,10 @@ def _changed(before: Config, after: Config) -> dict[str, tuple[str, Any, Any]]:
     old, new = flatten(before), flatten(after)
     changed: dict[str, tuple[str, Any, Any]] = {}
     for key in dict.fromkeys([*old, *new]):
-        kind, was = old.get(key, ("", None))
-        other_kind, is_ = new.get(key, ("", None))
-        if was != is_:
-            changed[key] = (kind or other_kind, was, is_)
+        kind, before_value = old.get(key, ("", None))
+        other_kind, after_value = new.get(key, ("", None))
+        if before_value != after_value:
+            changed[key] = (kind or other_kind, before_value, after_value)
     return changed
 
 
@@ -142,8 +142,8 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
     changed = _changed(read_config(paths.config), config)
     if paths.round(1).cohort.exists():
         frozen = [
-            f"{key} ({was} in the run, {asked} asked)"
-            for key, (kind, was, asked) in changed.items()
+            f"{key} ({was} in the run, now {now})"
+            for key, (kind, was, now) in changed.items()
             if kind == "result"
         ]
         if frozen:
@@ -152,9 +152,9 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
                 "are frozen, choose another --run-dir"
             )
     if "rounds" in changed and changed["rounds"][2] < changed["rounds"][1]:
-        _, was, asked = changed["rounds"]
+        _, was, now = changed["rounds"]
         raise RunDirectoryError(
-            f"{paths.root}: rounds can only grow, {was} in the run: got {asked}; to go on with it "
+            f"{paths.root}: rounds can only grow, {was} in the run: got {now}; to go on with it "
             f"as it is: fedllm resume {paths.root}"
         )
 
@@ -170,8 +170,8 @@ def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
     ):
         _prepare_again(paths)
     changes = [
-        ChangeRecord(key=key, before=was, after=is_, lease=lease.number)
-        for key, (_, was, is_) in changed.items()
+        ChangeRecord(key=key, before=was, after=now, lease=lease.number)
+        for key, (_, was, now) in changed.items()
     ]
     after = record.model_copy(
         update={
@@ -179,14 +179,14 @@ def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
             "result_fingerprint": result_fingerprint(config),
         }
     )
-    # the change is recorded before it is made: killed in between, it is recorded twice, never lost
+    # a change is recorded before it is made: if killed in between, it is recorded twice, never lost
     after.publish(paths.run)
     publish_bytes(paths.config, dump_config(config).encode())
     return after
 
 
 def _prepare_again(paths: RunPaths) -> None:
-    """Set the preparation aside; before the first round also the state that was made from it."""
+    """Set the preparation aside; before the first round also the state of round 0 made from it."""
     for path in (paths.prepared, paths.prepare_attempts):
         if path.exists():
             path.rename(backup_name(path, "replaced"))
@@ -196,5 +196,5 @@ def _prepare_again(paths: RunPaths) -> None:
 
 
 def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
-    """Return the configuration of a run with execution keys, or more rounds, changed."""
+    """Return the configuration of a run with some execution keys, or `rounds`, changed."""
     return override_config(read_config(RunPaths(root=root).config), overrides)

@@ -1,4 +1,4 @@
-"""What is kept of a run, and the removal of everything else."""
+"""Retention: which files of a run are kept, and the removal of all others."""
 
 import contextlib
 import errno
@@ -15,20 +15,20 @@ from fedllm.storage.publishing.publish import storage_errors
 from fedllm.storage.records import EvaluationRecord
 
 _SET_ASIDE = re.compile(r"\.(damaged|replaced|refused)-\d+$")
-# another one removes the same, or a late worker still writes there: the next call sees to it
+# another process removes the same, or a late worker still writes there: the next call retries
 _BUSY = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """A file or folder that is not kept, and the bytes of its files."""
+    """A file or folder to remove, and the bytes of its files."""
 
     path: Path
     num_bytes: int
 
 
 def prune(paths: RunPaths, config: Config) -> list[Removal]:
-    """Remove what retention does not keep; safe beside a coordinator that does the same."""
+    """Remove what retention does not keep; several processes may do so at once."""
     removals = removable(paths, config)
     for removal in removals:
         with storage_errors(removal.path):
@@ -37,88 +37,88 @@ def prune(paths: RunPaths, config: Config) -> list[Removal]:
 
 
 def removable(paths: RunPaths, config: Config) -> list[Removal]:
-    """Return what retention does not keep, of complete rounds alone.
+    """Return the files and folders that retention does not keep, of complete rounds only.
 
-    Updates and checkpoints stay until the next round is aggregated. States of the last
-    `storage.keep_states` rounds, of every `storage.keep_every`-th, and of the best evaluated one
-    stay; logs, claims and progress records of the last `storage.keep_logs` rounds do. What was set
-    aside and what writers left unfinished goes.
+    Kept are the updates and checkpoints of a round until the next round is aggregated; the states
+    of the last `storage.keep_states` rounds, of every `storage.keep_every`-th round and of the best
+    evaluated round; the logs, claims and task records of the last `storage.keep_logs` rounds.
+    Files that were set aside or left unfinished are removed.
     """
     rounds = [paths.round(number) for number in range(config.rounds + 1)]
     complete = [r for r in rounds if r.record.exists() and r.aggregate_record.exists()]
-    found: dict[Path, None] = {}
+    removals: dict[Path, None] = {}
     for path in (
         *_states(paths, config, complete),
         *_updates(paths, complete),
-        *_accounts(paths, rounds, complete[: -config.storage.keep_logs]),
+        *_task_files(paths, rounds, complete[: -config.storage.keep_logs]),
         *_leftovers(paths, complete),
     ):
-        if not any(parent in found for parent in path.parents):
-            found[path] = None
-    return [Removal(path=path, num_bytes=_files_bytes(path)) for path in found]
+        if not any(parent in removals for parent in path.parents):
+            removals[path] = None
+    return [Removal(path=path, num_bytes=_files_bytes(path)) for path in removals]
 
 
 def _states(paths: RunPaths, config: Config, complete: Sequence[RoundPaths]) -> Iterator[Path]:
-    kept = {each.number for each in complete[-config.storage.keep_states :]}
-    kept |= {each.number for each in complete if each.number % config.storage.keep_every == 0}
-    gone = [each for each in complete if each.number not in kept and each.global_state.exists()]
-    # evaluations are long: they are read only where a state hangs on it
-    best = best_round(paths, config) if gone else set()
-    for each in gone:
-        if each.number not in best and _is_superseded(paths, each):
-            yield each.global_state
+    kept = {r.number for r in complete[-config.storage.keep_states :]}
+    kept |= {r.number for r in complete if r.number % config.storage.keep_every == 0}
+    surplus = [r for r in complete if r.number not in kept and r.global_state.exists()]
+    # evaluations are long, so they are read only if a state may be removed
+    best = best_round(paths, config) if surplus else set()
+    for round_paths in surplus:
+        if round_paths.number not in best and _is_superseded(paths, round_paths):
+            yield round_paths.global_state
 
 
 def _updates(paths: RunPaths, complete: Sequence[RoundPaths]) -> Iterator[Path]:
-    for each in complete:
-        if _is_superseded(paths, each):
-            yield from _existing(each.updates, each.checkpoints)
+    for round_paths in complete:
+        if _is_superseded(paths, round_paths):
+            yield from _existing(round_paths.updates, round_paths.checkpoints)
 
 
-def _is_superseded(paths: RunPaths, each: RoundPaths) -> bool:
-    """Say whether the next round has its state: until then a damaged one may be made anew."""
-    return paths.round(each.number + 1).aggregate_record.exists()
+def _is_superseded(paths: RunPaths, round_paths: RoundPaths) -> bool:
+    """Return whether the next round has its state; before, this round's may have to be redone."""
+    return paths.round(round_paths.number + 1).aggregate_record.exists()
 
 
-def _accounts(
+def _task_files(
     paths: RunPaths, rounds: Sequence[RoundPaths], old: Sequence[RoundPaths]
 ) -> Iterator[Path]:
-    """Yield claims, progress records and logs of old rounds."""
-    for each in old:
-        for attempt in _attempts(each):
+    """Yield the claims, task records and logs of old rounds."""
+    for round_paths in old:
+        for attempt in _attempts(round_paths):
             yield from _existing(attempt.claims, attempt.tasks)
-    folders = _existing(*(paths.logs(each.number) for each in old))
+    folders = _existing(*(paths.logs(r.number) for r in old))
     if not folders:
         return
-    # a worker that lingers writes on in the log of the round that started it
-    newer = [each for each in rounds if each not in old]
-    at_work = {
-        path.stem for each in newer for attempt in _attempts(each) for path in attempt.task_files()
+    # a worker that was taken over goes on in the log of the round that started it
+    newer = [r for r in rounds if r not in old]
+    newer_tasks = {
+        path.stem for r in newer for attempt in _attempts(r) for path in attempt.task_files()
     }
     for folder in folders:
-        kept, gone = _split(_files(folder), lambda path: task_of(path) in at_work)
-        yield from gone if kept else [folder]
+        kept, surplus = _split(_files(folder), lambda path: task_of(path) in newer_tasks)
+        yield from surplus if kept else [folder]
 
 
-def _split(paths: Iterable[Path], belongs: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
-    """Return what belongs and what does not."""
+def _split(paths: Iterable[Path], is_kept: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
+    """Return the paths that are kept, and the others."""
     groups: tuple[list[Path], list[Path]] = ([], [])
     for path in paths:
-        groups[0 if belongs(path) else 1].append(path)
+        groups[0 if is_kept(path) else 1].append(path)
     return groups
 
 
-def _attempts(each: RoundPaths) -> list[AttemptPaths]:
-    numbers = sorted(int(path.name) for path in each.attempts.glob("*") if path.name.isdigit())
-    return [each.attempt(number) for number in numbers]
+def _attempts(paths: RoundPaths) -> list[AttemptPaths]:
+    numbers = sorted(int(path.name) for path in paths.attempts.glob("*") if path.name.isdigit())
+    return [paths.attempt(number) for number in numbers]
 
 
 def _leftovers(paths: RunPaths, complete: Sequence[RoundPaths]) -> Iterator[Path]:
-    """Yield what writers left unfinished and what was set aside."""
-    numbers = {each.root.name for each in complete}
+    """Yield files that writers left unfinished and files that were set aside."""
+    numbers = {r.root.name for r in complete}
     yield from (path for path in _set_aside(paths.rounds) if path.name.split(".")[0] in numbers)
-    for each in complete:
-        for folder, folders, files in os.walk(each.root):
+    for round_paths in complete:
+        for folder, folders, files in os.walk(round_paths.root):
             for name in sorted([*folders, *files]):
                 if _SET_ASIDE.search(name) or (name.startswith(".") and name.endswith(".part")):
                     yield Path(folder) / name
@@ -133,24 +133,24 @@ def _existing(*paths: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files below a folder, sorted; folders that another removes meanwhile have none."""
+    """Return the files below a folder, sorted; none of a folder that is removed meanwhile."""
     return sorted(Path(place) / name for place, _, names in os.walk(folder) for name in names)
 
 
 def _files_bytes(path: Path) -> int:
     total = 0
-    for each in _files(path) if path.is_dir() else [path]:
+    for file in _files(path) if path.is_dir() else [path]:
         with contextlib.suppress(FileNotFoundError):
-            total += each.stat().st_size
+            total += file.stat().st_size
     return total
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; what is gone already is passed over."""
+    """Remove a file, or a folder with its content; ignore paths that are gone already."""
     if path.is_dir() and not path.is_symlink():
         with contextlib.suppress(FileNotFoundError):
-            for each in list(path.iterdir()):
-                _remove(each)
+            for child in list(path.iterdir()):
+                _remove(child)
         try:
             path.rmdir()
         except OSError as error:
@@ -161,9 +161,10 @@ def _remove(path: Path) -> None:
 
 
 def best_round(paths: RunPaths, config: Config) -> set[int]:
-    """Return the evaluated round of the lowest mean loss on dev clients, else on all scored.
+    """Return the evaluated round of the lowest mean loss on dev clients, or on all without dev.
 
-    Only evaluations of the same clients and rows compare: the ones that most rounds have.
+    Only evaluations of the same clients and rows are compared: those of the set that most rounds
+    scored. Without an evaluation the result is empty.
     """
     losses: dict[tuple[tuple[str, int], ...], dict[int, float]] = {}
     for number in range(config.rounds + 1):

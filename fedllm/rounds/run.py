@@ -15,7 +15,7 @@ from fedllm.storage.records import Record, RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every step of a round works with. The truth is the directory, not this object."""
+    """An opened run, as every step of a round uses it. Only the run directory is the state."""
 
     paths: RunPaths
     config: Config

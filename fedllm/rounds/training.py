@@ -1,4 +1,4 @@
-"""The attempts of a round: until enough clients of the cohort have a published update."""
+"""Training of a round: attempts until enough clients of the cohort published an update."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from fedllm.planning.federation import Federation
 from fedllm.rounds.collecting import replaced_clients
 from fedllm.rounds.dispatch.attempts import start_attempt
 from fedllm.rounds.dispatch.idle_workers import busy_tasks
-from fedllm.rounds.dispatch.submissions import error_of, find_unrecorded, is_mine
+from fedllm.rounds.dispatch.submissions import error_of, find_unrecorded, is_since_start
 from fedllm.rounds.dispatch.waves import send_waves
 from fedllm.rounds.dispatch.worker_failures import (
     cancel_queued_tasks,
@@ -25,11 +25,11 @@ from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
 from fedllm.storage.updates import PublishedUpdate, Scan, norm_problem, shape_problem
 
 # the longest pause between looks at workers, in multiples of `scheduler.query_seconds`
-_MOST_QUERIES = 5
+_MAX_QUERIES = 5
 
 
 def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None:
-    """Make progress on the round's updates; return them once the round may go on without more.
+    """Make progress on the round's updates; return the scan once the round needs no more of them.
 
     Raises:
         RunFailed: attempts ended without progress and the quorum is missed.
@@ -38,34 +38,35 @@ def train(run: Run, federation: Federation, cohort: CohortRecord) -> Scan | None
     scan = scan_updates(run, federation, cohort)
     number = run.observations.attempts.get(cohort.round) or paths.last_attempt()
     if has_enough_updates(run, cohort, scan, paths):
-        _end_stragglers(run, paths, number, cohort, scan)
+        _cancel_surplus(run, paths, number, cohort, scan)
         return scan
     if number:
         attempt = paths.attempt(number)
-        if _goes_on(run, attempt, cohort) or not run.known_records.wait_is_over(attempt.root):
+        if _is_running(run, attempt, cohort) or not run.known_records.wait_is_over(attempt.root):
             run.observations.training_seconds = run.observations.training_seconds_of(attempt.root)
             return None
-        # what was published while the tasks were found gone
+        # updates may have been published while the tasks ended
         scan = scan_updates(run, federation, cohort)
         close_attempt(run, attempt)
         if has_enough_updates(run, cohort, scan, paths) or not _may_retry(
             run, attempt, scan, cohort
         ):
             return scan
-    wanted = replaced_clients(run, paths)
-    missing = [c for c in _missing(cohort, scan) if wanted is None or c.id in wanted]
+    needed = replaced_clients(run, paths)
+    missing = [c for c in _missing(cohort, scan) if needed is None or c.id in needed]
     start_attempt(run, federation, cohort, missing, number + 1)
     run.observations.attempts[cohort.round] = number + 1
-    # an inline scheduler is through by now
+    # an inline scheduler has run all tasks by now
     scan = scan_updates(run, federation, cohort)
     return scan if has_enough_updates(run, cohort, scan, paths) else None
 
 
 def has_enough_updates(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundPaths) -> bool:
-    """Say whether a round needs no further update.
+    """Return whether a round has enough updates.
 
-    All clients sent one, or as many valid ones came as the cohort was to have, or the quorum did
-    by the deadline. A round whose collection was replaced needs the same clients again.
+    It has if all clients sent one; if over-sampled, once the configured number of valid ones came;
+    after the deadline, once the quorum came. If its collection was replaced, it needs the same
+    clients again.
     """
     if len(scan.published) == len(cohort.clients):
         return True
@@ -81,7 +82,7 @@ def has_enough_updates(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundP
 
 
 def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan:
-    """Scan the round's updates and set aside those that are truncated, foreign or misshapen."""
+    """Scan the round's updates; set aside those that are truncated, foreign or of wrong shape."""
     modules = federation.prepared.modules
     sides = {name: (m.out_features, m.in_features) for name, m in modules.items()}
     tiers = run.observations.tiers_of(cohort)
@@ -112,32 +113,32 @@ def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
     return True
 
 
-def _goes_on(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
-    """Say whether an attempt has workers that train, or will have."""
+def _is_running(run: Run, attempt: AttemptPaths, cohort: CohortRecord) -> bool:
+    """Return whether an attempt has workers that train, or will have."""
     if not run.observations.is_due(("workers", attempt.root), _pause_seconds(run, attempt)):
         return True
-    everything_sent = send_waves(run, attempt, run.paths.logs(cohort.round))
+    all_submitted = send_waves(run, attempt, run.paths.logs(cohort.round))
     cancel_silent_workers(run, attempt)
-    if everything_sent:
+    if all_submitted:
         cancel_queued_tasks(run, attempt)
-    goes_on = bool(busy_tasks(run, attempt)) or not everything_sent
-    if not goes_on:
+    is_running = bool(busy_tasks(run, attempt)) or not all_submitted
+    if not is_running:
         run.observations.look_again(("workers", attempt.root))
-    return goes_on
+    return is_running
 
 
 def _pause_seconds(run: Run, attempt: AttemptPaths) -> float:
-    """Return how long the scheduler's answers last: of long training a hundredth of its time."""
+    """Return the seconds for which the scheduler's answers are used: 1 % of a long training."""
     query_seconds = traits_of(run.config).query_seconds
     trained = run.observations.training_seconds_of(attempt.root)
-    # half a query's time, so that other pauses of a query are not doubled
-    return max(query_seconds / 2, min(_MOST_QUERIES * query_seconds, trained / 100))
+    # at least half of query_seconds, so that other pauses of query_seconds are not doubled
+    return max(query_seconds / 2, min(_MAX_QUERIES * query_seconds, trained / 100))
 
 
-def _end_stragglers(
+def _cancel_surplus(
     run: Run, paths: RoundPaths, number: int, cohort: CohortRecord, scan: Scan
 ) -> None:
-    """End workers that a round needs no more; those that linger or end by themselves may stay."""
+    """Cancel workers that a round no longer needs; those that become idle or end soon may stay."""
     attempt = paths.attempt(number)
     if not number:
         return
@@ -147,12 +148,12 @@ def _end_stragglers(
     if late:
         run.say(
             f"round {cohort.round}: goes on with {scan.valid} of {len(cohort.clients)} clients; "
-            f"{len(running)} tasks were at work"
+            f"{len(running)} tasks were running"
         )
-    ended = waiting + (running if late and not run.config.scheduler.linger_minutes else [])
-    if ended:
+    surplus = waiting + (running if late and not run.config.scheduler.linger_minutes else [])
+    if surplus:
         run.lease.check()
-        run.scheduler.cancel(ended)
+        run.scheduler.cancel(surplus)
 
 
 def _missing(cohort: CohortRecord, scan: Scan) -> list[CohortClient]:
@@ -160,15 +161,16 @@ def _missing(cohort: CohortRecord, scan: Scan) -> list[CohortClient]:
 
 
 def _may_retry(run: Run, attempt: AttemptPaths, scan: Scan, cohort: CohortRecord) -> bool:
-    """Say whether the next attempt may start; False where the quorum is met without it.
+    """Return whether the next attempt may start; False if the quorum is met without it.
 
     Raises:
-        FedllmError: what a task said, when it is for the user to change, or attempts are used up.
+        FedllmError: the user must change something, or `scheduler.max_attempts` attempts failed; it
+            is the error that a task recorded, if any did.
     """
-    error = _told(run, attempt)
-    brought = any(u.record.attempt == attempt.number for u in scan.published.values())
-    # where others of the attempt trained it may be one node's fault; a full disk is everybody's
-    if isinstance(error, UserError | Incomplete) and (_is_full(attempt) or not brought):
+    error = _task_error(run, attempt)
+    has_updates = any(u.record.attempt == attempt.number for u in scan.published.values())
+    # if other tasks of the attempt sent updates, one node may be at fault; a full disk affects all
+    if isinstance(error, UserError | Incomplete) and (_is_full(attempt) or not has_updates):
         raise error
     if count_fruitless_attempts(run, attempt, scan) < run.config.scheduler.max_attempts:
         return True
@@ -189,7 +191,7 @@ def _is_full(attempt: AttemptPaths) -> bool:
     return any(error.kind == StorageFull.__name__ for error in errors)
 
 
-def _told(run: Run, attempt: AttemptPaths) -> FedllmError | None:
-    """Return what a task of an attempt since a person's start recorded as its error."""
-    errors = attempt.task_errors() if is_mine(run, attempt) else []
+def _task_error(run: Run, attempt: AttemptPaths) -> FedllmError | None:
+    """Return the first error that a task recorded, for attempts since a person started the run."""
+    errors = attempt.task_errors() if is_since_start(run, attempt) else []
     return error_of(ErrorRecord.read(errors[0])) if errors else None

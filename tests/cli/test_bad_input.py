@@ -65,7 +65,7 @@ def test_a_run_directory_of_another_configuration_is_refused(tiny: Tiny, tmp_pat
     line = one_line(
         in_process("run", tiny.config, "--run-dir", root, "--set", "training.max_steps=4")
     )
-    assert "training.max_steps (3 in the run, 4 asked)" in line
+    assert "training.max_steps (3 in the run, now 4)" in line
 
 
 def test_a_missing_configuration_or_run_is_one_line(tmp_path: Path) -> None:

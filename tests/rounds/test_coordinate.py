@@ -1,4 +1,4 @@
-"""A coordinator that stays says what it waits for; one that does not knows when to look again."""
+"""A resident coordinator logs what it waits for; a chained one knows when to look again."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.rounds.simulation import Simulation
 
 
 class Silent(HandMoved):
-    """Does not answer for a while; its workers work when it was waited for long enough."""
+    """Scheduler that does not answer for a while; its workers run after some waits."""
 
     def __init__(self, refused: int, troubles: Iterator[str | None]) -> None:
         super().__init__(Simulation())
@@ -50,7 +50,7 @@ def test_who_need_not_stay_waits_for_the_tasks_at_work(tmp_path: Path, cluster: 
     )
     ended, *left = cluster.alive
     cluster.end("FAILED", ended)
-    # the first gave its lease back
+    # the first coordinator released its lease
     assert advance_while_possible(hand_moved(tmp_path, cluster)) == InFlight(tasks=tuple(left))
     cluster.work(*cluster.alive)
     assert advance_while_possible(hand_moved(tmp_path, cluster)) is None
@@ -70,7 +70,7 @@ def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
     on_slurm: dict[str, Any] = {"scheduler__kind": "slurm", "storage__visibility_seconds": 0.05}
     advance_while_possible(hand_moved(tmp_path, cluster, **on_slurm))
     cluster.end("FAILED", *cluster.alive)
-    # one who comes later would count anew
+    # a later coordinator would start the wait again
     work = advance_while_possible(hand_moved(tmp_path, cluster, **on_slurm))
     assert work is not None
     assert set(work.tasks) == set(cluster.alive)
@@ -82,10 +82,10 @@ def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
     [
         ({}, None),
         ({"clients__deadline_minutes": 30}, 30),
-        # long past: enough updates may come any time
+        # the deadline is past: enough updates may come any time
         ({"clients__deadline_minutes": 1e-9, "clients__quorum": 1.0}, 5),
         ({"clients__over_sample": 0.5}, 5),
-        # before workers that wait for the next round have gone
+        # before the idle workers end
         ({"scheduler__linger_minutes": 8}, 4),
         ({"scheduler__linger_minutes": 0.5}, 1),
         ({"scheduler__linger_minutes": 60, "clients__deadline_minutes": 20}, 20),
@@ -131,4 +131,4 @@ def test_when_it_falls_silent_and_when_it_answers_again_is_said_once(tmp_path: P
     heard: list[str] = []
     coordinate(hand_moved(tmp_path, cluster, heard))
     told = [line for line in heard if "answer" in line]
-    assert told == ["no answer; until then tasks count as at work", "the scheduler answers again"]
+    assert told == ["no answer; until then tasks count as running", "the scheduler answers again"]
