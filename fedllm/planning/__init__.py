@@ -1,1 +1,1 @@
-"""Tiers, cohorts, bundles, cost model, seeds: pure."""
+"""Planning: tiers, cohorts, bundles, costs and seeds, all pure."""

@@ -1,14 +1,14 @@
-"""Pauses that double with every failure in a row; whoever waits has the clock."""
+"""Backoff: a pause that doubles with every failure in a row; the caller does the waiting."""
 
-_MAX_DOUBLINGS = 60  # beyond it every limit is reached
+_MAX_DOUBLINGS = 60  # every maximum is reached before
 
 
 class Backoff:
     """The pause before the next try.
 
     Args:
-        first_seconds: the pause where nothing failed.
-        max_seconds: no failure makes it longer.
+        first_seconds: the pause without failures.
+        max_seconds: the longest pause.
     """
 
     def __init__(self, first_seconds: float, *, max_seconds: float) -> None:
@@ -17,7 +17,7 @@ class Backoff:
 
     @property
     def seconds(self) -> float:
-        """The pause as it is now."""
+        """The current pause in seconds."""
         return min(self._first * 2.0 ** min(self.failures, _MAX_DOUBLINGS), self._max)
 
     def fail(self) -> None:
@@ -25,5 +25,5 @@ class Backoff:
         self.failures += 1
 
     def succeed(self) -> None:
-        """Begin again with the first pause."""
+        """Reset the pause to `first_seconds`."""
         self.failures = 0

@@ -1,4 +1,4 @@
-"""Cutting a class's groups into bundles of decreasing size, costliest groups first."""
+"""Bundles of a class: its groups cut into bundles of decreasing size, costliest groups first."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,11 +8,11 @@ from typing import Literal
 from fedllm.planning.grouping import ClientGroup
 from fedllm.storage.records import BundleRecord, CohortClient
 
-# Each bundle leaves a claim and an update: 10 s of work make their files cheap.
+# Each bundle writes a claim and an update; next to 10 s of work these files cost little.
 SMALLEST_BUNDLE_SECONDS = 10.0
-# A bundle has this share of what a worker would have left...
+# A bundle has this share of an even share of the remaining work.
 _SHARE_OF_WORKER = 1 / 3
-# ...and short work is still cut into so many bundles for each worker.
+# Short work is still cut into this many bundles per worker.
 _BUNDLES_PER_WORKER = 8
 
 
@@ -26,19 +26,22 @@ def cut_bundles(
     target_seconds: float = math.inf,
     first: int = 0,
 ) -> list[BundleRecord]:
-    """Cut groups of one class into bundles of their missing clients, numbered from `first`.
+    """Cut groups of one class into bundles of their missing clients.
 
-    A group stays whole. `auto` makes bundles smaller towards the end (a third of an even share of
-    what is left, at least 10 s of work), so that workers end together.
+    A group is never split. `auto` makes later bundles smaller, so that workers end together: each
+    has a third of an even share of the remaining work, and at least 10 s of work.
 
     Args:
-        groups: of one class.
-        worker_class: its name.
-        seconds: how long a client is expected to train.
-        workers: how many take bundles at once.
-        clients_per_bundle: a size in clients instead, for groups that are no larger.
-        target_seconds: the work that a worker should have, which holds for bundles the more.
-        first: the number of the first bundle.
+        groups: groups of one class.
+        worker_class: name of the class.
+        seconds: client -> expected seconds of training.
+        workers: number of workers that claim bundles at once.
+        clients_per_bundle: clients of a bundle, at least those of a group; or `auto`.
+        target_seconds: upper limit of the share of a worker, in seconds of work.
+        first: number of the first bundle.
+
+    Returns:
+        The bundles, numbered from `first`, in the order in which workers claim them.
     """
     works = [
         _Work(seconds=math.fsum(map(seconds, group.members)), clients=group.missing)
@@ -62,7 +65,7 @@ def cut_bundles(
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What training one group takes, and whom it is for."""
+    """The work of one group: expected seconds and missing clients."""
 
     seconds: float
     clients: tuple[str, ...]
@@ -81,17 +84,18 @@ def _of_size(ordered: Sequence[_Work], size: int) -> list[list[_Work]]:
 
 
 def _guided(ordered: Sequence[_Work], workers: int, target_seconds: float) -> list[list[_Work]]:
-    left = math.fsum(work.seconds for work in ordered)
-    smallest = min(SMALLEST_BUNDLE_SECONDS, left / (_BUNDLES_PER_WORKER * workers))
+    remaining = math.fsum(work.seconds for work in ordered)
+    min_seconds = min(SMALLEST_BUNDLE_SECONDS, remaining / (_BUNDLES_PER_WORKER * workers))
     cuts: list[list[_Work]] = []
-    held = wanted = 0.0
+    bundle_seconds = target = 0.0
     for work in ordered:
-        # a group goes where it overshoots less
-        if not cuts or held + work.seconds / 2 > wanted:
-            left -= held
-            wanted = max(smallest, min(left / workers, target_seconds) * _SHARE_OF_WORKER)
+        # a group joins the bundle if at least half of it fits
+        if not cuts or bundle_seconds + work.seconds / 2 > target:
+            remaining -= bundle_seconds
+            share = min(remaining / workers, target_seconds)
+            target = max(min_seconds, share * _SHARE_OF_WORKER)
             cuts.append([])
-            held = 0.0
+            bundle_seconds = 0.0
         cuts[-1].append(work)
-        held += work.seconds
+        bundle_seconds += work.seconds
     return cuts

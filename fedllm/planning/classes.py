@@ -1,4 +1,4 @@
-"""sbatch options of a job kind or tier, and the classes of tiers that share them."""
+"""Classes of tiers with equal sbatch options, and the options of jobs and tiers."""
 
 import math
 import re
@@ -12,19 +12,19 @@ JobKind = Literal["prepare", "coordinator", "aggregate", "evaluate"]
 
 
 def job_options(section: SbatchSection, kind: JobKind) -> SbatchOptions:
-    """Return the options of a job that is one task."""
+    """Return the sbatch options of a job of one task."""
     own: SbatchOptions = getattr(section, kind)
     return {**by_flag(section.default), **by_flag(own)}
 
 
 def tier_options(section: SbatchSection, tier: str) -> SbatchOptions:
-    """Return the options of a tier's workers, by long flags: `c` and `cpus-per-task` are one."""
+    """Return the sbatch options of a tier's workers, by long flag: `c` is `cpus-per-task`."""
     levels = (section.default, section.client, section.tiers.get(tier, {}))
     return {flag: value for level in levels for flag, value in by_flag(level).items()}
 
 
 def classes_of(section: SbatchSection, tiers: Mapping[str, object]) -> dict[str, str]:
-    """Return tier -> class: the first tier whose options are equal names the class."""
+    """Return tier -> class; a class is named after its first tier."""
     classes: dict[str, str] = {}
     for tier in tiers:
         options = tier_options(section, tier)
@@ -34,18 +34,18 @@ def classes_of(section: SbatchSection, tiers: Mapping[str, object]) -> dict[str,
 
 
 def asks_for_gpus(options: SbatchOptions) -> bool:
-    """Say whether tasks of these options run on a GPU."""
-    given = by_flag(options)
-    if any(given.get(key) for key in ("gpus", "gpus-per-node", "gpus-per-task")):
+    """Return whether tasks with these options run on a GPU."""
+    flags = by_flag(options)
+    if any(flags.get(key) for key in ("gpus", "gpus-per-node", "gpus-per-task")):
         return True
-    return "gpu" in str(given.get("gres") or "")
+    return "gpu" in str(flags.get("gres") or "")
 
 
 _MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 
 
 def with_more_memory(options: SbatchOptions, factor: float) -> SbatchOptions | None:
-    """Return options that ask for `factor` times the memory; None where they name none."""
+    """Return options with `factor` times the memory; None if no option sets the memory."""
     grown = dict(options)
     for key, value in options.items():
         parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(value).strip(), re.IGNORECASE)

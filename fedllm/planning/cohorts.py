@@ -1,4 +1,4 @@
-"""Who trains in a round."""
+"""Cohorts: the clients that train in a round."""
 
 import math
 import random
@@ -11,31 +11,32 @@ from fedllm.storage.records import CohortRecord
 
 
 def cohort_size(section: ClientsSection, num_trainable: int) -> int:
-    """Return how many clients train in a round, at least one.
+    """Return the number of clients that train in a round, at least 1.
 
     Raises:
-        ConfigError: more are asked for than can train.
+        ConfigError: `clients.cohort.count` is above the number of clients that can train.
     """
     if not num_trainable:
         raise ConfigError("clients: none can train; lower clients.dev and clients.unseen")
-    wanted = section.cohort
-    if wanted.count is None:
-        assert wanted.fraction is not None
-        return max(1, round(wanted.fraction * num_trainable))
-    if wanted.count > num_trainable:
+    cohort = section.cohort
+    if cohort.count is None:
+        assert cohort.fraction is not None
+        return max(1, round(cohort.fraction * num_trainable))
+    if cohort.count > num_trainable:
         raise ConfigError(
-            f"clients.cohort.count: got {wanted.count}, only {num_trainable} clients can train; "
+            f"clients.cohort.count: got {cohort.count}, only {num_trainable} clients can train; "
             "lower it"
         )
-    return wanted.count
+    return cohort.count
 
 
 def draw_cohort(
     section: ClientsSection, *, seed: int, round_number: int, trainable: Sequence[str]
 ) -> list[str]:
-    """Draw the round's clients without replacement; a function of seed, round and ids alone.
+    """Draw the round's clients without replacement.
 
-    With `clients.over_sample` there are more of them than complete the round.
+    The draw depends only on seed, round and ids. With `clients.over_sample` it has more clients
+    than complete the round.
 
     Returns:
         Ids in canonical (sorted) order.
@@ -46,7 +47,10 @@ def draw_cohort(
 
 
 def quorum_size(quorum: int | float | str, cohort: int) -> int:
-    """Return how many valid updates a round needs: `all`, a count, or a share rounded up."""
+    """Return the number of valid updates that a round needs.
+
+    `quorum` is `all`, a count, or a share of the cohort, which is rounded up.
+    """
     if quorum == "all":
         return cohort
     if isinstance(quorum, int):
@@ -56,5 +60,5 @@ def quorum_size(quorum: int | float | str, cohort: int) -> int:
 
 
 def quorum_of(section: ClientsSection, cohort: CohortRecord) -> int:
-    """Return how many valid updates the round of a cohort needs."""
+    """Return the number of valid updates that the round of a cohort needs."""
     return quorum_size(section.quorum, cohort.enough or len(cohort.clients))

@@ -1,4 +1,4 @@
-"""How long clients train: from tokens, ranks and model size, then from what rounds took."""
+"""Costs of clients: seconds of training, estimated from tokens and sizes, then from rounds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from fedllm.config.models import TrainingSection
 from fedllm.storage.records import ClientRecord, CohortClient, ModuleRecord, TierMix
 
-# A client of any size costs its installation, its optimizer and its share of a file.
+# Every client costs this much for its adapter, its optimizer and its share of a file.
 SECONDS_PER_CLIENT = 0.05
 _TERA = 1e12
 
 
 def training_cost(client: ClientRecord, training: TrainingSection) -> float:
-    """Return the tokens that a client is expected to compute in a round."""
+    """Return the expected tokens that a client trains on in a round."""
     rows = client.train_rows * training.epochs
     if training.max_steps is not None:
         rows = min(rows, training.max_steps * training.batch_size)
@@ -21,18 +21,18 @@ def training_cost(client: ClientRecord, training: TrainingSection) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Estimated seconds of training, per tier and token; `calibrated` once rounds were timed."""
+    """Costs in seconds of training per token and tier; `calibrated` if a round was measured."""
 
     seconds_per_token: Mapping[str, float]
     calibrated: bool = False
 
     def seconds(self, client: CohortClient) -> float:
-        """Return how long a client of a cohort is expected to train."""
+        """Return the expected seconds of training of a client."""
         return SECONDS_PER_CLIENT + client.cost * self.seconds_per_token[client.tier]
 
 
 def adapter_weights(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
-    """Return how many weights an adapter has: those of A and B at each module's rank."""
+    """Return the number of weights of an adapter: those of A and B at each module's rank."""
     return sum(
         rank * (modules[name].out_features + modules[name].in_features)
         for name, rank in ranks.items()
@@ -46,13 +46,13 @@ def seed_costs(
     ranks: Mapping[str, Mapping[str, int]],
     teraflops: Mapping[str, float],
 ) -> CostModel:
-    """Return what is known before anything was timed.
+    """Return the costs before any round was measured.
 
-    A token takes two operations per weight in the forward pass and two in the backward pass,
-    which has no gradient of frozen weights; adapter weights take two more.
+    A token takes two operations per weight in the forward pass and two in the backward pass.
+    Adapter weights take two more for their gradient, which frozen weights do not have.
 
     Args:
-        model_parameters: of the base.
+        model_parameters: number of weights of the base.
         modules: the target modules.
         ranks: tier -> module -> rank.
         teraflops: tier -> sustained speed of its workers, in 10^12 operations a second.
@@ -65,9 +65,14 @@ def seed_costs(
 
 
 def calibrate(seeded: CostModel, measured: Mapping[str, TierMix]) -> CostModel:
-    """Return the costs that a round's measured seconds tell.
+    """Return the costs measured in a round.
 
-    A tier that was not measured takes over by how much the others differ from their seed.
+    The seed costs of a tier without a measurement are scaled by the ratio of measured to seed costs
+    of the other tiers.
+
+    Args:
+        seeded: costs before any round was measured.
+        measured: tier -> its clients, tokens and seconds in the round.
     """
     trained = {tier: mix for tier, mix in measured.items() if mix.used and mix.tokens > 0}
     trained = {tier: mix for tier, mix in trained.items() if tier in seeded.seconds_per_token}

@@ -1,4 +1,4 @@
-"""Which clients and rows are scored after a round."""
+"""Evaluation targets: the clients and rows that are scored after a round."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Group = Literal["train", "dev", "unseen"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A client to score on `rows`, indices into its test split."""
+    """Client to score; `rows` are indices into its test split."""
 
     client: str
     group: Group
@@ -26,22 +26,22 @@ class Target:
 
 
 def is_evaluated(section: EvaluationSection, round_number: int, rounds: int) -> bool:
-    """Say whether a round is scored: the base, every `evaluation.every`-th and the last."""
+    """Return whether a round is evaluated: round 0, every `evaluation.every`-th and the last."""
     if not section.every:
         return False
     return round_number % section.every == 0 or round_number == rounds
 
 
 def is_complete(section: EvaluationSection, round_number: int, rounds: int) -> bool:
-    """Say whether all clients and rows are scored: at the end, and at the start to compare."""
+    """Return whether all clients and rows are scored: in the last round, and in round 0."""
     return section.complete_at_end and round_number in {0, rounds}
 
 
 def choose_targets(config: Config, prepared: PreparedRecord, round_number: int) -> list[Target]:
-    """Return what a round's evaluation scores.
+    """Choose the targets of a round's evaluation.
 
-    Subsets are fixed by `clients.split_seed`, the same in every round: at most
-    `evaluation.clients` of each group, at most `evaluation.rows_per_client` of each client.
+    At most `evaluation.clients` of each group are scored, on at most `evaluation.rows_per_client`
+    rows each. These subsets depend on `clients.split_seed` and are the same in every round.
     """
     section = config.evaluation
     complete = is_complete(section, round_number, config.rounds)

@@ -1,4 +1,4 @@
-"""Everything that configuration and data fix before the first round."""
+"""Federation: what configuration and data determine before the first round."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
 
-# 10^12 operations a second that a worker sustains, with a GPU and without one
+# sustained speed of a worker in 10^12 operations a second: with a GPU, without
 TERAFLOPS = {True: 20.0, False: 0.03}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Federation:
-    """Clients with their roles and tiers, tiers with their ranks and classes."""
+    """Federation: clients with their roles and tiers, tiers with their ranks and classes."""
 
     config: Config
     prepared: PreparedRecord
@@ -29,7 +29,7 @@ class Federation:
     classes: Mapping[str, str]
 
     def cohort(self, round_number: int) -> list[CohortClient]:
-        """Draw a round's clients, in canonical order, with their expected cost in tokens."""
+        """Draw a round's clients in canonical order, with their expected cost in tokens."""
         drawn = draw_cohort(
             self.config.clients,
             seed=self.config.seed,
@@ -46,18 +46,18 @@ class Federation:
         ]
 
     def groups(self, cohort: Sequence[CohortClient]) -> list[ClientGroup]:
-        """Return who of a whole cohort trains together."""
+        """Return the groups of clients of a whole cohort that train together."""
         return engine_of(self.config.training).groups(cohort, self.ranks)
 
     @property
     def enough(self) -> int | None:
-        """How many valid updates complete a round; None: those of the whole cohort."""
+        """The number of valid updates that complete a round; None: the whole cohort's."""
         if not self.config.clients.over_sample:
             return None
         return cohort_size(self.config.clients, len(self.roles.train))
 
     def seed_costs(self) -> CostModel:
-        """Return how long clients take, before anything was timed."""
+        """Return the costs before any round was measured."""
         section = self.config.scheduler
         return seed_costs(
             model_parameters=self.prepared.model_parameters,
@@ -80,10 +80,10 @@ class Federation:
 
 
 def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
-    """Resolve a configuration against its data and base model.
+    """Plan a federation from a configuration and its prepared data and base.
 
     Raises:
-        ConfigError: they do not fit together.
+        ConfigError: configuration, data and base do not fit together.
     """
     clients = {client.id: client for client in prepared.clients}
     roles = split_roles(config.clients, prepared.clients)

@@ -1,4 +1,4 @@
-"""Which engine trains a run, and which clients of a cohort it trains together."""
+"""Groups of clients that an engine trains together."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,21 +7,22 @@ from fedllm.config.models import TrainingSection
 from fedllm.storage.records import CohortClient, LayoutRecord
 
 GROUP_LAYOUT = "parts"
-"""The layout of rows of several clients that train together, on every kind of device.
+"""The layout in which rows of several clients are computed together, on every kind of device.
 
-No part of a sequence ever meets another client's, so that what is not finite stays where it is.
+No part of a sequence is computed with a part of another client's, so values that are not finite
+do not spread to other clients.
 """
 
-# Factors are padded to the largest rank of a group: at most so much of a product is zeros.
-_LARGEST_RATIO = 2
+# Factors are padded with zeros to the largest rank of a group; this limits the padding.
+_MAX_RANK_RATIO = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientGroup:
-    """Clients that are trained together, those of larger ranks later.
+    """Clients that are trained together, sorted by rank.
 
-    `missing` are the members whose updates are wanted; all members train all the same, since the
-    rounding of each depends on the others.
+    `missing` are the ids of members without an update. All members train even if only some are
+    missing, since the rounding of each depends on the others.
     """
 
     members: tuple[CohortClient, ...]
@@ -34,22 +35,22 @@ class ClientGroup:
 
     @property
     def tier(self) -> str:
-        """The tier on whose workers they train: that of the largest ranks."""
+        """The tier whose workers train the group: the one of the largest ranks."""
         return self.members[-1].tier
 
     def without(self, done: Collection[str]) -> "ClientGroup":
-        """Return the group with fewer members missing."""
+        """Return the group without the clients `done` among its missing members."""
         return replace(self, missing=tuple(id_ for id_ in self.missing if id_ not in done))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """The engine that trains the clients of a run, as plans know it.
+    """The engine that trains the clients of a run, as far as plans need it.
 
     Attributes:
-        name: its trainer's key in `training.trainers.TRAINERS`.
-        clients_at_once: how many clients it trains side by side.
-        layout: the layout of rows that it needs; None: it takes any.
+        name: key of its trainer in `training.trainers.TRAINERS`.
+        clients_at_once: number of clients that it trains together.
+        layout: the layout of rows that it needs; None: any.
     """
 
     name: str
@@ -59,15 +60,15 @@ class Engine:
     def groups(
         self, clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]
     ) -> list[ClientGroup]:
-        """Return who of a whole cohort trains together; `ranks` are tier -> module -> rank."""
+        """Return the groups of a whole cohort; `ranks` are tier -> module -> rank."""
         return group_clients(clients, ranks, self.clients_at_once)
 
     def has_layout(self, layout: LayoutRecord | None) -> bool:
-        """Say whether this layout of a base, None for padded rows, is the one that it needs."""
+        """Return whether a base with this layout (None: padded) has the one that it needs."""
         return self.layout is None or (layout is not None and layout.cpu == self.layout)
 
     def refusal(self, layout: LayoutRecord | None) -> str | None:
-        """Return why it cannot train on a base with this layout, and what to set instead."""
+        """Return why it cannot train a base with this layout and what to set; None if it can."""
         if self.has_layout(layout):
             return None
         rows = "rows are padded"
@@ -80,7 +81,7 @@ class Engine:
 
 
 def engine_of(training: TrainingSection) -> Engine:
-    """Return the engine that a configuration asks for."""
+    """Return the engine of a configuration."""
     if training.clients_per_batch == 1:
         return Engine(name="plain")
     return Engine(name="together", clients_at_once=training.clients_per_batch, layout=GROUP_LAYOUT)
@@ -91,12 +92,12 @@ def group_clients(
 ) -> list[ClientGroup]:
     """Cut a cohort into groups of at most `size` clients of similar ranks and costs.
 
-    Clients are taken tier by tier, by the largest rank and then by the sum of all ranks; within a
-    tier those of large cost come first. So tiers meet only where one ends and the next begins, and
-    the last member is of the largest ranks.
+    Clients are taken tier by tier, sorted by the tier's largest rank, then by the sum of its ranks;
+    within a tier, costly clients come first. So a group has clients of two tiers only where one
+    tier ends and the next begins, and its last member has the largest ranks. In no module is a
+    member's rank more than twice that of another.
 
-    Nothing else decides the groups: neither how the cohort is bundled, nor who is done already, nor
-    which workers there are. In no module has a member more than twice another's rank.
+    The groups depend only on the arguments, not on bundles, on clients that are done or on workers.
 
     Args:
         clients: the whole cohort.
@@ -120,7 +121,7 @@ def group_clients(
 def _are_similar(clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]) -> bool:
     per_tier = [ranks[tier] for tier in sorted({client.tier for client in clients})]
     modules = set(per_tier[0])
-    if any(set(each) != modules for each in per_tier):
+    if any(set(module_ranks) != modules for module_ranks in per_tier):
         return False
-    found = ([each[module] for each in per_tier] for module in modules)
-    return all(max(each) <= _LARGEST_RATIO * min(each) for each in found)
+    per_module = ([module_ranks[module] for module_ranks in per_tier] for module in modules)
+    return all(max(tiers) <= _MAX_RANK_RATIO * min(tiers) for tiers in per_module)

@@ -1,4 +1,4 @@
-"""Clients whose change of a module is far larger than the others' of the same round."""
+"""Outliers: clients whose change of a module is far larger than that of the others."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from statistics import median_high
 class Outlier:
     """A client's change of one module that is too large.
 
-    `size` is an upper bound of the change's Frobenius norm, `median` that of the round's clients
-    that change this module at all, `limit` what may not be exceeded.
+    `size` is an upper bound of the change's Frobenius norm, `median` the upper median of the sizes
+    over the round's clients that change this module, `limit` the largest size allowed.
     """
 
     client: str
@@ -21,11 +21,11 @@ class Outlier:
 
     @property
     def clip(self) -> float:
-        """What the change is multiplied by so that its size is the limit, below 1."""
+        """The factor, below 1, that scales the change down to the limit."""
         return self.limit / self.size
 
     def __str__(self) -> str:
-        """Say what was found and what was needed."""
+        """Describe the size and its limit."""
         return (
             f"{self.module} changes by up to {self.size:.3g}, need at most {self.limit:.3g} "
             f"(aggregation.outlier_factor times the median {self.median:.3g})"
@@ -34,7 +34,7 @@ class Outlier:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSizes:
-    """How much a client changes each of some modules, in their order: upper bounds of norms."""
+    """Sizes of a client's changes, one per module in the same order: upper bounds of norms."""
 
     client: str
     modules: Sequence[str]
@@ -48,27 +48,27 @@ def size_bound(*, scale: float, norms: tuple[float, float]) -> float:
 
 
 def find_outliers(clients: Iterable[UpdateSizes], *, factor: float) -> dict[str, list[Outlier]]:
-    """Return what is too large per client, the furthest above its limit first.
+    """Return client -> its outliers, the one furthest above its limit first.
 
-    A module's limit is `factor` times the (upper) median over the clients that change it at all:
-    clients that do not say nothing about how large a change is, however many they are, and are no
-    outliers. Fewer than half of those that are compared can be outliers; of one or two, none.
+    The limit of a module is `factor` times the upper median of the sizes above 0. Clients that do
+    not change the module are left out of the median, however many they are, and are never outliers.
+    So fewer than half of the compared clients can be outliers, and none of one or two.
 
     Args:
-        clients: the round's clients; the order does not matter. UpdateSizes are >= 0.
-        factor: above 1.
+        clients: sizes (>= 0) of the round's clients, in any order.
+        factor: allowed multiple of the median, above 1.
     """
     by_module: dict[str, list[tuple[float, str]]] = {}
     for sizes in clients:
         for module, size in zip(sizes.modules, sizes.values, strict=True):
             if size > 0:
                 by_module.setdefault(module, []).append((size, sizes.client))
-    found: dict[str, list[Outlier]] = {}
+    by_client: dict[str, list[Outlier]] = {}
     for outlier in _outliers(by_module, factor):
-        found.setdefault(outlier.client, []).append(outlier)
+        by_client.setdefault(outlier.client, []).append(outlier)
     return {
-        client: sorted(found[client], key=lambda outlier: (outlier.clip, outlier.module))
-        for client in sorted(found)
+        client: sorted(by_client[client], key=lambda outlier: (outlier.clip, outlier.module))
+        for client in sorted(by_client)
     }
 
 
@@ -76,8 +76,8 @@ def _outliers(
     by_module: Mapping[str, Sequence[tuple[float, str]]], factor: float
 ) -> Iterable[Outlier]:
     for module, sizes in by_module.items():
-        middle = median_high(size for size, _ in sizes)
-        limit = factor * middle
+        median = median_high(size for size, _ in sizes)
+        limit = factor * median
         for size, client in sizes:
             if size > limit:
-                yield Outlier(client=client, module=module, size=size, median=middle, limit=limit)
+                yield Outlier(client=client, module=module, size=size, median=median, limit=limit)

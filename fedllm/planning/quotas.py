@@ -1,20 +1,20 @@
-"""Shares to whole numbers."""
+"""Quotas: shares turned into whole numbers."""
 
 from collections.abc import Mapping
 
 
 def largest_remainder(shares: Mapping[str, float], total: int) -> dict[str, int]:
-    """Split `total` in proportion to `shares`, exactly: the largest remainders are rounded up.
+    """Split `total` in proportion to `shares` by the largest remainder method.
 
-    Ties go to the earlier key. The counts sum to `total`; shares must not sum to zero.
+    The counts sum to `total`. Ties go to the earlier key. Shares must not sum to zero.
     """
-    whole = sum(shares.values())
-    assert whole > 0, "shares sum to zero"
-    ideal = {key: total * share / whole for key, share in shares.items()}
+    sum_of_shares = sum(shares.values())
+    assert sum_of_shares > 0, "shares sum to zero"
+    ideal = {key: total * share / sum_of_shares for key, share in shares.items()}
     counts = {key: int(value) for key, value in ideal.items()}
-    left = total - sum(counts.values())
-    # rounding hides that 0.1 * 3 and 0.3 are the same remainder
+    rest = total - sum(counts.values())
+    # rounded, since 0.1 * 3 and 0.3 are the same remainder but differ as floats
     by_remainder = sorted(ideal, key=lambda key: -round(ideal[key] - counts[key], 9))
-    for key in by_remainder[:left]:
+    for key in by_remainder[:rest]:
         counts[key] += 1
     return counts

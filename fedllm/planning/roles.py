@@ -1,4 +1,4 @@
-"""Who trains and who is only scored: dev and unseen clients never train."""
+"""Roles of clients: train clients train; dev and unseen clients are only scored."""
 
 import random
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fedllm.storage.records import ClientRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """Client ids by role, each in canonical (sorted) order; clients without any use are in none."""
+    """Client ids by role, in canonical (sorted) order; clients without usable rows have no role."""
 
     train: tuple[str, ...]
     dev: tuple[str, ...]
@@ -23,22 +23,22 @@ class Roles:
 def split_roles(section: ClientsSection, clients: Sequence[ClientRecord]) -> Roles:
     """Draw dev and unseen clients from the candidates, stratified by category.
 
-    A client without training rows never trains and may be unseen or dev; one without test rows
-    is neither.
+    A client without training rows never trains, and may be dev or unseen. A client without test
+    rows is never dev or unseen.
 
     Raises:
-        ConfigError: there are fewer candidates than asked for.
+        ConfigError: there are fewer candidates than `clients.dev` + `clients.unseen`.
     """
     candidates = [c for c in clients if c.held_out_candidate and c.test_rows]
-    wanted = section.dev + section.unseen
-    if wanted > len(candidates):
+    count = section.dev + section.unseen
+    if count > len(candidates):
         raise ConfigError(
-            f"clients.dev + clients.unseen: got {wanted}, only {len(candidates)} clients of "
+            f"clients.dev + clients.unseen: got {count}, only {len(candidates)} clients of "
             "clients.held_out_from have test rows; lower the counts"
         )
     dev = _stratified(candidates, section.dev, section.split_seed, "dev")
-    left = [c for c in candidates if c.id not in dev]
-    unseen = _stratified(left, section.unseen, section.split_seed, "unseen")
+    others = [c for c in candidates if c.id not in dev]
+    unseen = _stratified(others, section.unseen, section.split_seed, "unseen")
     held_out = dev | unseen
     train = [c.id for c in clients if c.train_rows and c.id not in held_out]
     return Roles(train=tuple(sorted(train)), dev=tuple(sorted(dev)), unseen=tuple(sorted(unseen)))

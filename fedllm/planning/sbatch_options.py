@@ -1,4 +1,4 @@
-"""How users write sbatch options: the names of flags, times, and what is not theirs to set."""
+"""sbatch options as users write them: flag names, times, and options that fedllm sets itself."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-# Processes of a task: one place, for the day on which an engine needs several.
+# Processes of a task.
 PROCESSES = 1
 
 # sbatch(1): one-letter options
@@ -26,7 +26,7 @@ _ONE_PROCESS = (
     "how many CPUs each has"
 )
 _ANSWER = "the job's id is read from what sbatch says"
-# What decides what a task is, or whether its job is found again, and why it is not the user's.
+# Options that fedllm sets itself, each with the reason: they define tasks, or how jobs are found.
 _OWNED = {
     "array": "the number of tasks and scheduler.max_parallel decide it",
     "chdir": "jobs start where fedllm was started; give --run-dir for another place",
@@ -55,7 +55,7 @@ _OWNED = {
     "wait": "sbatch has to answer at once",
     "wrap": "tasks run programs of fedllm",
 }
-# What says no more than fedllm does.
+# Values that change nothing: fedllm sets them too.
 _HARMLESS = {
     "nodes": {"1", "1-1"},
     "ntasks": {str(PROCESSES)},
@@ -75,14 +75,14 @@ def flag_name(key: str) -> str:
 
 
 def by_flag(options: Mapping[str, Value]) -> dict[str, Value]:
-    """Return options by their long flags, however the user wrote them."""
+    """Return options by long flag, in whatever form the user wrote them."""
     return {flag_name(key): value for key, value in options.items()}
 
 
 def refusal_reason(name: str, value: object) -> str | None:
-    """Return why an option is not the user's to set, or is none; None: it may be given.
+    """Return why users may not set an option; None: they may.
 
-    sbatch takes a name that is cut short, too: `ntasks-per-no`.
+    Shortened names are refused too, as sbatch accepts them: `ntasks-per-no`.
     """
     if not _NAME.fullmatch(name):
         return "not the name of an sbatch option; write name: value, and true for a flag alone"
@@ -90,18 +90,18 @@ def refusal_reason(name: str, value: object) -> str | None:
         return "an option is one line; remove the line break"
     if value is None or value is False or str(value) in _HARMLESS.get(name, ()):
         return None
-    owned = name if name in _OWNED else next((o for o in _OWNED if o.startswith(name)), None)
-    return None if owned is None else f"got {value}; fedllm sets it ({_OWNED[owned]}); remove it"
+    full = name if name in _OWNED else next((o for o in _OWNED if o.startswith(name)), None)
+    return None if full is None else f"got {value}; fedllm sets it ({_OWNED[full]}); remove it"
 
 
 def time_minutes(time: object) -> float | None:
-    """Return the minutes of a time limit; None: there is none.
+    """Return the minutes of a time limit; None: there is no limit.
 
-    Slurm writes and takes minutes, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`,
+    Slurm's forms are minutes, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`,
     `days-hours:minutes` and `days-hours:minutes:seconds`.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the time has another form.
     """
     text = str(time).strip()
     if text.upper() in _NO_LIMIT:

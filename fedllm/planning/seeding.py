@@ -4,7 +4,7 @@ import hashlib
 
 
 def seed_of(*identity: str | int) -> int:
-    """Return a seed for what `identity` names, for example `(seed, round, client, step)`.
+    """Return the seed of an identity, for example of `(seed, round, client, step)`.
 
     Returns:
         An integer in [0, 2**63): the leading 63 bits of the SHA-256 of the parts, each written

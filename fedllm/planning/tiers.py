@@ -1,4 +1,4 @@
-"""Which tier a client belongs to, and the rank of every module in a tier."""
+"""Tiers of clients, and the rank of every module in a tier."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,20 @@ DISTRIBUTIONS = {
 
 
 def tier_shares(section: ClientsSection) -> dict[str, float]:
-    """Return the share of every tier: the named distribution, the given shares, or equal ones."""
+    """Return tier -> share: from `clients.distribution`, from the tiers, or equal shares."""
     if section.distribution:
         return dict(zip(section.tiers, DISTRIBUTIONS[section.distribution], strict=True))
-    # all tiers have a share, or none has one
+    # either every tier has a share or none has
     return {name: 1.0 if tier.share is None else tier.share for name, tier in section.tiers.items()}
 
 
 def assign_tiers(section: ClientsSection, seed: int, ids: Sequence[str]) -> dict[str, str]:
-    """Give every client a tier: `clients.assign` first, the others by exact quota.
+    """Assign a tier to every client: by `clients.assign`, the others by exact quota.
 
-    The draw depends on `clients.tier_seed` (else `seed`) and the sorted ids alone.
+    The draw depends only on `clients.tier_seed` (else `seed`) and the sorted ids.
 
     Raises:
-        ConfigError: `clients.assign` names clients that are not there; all of them together.
+        ConfigError: `clients.assign` names clients that are not in the data; it lists them all.
     """
     known = set(ids)
     unknown = [client for client in section.assign if client not in known]

@@ -1,4 +1,4 @@
-"""How many workers an attempt has, for how long, and what they take: the geometry of a round."""
+"""Workers of an attempt: their number, time limits and bundles."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,20 @@ from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.sbatch_options import by_flag, time_minutes
 from fedllm.storage.records import BundleRecord
 
-# Loading the base and whatever a cluster's start-up takes, before anything was timed.
+# Time to start a task and load the base, before any round was measured.
 STARTUP_SECONDS = 120.0
-# A limit that is met costs a requeue; one that is too long costs places in the queue.
+# Too short a time limit costs a requeue; too long a one costs places in the queue.
 _MARGIN = 1.5
 _MARGIN_BEFORE_MEASURED = 3.0
-_LEAST_MINUTES = 5.0
-_LEAST_MINUTES_BEFORE_MEASURED = 15.0
+_MIN_MINUTES = 5.0
+_MIN_MINUTES_BEFORE_MEASURED = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassPlan:
     """The workers of a class and their bundles.
 
-    `options` hold the time limit that is asked for, `minutes` says it too; None: nothing limits
-    them.
+    `minutes` is the time limit of a worker, which `options` hold too; None: there is no limit.
     """
 
     worker_class: str
@@ -56,20 +55,21 @@ def plan_classes(
 ) -> list[ClassPlan]:
     """Plan the workers and bundles of every class that has groups to train, sorted by name.
 
-    Slots are shared among classes by work. A class gets workers for `target_minutes` of work
-    each, but no fewer than there are free slots while each has `worker_minutes_min`.
+    Classes share the slots in proportion to their work. A class gets as many workers as have
+    `target_minutes` of work each. It gets more if slots are free, as long as each worker has
+    `worker_minutes_min` of work.
 
     Args:
-        groups: who is to train, and together with whom.
+        groups: groups of clients to train.
         classes: tier -> class.
-        costs: how long clients take.
-        capacities: class -> what there is room for.
+        costs: seconds of training of clients.
+        capacities: class -> capacity of the scheduler.
         options: class -> its sbatch options.
-        section: the scheduler's configuration.
-        startup_seconds: what a worker needs before it trains.
+        section: configuration of the scheduler.
+        startup_seconds: time that a worker needs before it trains.
 
     Raises:
-        ConfigError: a `time` that sbatch would not take.
+        ConfigError: an option `time` has a form that sbatch does not accept.
     """
     members: dict[str, list[ClientGroup]] = {}
     for group in groups:
@@ -100,18 +100,18 @@ def plan_classes(
         if section.clients_per_task != "auto":
             workers = len(bundles)
         longest = max([seconds[name] / workers, *(bundle.cost for bundle in bundles)])
-        given = options[name]
-        minutes = _configured_minutes(name, given)
-        if minutes is None and not capacities[name].resident and not _has_time(given):
+        flags = options[name]
+        minutes = _configured_minutes(name, flags)
+        if minutes is None and not capacities[name].resident and not _has_time(flags):
             minutes = _minutes(longest + startup_seconds, costs, capacities[name], section)
-            given = {**given, "time": math.ceil(minutes)}
+            flags = {**flags, "time": math.ceil(minutes)}
         plans.append(
             ClassPlan(
                 worker_class=name,
                 workers=workers,
                 parallel=min(workers, parallel[name]),
                 minutes=minutes,
-                options=given,
+                options=flags,
                 bundles=bundles,
             )
         )
@@ -121,19 +121,19 @@ def plan_classes(
 def _parallel(
     seconds: Mapping[str, float], counts: Mapping[str, int], room: Mapping[str, Capacity]
 ) -> dict[str, int]:
-    """Share the slots among classes by work, at least one each.
+    """Share the slots among classes in proportion to their work, at least one each.
 
-    What a class cannot use, having few groups or little room, goes to the others.
+    Slots that a class cannot use, as it has few groups or little room, go to the others.
     """
     slots = max(room[name].max_parallel for name in seconds)
-    most = {name: max(1, min(counts[name], room[name].max_parallel)) for name in seconds}
+    limits = {name: max(1, min(counts[name], room[name].max_parallel)) for name in seconds}
     work = {name: value or 1.0 for name, value in seconds.items()}
     parallel: dict[str, int] = {}
     while work:
         others = max(0, slots - sum(parallel.values()) - len(work))
-        wanted = {name: 1 + more for name, more in largest_remainder(work, others).items()}
-        full = [name for name in work if wanted[name] >= most[name]]
-        parallel |= {name: min(most[name], wanted[name]) for name in full or work}
+        shares = {name: 1 + more for name, more in largest_remainder(work, others).items()}
+        full = [name for name in work if shares[name] >= limits[name]]
+        parallel |= {name: min(limits[name], shares[name]) for name in full or work}
         work = {name: value for name, value in work.items() if name not in parallel}
     return parallel
 
@@ -142,17 +142,17 @@ def _workers(seconds: float, parallel: int, room: Capacity, section: SchedulerSe
     if room.resident:
         return parallel
     by_target = math.ceil(seconds / (60.0 * section.target_minutes))
-    worth_it = int(seconds / (60.0 * section.worker_minutes_min))
-    return max(1, by_target, min(parallel, room.free_slots, worth_it))
+    by_min_work = int(seconds / (60.0 * section.worker_minutes_min))
+    return max(1, by_target, min(parallel, room.free_slots, by_min_work))
 
 
 def _minutes(seconds: float, costs: CostModel, room: Capacity, section: SchedulerSection) -> float:
-    margin, least = (
-        (_MARGIN, _LEAST_MINUTES)
+    margin, min_minutes = (
+        (_MARGIN, _MIN_MINUTES)
         if costs.calibrated
-        else (_MARGIN_BEFORE_MEASURED, _LEAST_MINUTES_BEFORE_MEASURED)
+        else (_MARGIN_BEFORE_MEASURED, _MIN_MINUTES_BEFORE_MEASURED)
     )
-    minutes = max(least, math.ceil(margin * seconds / 60.0))
+    minutes = max(min_minutes, math.ceil(margin * seconds / 60.0))
     if section.linger_minutes:
         minutes = math.ceil(max(minutes, section.target_minutes) + section.linger_minutes)
     return minutes if room.max_minutes is None else min(minutes, room.max_minutes)
@@ -163,31 +163,31 @@ def _has_time(options: SbatchOptions) -> bool:
 
 
 def _configured_minutes(worker_class: str, options: SbatchOptions) -> float | None:
-    given = by_flag(options).get("time")
+    time = by_flag(options).get("time")
     try:
-        return time_minutes(given)
+        return time_minutes(time)
     except ValueError as error:
         raise ConfigError(
-            f"scheduler.sbatch: time of class {worker_class}: got {given!r}, need minutes "
+            f"scheduler.sbatch: time of class {worker_class}: got {time!r}, need minutes "
             "or [days-]hours:minutes:seconds"
         ) from error
 
 
 def next_arrays(
-    wanted: Mapping[str, int],
+    tasks: Mapping[str, int],
     *,
     largest: Mapping[str, int],
     rooms: Mapping[str, int | None],
 ) -> dict[str, list[int]]:
-    """Return the sizes of the arrays that each class may submit now.
+    """Return class -> sizes of the arrays that it may submit now.
 
     Args:
-        wanted: class -> tasks that are still to be submitted.
-        largest: class -> tasks that one array may have.
-        rooms: class -> tasks that limits on submitted jobs leave room for; None: any number.
-            Classes of equal room share it, and what one takes is taken from those with more.
+        tasks: class -> number of tasks that are still to be submitted.
+        largest: class -> largest number of tasks of one array.
+        rooms: class -> number of tasks that limits on submitted jobs allow now; None: any number.
+            Classes of equal room share one limit; their tasks count against larger rooms too.
     """
-    counts = {name: count for name, count in wanted.items() if count > 0}
+    counts = {name: count for name, count in tasks.items() if count > 0}
     limited: dict[int, list[str]] = {}
     for name in counts:
         room = rooms[name]

@@ -1,4 +1,4 @@
-"""A pause doubles up to its limit and begins again after a success."""
+"""Backoff: a pause doubles up to its limit and is reset by a success."""
 
 from fedllm.planning.backoff import Backoff
 

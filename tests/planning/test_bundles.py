@@ -80,7 +80,7 @@ def test_bundles_shrink_and_none_is_too_small_for_its_files(
     bundles = cut(clients, workers)
     assert all(b.cost >= after.cost - 1e-6 for b, after in pairwise(bundles[:-1]))
     enough = min(SMALLEST_BUNDLE_SECONDS, count * cost / (8 * workers))
-    # a client goes where it overshoots less, so half of one may be missing
+    # a client joins a bundle if at least half of it fits, so half of one may be missing
     assert all(b.cost + cost / 2 >= enough - 1e-6 for b in bundles[:-1])
 
 

@@ -1,4 +1,4 @@
-"""Costs: tokens of a client, seconds of a token, and what measured rounds teach."""
+"""Costs: tokens of a client, seconds of a token, and calibration by measured rounds."""
 
 import pytest
 

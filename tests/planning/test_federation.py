@@ -1,4 +1,4 @@
-"""What configuration and data fix together, and which rows are scored."""
+"""Federation from configuration and data, and the rows that are scored."""
 
 import pytest
 from hypothesis import assume, given

@@ -1,4 +1,4 @@
-"""Groups follow from the cohort alone, and their members are alike."""
+"""Groups depend only on the cohort, and their members are similar."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Laws of outliers: compared with the median of those that change a module at all."""
+"""Laws of outliers: sizes are compared with the median of clients that change the module."""
 
 import math
 from statistics import median_high

@@ -13,7 +13,7 @@ from fedllm.scheduling.slurm.commands import CommandRefused
 
 @pytest.fixture
 def scratch(tmp_path: Path) -> Path:
-    """Return where runs go: in memory, where there is such a folder."""
+    """Return the folder of runs: in memory if there is such a folder."""
     return memory() or tmp_path
 
 

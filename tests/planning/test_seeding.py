@@ -1,4 +1,4 @@
-"""A seed is a function of what it is for, and of nothing else."""
+"""Seeds depend only on their identity."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Workers: as many as the work is worth and slots are free, for as long as it takes."""
+"""Workers: their number follows work and free slots, their time limit the work."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_scarce_slots_get_tasks_of_the_target_duration() -> None:
 def test_free_slots_are_used_while_a_worker_has_the_least_work_that_is_worth_its_start() -> None:
     work = clients_of("t1", 600, 1.0)
     assert planned(work, free=40)["t1"].workers == 40
-    # 600 minutes are worth 120 workers of 5 minutes, of which 64 may run
+    # 600 minutes are enough work for 120 workers of 5 minutes, of which 64 may run
     assert planned(work, free=500)["t1"].workers == 64
     assert planned(work, free=500, parallel=500)["t1"].workers == 120
     assert planned(work, free=500, parallel=500, worker_minutes_min=10)["t1"].workers == 60
@@ -90,7 +90,7 @@ def test_never_fewer_workers_than_free_slots_while_each_has_work_enough(
 def test_more_work_than_may_run_at_once_waits_behind_the_throttle() -> None:
     plan = planned(clients_of("t1", 6000, 1.0), parallel=64)["t1"]
     assert (plan.workers, plan.parallel) == (200, 64)
-    # whatever comes first is still a part of a task's target duration
+    # the first bundle is still only a part of a task's target duration
     assert max(bundle.cost for bundle in plan.bundles) <= 60 * 10
     few = planned(clients_of("t1", 6000, 1.0), parallel=2)["t1"]
     assert (few.workers, few.minutes) == (200, 47)
@@ -143,7 +143,7 @@ def test_the_longest_client_has_its_time_and_the_partition_its_limit() -> None:
 def test_a_configured_time_limit_is_taken_as_it_is() -> None:
     plan = planned(clients_of("t1", 600, 1.0), options={"time": "1:30:00"})["t1"]
     assert (plan.minutes, plan.options) == (90.0, {"time": "1:30:00"})
-    # null leaves it to the site
+    # null leaves the time limit to the site
     assert planned(clients_of("t1", 9, 1.0), options={"time": None})["t1"].options == {"time": None}
     with pytest.raises(ConfigError, match="time of class t1: got 'soon', need minutes"):
         planned(clients_of("t1", 9, 1.0), options={"time": "soon"})
@@ -176,7 +176,7 @@ def test_arrays_are_split_at_their_largest_size_and_at_the_room_in_the_queue() -
     assert sizes(None, None) == sizes(28, 28) == sizes(None, 3) == everything
     assert sizes(5, 5) == {"a": [4], "b": [1]}
     assert sizes(0, 0) == {}
-    # a class of a full QOS holds up nobody else, and who has more room shares it
+    # a class of a full QOS does not delay others, and classes with more room share it
     assert sizes(0, None) == sizes(0, 9) == {"b": [3]}
     assert sizes(20, 2) == {"a": [10, 8], "b": [2]}
     assert next_arrays({"a": 0}, largest={"a": 1}, rooms={"a": None}) == {}
