@@ -1,4 +1,4 @@
-"""A cluster at the scheduler's seam that a test moves by hand: clients train when it says so."""
+"""Cluster at the scheduler's seam that a test moves by hand: it decides when clients train."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from tests.rounds.simulation import Simulation, config_of
 
 
 class HandMoved:
-    """Jobs of one task run at once; workers wait until the test lets them work or ends them."""
+    """Scheduler: jobs of one task run at once; workers wait until the test runs or ends them."""
 
     def __init__(
         self, simulation: Simulation, *, max_tasks: int | None = None, largest_array: int = 400
@@ -67,13 +67,13 @@ class HandMoved:
         return [job for job in self.jobs if job.program == "client"]
 
     def start(self, *ids: str) -> None:
-        """Let tasks run without doing anything."""
+        """Set tasks to running; they do nothing yet."""
         self.alive |= {id_: (self.alive[id_][0], TaskState.RUNNING) for id_ in ids}
 
     def note(
         self, task: str, state: str, worker_class: str = "small", clients: Sequence[str] = ()
     ) -> None:
-        """Write a worker's progress."""
+        """Write a worker's heartbeat."""
         folder = Path(self.alive[task][0].argv[0])
         TaskRecord.model_validate(
             {
@@ -89,13 +89,13 @@ class HandMoved:
         ).publish(AttemptPaths(root=folder, number=int(folder.name)).task(task))
 
     def work(self, *ids: str) -> None:
-        """Let tasks train all that they can claim and end."""
+        """Run tasks: they train all clients that they can claim, then end."""
         for id_ in ids:
             job, _ = self.alive.pop(id_)
             self.simulation(job.program, job.argv, id_, job.log_folder)
 
     def end(self, state: str, *ids: str, node: str = "n1") -> None:
-        """End tasks that did nothing."""
+        """End tasks before they did anything."""
         for id_ in ids:
             del self.alive[id_]
             self.ended[id_] = Ending(state=state, node=node)

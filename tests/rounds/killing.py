@@ -1,4 +1,4 @@
-"""Kill a run before each of its publications in turn, resume it, and print what came of it.
+"""Kill a run before each of its publications in turn, resume it, and print the results.
 
 Runs as a program: it stays single-threaded, so it can fork. `killing.py FOLDER` prints one JSON
 line per kill. A publication is a rename or a link; an audit hook kills the process with SIGKILL
@@ -18,7 +18,7 @@ from tests.rounds.simulation import Simulation, complete, states
 
 
 def killed_before(root: Path, publication: int) -> bool:
-    """Run in a child that is killed before its n-th publication; say whether it got that far."""
+    """Run in a child that is killed before its n-th publication; return whether it got that far."""
     child = os.fork()
     if not child:
         seen = 0
@@ -38,7 +38,7 @@ def killed_before(root: Path, publication: int) -> bool:
 
 
 def resumed(root: Path) -> dict[str, object]:
-    """Resume in a child and return what it found and left."""
+    """Resume in a child; return what it found and what it left."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -65,7 +65,7 @@ def resumed(root: Path) -> dict[str, object]:
 
 
 def main(folder: Path) -> None:
-    """Kill before publication 1, 2, ... until a run survives."""
+    """Kill runs before publication 1, 2, ... until one survives."""
     torch.set_num_threads(1)
     number = 1
     while killed_before(folder / str(number), number):

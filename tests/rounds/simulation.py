@@ -66,7 +66,7 @@ def config_of(**changes: object) -> Config:
 
 
 class Simulation:
-    """The callable behind an inline scheduler; `diverging` clients send what is not finite.
+    """Callable behind an inline scheduler; `diverging` clients send values that are not finite.
 
     After `limit` clients none is trained any more, and of bundles the `only` ones alone. `loud`
     clients' changes are that many times as large, `poisoned` ones' hold what is not
@@ -99,7 +99,7 @@ class Simulation:
             attempt = AttemptPaths(root=target, number=int(target.name))
             self.work(attempt, argv[argv.index("--class") + 1], task)
         elif program == "aggregate":
-            # leaves an error where a coordinator looks for it
+            # write the error where a coordinator looks for it
             return run_program("aggregate", argv, session=Session())
         else:
             self.evaluate(RoundPaths(root=target))
@@ -160,7 +160,7 @@ class Simulation:
         attempt: AttemptPaths,
         bundle: int,
     ) -> tuple[UpdateRecord, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """Return an update that is a function of round and client."""
+        """Return an update that depends only on round and client."""
         self.trained.append((cohort.round, client))
         failed = client in self.diverging
         record = UpdateRecord(
@@ -194,12 +194,12 @@ class Simulation:
         self.misshapen = max(0, self.misshapen - 1)
         norms = {name: (float(a.norm()), float(b.norm())) for name, (a, b) in tensors.items()}
         if client in self.poisoned:
-            # what its record says stays plausible: a scan takes it
+            # its record stays plausible, so a scan accepts it
             tensors["layer.up_proj"][0][0, 1] = torch.nan
         return self.spoil(record.model_copy(update={"norms": norms})), tensors
 
     def evaluate(self, paths: RoundPaths) -> None:
-        """Publish scores that say nothing."""
+        """Publish scores without meaning."""
         run = paths.run
         scores = Scores(rows=1, loss=1.0 / (1 + paths.number), rouge_l=0.5, exact_match=0.5)
         targets = choose_targets(

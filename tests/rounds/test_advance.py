@@ -1,4 +1,4 @@
-"""The story of a run, its failures and its recovery, without a language model."""
+"""Advance: the course of a run, its failures and its recovery, without a language model."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from tests.rounds.simulation import Simulation, complete, config_of, opened, sta
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """States of a run that nothing disturbed."""
+    """States of an undisturbed run."""
     root = tmp_path_factory.mktemp("undisturbed") / "run"
     complete(root, Simulation())
     return states(root)
@@ -147,7 +147,7 @@ def test_a_quorum_lets_the_round_go_on_without_a_diverged_client(tmp_path: Path)
 
 
 def poisoned(folder: Path, count: int = 1) -> tuple[Simulation, list[str]]:
-    """Have clients of the first round send values that are not finite, as valid updates."""
+    """Make clients of the first round send values that are not finite, as valid updates."""
     probe = Simulation()
     complete(folder / "probe", probe, config_of(rounds=1))
     clients = sorted(client for _, client in probe.trained)[:count]
@@ -295,7 +295,7 @@ def test_tensors_altered_before_they_are_collected_are_found_by_the_aggregation(
     told = [line for line in said if "its clients train again" in line]
     assert len(told) == 2  # once a round
     assert all("the checksum of" in line for line in told)
-    # the scan took them as they were
+    # the scan accepted them
     assert sum("collected all 4 clients" in line for line in said) == 4
 
 
@@ -325,7 +325,7 @@ def test_a_coordinator_killed_while_it_sets_a_collection_aside_goes_on(
         with pytest.raises(KeyboardInterrupt):
             complete(tmp_path / "run", simulation)
     assert len(moved) == 2
-    # not by a person: what went wrong before would still count
+    # not by a person: earlier failures would still count
     run = open_run(
         tmp_path / "run",
         config_of(),
@@ -436,7 +436,7 @@ def test_an_update_of_the_wrong_shape_is_not_counted(
 
 
 class SendingTwice(Simulation):
-    """A simulation whose first bundle of a round is published once more, by another name."""
+    """Simulation that publishes the first bundle of a round again under another name."""
 
     def work(self, attempt: AttemptPaths, worker_class: str, task: str) -> None:
         super().work(attempt, worker_class, task)

@@ -1,4 +1,4 @@
-"""A dry_run names, job for job, what the first round submits."""
+"""A dry run names, job for job, what the first round submits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from tests.rounds.simulation import Simulation, config_of
 
 @dataclass(kw_only=True)
 class Recorder(InlineScheduler):
-    """Runs jobs inline, as a cluster with room for ten tasks would be asked to."""
+    """Inline scheduler that has room for ten tasks and keeps the jobs it was given."""
 
     taken: list[Job] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Clients whose change is far larger than the others': kept, clipped or rejected, and named."""
+"""Outliers of a round: kept, clipped or rejected, and named."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def with_loud(client: str, factor: float = 1e3) -> tuple[Simulation, list[str]]:
 
 
 def damage_first(simulation: Simulation) -> None:
-    """Empty the first update file once it is collected."""
+    """Simulation that empties the first update file once it is collected."""
 
     def damage(program: str, target: Path) -> None:
         victim = next(iter(sorted(target.glob("updates/01-000-00.safetensors"))), None)

@@ -1,4 +1,4 @@
-"""A plan tells all that a run would submit, asks only for room, and leaves nothing behind."""
+"""A plan has all that a run would submit, queries only for room, and writes nothing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ SLOW = {"scheduler__clients_per_bundle": 1, "scheduler__worker_teraflops": 1e-3}
 
 @dataclass(kw_only=True)
 class Asked(InlineScheduler):
-    """Answers what there is room for, or fails to."""
+    """Scheduler that returns a capacity, or fails to."""
 
     answer: Capacity | Exception
 
@@ -35,7 +35,7 @@ class Asked(InlineScheduler):
 
 
 class Scripts(SlurmScheduler):
-    """Writes the real scripts, on a machine that is said to have no queue."""
+    """Slurm scheduler that writes the real scripts without a queue."""
 
     def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
         return TWO

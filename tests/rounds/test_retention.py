@@ -1,4 +1,4 @@
-"""What is pruned, what is kept, and that a pruned run is as good as any."""
+"""Retention: what is pruned, what is kept, and that a pruned run still works."""
 
 import shutil
 import threading

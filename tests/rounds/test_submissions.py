@@ -1,4 +1,4 @@
-"""What a scheduler refuses is mended in the configuration, and the run goes on."""
+"""Refused submissions: the user corrects the configuration, and the run goes on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ TIERS = "scheduler__sbatch__tiers"
 
 @dataclass(kw_only=True)
 class Picky(InlineScheduler):
-    """Takes no job for partition `nope`, as sbatch would not."""
+    """Scheduler that refuses jobs for partition `nope`, as sbatch does."""
 
     def submit(self, job: Job) -> list[str]:
         if job.options.get("partition") == "nope":
@@ -76,7 +76,7 @@ def tier(root: Path, client: str) -> str:
 
 
 class Evasive(HandMoved):
-    """Answers nothing that names a job for one program, and of workers for one class."""
+    """Scheduler that gives no answer to submissions of one program or of one worker class."""
 
     def __init__(self, program: str, worker_class: str) -> None:
         super().__init__(Simulation())

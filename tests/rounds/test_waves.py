@@ -1,4 +1,4 @@
-"""Arrays go out as the limits on submitted jobs leave room, and nothing is submitted twice."""
+"""Waves: arrays are submitted as limits on submitted jobs allow, and never twice."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Silent workers, broken nodes, memory, preemption: what counts and what follows."""
+"""Worker failures: silent workers, broken nodes, memory, preemption."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def cluster() -> HandMoved:
 
 
 def lose(run: Run, cluster: HandMoved, state: str, node: str = "n1") -> None:
-    """End all workers of an attempt that did nothing, and let the coordinator see it."""
+    """End all workers of an attempt before they did anything, and advance once."""
     cluster.end(state, *cluster.alive, node=node)
     assert not advance(run)
 
@@ -110,7 +110,7 @@ def test_a_worker_that_makes_progress_waits_or_lingers_is_left_alone(
     for _ in range(3):
         assert not advance(run)
     assert cluster.cancelled == []
-    # on the usual minutes nobody is silent yet
+    # with the usual minutes no worker is silent yet
     run = hand_moved(tmp_path / "other", HandMoved(Simulation()))
     assert not advance(run)
 
@@ -179,7 +179,7 @@ def test_what_one_task_says_stops_no_run_whose_other_tasks_train(
     cluster.work(working)
     cluster.end("FAILED", broken, *others)
     assert not advance(run)
-    # an attempt that brings nothing tells it
+    # an attempt without updates logs it
     again = paths_of(tmp_path).round(1).attempt(2)
     error.publish(again.task_error(next(iter(cluster.alive))))
     cluster.end("FAILED", *cluster.alive)
@@ -422,7 +422,7 @@ def test_tasks_whose_ids_were_never_recorded_leave_the_queue_with_their_round_to
     assert not advance(run)
     first, *others = cluster.alive
     cluster.work(first)
-    # as a coordinator leaves it that is killed right after sbatch
+    # as if the coordinator was killed right after sbatch
     close_run(run)
     paths_of(tmp_path).round(1).attempt(1).jobs.unlink()
     run = hand_moved(tmp_path, cluster, rounds=2)
