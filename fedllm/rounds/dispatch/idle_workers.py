@@ -38,7 +38,7 @@ def all_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
 
 
 def busy_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
-    """Return the tasks of an attempt that may still train: they live and do not linger."""
+    """Return the tasks of an attempt that may still train: not ended and not idle."""
     ids = all_tasks(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
     alive = [task for task, state in states.items() if state is not TaskState.GONE]

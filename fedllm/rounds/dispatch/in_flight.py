@@ -35,8 +35,8 @@ class InFlight:
 def find_in_flight(run: Run) -> InFlight:
     """Return the tasks in flight; those of evaluations only if no other step has any."""
     return (
-        _in_flight(run, _unfinished(run))
-        or _in_flight(run, _unevaluated(run))
+        _in_flight(run, _unfinished_steps(run))
+        or _in_flight(run, _unfinished_evaluations(run))
         or InFlight(tasks=())
     )
 
@@ -62,7 +62,8 @@ def _in_flight(run: Run, submissions: Iterator[JobPaths]) -> InFlight | None:
     return InFlight(tasks=tuple(tasks), waits_for_room=is_short, look_again_minutes=look_again)
 
 
-def _begun(run: Run) -> Iterator[RoundPaths]:
+def _unfinished_rounds(run: Run) -> Iterator[RoundPaths]:
+    """Yield the rounds that were started and are not done."""
     for number in range(run.config.rounds + 1):
         paths = run.paths.round(number)
         if not paths.root.exists():
@@ -71,19 +72,20 @@ def _begun(run: Run) -> Iterator[RoundPaths]:
             yield paths
 
 
-def _unfinished(run: Run) -> Iterator[JobPaths]:
+def _unfinished_steps(run: Run) -> Iterator[JobPaths]:
     """Yield the last submission of each step that the next round needs."""
     if not run.paths.prepared.exists():
         yield from _last(run.paths.prepare_job)
-    for paths in _begun(run):
+    for paths in _unfinished_rounds(run):
         if paths.aggregate_record.exists():
             continue
         training = paths.number and not paths.collection.exists()
         yield from _last(paths.attempt if training else paths.aggregate_job)
 
 
-def _unevaluated(run: Run) -> Iterator[JobPaths]:
-    for paths in _begun(run):
+def _unfinished_evaluations(run: Run) -> Iterator[JobPaths]:
+    """Yield the last submission of each evaluation that is not done."""
+    for paths in _unfinished_rounds(run):
         if not paths.evaluation_record.exists():
             yield from _last(paths.evaluation_job)
 

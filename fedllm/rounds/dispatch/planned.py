@@ -151,7 +151,9 @@ def _room(scheduler: Scheduler, dry_run: DryRun) -> QueueLimits:
     sizes = [limits.largest_array for limits in known]
     queued = [limits.max_submitted for limits in known]
     free = [room.free_tasks for room in dry_run.capacities.values()]
-    return QueueLimits(largest_array=_min(sizes), most_submitted=_min(queued), free_tasks=_min(free))
+    return QueueLimits(
+        largest_array=_min(sizes), most_submitted=_min(queued), free_tasks=_min(free)
+    )
 
 
 def _min(limits: Sequence[int | None]) -> int | None:

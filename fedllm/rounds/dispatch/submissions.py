@@ -75,9 +75,9 @@ def find_unrecorded(run: Run, paths: JobPaths) -> None:
     jobs = run.known_records.find(JobsRecord, paths.jobs)
     ids = dict(jobs.ids) if jobs else {}
     unsent = unsent_arrays(plan, jobs) - run.observations.no_room
-    found = {name: tasks for name in sorted(unsent) if (tasks := run.scheduler.find(name))}
-    if found:
-        run.publish(JobsRecord(ids=ids | found), paths.jobs)
+    unrecorded = {name: tasks for name in sorted(unsent) if (tasks := run.scheduler.find(name))}
+    if unrecorded:
+        run.publish(JobsRecord(ids=ids | unrecorded), paths.jobs)
 
 
 def active_tasks(scheduler: Scheduler, ids: Sequence[str]) -> list[str]:
@@ -114,7 +114,7 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
             run.say(f"{array.name}: waits for room in the queue ({error})")
         rest = [array.name for array in plan.arrays if array.name not in ids]
         # after this search nobody needs to look them up again
-        ids |= {name: found for name in rest if search and (found := run.scheduler.find(name))}
+        ids |= {name: tasks for name in rest if search and (tasks := run.scheduler.find(name))}
         run.observations.no_room |= set(rest) - ids.keys()
     except SubmissionUnknown:
         if ids:
@@ -136,9 +136,9 @@ def _submit_once(run: Run, paths: JobPaths, job: Job, *, search: bool) -> list[s
     """
     doubt = run.known_records.find(DoubtRecord, paths.in_doubt)
     in_doubt = doubt is not None and doubt.name == job.name
-    found = run.scheduler.find(job.name) if search or in_doubt else None
-    if found is not None:
-        return found
+    tasks = run.scheduler.find(job.name) if search or in_doubt else None
+    if tasks is not None:
+        return tasks
     if doubt and in_doubt:
         raise SubmissionUnknown(doubt.said).kept_in(paths.in_doubt)
     run.lease.check()

@@ -56,7 +56,7 @@ def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         record = TaskRecord.find(path) if silent_seconds >= hung_seconds else None
         if silent_seconds < hung_seconds or (record and record.state == "lingering"):
             continue
-        doing = "nothing begun"
+        doing = "no client started"
         if record and record.client:
             doing = f"client {training_text(record.client, record.clients)}, step {record.step}"
         why = f"no progress for {silent_seconds / 60:.1f} minutes ({doing})"
