@@ -155,16 +155,16 @@ class ClientsSection(Section):
         return self
 
     def _share_problems(self) -> Iterator[str]:
-        given = [name for name, tier in self.tiers.items() if tier.share is not None]
-        missing = [name for name in self.tiers if name not in given]
-        if self.distribution and (given or len(self.tiers) != 4):
+        with_share = [name for name, tier in self.tiers.items() if tier.share is not None]
+        without = [name for name in self.tiers if name not in with_share]
+        if self.distribution and (with_share or len(self.tiers) != 4):
             yield (
                 f"clients.distribution: {self.distribution} needs four tiers without `share`, "
-                f"got {len(self.tiers)} tiers, {len(given)} with a share"
+                f"got {len(self.tiers)} tiers, {len(with_share)} with a share"
             )
-        elif given and missing:
-            yield f"clients.tiers.{missing[0]}.share: missing; give all tiers one, or none"
-        elif given and not any(tier.share for tier in self.tiers.values()):
+        elif with_share and without:
+            yield f"clients.tiers.{without[0]}.share: missing; give all tiers one, or none"
+        elif with_share and not any(tier.share for tier in self.tiers.values()):
             yield "clients.tiers: all shares are 0; give at least one tier a share"
 
     def _assign_problems(self) -> Iterator[str]:

@@ -60,7 +60,7 @@ def problem_lines(
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Say whether a field's annotation is a section of its own."""
+    """Return whether a field's annotation is a section."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

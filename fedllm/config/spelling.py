@@ -45,7 +45,7 @@ def resolve_scalars(raw: Any, expected: Any = Any) -> Any:
 
 
 def is_null(raw: Any) -> bool:
-    """Say whether a value is null, however it is spelled."""
+    """Return whether a value is null, however it is spelled."""
     return raw is None or (isinstance(raw, UnquotedScalar) and raw.value is None)
 
 

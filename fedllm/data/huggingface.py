@@ -74,7 +74,9 @@ def read_saved_dataset(folder: Path) -> SavedSplits:
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"data.path: {folder} is no whole saved data set ({error})") from error
+        raise DataError(
+            f"data.path: {folder} is not a complete saved data set ({error}); save it again"
+        ) from error
     unread = [name for name in splits if name not in named.values()]
     return SavedSplits(tables=tables, unread=unread)
 

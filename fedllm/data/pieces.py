@@ -43,7 +43,7 @@ class TextTokenizer:
 
         The end of a head, its window, is encoded as part of the head, alone, and with the rest. If
         all three agree about the tokens in the middle of the window, the tokens before are taken
-        from the head and those behind from the rest. Else the whole text is encoded.
+        from the head and the tokens after from the rest. Else the whole text is encoded.
         """
         windows = {head: head[-_WINDOW:] for head in dict.fromkeys(heads)}
         whole_heads = dict(zip(windows, self.encode(list(windows)), strict=True))
@@ -107,8 +107,8 @@ class TextTokenizer:
 
         If it does, pieces from inside a text are tokenised after a line break, without that space.
         """
-        alone, behind = self.encode(["a", "\na"])
-        return behind != [*self._line_break(), *alone]
+        alone, after_break = self.encode(["a", "\na"])
+        return after_break != [*self._line_break(), *alone]
 
 
 def _splice(head: list[int], window: list[int], followed: list[int]) -> list[int] | None:
@@ -121,10 +121,10 @@ def _splice(head: list[int], window: list[int], followed: list[int]) -> list[int
     """
     if len(window) < 3 * _EDGE or len(head) < len(window):
         return None
-    behind = len(window) - _EDGE
-    if head[-behind:] != window[_EDGE:] or followed[:behind] != window[:behind]:
+    num_shared = len(window) - _EDGE
+    if head[-num_shared:] != window[_EDGE:] or followed[:num_shared] != window[:num_shared]:
         return None
-    return head[:-_EDGE] + followed[behind:]
+    return head[:-_EDGE] + followed[num_shared:]
 
 
 def _special_prefix(tokenizer: Any) -> list[int]:

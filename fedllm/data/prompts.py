@@ -121,9 +121,9 @@ class _Alpaca(_Plain):
 class _AnswerFrame:
     """Text that a chat template writes around an answer.
 
-    `marker` stands between the question and the end of the prompt, `lead` between the prompt and
-    the answer, and `rest` after the answer. `written_end` is the part of `rest` that ends the
-    turn, and `end` its token.
+    `marker` is the text between the question and the end of the prompt, `lead` the text between
+    the prompt and the answer, and `rest` the text after the answer. `written_end` is the part of
+    `rest` that ends the turn, and `end` its token.
     """
 
     marker: str

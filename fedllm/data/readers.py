@@ -84,15 +84,15 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
     Raises:
         DataError: there are no data, they cannot be read, or their rows have two formats.
     """
-    found = _find_raw(section, cache)
-    given = section.columns if section.path != EMBEDDED else ColumnsSection()
-    peeks = [part.peek() for part in found.parts]
-    used = [part for part, peek in zip(found.parts, peeks, strict=True) if peek is not None]
-    empty = [part for part, peek in zip(found.parts, peeks, strict=True) if peek is None]
+    source = _find_raw(section, cache)
+    column_section = section.columns if section.path != EMBEDDED else ColumnsSection()
+    peeks = [part.peek() for part in source.parts]
+    used = [part for part, peek in zip(source.parts, peeks, strict=True) if peek is not None]
+    empty = [part for part, peek in zip(source.parts, peeks, strict=True) if peek is None]
     if not any(part.split == TRAIN for part in used):
         names = ", ".join(part.name for part in empty if part.split == TRAIN)
-        raise DataError(f"data.path: {found.path} has no rows to train on ({names} is empty)")
-    columns = row_columns(_one_format(section, found, peeks, given), given)
+        raise DataError(f"data.path: {source.path} has no rows to train on ({names} is empty)")
+    columns = row_columns(_one_format(section, source, peeks, column_section), column_section)
     has_test = any(part.split == TEST for part in used)
     split_values = () if has_test else (section.test_fraction, split_seed)
 
@@ -105,10 +105,10 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
         return {split: table for split, table in tables.items() if table.num_rows}
 
     is_embedded = section.path == EMBEDDED
-    notes = () if is_embedded else _notes(found, used, empty, columns, section, peeks)
+    notes = () if is_embedded else _notes(source, used, empty, columns, section, peeks)
     return Source(
         fingerprint=fingerprint_values(
-            found.fingerprint, given.model_dump(), split_values, columns.format
+            source.fingerprint, column_section.model_dump(), split_values, columns.format
         ),
         notes=notes,
         read=read,
@@ -116,12 +116,14 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
 
 
 def _one_format(
-    section: DataSection, found: _RawSource, peeks: Sequence[Peek], given: ColumnsSection
+    section: DataSection, source: _RawSource, peeks: Sequence[Peek], column_section: ColumnsSection
 ) -> str:
     formats: dict[str, str] = {}
-    for part, peek in zip(found.parts, peeks, strict=True):
+    for part, peek in zip(source.parts, peeks, strict=True):
         if peek is not None:
-            formats.setdefault(detect_format(section.format, peek, given, part.name), part.name)
+            formats.setdefault(
+                detect_format(section.format, peek, column_section, part.name), part.name
+            )
     if len(formats) > 1:
         (one, here), (two, there), *_ = formats.items()
         raise DataError(
@@ -138,14 +140,14 @@ def _read(parts: Sequence[_Part], columns: RowColumns) -> Tables:
     for part in parts:
         for block in part.read(columns):
             blocks.setdefault(part.split, []).append(canonical_block(block, columns))
-            found = names.setdefault(part.split, {}).setdefault(part.name, {})
-            found.update(dict.fromkeys(block.names))
+            part_columns = names.setdefault(part.split, {}).setdefault(part.name, {})
+            part_columns.update(dict.fromkeys(block.names))
     for by_part in names.values():
         columns.check(
             list(dict.fromkeys(chain.from_iterable(by_part.values()))), ", ".join(by_part)
         )
-        for name, found in by_part.items():
-            columns.check_part(list(found), name)
+        for name, part_columns in by_part.items():
+            columns.check_part(list(part_columns), name)
     # an integer column that only some blocks have is null in the others
     return {
         split: pa.concat_tables(tables, promote_options="permissive")
@@ -169,7 +171,7 @@ def _check_spellings(tables: Tables, path: str) -> None:
 
 
 def _notes(
-    found: _RawSource,
+    source: _RawSource,
     used: Sequence[_Part],
     empty: Sequence[_Part],
     columns: RowColumns,
@@ -195,8 +197,8 @@ def _notes(
     unused = [name for name in names_of_columns if name not in columns.readable]
     if unused:
         lines.append(f"data: columns that no prompt and no answer has: {shorten_names(unused)}")
-    if found.unread:
-        lines.append(f"data: not read: {found.unread}")
+    if source.unread:
+        lines.append(f"data: not read: {source.unread}")
     return tuple(lines)
 
 

@@ -170,13 +170,13 @@ class RowEncoder:
         tails = self._text_tokenizer.encode(
             [end + script.answer for end, script in zip(prompt_ends, scripts, strict=True)]
         )
-        found = {
+        split = {
             n: _split_whole(wholes[n], alone[end], tails[n])
             if scripts[n].answer
             else (wholes[n], [])
             for n, end in enumerate(prompt_ends)
         }
-        unsure = [n for n, parts in found.items() if parts is None]
+        unsure = [n for n, pair in split.items() if pair is None]
         prompts = self._text_tokenizer.encode([scripts[n].prompt for n in unsure])
         for n, prompt in zip(unsure, prompts, strict=True):
             whole = wholes[n]
@@ -184,8 +184,8 @@ class RowEncoder:
                 answer = whole[len(prompt) :]
             else:
                 answer = self._text_tokenizer.encode_inside([scripts[n].answer])[0]
-            found[n] = (prompt, answer)
-        return [parts for parts in found.values() if parts is not None]
+            split[n] = (prompt, answer)
+        return [pair for pair in split.values() if pair is not None]
 
     def _encoded(self, draft: _Draft) -> EncodedRow:
         if not draft.answer_ids:

@@ -53,7 +53,7 @@ class _QuoteChecker:
                 if at + 1 >= len(text):
                     break
                 if text[at + 1] not in self._after_quote:
-                    raise self._refusal("goes on behind its closing quote")
+                    raise self._refusal("goes on after its closing quote")
                 self._quoted = False
                 at += 1
             else:
