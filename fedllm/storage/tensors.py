@@ -30,7 +30,7 @@ from fedllm.storage.checked import (
 )
 from fedllm.storage.checkpoint_header import CheckpointRecord
 from fedllm.storage.paths import encode_client
-from fedllm.storage.publishing.placing import HashedPlaces, Places, placing, placing_checked
+from fedllm.storage.publishing.placing import HashedFile, PlacedFile, placing, placing_checked
 from fedllm.storage.publishing.publish import version_of
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.updates import PublishedUpdate, records_text, tensor_name, updates_in
@@ -69,7 +69,7 @@ class TensorWriter:
     """A file whose tensors are written one by one, in any order, by several threads."""
 
     planned: Mapping[str, TensorSpec]
-    places: Places
+    placed: PlacedFile
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor, once.
@@ -80,15 +80,15 @@ class TensorWriter:
         on_cpu = tensor.detach().cpu().contiguous()
         spec, expected = TensorSpec.of(on_cpu), self.planned[name]
         assert spec == expected, f"{name}: got {spec}, planned {expected}"
-        self.places.write(name, _bytes_of(on_cpu))
+        self.placed.write(name, _bytes_of(on_cpu))
 
     @property
     def sha256(self) -> str:
         """The SHA-256 of the file of `writing_tensors`, after its block."""
-        assert isinstance(self.places, HashedPlaces), (
+        assert isinstance(self.placed, HashedFile), (
             "files of records are identified by their header"
         )
-        return self.places.sha256
+        return self.placed.sha256
 
 
 @contextmanager
@@ -96,8 +96,8 @@ def writing_tensors(
     path: Path, planned: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 ) -> Iterator[TensorWriter]:
     """Publish the tensors that the block writes as safetensors, all or nothing."""
-    with placing(path, _layout(planned), metadata) as places:
-        yield TensorWriter(planned=planned, places=places)
+    with placing(path, _layout(planned), metadata) as placed:
+        yield TensorWriter(planned=planned, placed=placed)
 
 
 def write_tensors(
@@ -382,8 +382,8 @@ def writing_checked(
     path: Path, records: str, planned: Mapping[str, TensorSpec]
 ) -> Iterator[TensorWriter]:
     """Publish records and the tensors that the block writes under one checksum, all or nothing."""
-    with placing_checked(path, _layout(planned), records) as places:
-        yield TensorWriter(planned=planned, places=places)
+    with placing_checked(path, _layout(planned), records) as placed:
+        yield TensorWriter(planned=planned, placed=placed)
 
 
 def _publish_checked(path: Path, records: str, tensors: Mapping[str, torch.Tensor]) -> None:

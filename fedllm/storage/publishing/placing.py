@@ -25,8 +25,8 @@ from fedllm.storage.publishing.publish import publishing, storage_errors
 _NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
 
 
-class Places:
-    """A file that is being written.
+class PlacedFile:
+    """A file that is being written, each tensor at its place.
 
     Args:
         path: its final name, for errors.
@@ -65,7 +65,7 @@ class Places:
         return self._begin + begin, self._begin + end
 
 
-class HashedPlaces(Places):
+class HashedFile(PlacedFile):
     """A file that is hashed while it is written: as far as it has no gap."""
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, header: bytes) -> None:
@@ -114,7 +114,7 @@ class HashedPlaces(Places):
             begin += len(chunk)
 
 
-class CheckedPlaces(Places):
+class CheckedFile(PlacedFile):
     """A file of records and tensors; its header is written last, with the tensors' digests."""
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, records: str) -> None:
@@ -143,22 +143,22 @@ class CheckedPlaces(Places):
 
 
 @contextmanager
-def placing(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Iterator[HashedPlaces]:
+def placing(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Iterator[HashedFile]:
     """Publish the tensors that the block writes; a failed block leaves nothing behind."""
     header = encoded_header(layout, dict(sorted(metadata.items())), last=True)
     with publishing(path) as temporary, temporary.open("w+b") as file:
-        places = HashedPlaces(path, file.fileno(), layout, header)
-        yield places
-        places.finish()
+        placed = HashedFile(path, file.fileno(), layout, header)
+        yield placed
+        placed.finish()
 
 
 @contextmanager
-def placing_checked(path: Path, layout: Layout, records: str) -> Iterator[CheckedPlaces]:
+def placing_checked(path: Path, layout: Layout, records: str) -> Iterator[CheckedFile]:
     """Publish records and the tensors that the block writes under one checksum."""
     with publishing(path) as temporary, temporary.open("w+b") as file:
-        places = CheckedPlaces(path, file.fileno(), layout, records)
-        yield places
-        places.finish()
+        placed = CheckedFile(path, file.fileno(), layout, records)
+        yield placed
+        placed.finish()
 
 
 def encoded_header(layout: Layout, metadata: Mapping[str, str], *, last: bool = False) -> bytes:
