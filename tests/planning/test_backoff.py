@@ -3,7 +3,7 @@
 from fedllm.planning.backoff import Backoff
 
 
-def test_a_pause_doubles_up_to_its_limit_and_begins_again() -> None:
+def test_a_pause_doubles_up_to_its_limit_and_is_reset() -> None:
     pause = Backoff(3.0, max_seconds=20.0)
     found = []
     for _ in range(5):

@@ -23,7 +23,7 @@ def test_tiers_of_equal_options_are_a_class_named_by_the_first() -> None:
     }
 
 
-def test_what_is_said_of_a_tier_overrides_what_is_said_of_clients_and_of_all() -> None:
+def test_options_of_a_tier_override_those_of_clients_and_the_default() -> None:
     assert tier_options(SECTION, "small") == {"account": "lab", "time": 60, "gpus": 1}
     assert tier_options(SECTION, "large") == {"account": "lab", "time": 60, "gpus": 2}
 

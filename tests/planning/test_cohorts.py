@@ -59,13 +59,13 @@ def test_a_cohort_is_a_count_or_a_fraction_and_at_least_one(
     assert cohort_size(config_of(clients__cohort=cohort).clients, trainable) == size
 
 
-def test_a_cohort_larger_than_what_can_train_is_told_with_both_numbers() -> None:
+def test_a_cohort_above_the_trainable_clients_is_an_error_with_both_numbers() -> None:
     section = config_of(clients__cohort={"count": 8}).clients
     with pytest.raises(ConfigError, match=r"clients.cohort.count: got 8, only 7 clients can train"):
         cohort_size(section, 7)
 
 
-def test_nobody_to_train_is_told_with_the_remedy() -> None:
+def test_no_trainable_client_is_an_error_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="none can train; lower clients"):
         cohort_size(HALF, 0)
 

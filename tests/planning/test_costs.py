@@ -43,7 +43,7 @@ def test_a_token_takes_four_operations_a_weight_and_six_an_adapter_weight() -> N
     assert not seeded().calibrated
 
 
-def test_measured_seconds_replace_the_seed_and_tell_of_tiers_that_were_not_measured() -> None:
+def test_measured_seconds_replace_the_seed_and_scale_tiers_that_were_not_measured() -> None:
     mix = TierMix(drawn=3, used=2, tokens=500.0, seconds=10.0 + 2 * SECONDS_PER_CLIENT)
     found = calibrate(
         seeded(), {"small": mix, "large": TierMix(drawn=1, used=0, tokens=0, seconds=0)}

@@ -35,7 +35,7 @@ def test_a_federation_knows_the_largest_rank_of_every_module() -> None:
     assert federation.classes == {"a": "a", "b": "a"}
 
 
-def test_what_does_not_fit_the_data_is_told_before_anything_starts() -> None:
+def test_a_configuration_that_does_not_fit_the_data_is_refused() -> None:
     with pytest.raises(ConfigError, match="only 10 clients can train"):
         plan_federation(config_of(clients__cohort={"count": 11}), prepared_of(TEN))
 
@@ -83,7 +83,7 @@ def test_another_split_seed_scores_another_subset() -> None:
     assert len({str(subset) for subset in subsets}) == 3
 
 
-def test_at_the_start_and_the_end_everyone_is_scored() -> None:
+def test_all_clients_are_scored_at_the_start_and_the_end() -> None:
     config = config_of(rounds=4, evaluation__clients=1, evaluation__rows_per_client=1)
     prepared = prepared_of(TEN)
     assert [len(choose_targets(config, prepared, number)) for number in range(5)] == [

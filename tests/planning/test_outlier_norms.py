@@ -60,7 +60,7 @@ def test_the_order_of_clients_does_not_matter(clients: Round, factor: float, ord
 
 
 @given(st.lists(st.floats(1.0, 10.0), max_size=9))
-def test_nothing_happens_where_all_are_within_the_factor(sizes: list[float]) -> None:
+def test_sizes_within_the_factor_are_no_outliers(sizes: list[float]) -> None:
     clients = {f"client {n}": (size, size) for n, size in enumerate(sizes)}
     assert outliers(clients, 10.0) == {}
 
@@ -103,9 +103,7 @@ def test_an_outlier_that_grows_stays_one_and_changes_nothing_for_others(
 
 
 @given(rounds, factors)
-def test_what_is_clipped_is_at_its_limit_and_no_outlier_any_more(
-    clients: Round, factor: float
-) -> None:
+def test_a_clipped_change_is_at_its_limit_and_no_outlier(clients: Round, factor: float) -> None:
     found = outliers(clients, factor)
     clips = {(o.client, o.module): o for listed in found.values() for o in listed}
     for place, outlier in clips.items():

@@ -26,7 +26,7 @@ def test_quotas_sum_exactly_and_are_within_one_of_the_ideal(
 
 
 @given(shares=SHARES, total=st.integers(0, 500))
-def test_who_has_no_share_gets_nothing(shares: dict[str, float], total: int) -> None:
+def test_a_share_of_zero_gets_nothing(shares: dict[str, float], total: int) -> None:
     counts = largest_remainder(shares, total)
     assert all(counts[key] == 0 for key, share in shares.items() if share == 0)
 
@@ -40,7 +40,7 @@ def test_only_the_proportions_of_shares_count(
 
 
 @given(count=st.integers(1, 9), total=st.integers(0, 100))
-def test_ties_go_to_the_earlier(count: int, total: int) -> None:
+def test_ties_go_to_the_earlier_key(count: int, total: int) -> None:
     counts = list(largest_remainder(dict.fromkeys(map(str, range(count)), 0.1), total).values())
     assert counts == sorted(counts, reverse=True)
     assert counts[0] - counts[-1] <= 1

@@ -23,7 +23,7 @@ def candidates(clients: list[ClientRecord]) -> list[ClientRecord]:
 
 
 @given(clients=client_lists(), data=st.data())
-def test_roles_are_disjoint_counts_exact_and_who_cannot_train_or_be_scored_is_not_asked_to(
+def test_roles_are_disjoint_exact_and_only_of_clients_with_the_rows_they_need(
     clients: list[ClientRecord], data: st.DataObject
 ) -> None:
     dev = data.draw(st.integers(0, len(candidates(clients))))

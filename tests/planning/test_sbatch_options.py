@@ -3,7 +3,7 @@ import pytest
 from fedllm.planning.sbatch_options import by_flag, flag_name, refusal_reason, time_minutes
 
 
-def test_options_go_by_their_long_flags_however_they_are_written() -> None:
+def test_options_are_named_by_their_long_flags() -> None:
     written = {"cpus_per_task": 2, "--mem-per-cpu": "1G", " t ": 5, "-p": "low", "N": 1}
     assert by_flag(written) == {
         **{"cpus-per-task": 2, "mem-per-cpu": "1G", "time": 5, "partition": "low", "nodes": 1}
@@ -19,7 +19,7 @@ def test_options_go_by_their_long_flags_however_they_are_written() -> None:
         *("J", "job_na", "dependency", "d", "chdir", "-D", "uid", "gid", "input", "version"),
     ],
 )
-def test_what_would_change_what_a_task_is_may_not_be_given(written: str) -> None:
+def test_options_that_change_what_a_task_is_are_refused(written: str) -> None:
     name = flag_name(written)
     for value in (3, "3", True):
         reason = refusal_reason(name, value) or ""
@@ -36,19 +36,19 @@ def test_what_would_change_what_a_task_is_may_not_be_given(written: str) -> None
         *(("gpus-per-task", 1), ("export", "NONE"), ("wait-all-nodes", 1), ("hold", True)),
     ],
 )
-def test_what_leaves_a_task_one_process_may_be_given(name: str, value: object) -> None:
+def test_options_that_keep_a_task_one_process_are_allowed(name: str, value: object) -> None:
     assert refusal_reason(name, value) is None
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "reason"),
     [
         *((name, True, "not the name") for name in ("ntasks=3", "n 3", "", "comment=a --wrap")),
         ("comment", "a\n#SBATCH --ntasks=3", "an option is one line"),
     ],
 )
-def test_an_option_that_hides_another_is_refused(name: str, value: object, told: str) -> None:
-    assert (refusal_reason(name, value) or "").startswith(told)
+def test_an_option_that_hides_another_is_refused(name: str, value: object, reason: str) -> None:
+    assert (refusal_reason(name, value) or "").startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,6 @@ def test_times_are_read_as_slurm_reads_them(time: object, minutes: float | None)
 
 
 @pytest.mark.parametrize("time", ["soon", "1:2:3:4", "1-", "1.5", "True"])
-def test_what_is_no_time_limit_is_refused(time: str) -> None:
+def test_a_time_of_another_form_is_refused(time: str) -> None:
     with pytest.raises(ValueError, match=r"not a time limit|invalid literal"):
         time_minutes(time)

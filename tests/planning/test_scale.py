@@ -24,7 +24,7 @@ def test_all_clients_train_once_a_round_and_slots_are_full(scratch: Path) -> Non
     assert figures.rounds[-1].utilisation >= 0.95
 
 
-def test_commands_a_minute_do_not_grow_with_the_clients(scratch: Path) -> None:
+def test_commands_per_minute_do_not_grow_with_the_clients(scratch: Path) -> None:
     few, many = (simulate(n, 4, seed=0, scratch=scratch).rounds[-1] for n in (40, 240))
     assert many.commands["squeue"] > few.commands["squeue"]
     assert many.squeue_per_minute <= 1.1

@@ -57,7 +57,7 @@ def test_a_client_that_is_assigned_has_its_tier_and_the_others_share_exactly() -
     assert others == {"small": 5, "large": 5}
 
 
-def test_all_assigned_clients_that_are_not_there_are_named() -> None:
+def test_all_assigned_clients_missing_in_the_data_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         assign_tiers(section(assign={"x": "large", "1": "large", "y": "small"}), 0, ["1"])
     assert str(caught.value).splitlines() == [
@@ -121,7 +121,7 @@ def test_a_rank_above_a_module_names_the_module_its_sides_and_the_remedy() -> No
     assert capped == {"q_proj": 16, "k_proj": 8, "up_proj": 16}
 
 
-def test_the_problems_of_all_tiers_are_told_at_once() -> None:
+def test_the_problems_of_all_tiers_are_reported_together() -> None:
     tiers = {
         "a": {"ranks": {"attention": 2}},
         "b": {"ranks": {"attention": 2, "mlp": 2, "mpl": 3}},

@@ -61,7 +61,7 @@ def test_scarce_slots_get_tasks_of_the_target_duration() -> None:
     assert planned(clients_of("t1", 600, 1.0), free=0, target_minutes=60)["t1"].workers == 10
 
 
-def test_free_slots_are_used_while_a_worker_has_the_least_work_that_is_worth_its_start() -> None:
+def test_free_slots_are_used_while_each_worker_has_its_minimum_of_work() -> None:
     work = clients_of("t1", 600, 1.0)
     assert planned(work, free=40)["t1"].workers == 40
     # 600 minutes are enough work for 120 workers of 5 minutes, of which 64 may run
@@ -77,7 +77,7 @@ def test_free_slots_are_used_while_a_worker_has_the_least_work_that_is_worth_its
     free=st.integers(0, 300),
     parallel=st.integers(1, 300),
 )
-def test_never_fewer_workers_than_free_slots_while_each_has_work_enough(
+def test_there_are_as_many_workers_as_free_slots_while_each_has_enough_work(
     count: int, minutes: float, free: int, parallel: int
 ) -> None:
     plan = planned(clients_of("t1", count, minutes), free=free, parallel=parallel)["t1"]
@@ -149,7 +149,7 @@ def test_a_configured_time_limit_is_taken_as_it_is() -> None:
         planned(clients_of("t1", 9, 1.0), options={"time": "soon"})
 
 
-def test_lingering_workers_ask_for_the_time_to_linger_too() -> None:
+def test_the_time_limit_of_workers_that_stay_idle_includes_that_time() -> None:
     plan = planned(clients_of("t1", 1, 0.1), linger_minutes=20, target_minutes=30)["t1"]
     assert plan.minutes == 50
 

@@ -171,9 +171,9 @@ def test_a_client_whose_values_are_not_finite_is_left_out_where_the_quorum_allow
     assert collection.replaces == count
     assert sum(mix.used for mix in collection.tiers.values()) == 4 - count
     for client in clients:
-        told = f"client {client}: layer.up_proj A holds nan at [0, 1]"
-        assert told in collection.failed[client]
-        assert any(f"{client} is left out: " in line and told in line for line in said)
+        reason = f"client {client}: layer.up_proj A holds nan at [0, 1]"
+        assert reason in collection.failed[client]
+        assert any(f"{client} is left out: " in line and reason in line for line in said)
     without = Simulation(diverging=clients)
     complete(tmp_path / "other", without, config)
     assert states(tmp_path / "run")["0001"] == states(tmp_path / "other")["0001"]
@@ -292,9 +292,9 @@ def test_tensors_altered_before_they_are_collected_are_found_by_the_aggregation(
     simulation = Altering(log=said.append)
     complete(tmp_path / "run", simulation)
     assert states(tmp_path / "run") == undisturbed
-    told = [line for line in said if "its clients train again" in line]
-    assert len(told) == 2  # once a round
-    assert all("the checksum of" in line for line in told)
+    lines = [line for line in said if "its clients train again" in line]
+    assert len(lines) == 2  # once a round
+    assert all("the checksum of" in line for line in lines)
     # the scan accepted them
     assert sum("collected all 4 clients" in line for line in said) == 4
 
@@ -366,7 +366,7 @@ def test_attempts_without_progress_are_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "kind"), [(2, UserError), (3, StorageFull)])
-def test_what_a_task_says_is_told_with_its_exit_code(
+def test_the_error_of_a_task_ends_the_run_with_its_exit_code(
     tmp_path: Path, code: int, kind: type[FedllmError]
 ) -> None:
     simulation = Simulation()
@@ -412,7 +412,7 @@ def test_retention_keeps_the_last_states_and_the_updates_of_the_last_round(tmp_p
     assert len(hashes) == 6
 
 
-def test_a_path_may_change_but_not_what_lies_there(tmp_path: Path) -> None:
+def test_a_path_may_change_but_not_its_content(tmp_path: Path) -> None:
     root = tmp_path / "run"
     complete(root, Simulation(), config_of(rounds=1))
     moved = resumed_config(root, ["data.path=elsewhere", "rounds=2"])
@@ -444,13 +444,13 @@ class SendingTwice(Simulation):
             shutil.copy(path, path.with_name("01-000-01.safetensors"))
 
 
-def test_an_update_that_came_twice_is_told_and_counts_once(
+def test_a_duplicate_update_is_logged_and_counts_once(
     tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     said = list[str]()
     complete(tmp_path / "run", SendingTwice(log=said.append))
     assert states(tmp_path / "run") == undisturbed
-    told = [line for line in said if "sent another update" in line]
-    assert len(told) == 4
-    assert told[0].startswith("round 1: 01-000-01.safetensors: client ")
-    assert told[0].endswith("that of 01-000-00.safetensors counts")
+    lines = [line for line in said if "sent another update" in line]
+    assert len(lines) == 4
+    assert lines[0].startswith("round 1: 01-000-01.safetensors: client ")
+    assert lines[0].endswith("that of 01-000-00.safetensors counts")

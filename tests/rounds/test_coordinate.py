@@ -44,7 +44,9 @@ def cluster() -> HandMoved:
     return HandMoved(Simulation())
 
 
-def test_who_need_not_stay_waits_for_the_tasks_at_work(tmp_path: Path, cluster: HandMoved) -> None:
+def test_a_chained_coordinator_returns_the_tasks_in_flight(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
     assert advance_while_possible(hand_moved(tmp_path, cluster)) == InFlight(
         tasks=tuple(cluster.alive)
     )
@@ -64,7 +66,7 @@ def test_a_coordinator_in_a_batch_job_names_it_in_its_lease(
     assert hand_moved(tmp_path, cluster).lease.record.slurm_job == "12"
 
 
-def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
+def test_a_file_that_may_still_appear_is_waited_for_before_it_returns(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     on_slurm: dict[str, Any] = {"scheduler__kind": "slurm", "storage__visibility_seconds": 0.05}
@@ -91,7 +93,7 @@ def test_what_may_be_on_its_way_is_waited_for_by_the_one_who_asks(
         ({"scheduler__linger_minutes": 60, "clients__deadline_minutes": 20}, 20),
     ],
 )
-def test_where_a_round_may_go_on_while_tasks_are_at_work_the_next_look_has_a_time(
+def test_a_round_that_may_go_on_while_tasks_run_has_a_time_for_the_next_look(
     tmp_path: Path, cluster: HandMoved, changes: dict[str, Any], minutes: int | None
 ) -> None:
     work = advance_while_possible(hand_moved(tmp_path, cluster, **changes))
@@ -100,7 +102,7 @@ def test_where_a_round_may_go_on_while_tasks_are_at_work_the_next_look_has_a_tim
     assert work.look_again_minutes == minutes
 
 
-def test_workers_that_linger_are_not_waited_for(tmp_path: Path, cluster: HandMoved) -> None:
+def test_idle_workers_are_not_in_flight(tmp_path: Path, cluster: HandMoved) -> None:
     run = hand_moved(tmp_path, cluster, scheduler__linger_minutes=10)
     assert not advance(run)
     first, *others = cluster.alive
@@ -118,7 +120,7 @@ def test_tasks_that_found_no_room_are_waited_for_too(tmp_path: Path) -> None:
     assert none == InFlight(tasks=(), waits_for_room=True)
 
 
-def test_a_scheduler_that_does_not_answer_is_asked_again_ever_more_rarely(tmp_path: Path) -> None:
+def test_a_silent_scheduler_is_called_again_with_growing_pauses(tmp_path: Path) -> None:
     cluster = Silent(refused=3, troubles=iter([None] * 99))
     heard: list[str] = []
     coordinate(hand_moved(tmp_path, cluster, heard, scheduler__poll_seconds=1))
@@ -126,9 +128,9 @@ def test_a_scheduler_that_does_not_answer_is_asked_again_ever_more_rarely(tmp_pa
     assert heard.count("sbatch: no answer; asking again in 4 s") == 1
 
 
-def test_when_it_falls_silent_and_when_it_answers_again_is_said_once(tmp_path: Path) -> None:
+def test_a_silent_scheduler_is_logged_once_and_so_is_its_return(tmp_path: Path) -> None:
     cluster = Silent(refused=0, troubles=iter([None, "no answer", "no answer", None]))
     heard: list[str] = []
     coordinate(hand_moved(tmp_path, cluster, heard))
-    told = [line for line in heard if "answer" in line]
-    assert told == ["no answer; until then tasks count as running", "the scheduler answers again"]
+    lines = [line for line in heard if "answer" in line]
+    assert lines == ["no answer; until then tasks count as running", "the scheduler answers again"]

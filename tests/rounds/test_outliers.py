@@ -53,7 +53,7 @@ def damage_first(simulation: Simulation) -> None:
     simulation.before = damage
 
 
-def test_where_outliers_are_kept_nobody_is_clipped_or_left_out(tmp_path: Path) -> None:
+def test_kept_outliers_are_neither_clipped_nor_left_out(tmp_path: Path) -> None:
     simulation, _ = with_loud(drawn(tmp_path)[1])
     complete(tmp_path / "run", simulation, config("keep", rounds=1))
     found = collection(tmp_path / "run")
@@ -61,7 +61,7 @@ def test_where_outliers_are_kept_nobody_is_clipped_or_left_out(tmp_path: Path) -
     assert [update.clipped for update in found.updates] == [{}, {}, {}, {}]
 
 
-def test_without_an_outlier_the_three_answers_give_the_same_state(tmp_path: Path) -> None:
+def test_without_an_outlier_keep_clip_and_reject_give_the_same_state(tmp_path: Path) -> None:
     for outliers in ("keep", "clip", "reject"):
         complete(tmp_path / outliers, Simulation(), config(outliers))
     assert states(tmp_path / "clip") == states(tmp_path / "keep") == states(tmp_path / "reject")
@@ -189,7 +189,7 @@ def test_an_update_without_usable_norms_is_named_and_its_client_trains_again(
     assert len(collection(tmp_path / "run").updates) == 4
 
 
-def test_norms_are_not_needed_where_outliers_are_kept(tmp_path: Path) -> None:
+def test_kept_outliers_need_no_norms(tmp_path: Path) -> None:
     simulation = Simulation()
     simulation.spoil = lambda record: record.model_copy(update={"norms": {}})
     complete(tmp_path / "run", simulation, config("keep", rounds=1))
@@ -202,7 +202,7 @@ def killed_before_aggregation(program: str, target: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["emptied", "removed", "another"])
-def test_a_file_that_changes_between_scan_and_collection_is_looked_at_again(
+def test_a_file_that_changes_between_scan_and_collection_is_scanned_again(
     tmp_path: Path, change: str
 ) -> None:
     complete(tmp_path / "undisturbed", Simulation(), config("clip", rounds=1))

@@ -41,7 +41,7 @@ class Scripts(SlurmScheduler):
         return TWO
 
     def limits(self, options: Mapping[str, Option]) -> Limits:  # noqa: ARG002
-        return Limits(problem="nobody was asked")
+        return Limits(problem="no scheduler")
 
 
 def planned(
@@ -71,20 +71,20 @@ def test_a_plan_takes_what_the_scheduler_has_room_for(tmp_path: Path) -> None:
     assert found.scripts == ()
 
 
-def test_a_plan_for_other_slots_takes_those(tmp_path: Path) -> None:
+def test_a_plan_for_other_slots_uses_them(tmp_path: Path) -> None:
     found = planned(tmp_path, TWO, slots=3)
     assert found.geometry.tasks == 3
     assert max(each.slots for each in found.geometry.times) == 12
 
 
-def test_a_plan_is_made_where_no_scheduler_answers(tmp_path: Path) -> None:
+def test_a_plan_needs_no_scheduler(tmp_path: Path) -> None:
     unreachable = SchedulerUnreachable("no answer")
     found = planned(tmp_path, unreachable, scheduler__max_parallel=3)
     assert found.geometry.tasks == 3
     assert max(each.slots for each in found.geometry.times) == 12
 
 
-def test_what_the_scheduler_refuses_stops_a_plan(tmp_path: Path) -> None:
+def test_a_refused_option_stops_a_plan(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such partition"):
         planned(tmp_path, ConfigError("no such partition"))
 
@@ -95,7 +95,7 @@ def test_the_sbatch_files_are_those_of_all_jobs_and_the_options_are_read_from_th
     sbatch = {"default": {"partition": "low"}, "client": {"mem": "3G"}, "aggregate": {"time": 5}}
     config = config_of(**SLOW, scheduler__kind="slurm", scheduler__sbatch=sbatch)
     found = plan_in(tmp_path, config, Scripts(section=config.scheduler))
-    assert found.geometry.room.problem == "nobody was asked"
+    assert found.geometry.room.problem == "no scheduler"
     names = [script.job.name for script in found.scripts]
     assert [name.split("-", 2)[2] for name in names] == [
         *("r0001-a01-small-0", "r0000-prepare-01", "r0001-aggregate-01", "r0001-evaluate-01"),

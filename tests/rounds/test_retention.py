@@ -59,7 +59,7 @@ def numbers(paths: RunPaths, pattern: str) -> list[int]:
     return sorted(int(path.parts[-pattern.count("/")]) for path in paths.root.glob(pattern))
 
 
-def test_states_of_the_last_rounds_of_every_so_many_and_of_the_best_are_kept(
+def test_states_of_the_last_of_every_nth_and_of_the_best_round_are_kept(
     run: RunPaths,
 ) -> None:
     scores = {n: evaluation(n, {"a": abs(n - 2.0)}) for n in range(ROUNDS + 1)}
@@ -81,7 +81,9 @@ def test_logs_claims_and_progress_of_the_last_rounds_are_kept(run: RunPaths) -> 
         assert attempt.submission.exists()
 
 
-def test_updates_and_checkpoints_go_once_the_next_round_is_aggregated(run: RunPaths) -> None:
+def test_updates_and_checkpoints_are_removed_once_the_next_round_is_aggregated(
+    run: RunPaths,
+) -> None:
     for number in (5, 6):
         write(run.round(number).update(attempt=1, bundle=9, part=0))
         write(run.round(number).checkpoint("c"))
@@ -92,14 +94,14 @@ def test_updates_and_checkpoints_go_once_the_next_round_is_aggregated(run: RunPa
     assert run.round(6).checkpoint("c").exists()
 
 
-def test_the_log_of_a_worker_that_lingers_for_a_round_that_is_kept_stays(run: RunPaths) -> None:
+def test_the_log_of_a_worker_taken_over_by_a_kept_round_is_kept(run: RunPaths) -> None:
     write(run.round(6).attempt(1).task("3_0"))
     prune(run, policy())
     logs = [path for path in run.all_logs.rglob("*.out") if int(path.name[0]) < 5]
     assert below(run, logs) == {"logs/0003/3_0_0_log.out"}
 
 
-def test_leftovers_and_what_was_set_aside_go_with_rounds_that_are_done_alone(
+def test_leftovers_and_files_set_aside_are_removed_only_in_rounds_that_are_done(
     run: RunPaths,
 ) -> None:
     run.round(6).record.unlink()
@@ -121,7 +123,7 @@ def test_leftovers_and_what_was_set_aside_go_with_rounds_that_are_done_alone(
     }
 
 
-def test_a_dry_run_tells_what_would_go_and_its_bytes_and_removes_nothing(run: RunPaths) -> None:
+def test_a_dry_run_lists_removals_with_their_bytes_and_removes_nothing(run: RunPaths) -> None:
     before = {path: path.stat().st_size for path in run.root.rglob("*") if path.is_file()}
     found = removable(run, policy())
     assert {path: path.stat().st_size for path in before} == before
@@ -203,7 +205,7 @@ def test_hours_used_are_known_after_the_records_of_tasks_are_gone(tmp_path: Path
     assert (found.task_hours, found.gpu_hours, found.array_efficiency) == (3.0, 6.0, 0.5)
 
 
-def test_the_best_round_is_that_of_the_evaluations_that_compare(tmp_path: Path) -> None:
+def test_the_best_round_is_chosen_among_evaluations_of_the_same_clients(tmp_path: Path) -> None:
     paths, config = RunPaths(root=tmp_path), config_of(rounds=4)
     assert best_round(paths, config) == set()
     # clients `d...` are dev clients: only they count where there are any

@@ -41,7 +41,7 @@ def run(root: Path, **changes: object) -> Simulation:
     return simulation
 
 
-def test_a_plan_that_was_refused_as_a_whole_is_made_anew(tmp_path: Path) -> None:
+def test_a_wholly_refused_plan_is_made_again(tmp_path: Path) -> None:
     complete(tmp_path / "other", Simulation())
     root = tmp_path / "run"
     for _ in range(2):
@@ -53,7 +53,7 @@ def test_a_plan_that_was_refused_as_a_whole_is_made_anew(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("refused", "taken"), [("small", {"large"}), ("large", set())])
-def test_of_a_plan_that_was_refused_in_part_the_arrays_taken_before_count(
+def test_a_partly_refused_plan_keeps_the_arrays_submitted_before(
     tmp_path: Path, refused: str, taken: set[str]
 ) -> None:
     complete(tmp_path / "other", Simulation())
@@ -80,12 +80,12 @@ class Evasive(HandMoved):
 
     def __init__(self, program: str, worker_class: str) -> None:
         super().__init__(Simulation())
-        self.asked: list[str] = []
+        self.submitted: list[str] = []
         self.evades = True
         self._program, self._class = program, worker_class
 
     def submit(self, job: Job) -> list[str]:
-        self.asked.append(job.name)
+        self.submitted.append(job.name)
         if self.evades and job.program == self._program and self._class in job.name:
             raise SubmissionUnknown("no job is named")
         return super().submit(job)
@@ -95,7 +95,7 @@ class Evasive(HandMoved):
     ("program", "worker_class", "sent"),
     [("prepare", "", 1), ("client", "small", 4), ("client", "large", 3)],
 )
-def test_what_may_exist_is_looked_for_and_sent_again_only_once_a_person_says_so(
+def test_an_array_that_may_exist_is_submitted_again_only_once_a_person_allows_it(
     tmp_path: Path, program: str, worker_class: str, sent: int
 ) -> None:
     cluster = Evasive(program, worker_class)
@@ -108,29 +108,29 @@ def test_what_may_exist_is_looked_for_and_sent_again_only_once_a_person_says_so(
             advance_while_possible(hand_moved(tmp_path, cluster, **classes))
         said.append(str(caught.value))
     assert len(set(said)) == 1
-    assert len(cluster.asked) == sent
+    assert len(cluster.submitted) == sent
     assert cluster.finds >= 2
     cluster.evades = False
     with pytest.raises(SubmissionUnknown):
         advance_while_possible(hand_moved(tmp_path, cluster, **classes))
-    assert len(cluster.asked) == sent
+    assert len(cluster.submitted) == sent
     Path(said[0].split()[-1]).unlink()
     assert advance_while_possible(hand_moved(tmp_path, cluster, **classes)) is not None
-    again = [name for name in cluster.asked if cluster.asked.count(name) > 1]
+    again = [name for name in cluster.submitted if cluster.submitted.count(name) > 1]
     assert again == [again[0]] * 2
 
 
-def test_what_was_in_doubt_and_is_found_goes_on(tmp_path: Path) -> None:
+def test_an_array_in_doubt_that_is_found_is_used(tmp_path: Path) -> None:
     cluster = Evasive("client", "small")
     with pytest.raises(SubmissionUnknown):
         advance_while_possible(hand_moved(tmp_path, cluster))
     cluster.evades = False
-    name = cluster.asked[-1]
+    name = cluster.submitted[-1]
     argv = (str(RunPaths(root=tmp_path.resolve()).round(1).attempt(1).root),)
     job = Job(name=name, program="client", argv=argv, log_folder=tmp_path)
     cluster.alive["77_0"] = (job, TaskState.WAITING)
     assert advance_while_possible(hand_moved(tmp_path, cluster)) is not None
-    assert cluster.asked.count(name) == 1
+    assert cluster.submitted.count(name) == 1
     jobs = JobsRecord.find(RunPaths(root=tmp_path.resolve()).round(1).attempt(1).jobs)
     assert jobs is not None
     assert jobs.ids[name] == ["77_0"]

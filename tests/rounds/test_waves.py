@@ -56,7 +56,7 @@ def test_no_wave_follows_when_every_bundle_is_taken(tmp_path: Path) -> None:
     assert [job.tasks for job in cluster.arrays] == [2]
 
 
-def test_a_full_queue_is_not_asked_again_and_again(tmp_path: Path) -> None:
+def test_a_full_queue_is_not_queried_again_and_again(tmp_path: Path) -> None:
     say: list[str] = []
     cluster = HandMoved(Simulation(), max_tasks=0)
     run = hand_moved(tmp_path / "run", cluster, say, scheduler__query_seconds=1000)
@@ -66,16 +66,16 @@ def test_a_full_queue_is_not_asked_again_and_again(tmp_path: Path) -> None:
     assert sum("waits for room" in line for line in say) == 1
 
 
-def test_of_several_arrays_that_find_no_room_none_is_looked_for(
+def test_arrays_that_found_no_room_are_not_looked_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = HandMoved(Simulation(), largest_array=1)
-    submit, asked = cluster.submit, list[str]()
+    submit, submitted = cluster.submit, list[str]()
 
     def full(job: Job) -> list[str]:
         if job.program != "client":
             return submit(job)
-        asked.append(job.name)
+        submitted.append(job.name)
         raise SchedulerFull("too many jobs in the cluster")
 
     monkeypatch.setattr(cluster, "submit", full)
@@ -83,10 +83,10 @@ def test_of_several_arrays_that_find_no_room_none_is_looked_for(
     for _ in range(5):
         assert not advance(run)
     # the first of four, when it was planned and once more
-    assert (len(set(asked)), len(asked), cluster.finds) == (1, 2, 0)
+    assert (len(set(submitted)), len(submitted), cluster.finds) == (1, 2, 0)
 
 
-def test_a_wave_that_is_refused_leaves_its_clients_to_the_mended_configuration(
+def test_clients_of_a_refused_wave_train_once_the_configuration_is_corrected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"clients__cohort__count": 8, "rounds": 1}

@@ -38,7 +38,7 @@ def lose(run: Run, cluster: HandMoved, state: str, node: str = "n1") -> None:
     assert not advance(run)
 
 
-def test_a_silent_worker_is_ended_and_its_clients_train_elsewhere(
+def test_a_silent_worker_is_cancelled_and_its_clients_train_elsewhere(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     say: list[str] = []
@@ -50,8 +50,8 @@ def test_a_silent_worker_is_ended_and_its_clients_train_elsewhere(
     assert not advance(run)
     assert not advance(run)
     assert cluster.cancelled == [silent]
-    (told,) = (line for line in say if line.startswith(f"{silent}: no progress for"))
-    assert "(client a and 2 more, step 3); cancelled" in told
+    (line,) = (line for line in say if line.startswith(f"{silent}: no progress for"))
+    assert "(client a and 2 more, step 3); cancelled" in line
     cluster.end("COMPLETED", *others)
     assert not advance(run)
     outcome = OutcomeRecord.read(paths_of(tmp_path).round(1).attempt(1).outcome)
@@ -60,7 +60,7 @@ def test_a_silent_worker_is_ended_and_its_clients_train_elsewhere(
     assert advance(run)
 
 
-def test_a_silent_worker_whose_end_slurm_did_not_hear_of_is_ended_later(
+def test_a_silent_worker_whose_cancellation_failed_is_cancelled_later(
     tmp_path: Path, cluster: HandMoved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = hand_moved(tmp_path, cluster, scheduler__hung_minutes=NOW)
@@ -81,7 +81,7 @@ def test_a_silent_worker_whose_end_slurm_did_not_hear_of_is_ended_later(
     assert cluster.cancelled == [silent]
 
 
-def test_a_silent_worker_that_was_taken_over_is_ended_too(
+def test_a_silent_worker_that_was_taken_over_is_cancelled_too(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     changes: dict[str, Any] = {"scheduler__hung_minutes": NOW, "scheduler__linger_minutes": 5}
@@ -99,7 +99,7 @@ def test_a_silent_worker_that_was_taken_over_is_ended_too(
     assert cluster.cancelled == [staying]
 
 
-def test_a_worker_that_makes_progress_waits_or_lingers_is_left_alone(
+def test_a_worker_with_progress_a_queued_one_and_an_idle_one_are_left_alone(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     run = hand_moved(tmp_path, cluster, scheduler__hung_minutes=NOW, scheduler__linger_minutes=5)
@@ -115,7 +115,7 @@ def test_a_worker_that_makes_progress_waits_or_lingers_is_left_alone(
     assert not advance(run)
 
 
-def test_a_node_that_fails_several_tasks_is_excluded_and_said(
+def test_a_node_on_which_several_tasks_fail_is_excluded_and_logged(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     say: list[str] = []
@@ -134,7 +134,7 @@ def test_a_node_that_fails_several_tasks_is_excluded_and_said(
     assert cluster.arrays[2].options["exclude"] == "n7,n3"
 
 
-def test_where_all_nodes_fail_it_is_not_the_nodes(tmp_path: Path, cluster: HandMoved) -> None:
+def test_no_node_is_excluded_if_all_fail(tmp_path: Path, cluster: HandMoved) -> None:
     run = hand_moved(tmp_path, cluster, scheduler__node_failures=2)
     assert not advance(run)
     one, two, three, four = cluster.alive
@@ -153,9 +153,7 @@ def test_the_only_node_that_ran_anything_is_not_excluded(
     assert "exclude" not in cluster.arrays[1].options
 
 
-def test_memory_that_was_raised_stays_raised_in_the_next_round(
-    tmp_path: Path, cluster: HandMoved
-) -> None:
+def test_raised_memory_stays_raised_in_the_next_round(tmp_path: Path, cluster: HandMoved) -> None:
     options = {"client": {"mem": "10G"}}
     run = hand_moved(tmp_path, cluster, rounds=3, scheduler__sbatch=options)
     assert not advance(run)
@@ -166,7 +164,7 @@ def test_memory_that_was_raised_stays_raised_in_the_next_round(
     assert [job.options["mem"] for job in cluster.arrays] == ["10G", "15G", "15G", "15G"]
 
 
-def test_what_one_task_says_stops_no_run_whose_other_tasks_train(
+def test_the_error_of_one_task_does_not_stop_a_run_whose_other_tasks_train(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     cluster.simulation.limit = 2
@@ -187,21 +185,23 @@ def test_what_one_task_says_stops_no_run_whose_other_tasks_train(
         advance(run)
 
 
-def test_time_and_preemption_are_no_fault_of_a_node(tmp_path: Path, cluster: HandMoved) -> None:
+def test_timeouts_and_preemption_are_not_counted_against_a_node(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
     run = hand_moved(tmp_path, cluster)
     assert not advance(run)
     lose(run, cluster, "TIMEOUT")
     assert "exclude" not in cluster.arrays[1].options
 
 
-def test_workers_that_end_as_they_are_told_are_no_fault_of_a_node(
+def test_workers_that_stop_in_order_are_not_counted_against_a_node(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     run = hand_moved(tmp_path, cluster)
     assert not advance(run)
-    told = list(cluster.alive)
-    cluster.end("FAILED", *told)
-    cluster.ended |= {task: Ending(state="FAILED", exit_code="3:0", node="n1") for task in told}
+    stopped = list(cluster.alive)
+    cluster.end("FAILED", *stopped)
+    cluster.ended |= {task: Ending(state="FAILED", exit_code="3:0", node="n1") for task in stopped}
     assert not advance(run)
     assert "exclude" not in cluster.arrays[1].options
 
@@ -218,7 +218,7 @@ def test_out_of_memory_asks_for_more_memory_each_time(tmp_path: Path, cluster: H
 
 
 @pytest.mark.parametrize(("gpus", "second"), [({}, "15G"), ({"gpus": 1}, "10G")])
-def test_a_process_that_lacked_memory_counts_unless_it_was_a_gpus(
+def test_a_process_without_memory_counts_unless_it_was_gpu_memory(
     tmp_path: Path, cluster: HandMoved, gpus: dict[str, int], second: str
 ) -> None:
     options = {"client": {"mem": "10G", **gpus}}
@@ -241,7 +241,7 @@ def test_out_of_memory_without_a_limit_to_raise_names_the_key(
     assert any("set scheduler.sbatch.client.mem" in line for line in say)
 
 
-def test_attempts_without_progress_are_bounded_and_their_ends_told(
+def test_attempts_without_progress_are_bounded_and_their_endings_logged(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     run = hand_moved(tmp_path, cluster, scheduler__max_attempts=2)
@@ -261,7 +261,7 @@ def test_preemption_never_counts(tmp_path: Path, cluster: HandMoved) -> None:
     assert advance(run)
 
 
-def test_preemption_does_not_count_where_others_were_not_needed_but_silence_does(
+def test_preemption_beside_unneeded_tasks_does_not_count_but_silence_does(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     run = hand_moved(tmp_path, cluster, scheduler__max_attempts=1)
@@ -279,7 +279,7 @@ def test_preemption_does_not_count_where_others_were_not_needed_but_silence_does
         advance(run)
 
 
-def test_a_checkpoint_that_came_further_is_progress(tmp_path: Path, cluster: HandMoved) -> None:
+def test_a_newer_checkpoint_is_progress(tmp_path: Path, cluster: HandMoved) -> None:
     run = hand_moved(tmp_path, cluster, scheduler__max_attempts=1)
     assert not advance(run)
     checkpoint = paths_of(tmp_path).round(1).checkpoint("a")
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_came_further_is_progress(tmp_path: Path, cluster: Han
         advance(run)
 
 
-def test_a_round_goes_on_with_enough_of_those_that_were_drawn(
+def test_an_over_sampled_round_goes_on_with_enough_updates(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     say: list[str] = []
@@ -310,8 +310,8 @@ def test_a_round_goes_on_with_enough_of_those_that_were_drawn(
     assert sum(mix.used for mix in collection.tiers.values()) == 4
     assert sum(mix.drawn for mix in collection.tiers.values()) == 6
     assert len(cluster.cancelled) == 5
-    told = next(line for line in say if "collected" in line)
-    assert told.startswith("round 1: collected 4 of 6 clients (small ")
+    collected = next(line for line in say if "collected" in line)
+    assert collected.startswith("round 1: collected 4 of 6 clients (small ")
 
 
 def test_after_the_deadline_the_quorum_is_enough(tmp_path: Path, cluster: HandMoved) -> None:
@@ -326,7 +326,7 @@ def test_after_the_deadline_the_quorum_is_enough(tmp_path: Path, cluster: HandMo
     assert len(CollectionRecord.read(paths_of(tmp_path).round(1).collection).updates) == 3
 
 
-def test_before_the_quorum_a_deadline_ends_nothing(tmp_path: Path, cluster: HandMoved) -> None:
+def test_a_deadline_without_the_quorum_ends_nothing(tmp_path: Path, cluster: HandMoved) -> None:
     cluster.simulation.limit = 2
     changes: dict[str, Any] = {"clients__quorum": 3, "clients__deadline_minutes": NOW}
     run = hand_moved(tmp_path, cluster, **changes)
@@ -336,7 +336,7 @@ def test_before_the_quorum_a_deadline_ends_nothing(tmp_path: Path, cluster: Hand
         assert not advance(run)
 
 
-def test_the_next_round_takes_over_workers_that_linger(tmp_path: Path, cluster: HandMoved) -> None:
+def test_the_next_round_takes_over_idle_workers(tmp_path: Path, cluster: HandMoved) -> None:
     run = hand_moved(tmp_path, cluster, rounds=2, scheduler__linger_minutes=5)
     assert not advance(run)
     staying, leaving, *others = cluster.alive
@@ -350,7 +350,7 @@ def test_the_next_round_takes_over_workers_that_linger(tmp_path: Path, cluster: 
     assert sum(job.tasks for job in cluster.arrays) == 4 + 3
 
 
-def test_lost_bundles_are_planned_anew_though_others_linger(
+def test_lost_bundles_are_planned_again_beside_idle_workers(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     cluster.simulation.limit = 3
@@ -385,7 +385,7 @@ def test_memory_is_raised_for_the_class_that_ran_out_of_it(
     }
 
 
-def test_waiting_tasks_leave_the_queue_once_every_bundle_is_taken_but_for_those_that_hold_one(
+def test_queued_tasks_without_a_bundle_are_cancelled_once_every_bundle_is_claimed(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     run = hand_moved(tmp_path, cluster)
@@ -404,7 +404,7 @@ def test_waiting_tasks_leave_the_queue_once_every_bundle_is_taken_but_for_those_
     assert set(cluster.alive) == {working, requeued}
 
 
-def test_a_complete_round_leaves_nobody_waiting(tmp_path: Path, cluster: HandMoved) -> None:
+def test_a_complete_round_leaves_no_queued_task(tmp_path: Path, cluster: HandMoved) -> None:
     run = hand_moved(tmp_path, cluster, rounds=2)
     assert not advance(run)
     first, second, *others = cluster.alive
@@ -415,7 +415,7 @@ def test_a_complete_round_leaves_nobody_waiting(tmp_path: Path, cluster: HandMov
     assert second in cluster.alive
 
 
-def test_tasks_whose_ids_were_never_recorded_leave_the_queue_with_their_round_too(
+def test_queued_tasks_without_recorded_ids_are_cancelled_with_their_round_too(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     run = hand_moved(tmp_path, cluster, rounds=2)
@@ -430,9 +430,7 @@ def test_tasks_whose_ids_were_never_recorded_leave_the_queue_with_their_round_to
     assert cluster.cancelled == others
 
 
-def test_cancel_ends_a_worker_that_lingers_since_an_earlier_round(
-    tmp_path: Path, cluster: HandMoved
-) -> None:
+def test_cancel_ends_an_idle_worker_of_an_earlier_round(tmp_path: Path, cluster: HandMoved) -> None:
     run = hand_moved(tmp_path, cluster, rounds=3, scheduler__linger_minutes=5)
     assert not advance(run)
     staying, *others = cluster.alive
@@ -464,7 +462,7 @@ def test_workers_with_too_little_memory_or_on_a_broken_node_are_not_taken_over(
     assert (plan.adopted, plan.workers["small"].options["mem"]) == ([], "15G")
 
 
-def test_a_worker_that_was_taken_over_and_ran_out_of_memory_counts_as_one_of_its_class(
+def test_an_adopted_worker_that_ran_out_of_memory_counts_for_its_class(
     tmp_path: Path, cluster: HandMoved
 ) -> None:
     options = {"client": {"mem": "10G"}}
@@ -488,7 +486,7 @@ def test_a_worker_that_was_taken_over_and_ran_out_of_memory_counts_as_one_of_its
 
 
 @pytest.mark.parametrize("ends_by", ["over-sampling", "a deadline"])
-def test_a_round_that_did_not_wait_takes_the_same_clients_again_after_damage(
+def test_an_over_sampled_round_takes_the_same_clients_again_after_damage(
     tmp_path: Path, cluster: HandMoved, ends_by: str
 ) -> None:
     changes: dict[str, Any] = {"clients__over_sample": 0.5}
