@@ -43,6 +43,18 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="as flexlora, each range of directions by the clients that train it",
         paper="https://arxiv.org/abs/2602.13486",
     ),
+    "rbla": MethodEntry(
+        path="fedllm.methods.rbla:Rbla",
+        ranks="any",
+        summary="each row of A and column of B averaged over the clients that train it",
+        paper="https://arxiv.org/abs/2408.08699",
+    ),
+    "hetlora": MethodEntry(
+        path="fedllm.methods.hetlora:HetLora",
+        ranks="any",
+        summary="factors padded with zeros, weighted by the norm of each client's change",
+        paper="https://arxiv.org/abs/2401.06432",
+    ),
     "factor_mean": MethodEntry(
         path="fedllm.methods.factor_mean:FactorMean",
         ranks="one",

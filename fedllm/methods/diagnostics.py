@@ -1,7 +1,7 @@
 """Numbers about an aggregated module, the same for every method so that tables compare."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ def diagnose(
     stacked_rank: int,
     before: Tensor | None = None,
     partitions: Sequence[PartitionQuality] = (),
+    left: Mapping[int, float] | None = None,
 ) -> ModuleDiagnostics:
     """Return the spectrum and, for each of `ranks` once and ascending, what it keeps.
 
@@ -32,13 +33,17 @@ def diagnose(
         before: (K, I), the right singular vectors of the change before the round that live, from
             the largest singular value.
         partitions: as `partition_qualities` returns them.
+        left: rank -> the energy that its adapter leaves out, where the adapter is not the best of
+            its rank.
     """
     s_R, energy = decomposition.spectral.s_R, decomposition.total_energy
     residual = decomposition.certificate.residual_energy
     rows = []
     for rank in sorted(set(ranks)):
-        left = energy_left(residual_energy=residual, s_R=s_R, rank=rank)
-        share = min(1.0, left / energy) if energy else 0.0
+        lost = (left or {}).get(rank)
+        if lost is None:
+            lost = energy_left(residual_energy=residual, s_R=s_R, rank=rank)
+        share = min(1.0, lost / energy) if energy else 0.0
         rows.append(
             RankQuality(rank=rank, energy_kept=1.0 - share, truncation_error=math.sqrt(share))
         )
@@ -77,7 +82,7 @@ def partition_qualities(
         untrained: what the method multiplies a range by, had nobody trained.
     """
     found = []
-    for part, energy, energy_after in zip(_held(problem), before, after, strict=True):
+    for part, energy, energy_after in zip(held_partitions(problem), before, after, strict=True):
         kept = energy * untrained(part) ** 2
         found.append(
             PartitionQuality(
@@ -95,9 +100,9 @@ def partition_qualities(
 def spectral_energies(problem: Problem, s_R: Tensor) -> list[float]:
     """Return the energy of each range of directions, from their singular values."""
     energies_R = s_R.double().square()
-    return [float(energies_R[part.begin : part.end].sum()) for part in _held(problem)]
+    return [float(energies_R[part.begin : part.end].sum()) for part in held_partitions(problem)]
 
 
-def _held(problem: Problem) -> list[RankPartition]:
+def held_partitions(problem: Problem) -> list[RankPartition]:
     """Return the ranges of which the state holds any direction."""
     return [part for part in problem.partitions if part.begin < problem.rank]

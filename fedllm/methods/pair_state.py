@@ -1,0 +1,170 @@
+"""The state of the methods that average factors: one pair A and B for each module.
+
+Legend: G modules, C clients, O out, I in, R rank of the state.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, RankPartition
+from fedllm.aggregation.routes import truncated_svd
+from fedllm.errors import AdapterError
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of, stack
+from fedllm.lora.spectral import alive_directions
+from fedllm.methods.diagnostics import diagnose, held_partitions, partition_qualities
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.state import carried
+from fedllm.methods.weights import amounts
+
+_SUMS = torch.float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairMethod(Method):
+    """A method whose state is `A` (R, I) and `B` (O, R), at the scale of a client of rank R.
+
+    A client of rank r receives the first r rows of A and columns of B.
+    """
+
+    kind: ClassVar[str] = "lora"
+
+    seed: int
+    alpha: float
+    scaling: str = "fixed"
+
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        return {"A": (rank, shape.in_), "B": (shape.out, rank)}
+
+    def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
+        """Return None: any mix of ranks works."""
+        del tier_ranks
+        return None
+
+    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
+        """Return no change yet: the seeded A, and B zero."""
+        a_RI = initial_a(seed=self.seed, module=module, rank=rank, shape=shape)
+        return {"A": a_RI, "B": torch.zeros(shape.out, rank)}
+
+    def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
+        """Return the first `rank` directions; B is divided by what the client's scale adds."""
+        held = state["A"].shape[0]
+        if rank > held:
+            raise AdapterError(f"{module}: rank {rank} asked of a state of rank {held}: ask less")
+        scale = self.scale(rank)
+        b_OR = state["B"][:, :rank] * (self.scale(held) / scale)
+        return Factors(a_RI=state["A"][:rank], b_OR=b_OR, scale=scale)
+
+    def weigh(self, rows: Sequence[float]) -> list[float]:
+        """Return n_i."""
+        return amounts(rows)
+
+    def base_delta(self, state: ModuleState) -> Tensor | None:
+        """Return None: the base stays as it is."""
+        del state
+        return None
+
+    def scale(self, rank: int) -> float:
+        """Return the scale of an adapter of `rank`."""
+        return scale_of(alpha=self.alpha, scaling=self.scaling, rank=rank)
+
+    def factor_sums(self, block: FactorBlock, problem: Problem, weights_GC: Tensor) -> Partial:
+        """Return sum_i w_i A_i and sum_i w_i B_i of a block, float64, padded with zeros.
+
+        B is brought from each client's scale to the state's.
+
+        Raises:
+            AdapterError: a client has a higher rank than the state.
+        """
+        largest = max(block.ranks)
+        if largest > problem.rank:
+            raise AdapterError(
+                f"{self.name} cannot hold an adapter of rank {largest} in a state of rank "
+                f"{problem.rank}: ask for {largest}, or use flexlora"
+            )
+        a_GRI = block.a_GRI.new_zeros(len(block.a_GRI), problem.rank, problem.in_, dtype=_SUMS)
+        b_GOR = block.b_GOR.new_zeros(len(block.b_GOR), problem.out, problem.rank, dtype=_SUMS)
+        weights_GC = weights_GC.to(a_GRI.device)
+        scaled_GC = weights_GC * block.scales_GC.to(a_GRI.device) / self.scale(problem.rank)
+        end = 0
+        for client, rank in enumerate(block.ranks):
+            begin, end = end, end + rank
+            if rank:
+                a_GRI[:, :rank] += weights_GC[:, client, None, None] * block.a_GRI[:, begin:end]
+                b_GOR[:, :, :rank] += (
+                    scaled_GC[:, client, None, None] * block.b_GOR[:, :, begin:end]
+                )
+        return {"A": a_GRI, "B": b_GOR}
+
+    def aggregate_of(
+        self,
+        module: str,
+        pair: ModuleState,
+        *,
+        problem: Problem,
+        ranks: Sequence[int],
+        before: ModuleState,
+        total: float,
+        untrained: Callable[[RankPartition], float],
+    ) -> ModuleAggregate:
+        """Return a module's new state; the diagnostics are those of the product of its factors.
+
+        Args:
+            module: its name.
+            pair: the new A and B.
+            problem: as in `finish`.
+            ranks: as in `finish`.
+            before: the module's state before the round.
+            total: what the weights of all clients sum to.
+            untrained: what the method multiplies a range of directions by, had nobody trained.
+        """
+        product, product_before = self._product(pair), self._product(before)
+        return ModuleAggregate(
+            state=carried(module, pair),
+            diagnostics=diagnose(
+                product,
+                ranks=ranks,
+                stacked_rank=problem.rank,
+                before=alive_directions(product_before.spectral),
+                partitions=partition_qualities(
+                    problem,
+                    total=total,
+                    before=self._energies(problem, before),
+                    after=self._energies(problem, pair),
+                    untrained=untrained,
+                ),
+                left={r: self._energy(pair, r, problem.rank) for r in ranks if r < problem.rank},
+            ),
+        )
+
+    def _product(self, pair: ModuleState) -> Decomposition:
+        rank = pair["A"].shape[0]
+        factors = Factors(a_RI=pair["A"], b_OR=pair["B"], scale=self.scale(rank))
+        return truncated_svd(stack([factors], [1.0]), rank=rank)
+
+    def _energies(self, problem: Problem, pair: ModuleState) -> list[float]:
+        return [self._energy(pair, part.begin, part.end) for part in held_partitions(problem)]
+
+    def _energy(self, pair: ModuleState, begin: int, end: int) -> float:
+        """Return the energy of the product of some directions alone."""
+        a_RI, b_OR = pair["A"][begin:end].double(), pair["B"][:, begin:end].double()
+        energy = float(((b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)).sum())
+        return max(0.0, energy) * self.scale(pair["A"].shape[0]) ** 2
+
+
+def summed(partials: Iterable[Partial]) -> dict[str, Tensor]:
+    """Return the sums of the partial results, part by part, in the place of the first ones.
+
+    No block is held while the next one is made.
+    """
+    blocks = iter(partials)
+    sums = dict(next(blocks))
+    for block in blocks:
+        for name, part in block.items():
+            sums[name] += part
+        del block, part
+    return sums
