@@ -1,1 +1,1 @@
-"""Base model, tokenizer, adapter slots."""
+"""The base model and its tokenizer: found, checked, loaded."""

@@ -28,21 +28,21 @@ from fedllm.storage.records import ModuleRecord
 
 EMBEDDED = "embedded"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# what a causal language model needs of a hub repository: no second copy of the weights
+# the files of a hub repository that a causal language model needs, without other copies of weights
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# no network, and no Python code of a folder, whatever its files or standard input say
+# no network, and no Python code from a folder, whatever its files or standard input say
 _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _SENTENCEPIECE = "*tokenizer*.model"
 _CONVERTERS: Mapping[str, str] = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
 
-def _quietly(_line: str) -> None:
+def _ignore(_line: str) -> None:
     pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base model in memory; it never trains. `modules` are all that could be adapted."""
+    """A base model in memory; it never trains. `modules` are all that can have an adapter."""
 
     model: nn.Module
     tokenizer: Any
@@ -52,15 +52,15 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseDescription:
-    """What is known of a base without loading its weights.
+    """A description of a base, made without loading its weights.
 
     Attributes:
-        path: its directory.
-        fingerprint: of its content.
-        parameters: how many there are.
-        modules: that get an adapter.
-        embedded_tokens: how many tokens it knows.
-        config: transformers' own.
+        path: the directory.
+        fingerprint: the hash of its content.
+        parameters: number of parameters.
+        modules: the modules that get an adapter.
+        embedded_tokens: number of tokens that the base has an embedding for.
+        config: the configuration of transformers.
     """
 
     path: Path
@@ -72,12 +72,13 @@ class BaseDescription:
 
 
 def locate_base(section: ModelSection, cache: CachePaths, report: Report) -> Path:
-    """Return the directory of a base, made or fetched into the cache where need be.
+    """Return the directory of a base; make it or fetch it into the cache if needed.
 
-    What was fetched of a hub name stays the same; another `model.revision` is another directory.
+    A base that was fetched from the hub stays the same; another `model.revision` gets another
+    directory.
 
     Raises:
-        ModelError: there is no such directory, and no such name on the hub or no way to it.
+        ModelError: there is no such directory, and the hub has no such model or is unreachable.
     """
     if section.path == EMBEDDED:
         return embedded_base(cache, report)
@@ -89,21 +90,21 @@ def locate_base(section: ModelSection, cache: CachePaths, report: Report) -> Pat
 
 
 def describe_base(
-    folder: Path, targets: Targets, *, say: Report = _quietly, begun: bool = False
+    folder: Path, targets: Targets, *, say: Report = _ignore, begun: bool = False
 ) -> BaseDescription:
-    """Describe a base by its configuration; no weight is read but for the fingerprint.
+    """Describe a base by its configuration; weights are read only for the fingerprint.
 
     Args:
-        folder: of the base.
+        folder: the directory of the base.
         targets: `lora.target_modules`.
-        say: is given what the user should know and is no error.
-        begun: a run has trained on it before: what measuring would refuse is said.
+        say: called with each line that the user should know and that is no error.
+        begun: a run has trained on it: objections from measuring are said, not raised.
 
     Raises:
-        ModelError: it is no causal language model, or cannot be adapted so.
+        ModelError: the base is no causal language model, or the targets cannot be adapted.
     """
     check_checkpoint(folder)
-    with _told(folder), torch.device("meta"):
+    with _as_model_error(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     check_shapes(folder, model)
@@ -119,16 +120,16 @@ def describe_base(
 
 
 def load_base(path: Path, *, dtype: str, device: str | torch.device) -> Base:
-    """Load a base from its directory, without any network.
+    """Load a base from its directory, without network.
 
     Raises:
-        ModelError: it cannot be loaded, or its weights do not fill the model.
+        ModelError: the base cannot be loaded, or some of its weights are missing.
     """
     check_checkpoint(path)
     fingerprint = fingerprint_model(path)
     # a bar for every worker would fill the logs
     disable_progress_bar()
-    with _told(path):
+    with _as_model_error(path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path, dtype=_DTYPES[dtype], output_loading_info=True, **_LOCAL
         )
@@ -148,13 +149,13 @@ def load_base(path: Path, *, dtype: str, device: str | torch.device) -> Base:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a model directory, without any network.
+    """Load the tokenizer of a model directory, without network.
 
     Raises:
-        ModelError: there is none, or none that can be read here.
+        ModelError: there is no tokenizer, or it cannot be read here.
     """
     _check_sentencepiece(path)
-    with _told(path):
+    with _as_model_error(path):
         tokenizer = AutoTokenizer.from_pretrained(path, **_LOCAL)
         ordinary = len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys())
     if not ordinary:
@@ -166,15 +167,15 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _check_sentencepiece(folder: Path) -> None:
-    """Refuse a tokenizer that transformers converts with packages that are not installed."""
+    """Raise ModelError if transformers needs packages for the tokenizer that are missing."""
     if (folder / "tokenizer.json").is_file():
         return
-    found = next(folder.glob(_SENTENCEPIECE), None)
+    model_file = next(folder.glob(_SENTENCEPIECE), None)
     missing = [name for name, module in _CONVERTERS.items() if not _is_installed(module)]
-    if found is not None and missing:
+    if model_file is not None and missing:
         raise ModelError(
-            f"model.path: {folder} has {found.name} (SentencePiece) and no tokenizer.json, which "
-            f"takes the package {' and '.join(missing)} to read; install it (pip install "
+            f"model.path: {folder} has {model_file.name} (SentencePiece) and no tokenizer.json, "
+            f"which takes the package {' and '.join(missing)} to read; install it (pip install "
             f"{' '.join(missing)}), or save tokenizer.json there, where it is installed "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
@@ -183,7 +184,7 @@ def _check_sentencepiece(folder: Path) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package around it
+    except ModuleNotFoundError:  # a parent package is missing
         return False
 
 
@@ -198,7 +199,7 @@ def _fetch(name: str, revision: str | None, cache: CachePaths, report: Report) -
         with publishing_folder(folder) as beside:
             snapshot_download(name, revision=revision, local_dir=beside, allow_patterns=_HUB_FILES)
             check_model_folder(beside)
-    except Exception as error:  # the hub's client raises its own, httpx's and OSError
+    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
         raise ModelError(
             f"model.path: {name}: no such directory, and no model that the Hugging Face hub gives "
             f"us ({first_line(error)}); correct it, or run `fedllm prepare` where the network is"
@@ -207,13 +208,13 @@ def _fetch(name: str, revision: str | None, cache: CachePaths, report: Report) -
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Turn whatever transformers raises into one line that names the directory."""
+def _as_model_error(folder: Path) -> Iterator[None]:
+    """Turn any error of transformers into a ModelError of one line that names the directory."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # model classes raise what they like for files that are not theirs
+    except Exception as error:  # model classes raise anything for files of other models
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"model.path: {folder} is a model of Python code in its own files (auto_map), "

@@ -1,4 +1,4 @@
-"""The files of a model directory, checked by their configuration and headers: no weight is read."""
+"""Checks of a model directory's files, by configuration and headers; no weight is read."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from fedllm.storage.hub import first_line
 _WEIGHTS = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
 _PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
-# Where programs that quantise say so, but for config.json.
+# Files in which programs that quantise say so, beside config.json.
 _QUANTISED_FILES: Mapping[str, str] = {
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
@@ -25,10 +25,10 @@ _POINTER = b"version https://git-lfs"
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse a model directory whose files are not whole, or hold quantised weights.
+    """Raise ModelError if files of a model directory are damaged or hold quantised weights.
 
     Raises:
-        ModelError: it names the file, what was found and what to give instead.
+        ModelError: names the file, what was found and what to give instead.
     """
     check_model_folder(folder)
     raw = _read_json(folder / "config.json")
@@ -39,27 +39,27 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def check_shapes(folder: Path, model: torch.nn.Module) -> None:
-    """Refuse weights of other sizes than those that the configuration gives to `model`.
+    """Raise ModelError if a stored weight has not the size that `model` has by config.json.
 
     Raises:
-        ModelError: the first tensor that has more or fewer numbers.
+        ModelError: names the first tensor with more or fewer numbers.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for file in _weight_shards(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
-                found = tuple(tensors.get_slice(name).get_shape())
-                wanted = expected.get(name, found)
-                # a tensor that is stored transposed has as many
-                if torch.Size(found).numel() != torch.Size(wanted).numel():
+                stored = tuple(tensors.get_slice(name).get_shape())
+                shape = expected.get(name, stored)
+                # counts, not shapes: a tensor may be stored transposed
+                if torch.Size(stored).numel() != torch.Size(shape).numel():
                     raise ModelError(
-                        f"model.path: {file}: {name} is {_by(found)}, by config.json it is "
-                        f"{_by(wanted)}; the two files are of different models: copy both again"
+                        f"model.path: {file}: {name} is {_by(stored)}, by config.json it is "
+                        f"{_by(shape)}; the two files are of different models: copy both again"
                     )
 
 
 def _quantised(folder: Path, raw: Mapping[str, Any]) -> str:
-    """Return the kind of quantisation that a directory names, or nothing."""
+    """Return the kind of quantisation that a directory names; empty if it names none."""
     sections = [raw, *(part for part in raw.values() if isinstance(part, dict))]
     for section in sections:
         for key in ("quantization_config", "compression_config"):
@@ -84,7 +84,7 @@ def _weight_shards(folder: Path) -> Iterator[Path]:
     """Yield the safetensors files that transformers loads.
 
     Raises:
-        ModelError: an index names a file that is not there, or there is none that would be loaded.
+        ModelError: a file that an index names is missing, or no file would be loaded.
     """
     for name in (_WEIGHTS, _PICKLED):
         if (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""Where tensors live."""
+"""The devices of tensors, by the names in a configuration."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ from fedllm.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a `device` key names; `auto` is the GPU where there is one.
+    """Return the device that a `device` key names; `auto` is the GPU if there is one.
 
-    A GPU is returned with its number, without which it cannot be made the current one.
+    A GPU has its number, which is needed to make it the current device.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +32,6 @@ def resolve_devices(names: str | Sequence[str]) -> tuple[torch.device, ...]:
     """Return the devices that a key names: one, or a list.
 
     Raises:
-        ConfigError: one is not there.
+        ConfigError: one of them does not exist.
     """
     return tuple(resolve_device(name) for name in ([names] if isinstance(names, str) else names))

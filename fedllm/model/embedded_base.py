@@ -1,8 +1,8 @@
 """The embedded base: a small Llama, pre-trained in about a minute on text made by code.
 
 The number of steps is fixed, never the time: the same machine, versions and threads give the same
-weights. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon): with AdamW,
-this budget does not suffice for the model to find its way back to its input.
+weights. Muon (https://kellerjordan.github.io/posts/muon) trains the matrices: with AdamW this
+number of steps is too small for the model to learn to copy its input.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ _SAMPLE_DOCUMENTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides the embedded base besides its text."""
+    """The settings of the embedded base, beside its text."""
 
     hidden: int = 96
     layers: int = 3
     heads: int = 4
     intermediate: int = 256
     positions: int = 1024
-    # turns fast enough to tell neighbours apart within a prompt of a hundred tokens
+    # rotates fast enough to separate neighbours in a prompt of a hundred tokens
     rope_theta: float = 100.0
     steps: int = 600
     rows: int = 18
@@ -49,13 +49,13 @@ class Recipe:
     other_rate: float = 4e-3
     warmup_steps: int = 20
     clip_norm: float = 1.0
-    # one: two that share a busy core spin on each other, some fifty times slower
+    # one: two threads on one busy core wait for each other and are about fifty times slower
     threads: int = 1
     seed: int = 0
 
 
 def embedded_base(cache: CachePaths, report: Report, recipe: Recipe | None = None) -> Path:
-    """Return the folder of the embedded base, pre-trained where the cache has none yet."""
+    """Return the folder of the embedded base; pre-train it if the cache has none."""
     recipe = recipe or Recipe()
     folder = cache.model(f"embedded-{_fingerprint(recipe)[:16]}")
     if not folder.is_dir():
@@ -71,7 +71,7 @@ def embedded_base(cache: CachePaths, report: Report, recipe: Recipe | None = Non
 def pretrain(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report: Report
 ) -> LlamaForCausalLM:
-    """Return the pre-trained base; a function of the recipe alone on one machine."""
+    """Return the pre-trained base; on one machine it depends only on the recipe."""
     with _isolated(recipe):
         model = LlamaForCausalLM(_config(recipe, tokenizer))
         optimizers = _optimizers(model, recipe)
@@ -103,7 +103,7 @@ def _fingerprint(recipe: Recipe) -> str:
 
 @contextmanager
 def _isolated(recipe: Recipe) -> Iterator[None]:
-    """Leave the process's threads and random numbers as they were."""
+    """Restore the process's number of threads and random state after the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:

@@ -1,8 +1,8 @@
-"""The text that the embedded base learns from: repetitions first, then copying in the format.
+"""The text that trains the embedded base: first repetitions, then copying in the prompt format.
 
 It teaches letters, word boundaries, the prompt format, its end, and how to look back at the
-input. None of the transformations that the embedded clients train occurs in it. Letters of one
-text are distinct as far as they last: a small model finds its way back by the letter before.
+input. It has none of the transformations that the embedded clients train. The letters of a text are
+distinct as long as there are unused ones, since a small model finds a letter by the one before.
 """
 
 import random
@@ -17,7 +17,7 @@ _PREAMBLE = (
     "context. Write a response that appropriately completes the request."
 )
 _MARKERS = ("### Instruction:", "### Input:", "### Response:")
-# Words that are one token each, at the start of a line and inside of it.
+# Words that are one token each, at the start of a line and inside it.
 _VOCABULARY = (
     "Write Count Add Sort Remove Replace Keep Continue Copy Repeat Give Put Say Spell Answer "
     "the and an of in from with to as only all every each it is on for by not first last second "
@@ -26,17 +26,17 @@ _VOCABULARY = (
     "again vowel vowels"
 )
 _SPECIAL = ("<pad>", "<s>", "</s>")
-# shares of the training in which only repetitions, then short texts are shown
+# shares of the training up to which only repetitions, and then only short texts, are shown
 _REPETITIONS_ONLY = 0.3
 _SHORT_TEXTS = 0.5
 _SEPARATORS = ("\n", "\n", ", ", " / ")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE: whole words of the prompt format, else single letters.
+    """Return a byte-level BPE tokenizer: whole words of the prompt format, else single letters.
 
-    A letter at the start of a word is a token of its own (` a`), so that a word's first letter
-    says that a word begins. Every text can be written: what is no known letter is bytes.
+    The first letter of a word is a token with its space (` a`), so it shows that a word begins.
+    Every text can be encoded: other characters become bytes.
     """
     marked = [("Ġ", letter) for letter in string.ascii_letters + string.digits]
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def document(draw: random.Random, progress: float) -> str:
-    """Return one made-up document for a model that has seen `progress` (0..1) of its training."""
+    """Return a random document for a model that has had the share `progress` of its training."""
     max_words = 3 if progress < _REPETITIONS_ONLY else 4 if progress < _SHORT_TEXTS else 5
     share = 0.0 if progress < _REPETITIONS_ONLY else 0.3 + 0.6 * (progress - _REPETITIONS_ONLY)
     kind = draw.random()
@@ -64,7 +64,7 @@ def document(draw: random.Random, progress: float) -> str:
     return draw.choice(_SEPARATORS).join([_material(draw, max_words)] * draw.randint(2, 4))
 
 
-# Copying in several dresses: the format and the way back to the input, none of the tasks.
+# Variants of copying: they teach the format and how to look back, but none of the tasks.
 _EXERCISES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("Copy the text.", lambda text: text),
     ("Copy the input.", lambda text: text),

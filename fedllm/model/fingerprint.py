@@ -25,7 +25,7 @@ def fingerprint_model(folder: Path) -> str:
     """Return the SHA-256 over `config.json` and the weights of a model directory.
 
     Raises:
-        ModelError: it holds no model.
+        ModelError: the directory holds no model.
     """
     check_model_folder(folder)
     return fingerprint_files([folder / "config.json", *weight_files(folder)], folder)
@@ -35,7 +35,7 @@ def fingerprint_tokenizer(folder: Path) -> str:
     """Return the SHA-256 over the tokenizer's files of a model directory.
 
     Raises:
-        ModelError: it holds no tokenizer.
+        ModelError: the directory holds no tokenizer.
     """
     files = {file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}
     if not files:
@@ -47,7 +47,7 @@ def fingerprint_tokenizer(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights: safetensors where there are any."""
+    """Return the files that hold the weights: safetensors if there are any."""
     for pattern in ("*.safetensors", "*.bin"):
         found = [f for f in folder.glob(pattern) if f.name != "training_args.bin"]
         if found:
@@ -56,10 +56,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is no model directory.
+    """Raise ModelError if a folder is no model directory.
 
     Raises:
-        ModelError: it says what was found and what to give instead.
+        ModelError: says what was found and what to give instead.
     """
     if folder.suffix == _GGUF or (folder.is_dir() and _has_gguf_alone(folder)):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Memory that a process no longer needs, given back to the system."""
+"""Freed memory of a process, returned to the system."""
 
 import ctypes
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pyarrow as pa
 
 
 def give_back_freed() -> None:
-    """Give back freed memory that Arrow's and C's allocators keep, as far as they can be told."""
+    """Return freed memory of the allocators of Arrow and C to the system, where they can."""
     pa.default_memory_pool().release_unused()
     trim = _trim()
     if trim is not None:
@@ -17,5 +17,5 @@ def give_back_freed() -> None:
 
 @cache
 def _trim() -> Callable[[int], int] | None:
-    # glibc alone has it
+    # only glibc has it
     return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,6 +1,6 @@
-"""What reaches what in a base, measured: tokens that see later ones, modules that no text reaches.
+"""Reach in a base, measured: whether tokens see later ones, and which modules text reaches.
 
-A configuration says little of it: a class may ignore that it is a decoder, or use a module's weight
+A configuration does not tell: a class may ignore that it is a decoder, or may use a module's weight
 without calling the module, so that an adapter there has no effect. So a model of the same class and
 configuration, with random weights, computes a few tokens.
 
@@ -19,24 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedllm.model.small import silence, small_model, whole_model
-from fedllm.model.targets import adaptable_modules, sort_of
+from fedllm.model.targets import adaptable_modules, path_pattern
 from fedllm.storage.hub import first_line
 
 _TOKENS = 48
-_CHANGES = (1, 7, 22, 37, 47)  # the first tokens that are others, in copies of one row
-# of logits that must not move; models that are causal give the same bits
+_CHANGES = (1, 7, 22, 37, 47)  # places from which on a copy of the row has other tokens
+# max relative change of logits that must not move; causal models give the same bits
 _TOLERANCE = 1e-6
 _RESERVED = re.compile(r"_token_(id|index)$|^(image|video|audio|boi|eoi)_\w*(id|index)$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """What was measured of a base's class and configuration.
+    """The reach of a base's class and configuration, as measured.
 
     Attributes:
         looks_ahead: relative change of the logits of a token when later tokens change.
-        unreached: modules, as `sort_of` calls them, whose output no logit of a text depends on.
-        unknown: why nothing was measured; empty where it was.
+        unreached: path patterns of modules whose output no logit of a text depends on.
+        unknown: why nothing was measured; empty if it was.
     """
 
     looks_ahead: float = 0.0
@@ -45,11 +45,11 @@ class Reach:
 
 
 def measure_reach(config: Any) -> Reach:
-    """Measure a base by its configuration, as transformers reads it; no weight is read."""
+    """Measure the reach of a base by its configuration, as transformers reads it."""
     try:
         with silence():
             return _measured(small_model(config, cutoff_tokens=0), config)
-    # whatever a class raises that cannot be made small
+    # a class that cannot be made small may raise anything
     except Exception:
         pass
     try:
@@ -76,8 +76,8 @@ def _measured(model: nn.Module, config: Any) -> Reach:
 
 
 def _unreached(model: nn.Module, tokens_NT: Tensor) -> frozenset[str]:
-    """Return the sorts of modules of which none is called and passes a gradient on."""
-    # one expert may get no token, and one layer of many may be left out
+    """Return the path patterns of which no module is called and gets a gradient."""
+    # per pattern: an expert may get no token, and a layer of many may be skipped
     reached: dict[str, bool] = {}
     model.zero_grad()
     with _calls(model) as called, torch.enable_grad():
@@ -86,13 +86,13 @@ def _unreached(model: nn.Module, tokens_NT: Tensor) -> frozenset[str]:
     for path in adaptable_modules(model):
         gradient = model.get_submodule(path).get_parameter("weight").grad
         used = path in called and gradient is not None and bool(gradient.any())
-        reached[sort_of(path)] = reached.get(sort_of(path), False) or used
-    return frozenset(sort for sort, used in reached.items() if not used)
+        reached[path_pattern(path)] = reached.get(path_pattern(path), False) or used
+    return frozenset(pattern for pattern, used in reached.items() if not used)
 
 
 @contextmanager
 def _calls(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the paths of the modules that are called in the block."""
+    """Collect the paths of all modules that are called in the block."""
     called: set[str] = set()
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, _output, path=path: called.add(path))
@@ -111,23 +111,23 @@ def _logits(model: nn.Module, tokens_NT: Tensor) -> Tensor:
 
 
 def _rows(model: nn.Module, config: Any) -> Tensor:
-    """Return a row of ordinary tokens, and copies of it that differ from some place on."""
+    """Return a row of ordinary tokens, and copies that differ from a place of `_CHANGES` on."""
     causal: Any = model
     size = causal.get_input_embeddings().num_embeddings
     ordinary = sorted(set(range(size)) - _reserved(config) - _reserved(model.config))
     draw = random.Random(0)
     row = draw.choices(ordinary, k=_TOKENS)
-    # every token is another than before
+    # each token differs from that of the row
     others = [draw.choice([t for t in ordinary[:64] if t != token]) for token in row]
     return torch.tensor([row, *([*row[:n], *others[n:]] for n in _CHANGES)])
 
 
 def _reserved(config: Any) -> set[int]:
-    """Return the tokens that stand for something else than text."""
+    """Return the tokens that stand for something other than text."""
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    found: set[int] = set()
+    reserved: set[int] = set()
     for part in filter(None, parts):
         for name, value in vars(part).items():
             if _RESERVED.search(name):
-                found |= {v for v in (value if isinstance(value, list) else [value]) if v}
-    return found
+                reserved |= {v for v in (value if isinstance(value, list) else [value]) if v}
+    return reserved

@@ -1,7 +1,7 @@
-"""Models with random weights of a base's class and configuration, for what only measuring tells.
+"""Small models of a base's class and configuration, with random weights, for measuring.
 
-They are small, or as large as the configuration says where a class cannot be made small; no weight
-of the base is read.
+A class that cannot be made small gets a model of the configured size. No weight of the base is
+read.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-_LAYERS = 8  # of classes that do not list their kinds of layers
+_LAYERS = 8  # for classes that do not list their kinds of layers
 _MAX_PARAMETERS = 1 << 23
 _MAX_PARAMETERS_WHOLE = 1 << 26
 _WINDOWS = (
@@ -57,7 +57,7 @@ _SMALL: Mapping[str, int] = {
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep to ourselves what transformers says of a model that no one trains."""
+    """Suppress the warnings of transformers about a model that is only measured."""
     verbosity = get_verbosity()
     set_verbosity_error()
     try:
@@ -69,13 +69,13 @@ def silence() -> Iterator[None]:
 
 
 def small_model(config: Any, cutoff_tokens: int) -> nn.Module:
-    """Return a small model in float64 that masks and places tokens as the configuration says.
+    """Return a small model in float64 with the masks and positions of the configuration.
 
-    A window that is shorter than the longest row (0: none is) becomes shorter than those of the
-    check.
+    A window shorter than `cutoff_tokens` becomes shorter than the rows of the check; with 0 all
+    windows keep their lengths.
 
     Raises:
-        ValueError: it is still large; and what the class raises for sizes that do not fit it.
+        ValueError: the model is still large. The class may raise other errors for these sizes.
     """
     config = copy.deepcopy(config)
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
@@ -87,7 +87,7 @@ def whole_model(config: Any) -> nn.Module:
     """Return a model in float64 of the configured sizes, with random weights.
 
     Raises:
-        ValueError: it is large.
+        ValueError: the model is large.
     """
     return _random_model(copy.deepcopy(config), _MAX_PARAMETERS_WHOLE)
 
@@ -100,7 +100,7 @@ def _random_model(config: Any, max_parameters: int) -> nn.Module:
         raise ValueError(f"{size:,} parameters remain")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # experts that are multiplied in one call have no float64
+        # fused experts do not support float64
         model: nn.Module = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float64,
@@ -108,8 +108,8 @@ def _random_model(config: Any, max_parameters: int) -> nn.Module:
             trust_remote_code=False,
         )
         for parameter in model.parameters():
-            # as wide as after training: with the small weights of a start, attention hardly
-            # depends on positions, and a wrong one would not show
+            # spread as after training: with small initial weights attention hardly depends on
+            # positions, so that wrong ones would not show
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
     return model.double().eval()
@@ -134,16 +134,16 @@ def _make_small(config: Any, cutoff_tokens: int) -> None:
 
 
 def _fit_token_ids(config: Any) -> None:
-    """Give special tokens beyond the small vocabulary one that no row has; some classes need it."""
+    """Set special tokens beyond the small vocabulary to 0, which no row has."""
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        found = getattr(config, name, None)
-        ids = found if isinstance(found, list) else [found]
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [value]
         if any(token is not None and token >= _SMALL["vocab_size"] for token in ids):
             setattr(config, name, 0)
 
 
 def _fit_rotaries(config: Any) -> None:
-    """Shorten what is given per rotary frequency to the small heads."""
+    """Shorten lists with a value per rotary frequency to the size of the small heads."""
     for rotary in rotaries(config):
         frequencies = int(_SMALL["head_dim"] * rotary.get("partial_rotary_factor", 1.0)) // 2
         for name in ("short_factor", "long_factor"):
@@ -152,7 +152,7 @@ def _fit_rotaries(config: Any) -> None:
 
 
 def _keep_layers(config: Any, layers: int) -> None:
-    """Leave one layer of every kind, two at least; the first ones where no kinds are listed."""
+    """Keep one layer of each kind, at least two; the first layers if no kinds are listed."""
     kinds = {
         name: value
         for name, value in vars(config).items()
@@ -167,12 +167,15 @@ def _keep_layers(config: Any, layers: int) -> None:
 
 
 def integer(config: Any, name: str) -> int | None:
-    """Return a whole number of a configuration, None where it has none of that name."""
+    """Return an integer of a configuration; None if it has none of that name."""
     value = getattr(config, name, None)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def rotaries(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters: one set, or one for every kind of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    yield from [found] if "rope_type" in found else [v for v in found.values() if v]
+    """Yield the rotary parameters: one set, or one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        yield parameters
+    else:
+        yield from filter(None, parameters.values())

@@ -1,4 +1,4 @@
-"""The modules of a base that `lora.target_modules` names, and those that could be named."""
+"""The target modules of a base: those that `lora.target_modules` names or could name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -26,23 +26,23 @@ def find_modules(
 
     Args:
         model: the base.
-        target_modules: paths or their last parts, or an expression for whole paths.
-        unreached: sorts of modules (`sort_of`) that a message does not offer.
+        target_modules: paths or their last parts, or a regular expression for whole paths.
+        unreached: path patterns of modules that a message does not offer.
 
     Raises:
-        ModelError: a name fits no module, or one that cannot be adapted.
+        ModelError: a name matches no module, or a module that cannot be adapted.
     """
     adaptable = adaptable_modules(model)
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         named: Targets = target if isinstance(target_modules, str) else (target,)
         if not any(is_target(named, path) for path in adaptable):
-            offered = [path for path in adaptable if sort_of(path) not in unreached]
+            offered = [path for path in adaptable if path_pattern(path) not in unreached]
             raise ModelError(_no_module(model, target, named, offered))
     return {path: m for path, m in adaptable.items() if is_target(target_modules, path)}
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, ModuleRecord]:
-    """Return every module that can have an adapter: what is linear, but for the output head."""
+    """Return all modules that can have an adapter: the linear ones, without the output head."""
     causal: Any = model
     head = causal.get_output_embeddings()
     return {
@@ -52,13 +52,13 @@ def adaptable_modules(model: nn.Module) -> dict[str, ModuleRecord]:
     }
 
 
-def sort_of(path: str) -> str:
-    """Return a path without its numbers: the same for the same module of every layer."""
+def path_pattern(path: str) -> str:
+    """Return a path with `*` for its numbers: the same module of all layers has one pattern."""
     return _NUMBER.sub("*", path)
 
 
 def kind_of(path: str) -> Kind:
-    """Say what a module belongs to: by the parts of its path, the last one deciding last."""
+    """Return the kind of a module by its path; parent names count before the last part."""
     parents, _, leaf = path.rpartition(".")
     if _ATTENTION.search(parents):
         return "attention"
@@ -67,34 +67,34 @@ def kind_of(path: str) -> Kind:
     return "attention" if _ATTENTION.search(leaf) or _ATTENTION_LEAVES.search(leaf) else "other"
 
 
-def names_for(wanted: Sequence[str], paths: Iterable[str], *, parents: int = 0) -> str:
-    """Return a value of `lora.target_modules` that names some modules and no others.
+def names_for(modules: Sequence[str], paths: Iterable[str], *, parents: int = 0) -> str:
+    """Return a value of `lora.target_modules` that names these modules and no others.
 
     Args:
-        wanted: paths of the modules to name.
-        paths: those of all modules that could be named.
-        parents: how many parts of a path stand before its last one, at least.
+        modules: paths of the modules to name.
+        paths: paths of all modules that could be named.
+        parents: min number of parts of a path before its last one.
 
     Returns:
-        The value as YAML, short where it can be; empty where only a long list would do.
+        The value as YAML, short if possible; empty if only a long list would do.
     """
-    every = set(paths)
-    tails = list(dict.fromkeys(_last_parts(path, parents + 1) for path in wanted))
-    if _named(every, tails) == set(wanted):
+    all_paths = set(paths)
+    tails = list(dict.fromkeys(_last_parts(path, parents + 1) for path in modules))
+    if _named(all_paths, tails) == set(modules):
         return f"[{', '.join(tails)}]"
     for depth in range(parents + 2, parents + 4):
-        longer = list(dict.fromkeys(_last_parts(path, depth) for path in wanted))
-        if len(longer) <= _MAX_NAMES and _named(every, longer) == set(wanted):
+        longer = list(dict.fromkeys(_last_parts(path, depth) for path in modules))
+        if len(longer) <= _MAX_NAMES and _named(all_paths, longer) == set(modules):
             return f"[{', '.join(longer)}]"
-    return _pattern_for(wanted, every, tails)
+    return _pattern_for(modules, all_paths, tails)
 
 
-def _pattern_for(wanted: Sequence[str], every: Set[str], tails: Sequence[str]) -> str:
-    """Return an expression for paths that share a part which no other path has."""
-    shared = set.intersection(*(set(path.split(".")) for path in wanted)) if wanted else set()
-    for part in sorted(shared, key=lambda part: wanted[0].split(".").index(part)):
+def _pattern_for(modules: Sequence[str], all_paths: Set[str], tails: Sequence[str]) -> str:
+    """Return a regular expression for paths with a common part that no other path has."""
+    shared = set.intersection(*(set(path.split(".")) for path in modules)) if modules else set()
+    for part in sorted(shared, key=lambda part: modules[0].split(".").index(part)):
         pattern = rf".*{part}\..*\.({'|'.join(tails)})"
-        if _named(every, pattern) == set(wanted):
+        if _named(all_paths, pattern) == set(modules):
             return pattern
     return ""
 

@@ -1,4 +1,4 @@
-"""A tokenizer and the embedding of its base: whether every token that can occur has a row."""
+"""The vocabulary of a tokenizer and its base: whether each token has a row in the embedding."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ _FILES = (
 
 
 def embedded_tokens(model: nn.Module) -> int:
-    """Return how many tokens a model knows: the rows of its embedding, and of its output head."""
+    """Return the number of tokens of a model: rows of its embedding and of its output head."""
     causal: Any = model
     layers = filter(None, (causal.get_input_embeddings(), causal.get_output_embeddings()))
     rows: int = min(layer.weight.shape[0] for layer in layers)
@@ -27,27 +27,27 @@ def embedded_tokens(model: nn.Module) -> int:
 
 
 def tokens_beyond(tokenizer: Any, rows: int) -> dict[str, int]:
-    """Return the tokens whose ids are no row of an embedding, by id."""
+    """Return the tokens whose ids have no row in an embedding, in the order of ids."""
     beyond = {token: id_ for token, id_ in tokenizer.get_vocab().items() if id_ >= rows}
     return dict(sorted(beyond.items(), key=lambda item: item[1]))
 
 
 def check_tokens(folder: Path, tokenizer: Any, rows: int, *, begun: bool = False) -> str:
-    """Refuse a tokenizer that can make a token of ordinary text that the embedding has not.
+    """Raise ModelError if ordinary text can have a token without a row in the embedding.
 
-    A token for images, say, is no reason: text-only bases keep it in their tokenizer.
+    A token for images, for example, is allowed: text-only bases keep it in their tokenizer.
 
     Args:
-        folder: of the base.
-        tokenizer: of the base.
-        rows: of its embedding.
-        begun: a run has trained so before: what would be refused is said.
+        folder: the directory of the base.
+        tokenizer: the tokenizer of the base.
+        rows: number of rows of the embedding.
+        begun: a run has trained so before: the objection is returned, not raised.
 
     Returns:
-        A line for the user where tokens lie beyond that no text is made of; else nothing.
+        A line for the user if a token has no row; else empty.
 
     Raises:
-        ModelError: it names the token and both sizes.
+        ModelError: names the token and both sizes.
     """
     beyond = [t for t in tokens_beyond(tokenizer, rows) if _is_of_folder(folder, t)]
     occurring = [token for token in beyond if _is_of_text(tokenizer, token)]
@@ -63,10 +63,10 @@ def check_tokens(folder: Path, tokenizer: Any, rows: int, *, begun: bool = False
 
 
 def check_rows(folder: Path, tokenizer: Any, rows: int, largest_token: int) -> None:
-    """Refuse tokenised data with a token that the embedding has not.
+    """Raise ModelError if tokenised data has a token without a row in the embedding.
 
     Raises:
-        ModelError: it names the token and both sizes.
+        ModelError: names the token and both sizes.
     """
     if largest_token >= rows:
         token = tokenizer.convert_ids_to_tokens(largest_token)
@@ -74,7 +74,7 @@ def check_rows(folder: Path, tokenizer: Any, rows: int, largest_token: int) -> N
 
 
 def _is_of_text(tokenizer: Any, token: str) -> bool:
-    """Say whether text, a template or padding can come to a token."""
+    """Say whether text, a template or padding can have a token."""
     if token not in tokenizer.all_special_tokens:
         return True
     named = {getattr(tokenizer, name, None) for name in _ORDINARY}
@@ -82,7 +82,7 @@ def _is_of_text(tokenizer: Any, token: str) -> bool:
 
 
 def _is_of_folder(folder: Path, token: str) -> bool:
-    """Say whether a tokenizer's files name a token; classes of transformers add some themselves."""
+    """Say whether a tokenizer's files name a token; classes of transformers add some."""
     written = {json.dumps(token), json.dumps(token, ensure_ascii=False)}
     files = (folder / name for name in _FILES)
     return any(
