@@ -1,1 +1,1 @@
-"""PEFT adapter folders: read, checked against their base, written, merged into it."""
+"""PEFT adapter folders: read, checked against their base, written, merged into the base."""

@@ -1,8 +1,7 @@
-"""Weights of the base that PEFT saves beside an adapter, and whether they are still the base's.
+"""Copies of base weights that PEFT saves with an adapter, compared with the base.
 
-Where `lm_head` or the embedding is among the targets, or the vocabulary was resized, PEFT adds the
-weights of both to the adapter's file. An unchanged copy is left out; a changed one is more than
-LoRA.
+If `lm_head` or the embedding is a target, or the vocabulary was resized, PEFT adds the weights of
+both to the adapter's file. An unchanged copy is left out. A changed copy is more than LoRA.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,21 +16,21 @@ from fedllm.errors import AdapterError
 from fedllm.model.fingerprint import weight_files
 from fedllm.storage.tensors import TensorFile
 
-_EMBEDDINGS = ("embed", "wte")  # what the name of a weight holds that a tied head shares
+_EMBEDDINGS = ("embed", "wte")  # parts of the name of a weight that a tied head shares
 _SAVE = "save the adapter with save_embedding_layers=False"
-# a model that trained in half precision has rounded its base
+# training in half precision rounds the base
 _ROUNDED = (torch.bfloat16, torch.float16)
 
 
 def check_copies(adapters: Sequence[PeftAdapter], base: Path | None) -> None:
-    """Refuse adapters whose copies of base weights are not the base's.
+    """Raise AdapterError if a copy of a base weight differs from the base.
 
     Args:
-        adapters: whose copies are compared with the base; where it is not at hand, with each other.
-        base: the folder of the base, or None.
+        adapters: the adapters whose copies are compared.
+        base: the folder of the base; None: the copies are compared with each other.
 
     Raises:
-        AdapterError: a copy differs, or there is nothing to compare it with.
+        AdapterError: a copy differs, or nothing is there to compare it with.
     """
     files = list(_weights(base)) if base else []
     first: dict[str, tuple[Path, Tensor]] = {}
@@ -65,7 +64,7 @@ def _weights(base: Path) -> Iterator[TensorFile]:
 
 
 def _candidates(files: Iterable[TensorFile], key: str, copied: Tensor) -> Iterator[Tensor]:
-    """Yield the weight of that name; of a head that has none also those that it may share."""
+    """Yield the weights of that name; for a head without one, the embeddings that it may share."""
     owner, _, kind = key.rpartition(".")
     fitting = [
         (file, name)
@@ -79,10 +78,10 @@ def _candidates(files: Iterable[TensorFile], key: str, copied: Tensor) -> Iterat
         if place_of(name.rpartition(".")[0]) == place_of(owner)
     ]
     if not named and owner.endswith("lm_head"):
-        named = [each for each in fitting if any(word in each[1] for word in _EMBEDDINGS)]
+        named = [(f, name) for f, name in fitting if any(word in name for word in _EMBEDDINGS)]
     yield from (file.get(name) for file, name in named)
 
 
 def _same(copied: Tensor, weight: Tensor) -> bool:
-    rounded = (weight.to(dtype) for dtype in (copied.dtype, *_ROUNDED))
-    return any(torch.equal(copied, each.to(copied.dtype)) for each in rounded)
+    candidates = (weight.to(dtype) for dtype in (copied.dtype, *_ROUNDED))
+    return any(torch.equal(copied, rounded.to(copied.dtype)) for rounded in candidates)

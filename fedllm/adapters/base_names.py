@@ -1,4 +1,4 @@
-"""The base model of several adapters: one, although each names it in its own way."""
+"""The common base model of several adapters, which may name it differently."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,30 +12,35 @@ from fedllm.storage.hub import is_hub_name
 
 @dataclass(frozen=True, kw_only=True)
 class CommonBase:
-    """A base by the name that PEFT loads; `folder` is where it lies, if it lies here."""
+    """The common base of adapters, by the name that PEFT loads."""
 
     name: str | None
     revision: str | None = None
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the base, None where it is not at hand."""
+        """The folder of the base; None if it is not on this machine."""
         return folder_of(self.name)
 
 
 def common_base(
-    configs: Sequence[AdapterConfig], folders: Sequence[Path], said: str | None
+    configs: Sequence[AdapterConfig], folders: Sequence[Path], given: str | None
 ) -> CommonBase:
-    """Return the base of all adapters.
+    """Return the common base of all adapters.
 
-    Names may differ where they are folders of the same content, or where `said` tells which base it
-    is; then a folder of other content is still refused.
+    Their names for it may differ if these are folders of the same content, or if `given` names the
+    base. With `given`, a folder of other content is still refused.
+
+    Args:
+        configs: the configurations of the adapters.
+        folders: the folders of the adapters.
+        given: the base that `--base` names, or None.
 
     Raises:
-        AdapterError: the bases differ, or nothing says that they do not.
+        AdapterError: the bases differ, or it is not known whether they do.
     """
     first = configs[0]
-    if said is None:
+    if given is None:
         contents = _Contents()
         for config, folder in zip(configs[1:], folders[1:], strict=True):
             if config.base != first.base and not contents.same(config, first):
@@ -46,23 +51,23 @@ def common_base(
                     "say where it is: --base PATH"
                 )
         return CommonBase(name=first.base_model_name_or_path, revision=first.revision)
-    base = _said(said, configs, folders)
+    base = _given_base(given, configs, folders)
     contents = _Contents()
-    wanted = contents.of(said)
+    expected = contents.of(given)
     for config, folder in zip(configs, folders, strict=True):
-        found = contents.of(config.base_model_name_or_path)
-        if wanted and found and found != wanted:
+        content = contents.of(config.base_model_name_or_path)
+        if expected and content and content != expected:
             raise AdapterError(
-                f"--base: {said} is another model than {config.base_model_name_or_path}, which "
+                f"--base: {given} is another model than {config.base_model_name_or_path}, which "
                 f"{folder} names (their files differ); leave that adapter out, or correct --base"
             )
     return base
 
 
-def _said(name: str, configs: Sequence[AdapterConfig], folders: Sequence[Path]) -> CommonBase:
+def _given_base(name: str, configs: Sequence[AdapterConfig], folders: Sequence[Path]) -> CommonBase:
     path = folder_of(name)
     if path is not None:
-        # the adapter may be read from another folder
+        # a resolved path: the adapter may be read from another folder
         return CommonBase(name=str(path))
     if Path(name).exists() or not is_hub_name(name):
         raise AdapterError(f"--base: {name}: no such folder, and no hub name; correct it")
@@ -72,25 +77,27 @@ def _said(name: str, configs: Sequence[AdapterConfig], folders: Sequence[Path]) 
         if config.base_model_name_or_path == name
     }
     if len(revisions) > 1:
-        told = ", ".join(f"{folder} for {revision}" for revision, folder in revisions.items())
+        revision_list = ", ".join(
+            f"{folder} for {revision}" for revision, folder in revisions.items()
+        )
         raise AdapterError(
-            f"--base: adapters are of different revisions of {name} ({told}): adapters of "
+            f"--base: adapters are of different revisions of {name} ({revision_list}): adapters of "
             "different base models cannot be combined"
         )
     return CommonBase(name=name, revision=next(iter(revisions), None))
 
 
 def folder_of(name: str | None) -> Path | None:
-    """Return the folder that a base's name means on this machine, resolved, else None."""
+    """Return the resolved folder of a base's name on this machine; None if there is none."""
     try:
         path = Path(name).expanduser() if name else None
-    except RuntimeError:  # `~` and the name of nobody
+    except RuntimeError:  # `~name` of no user
         return None
     return path.resolve() if path is not None and path.is_dir() else None
 
 
 def fingerprint_of(folder: Path) -> str | None:
-    """Return the fingerprint of the model in a folder, None where there is none."""
+    """Return the fingerprint of the model in a folder; None if there is no model."""
     try:
         return fingerprint_model(folder)
     except ModelError:
@@ -98,13 +105,13 @@ def fingerprint_of(folder: Path) -> str | None:
 
 
 class _Contents:
-    """Fingerprints of the folders that configurations name, each computed once."""
+    """Fingerprints of the folders that configurations name; each is computed once."""
 
     def __init__(self) -> None:
         self._known: dict[Path, str | None] = {}
 
     def of(self, name: str | None) -> str | None:
-        """Return the fingerprint of a base that lies here, else None."""
+        """Return the fingerprint of a base on this machine; None if it is not here."""
         path = folder_of(name)
         if path is None:
             return None
@@ -113,8 +120,8 @@ class _Contents:
         return self._known[path]
 
     def same(self, one: AdapterConfig, other: AdapterConfig) -> bool:
-        """Say whether both bases lie here and hold the same files."""
+        """Say whether both bases are on this machine and have the same files."""
         if one.revision != other.revision:
             return False
-        found = self.of(one.base_model_name_or_path)
-        return found is not None and found == self.of(other.base_model_name_or_path)
+        content = self.of(one.base_model_name_or_path)
+        return content is not None and content == self.of(other.base_model_name_or_path)

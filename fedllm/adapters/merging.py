@@ -1,4 +1,4 @@
-"""Changes merged into the weights of a base model, and the model saved.
+"""Merging: changes added to the weights of a base model, and the model saved.
 
 Legend: O out, I in.
 """
@@ -22,17 +22,18 @@ _ERRNO = re.compile(r"os error (\d+)")
 
 
 def plain_lines_in_a_log() -> None:
-    """Let transformers draw its progress bars on a terminal only."""
+    """Switch off the progress bars of transformers if stderr is no terminal."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What rounding to the model's number format did to a change, over all entries that it has.
+    """The effect of rounding a merged change to the model's number format.
 
-    `change` and `error` are squared Frobenius norms: of the change, and of what the stored weights
-    lack of the exact sums. `unchanged` of `entries` keep the base's value although theirs changes.
+    `change` and `error` are squared Frobenius norms: of the change, and of the stored weights minus
+    the exact sums. `entries` counts the entries that the change alters; `unchanged` of them keep
+    the base's value after rounding.
     """
 
     change: float = 0.0
@@ -41,7 +42,7 @@ class Rounding:
     entries: int = 0
 
     def __add__(self, other: "Rounding") -> "Rounding":
-        """Return that of both changes together."""
+        """Return the rounding of both changes together."""
         return Rounding(
             change=self.change + other.change,
             error=self.error + other.error,
@@ -56,27 +57,27 @@ class Rounding:
 
     @property
     def unchanged_share(self) -> float:
-        """The share of the changing entries whose stored value is the base's."""
+        """The share of altered entries whose stored value is the base's."""
         return self.unchanged / self.entries if self.entries else 0.0
 
 
 def merge(
     model: nn.Module, module: str, change_OI: Tensor, *, dtype: torch.dtype | None = None
 ) -> Rounding:
-    """Add a change (O, I) to the weight of `module`, which is then of `dtype`.
+    """Add a change (O, I) to the weight of `module` and store it in `dtype`.
 
-    The sum is float64 and is rounded once, to the nearest value: the least error that every entry
-    can have.
+    The sum is computed in float64 and rounded once to the nearest value, so that the error of each
+    entry is minimal.
 
     Args:
-        model: whose weight changes in place.
-        module: its name.
+        model: the model; its weight changes in place.
+        module: the module's name.
         change_OI: the change.
-        dtype: of the weight afterwards; None leaves it as it is.
+        dtype: number format of the new weight; None keeps the old one.
 
     Raises:
-        ModelError: the weight is also that of another module, which would change with it, or the
-            sum does not fit `dtype`.
+        ModelError: another module has the same weight and would change too, or the sum does not
+            fit `dtype`.
     """
     owner = model.get_submodule(module)
     weight = owner.get_parameter("weight")
@@ -108,7 +109,7 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> None:
     """Store all weights of a model in `dtype`.
 
     Raises:
-        ModelError: a weight does not fit it.
+        ModelError: a weight does not fit `dtype`.
     """
     model.to(dtype)
     for name, parameter in model.named_parameters():
@@ -120,12 +121,12 @@ def save_model(base: Base, folder: Path) -> None:
     """Write a model and its tokenizer so that `AutoModelForCausalLM` loads them.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: a file cannot be written.
     """
     try:
         base.model.save_pretrained(folder)  # type: ignore[operator]
         base.tokenizer.save_pretrained(folder)
     except SafetensorError as error:
-        # safetensors hides what the file system said in its words
-        found = _ERRNO.search(str(error))
-        raise OSError(int(found[1]) if found else 0, str(error)) from error
+        # safetensors has the file system's error only in its text
+        errno = _ERRNO.search(str(error))
+        raise OSError(int(errno[1]) if errno else 0, str(error)) from error

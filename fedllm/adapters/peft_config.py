@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what PEFT's fields mean for factors, and which adapters are refused."""
+"""The file `adapter_config.json`: PEFT's fields for factors, and which adapters are refused."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from fedllm.lora.factors import scale_of
 
 CONFIG = "adapter_config.json"
 
-# What is more than `W + scale B A`, or starts from another W: the key and what it is called.
+# Keys of adapters that are more than `W + scale B A`, or start from another W, and their names.
 _MORE_THAN_LORA: Mapping[str, str] = {
     "use_dora": "DoRA",
     "modules_to_save": "modules_to_save (whole layers)",
@@ -36,17 +36,17 @@ _SHOWN = 5
 
 Value = TypeVar("Value")
 Rank = Annotated[int, Field(ge=1)]
-# PEFT keeps names as a set: their order in the file means nothing
+# PEFT has names as a set: their order in the file has no meaning
 Names = Annotated[
     list[str] | str | None,
     AfterValidator(lambda names: sorted(names) if isinstance(names, list) else names),
 ]
-# PEFT writes null where there is no pattern
-_Pattern = BeforeValidator(lambda found: {} if found is None else found)
+# PEFT writes null if there is no pattern
+_Pattern = BeforeValidator(lambda value: {} if value is None else value)
 
 
 class AdapterConfig(BaseModel):
-    """The fields that matter here, with PEFT's defaults; other fields are left unread."""
+    """The adapter fields that are read, with PEFT's defaults; other fields are ignored."""
 
     model_config = ConfigDict(
         extra="ignore", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -70,7 +70,7 @@ class AdapterConfig(BaseModel):
 
     @property
     def base(self) -> str | None:
-        """The base model as one name, its revision in it; a folder by its real path."""
+        """The base model as one name, with its revision; a folder has its real path."""
         if not self.base_model_name_or_path:
             return None
         path = Path(self.base_model_name_or_path)
@@ -94,8 +94,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read the configuration of a PEFT adapter folder.
 
     Raises:
-        AdapterError: it is missing or broken, or the adapter is more than A and B; the message
-            names the folder and the field.
+        AdapterError: the file is missing or broken, or the adapter is more than A and B; the
+            message names the folder and the field.
     """
     raw = _read_json(folder)
     _refuse_more_than_lora(folder, raw)
@@ -118,9 +118,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def _of_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
-    """Return the value of the first pattern that the module's name ends with, as PEFT does.
+    """Return the value of the first pattern that matches the end of the module's name, as PEFT.
 
-    Where none does, of the first that is another name of the module.
+    If none matches, return that of the first pattern that is another name of the module.
     """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -131,8 +131,8 @@ def _of_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> V
 
 def _read_json(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "no such folder"
-        raise AdapterError(f"{folder}: {found}; give the folder of a PEFT adapter")
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise AdapterError(f"{folder}: {problem}; give the folder of a PEFT adapter")
     path = folder / CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder}: not a PEFT adapter (no {CONFIG}){adapters_below(folder)}")
@@ -147,11 +147,11 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that Git LFS left in the place of the one that it stands for.
+    """Raise AdapterError if a file is a pointer of Git LFS to the real file.
 
     Raises:
-        AdapterError: it is such a pointer.
-        OSError: it cannot be read.
+        AdapterError: the file is a pointer.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
@@ -162,7 +162,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def adapters_below(folder: Path) -> str:
-    """Return what to say of a folder whose sub-folders are the adapters; else nothing."""
+    """Return the end of a message if sub-folders are adapters: their names; else empty."""
     names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     if not names:
         return ""

@@ -1,7 +1,7 @@
 """PEFT adapter folders, read without PEFT and without unpickling anything.
 
-PEFT stores A as (R, I) and B as (O, R) whatever the layout of the base weight: `fan_in_fan_out`
-(the Conv1D of GPT-2) transposes the product, not the factors.
+PEFT stores A as (R, I) and B as (O, R), also for a base weight that is stored transposed:
+`fan_in_fan_out` (the Conv1D of GPT-2) transposes the product, not the factors.
 
 Legend: O out, I in, R rank.
 """
@@ -38,7 +38,7 @@ Value = TypeVar("Value")
 
 _PICKLED = "adapter_model.bin"
 _PARTS = "adapter_model-*-of-[0-9]*.safetensors"
-# Commands that a message offers; the folder is their argument.
+# Commands that error messages give; the folder is their argument.
 _CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; f = sys.argv[1]; "
     f'save_file({{n: t.contiguous().clone() for n, t in torch.load(f + "/{_PICKLED}", '
@@ -50,7 +50,7 @@ _JOIN = (
     f'for n, t in load_file(p).items()}}, f + "/{TENSORS}")'
 )
 _READABLE = (*DTYPES.values(), torch.float64)
-# The first that a tensor's name holds says what it is.
+# Parts of a tensor's name -> its kind; the first that the name has counts.
 _OTHER_TENSORS: Mapping[str, str] = {
     "lora_embedding": "embedding LoRA",
     "lora_magnitude_vector": "DoRA",
@@ -65,7 +65,7 @@ def dtype_of(name: str) -> torch.dtype:
     """Return the number format that `--dtype` names.
 
     Raises:
-        AdapterError: it names none.
+        AdapterError: there is no such format.
     """
     if name not in DTYPES:
         raise AdapterError(f"--dtype: got {name!r}, need one of {', '.join(DTYPES)}")
@@ -74,7 +74,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftAdapter:
-    """A PEFT adapter folder whose factors are read when they are asked for."""
+    """A PEFT adapter folder; its factors are read when they are used."""
 
     folder: Path
     config: AdapterConfig
@@ -82,20 +82,20 @@ class PeftAdapter:
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the adapter was trained on, where it says so."""
+        """The base model that the adapter names; None if it names none."""
         return self.config.base_model_name_or_path or None
 
 
 class FactorsOnDisk(Mapping[str, Factors]):
-    """Module -> factors, each read from a file by memory map when it is asked for.
+    """Factors per module, each read from a memory-mapped file when it is used.
 
-    Shapes and ranks are known from the header alone. Factors come in float32 (float64 where the
-    file has it), so that half precision enters no sum. `copies` are tensors of the base that the
-    file holds beside them: the base's name for it -> that of the file.
+    Shapes and ranks come from the header. Factors are float32 (float64 if the file has it), so
+    that no sum is in half precision. `copies` are weights of the base that the file also has: the
+    base's name -> the name in the file.
 
     Raises:
-        AdapterError: a tensor that is no A or B, two of one module, A without B, or shapes that do
-            not fit together or the configuration.
+        AdapterError: a tensor is no A or B, a module has two of them or A without B, or shapes do
+            not fit each other or the configuration.
     """
 
     def __init__(self, file: TensorFile, config: AdapterConfig) -> None:
@@ -109,11 +109,11 @@ class FactorsOnDisk(Mapping[str, Factors]):
         self._shapes = {module: self._checked_shape(module) for module in self._names}
 
     def __getitem__(self, module: str) -> Factors:
-        """Read one module.
+        """Read the factors of one module.
 
         Raises:
             KeyError: the adapter has no such module.
-            AdapterError: NaN or infinity, or a number format that factors do not come in.
+            AdapterError: a factor holds NaN or infinity, or has a wrong number format.
         """
         names = self._names[module]
         return Factors(
@@ -123,7 +123,7 @@ class FactorsOnDisk(Mapping[str, Factors]):
         )
 
     def __contains__(self, module: object) -> bool:
-        # a mapping's own would read the factors
+        # the method of Mapping would read the factors
         return module in self._names
 
     def __iter__(self) -> Iterator[str]:
@@ -133,11 +133,11 @@ class FactorsOnDisk(Mapping[str, Factors]):
         return len(self._names)
 
     def shape(self, module: str) -> ModuleShape:
-        """Return the shape of the module's weight without reading the factors."""
+        """Return the shape of the module's weight; the factors are not read."""
         return self._shapes[module]
 
     def rank(self, module: str) -> int:
-        """Return the module's rank without reading the factors."""
+        """Return the module's rank; the factors are not read."""
         return self._ranks[module]
 
     def scale(self, module: str) -> float:
@@ -145,7 +145,7 @@ class FactorsOnDisk(Mapping[str, Factors]):
         return self._scales[module]
 
     def named(self, names: Mapping[str, str]) -> "FactorsOnDisk":
-        """Return the same factors with other names for their modules, those that `names` holds."""
+        """Return the same factors with new module names; `names` maps old to new ones."""
         other = copy(self)
         other._names = _renamed(self._names, names)
         other._ranks = _renamed(self._ranks, names)
@@ -154,16 +154,16 @@ class FactorsOnDisk(Mapping[str, Factors]):
         return other
 
     def copied(self, key: str) -> Tensor:
-        """Read one of `copies`."""
+        """Read one copy of a base weight, by a key of `copies`."""
         return self._file.get(self.copies[key])
 
     def views(self, module: str) -> tuple[Tensor, Tensor]:
-        """Return A (R, I) and B (O, R) as they lie in the file: nothing is read or checked yet."""
+        """Return A (R, I) and B (O, R) as views of the file; nothing is read or checked yet."""
         names = self._names[module]
         return self._file.get(names["A"]), self._file.get(names["B"])
 
     def name(self, module: str, part: str) -> str:
-        """Return how a message names `A` or `B` of a module: the folder and the tensor."""
+        """Return the name of `A` or `B` of a module in messages: the folder and the tensor."""
         return f"{self._file.path.parent}: {self._names[module][part]}"
 
     def _checked_shape(self, module: str) -> ModuleShape:
@@ -206,7 +206,7 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     """Open a PEFT adapter folder: its configuration and the headers of its tensors are checked.
 
     Raises:
-        AdapterError: it is missing, corrupt, truncated or pickled, or more than A and B.
+        AdapterError: the adapter is missing, corrupt, truncated or pickled, or more than LoRA.
     """
     config = read_adapter_config(folder)
     path = folder / TENSORS
@@ -230,27 +230,27 @@ def _factor_names(file: TensorFile) -> dict[str, dict[str, str]]:
     names: dict[str, dict[str, str]] = {}
     places: dict[tuple[str, str], str] = {}
     for name in file.names:
-        found = factor_key(name)
-        if found is None:
+        factor = factor_key(name)
+        if factor is None:
             if base_key(name) is None:
                 raise AdapterError(_other_tensor(file.path.parent, name))
             continue
-        other = places.setdefault((place_of(found.module), found.part), name)
+        other = places.setdefault((place_of(factor.module), factor.part), name)
         if other != name:
             raise AdapterError(
-                f"{file.path.parent}: {other} and {name} are both lora_{found.part} of "
-                f"{found.module}; save one adapter, from the unwrapped model"
+                f"{file.path.parent}: {other} and {name} are both lora_{factor.part} of "
+                f"{factor.module}; save one adapter, from the unwrapped model"
             )
-        names.setdefault(found.module, {})[found.part] = name
+        names.setdefault(factor.module, {})[factor.part] = name
     if not names:
         raise AdapterError(f"{file.path}: holds no lora_A and lora_B: nothing was trained")
     return names
 
 
 def _other_tensor(folder: Path, name: str) -> str:
-    what = next((what for part, what in _OTHER_TENSORS.items() if part in name), None)
-    said = f"{name} is {what}" if what else f"{name} is no base_model.model.*.lora_A or lora_B"
-    return f"{folder}: {said}; only A and B of LoRA are combined"
+    kind = next((kind for part, kind in _OTHER_TENSORS.items() if part in name), None)
+    problem = f"{name} is {kind}" if kind else f"{name} is no base_model.model.*.lora_A or lora_B"
+    return f"{folder}: {problem}; only A and B of LoRA are combined"
 
 
 def _without_tensors(folder: Path) -> str:
@@ -261,11 +261,13 @@ def _without_tensors(folder: Path) -> str:
         )
     parts = sorted(path.name for path in folder.glob(_PARTS))
     if parts:
-        wanted = int(parts[0].rpartition("-")[2].removesuffix(".safetensors"))
-        if len(parts) < wanted:
-            return f"{folder}: {len(parts)} of {wanted} parts are in it ({parts[0]}); copy the rest"
+        num_parts = int(parts[0].rpartition("-")[2].removesuffix(".safetensors"))
+        if len(parts) < num_parts:
+            return (
+                f"{folder}: {len(parts)} of {num_parts} parts are in it ({parts[0]}); copy the rest"
+            )
         return (
-            f"{folder}: its tensors are in {wanted} parts ({parts[0]}, ...); join them: "
+            f"{folder}: its tensors are in {num_parts} parts ({parts[0]}, ...); join them: "
             f"python -c {shlex.quote(_JOIN)} {shlex.quote(str(folder))}"
         )
     return f"{folder}: no {TENSORS} in it; copy the adapter again"

@@ -1,9 +1,9 @@
 """PEFT adapter folders, written so that every loader computes the same product.
 
-PEFT scales a module's `B A` by its own alpha over its own rank, vLLM by the configuration's
-`lora_alpha / r` for all modules, llama.cpp by that alpha over the tensor's rank. They agree where
-all modules have one rank and one scale: what is left of a module's scale is in its B, and a module
-of a smaller rank gets rows of A and columns of B that are zero.
+PEFT scales a module's `B A` by the module's alpha over its rank, vLLM by the configuration's
+`lora_alpha / r` for all modules, llama.cpp by that alpha over the tensor's rank. They agree if all
+modules have one rank and one scale. So the rest of a module's scale goes into its B, and a module
+of a smaller rank gets zero rows in A and zero columns in B.
 
 Legend: O out, I in, R rank.
 """
@@ -32,9 +32,9 @@ _SCALE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class PeftDescription:
-    """What an adapter's configuration says beside its rank and scale.
+    """The fields of an adapter's configuration beside its rank and scale.
 
-    `targets` holds PEFT's fields that choose the modules (`target_modules` and so on).
+    `targets` has PEFT's fields that choose the modules (`target_modules` and so on).
     """
 
     base_model: str | None
@@ -48,7 +48,7 @@ class PeftDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModule:
-    """A module of an adapter that is to be written."""
+    """A module of an adapter, to be written."""
 
     shape: ModuleShape
     rank: int
@@ -56,7 +56,7 @@ class PlannedModule:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftWriter:
-    """An adapter whose modules are written as they are made, in any order, at one `rank`."""
+    """A writer of an adapter's modules, in any order; all get the rank `rank`."""
 
     writer: TensorWriter
     dtype: torch.dtype
@@ -68,11 +68,11 @@ class PeftWriter:
         Raises:
             AdapterError: a value does not fit `dtype`.
         """
-        more = self.rank - factors.rank
+        missing = self.rank - factors.rank
         scaled_OR = _scaled(factors)
         for part, factor in (
-            ("A", pad(factors.a_RI, (0, 0, 0, more))),
-            ("B", pad(scaled_OR, (0, more))),
+            ("A", pad(factors.a_RI, (0, 0, 0, missing))),
+            ("B", pad(scaled_OR, (0, missing))),
         ):
             name = _tensor(module, part)
             tensor = factor.to("cpu", self.dtype)
@@ -89,9 +89,9 @@ def writing_peft_adapter(
     about: PeftDescription,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[PeftWriter]:
-    """Write an adapter folder that PEFT loads from what the block writes, the configuration last.
+    """Write an adapter folder for PEFT: the block writes the modules, the configuration is last.
 
-    All modules get the largest of their ranks, filled with zeros.
+    All modules get the largest of their ranks; smaller ones are padded with zeros.
     """
     assert modules, "an adapter without modules"
     rank = max(plan.rank for plan in modules.values())
@@ -108,7 +108,7 @@ def writing_peft_adapter(
 def write_peft_adapter(
     folder: Path, adapter: Adapter, *, about: PeftDescription, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write an adapter that is in memory as a folder that PEFT loads.
+    """Write an adapter in memory as a folder that PEFT loads.
 
     Raises:
         AdapterError: a value does not fit `dtype`.
