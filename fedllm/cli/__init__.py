@@ -1,1 +1,1 @@
-"""The typer commands."""
+"""The commands of `fedllm`, made with typer."""

@@ -1,4 +1,4 @@
-"""What a run's scheduler says, for those who only look: asked rarely, whoever looks how often."""
+"""Queries of a run's scheduler for commands that only read; answers are cached."""
 
 import os
 import time
@@ -17,19 +17,19 @@ from fedllm.storage.records import LeaseRecord
 
 
 def scheduler_query(paths: RunPaths) -> AskScheduler | None:
-    """Return what asks the scheduler of a run; None where it cannot answer to this process.
+    """Return the query of a run's scheduler; None where the scheduler cannot answer this process.
 
-    Local tasks are known to their coordinator alone, and squeue is asked about one's own jobs.
+    Only their coordinator knows local tasks, and squeue is queried for the user's own jobs.
     """
     config = read_config(paths.config)
     if not traits_of(config).jobs_outlive_coordinator or paths.run.stat().st_uid != os.getuid():
         return None
     scheduler = execution.make_scheduler(paths, config)
-    return _Asking(scheduler, config.scheduler.query_seconds)
+    return _SchedulerQuery(scheduler, config.scheduler.query_seconds)
 
 
-class _Asking:
-    """Asks a scheduler, which itself asks Slurm once in `query_seconds` at most."""
+class _SchedulerQuery:
+    """Query of a scheduler, which itself queries Slurm at most once in `query_seconds`."""
 
     def __init__(self, scheduler: Scheduler, query_seconds: float) -> None:
         self._scheduler = scheduler
@@ -37,9 +37,9 @@ class _Asking:
         self._first_seen: dict[str, float] = {}
 
     def __call__(self, ids: Sequence[str]) -> SchedulerAnswers:
-        """Return what is known of tasks; those that came since it was asked are unknown."""
+        """Return the states of tasks; a task submitted since the last answer has none."""
         now = time.monotonic()
-        # those of the first look were submitted before Slurm is asked
+        # the tasks of the first call were submitted before the first answer
         seen = now if self._first_seen else float("-inf")
         for id_ in ids:
             self._first_seen.setdefault(id_, seen)
@@ -61,14 +61,14 @@ class _Asking:
 
 
 def cached_holder_check(paths: RunPaths) -> HolderIsGone:
-    """Return what says whether a coordinator ended, and asks Slurm again only after a while."""
+    """Return the check whether a coordinator has ended; it caches Slurm's answer for a while."""
     known: dict[int, tuple[float, bool | None]] = {}
     query_seconds = read_config(paths.config).scheduler.query_seconds
 
     def gone(holder: LeaseRecord) -> bool | None:
-        asked, answer = known.get(holder.number, (float("-inf"), None))
+        queried, answer = known.get(holder.number, (float("-inf"), None))
         now = time.monotonic()
-        if holder.slurm_job is None or now - asked >= query_seconds:
+        if holder.slurm_job is None or now - queried >= query_seconds:
             answer = holder_is_gone(holder)
             known[holder.number] = (now, answer)
         return answer

@@ -1,4 +1,4 @@
-"""Wire a run: configuration, scheduler and, where it runs here, the compute side."""
+"""Wiring of a run: configuration, scheduler and, for the inline one, the compute side."""
 
 import shutil
 import time
@@ -34,7 +34,7 @@ from fedllm.storage.records import RunRecord
 
 
 def default_run_dir(config_file: Path) -> Path:
-    """Return `runs/<configuration's name>`: running again resumes."""
+    """Return `runs/<name of the configuration>`, so that the same command resumes the run."""
     return Path("runs") / config_file.stem
 
 
@@ -46,60 +46,60 @@ def start(
     take_over: bool = False,
     unattended: bool = False,
 ) -> Path:
-    """Run a configuration to its end, or go on where it stopped; return the run directory."""
+    """Run a configuration to its end, or continue where it stopped; return the run directory."""
     config = configuration(config_file, overrides)
     root = run_dir or default_run_dir(config_file)
     is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
-    run = opened(root, config, take_over=take_over, unattended=unattended)
+    run = open_for_coordination(root, config, take_over=take_over, unattended=unattended)
     try:
         coordinate(run)
     except UserError as error:
-        kept = isinstance(error, LeaseError | SubmissionUnknown)
-        if not is_new or kept or run.paths.prepared.exists():
+        keep = isinstance(error, LeaseError | SubmissionUnknown)
+        if not is_new or keep or run.paths.prepared.exists():
             raise
-        # nothing fits together yet: leave no run behind, and name no log that went with it
+        # preparing failed: remove the run, and do not name its log, which is gone too
         shutil.rmtree(run.paths.root)
         raise type(error)(str(error).partition("; log ")[0]) from error
     return root
 
 
 def resume(root: Path, overrides: Sequence[str] = (), *, take_over: bool = False) -> None:
-    """Go on with a run to its end."""
+    """Continue a run to its end."""
     existing_run(root)
-    coordinate(opened(root, resumed_config(root, overrides), take_over=take_over))
+    coordinate(open_for_coordination(root, resumed_config(root, overrides), take_over=take_over))
 
 
 def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) -> tuple[Path, str]:
     """Submit the coordinator of a configuration or of a run; return the run directory and the job.
 
     Raises:
-        ConfigError: options that sbatch refuses, or that fedllm sets itself.
-        RunDirectoryError: its path cannot be said to Slurm.
-        LeaseError: a coordinator waits, runs or holds the run.
+        ConfigError: options that sbatch refuses, or that only fedllm sets.
+        RunDirectoryError: Slurm cannot take its path.
+        LeaseError: a coordinator already waits or runs.
     """
-    root, config = configured(config_or_run, overrides, run_dir)
+    root, config = root_and_config(config_or_run, overrides, run_dir)
     paths = RunPaths(root=root.resolve())
     refuse_reserved(config.scheduler)
     log_pattern(paths.all_logs, "")
-    known = RunRecord.find(paths.run)
-    if known:
-        # before the lease: a link that starts meanwhile would find it held
-        refuse_second_coordinator(paths, known.run_id)
+    record = RunRecord.find(paths.run)
+    if record:
+        # before we take the lease: a link that starts meanwhile would find it taken
+        refuse_second_coordinator(paths, record.run_id)
     check_coordinator(config.scheduler)
-    run = opened(root, config)
+    run = open_for_coordination(root, config)
     try:
         if not run.paths.prepared.exists():
-            # the coordinator would find out too, but say it in a log
+            # the coordinator would find these problems too, but report them only in its log
             check_jobs(run)
     finally:
         close_run(run)
     return root, submit_coordinator(run.paths, config, run.record.run_id)
 
 
-def configured(
+def root_and_config(
     config_or_run: Path, overrides: Sequence[str], run_dir: Path | None
 ) -> tuple[Path, Config]:
-    """Return a run directory and its configuration, by either."""
+    """Return the run directory and the configuration, from either of them."""
     if config_or_run.is_dir():
         existing_run(config_or_run)
         return config_or_run, resumed_config(config_or_run, overrides)
@@ -107,27 +107,29 @@ def configured(
 
 
 def advance_run(config_or_run: Path, run_dir: Path | None) -> bool:
-    """Take the steps of a run that are possible now; say whether it is done."""
-    root, config = configured(config_or_run, (), run_dir)
+    """Take the steps of a run that are possible now; return whether it is done."""
+    root, config = root_and_config(config_or_run, (), run_dir)
     if is_done(RunPaths(root=root.resolve()), config):
         return True
-    return advance_while_possible(opened(root, config, unattended=True)) is None
+    return advance_while_possible(open_for_coordination(root, config, unattended=True)) is None
 
 
 def advance_link(root: Path) -> bool:
-    """Be a link of a run's chained coordinator; say whether the run is done."""
+    """Run one link of a chained coordinator; return whether the run is done."""
     paths = existing_run(root)
     config = resumed_config(root, ())
     chain = this_link(paths, config, say=say, wait=time.sleep)
-    return take_link(chain, lambda: opened(root, config, unattended=True))
+    return take_link(chain, lambda: open_for_coordination(root, config, unattended=True))
 
 
-def opened(root: Path, config: Config, *, take_over: bool = False, unattended: bool = False) -> Run:
+def open_for_coordination(
+    root: Path, config: Config, *, take_over: bool = False, unattended: bool = False
+) -> Run:
     """Open a run for coordination.
 
     Raises:
-        ConfigError: options of sbatch that fedllm sets itself.
-        RunDirectoryError: it cannot be used, or its path not be said to Slurm.
+        ConfigError: options of sbatch that only fedllm sets.
+        RunDirectoryError: it cannot be used, or Slurm cannot take its path.
     """
     check_method(config.method)
     refuse_reserved(config.scheduler)
@@ -149,9 +151,9 @@ def make_scheduler(paths: RunPaths, config: Config) -> Scheduler:
 
 
 def compute_here() -> Execute:
-    """Return what runs a job's program in this process, with its output in the job's log.
+    """Return a function that runs a job's program in this process and logs its output.
 
-    The compute side loads on first use.
+    The compute side is imported on first use.
     """
     programs: list[Callable[[str, Sequence[str]], int]] = []
 

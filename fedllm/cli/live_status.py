@@ -1,4 +1,4 @@
-"""A run watched until it is done: redrawn on a terminal, a line for every change in a log."""
+"""Live view of a run: redrawn on a terminal, elsewhere a line for every change."""
 
 import sys
 import time
@@ -15,14 +15,14 @@ def watch(
     text: Callable[[RunStatus], str],
     line: Callable[[RunStatus], str],
 ) -> None:
-    """Show where a run stands until it is done, or until Ctrl-C.
+    """Show the status of a run until it is done, or until Ctrl-C.
 
     Args:
-        read: reads where it stands now.
-        text: says it in full, for a terminal.
-        line: says it in a line, for a log.
+        read: reads the status.
+        text: formats it in full, for a terminal.
+        line: formats it in one line, for a log.
     """
-    show = _redraw if sys.stdout.isatty() else _tell_changes
+    show = _redraw if sys.stdout.isatty() else _print_changes
     try:
         show(read, text if sys.stdout.isatty() else line)
     except KeyboardInterrupt:
@@ -34,24 +34,24 @@ def _redraw(read: Callable[[], RunStatus], text: Callable[[RunStatus], str]) -> 
     from rich.live import Live
     from rich.text import Text
 
-    # names are the user's: no markup in them
+    # names come from the user: read no markup in them
     console = Console(markup=False, highlight=False, emoji=False)
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            found = read()
-            live.update(Text(text(found), no_wrap=True, overflow="ellipsis"), refresh=True)
-            if found.state == "done":
+            status = read()
+            live.update(Text(text(status), no_wrap=True, overflow="ellipsis"), refresh=True)
+            if status.state == "done":
                 return
             time.sleep(REDRAW_SECONDS)
 
 
-def _tell_changes(read: Callable[[], RunStatus], line: Callable[[RunStatus], str]) -> None:
-    told = ""
+def _print_changes(read: Callable[[], RunStatus], line: Callable[[RunStatus], str]) -> None:
+    last = ""
     while True:
-        found = read()
-        if (now := line(found)) != told:
+        status = read()
+        if (now := line(status)) != last:
             say(f"{time.strftime('%H:%M:%S')} {now}")
-            told = now
-        if found.state == "done":
+            last = now
+        if status.state == "done":
             return
         time.sleep(REDRAW_SECONDS)

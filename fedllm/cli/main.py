@@ -1,4 +1,4 @@
-"""The `fedllm` command: assembles the commands and turns errors into one line."""
+"""The `fedllm` command: it collects the commands and turns errors into one line."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ from fedllm.errors import FedllmError
 app = typer.Typer(
     name="fedllm",
     help=(
-        "Fine-tune one language model across clients of different ranks, round after round, on "
+        "Fine-tune one language model with clients of different LoRA ranks, round by round, on "
         "this machine or as Slurm job arrays.\n\nStart with: fedllm run configs/quickstart.yaml"
     ),
     add_completion=False,
@@ -68,19 +68,19 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(arguments or ["--help"], standalone_mode=False, prog_name="fedllm")
     except typer.TyperException as error:
-        _tell(error.format_message())
+        _print_error(error.format_message())
         return 2
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
     except FedllmError as error:
         if os.environ.get("FEDLLM_DEBUG"):
             raise
-        _tell(str(error))
+        _print_error(str(error))
         return error.exit_code
     except Exception as error:
         if os.environ.get("FEDLLM_DEBUG"):
             raise
-        _tell(f"{type(error).__name__}: {error} (a bug? `fedllm --debug ...` shows where)")
+        _print_error(f"{type(error).__name__}: {error} (a bug? `fedllm --debug ...` shows where)")
         return 1
     if result == _SIGINT_CODE:
         return _interrupted()
@@ -88,10 +88,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    _tell("interrupted")
+    _print_error("interrupted")
     return 3
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     for line in message.splitlines() or [""]:
         sys.stderr.write(f"fedllm: {line}\n")

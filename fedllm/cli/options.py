@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments, options and output that several commands share."""
 
 import contextlib
 import json
@@ -16,27 +16,28 @@ from fedllm.storage.paths import RunPaths, shipped
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
 ConfigOrRun = Annotated[
-    Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration, or a run to go on with.")
+    Path,
+    typer.Argument(metavar="CONFIG|RUN", help="A configuration, or a run directory to continue."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. --set rounds=5."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as --set rounds=5."),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option("--run-dir", metavar="DIR", help="Default: runs/<name of the configuration>."),
+    typer.Option("--run-dir", metavar="DIR", help="Run directory. Default: runs/<name of CONFIG>."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TakeOver = Annotated[
     bool,
-    typer.Option("--take-over", help="The coordinator that holds the run is known to be gone."),
+    typer.Option("--take-over", help="Take the run over; its old coordinator must have ended."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")]
 
 
 def say(line: str) -> None:
-    """Print a line at once; what the terminal's encoding lacks is escaped."""
+    """Print a line at once; letters that the terminal cannot show are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stdout.flush()
@@ -48,13 +49,13 @@ def say_json(value: Any) -> None:
 
 
 def configuration(path: Path, overrides: Sequence[str]) -> Config:
-    """Read a configuration; one that comes with fedllm is found from any directory.
+    """Read a configuration; one shipped with fedllm is found from any directory.
 
     Raises:
         ConfigError: one line per problem.
     """
     if not path.exists() and not path.is_absolute():
-        # `configs/quickstart.yaml`, where fedllm was installed from a wheel
+        # `configs/quickstart.yaml`, if fedllm was installed from a wheel
         with contextlib.suppress(UserError):
             path = shipped(str(path))
     return load_config(path, overrides)
@@ -64,7 +65,7 @@ def existing_run(root: Path) -> RunPaths:
     """Return the paths of a run.
 
     Raises:
-        RunDirectoryError: there is none.
+        RunDirectoryError: there is no run.
     """
     paths = RunPaths(root=root.resolve())
     if not paths.run.exists():
@@ -75,10 +76,10 @@ def existing_run(root: Path) -> RunPaths:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """Return an `--out` folder that holds nothing.
+    """Return the `--out` folder if it is new or empty.
 
     Raises:
-        RunDirectoryError: it holds something, or is a file.
+        RunDirectoryError: it is not empty, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"--out {folder}: exists and is not empty; choose a new folder")

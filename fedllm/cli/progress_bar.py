@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a bar on a terminal, now and then a line in a log."""
+"""Progress of a command on stderr: a bar on a terminal, a line now and then in a log."""
 
 import sys
 import time
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Lines:
-    """Progress as lines, the first one after `pause_seconds`: short work says nothing."""
+class ProgressLines:
+    """Progress as lines, at most one in `pause_seconds`; short work prints none."""
 
     def __init__(self, pause_seconds: float = 10.0) -> None:
         self._pause_seconds = pause_seconds
         self._began = self._last = time.monotonic()
 
-    def tell(self, done: int, total: int) -> None:
+    def report(self, done: int, total: int) -> None:
         """Write a line unless the last one is too recent."""
         now = time.monotonic()
         if now - self._last >= self._pause_seconds:
@@ -24,9 +24,9 @@ class Lines:
 
 @contextmanager
 def modules_done() -> Iterator[Callable[[int, int], None]]:
-    """Give what is to be told how many modules are done, of how many."""
+    """Give a function that reports progress: modules done, and their total."""
     if not sys.stderr.isatty():
-        yield Lines().tell
+        yield ProgressLines().report
         return
     from rich.console import Console
     from rich.progress import Progress

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fedllm.cli.main import run
-from fedllm.cli.progress_bar import Lines
+from fedllm.cli.progress_bar import ProgressLines
 from tests.adapters.mounting import mounted
 from tests.adapters.peft_folders import deltas
 
@@ -46,7 +46,7 @@ def test_weights_are_normalised_and_printed_with_what_was_lost(
     assert lines[2].startswith("2 of 6 modules are in 1 of 2 adapters only and count as zero")
     assert "model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj" in lines[2]
     assert lines[3].startswith("rank 2 in 6 modules; energy kept 0.")
-    least = "what is lost is the least possible"
+    least = "the error is the least possible"
     assert lines[4:7] == [
         f"2 of 24x16, rank 4 to 2: route factored, {least}",
         f"2 of 16x16, rank 6 to 2: route factored, {least}",
@@ -77,11 +77,11 @@ def test_a_value_that_is_not_finite_is_told_where_another_adapter_lacks_the_modu
 
 
 def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = Lines(pause_seconds=0.0)
-    lines.tell(0, 6)
-    lines.tell(4, 6)
-    seldom = Lines(pause_seconds=60.0)
-    seldom.tell(5, 6)
+    lines = ProgressLines(pause_seconds=0.0)
+    lines.report(0, 6)
+    lines.report(4, 6)
+    seldom = ProgressLines(pause_seconds=60.0)
+    seldom.report(5, 6)
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "0 of 6 modules after 0 s\n4 of 6 modules after 0 s\n"
@@ -121,7 +121,7 @@ def test_a_rank_above_the_smaller_side_is_lowered_with_a_line(
 ) -> None:
     assert run(["aggregate", str(zoo["plain"]), "--out", str(out), "--rank", "12"]) == 0
     said = capsys.readouterr().out
-    line = "rank above the smaller side, which they get instead: model.layers.0.self_attn.v_proj"
+    line = "rank limited to the smaller side in: model.layers.0.self_attn.v_proj"
     assert line in said
     assert "ranks 8 to 12 in 4 modules" in said
 

@@ -1,4 +1,4 @@
-"""What several commands share: lines as they are, folders that are what they should be."""
+"""What several commands share: help, printed lines, folders."""
 
 import contextlib
 import io
@@ -13,6 +13,14 @@ import pytest
 from fedllm.cli.options import existing_run, fresh_folder, say, say_json
 from fedllm.errors import RunDirectoryError
 from fedllm.storage.records import RunRecord
+from tests.cli.commands import in_process
+
+
+def test_the_help_of_every_command_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = in_process("--help").stdout
+    assert "..." not in text.partition("Commands:")[2]
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_lines_and_json_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
-"""`fedllm aggregate`: PEFT adapters of any ranks to one."""
+"""`fedllm aggregate`: combine PEFT adapters of any ranks."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         RequestedRank,
     )
 
-_NAMED = 3  # modules that a line names before it counts
-_ROUNDING = 1e-9  # of what is lost: less is not worth telling
+_MAX_NAMES = 3  # modules that a line names; the others are counted
+_ROUNDING = 1e-9  # a relative excess below this counts as zero
 
 
 def aggregate(
@@ -34,7 +34,7 @@ def aggregate(
         list[str],
         typer.Argument(
             metavar="ADAPTER[:WEIGHT]...",
-            help="PEFT adapter folders of any ranks; a weight is 1 unless given.",
+            help="PEFT adapter folders of any ranks. Default weight: 1.",
         ),
     ],
     out: OutFolder,
@@ -43,11 +43,11 @@ def aggregate(
         typer.Option(
             "--rank",
             metavar="R|full",
-            help="Rank of the result; full loses nothing. Default: each module's largest.",
+            help="Rank of the result; full: no loss. Default: the largest of each module.",
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", metavar="M", help="How adapters are combined.")
+        str, typer.Option("--method", metavar="M", help="Method that combines the adapters.")
     ] = "flexlora",
     device: Annotated[
         str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")
@@ -56,14 +56,14 @@ def aggregate(
         str, typer.Option("--dtype", metavar="T", help="float32, bfloat16 or float16.")
     ] = "float32",
     exact: Annotated[
-        bool, typer.Option("--exact", help="Direct decompositions in float64 only.")
+        bool, typer.Option("--exact", help="Use direct decompositions in float64 only.")
     ] = False,
     tolerance: Annotated[
         float,
         typer.Option(
             "--tolerance",
             metavar="E",
-            help="How much more energy than the best may be left out, as a share of that.",
+            help="Max excess of the lost energy over the least possible, relative to it.",
         ),
     ] = 1e-4,
     base: Annotated[
@@ -71,14 +71,14 @@ def aggregate(
         typer.Option(
             "--base",
             metavar="PATH",
-            help="The base of all adapters, where they name it differently: folder or hub name.",
+            help="Folder or hub name of the base, if the adapters name it differently.",
         ),
     ] = None,
     allow_missing: Annotated[
         bool,
         typer.Option(
             "--allow-missing",
-            help="Combine even if more than half of the modules are not in all adapters.",
+            help="Combine even if over half of the modules are missing in some adapters.",
         ),
     ] = False,
     json_: AsJson = False,
@@ -137,13 +137,13 @@ def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str
     lines += _missing(combined)
     capped = [name for name, module in combined.modules.items() if module.capped]
     if capped:
-        lines.append(f"rank above the smaller side, which they get instead: {_first(capped)}")
+        lines.append(f"rank limited to the smaller side in: {_first(capped)}")
     worst = min(combined.modules, key=lambda name: combined.modules[name].energy_kept)
-    least = combined.modules[worst].energy_kept
+    lowest = combined.modules[worst].energy_kept
     ranks = [module.rank for module in combined.modules.values()]
     lines.append(
         f"{_span(ranks)} in {len(ranks)} modules; energy kept {combined.energy_kept:.6f} "
-        f"(least: {least:.6f} in {worst})"
+        f"(lowest: {lowest:.6f} in {worst})"
     )
     lines += [*_certificates(combined), f"seconds: {_stages(combined)}"]
     lines.append(f"{request.out}: PEFT adapter, {request.dtype}")
@@ -151,22 +151,24 @@ def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str
 
 
 def _certificates(combined: "Combined") -> list[str]:
-    """Return a line for the modules of each shape, ranks and route: what the result is worth."""
-    alike: dict[str, list[CombinedModule]] = {}
+    """Return a line on the error for the modules of each shape, ranks and route."""
+    groups: dict[str, list[CombinedModule]] = {}
     for module in combined.modules.values():
         sizes = f"{module.shape.out}x{module.shape.in_}, rank {module.stacked_rank}"
-        what = f"{sizes} to {module.rank}: route {module.route}"
-        alike.setdefault(what, []).append(module)
-    return [f"{len(modules)} of {what}, {_surplus(modules)}" for what, modules in alike.items()]
+        kind = f"{sizes} to {module.rank}: route {module.route}"
+        groups.setdefault(kind, []).append(module)
+    return [
+        f"{len(modules)} of {kind}, {_excess_error(modules)}" for kind, modules in groups.items()
+    ]
 
 
-def _surplus(modules: "Sequence[CombinedModule]") -> str:
+def _excess_error(modules: "Sequence[CombinedModule]") -> str:
     excess = max(module.relative_excess for module in modules)
     failure = max(module.failure_probability for module in modules)
     if excess < _ROUNDING:
-        return "what is lost is the least possible"
+        return "the error is the least possible"
     sure = f" (failure probability {failure:.0e})" if failure else ""
-    return f"what is lost exceeds the least possible by at most {excess:.1e} of it{sure}"
+    return f"the error exceeds the least possible by at most {excess:.1e} of it{sure}"
 
 
 def _stages(combined: "Combined") -> str:
@@ -174,14 +176,14 @@ def _stages(combined: "Combined") -> str:
 
 
 def _missing(combined: "Combined") -> list[str]:
-    """Return a line for the modules that only some adapters have: how many, in how many."""
+    """Return a line on the modules that only some adapters have."""
     lacking = Counter(module for entry in combined.inputs for module in entry.missing)
     if not lacking:
         return []
     names = [module for module in combined.modules if module in lacking]
     total = len(combined.inputs)
-    held = sorted({total - count for count in lacking.values()})
-    among = str(held[0]) if len(held) == 1 else f"{held[0]} to {held[-1]}"
+    counts = sorted({total - count for count in lacking.values()})
+    among = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return [
         f"{len(names)} of {len(combined.modules)} modules are in {among} of {total} adapters only "
         f"and count as zero in the others: {_first(names)}"
@@ -189,13 +191,13 @@ def _missing(combined: "Combined") -> list[str]:
 
 
 def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
-def _span(ranks: Iterable[int]) -> str:
-    found = sorted(ranks)
-    return f"rank {found[0]}" if found[0] == found[-1] else f"ranks {found[0]} to {found[-1]}"
+def _span(ranks: Collection[int]) -> str:
+    smallest, largest = min(ranks), max(ranks)
+    return f"rank {smallest}" if smallest == largest else f"ranks {smallest} to {largest}"
 
 
 def _combined_json(request: "CombineRequest", combined: "Combined") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fedllm evaluate`: scores of a run's state or of a PEFT adapter."""
+"""`fedllm evaluate`: score a run's state or a PEFT adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +16,27 @@ _PEFT_CONFIG = "adapter_config.json"
 
 
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run or PEFT adapter.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or a PEFT adapter.")
+    ],
     round_: Annotated[
-        int | None, typer.Option("--round", metavar="N", help="Default: the newest state.")
+        int | None,
+        typer.Option("--round", metavar="N", help="Round of the state. Default: the newest."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", help="Default: every client's own rank.")
+        int | None,
+        typer.Option("--rank", metavar="R", help="Rank for all clients. Default: each one's own."),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="CONFIG", help="Model, data and clients of an adapter."),
+        typer.Option(
+            "--config", metavar="CONFIG", help="Configuration with the data, to score an adapter."
+        ),
     ] = None,
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Score the state of a run, or a PEFT adapter, on the test rows that a run evaluates."""
+    """Score the state of a run, or a PEFT adapter, on the test rows."""
     record = _score(target, round_number=round_, rank=rank, config=config, overrides=set_ or [])
     if json_:
         say_json(record.model_dump(mode="json"))
@@ -53,7 +59,7 @@ def _score(
 
     Raises:
         RunDirectoryError: the target is neither.
-        ConfigError: an option is missing, or does not go with the target.
+        ConfigError: an option is missing, or not for this target.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank: got {rank}, need >= 1")

@@ -1,4 +1,4 @@
-"""`fedllm export`: a run's server state as a PEFT adapter or a merged model."""
+"""`fedllm export`: write a run's server state as a PEFT adapter or a merged model."""
 
 import sys
 from contextlib import redirect_stdout
@@ -22,32 +22,36 @@ if TYPE_CHECKING:
     from fedllm.server.export import Exported, Merged
 from fedllm.cli.adapters.aggregate import _span
 
-_ENOUGH = 0.95  # of a change, in the weights that it was merged into
+_ENOUGH = 0.95  # share of the change that the merged weights should hold
 
 
 def export(
     run: RunFolder,
     out: OutFolder,
     round_: Annotated[
-        int | None, typer.Option("--round", metavar="N", help="Default: the newest state.")
+        int | None,
+        typer.Option("--round", metavar="N", help="Round of the state. Default: the newest."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", help="Default: the largest of the state.")
+        int | None,
+        typer.Option(
+            "--rank", metavar="R", help="Rank of the adapter. Default: the state's largest."
+        ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Write the base with the adapter merged into it.")
+        bool, typer.Option("--merge", help="Write the base model with the adapter merged.")
     ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(
             "--dtype",
             metavar="T",
-            help="With --merge: float32, bfloat16 or float16. Default: that of the run's base.",
+            help="With --merge: float32, bfloat16 or float16. Default: as the run's base.",
         ),
     ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Write a run's server state as a PEFT adapter, or merged as a plain model."""
+    """Write a run's state as a PEFT adapter, or as a merged model."""
     from fedllm.server.export import Merged, export_adapter, export_model, open_state
 
     if dtype and not merge:
@@ -73,18 +77,18 @@ def export(
 
 
 def _survival(merged: "Merged") -> str:
-    """Return how much of the change the stored weights hold, and what to do where it is little."""
-    said = (
+    """Return how much of the change the stored weights hold, with advice if it is little."""
+    text = (
         f"; {merged.dtype}: {merged.survived:.1%} of the change survived rounding "
         f"(relative error {1 - merged.survived:.2g}, "
         f"{merged.unchanged_share:.1%} of its entries unchanged)"
     )
     if merged.survived < _ENOUGH and merged.dtype != "float32":
-        said += (
+        text += (
             "\nmuch of the change is lost in these weights: merge with --dtype float32, or export "
             "the adapter without --merge"
         )
-    return said
+    return text
 
 
 def _exported_json(out: Path, exported: "Exported") -> dict[str, Any]:

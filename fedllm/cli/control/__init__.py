@@ -1,1 +1,1 @@
-"""Commands that make a run go on, or clean up behind it."""
+"""Commands that drive a run, or clean up after it."""

@@ -20,17 +20,20 @@ def advance(
     run_dir: RunDir = None,
     json_: AsJson = False,
     chained: Annotated[
-        bool, typer.Option("--chained", help="As a Slurm job that leaves a successor waiting.")
+        bool, typer.Option("--chained", help="Run as a Slurm job whose successor waits.")
     ] = False,
 ) -> None:
-    """Take the steps that are possible now and return: for cron, or by hand."""
+    """Take all steps of a run that are possible now, then return.
+
+    For cron, or by hand. Exit code 3: the run is not done yet.
+    """
     if chained:
         say("done" if execution.advance_link(run) else "not done yet")
         return
     try:
         done = execution.advance_run(run, run_dir)
     except LeaseError as error:
-        # as usual from cron as a step that is not possible yet
+        # from cron this is as normal as a step that is not possible yet
         say(str(error))
         raise typer.Exit(3) from error
     if json_:

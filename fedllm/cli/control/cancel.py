@@ -29,36 +29,36 @@ from fedllm.storage.lease import current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 
-_LONGEST_PAUSE_SECONDS = 30.0
+_MAX_PAUSE_SECONDS = 30.0
 
 
 def cancel(
     run: RunFolder,
     jobs_only: Annotated[
-        bool, typer.Option("--jobs-only", help="Leave the coordinator alone.")
+        bool, typer.Option("--jobs-only", help="Leave the coordinator running.")
     ] = False,
 ) -> None:
-    """End a run's jobs and its coordinator, nothing else. Resume goes on."""
+    """End the jobs of a run and its coordinator. `fedllm resume` continues the run."""
     paths = existing_run(run)
     config = read_config(paths.config)
     if not jobs_only:
-        told = [*_end_jobs(paths, config), *_end_holder(paths)]
-        say("\n".join(told) or "no coordinator is at work")
+        lines = [*_end_jobs(paths, config), *_end_holder(paths)]
+        say("\n".join(lines) or "no coordinator is running")
     scheduler = execution.make_scheduler(paths, config)
     try:
         ended = cancel_jobs(paths, config, scheduler)
     finally:
         scheduler.close()
-    say(f"{ended} tasks cancelled" if ended else "no task was at work")
+    say(f"{ended} tasks cancelled" if ended else "no task was running")
 
 
 def _end_jobs(paths: RunPaths, config: Config) -> Iterator[str]:
-    """End the jobs that coordinate or will, until none is left: a link submits another."""
+    """End all jobs of the coordinator, until none is left: a link may submit another."""
     if not traits_of(config).jobs_outlive_coordinator:
         return
     run_id = RunRecord.read(paths.run).run_id
     while jobs := list(coordinator_jobs(run_id)):
-        # the last first: a successor starts when the one before it ends
+        # the last one first: a successor starts when its predecessor ends
         for job in reversed(jobs):
             yield _end_job(job)
 
@@ -70,7 +70,7 @@ def _end_job(job: str) -> str:
 
 
 def _end_holder(paths: RunPaths) -> Iterator[str]:
-    """End who holds the run, a job that was submitted by hand or a process."""
+    """End the coordinator that holds the lease: a process, or a job submitted by hand."""
     number, holder = current_lease(paths)
     if holder is None or paths.released(number).exists():
         return
@@ -88,8 +88,8 @@ def _end_holder(paths: RunPaths) -> Iterator[str]:
 
 
 def _await_end(is_gone: Callable[[], bool | None]) -> None:
-    """Wait for a coordinator that was told to stop: until then it may submit more."""
-    pause = Backoff(0.1, max_seconds=_LONGEST_PAUSE_SECONDS)
-    while not is_gone() and pause.seconds < _LONGEST_PAUSE_SECONDS:
+    """Wait for a coordinator that was told to stop: it may submit jobs until it ends."""
+    pause = Backoff(0.1, max_seconds=_MAX_PAUSE_SECONDS)
+    while not is_gone() and pause.seconds < _MAX_PAUSE_SECONDS:
         time.sleep(pause.seconds)
         pause.fail()

@@ -13,7 +13,10 @@ from fedllm.storage.paths import cache_of
 
 
 def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Fetch, fingerprint and tokenise, where the network is; everything else runs offline."""
+    """Fetch, fingerprint and tokenise what a run needs.
+
+    Run it where the network is; all later steps work offline.
+    """
     from fedllm.programs.prepare import describe_layout
     from fedllm.programs.prepare import prepare as prepare_step
 

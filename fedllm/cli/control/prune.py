@@ -1,4 +1,4 @@
-"""`fedllm prune`: remove what retention does not keep."""
+"""`fedllm prune`: remove files that `storage` says not to keep."""
 
 from typing import Annotated
 
@@ -14,13 +14,14 @@ from fedllm.rounds.retention import removable
 def prune(
     run: RunFolder,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would go, and leave it.")
+        bool, typer.Option("--dry-run", help="Print what would be removed, and keep it.")
     ] = False,
     json_: AsJson = False,
 ) -> None:
-    """Remove old states, updates, logs and leftovers, as `storage` says; resume still works.
+    """Remove old states, updates, logs and leftovers of a run.
 
-    The coordinator does the same after every round, and both at once do no harm.
+    `storage` says what to keep; resume still works. The coordinator does the same after every
+    round; both may do it at once.
     """
     paths = existing_run(run)
     config = read_config(paths.config)

@@ -1,4 +1,4 @@
-"""`fedllm resume`: go on with a run."""
+"""`fedllm resume`: continue a run."""
 
 from fedllm.cli import execution
 from fedllm.cli.options import (
@@ -12,6 +12,6 @@ from fedllm.reporting.results.summary import run_summary
 
 
 def resume(run: RunFolder, set_: Overrides = None, take_over: TakeOver = False) -> None:
-    """Go on with a run. Execution keys may change, and `rounds` may grow."""
+    """Continue a run to its end. Execution keys may change, and `rounds` may grow."""
     execution.resume(run, set_ or [], take_over=take_over)
     say(run_summary(existing_run(run)))

@@ -1,4 +1,4 @@
-"""`fedllm run`: a configuration to its end."""
+"""`fedllm run`: run a configuration to its end."""
 
 from typing import Annotated
 
@@ -23,6 +23,6 @@ def run(
     take_over: TakeOver = False,
     unattended: Annotated[bool, typer.Option("--unattended", hidden=True)] = False,
 ) -> None:
-    """Run a configuration to its end; run it again to go on where it stopped."""
+    """Run a configuration to its end. Run it again to continue where it stopped."""
     root = execution.start(config, set_ or [], run_dir, take_over=take_over, unattended=unattended)
     say(run_summary(existing_run(root)))

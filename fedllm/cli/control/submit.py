@@ -1,4 +1,4 @@
-"""`fedllm submit`: the coordinator as a job of its own."""
+"""`fedllm submit`: submit the coordinator as a Slurm job."""
 
 import shlex
 
@@ -12,6 +12,6 @@ from fedllm.cli.options import (
 
 
 def submit(config: ConfigOrRun, run_dir: RunDir = None, set_: Overrides = None) -> None:
-    """Submit the coordinator as a small Slurm job; it submits everything else."""
+    """Submit the coordinator as a small Slurm job. It submits all other jobs."""
     root, job = execution.submit(config, set_ or [], run_dir)
     say(f"coordinator job {job}; fedllm status {shlex.quote(str(root))}")

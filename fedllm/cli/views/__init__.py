@@ -1,1 +1,1 @@
-"""Commands that look and change nothing."""
+"""Commands that only read."""

@@ -1,4 +1,4 @@
-"""`fedllm doctor`: what stands in the way of a run, and what to change in which key."""
+"""`fedllm doctor`: find problems before a run, and the keys to change."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="CONFIG", help="Default: the cluster with its own defaults."),
+        typer.Argument(metavar="CONFIG", help="A configuration. Default: check the cluster alone."),
     ] = None,
     run_dir: RunDir = None,
     set_: Overrides = None,
     wait: Annotated[
         float,
-        typer.Option("--wait", metavar="SECONDS", help="For a compute node, where all are busy."),
+        typer.Option("--wait", metavar="SECONDS", help="Time to wait for a free compute node."),
     ] = 120.0,
     json_: AsJson = False,
 ) -> None:
-    """Look for what stands in the way of a run: cluster, storage, compute nodes, configuration."""
-    findings, request = _admitted(config, run_dir, set_ or [], wait)
+    """Check configuration, cluster, nodes and storage before a run."""
+    findings, request = _request(config, run_dir, set_ or [], wait)
     if not json_:
-        say("looking; a probe on every kind of compute node may take a minute")
+        say("checking; a probe of each kind of compute node may take a minute")
     findings += [*examine(request)]
     if json_:
         say_json([dataclasses.asdict(finding) for finding in findings])
@@ -44,12 +44,12 @@ def doctor(
         raise typer.Exit(2)
 
 
-def _admitted(
+def _request(
     file: Path | None, run_dir: Path | None, overrides: Sequence[str], wait: float
 ) -> tuple[list[Finding], DoctorRequest]:
     findings, config = [], None
     if file is None:
-        why = "no CONFIG was given: the cluster's own defaults are looked at"
+        why = "no CONFIG was given: the cluster is checked with its own defaults"
         findings.append(Finding(check="configuration", level="not done", found=why))
     else:
         try:
@@ -63,7 +63,7 @@ def _admitted(
                 Finding(check="configuration", level="fail", found=line)
                 for line in str(error).splitlines()
             ]
-            why = "the cluster's own defaults are looked at until CONFIG is valid"
+            why = "the cluster is checked with its own defaults until CONFIG is valid"
             findings.append(Finding(check="options of jobs", level="not done", found=why))
     root = run_dir or default_run_dir(file or Path("run"))
     request = DoctorRequest(

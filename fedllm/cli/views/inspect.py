@@ -1,4 +1,4 @@
-"""`fedllm inspect`: what a client's row becomes."""
+"""`fedllm inspect`: show what a client's row becomes."""
 
 from typing import Annotated
 
@@ -12,11 +12,11 @@ from fedllm.storage.paths import cache_of
 def inspect(
     config: ConfigFile,
     client: Annotated[str, typer.Option("--client", metavar="C", help="A client id.")],
-    row: Annotated[int, typer.Option("--row", help="Which training row, from 0.")] = 0,
+    row: Annotated[int, typer.Option("--row", help="Number of the training row, from 0.")] = 0,
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Show a client's raw row, its prompt, its tokens and which of them carry loss."""
+    """Show a client's row, its prompt, and the tokens with loss."""
     from fedllm.programs.inspect import describe, inspect_client
 
     loaded = configuration(config, set_ or [])

@@ -1,4 +1,4 @@
-"""`fedllm logs`: the ends of a run's logs."""
+"""`fedllm logs`: print the ends of a run's logs."""
 
 from typing import Annotated
 
@@ -17,11 +17,12 @@ from fedllm.reporting.status.logs import client_log, newest_logs, tail
 def logs(
     run: RunFolder,
     client: Annotated[
-        str | None, typer.Option("--client", metavar="C", help="Where this client trained last.")
+        str | None,
+        typer.Option("--client", metavar="C", help="Print the log of this client's last training."),
     ] = None,
     lines: Annotated[int, typer.Option("--lines", help="Lines from the end of each log.")] = 20,
 ) -> None:
-    """Print the ends of the newest logs, or the log of the task that trained a client."""
+    """Print the ends of a run's newest logs, or of one client's log."""
     paths = existing_run(run)
     if client is None:
         for path in newest_logs(paths):

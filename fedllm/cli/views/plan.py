@@ -1,4 +1,4 @@
-"""`fedllm plan`: what a configuration would submit; nothing is submitted."""
+"""`fedllm plan`: print what a configuration would submit, and submit nothing."""
 
 import dataclasses
 from contextlib import closing
@@ -37,7 +37,7 @@ def plan(
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Print what a round submits, costs and writes, and how long it takes; submit nothing."""
+    """Print the jobs, costs and times of a round. Nothing is submitted."""
     from fedllm.programs.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])

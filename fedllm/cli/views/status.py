@@ -1,4 +1,4 @@
-"""`fedllm status`: where a run stands."""
+"""`fedllm status`: show how far a run is."""
 
 import dataclasses
 from typing import Annotated
@@ -22,11 +22,14 @@ from fedllm.scheduling.slurm.wait_reasons import advice
 def status(
     run: RunFolder,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Go on until the run is done, or until Ctrl-C.")
+        bool, typer.Option("--watch", help="Repeat until the run is done, or until Ctrl-C.")
     ] = False,
     json_: AsJson = False,
 ) -> None:
-    """Say where a run stands: its files tell, and Slurm why its tasks wait."""
+    """Show how far a run is, and why its tasks wait.
+
+    Progress comes from the files of the run, reasons for waiting from Slurm.
+    """
     if watch and json_:
         raise typer.BadParameter("--watch is for people: leave out --json")
     paths = existing_run(run)
