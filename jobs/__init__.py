@@ -1,1 +1,1 @@
-"""The programs that a scheduler starts."""
+"""Programs that a scheduler starts."""

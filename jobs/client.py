@@ -1,7 +1,7 @@
 """Train clients: `python jobs/client.py ATTEMPT` is a worker of that attempt.
 
-`--client C --scratch DIR` trains one client again, with its whole group where it has one, and
-compares that client's losses with the recorded ones.
+`--client C --scratch DIR` trains one client again, together with its group if it has one, and
+compares the client's losses with the recorded ones.
 """
 
 import sys
@@ -14,7 +14,7 @@ from fedllm.process.signals import StopSignals
 def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code.
 
-    Signals are noted before what takes seconds to import: a warning may come at once.
+    Signals are noted before the slow imports: a warning may come at once.
     """
     with StopSignals() as signals:
         from fedllm.process.clock import process_seconds

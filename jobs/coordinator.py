@@ -1,6 +1,6 @@
-"""Coordinate a run: `python jobs/coordinator.py CONFIG [--run-dir DIR]`, or RUN to go on with one.
+"""Coordinate a run: `python jobs/coordinator.py CONFIG [--run-dir DIR]`, or RUN to continue one.
 
-The same as `fedllm run CONFIG` and `fedllm resume RUN`.
+Does the same as `fedllm run CONFIG` and `fedllm resume RUN`.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""What one process of a job is made of: what it has loaded, its signals, log and clock."""
+"""A process of a job: what it has loaded, its signals, its log and its clock."""

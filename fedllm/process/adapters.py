@@ -1,4 +1,4 @@
-"""The adapters that a server state gives."""
+"""Adapters made from a server state."""
 
 from collections.abc import Mapping
 

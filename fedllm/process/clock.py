@@ -1,4 +1,4 @@
-"""How long this process has been there."""
+"""The age of this process."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from fedllm.storage.lease import process_start_time
 
 
 def process_seconds() -> float:
-    """Return how long ago this process began; 0 where the system does not say."""
+    """Return the seconds since this process began; 0 where the system does not tell."""
     started = process_start_time(os.getpid())
     if started is None:
         return 0.0

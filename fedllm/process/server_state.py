@@ -11,7 +11,7 @@ def read_state(paths: RoundPaths) -> TensorFile:
     """Open a round's server state.
 
     Raises:
-        RunDirectoryError: it is not there (pruned, or the round is not done), or damaged.
+        RunDirectoryError: it is missing (pruned, or the round is not done) or damaged.
     """
     record = AggregateRecord.find(paths.aggregate_record)
     if record is None:

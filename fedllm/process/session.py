@@ -1,4 +1,4 @@
-"""What a process loads once and keeps from step to step: the base model and the tokenised data."""
+"""The base model and the tokenised data, which a process loads once and keeps for all its steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,15 +44,15 @@ class _SlotsKey:
 
 
 class Session:
-    """One base model with its adapter slots and one data set at a time.
+    """A base model with its adapter slots, and one data set at a time.
 
-    transformers, peft and pyarrow load on first use: an aggregation needs none of them.
+    transformers, peft and pyarrow are imported on first use: an aggregation needs none of them.
 
     Args:
-        kept_bytes: of an adapter that clients start from and that is kept for the next one. A
-            larger one is made anew: that takes less than a step, and no memory.
-        held_bytes: of finished clients' adapters, which are then published.
-        trainers: by the name of the engine; None: those of `training.trainers`.
+        kept_bytes: maximum size of a starting adapter that is kept for the next client. A larger
+            one is made again for each client, which takes less than a step and no memory.
+        held_bytes: size of finished clients' adapters at which they are published.
+        trainers: the trainers by the name of their engine; None: those of `training.trainers`.
     """
 
     def __init__(
@@ -73,10 +73,9 @@ class Session:
         self._near: dict[str, str] = {}
 
     def stage(self, folder: str, prepared: PreparedRecord) -> None:
-        """Read a run's base model and data from copies below `folder` on this node's own disk.
+        """Use copies of a run's base model and data below `folder`, on this node's own disk.
 
-        They are made where they are not there yet. Where that cannot be, this is said, and the
-        shared files are read.
+        Missing copies are made. If that fails, the log says so and the shared files are used.
         """
         below = CachePaths(root=Path())
         for shared, name in (
@@ -90,14 +89,14 @@ class Session:
                     say(problem)
 
     def base(self, path: str, *, dtype: str, device: str, threads: int) -> "Base":
-        """Return the base model of `path`, loaded by the first call; sets the threads."""
-        # other steps of this process may have set their own
+        """Return the base model of `path`, loaded by the first call; set the number of threads."""
+        # an earlier step of this process may have set another number
         torch.set_num_threads(threads)
         key = _BaseKey(path=path, dtype=dtype, device=device)
         if self._base is None or self._base[0] != key:
             from fedllm.model.base import load_base
 
-            # let go of the old one before the new one takes memory
+            # free the old model before the new one takes memory
             self._base = self._slots = None
             self._base = key, load_base(Path(path), dtype=dtype, device=device)
         return self._base[1]
@@ -106,7 +105,7 @@ class Session:
         """Return the adapter slots of a run's base model.
 
         Raises:
-            ModelError: its files are not those that were prepared.
+            ModelError: its files are not the prepared ones.
         """
         device = str(resolve_device(config.training.device))
         path = self._near.get(prepared.model_path, prepared.model_path)
@@ -118,7 +117,7 @@ class Session:
             layout=_layout_of_engine(config, prepared) or layout_of(prepared, device),
         )
         if self._slots is not None and self._slots[0] != key:
-            # its layers are in the model: take a clean one
+            # the old slots have changed the model's layers: load a clean one
             self._base = self._slots = None
         base = self.base(
             path,
@@ -144,7 +143,7 @@ class Session:
     def trainer(
         self, config: Config, prepared: PreparedRecord, settings: "LocalSettings"
     ) -> "Trainer":
-        """Return what trains a run's clients; errors as of `slots`."""
+        """Return the trainer of a run's clients; the errors are those of `slots`."""
         from fedllm.training.trainers import TRAINERS
 
         trainers = TRAINERS if self._trainers is None else self._trainers
@@ -161,16 +160,16 @@ class Session:
         return self._data[1]
 
     def config(self, path: Path) -> Config:
-        """Return a run's configuration, read again where it changed."""
+        """Return a run's configuration, read again if the file changed."""
         if not path.is_file():
-            return read_config(path)  # says what is wrong
+            return read_config(path)  # raises the right error
         version = path, version_of(path)
         if self._config is None or self._config[0] != version:
             self._config = version, read_config(path)
         return self._config[1]
 
     def prepared(self, path: Path) -> PreparedRecord:
-        """Return what prepare found, read again where it changed.
+        """Return the record of prepare, read again if the file changed.
 
         Raises:
             FileNotFoundError: nothing is prepared.
@@ -182,7 +181,7 @@ class Session:
 
 
 def _layout_of_engine(config: Config, prepared: PreparedRecord) -> str | None:
-    """Return the layout that the run's engine needs, where it needs one and the base has it."""
+    """Return the layout that the run's engine needs; None: it needs none, or the base lacks it."""
     engine = engine_of(config.training)
     return engine.layout if engine.has_layout(prepared.layout) else None
 

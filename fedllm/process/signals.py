@@ -1,4 +1,4 @@
-"""Signals that tell a worker to come to an end. Light: it is imported before all else."""
+"""Signals that tell a worker to stop. Imported before all else, so it imports little."""
 
 import os
 import signal
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
-# The warning before the end of a job's time, or of its preemption: `scheduler.sbatch.client.signal`
-# names one. USR2 is the default: NCCL may catch USR1.
+# Warnings before a job's time limit or preemption; `scheduler.sbatch.client.signal` names one.
+# USR2 is the default: NCCL may catch USR1.
 WARNINGS = (signal.SIGUSR2, signal.SIGUSR1)
 # TERM: `scancel`, preemption without a warning signal, a local coordinator that closes.
 _HANDLED = (signal.SIGTERM, *WARNINGS)
 
 
 class StopSignals:
-    """Notes that a signal came, for the block; what the caller's own handler wants happens after.
+    """Signals received during a `with` block; the caller's own handlers get them after it.
 
-    Outside the main thread Python takes no handlers: then nothing is noted.
+    Outside the main thread Python allows no handlers, and no signal is noted.
     """
 
     def __init__(self) -> None:
@@ -28,21 +28,21 @@ class StopSignals:
 
     @property
     def came(self) -> bool:
-        """Whether one of the signals came."""
+        """Whether any of the signals came."""
         return self.received is not None
 
     @property
     def only_warned(self) -> bool:
-        """Whether a warning came, and nothing that asked for the end itself."""
+        """Whether only warnings came, and no signal that ends the task."""
         return self.came and self._all | self._heard <= set(WARNINGS)
 
     @property
     def flags(self) -> list[bool]:
-        """Which signals came, one flag for each that is noted."""
+        """One flag for each handled signal: whether it came."""
         return [number in self._all for number in _HANDLED]
 
     def hear(self, flags: Sequence[bool]) -> None:
-        """Note what came to any process of the task, by their flags."""
+        """Note the signals that came to any process of the task, from their flags."""
         for number, flag in zip(_HANDLED, flags, strict=True):
             if flag and number not in self._all:
                 self._heard.add(number)
@@ -54,7 +54,7 @@ class StopSignals:
         return signal.Signals(self.received).name if self.received is not None else "none"
 
     def __enter__(self) -> Self:
-        """Take over the signals."""
+        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _HANDLED}
         return self
@@ -65,7 +65,7 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the signals back, and pass on what came to handlers of the caller."""
+        """Restore the old handlers, and send them the signals that came."""
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
         for number in self._all:
