@@ -1,4 +1,4 @@
-"""Small decoders of transformers with PEFT layers, and the step that everyone else takes."""
+"""Small decoders of transformers with PEFT layers, and the usual padded step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def in_layout(model: nn.Module, layout: str) -> nn.Module:
 def plain_loss(
     model: nn.Module, rows: Sequence[Row], *, side: str = "right", loss_on: str = "answer"
 ) -> Tensor:
-    """Return the mean loss of padded rows, with all logits: as the usual loop has it."""
+    """Return the mean loss of padded rows, with all logits, as in the usual training loop."""
     texts = [row.prompt_ids + row.answer_ids for row in rows]
     width = max(map(len, texts))
     ids: list[list[int]] = []
@@ -152,7 +152,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 class AllLogits(nn.Module):
-    """A model of a user that cannot leave logits out."""
+    """A model that always computes all logits."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

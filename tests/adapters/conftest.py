@@ -1,4 +1,4 @@
-"""Base models and one adapter of every kind that users have."""
+"""Fixtures: base models and one adapter of each kind that users have."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def zoo(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters of one Llama in every form that is combined."""
+    """Adapters of one Llama, in each form that can be combined."""
     root = tmp_path_factory.mktemp("zoo")
     mlp = ["q_proj", "v_proj", "gate_proj"]
     return {

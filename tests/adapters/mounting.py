@@ -1,4 +1,4 @@
-"""Command lines run where a folder is a file system of its own, small or read-only."""
+"""Command lines, run with a folder that is a small or read-only file system."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ _SCRIPT = 'mount -t tmpfs -o "$2" tmpfs "$1" && "${@:3}"; code=$?; ls -A "$1"; e
 
 
 def mounted(options: str, place: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run a command line with a tmpfs at `place`, whose names are printed at the end."""
+    """Run a command line with a tmpfs at `place`; print the names in it at the end."""
     place.mkdir()
     program = [sys.executable, "-c", _PROGRAM, *map(str, arguments)]
     return subprocess.run(

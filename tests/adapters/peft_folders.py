@@ -1,4 +1,4 @@
-"""Adapters made and read by PEFT itself, on base models of two layers."""
+"""Adapter folders made and read by PEFT, on base models of two layers."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -67,7 +67,7 @@ def save_adapter(
 
 
 def deltas(base: Path, folder: Path, *, kind: Any = AutoModelForCausalLM) -> dict[str, Tensor]:
-    """Return what PEFT computes from an adapter folder, module -> change (out, in)."""
+    """Return the changes that PEFT computes from an adapter folder, module -> (out, in)."""
     model = PeftModel.from_pretrained(kind.from_pretrained(base), folder)
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     found: dict[str, Tensor] = {}
@@ -79,7 +79,7 @@ def deltas(base: Path, folder: Path, *, kind: Any = AutoModelForCausalLM) -> dic
 
 
 def rename_tensors(folder: Path, rename: Callable[[str], str]) -> Path:
-    """Give the tensors of an adapter other names."""
+    """Rename the tensors of an adapter."""
     path = folder / "adapter_model.safetensors"
     save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
     return folder
@@ -102,7 +102,7 @@ def unknown_keys(base: Path, folder: Path) -> tuple[list[str], list[str]]:
 
 
 def weighted_mean(changes: list[Mapping[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    """Return the weighted mean of changes; a module that one lacks is zero there."""
+    """Return the weighted mean of changes; a missing module counts as zero."""
     total = sum(weights)
     means: dict[str, Tensor] = {}
     for change, weight in zip(changes, weights, strict=True):

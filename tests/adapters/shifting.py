@@ -1,4 +1,4 @@
-"""A method whose state goes with a change of the base."""
+"""A method whose state includes a change of the base."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from fedllm.methods.protocol import ModuleState
 
 @dataclass(frozen=True, kw_only=True)
 class Shifting(FlexLora):
-    """FlexLoRA that would have every base weight 0.01 larger."""
+    """FlexLoRA whose state makes every base weight 0.01 larger."""
 
     def base_delta(self, state: ModuleState) -> Tensor | None:
         return torch.full((state["U"].shape[0], state["Vh"].shape[1]), 0.01)

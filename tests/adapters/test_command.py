@@ -1,4 +1,4 @@
-"""`fedllm aggregate` and `fedllm export` as they are typed."""
+"""The commands `fedllm aggregate` and `fedllm export`, as users type them."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Return the one line of a refusal."""
+    """Return the single line of a refusal."""
     assert run([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""

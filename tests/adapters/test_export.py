@@ -1,4 +1,4 @@
-"""What is exported computes what the run's state says, for programs that never saw the run."""
+"""Exported adapters compute the change of the run's state in other programs."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def make_run(
 
 
 def aggregate(paths: RunPaths, prepared: PreparedRecord, number: int, *, size: float) -> None:
-    """Publish the state after two clients; that of round 0 is theirs times zero."""
+    """Publish the state of two clients; the state of round 0 is the same times zero."""
     method = method_of(read_config(paths.config))
     ranks = {module: RANKS[record.kind] for module, record in prepared.modules.items()}
     draws = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""An adapter folder means here what it means to PEFT."""
+"""An adapter folder gives the same factors as in PEFT."""
 
 import json
 from pathlib import Path

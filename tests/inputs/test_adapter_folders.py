@@ -1,4 +1,4 @@
-"""Adapter folders as they come off disks and hubs: read, or refused with what helps."""
+"""Adapter folders from disks and hubs are read, or refused with the remedy."""
 
 import re
 import shlex
@@ -48,7 +48,7 @@ def refused(folder: Path) -> str:
 
 
 def run_offered(message: str) -> None:
-    """Run the command that a message offers."""
+    """Run the command that an error message gives."""
     words = shlex.split(message[message.index("python -c") :])
     subprocess.run([sys.executable, *words[1:]], check=True, timeout=60)
 

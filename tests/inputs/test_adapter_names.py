@@ -1,4 +1,4 @@
-"""One module is one module, whatever each adapter calls it."""
+"""A module is recognised by all names that adapters have for it."""
 
 import json
 import re
@@ -48,9 +48,9 @@ def copies(pair: list[Path], tmp_path: Path) -> list[Path]:
     return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in pair]
 
 
-def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    assert set(found) == set(wanted)
-    for module, change in wanted.items():
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for module, change in expected.items():
         assert float((found[module] - change).norm()) < 1e-5 * float(change.norm()), module
 
 
@@ -136,13 +136,13 @@ def test_names_of_vision_language_models_before_and_after_their_renaming_are_one
         save_adapter(base, tmp_path / f"{n}", seed=n, r=n + 1, kind=kind, alpha_pattern=alphas)
         for n, alphas in enumerate([{}, {"model.language_model.layers.0.self_attn.q_proj": 3}])
     ]
-    wanted = weighted_mean([deltas(base, f, kind=kind) for f in folders], [1.0, 1.0])
-    assert any("vision" in module for module in wanted)
+    expected = weighted_mean([deltas(base, f, kind=kind) for f in folders], [1.0, 1.0])
+    assert any("vision" in module for module in expected)
     rename_tensors(folders[old], before_4_52)
     assert any("language_model.model." in name for name in read_peft_adapter(folders[old]).factors)
     out = tmp_path / "out"
     assert fedllm(["aggregate", *map(str, folders), "--out", str(out), "--rank", "full"]) == 0
-    same(deltas(base, out, kind=kind), wanted)
+    same(deltas(base, out, kind=kind), expected)
 
 
 OLD_NAMES = [
@@ -226,8 +226,8 @@ def test_few_modules_in_common_are_refused_unless_they_are_allowed(
     assert "--allow-missing" in said
     assert fedllm([*map(str, arguments), "--allow-missing"]) == 0
     assert "4 of 6 modules are in 1 of 2 adapters only" in capsys.readouterr().out
-    wanted = weighted_mean([deltas(llama, f) for f in (pair[0], other)], [1.0, 1.0])
-    assert set(deltas(llama, tmp_path / "out")) == set(wanted)
+    expected = weighted_mean([deltas(llama, f) for f in (pair[0], other)], [1.0, 1.0])
+    assert set(deltas(llama, tmp_path / "out")) == set(expected)
 
 
 # --- one base under several names
@@ -299,7 +299,7 @@ def test_the_head_is_combined_and_the_copy_of_its_weight_left_out(
 
 @heads_are_saved
 @pytest.mark.parametrize("here", [True, False])
-def test_a_changed_copy_is_refused_with_the_way_to_save_without_it(
+def test_a_changed_copy_is_refused_with_the_remedy(
     heads: list[Path], tmp_path: Path, here: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_copy(heads[1])

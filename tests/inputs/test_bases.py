@@ -1,4 +1,4 @@
-"""Every base that a user points at gives the right result or one line that says what to do."""
+"""Every base that a user gives works, or is refused in one line that says what to do."""
 
 import io
 import json
@@ -30,7 +30,7 @@ DEFAULT = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 
 @pytest.fixture
 def base(tiny: Tiny, tmp_path: Path) -> Path:
-    """A copy of the small base that a test may change."""
+    """Return a copy of the small base that a test may change."""
     return Path(shutil.copytree(tiny.model, tmp_path / "base"))
 
 

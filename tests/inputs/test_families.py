@@ -1,4 +1,4 @@
-"""Every family of bases runs a round, and PEFT computes with its export what the run scored."""
+"""Every family of bases runs a round, and its export gives the same scores in PEFT."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of base, the sizes of a small one, and its targets; none are the default ones."""
+    """A family of bases: its kind, small sizes, and targets that are not the default ones."""
 
     kind: str
     sizes: dict[str, Any]
@@ -101,7 +101,7 @@ def overrides(family: Family, base: Path) -> list[str]:
 
 @torch.no_grad()
 def answer_loss(model: torch.nn.Module, data: TokenizedClients, client: str) -> float:
-    """The loss per answer token of all test rows of a client, one row at a time."""
+    """Return the loss per answer token of a client's test rows, computed row by row."""
     loss, tokens = 0.0, 0
     for row in data.rows(client, "test"):
         text = torch.tensor([[*row.prompt_ids, *row.answer_ids]])

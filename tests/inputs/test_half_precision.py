@@ -80,7 +80,7 @@ def rows_of(client: int) -> list[Row]:
 
 
 def model_of(config: PretrainedConfig, dtype: str) -> nn.Module:
-    """A model whose weights are the same numbers in both formats."""
+    """Return a model whose weights have the same values in both formats."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = AutoModelForCausalLM.from_config(config)
@@ -136,7 +136,7 @@ def trained(dtype: str, precision_: str, layout: str = "parts", **changes: objec
 
 
 def assert_learns_as(found: list[float], exact: list[float]) -> None:
-    """The loss after eight steps, and how far it has fallen since the first."""
+    """Return the loss after eight steps, and how much it fell since the first."""
     assert len(found) == 8
     assert found[-1] == pytest.approx(exact[-1], rel=0.02)
     assert found[0] - found[-1] == pytest.approx(exact[0] - exact[-1], rel=0.25)
@@ -199,7 +199,7 @@ def loss_of(slots: AdapterSlots, name: str, rows: list[Row]) -> Tensor:
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_change_below_the_last_place_arrives_behind_attention(name: str, layout: str) -> None:
-    """Of the values too: they are sums that attention takes up as they are."""
+    """Values too keep it: they are sums that attention uses unrounded."""
 
     def heard(dtype: str, name: str, b: float) -> Tensor:
         slots = slots_of(dtype, layout)
@@ -249,7 +249,7 @@ def test_classes_with_layers_of_other_kinds_compute_in_either_precision(
 
 
 def test_answers_are_scored_in_the_precision_of_training() -> None:
-    """A shared and a padded reading: both are what training computes."""
+    """Packed and padded losses both agree with training."""
     section = EvaluationSection(max_new_tokens=2)
     losses = {}
     for name in ("float32", "bfloat16"):

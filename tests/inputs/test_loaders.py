@@ -1,4 +1,4 @@
-"""What is written means the same product to every program that loads it."""
+"""A written adapter gives the same product in every program that loads it."""
 
 import json
 import math

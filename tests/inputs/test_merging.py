@@ -1,4 +1,4 @@
-"""What a merged model keeps of the change is as much as its number format can, and is told."""
+"""A merged model stores as much of the change as its number format can, and reports it."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.tiny import Tiny
 
 @pytest.fixture(scope="module")
 def small(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    """A run on a bfloat16 base whose change is far smaller than its weights."""
+    """Make a run on a bfloat16 base whose change is far smaller than its weights."""
     return make_run(tmp_path_factory.mktemp("run") / "r", tiny, dtype="bfloat16", size=0.0003)
 
 
@@ -78,7 +78,7 @@ def test_every_weight_is_the_nearest_to_the_exact_sum(
     assert said["unchanged_share"] == pytest.approx(same / total, abs=1e-6)
 
 
-def test_a_change_that_rounding_mostly_takes_away_is_told_with_the_way_to_keep_it(
+def test_a_change_that_is_mostly_lost_by_rounding_is_reported_with_the_remedy(
     small: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(small, tmp_path / "out") == 0

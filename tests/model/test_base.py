@@ -36,7 +36,7 @@ TARGETS = LoraSection().target_modules
 
 @pytest.fixture
 def folder(tiny: Tiny, tmp_path: Path) -> Path:
-    """A copy of the small base that a test may damage."""
+    """Return a copy of the small base that a test may damage."""
     return Path(shutil.copytree(tiny.model, tmp_path / "base"))
 
 
@@ -45,7 +45,7 @@ def of_shape(config: PretrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def told(folder: Path) -> str:
+def refusal(folder: Path) -> str:
     with pytest.raises(ModelError) as raised:
         load_base(folder, dtype="float32", device="cpu")
     message = str(raised.value)
@@ -70,7 +70,7 @@ def test_the_output_head_is_not_adapted(tiny: Tiny) -> None:
     assert "lm_head" not in load_base(tiny.model, dtype="float32", device="cpu").modules
 
 
-def test_bfloat16_is_loaded_as_asked(tiny: Tiny) -> None:
+def test_a_base_is_loaded_in_bfloat16(tiny: Tiny) -> None:
     model = load_base(tiny.model, dtype="bfloat16", device="cpu").model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -115,7 +115,7 @@ def test_a_full_path_names_one_module(tiny: Tiny) -> None:
     assert len(find_modules(model, ["self_attn.q_proj"])) == 2
 
 
-def test_a_module_that_is_not_there_is_told_with_those_there_are(tiny: Tiny) -> None:
+def test_a_missing_module_is_named_with_the_existing_ones(tiny: Tiny) -> None:
     with pytest.raises(ModelError, match=r"no module `query`; it has q_proj, k_proj"):
         describe_base(tiny.model, ["q_proj", "query"])
 
@@ -126,7 +126,7 @@ def test_weights_that_are_stored_transposed_are_known_by_what_they_compute() -> 
     assert (found.in_features, found.out_features, found.transposed) == (32, 96, True)
 
 
-def test_a_module_that_is_not_linear_is_told_with_those_that_are() -> None:
+def test_a_module_that_is_not_linear_is_named_with_the_linear_ones() -> None:
     model = of_shape(GPT2Config(n_layer=1, n_embd=32, n_head=4))
     with pytest.raises(ModelError, match=r"`wte` of .* is a Embedding, .*\[c_attn, c_proj, c_fc\]"):
         find_modules(model, ["wte"])
@@ -149,36 +149,36 @@ def test_the_fingerprint_follows_the_content(folder: Path, tiny: Tiny) -> None:
 
 def test_a_folder_without_weights_says_what_it_holds(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    message = told(folder)
+    message = refusal(folder)
     assert "no weights" in message
     assert "tokenizer.json" in message
 
 
 def test_an_adapter_is_not_taken_for_a_base(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    assert "PEFT adapter" in told(folder)
+    assert "PEFT adapter" in refusal(folder)
 
 
-def test_truncated_weights_are_told(folder: Path) -> None:
+def test_truncated_weights_are_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    assert "it is cut short or no safetensors file" in told(folder)
+    assert "it is cut short or no safetensors file" in refusal(folder)
 
 
-def test_missing_weights_are_told_by_name(folder: Path) -> None:
+def test_missing_weights_are_named(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight" in told(folder)
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(folder)
 
 
-def test_a_configuration_of_no_known_model_is_told(folder: Path) -> None:
+def test_a_configuration_of_no_known_model_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
-    assert "cannot be loaded" in told(folder)
+    assert "cannot be loaded" in refusal(folder)
 
 
-def test_a_folder_without_tokenizer_is_told(folder: Path) -> None:
+def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match="tokenizer"):
@@ -188,7 +188,7 @@ def test_a_folder_without_tokenizer_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "no/such/place", "/nowhere", "someone/nothing"])
-def test_a_model_that_is_not_there_is_told_with_the_remedy(tmp_path: Path, name: str) -> None:
+def test_a_missing_model_is_named_with_the_remedy(tmp_path: Path, name: str) -> None:
     cache = CachePaths(root=tmp_path)
     with pytest.raises(ModelError, match=r"model\.path: .*no such directory") as raised:
         locate_base(ModelSection(path=name), cache, lambda _line: None)

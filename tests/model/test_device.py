@@ -1,4 +1,4 @@
-"""Devices by the names that the configuration has for them."""
+"""Devices are found by the names of the configuration."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The embedded base is a function of its recipe, made once, and writes every text."""
+"""The embedded base depends only on its recipe, is made once, and encodes every text."""
 
 import random
 from pathlib import Path
@@ -44,14 +44,14 @@ def test_the_same_recipe_gives_the_same_weights(made: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_it_is_made_once_and_tells_its_progress(tmp_path: Path) -> None:
+def test_it_is_made_once_and_reports_its_progress(tmp_path: Path) -> None:
     lines: list[str] = []
     cache = CachePaths(root=tmp_path)
     first = embedded_base(cache, lines.append, SHORT)
     assert "step 6 of 6" in lines[-1]
-    told = len(lines)
+    num_lines = len(lines)
     assert embedded_base(cache, lines.append, SHORT) == first
-    assert len(lines) == told
+    assert len(lines) == num_lines
     assert embedded_base(cache, lines.append, Recipe(**{**vars(SHORT), "seed": 1})) != first
 
 

@@ -1,4 +1,4 @@
-"""What reaches what is measured, whatever a configuration says of itself."""
+"""Reach is measured, independent of what a configuration says."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_a_class_that_cannot_be_made_small_is_measured_as_it_is() -> None:
     assert (found.looks_ahead, found.unknown) == (0.0, "")
 
 
-def test_what_cannot_be_measured_is_said_and_leaves_the_generator_alone() -> None:
+def test_a_base_that_cannot_be_measured_is_reported_and_leaves_the_generator_alone() -> None:
     rotary = {"rope_type": "default", "rope_theta": "broad"}
     state = torch.random.get_rng_state()
     found = measure_reach(AutoConfig.for_model("llama", rope_parameters=rotary))

@@ -1,4 +1,4 @@
-"""Attention by parts: what the dense mask says, without the mask."""
+"""Attention by parts gives the result of the dense mask, without that mask."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from fedllm.packing.sequences import PADDING, Part
 
 
 class Layer(nn.Module):
-    """As much of an attention layer as the functions read."""
+    """A stand-in for an attention layer, with the attributes that the functions read."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
 
 def lay(lengths: list[tuple[int, list[int]]]) -> tuple[Part, ...]:
-    """Parts of groups, each a prefix and its rows."""
+    """Return the parts of groups, each with a prefix and its rows."""
     parts: list[Part] = []
     end = row = 0
     for prefix, owns in lengths:
@@ -80,7 +80,7 @@ def attended(
 
 
 def dense(parts: tuple[Part, ...], qkv: list[Tensor], window: int | None) -> Tensor:
-    """The attention by its definition: positions, owners, a softmax."""
+    """Return the attention by its definition: positions, owners, a softmax."""
     where = [(n, part.offset + j) for n, part in enumerate(parts) for j in range(part.length)]
     prefix_of = {
         n: next((m for m, p in enumerate(parts) if part.offset and p.start == part.prefix_start), n)

@@ -1,4 +1,4 @@
-"""Padding on the left and logits for the end only: the loss is the textbook one."""
+"""Padded batches have the textbook loss, with padding on the left and logits for the end only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def model(tiny: Tiny) -> nn.Module:
 
 
 def plain_losses(model: nn.Module, row: Row, *, first: int) -> Tensor:
-    """The losses of a row by itself, all logits, no padding."""
+    """Return the losses of a row alone, with all logits and without padding."""
     ids = torch.tensor([row.prompt_ids + row.answer_ids])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0]

@@ -1,4 +1,4 @@
-"""Gated MLPs and adapters that keep less for the gradient give the bits of those that keep all."""
+"""Gated MLPs and adapters that save less for the gradient give the same bits."""
 
 import weakref
 from collections.abc import Iterator
@@ -68,41 +68,41 @@ def adapter_for(slots: AdapterSlots) -> dict[str, Factors]:
 
 
 @contextmanager
-def kept_tensors() -> Iterator[dict[int, Tensor]]:
-    """Collect what is kept for the gradient, by where it lies."""
-    kept: dict[int, Tensor] = {}
+def saved_tensors() -> Iterator[dict[int, Tensor]]:
+    """Collect the tensors that are saved for the gradient, by their addresses."""
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield saved
 
 
 def loss_of(slots: AdapterSlots) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return the loss of one pass with the installed adapter, and what the pass kept."""
+    """Return the loss of one pass with the installed adapter, and the saved tensors."""
     slots.train()
     tokens = torch.arange(2 * LONG).view(2, LONG) % SIZES["vocab_size"]
     slots.rows.enter([Piece(entry=n, start=0, stop=LONG, seed=n) for n in range(2)])
     model: Any = slots.model
-    with kept_tensors() as kept:
+    with saved_tensors() as saved:
         loss: Tensor = model(input_ids=tokens, labels=tokens).loss
-    return loss, kept
+    return loss, saved
 
 
 def gradients(slots: AdapterSlots) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the loss and all gradients of one pass, and the wide tensors that it kept."""
+    """Return the loss and all gradients of one pass, and the wide saved tensors."""
     installed = slots.install(adapter_for(slots))
-    loss, kept = loss_of(slots)
+    loss, saved = loss_of(slots)
     loss.backward()
-    wide = [x for x in kept.values() if x.is_floating_point() and x.shape == (2, LONG, WIDE)]
+    wide = [x for x in saved.values() if x.is_floating_point() and x.shape == (2, LONG, WIDE)]
     return [loss.detach(), *(p.grad for p in installed.parameters if p.grad is not None)], wide
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("family", GATED)
-def test_a_gated_mlp_keeps_two_tensors_of_its_width_and_gives_the_same_bits(
+def test_a_gated_mlp_saves_two_tensors_of_its_width_and_gives_the_same_bits(
     family: str, dropout: float
 ) -> None:
     found, wide = gradients(slots_of(GATED[family], dropout))
@@ -125,7 +125,7 @@ def test_another_mlp_stays_as_it_is(family: str) -> None:
 
 
 class Shifted(nn.Module):
-    """The names of a gated MLP, and another formula."""
+    """An MLP with the names of a gated MLP and another formula."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,12 +143,12 @@ def test_names_alone_do_not_make_a_gated_mlp() -> None:
     assert "forward" not in vars(mlp)
 
 
-def test_nothing_that_was_kept_outlives_the_backward_pass() -> None:
+def test_no_saved_tensor_outlives_the_backward_pass() -> None:
     slots = slots_of(GATED["llama"], 0.2)
     slots.install(adapter_for(slots))
-    loss, kept = loss_of(slots)
-    wide = [weakref.ref(x) for x in kept.values() if x.shape == (2, LONG, WIDE)]
-    kept.clear()
+    loss, saved = loss_of(slots)
+    wide = [weakref.ref(x) for x in saved.values() if x.shape == (2, LONG, WIDE)]
+    saved.clear()
     assert any(ref() is not None for ref in wide)
     loss.backward()
     # the loss is still here, and with it the graph, whose nodes may keep no tensor

@@ -1,4 +1,4 @@
-"""The check finds, for every kind of decoder, a way that computes rows as by themselves."""
+"""The check finds, for each kind of decoder, a layout that gives the results of rows alone."""
 
 import copy
 import re
@@ -73,7 +73,7 @@ def test_every_decoder_gets_the_best_layout_it_computes_right(
     assert bool(found.why) == (cpu != "parts" or cuda not in {"flex", "mask"})
 
 
-def test_the_reason_names_the_model_and_what_is_wrong_with_better_ways() -> None:
+def test_the_reason_names_the_model_and_what_is_wrong_with_better_layouts() -> None:
     found = layout_for("gemma2", **WINDOW)
     assert found.why.startswith("Gemma2ForCausalLM: parts: ModelError: Gemma2Attention: its ")
     assert "softcap" in found.why
@@ -87,13 +87,13 @@ def test_block_masks_that_a_model_ignores_are_not_taken() -> None:
     assert "; flex: relative error " in found.why
 
 
-def test_rows_are_not_shared_where_a_cache_of_them_cannot_be_answered_from() -> None:
+def test_rows_do_not_share_a_prefix_if_decoding_from_their_cache_fails() -> None:
     found = layout_for("deepseek_v32")
     assert {found.cpu, found.cuda} <= {"packed", "padded"}
     assert "mask: ValueError: Cannot call `update_indexer`" in found.why
 
 
-def test_a_window_that_no_row_reaches_is_none() -> None:
+def test_a_window_longer_than_every_row_is_ignored() -> None:
     assert layout_for("mistral", cutoff_tokens=64, **WINDOW).cuda == "flex"
     assert layout_for("mistral", cutoff_tokens=65, **WINDOW).cuda == "packed"
 
@@ -106,7 +106,7 @@ def test_the_check_leaves_configuration_and_generator_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_model_that_cannot_be_made_small_is_padded_and_this_is_said() -> None:
+def test_a_model_that_cannot_be_made_small_is_padded_with_the_reason() -> None:
     found = layout_for("llama", rope_parameters={"rope_type": "default", "rope_theta": "broad"})
     assert (found.cpu, found.cuda) == ("padded", "padded")
     assert found.why.startswith("a small LlamaConfig cannot be made (")
@@ -119,13 +119,13 @@ def test_a_model_that_stays_large_is_not_computed_with() -> None:
 
 
 class CarelessConfig(LlamaConfig):
-    """Of a decoder whose attention sees whatever stands before it."""
+    """The configuration of a decoder whose attention sees all earlier tokens."""
 
     model_type = "careless"
 
 
 class Careless(LlamaForCausalLM):
-    """Drops every mask and every position without a word."""
+    """A decoder that ignores masks and positions without a warning."""
 
     config_class = CarelessConfig
 
@@ -140,7 +140,7 @@ def careless() -> CarelessConfig:
     return CarelessConfig(vocab_size=64, hidden_size=32, intermediate_size=48)
 
 
-def test_a_model_that_ignores_masks_is_refused_unless_its_rows_stay_apart(
+def test_a_model_that_ignores_masks_is_refused_unless_its_rows_are_computed_alone(
     careless: CarelessConfig,
 ) -> None:
     with pytest.raises(ModelError) as refused:
@@ -153,7 +153,7 @@ def test_a_model_that_ignores_masks_is_refused_unless_its_rows_stay_apart(
     assert (apart.cpu, apart.cuda) == ("padded", "padded")
 
 
-def test_what_differs_beyond_its_window_alone_is_padded_and_this_is_said() -> None:
+def test_a_model_that_differs_only_beyond_its_window_is_padded_with_the_reason() -> None:
     found = layout_for("doge", cutoff_tokens=4096)
     assert (found.cpu, found.cuda) == ("padded", "padded")
     assert found.why.startswith("DogeForCausalLM, where rows are longer than its window: parts: ")
@@ -166,7 +166,7 @@ def test_what_differs_beyond_its_window_alone_is_padded_and_this_is_said() -> No
     ("kind", "window", "wrong"),
     [("deepseek_v32", "index_topk", "parts"), ("doge", "keep_window_size", "mask")],
 )
-def test_whatever_prunes_keys_by_length_is_as_short_in_the_check(
+def test_a_model_that_prunes_keys_by_length_is_checked_beyond_that_length(
     kind: str, window: str, wrong: str
 ) -> None:
     short, long = (layout_for(kind, cutoff_tokens=cutoff, **{window: 64}) for cutoff in (65, 64))
@@ -219,7 +219,7 @@ def test_rows_whose_result_depends_on_their_neighbours_length_are_refused(
         (("parts", "flex"), ("parts", "packed"), False),
     ],
 )
-def test_a_layout_that_the_check_passed_over_is_no_longer_right(
+def test_a_layout_that_failed_the_check_is_no_longer_valid(
     recorded: tuple[Any, Any], found: tuple[Any, Any], holds: bool
 ) -> None:
     before, now = (LayoutRecord(cpu=cpu, cuda=cuda) for cpu, cuda in (recorded, found))

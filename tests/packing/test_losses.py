@@ -58,7 +58,7 @@ def test_no_targets_have_no_loss() -> None:
 
 
 def alone(model: nn.Module, row: Row) -> Tensor:
-    """The losses of a row's answer by itself, without any of our code."""
+    """Return the losses of a row's answer alone, without code of fedllm."""
     ids = torch.tensor([row.prompt_ids + row.answer_ids])
     logits = model(input_ids=ids, use_cache=False).logits[0]
     first = len(row.prompt_ids)

@@ -1,4 +1,4 @@
-"""A packed step is the padded step: the same loss, the same gradient of every factor."""
+"""A packed step gives the loss and the gradients of the padded step."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -55,7 +55,7 @@ STEPS = {
 
 
 def step_loss(model: nn.Module, rows: Sequence[Row], layout: str, **cut: object) -> Tensor:
-    """The mean loss of a step as the training loop has it."""
+    """Return the mean loss of a step, as in the training loop."""
     passes = passes_of(rows, layout, **cut)
     targets = sum(one.num_targets for one in passes)
     return torch.stack([one.loss_sum(in_layout(model, layout)) for one in passes]).sum() / targets
@@ -203,7 +203,7 @@ def test_a_row_of_any_length_fits_without_a_budget(layout: str) -> None:
 
 
 def masks(one: Pass) -> dict[int, Tensor]:
-    """The dropout masks of every row's own tokens and of the prefix, by the parts' rows."""
+    """Return the dropout masks of each row's own tokens and of the prefix, by row."""
     assert isinstance(one, PackedPass)
     seeds = RowSeeds()
     seeds.enter(one.pieces(lambda place: 100 + place, 7))

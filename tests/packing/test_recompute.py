@@ -1,4 +1,4 @@
-"""Layers that recompute give the bits of layers that keep; a budget decides how many do."""
+"""Layers that recompute give the bits of layers that save; a budget decides how many do."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ TOKENS = torch.arange(2048).reshape(4, 512) % 64
 
 
 class Passes:
-    """Training passes of a small model, and which of its layers computed again."""
+    """Training passes of a small model, and the layers that recomputed."""
 
     def __init__(self, name: str, adapted: str = "") -> None:
         with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Dropout belongs to a row and a position, whatever else is in the batch."""
+"""Row dropout depends on the row and the position, not on the batch."""
 
 import pytest
 import torch
@@ -107,10 +107,10 @@ def test_fewer_tokens_than_a_sequence_has_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 37, 32), (2, 9, 48), (5, 16)])
 @pytest.mark.parametrize("needs_grad", [True, False])
-def test_a_with_its_dropout_keeps_little_and_changes_no_bit(
+def test_a_with_its_dropout_saves_little_and_changes_no_bit(
     shape: tuple[int, ...], needs_grad: bool
 ) -> None:
-    """What autograd makes of dropout and product one after the other, in value and gradients."""
+    """Return value and gradients of dropout followed by the product, by autograd."""
     torch.manual_seed(0)
     rows = RowSeeds()
     width = shape[-2]

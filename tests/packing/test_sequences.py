@@ -1,4 +1,4 @@
-"""What a packed sequence holds, in lists: every row's tokens, positions, targets, sights."""
+"""Packed sequences have each row's tokens, positions and targets, and see the right tokens."""
 
 from collections import Counter
 
@@ -39,7 +39,7 @@ def behind(prefix: list[int], rows: list[Row]) -> list[Row]:
 
 
 def context(packed: Packed, index: int) -> list[int]:
-    """The tokens that the token at `index` sees, in the order of their positions."""
+    """Return the tokens that the token at `index` sees, in the order of their positions."""
     seen_T = boolean_mask(packed.parts, packed.computed_tokens)[0, 0, index]
     indices = seen_T.nonzero().squeeze(1)
     positions = packed.positions_1T[0, indices]
@@ -50,7 +50,7 @@ def context(packed: Packed, index: int) -> list[int]:
 
 
 def expected_targets(rows: list[Row], loss_on: str) -> Counter[tuple[tuple[int, ...], int]]:
-    """What every target is: all tokens before it, and itself."""
+    """Return each target with all tokens before it."""
     found: Counter[tuple[tuple[int, ...], int]] = Counter()
     for row in rows:
         text = text_of(row)

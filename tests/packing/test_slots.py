@@ -1,4 +1,4 @@
-"""Slots hold one client's adapter at a time, exactly as PEFT would, and nothing of the last one."""
+"""Slots compute one client's adapter at a time as PEFT does, and keep nothing of the last one."""
 
 import resource
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def fresh_peft(tiny: Tiny, wanted: Adapter) -> PeftModel:
-    """A PEFT model of its own, which knows no slots."""
+    """Return a separate PEFT model, made without slots."""
     config = LoraConfig(
         target_modules=list(TARGETS),
         rank_pattern={module: factors.rank for module, factors in wanted.items()},

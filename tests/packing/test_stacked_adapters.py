@@ -1,4 +1,4 @@
-"""Several adapters at once give each client what it would have alone."""
+"""Stacked adapters give each client the results that it has alone."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -70,7 +70,7 @@ def pieces_of(packed: Packed, client: int) -> list[Piece]:
 def alone(
     slots: AdapterSlots, own: Adapter, packed: Packed, client: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss and gradients of one client by itself."""
+    """Return the loss and gradients of one client alone."""
     installed = slots.install(own)
     slots.model.double()
     slots.train()
@@ -83,7 +83,7 @@ def alone(
 def together(
     slots: AdapterSlots, adapters: Sequence[Adapter], packs: Sequence[Packed]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The losses and gradients of clients in one pass."""
+    """Return the losses and gradients of clients in one pass."""
     members = slots.install_group(adapters)
     for parameter in (p for member in members for p in member.parameters):
         parameter.data = parameter.data.double()
