@@ -61,6 +61,12 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="means of A and of B, each by itself: FedAvg and FedIT with LoRA",
         paper="https://arxiv.org/abs/2305.05644",
     ),
+    "lora_fair": MethodEntry(
+        path="fedllm.methods.lora_fair:LoraFair",
+        ranks="one",
+        summary="as factor_mean, B corrected so that the product is near the mean of products",
+        paper="https://arxiv.org/abs/2411.14961",
+    ),
 }
 
 

@@ -5,9 +5,9 @@ The coordinator checks options before it starts a job: nothing here loads torch.
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fedllm.config.models import Section
 from fedllm.config.problems import problem_lines
@@ -29,7 +29,16 @@ class FlexLoraOptions(Section):
     truncated: Literal["drop", "keep"] = "drop"
 
 
-OPTIONS: Mapping[str, type[Section]] = {"flexlora": FlexLoraOptions}
+class LoraFairOptions(Section):
+    """LoRA-FAIR: `ridge` is lambda, what the squared norm of the correction of B counts."""
+
+    ridge: Annotated[float, Field(gt=0)] = 0.01
+
+
+OPTIONS: Mapping[str, type[Section]] = {
+    "flexlora": FlexLoraOptions,
+    "lora_fair": LoraFairOptions,
+}
 
 
 def parse_options(method: str, model: type[Section], raw: Mapping[str, Any]) -> Section:

@@ -82,7 +82,7 @@ def test_a_method_of_ones_own_is_named_by_its_path() -> None:
             "flexlorra",
             r"'flexlorra' \(did you mean flexlora\?\), need one of flexlora, raflora, ",
         ),
-        ("quick", r"got 'quick', need one of flexlora, .*, factor_mean or your own"),
+        ("quick", r"got 'quick', need one of flexlora, .*, lora_fair or your own"),
         ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
         ("fedllm.methods.flexlora:Nothing", "has no attribute 'Nothing'"),
         (":Class", "cannot import ':Class'"),

@@ -1,0 +1,93 @@
+"""LoRA-FAIR: the factor mean, with B corrected towards the mean of products.
+
+Bian et al., ICCV 2025, https://arxiv.org/abs/2411.14961: A = sum_i p_i A_i and
+B = sum_i p_i B_i + D, where D minimises the distance between s (B + D) A and
+dW = sum_i p_i s_i B_i A_i, plus lambda |D|. With squared Frobenius norms, as here, that is a ridge
+problem of the state's rank: D = (dW / s - B A) A^T (A A^T + lambda I)^-1.
+
+Legend: G modules, O out, I in, R rank of the state and of every client.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregation import routes
+from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.lora.factors import FactorBlock
+from fedllm.methods.factor_mean import FactorMean
+from fedllm.methods.options import LoraFairOptions
+from fedllm.methods.pair_state import summed
+from fedllm.methods.protocol import ModuleAggregate, ModuleState
+
+_PAIR = ("A", "B")
+_PRODUCT = "product "  # before the names of the parts of a sum of products
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFair(FactorMean):
+    """The mean of every client's A, and the B that brings the product near the mean of products."""
+
+    name: ClassVar[str] = "lora_fair"
+    options_class: ClassVar[type[LoraFairOptions]] = LoraFairOptions
+
+    options: LoraFairOptions = field(default_factory=LoraFairOptions)
+
+    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
+        """Return sum_i n_i A_i, sum_i n_i B_i and the block's weighted sum of products."""
+        means, product = super().fold(block, problem), routes.fold(block, problem)
+        return {**means, **{f"{_PRODUCT}{name}": part for name, part in product.items()}}
+
+    def finish(
+        self,
+        modules: Sequence[str],
+        *,
+        problem: Problem,
+        partials: Iterable[Partial],
+        total: float,
+        before: Sequence[ModuleState],
+        ranks: Sequence[int],
+    ) -> list[ModuleAggregate]:
+        """Return sum_i p_i A_i and the corrected B; the diagnostics are those of their product."""
+        products: list[Partial] = []
+        sums = summed(_split(block, products) for block in partials)
+        a_GRI, b_GOR = sums["A"] / total, sums["B"] / total
+        wanted_GOR = sum(
+            (_times(product, a_GRI.mT) for product in products), torch.zeros_like(b_GOR)
+        ) / (total * self.scale(problem.rank))
+        gram_GRR = a_GRI @ a_GRI.mT
+        ridge_GRR = gram_GRR + self.options.ridge * torch.eye(problem.rank).to(gram_GRR)
+        # D (A A^T + lambda I) = (dW / s - B A) A^T, transposed
+        d_GOR = torch.linalg.solve(ridge_GRR, (wanted_GOR - b_GOR @ gram_GRR).mT).mT
+        return super().finish(
+            modules,
+            problem=problem,
+            partials=[{"A": sums["A"], "B": sums["B"] + total * d_GOR}],
+            total=total,
+            before=before,
+            ranks=ranks,
+        )
+
+
+def _split(block: Partial, products: list[Partial]) -> Partial:
+    """Return the means of a block; its sum of products goes to `products`.
+
+    Where the route forms the sum, one product is held; else the factors of all blocks, as FlexLoRA
+    holds them.
+    """
+    product = {n.removeprefix(_PRODUCT): part for n, part in block.items() if n not in _PAIR}
+    if "W" in product and products:
+        products[0] = {"W": products[0]["W"] + product["W"]}
+    else:
+        products.append(product)
+    return {name: block[name] for name in _PAIR}
+
+
+def _times(product: Partial, right_GIR: Tensor) -> Tensor:
+    """Return a sum of products times a matrix."""
+    if "W" in product:
+        return product["W"].double() @ right_GIR
+    return product["B"] @ (product["A"] @ right_GIR)
