@@ -1,1 +1,1 @@
-"""`fedllm doctor`: what stands in the way of a run, and which key to change."""
+"""Checks of `fedllm doctor`: problems before a run, and which key to change."""

@@ -110,11 +110,11 @@ def _packages(check: str, result: ProbeResult, needs: NodeRequirements) -> Findi
 def _gpus(check: str, result: ProbeResult, needs: NodeRequirements) -> Finding:
     seen = ", ".join(f"{n} x {name}" for name, n in Counter(result.node.gpus).items())
     if not needs.gpus:
-        return Finding(check=check, level="ok", found=f"none asked for; {seen or 'none'} seen")
+        return Finding(check=check, level="ok", found=f"none requested; {seen or 'none'} seen")
     if seen:
         return Finding(check=check, level="ok", found=seen)
     torch = result.node.versions.get("torch", "absent")
-    found = f"asked for, but torch {torch} sees none"
+    found = f"requested, but torch {torch} sees none"
     change = f"install torch with CUDA for this node's driver, or ask for none in {needs.key}"
     return Finding(check=check, level="fail", found=found, change=change)
 

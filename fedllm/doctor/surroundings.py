@@ -71,7 +71,7 @@ def _visibility(check: str, parent: Path, seen_from: Collection[str]) -> Finding
         found = f"{parent} ({kind}) is this machine's own on most clusters"
         return Finding(check=check, level="warn", found=found, change=change)
     if seen_from:
-        found = f"{parent}: seen by a node on this machine; no other machine was asked"
+        found = f"{parent}: seen by a node on this machine; no other machine was checked"
         return Finding(check=check, level="ok", found=found)
     return Finding(check=check, level="not done", found=f"{parent}: no compute node looked at it")
 

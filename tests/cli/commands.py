@@ -1,4 +1,4 @@
-"""Starting the installed `fedllm` as a user does."""
+"""Commands of the installed `fedllm`, run as a user runs them."""
 
 import io
 import os
@@ -19,7 +19,7 @@ _started: "list[subprocess.Popen[bytes]]" = []
 def fedllm(
     *arguments: object, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end."""
+    """Run a command line and wait for its end."""
     return subprocess.run(
         [FEDLLM, *map(str, arguments)],
         cwd=cwd,
@@ -32,7 +32,7 @@ def fedllm(
 
 
 def in_process(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run a command line in this process: the same entry, without starting Python anew."""
+    """Run a command line in this process, which starts no other Python."""
     out, err = io.StringIO(), io.StringIO()
     words = [str(argument) for argument in arguments]
     with redirect_stdout(out), redirect_stderr(err):
@@ -51,7 +51,7 @@ def start(*arguments: object, log: Path) -> "subprocess.Popen[bytes]":
 
 
 def end_started() -> None:
-    """End what `start` started and a failed test left running."""
+    """End the processes of `start` that a failed test left running."""
     while _started:
         process = _started.pop()
         process.kill()
@@ -59,7 +59,7 @@ def end_started() -> None:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for something that a process does."""
+    """Wait until a process has done something."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def one_line(done: "subprocess.CompletedProcess[str]", code: int = 2) -> str:
-    """Return the one line of an error, after checking that it is one."""
+    """Return the line of an error, after checking that it is one line."""
     assert done.returncode == code, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr

@@ -1,4 +1,4 @@
-"""The command `doctor` where there is no cluster."""
+"""The command `doctor` without a cluster."""
 
 import grp
 import json
@@ -15,7 +15,7 @@ from tests.tiny import Tiny
 
 
 def found(*words: object) -> tuple[int, dict[str, dict[str, str]]]:
-    """Return the exit code of a doctor and what it found, by check."""
+    """Return the exit code of `doctor` and its findings, by check."""
     done = in_process("doctor", *words, "--json")
     assert not done.stderr, done.stderr
     return done.returncode, {each["check"]: each for each in json.loads(done.stdout)}

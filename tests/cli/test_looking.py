@@ -1,4 +1,4 @@
-"""Looking at runs and plans from the command line: status, watching, pruning, plans, logs."""
+"""Commands that read runs and plans: status, watching, pruning, plans, logs."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_watching_on_a_terminal_redraws_and_ends_orderly_by_ctrl_c(training: Run
     shown = bytearray()
 
     def read() -> None:
-        # a terminal whose other side is closed is an error on Linux
+        # on Linux a read fails once the other side of the terminal is closed
         try:
             while block := os.read(ours, 4096):
                 shown.extend(block)

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: on this machine, killed, resumed."""
+"""Runs as a user starts them: on this machine, killed, resumed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.tiny import Tiny
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed, inline."""
+    """An inline run without any interruption."""
     root = tmp_path_factory.mktemp("undisturbed") / "run"
     done = in_process("run", tiny.config, "--run-dir", root)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Signals are noted from the first moment."""
+"""Signals are noted from the start of a process."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def test_a_signal_while_python_still_imports_is_noted(tmp_path: Path) -> None:
     )
     with process:
         assert process.stderr
-        # the first module after the one that takes the signals over
+        # the first module that is imported after the handlers are installed
         while "fedllm.process.signals" not in process.stderr.readline():
             pass
         while not handles(process.pid, signal.SIGUSR2):

@@ -1,4 +1,4 @@
-"""Base model and data are copied to a node's own disk once, or read where they are."""
+"""Base model and data are copied to a node's disk once, or read from shared storage."""
 
 import fcntl
 import shutil
@@ -51,7 +51,7 @@ def test_the_copy_on_the_nodes_disk_is_named_by_its_content(
     expected = contents(source)
     del expected[".cache/huge"]
     assert contents(place) == expected
-    # the second task of the node finds it, whatever became of the shared files
+    # the second task of the node finds the copy, even without the shared files
     shutil.rmtree(source)
     assert staged_folder(source, NAME, "$SCRATCH_OF_NODE/local") == (place, "")
 
@@ -116,7 +116,7 @@ def test_a_task_waits_for_the_copy_of_another(source: Path, tmp_path: Path) -> N
         another.start()
         assert staged_folder(source, NAME, str(tmp_path / "local")) == (place, "")
         another.join()
-    # theirs stays
+    # the other process's copy stays
     assert list(contents(place)) == ["more.json"]
 
 
@@ -164,7 +164,7 @@ def test_a_session_loads_model_and_data_from_the_copies(
     config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
     session, far = Session(), Session()
     session.stage(str(tmp_path), prepared)
-    # what is shared is needed no more
+    # the shared files are not needed any more
     moved = prepared.model_copy(update={"model_path": "/gone", "data_path": "/gone too"})
     session.stage(str(tmp_path), moved)
     model = session.slots(config, moved).model

@@ -1,4 +1,4 @@
-"""Every scheduler in turn, also the real Slurm, for what has to hold of each."""
+"""Fixtures that run a test on every scheduler, also on the real Slurm."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The schedulers that there are, each with programs that end, fail or stay as a test says."""
+"""Schedulers for tests, each with programs that end, fail or keep running as a test says."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from fedllm.scheduling.log_names import log_of
 from fedllm.scheduling.seam import EndReason, Job, Scheduler
 from tests.scheduling.toy_batch import ToyBatch
 
-# says so, stays so many seconds, then ends with an exit code
+# prints a line, runs for some seconds, then ends with an exit code
 PROGRAM = """
 import sys, time
 print("begun", flush=True)
@@ -25,13 +25,13 @@ _LONG = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A scheduler and what a test has to know of it.
+    """A scheduler under test, and what it can do.
 
     Attributes:
-        argv: seconds, exit code -> the words of a program of this site.
-        restart: ends a running task so that it starts again; None: nothing here does that.
-        is_batch: jobs outlive the scheduler, are found by name and limited in number.
-        is_concurrent: tasks run beside the one who submits them.
+        argv: seconds, exit code -> the arguments of a program of this site.
+        restart: ends a running task so that it starts again; None: it cannot.
+        is_batch: jobs outlive the scheduler, are found by name and have limits.
+        is_concurrent: tasks run while the test goes on.
     """
 
     scheduler: Scheduler
@@ -42,7 +42,7 @@ class Site:
     is_concurrent: bool = True
 
     def job(self, name: str, *, tasks: int = 1, code: int = 0, stays: bool = False) -> Job:
-        """Return a job whose tasks end with `code`, at once or after a long stay."""
+        """Return a job whose tasks end with `code`, at once or after a minute."""
         return Job(
             name=name,
             program="client",
@@ -53,14 +53,14 @@ class Site:
         )
 
     def starts(self, task: str) -> int:
-        """Return how often a task of a batch system began, by its log."""
+        """Return how often a task of a batch system started, from its log."""
         log = log_of(self.folder / "logs", task)
         return log.read_text().count("begun") if log.exists() else 0
 
 
 @contextmanager
 def inline(folder: Path) -> Iterator[Site]:
-    """Tasks that run where they are submitted."""
+    """Inline scheduler: tasks run during their submission."""
     scheduler = InlineScheduler(execute=lambda _program, argv, _task, _log: int(argv[0]))
     yield Site(
         scheduler=scheduler,
@@ -72,7 +72,7 @@ def inline(folder: Path) -> Iterator[Site]:
 
 @contextmanager
 def local(folder: Path) -> Iterator[Site]:
-    """Two local workers."""
+    """Local scheduler of two workers."""
     worker = (sys.executable, str(Path(__file__).with_name("worker.py")))
     scheduler = LocalScheduler(workers=2, log_folder=folder / "logs", serve=worker)
     yield Site(
@@ -85,7 +85,7 @@ def local(folder: Path) -> Iterator[Site]:
 
 @contextmanager
 def toy(folder: Path) -> Iterator[Site]:
-    """A batch system of two slots that is nobody's."""
+    """Toy batch system of two slots."""
     toy = ToyBatch(
         max_tasks=MAX_TASKS, command=lambda job: [sys.executable, "-c", PROGRAM, *job.argv]
     )

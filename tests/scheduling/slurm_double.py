@@ -1,10 +1,10 @@
-"""Slurm's commands as a test wants them: answers by first words, and a clock that it moves."""
+"""Slurm's commands for tests: answers by first words, and a clock that the test moves."""
 
 from collections.abc import Mapping, Sequence
 
 from fedllm.scheduling.slurm.command_output import MARK
 
-# What a development cluster of two nodes said, with accounts, a QOS and one running job.
+# Output of a development cluster of two nodes, with accounts, a QOS and one running job.
 CONFIG = """Configuration data as of 2026-11-21T09:43:10
 AccountingStorageEnforce = associations,limits,qos
 ClusterName             = devcluster
@@ -56,7 +56,7 @@ ANSWERS: Mapping[str, str | Exception] = {
 
 
 class Answering:
-    """Commands that answer with texts, by how they begin; an exception is raised."""
+    """Commands that answer with a text, or raise, by the words they begin with."""
 
     def __init__(self, answers: Mapping[str, str | Exception] = ANSWERS) -> None:
         self.answers = dict(answers)
@@ -67,7 +67,7 @@ class Answering:
         del environment
         line = " ".join(words)
         self.asked.append(line)
-        # the longest that fits
+        # the longest key that fits
         begun = max((begin for begin in self.answers if line.startswith(begin)), key=len)
         answer = self.answers[begun]
         if isinstance(answer, Exception):
@@ -81,5 +81,5 @@ class Answering:
         self.now += seconds
 
     def count(self, begin: str) -> int:
-        """How often a command that begins so was issued."""
+        """Return how often a command with these first words was called."""
         return sum(line.startswith(begin) for line in self.asked)

@@ -1,4 +1,4 @@
-"""Laws of Slurm's answers: what a site prints beside them changes nothing."""
+"""Laws of Slurm's answers: other lines that a site prints change nothing."""
 
 import os
 import string
@@ -60,7 +60,7 @@ def test_a_sentence_of_sbatch_comes_before_numbers_that_stand_alone(
 
 
 @given(id_=IDS, cluster=CLUSTERS, blank=st.sampled_from(["", "\n", " \r\n\n"]))
-def test_a_number_is_an_id_where_nothing_else_is_said(id_: int, cluster: str, blank: str) -> None:
+def test_a_number_is_an_id_if_nothing_else_is_printed(id_: int, cluster: str, blank: str) -> None:
     assert submitted_job(f"{blank}{id_}\n{blank}") == SubmittedJob(job=str(id_))
     wanted = SubmittedJob(job=str(id_), cluster=cluster)
     assert submitted_job(f"{blank} {id_};{cluster}\n{blank}") == wanted
@@ -152,7 +152,7 @@ def test_states_are_read_through_noise() -> None:
 
 
 @pytest.mark.parametrize("said", ["", "Welcome to job 5\n", "12\n13\n"])
-def test_an_array_that_sbatch_does_not_name_is_found_by_its_name_or_told(
+def test_an_array_that_sbatch_does_not_name_is_found_by_its_name_or_reported(
     said: str, tmp_path: Path
 ) -> None:
     slurm = Answering()

@@ -1,4 +1,4 @@
-"""What holds of every scheduler: whoever submits, waits and counts knows no more than this."""
+"""Laws of every scheduler; callers rely on nothing else."""
 
 import time
 from collections import Counter
@@ -39,7 +39,7 @@ def test_a_task_that_did_its_work_is_gone_and_has_no_ending(site: Site) -> None:
     assert len({*first, *second}) == 4
     until_gone(scheduler, [*first, *second])
     assert scheduler.endings([*first, *second]) == {}
-    # asked in any order, told in that order
+    # states come in the order of the query
     assert [*scheduler.states([*second, *first])] == [*second, *first]
 
 
@@ -95,7 +95,7 @@ def test_capacity_room_and_limits_agree(site: Site) -> None:
 
 
 @CONCURRENT
-def test_waiting_and_running_tasks_are_told_apart(site: Site) -> None:
+def test_waiting_and_running_tasks_have_their_own_states(site: Site) -> None:
     scheduler = site.scheduler
     ids = scheduler.submit(site.job("many", tasks=4, stays=True))
     until_running(scheduler, ids[:2])
@@ -114,7 +114,7 @@ def test_cancelling_ends_what_is_named_and_nothing_else(site: Site) -> None:
     scheduler.cancel([ids[0]])
     until_running(scheduler, [ids[1], ids[3]])
     if site.is_batch:
-        # of one that never began nobody may know
+        # the end of a task that never started may be unknown
         until(scheduler, lambda: ids[0] in scheduler.endings(ids))
         endings = scheduler.endings(ids)
         assert {*endings} <= {ids[0], ids[2]}

@@ -1,4 +1,4 @@
-"""Why a task ended is said in neutral words, whichever scheduler's word a record keeps."""
+"""Reasons of ends are neutral words, whichever scheduler's word a record keeps."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A process knows by its environment which task it is, of which job, and what it may do."""
+"""The environment of a process tells its task, its job and its ranks."""
 
 import os
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def test_the_job_is_that_of_the_batch_system_and_none_elsewhere() -> None:
 def test_only_a_task_of_an_array_of_ours_may_requeue_itself() -> None:
     ours = given(ARRAY | {"FEDLLM_TASK": "12_3"})
     assert ours.is_array_task("12_3")
-    # a local worker, and a worker by hand, inside somebody's own allocation
+    # a local worker, and a worker started by hand, inside the user's own allocation
     assert not given(ARRAY | {"FEDLLM_TASK": "local-1"}).is_array_task("local-1")
     assert not given(ARRAY).is_array_task("12_3")
     assert not given({"SLURM_JOB_ID": "15"}).is_array_task("15")
@@ -56,6 +56,6 @@ def test_ranks_are_those_of_the_tasks_own_step() -> None:
     ).identity
     assert (found.rank, found.num_processes, found.local_rank) == (3, 4, 1)
     assert (found.is_first, found.log) == (False, "/logs/7_1_3_log.out")
-    # of somebody else's step
+    # the ranks belong to another step
     alone = TaskEnvironment(variables=step | {"FEDLLM_TASK": "local"}).identity
     assert (alone.rank, alone.num_processes, alone.is_first) == (0, 1, True)

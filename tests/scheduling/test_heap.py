@@ -1,4 +1,4 @@
-"""Memory that was freed is used again, with the settings that workers start with."""
+"""Freed memory is used again, with the settings that workers start with."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from fedllm.scheduling.heap import SETTINGS, VARIABLE, shell_line, with_heap_settings
 
-# The growth of a process in forward passes, over the bytes that the last of them keeps.
+# Growth of a process during forward passes, over the bytes that the last pass keeps.
 PASSES = """
 from pathlib import Path
 import torch

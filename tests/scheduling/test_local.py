@@ -1,4 +1,4 @@
-"""Resident local workers: they take task after task, and their end is never overlooked."""
+"""Local workers: they take task after task, and their end is always noticed."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def finish(scheduler: Scheduler, ids: list[str]) -> None:
         scheduler.wait(1.0)
 
 
-def _said(scheduler: Scheduler, ids: list[str]) -> dict[str, str]:
+def _failures(scheduler: Scheduler, ids: list[str]) -> dict[str, str]:
     return {id_: str(ending) for id_, ending in scheduler.endings(ids).items()}
 
 
@@ -90,7 +90,7 @@ def test_workers_stay_and_take_task_after_task(scheduler: LocalScheduler, tmp_pa
     finish(scheduler, second)
     assert set(pids(tmp_path)) == {*first, *second}
     assert len(set(pids(tmp_path).values())) == 2
-    assert _said(scheduler, [*first, *second]) == {}
+    assert _failures(scheduler, [*first, *second]) == {}
     assert {path.name for path in (tmp_path / "0001").iterdir()} == {"worker-1.log", "worker-2.log"}
 
 
@@ -112,7 +112,7 @@ def test_a_task_that_fails_at_once_is_gone_with_its_exit_code_and_log(
 ) -> None:
     (task,) = scheduler.submit(job(tmp_path, "exit", "3"))
     finish(scheduler, [task])
-    assert _said(scheduler, [task]) == {task: f"exit 3; log {tmp_path / '0001/worker-1.log'}"}
+    assert _failures(scheduler, [task]) == {task: f"exit 3; log {tmp_path / '0001/worker-1.log'}"}
 
 
 def test_a_killed_worker_ends_its_task_and_a_new_one_takes_the_next(
@@ -124,7 +124,7 @@ def test_a_killed_worker_ends_its_task_and_a_new_one_takes_the_next(
     scheduler.wait(LONG_SECONDS)
     states = scheduler.states(ids)
     assert (states[ids[0]], states[ids[2]]) == (TaskState.GONE, TaskState.RUNNING)
-    assert _said(scheduler, ids) == {
+    assert _failures(scheduler, ids) == {
         ids[0]: f"killed by signal 9; log {tmp_path / '0001/worker-1.log'}"
     }
     assert pid_of(tmp_path, ids[2]) not in {killed, pid_of(tmp_path, ids[1])}
@@ -135,7 +135,7 @@ def test_a_worker_that_dies_in_its_task_is_noticed_every_time(
 ) -> None:
     ids = scheduler.submit(job(tmp_path, "die", tasks=4))
     finish(scheduler, ids)
-    assert all("killed by signal 9" in reason for reason in _said(scheduler, ids).values())
+    assert all("killed by signal 9" in reason for reason in _failures(scheduler, ids).values())
     assert len(set(pids(tmp_path).values())) == 4
 
 
@@ -149,7 +149,7 @@ def test_a_worker_that_died_idle_is_given_no_task(
         until(lambda pid=pid: not is_running(pid), "it lives")  # type: ignore[misc]
     second = scheduler.submit(job(tmp_path, "exit", "0", tasks=2))
     finish(scheduler, second)
-    assert _said(scheduler, second) == {}
+    assert _failures(scheduler, second) == {}
 
 
 def test_the_end_of_a_worker_is_noticed_also_when_something_keeps_its_pipe_open(
@@ -161,7 +161,7 @@ def test_the_end_of_a_worker_is_noticed_also_when_something_keeps_its_pipe_open(
         os.kill(pid, signal.SIGKILL)
         until(lambda: not is_running(pid), "it lives")
         assert scheduler.states([task]) == {task: TaskState.GONE}
-    assert "killed by signal 9" in _said(scheduler, [task])[task]
+    assert "killed by signal 9" in _failures(scheduler, [task])[task]
 
 
 def test_a_program_that_cannot_start_says_why_in_the_workers_log(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_program_that_cannot_start_says_why_in_the_workers_log(tmp_path: Path)
     finish(scheduler, ids)
     scheduler.close()
     log = tmp_path / "logs/worker-1.log"
-    assert _said(scheduler, ids) == dict.fromkeys(ids, f"exit 1; log {log}")
+    assert _failures(scheduler, ids) == dict.fromkeys(ids, f"exit 1; log {log}")
     assert log.read_text() == "no such module\n" * 2
 
 
@@ -184,10 +184,10 @@ def test_a_worker_that_hears_no_more_is_ended(tmp_path: Path) -> None:
     time.sleep(0.1)
     second = scheduler.submit(job(tmp_path, "exit", "0"))
     finish(scheduler, second)
-    assert "killed by signal 9" in _said(scheduler, second)[second[0]]
+    assert "killed by signal 9" in _failures(scheduler, second)[second[0]]
     third = scheduler.submit(job(tmp_path, "exit", "0"))
     finish(scheduler, third)
-    assert _said(scheduler, third) == {}
+    assert _failures(scheduler, third) == {}
     scheduler.close()
 
 
@@ -299,8 +299,8 @@ def test_every_kind_of_scheduler_has_its_own(tmp_path: Path) -> None:
     assert [made[kind].capacity({}).max_parallel for kind in ("inline", "local")] == [1, 3]
 
 
-def told(log: Path) -> dict[str, str]:
-    """Return what the last task that told it was told of its processes."""
+def task_environment(log: Path) -> dict[str, str]:
+    """Return the variables that the last task wrote to its log."""
     found: dict[str, str] = json.loads(log.read_text().splitlines()[-1])
     return found
 
@@ -312,23 +312,23 @@ def test_a_task_of_several_processes_has_a_rank_for_each_and_one_place_to_meet(
     finish(scheduler, alone)
     first = tmp_path / "0001/worker-1.log"
     expected = {"FEDLLM_PROCESSES": "1", "FEDLLM_RANK": "0", "FEDLLM_LOCAL_RANK": "0"}
-    assert told(first) == {**expected, "FEDLLM_RENDEZVOUS": ""}
+    assert task_environment(first) == {**expected, "FEDLLM_RENDEZVOUS": ""}
     ids = scheduler.submit(job(tmp_path, "tell", "0", tasks=2, processes=2))
     finish(scheduler, ids)
-    assert _said(scheduler, ids) == {}
+    assert _failures(scheduler, ids) == {}
     meet = set()
     for worker in ("worker-1", "worker-2"):
-        one, other = (told(tmp_path / f"0001/{worker}{n}.log") for n in ("", ".1"))
+        one, other = (task_environment(tmp_path / f"0001/{worker}{n}.log") for n in ("", ".1"))
         assert (one["FEDLLM_PROCESSES"], other["FEDLLM_PROCESSES"]) == ("2", "2")
         assert (one["FEDLLM_RANK"], other["FEDLLM_LOCAL_RANK"]) == ("0", "1")
         assert one["FEDLLM_RENDEZVOUS"] == other["FEDLLM_RENDEZVOUS"]
         meet.add(one["FEDLLM_RENDEZVOUS"])
     assert len(meet) == 2
-    # the process that had the worker's first task is still the first
+    # the worker's first process is still its first
     assert len({line.split()[0] for line in first.read_text().splitlines()[::2]}) == 1
     again = scheduler.submit(job(tmp_path, "tell", "0"))
     finish(scheduler, again)
-    assert told(first)["FEDLLM_PROCESSES"] == "1"
+    assert task_environment(first)["FEDLLM_PROCESSES"] == "1"
 
 
 def test_a_process_that_fails_or_dies_ends_the_others_of_its_task(
@@ -337,15 +337,15 @@ def test_a_process_that_fails_or_dies_ends_the_others_of_its_task(
     log = tmp_path / "0001/worker-1.1.log"
     (task,) = scheduler.submit(job(tmp_path, "last fails", "0", processes=2))
     finish(scheduler, [task])
-    assert _said(scheduler, [task]) == {task: f"exit 4; log {log}"}
+    assert _failures(scheduler, [task]) == {task: f"exit 4; log {log}"}
     (task,) = scheduler.submit(job(tmp_path, "sleep", "0", processes=2))
     until(lambda: log.exists() and task in log.read_text(), "the second did not start")
     os.kill(int(log.read_text().splitlines()[-1].split()[0]), signal.SIGKILL)
     finish(scheduler, [task])
-    assert _said(scheduler, [task]) == {task: f"killed by signal 9; log {log}"}
+    assert _failures(scheduler, [task]) == {task: f"killed by signal 9; log {log}"}
     (task,) = scheduler.submit(job(tmp_path, "tell", "0", processes=2))
     finish(scheduler, [task])
-    assert _said(scheduler, [task]) == {}
+    assert _failures(scheduler, [task]) == {}
 
 
 def test_a_process_that_goes_on_after_another_failed_is_killed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A task has itself started again, or says why it cannot be."""
+"""A task requeues itself, or says why that failed."""
 
 from pathlib import Path
 
@@ -23,22 +23,20 @@ def test_a_task_is_requeued_by_array_and_index_with_its_environment(
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
         ("echo 'Requested operation is presently disabled' >&2; exit 1", "presently disabled"),
         ("exit 3", "exit code 3"),
     ],
 )
-def test_why_slurm_did_not_requeue_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str
+def test_the_reason_why_slurm_did_not_requeue_is_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str
 ) -> None:
     a_scontrol(tmp_path, script, monkeypatch)
-    assert told in str(requeue("12_3"))
+    assert message in str(requeue("12_3"))
 
 
-def test_where_there_is_no_scontrol_this_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_scontrol_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert requeue("12_3") == "no scontrol here"
     (tmp_path / "scontrol").write_text("no program")

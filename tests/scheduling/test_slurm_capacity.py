@@ -1,4 +1,4 @@
-"""What a cluster's limits and nodes have room for, from what Slurm said."""
+"""Capacity of a cluster, from Slurm's output on limits and nodes."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ def capacity(slurm: Answering | None = None, *, most: int = 16, **options: Any) 
     return SlurmScheduler(section=section, commands=slurm or Answering()).capacity(options)
 
 
-def told(**answers: str) -> Answering:
-    """Slurm with other answers, named by a word of their command."""
+def slurm_with(**answers: str) -> Answering:
+    """Return Slurm's commands with other answers, each named by a word of its command."""
     slurm = Answering()
     for word, said in answers.items():
         slurm.answers[next(begin for begin in slurm.answers if word in begin)] = said
@@ -66,13 +66,13 @@ def test_a_qos_comes_before_the_association() -> None:
     ],
 )
 def test_what_may_run_at_once_is_the_least_of_all_limits(limits: str, most: int) -> None:
-    slurm = told(qos=limits + "\n", assoc=ACCOUNTS.replace("3|9|cpu=6,gres/gpu=3", "|9|"))
+    slurm = slurm_with(qos=limits + "\n", assoc=ACCOUNTS.replace("3|9|cpu=6,gres/gpu=3", "|9|"))
     found = capacity(slurm, qos="big", cpus_per_task=2, mem=100)
     assert found.max_parallel == most
 
 
 def test_the_qos_of_a_partition_comes_before_that_of_the_job() -> None:
-    slurm = told(
+    slurm = slurm_with(
         partition=PARTITIONS.replace("QoS=N/A", "QoS=part"), qos=QOS + "part|2|4|||||00:10:00|||\n"
     )
     found = capacity(slurm, qos="big")
@@ -99,7 +99,7 @@ def test_tasks_just_submitted_count_before_slurm_lists_them() -> None:
 
 
 def test_without_enforcement_no_limit_counts_and_none_is_asked_for() -> None:
-    slurm = told(config=CONFIG.replace("associations,limits,qos", "none"))
+    slurm = slurm_with(config=CONFIG.replace("associations,limits,qos", "none"))
     found = capacity(slurm)
     assert (found.free_tasks, found.max_parallel, found.largest_array) == (None, 16, 10)
     assert slurm.count("sacctmgr") == 0
@@ -107,9 +107,9 @@ def test_without_enforcement_no_limit_counts_and_none_is_asked_for() -> None:
 
 def test_an_array_is_never_larger_than_a_folder_should_be() -> None:
     large = CONFIG.replace("= 10", "= 100001")
-    assert capacity(told(config=large)).largest_array == 400
+    assert capacity(slurm_with(config=large)).largest_array == 400
     throttled = large.replace("bf_continue", "max_array_tasks=50")
-    assert capacity(told(config=throttled)).largest_array == 50
+    assert capacity(slurm_with(config=throttled)).largest_array == 50
 
 
 UNLIMITED = {"config": CONFIG.replace("associations,limits,qos", "none")}
@@ -149,7 +149,7 @@ UNLIMITED = {"config": CONFIG.replace("associations,limits,qos", "none")}
     ],
 )
 def test_free_slots_are_what_fits_the_idle_resources(options: dict[str, Any], slots: int) -> None:
-    assert capacity(told(**UNLIMITED), **options).free_slots == slots
+    assert capacity(slurm_with(**UNLIMITED), **options).free_slots == slots
 
 
 @pytest.mark.parametrize(
@@ -159,22 +159,22 @@ def test_free_slots_are_what_fits_the_idle_resources(options: dict[str, Any], sl
 def test_a_node_takes_tasks_only_in_a_state_to_do_so(state: str, slots: int) -> None:
     assert len(NODE_COLUMNS) == NODES.splitlines()[1].rstrip("|").count("|") + 1
     line = NODES.splitlines()[1].replace("idle", state)
-    assert capacity(told(**UNLIMITED, sinfo=line), mem=1).free_slots == slots
+    assert capacity(slurm_with(**UNLIMITED, sinfo=line), mem=1).free_slots == slots
 
 
 def test_whole_cores_are_taken_where_slurm_gives_them() -> None:
     nodes = "n1|idle|0/8/0/8|2|4000|0|(null)|(null)|(null)|\n"
     cores = UNLIMITED["config"].replace("CR_CPU_MEMORY", "CR_CORE_MEMORY")
-    assert capacity(told(config=cores, sinfo=nodes), mem=1).free_slots == 4
-    assert capacity(told(**UNLIMITED, sinfo=nodes), mem=1).free_slots == 8
+    assert capacity(slurm_with(config=cores, sinfo=nodes), mem=1).free_slots == 4
+    assert capacity(slurm_with(**UNLIMITED, sinfo=nodes), mem=1).free_slots == 8
 
 
 def test_without_a_default_a_task_takes_all_memory_of_a_node() -> None:
     config = UNLIMITED["config"].replace("DefMemPerCPU            = 200\n", "")
-    assert capacity(told(config=config)).free_slots == 1
+    assert capacity(slurm_with(config=config)).free_slots == 1
     # this partition gives 2000 MiB
-    assert capacity(told(config=config), partition="short").free_slots == 3
-    assert capacity(told(config=config.replace("_MEMORY", ""))).free_slots == 6
+    assert capacity(slurm_with(config=config), partition="short").free_slots == 3
+    assert capacity(slurm_with(config=config.replace("_MEMORY", ""))).free_slots == 6
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How often Slurm is asked, and what is made of it when it does not answer or refuses."""
+"""Slurm is queried rarely; no answer and a refusal have their own errors."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def job(folder: Path, *, tasks: int = 1, **options: Any) -> Job:
     )
 
 
-def test_states_and_reasons_come_from_one_question_a_minute(
+def test_states_and_reasons_come_from_one_query_a_minute(
     slurm: Answering, scheduler: SlurmScheduler
 ) -> None:
     slurm.answers["squeue"] = LISTED
@@ -48,7 +48,7 @@ def test_states_and_reasons_come_from_one_question_a_minute(
     assert len(slurm.asked) == 2
 
 
-def test_an_outage_is_told_and_asked_about_less_and_less(
+def test_an_outage_is_reported_and_queries_become_rarer(
     slurm: Answering, scheduler: SlurmScheduler
 ) -> None:
     slurm.answers["squeue"] = AWAY
@@ -84,7 +84,7 @@ def test_endings_of_all_tasks_are_one_question_and_news_are_asked_at_once(
     scheduler.endings(["7_0", "7_1", "8_0"])
     assert (slurm.count("squeue"), slurm.count("sacct ")) == (1, 0)
     assert "--jobs=7,8" in slurm.asked[0]
-    # nobody knows this one: again only after a while, unless there are others
+    # Slurm does not know this task: queried again only after a while, unless there are new ones
     for _ in range(3):
         assert scheduler.endings(["9_0"]) == {}
     assert (slurm.count("squeue"), slurm.count("sacct ")) == (2, 1)
@@ -155,7 +155,7 @@ def test_a_full_queue_is_no_fault_of_the_configuration(
     slurm.answers["sbatch"] = CommandRefused(said)
     with pytest.raises(SchedulerFull, match="SubmitJob"):
         scheduler.submit(job(tmp_path))
-    # nothing to tell of when jobs are tested
+    # a test of jobs does not report this
     scheduler.check([job(tmp_path)])
 
 
@@ -264,7 +264,7 @@ def test_jobs_of_equal_options_are_tested_once(
     ("script", "error"),
     [
         ("sleep 60", SchedulerUnreachable),
-        # what sbatch says at MaxJobCount, and does for two minutes
+        # at MaxJobCount sbatch prints this for two minutes
         (
             "echo 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' "
             ">&2; exec sleep 60",

@@ -1,4 +1,4 @@
-"""A run is the same on a batch system that nobody wrote it for."""
+"""A run has the same results on a batch system that fedllm does not know."""
 
 import time
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ CHANGES = (
 
 @dataclass(kw_only=True)
 class Preempting(ToyBatch):
-    """Preempts the workers of a run once, as soon as one of them has saved a client's progress."""
+    """Preempts the workers of a run once, after one of them has saved a client's progress."""
 
     run: RunPaths
     preempted: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ def test_a_run_on_another_batch_system_whose_tasks_are_preempted_ends_in_the_sam
     assert toy.preempted
     assert [toy.starts(task) for task in toy.preempted] == [2] * len(toy.preempted)
     assert max(TaskRecord.read(attempt.task(task)).starts for task in toy.preempted) == 2
-    # who came back went on with what it held: nobody else was asked
+    # a task that came back went on with the clients it had claimed
     assert not paths.round(1).attempt(2).root.exists()
     tasks = {task for ids in JobsRecord.read(attempt.jobs).ids.values() for task in ids}
     assert tasks >= {*toy.preempted}

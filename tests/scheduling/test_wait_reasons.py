@@ -1,4 +1,4 @@
-"""What would help a job that waits."""
+"""Advice for a job that waits."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from fedllm.scheduling.slurm.wait_reasons import advice
 
-# the reasons of Slurm 22.05 that name a limit, as its library holds them
+# the reasons of Slurm 22.05 that name a limit, from its library
 LIMITS = re.findall(
     r"\w+",
     """

@@ -1,4 +1,4 @@
-"""A small batch system: arrays queue, run as processes that threads watch, and may be preempted."""
+"""A small batch system: arrays queue, run as processes watched by threads, and may be preempted."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ from fedllm.storage.paths import shipped
 
 
 def real_program(job: Job) -> list[str]:
-    """Return what starts a job's own program."""
+    """Return the command of a job's own program."""
     return [sys.executable, str(shipped(f"jobs/{job.program}.py")), *job.argv]
 
 
@@ -41,10 +41,9 @@ class _Task:
 
 @dataclass(kw_only=True)
 class ToyBatch:
-    """Runs at most `slots` tasks at once and takes no more than `max_tasks` that have not ended.
+    """Batch system that runs at most `slots` tasks at once, with at most `max_tasks` not yet ended.
 
-    `command` says what starts a job's program. Jobs go on when whoever submitted them closes;
-    `shut_down` ends the system itself.
+    `command` returns the command of a job. Jobs go on after `close`; `shut_down` ends the system.
     """
 
     slots: int = 2
@@ -120,12 +119,12 @@ class ToyBatch:
             self._change.wait(seconds)
 
     def close(self) -> None:
-        """Leave the jobs alone."""
+        """Do nothing: jobs go on."""
 
-    # --- what happens to a batch system
+    # --- events of a batch system
 
     def end(self, id_: str, why: EndReason, *, comes_back: bool = False) -> None:
-        """Kill a task; one that comes back waits again, as itself, at the end of the queue."""
+        """Kill a task; if it comes back, it waits again at the end of the queue."""
         with self._change:
             task = self._tasks.get(id_)
             if task is None or task.state is TaskState.GONE:

@@ -1,4 +1,4 @@
-"""A resident worker without a compute stack: `argv` says what a task does and how it ends."""
+"""A local worker without a compute stack: `argv` says what a task does and how it ends."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Serve as `fedllm.programs.serve` does, from the protocol alone."""
+    """Run tasks by the protocol of `fedllm.programs.serve`."""
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201
     for line in sys.stdin:
         message = json.loads(line)
@@ -17,8 +17,8 @@ def main() -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{os.getpid()} {message['id']}\n")
-        what, *arguments = message["argv"]
-        code = do(what, message["environment"], log)
+        action, *arguments = message["argv"]
+        code = do(action, message["environment"], log)
         answer = json.dumps(
             {"id": message["id"], "exit": int(arguments[0]) if code is None else code}
         )
@@ -27,26 +27,26 @@ def main() -> None:
             sys.stdout.write(piece)
             sys.stdout.flush()
             time.sleep(0.01)
-        if what == "deaf":
+        if action == "deaf":
             os.close(0)
             time.sleep(60)
 
 
-def do(what: str, environment: dict[str, str], log: Path) -> int | None:
-    """Do what a task is; return its exit code, or None: as its words say."""
-    if what == "tell":
+def do(action: str, environment: dict[str, str], log: Path) -> int | None:
+    """Run a task; return its exit code, or None: the one in its arguments."""
+    if action == "tell":
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(environment) + "\n")
-    elif what == "last fails" and environment["FEDLLM_RANK"] == "1":
+    elif action == "last fails" and environment["FEDLLM_RANK"] == "1":
         return 4
-    elif what == "last fails":
+    elif action == "last fails":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
         time.sleep(60)
-    elif what == "sleep":
+    elif action == "sleep":
         time.sleep(60)
-    elif what == "die":
+    elif action == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif what == "stubborn":
+    elif action == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
     return None
