@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from fedllm.errors import ModelError
 from fedllm.model.base import Base
+from fedllm.model.saving import save_pretrained
 
 _ERRNO = re.compile(r"os error (\d+)")
 
@@ -124,8 +125,7 @@ def save_model(base: Base, folder: Path) -> None:
         OSError: a file cannot be written.
     """
     try:
-        base.model.save_pretrained(folder)  # type: ignore[operator]
-        base.tokenizer.save_pretrained(folder)
+        save_pretrained(base.model, base.tokenizer, folder)
     except SafetensorError as error:
         # safetensors has the file system's error only in its text
         errno = _ERRNO.search(str(error))

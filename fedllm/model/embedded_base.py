@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from fedllm.model.embedded_text import build_tokenizer, document
+from fedllm.model.saving import save_pretrained
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publishing.folders import publishing_folder
@@ -63,8 +64,7 @@ def embedded_base(cache: CachePaths, report: Report, recipe: Recipe | None = Non
         logging.disable_progress_bar()
         with publishing_folder(folder) as beside:
             tokenizer = build_tokenizer()
-            pretrain(recipe, tokenizer, report).save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+            save_pretrained(pretrain(recipe, tokenizer, report), tokenizer, beside)
     return folder
 
 
