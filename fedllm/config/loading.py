@@ -19,7 +19,13 @@ ENVIRONMENT = {"model.path": "FEDLLM_MODEL", "data.path": "FEDLLM_DATA"}
 # keys of earlier versions that changed no result: a run that has them in its file ignores them
 _REMOVED_KEYS = (("aggregation", "fold_ahead"),)
 # result keys of later versions: at these values a run keeps the fingerprint that it began with
-_ADDED_KEYS: Mapping[str, Any] = {"method.options": {}}
+_ADDED_KEYS: Mapping[str, Any] = {
+    "method.options": {},
+    "training.engine": "plain",
+    "training.processes": 1,
+    "training.zero.stage": 2,
+    "training.zero.offload": "none",
+}
 # setting one of these keys unsets the other
 _EXCLUSIVE_KEYS = {"clients.cohort.count": "fraction", "clients.cohort.fraction": "count"}
 

@@ -174,9 +174,19 @@ class ClientsSection(Section):
                 yield f"clients.assign.{client}: got {tier!r}, need one of {names}"
 
 
+class ZeroSection(Section):
+    """What DeepSpeed ZeRO divides among the processes that train a client."""
+
+    stage: Literal[1, 2] = 2
+    offload: Literal["none", "cpu"] = "none"
+
+
 class TrainingSection(Section):
     """Local training of one client in one round."""
 
+    engine: Literal["plain", "zero"] = "plain"
+    processes: PositiveInt = 1
+    zero: ZeroSection = ZeroSection()
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 4
@@ -194,6 +204,29 @@ class TrainingSection(Section):
     threads: PositiveInt = 1
     device: Annotated[str, Field(json_schema_extra=EXECUTION)] = "auto"
     checkpoint_every_minutes: Annotated[PositiveFloat, Field(json_schema_extra=EXECUTION)] = 10.0
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> "TrainingSection":
+        _raise_lines(list(self._process_problems()))
+        return self
+
+    def _process_problems(self) -> Iterator[str]:
+        processes = f"training.processes: got {self.processes}"
+        if self.engine == "plain" and self.processes > 1:
+            yield (
+                f"{processes}, but training.engine plain trains a client in one process; need 1, "
+                "or training.engine: zero"
+            )
+        if self.processes > self.batch_size:
+            yield (
+                f"{processes}, more than the {self.batch_size} rows of an optimizer step; need "
+                f"<= {self.batch_size}, or a larger training.batch_size"
+            )
+        if self.engine == "zero" and self.clients_per_batch > 1:
+            yield (
+                f"training.clients_per_batch: got {self.clients_per_batch}, but training.engine "
+                "zero trains one client at a time; need 1, or training.engine: plain"
+            )
 
 
 class MethodSection(Section):

@@ -50,11 +50,15 @@ class Engine:
     Attributes:
         name: key of its trainer in `training.trainers.TRAINERS`.
         clients_at_once: number of clients that it trains together.
+        processes: number of processes of a task that train a client.
+        package: package that it needs beside the dependencies of fedllm; None: none.
         layout: the layout of rows that it needs; None: any.
     """
 
     name: str
     clients_at_once: int = 1
+    processes: int = 1
+    package: str | None = None
     layout: str | None = None
 
     def groups(
@@ -82,6 +86,8 @@ class Engine:
 
 def engine_of(training: TrainingSection) -> Engine:
     """Return the engine of a configuration."""
+    if training.engine == "zero":
+        return Engine(name="zero", processes=training.processes, package="deepspeed")
     if training.clients_per_batch == 1:
         return Engine(name="plain")
     return Engine(name="together", clients_at_once=training.clients_per_batch, layout=GROUP_LAYOUT)

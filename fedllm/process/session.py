@@ -144,11 +144,13 @@ class Session:
         self, config: Config, prepared: PreparedRecord, settings: "LocalSettings"
     ) -> "Trainer":
         """Return the trainer of a run's clients; the errors are those of `slots`."""
-        from fedllm.training.trainers import TRAINERS
+        from fedllm.training.trainers import TRAINERS, require_installed
 
+        engine = engine_of(config.training)
+        require_installed(engine)
         trainers = TRAINERS if self._trainers is None else self._trainers
         slots = self.slots(config, prepared)
-        return trainers[engine_of(config.training).name](slots=slots, settings=settings)
+        return trainers[engine.name](slots=slots, settings=settings)
 
     def data(self, path: str) -> "TokenizedClients":
         """Return the tokenised clients in folder `path`, or in its copy on this node."""

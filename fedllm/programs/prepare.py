@@ -29,6 +29,7 @@ from fedllm.server.starting_adapter import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
 from fedllm.storage.records import ClientRecord, CohortRecord, LayoutRecord, PreparedRecord
+from fedllm.training.trainers import require_installed
 
 Report = Callable[[str], None]
 
@@ -162,8 +163,10 @@ def _begun_layout(
 
 
 def _check_engine(config: Config, layout: LayoutRecord | None) -> None:
-    """Refuse an engine that cannot train with this layout of rows."""
-    if refusal := engine_of(config.training).refusal(layout):
+    """Refuse an engine that is not installed, or cannot train with this layout of rows."""
+    engine = engine_of(config.training)
+    require_installed(engine)
+    if refusal := engine.refusal(layout):
         raise ConfigError(refusal)
 
 

@@ -250,7 +250,7 @@ class SubmissionRecord(Record):
 
     `workers` are needed per class: arrays are added, wave by wave, as the cluster's limits allow.
     `adopted` are idle tasks of the previous round that wait for this one. With `one_bundle` every
-    task claims exactly one bundle.
+    task claims exactly one bundle. A task is so many `processes`.
     """
 
     token: str
@@ -263,6 +263,7 @@ class SubmissionRecord(Record):
     adopted: list[str] = []
     one_bundle: bool = False
     excluded_nodes: list[str] = []
+    processes: int = 1
 
 
 class JobsRecord(Record):

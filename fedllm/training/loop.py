@@ -149,6 +149,10 @@ class Loop:
         """Take every step that is left after `progress`; arguments as of `train_client`."""
         if progress is not None:
             self.resume(progress)
+        return self.take_steps(before_step)
+
+    def take_steps(self, before_step: StepHook) -> TrainResult:
+        """Take every step that is left."""
         for number in range(self.num_done, self.num_steps):
             before_step(number, self.progress)
             self.step(number)
@@ -199,8 +203,16 @@ class Loop:
             scales=dict(self.installed.scales),
         )
 
-    def passes(self, number: int, layout: str) -> Sequence[Pass]:
-        """Return the rows of an optimizer step as the forward passes that compute them."""
+    def passes(
+        self, number: int, layout: str, places: Sequence[int] | None = None
+    ) -> Sequence[Pass]:
+        """Return the rows of an optimizer step as the forward passes that compute them.
+
+        Args:
+            number: the step, from 0.
+            layout: how rows are computed together.
+            places: which rows of the step; None: all.
+        """
         training = self._settings.training
         cut = Cut(
             loss_on=self._settings.loss_on,
@@ -209,6 +221,7 @@ class Loop:
             max_rows=training.micro_batch_size,
             max_tokens=training.micro_batch_tokens,
             by_length=self._settings.by_length,
+            places=places,
         )
         return PACKERS[layout]([self._rows[place] for place in self._steps[number]], cut)
 

@@ -39,8 +39,14 @@ class Progress:
 
 def tensors_of(installed: Installed, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the factors and the optimizer's state by name, without copying them."""
+    return named_tensors(installed, optimizer.state_dict()["state"])
+
+
+def named_tensors(
+    installed: Installed, kept: Mapping[int, Mapping[str, Tensor | None]]
+) -> dict[str, Tensor]:
+    """Return the factors and, by the number of the factor, what an optimizer keeps, by name."""
     names = _names(installed)
-    kept = optimizer.state_dict()["state"]
     return {
         **{name: p.detach() for name, p in zip(names, installed.parameters, strict=True)},
         **{

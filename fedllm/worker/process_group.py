@@ -144,8 +144,13 @@ def _connect(identity: TaskIdentity) -> None:
     store = TCPStore(
         host, int(port), identity.num_processes, is_master=identity.is_first, timeout=_START_TIMEOUT
     )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # orders and flags are tensors of the CPU, gradients are the GPU's
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(identity.local_rank % torch.cuda.device_count())
     dist.init_process_group(
-        "gloo",
+        backend,
         store=store,
         rank=identity.rank,
         world_size=identity.num_processes,

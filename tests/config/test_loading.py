@@ -319,9 +319,9 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
             "training.batch_size: got 'many', need a whole number",
             "training.schedule: got 'lineer', need 'constant', 'linear' or 'cosine'",
             "training.lr: unknown key; valid here: batch_size, checkpoint_every_minutes, "
-            "clients_per_batch, clip_norm, device, epochs, gradient_checkpointing, learning_rate, "
-            "max_steps, micro_batch_size, micro_batch_tokens, precision, schedule, "
-            "smaller_micro_batch, threads, warmup_steps, weight_decay",
+            "clients_per_batch, clip_norm, device, engine, epochs, gradient_checkpointing, "
+            "learning_rate, max_steps, micro_batch_size, micro_batch_tokens, precision, processes, "
+            "schedule, smaller_micro_batch, threads, warmup_steps, weight_decay, zero",
         ]
     )
 
@@ -334,6 +334,12 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
         ("training.learning_rate=.inf", "training.learning_rate: got inf, need a finite number"),
         ("training.weight_decay=.nan", "training.weight_decay: got nan, need a finite number"),
         ("training.clip_norm=0", "training.clip_norm: got 0, need > 0.0"),
+        ("training.zero.stage=3", "training.zero.stage: got 3, need 1 or 2"),
+        (
+            "training.processes=2",
+            "training.processes: got 2, but training.engine plain trains a client in one process; "
+            "need 1, or training.engine: zero",
+        ),
         ("lora.dropout=1", "lora.dropout: got 1, need < 1.0"),
         (
             "lora.target_modules=q_proj",
@@ -441,6 +447,8 @@ def test_a_run_that_was_begun_before_a_key_was_added_keeps_its_fingerprint() -> 
     assert result_fingerprint(config) == before
     old = config.model_dump(mode="json")
     del old["method"]["options"]
+    for key in ("engine", "processes", "zero"):
+        del old["training"][key]
     assert validate(old) == config
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedllm.config.models import TrainingSection
+from fedllm.errors import ConfigError
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.grouping import engine_of
@@ -14,11 +15,12 @@ from fedllm.training.loop import TrainResult, train_client
 from fedllm.training.progress import Progress
 from fedllm.training.provenance import environment
 from fedllm.training.trainer import Member, Snapshots, Trainer
-from fedllm.training.trainers import TRAINERS
+from fedllm.training.trainers import TRAINERS, require_installed
 from tests.tiny import Tiny
 from tests.training.test_loop import TARGETS, same
 from tests.training.test_together import copied, members_of, settings
 
+# `test_zero.py` has the trainer of several processes
 CLIENTS = {"plain": 1, "together": 3}
 
 
@@ -32,7 +34,7 @@ def slots(tiny: Tiny) -> AdapterSlots:
     return AdapterSlots(base, target_modules=TARGETS, dropout=0.2, layout="parts")
 
 
-@pytest.fixture(params=sorted(TRAINERS))
+@pytest.fixture(params=sorted(CLIENTS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -65,6 +67,16 @@ def test_the_engine_of_a_configuration_is_a_trainer_that_takes_so_many_clients(
     engine = engine_of(TrainingSection(clients_per_batch=clients))
     assert engine.clients_at_once == CLIENTS[engine.name] == clients
     assert engine.name in TRAINERS
+
+
+def test_an_engine_of_several_processes_is_one_trainer() -> None:
+    engine = engine_of(TrainingSection(engine="zero", processes=2))
+    assert (engine.processes, engine.clients_at_once) == (2, 1)
+    assert engine.name in TRAINERS
+    require_installed(engine)
+    missing = r"training\.engine: zero needs no_such_package, .* pip install"
+    with pytest.raises(ConfigError, match=missing):
+        require_installed(replace(engine, package="no_such_package"))
 
 
 def test_one_client_has_the_bits_of_the_local_loop(name: str, slots: AdapterSlots) -> None:

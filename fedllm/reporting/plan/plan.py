@@ -38,6 +38,7 @@ class ArrayPlan:
     arrays: int
     work_minutes: float
     requested_minutes: float | None
+    processes: int
     cpus: int
     gpus: int
     memory: str
@@ -201,7 +202,8 @@ def _array(
         arrays=sum(array.worker_class == name for array in plan.arrays),
         work_minutes=class_plan.seconds / class_plan.workers / 60,
         requested_minutes=class_plan.minutes,
-        cpus=cpus_of(class_plan.options),
+        processes=plan.processes,
+        cpus=plan.processes * cpus_of(class_plan.options),
         gpus=gpus_of(class_plan.options),
         memory=memory_of(class_plan.options),
         options=options,

@@ -84,6 +84,7 @@ def start_attempt(
         adopted=[task for tasks in adopted.values() for task in tasks],
         one_bundle=run.config.scheduler.clients_per_task != "auto",
         excluded_nodes=excluded,
+        processes=engine_of(run.config.training).processes,
     )
     plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
     run.say(f"round {cohort.round}/{run.config.rounds}: {_describe(plan, len(missing), number)}")

@@ -8,6 +8,7 @@ from fedllm.config.models import Config, SbatchOptions
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import job_options, tier_options
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.planning.grouping import engine_of
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
 from fedllm.rounds.dispatch.submissions import SingleProgram, job_of
@@ -82,6 +83,7 @@ def plan_first_round(
         bundles=[bundle for c in classes for bundle in c.bundles],
         workers={c.worker_class: workers_record(c, capacities[c.worker_class]) for c in classes},
         one_bundle=config.scheduler.clients_per_task != "auto",
+        processes=engine_of(config.training).processes,
     )
     waves = list(_waves(plan, capacities))
     arrays = [array for wave in waves for array in wave]

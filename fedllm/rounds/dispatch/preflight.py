@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fedllm.planning.classes import classes_of, job_options, tier_options
+from fedllm.planning.grouping import engine_of
 from fedllm.planning.sbatch_options import by_flag
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Job, Option
@@ -42,5 +43,6 @@ def _jobs(run: Run) -> Iterator[Job]:
             worker_class=name,
             argv=(),
             log_folder=logs,
+            processes_per_task=engine_of(run.config.training).processes,
             options=limit | options,
         )

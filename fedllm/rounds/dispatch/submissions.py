@@ -186,6 +186,7 @@ def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
         worker_class=worker_class,
         tasks=array.tasks,
         parallel=array.parallel,
+        processes_per_task=plan.processes,
         options=array.options,
         log_folder=logs / array.logs,
     )

@@ -1,0 +1,131 @@
+"""The trainer of one client in several processes, with DeepSpeed ZeRO.
+
+The rows of an optimizer step are divided by tokens. Every process packs and computes its own; the
+gradients are summed, and the step's loss is the mean over the targets of all. Dropout masks follow
+from a row's place in the step, so that they are those of a single process.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+
+from fedllm.packing.micro_batches import Pass
+from fedllm.packing.precision import precision
+from fedllm.packing.sequences import length_of
+from fedllm.training.loop import Loop, TrainResult, reseed
+from fedllm.training.loop import StepHook as LoopHook
+from fedllm.training.partitioned import PartitionedTraining, process_group
+from fedllm.training.plain import Plain, with_micro_batches
+from fedllm.training.progress import Progress, named_tensors
+from fedllm.training.shares import divide_rows
+from fedllm.training.step_plan import rate_factor
+from fedllm.training.trainer import Member, StepHook, no_hook
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(Plain):
+    """Trains one client at a time in the processes of a task; a single one takes part alone."""
+
+    @property
+    def num_processes(self) -> int:
+        """What `training.processes` asks for."""
+        return self.settings.training.processes
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """That of `Plain`, the version of DeepSpeed and the number of processes."""
+        return {
+            **super().environment,
+            "deepspeed": version("deepspeed"),
+            "processes": str(self.num_processes),
+        }
+
+    def train(
+        self,
+        members: Sequence[Member],
+        *,
+        micro_batch_size: int | None = None,
+        before_step: StepHook = no_hook,
+    ) -> list[TrainResult]:
+        """Train the only member in all processes; see `Trainer`."""
+        (member,) = members
+        settings = with_micro_batches(self.settings, micro_batch_size)
+        with process_group():
+            assert dist.get_world_size() == self.num_processes, "another number of processes"
+            installed = self.slots.install(member.received())
+            loop = ZeroLoop(self.slots, installed, member.rows, settings, member.draws)
+            result = loop.run(
+                member.progress, lambda step, snapshot: before_step(step, lambda: [snapshot()])
+            )
+        return [result]
+
+
+class ZeroLoop(Loop):
+    """The steps of a client as one of several processes takes them."""
+
+    def run(self, progress: Progress | None, before_step: LoopHook) -> TrainResult:
+        """Take every step that is left after `progress`, with all processes."""
+        if progress is not None:
+            self.resume(progress)
+        partitioned = PartitionedTraining(
+            self._parameters, self._optimizer, self._settings.training, self.device
+        )
+        with closing(partitioned) as self._partitioned:
+            return self.take_steps(before_step)
+
+    def progress(self) -> Progress:
+        """Return all that the rest depends on, as one process would; all call this together."""
+        tensors = named_tensors(self.installed, self._partitioned.kept())
+        return Progress(tensors=tensors, stats=self.stats())
+
+    def result(self) -> TrainResult:
+        """Return what the training gave; a step whose gradient is not finite makes it fail."""
+        result = super().result()
+        norms = result.stats.gradient_norms
+        step = next((n for n, norm in enumerate(norms, 1) if not math.isfinite(norm)), None)
+        if step is None or result.reason:
+            return result
+        return replace(result, adapter={}, reason=f"the gradient of step {step} is not finite")
+
+    def step(self, number: int) -> None:
+        """Take one optimizer step; this process computes its share of the rows."""
+        passes = self._own_passes(number)
+        tokens, targets = self._counts(passes)
+        reseed(self.draws.step(number), self.device)
+        begun = perf_counter()
+        total = torch.zeros((), device=self.device)
+        gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for each in passes:
+            self._slots.rows.enter(self.pieces(number, each))
+            with precision(self._settings.training.precision, self.device):
+                loss = each.loss_sum(self._slots.model) / max(1, targets)
+            torch._foreach_add_(gradients, torch.autograd.grad(loss, self._parameters))
+            total += loss.detach()
+        dist.all_reduce(total)
+        self.tokens += tokens
+        self.loss_tokens += targets
+        self._losses.append(total)
+        training = self._settings.training
+        rate = training.learning_rate * rate_factor(number, self.num_steps, training)
+        self._gradient_norms.append(torch.tensor(self._partitioned.step(gradients, rate)))
+        self.step_seconds += perf_counter() - begun
+
+    def _own_passes(self, number: int) -> Sequence[Pass]:
+        lengths = [length_of(self._rows[place]) for place in self._steps[number]]
+        own = divide_rows(lengths, dist.get_world_size())[dist.get_rank()]
+        return self.passes(number, self._slots.layout, own) if own else []
+
+    @staticmethod
+    def _counts(passes: Sequence[Pass]) -> tuple[int, int]:
+        """Return tokens and targets of all processes."""
+        own = [(each.num_tokens, each.num_targets) for each in passes]
+        counts = torch.tensor(own, dtype=torch.int64).view(-1, 2).sum(dim=0)
+        dist.all_reduce(counts)
+        tokens, targets = counts.tolist()
+        return tokens, targets

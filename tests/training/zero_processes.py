@@ -1,0 +1,179 @@
+"""Trains the cases of `test_zero.py` in several processes; see `trained_by`.
+
+`zero_processes.py RANK PROCESSES PORT MODEL OUT`, once for each process.
+"""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fedllm.config.models import TrainingSection
+from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.model.base import load_base
+from fedllm.packing.slots import AdapterSlots
+from fedllm.training.loop import LocalSettings, TrainResult
+from fedllm.training.progress import Progress
+from fedllm.training.step_plan import Draws
+from fedllm.training.trainer import Member, Snapshots
+from fedllm.training.zero import Zero
+from tests.training.test_loop import TARGETS, rows_of, start
+
+PATIENCE_SECONDS = 240.0
+STOP = 3
+
+
+class Stop(Exception):
+    """Enough."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A client's training: 7 rows in batches of 3, the last batch of an epoch has one row."""
+
+    rule: str
+    dropout: float = 0.0
+    layout: str = "parts"
+    changes: Mapping[str, Any]
+
+    def settings(self, **more: object) -> LocalSettings:
+        section = {"batch_size": 3, "weight_decay": 0.01, **self.changes, **more}
+        # at eps 1e-8 AdamW makes of rounding what it makes of gradients
+        rule = replace(LOCAL_RULES[self.rule], eps=1e-4)
+        return LocalSettings(training=TrainingSection.model_validate(section), rule=rule)
+
+    def member(self, slots: AdapterSlots) -> Member:
+        draws = Draws(seed=0, round=1, client="one")
+        return Member(received=partial(start, slots), rows=rows_of(0), draws=draws)
+
+    def slots(self, model: Path) -> AdapterSlots:
+        base = load_base(model, dtype="float32", device="cpu")
+        return AdapterSlots(base, target_modules=TARGETS, dropout=self.dropout, layout=self.layout)
+
+
+LONG = {"max_steps": 50, "epochs": 20, "learning_rate": 0.01}
+ONE = {"max_steps": 1, "learning_rate": 1.0, "clip_norm": None, "schedule": "constant"}
+CASES = {
+    "a gradient": Case(rule="fedavg", changes={**ONE, "weight_decay": 0.0}),
+    "a gradient, small passes": Case(
+        rule="fedavg", changes={**ONE, "weight_decay": 0.0, "micro_batch_size": 1}
+    ),
+    "SGD": Case(rule="fedavg", changes=LONG),
+    "AdamW": Case(rule="fedit", changes=LONG),
+    "SGD, dropout": Case(rule="fedavg", dropout=0.3, changes={**LONG, "max_steps": 10}),
+    "SGD, dropout, padded": Case(
+        rule="fedavg", dropout=0.3, layout="padded", changes={**LONG, "max_steps": 10}
+    ),
+}
+"""What is trained by every number of processes."""
+
+VARIANTS = [
+    (name, stage, offload)
+    for name in CASES
+    for stage, offload in ((1, "none"), (2, "none"), (2, "cpu"))
+    # to keep the optimizer elsewhere changes nothing that a long training would show
+    if offload == "none" or CASES[name].changes["max_steps"] <= 10
+]
+
+
+def zero(case: Case, slots: AdapterSlots, processes: int, stage: int, offload: str) -> Zero:
+    section = {"stage": stage, "offload": offload}
+    settings = case.settings(engine="zero", processes=processes, zero=section)
+    return Zero(slots=slots, settings=settings)
+
+
+def interrupted(trainer: Zero, member: Member) -> tuple[TrainResult, Progress]:
+    """Stop before a step, go on from there; return the result and where it stopped."""
+    left: list[Progress] = []
+
+    def leave(step: int, snapshots: Snapshots) -> None:
+        if step == STOP:
+            (found,) = snapshots()
+            left.append(copied(found))
+            raise Stop
+
+    try:
+        trainer.train([member], before_step=leave)
+    except Stop:
+        trainer.let_go()
+    (result,) = trainer.train([replace(member, progress=left[0])])
+    return result, left[0]
+
+
+def copied(progress: Progress) -> Progress:
+    tensors = {name: tensor.clone() for name, tensor in progress.tensors.items()}
+    return replace(progress, tensors=tensors)
+
+
+def train_all(model: Path, processes: int) -> dict[object, object]:
+    found: dict[object, object] = {}
+    for layout, dropout in dict.fromkeys((c.layout, c.dropout) for c in CASES.values()):
+        cases = {n: c for n, c in CASES.items() if (c.layout, c.dropout) == (layout, dropout)}
+        slots = next(iter(cases.values())).slots(model)
+        for name, case in cases.items():
+            for _, stage, offload in (variant for variant in VARIANTS if variant[0] == name):
+                trainer = zero(case, slots, processes, stage, offload)
+                (result,) = trainer.train([case.member(slots)])
+                found[name, stage, offload] = result
+    case = replace(CASES["AdamW"], dropout=0.3, changes={**LONG, "max_steps": 6})
+    slots = case.slots(model)
+    trainer = zero(case, slots, processes, 2, "none")
+    (found["undisturbed"],) = trainer.train([case.member(slots)])
+    found["resumed"], found["progress"] = interrupted(trainer, case.member(slots))
+    found["environment"] = dict(trainer.environment)
+    return found
+
+
+def trained_by(processes: int, model: Path, out: Path) -> dict[Any, Any]:
+    """Start the processes; return what the first one found."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    logs = [out.with_name(f"{out.name}.{rank}.log") for rank in range(processes)]
+    started = []
+    for rank, path in enumerate(logs):
+        arguments = [rank, processes, port, model, out]
+        with path.open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.training.zero_processes", *map(str, arguments)],
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    try:
+        ends = [process.wait(PATIENCE_SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert not any(ends), "\n".join(path.read_text() for path in logs)
+    # nothing was compiled, and MPI was not looked for
+    assert not any(path.read_text() for path in logs), logs[0].read_text()
+    found: dict[Any, Any] = torch.load(out, weights_only=False)
+    return found
+
+
+def main(rank: int, processes: int, port: int, model: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    if processes > 1:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, processes, is_master=rank == 0, timeout=timedelta(minutes=2)
+        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    found = train_all(model, processes)
+    if rank == 0:
+        torch.save(found, out)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), *map(Path, sys.argv[4:6]))  # type: ignore[arg-type]
