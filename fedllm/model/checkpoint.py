@@ -63,9 +63,9 @@ def _quantised(folder: Path, raw: Mapping[str, Any]) -> str:
     sections = [raw, *(part for part in raw.values() if isinstance(part, dict))]
     for section in sections:
         for key in ("quantization_config", "compression_config"):
-            if isinstance(found := section.get(key), dict):
-                named = found.get("quant_method") or found.get("quant_algo")
-                return str(named or ("bitsandbytes" if _in_bits(found) else key))
+            if isinstance(settings := section.get(key), dict):
+                named = settings.get("quant_method") or settings.get("quant_algo")
+                return str(named or ("bitsandbytes" if _in_bits(settings) else key))
     return next((k for name, k in _QUANTISED_FILES.items() if (folder / name).is_file()), "")
 
 
@@ -95,11 +95,11 @@ def _weight_shards(folder: Path) -> Iterator[Path]:
             shards = _shards_of(index)
             yield from shards if name == _WEIGHTS else []
             return
-    found = ", ".join(
+    names = ", ".join(
         sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
     )
     raise ModelError(
-        f"model.path: {folder} holds {found}, but neither {_WEIGHTS} nor its index "
+        f"model.path: {folder} holds {names}, but neither {_WEIGHTS} nor its index "
         f"({_WEIGHTS}.index.json); give a directory as save_pretrained writes it"
     )
 

@@ -49,9 +49,9 @@ def fingerprint_tokenizer(folder: Path) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold the weights: safetensors if there are any."""
     for pattern in ("*.safetensors", "*.bin"):
-        found = [f for f in folder.glob(pattern) if f.name != "training_args.bin"]
-        if found:
-            return sorted([*found, *folder.glob(f"{pattern}.index.json")])
+        weights = [f for f in folder.glob(pattern) if f.name != "training_args.bin"]
+        if weights:
+            return sorted([*weights, *folder.glob(f"{pattern}.index.json")])
     return []
 
 
