@@ -26,8 +26,8 @@ from torch import Tensor
 
 from benchmarks.inputs.adapters import SPECTRA, Kind, client_factors, kinds_of, ranks_of
 from benchmarks.measured.whole_round import whole_round
-from fedllm.aggregation.decomposition import Decomposition, Problem
 from fedllm.aggregation.groups import blocks_of
+from fedllm.aggregation.route_types import Decomposition, Problem
 from fedllm.aggregation.routes import decompose, fold, route_for
 from fedllm.errors import FedllmError
 from fedllm.lora.factors import FactorBlock, Factors

@@ -36,7 +36,7 @@ from fedllm.data.cache import TokenizedClients
 from fedllm.errors import FedllmError
 from fedllm.evaluation.reading import answer_losses, num_targets
 from fedllm.lora.factors import Factors
-from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.programs.prepare import prepare

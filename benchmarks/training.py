@@ -44,10 +44,10 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import FedllmError
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import Base, load_base, load_tokenizer
 from fedllm.model.targets import find_modules
-from fedllm.packing.layouts import find_layout
+from fedllm.packing.layout_check import find_layout
 from fedllm.packing.sequences import length_of
 from fedllm.packing.slots import AdapterSlots
 from fedllm.programs.prepare import prepare

@@ -12,17 +12,17 @@ from benchmarks.rounds import plain_batch, plain_steps
 from fedllm.data.cache import Row
 from fedllm.lora.factors import Adapter
 from fedllm.packing.attention import fitted
-from fedllm.packing.layouts import set_layout
+from fedllm.packing.layout_check import set_layout
 from fedllm.packing.losses import cross_entropies, forward
 from fedllm.packing.micro_batches import PACKERS, Cut
 from fedllm.packing.sequences import Packed, pack, shared_prefix, text_of
 from fedllm.packing.slots import AdapterSlots
-from fedllm.planning.grouping import GROUP_LAYOUT
+from fedllm.planning.engines import GROUP_LAYOUT
 from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.step_plan import Draws, plan_steps
 from fedllm.training.together import Together
-from fedllm.training.trainer import Member
+from fedllm.training.trainer_protocol import Member
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from benchmarks.simulated.cluster import Running, Task
 from benchmarks.simulated.federation import MODULES, Recorded, prepared_record
 from benchmarks.simulated.worker import Attempt, Trained, Worker
 from fedllm.config.loading import read_config
-from fedllm.planning.evaluation import choose_targets
+from fedllm.planning.evaluation_targets import choose_targets
 from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from fedllm.aggregation.decomposition import Problem, RankPartition
+from fedllm.aggregation.route_types import Problem, RankPartition
 from fedllm.aggregation.routes import route_for
 from fedllm.lora.factors import ModuleShape
 

@@ -13,7 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import (
+from fedllm.aggregation.dense_route import DENSE
+from fedllm.aggregation.factored_route import FACTORED
+from fedllm.aggregation.iterative_route import ITERATIVE
+from fedllm.aggregation.route_types import (
     Decomposition,
     Partial,
     Problem,
@@ -21,9 +24,6 @@ from fedllm.aggregation.decomposition import (
     Start,
     scaled,
 )
-from fedllm.aggregation.dense import DENSE
-from fedllm.aggregation.factored import FACTORED
-from fedllm.aggregation.iterative import ITERATIVE
 from fedllm.aggregation.subspace import width
 from fedllm.lora.factors import FactorBlock, Stacked
 from fedllm.lora.spectral import with_fixed_signs

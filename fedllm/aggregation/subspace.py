@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.bounds import Apply, GapBound, last_gap_bound, norm_ranges, own_gaps_bound
-from fedllm.aggregation.decomposition import RESOLUTION
 from fedllm.aggregation.devices import is_fast_at_bfloat16
 from fedllm.aggregation.orthogonal import on_triangle, triangle
+from fedllm.aggregation.route_types import RESOLUTION
 
 # The subspace has more vectors than the wanted rank, by this share of it and at least so many:
 # a larger gap to the first vector outside makes every step converge faster.

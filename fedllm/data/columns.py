@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from fedllm.data.blocks import Place, RowBlock
 from fedllm.data.conversations import TURN_LISTS, answers, turn_lists
-from fedllm.data.formats import SYSTEM, RowColumns
+from fedllm.data.row_formats import SYSTEM, RowColumns
 from fedllm.data.turns import TURNS
 from fedllm.errors import DataError
 from fedllm.planning.seeding import seed_of

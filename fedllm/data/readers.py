@@ -22,8 +22,8 @@ from fedllm.data.files.csv_rows import peek_csv, read_csv
 from fedllm.data.files.json_objects import peek_json, read_json
 from fedllm.data.files.parquet_rows import nested_columns, peek_parquet, read_parquet
 from fedllm.data.files.splits import TEST, TRAIN, VALIDATION, kind_of, shorten_files, split_files
-from fedllm.data.formats import RowColumns, detect_format, row_columns, shorten_names
 from fedllm.data.huggingface import fetch_dataset, is_saved_dataset, read_saved_dataset
+from fedllm.data.row_formats import RowColumns, detect_format, row_columns, shorten_names
 from fedllm.errors import DataError
 from fedllm.storage.fingerprints import fingerprint_files, fingerprint_values
 from fedllm.storage.paths import CachePaths

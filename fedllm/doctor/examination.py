@@ -16,9 +16,9 @@ from fedllm.doctor.cluster_findings import (
     partition_findings,
 )
 from fedllm.doctor.findings import Finding, Level
+from fedllm.doctor.host_findings import folder_findings, readiness_findings
+from fedllm.doctor.node_findings import NodeRequirements, node_findings
 from fedllm.doctor.node_probe import Probe, ProbeWaits, node_options
-from fedllm.doctor.report import NodeRequirements, node_findings
-from fedllm.doctor.surroundings import folder_findings, readiness_findings
 from fedllm.doctor.trials import ProbeResult, installed_versions, nearest_folder, trial_folder
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.classes import asks_for_gpus

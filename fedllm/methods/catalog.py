@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedllm.config.models import Config, MethodSection
 from fedllm.errors import ConfigError
-from fedllm.methods.local_sides import LOCAL_RULES, LocalRule
+from fedllm.methods.local_rules import LOCAL_RULES, LocalRule
 from fedllm.methods.options import OPTIONS, NoOptions, parse_options
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Decomposition, Problem, RankPartition
+from fedllm.aggregation.route_types import Decomposition, Problem, RankPartition
 from fedllm.lora.spectral import (
     alive_directions,
     effective_rank,

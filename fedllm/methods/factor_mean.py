@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.pair_state import PairMethod, summed

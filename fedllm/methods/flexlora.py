@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.decomposition import Partial, Problem, RankPartition
+from fedllm.aggregation.route_types import Partial, Problem, RankPartition
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.options import FlexLoraOptions
 from fedllm.methods.protocol import ModuleAggregate, ModuleState

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Partial, Problem, RankPartition
+from fedllm.aggregation.route_types import Partial, Problem, RankPartition
 from fedllm.lora.factors import FactorBlock, ModuleShape, initial_a
 from fedllm.methods.pair_state import PairMethod, summed
 from fedllm.methods.protocol import ModuleAggregate, ModuleState

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.options import LoraFairOptions

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, RankPartition
+from fedllm.aggregation.route_types import Decomposition, Partial, Problem, RankPartition
 from fedllm.aggregation.routes import truncated_svd
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of, stack

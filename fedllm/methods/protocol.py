@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
 from fedllm.storage.records import ModuleDiagnostics
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.protocol import ModuleAggregate, ModuleState
 from fedllm.methods.spectral_state import SpectralMethod, with_room, with_state

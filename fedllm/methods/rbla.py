@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.pair_state import PairMethod, summed
 from fedllm.methods.protocol import ModuleAggregate, ModuleState

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.decomposition import (
+from fedllm.aggregation.route_types import (
     Decomposition,
     Partial,
     Problem,

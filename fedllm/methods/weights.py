@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.route_types import Problem
 from fedllm.errors import DataError
 
 

@@ -21,7 +21,7 @@ from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.packing.adapter_product import LeanFactor
 from fedllm.packing.gated_mlp import save_mlp_memory
-from fedllm.packing.layouts import set_layout
+from fedllm.packing.layout_check import set_layout
 from fedllm.packing.precision import keep_sums_in_float32, make_float32_factor
 from fedllm.packing.recompute import Recomputation, Recompute
 from fedllm.packing.row_dropout import RowDropout, RowSeeds
@@ -80,7 +80,7 @@ class AdapterSlots:
 
     There is one PEFT adapter per distinct set of ranks: `c0`, `c1`, ... `install` copies A, B and
     scale into it, so that memory does not grow with the number of clients. Only the installed
-    adapter requires gradients. The base stays frozen. `layout` is one of `packing.layouts`.
+    adapter requires gradients. The base stays frozen. `layout` is one of `packing.layout_check`.
     """
 
     def __init__(

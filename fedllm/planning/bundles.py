@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedllm.planning.grouping import ClientGroup
+from fedllm.planning.engines import ClientGroup
 from fedllm.storage.records import BundleRecord, CohortClient
 
 # Each bundle writes a claim and an update; next to 10 s of work these files cost little.

@@ -7,7 +7,7 @@ from fedllm.config.models import Config
 from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
 from fedllm.planning.cohorts import cohort_size, draw_cohort
 from fedllm.planning.costs import CostModel, seed_costs, training_cost
-from fedllm.planning.grouping import ClientGroup, engine_of
+from fedllm.planning.engines import ClientGroup, engine_of
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord

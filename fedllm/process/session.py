@@ -12,7 +12,7 @@ from fedllm.config.models import Config
 from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
-from fedllm.planning.grouping import engine_of
+from fedllm.planning.engines import engine_of
 from fedllm.process.log import say
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publishing.publish import Version, version_of
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedllm.model.base import Base
     from fedllm.packing.slots import AdapterSlots
     from fedllm.training.loop import LocalSettings
-    from fedllm.training.trainer import OpenTrainer, Trainer
+    from fedllm.training.trainer_protocol import OpenTrainer, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
 from fedllm.packing.precision import precision
 from fedllm.packing.slots import AdapterSlots
-from fedllm.planning.evaluation import Target, choose_targets, is_complete
+from fedllm.planning.evaluation_targets import Target, choose_targets, is_complete
 from fedllm.planning.federation import Federation, plan_federation
-from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
+from fedllm.process.state_adapters import adapter_of
 from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (

@@ -20,9 +20,9 @@ from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.memory import give_back_freed
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.packing.attention import SHARED
-from fedllm.packing.layouts import find_layout, is_still_valid
+from fedllm.packing.layout_check import find_layout, is_still_valid
+from fedllm.planning.engines import engine_of
 from fedllm.planning.federation import plan_federation
-from fedllm.planning.grouping import engine_of
 from fedllm.planning.roles import split_roles
 from fedllm.process.log import say
 from fedllm.server.starting_adapter import describe_start, refuse_ranks

@@ -11,8 +11,8 @@ from fedllm.rounds.collecting import collect
 from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.rounds.dispatch.submissions import run_single_job
 from fedllm.rounds.finishing import finish_rounds
+from fedllm.rounds.retries import train
 from fedllm.rounds.run import Run
-from fedllm.rounds.training import train
 from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord
 
 

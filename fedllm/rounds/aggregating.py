@@ -3,7 +3,7 @@
 import hashlib
 
 from fedllm.errors import FedllmError, RunDirectoryError
-from fedllm.planning.evaluation import is_evaluated
+from fedllm.planning.evaluation_targets import is_evaluated
 from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
 from fedllm.rounds.dispatch.submissions import run_single_job
 from fedllm.rounds.run import Run

@@ -1,6 +1,6 @@
 """End of a round: write its record and the metrics, then prune what retention does not keep."""
 
-from fedllm.planning.evaluation import is_evaluated
+from fedllm.planning.evaluation_targets import is_evaluated
 from fedllm.reporting.results.metrics import headline, write_metrics
 from fedllm.reporting.usage import round_usage
 from fedllm.rounds.retention import prune

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.route_types import Problem
 
 _ALIGNMENT_BYTES = 64
 

@@ -16,8 +16,8 @@ from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
 from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
-from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
+from fedllm.process.state_adapters import adapter_of
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.outputs import filling_folder

@@ -15,8 +15,8 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Partial
 from fedllm.aggregation.groups import ModuleGroup
+from fedllm.aggregation.route_types import Partial
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
-from fedllm.methods.local_sides import LocalRule
+from fedllm.methods.local_rules import LocalRule
 from fedllm.packing.batches import LossOn, TokenRow
 from fedllm.packing.micro_batches import PACKERS, Cut, Pass
 from fedllm.packing.precision import precision

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from fedllm.config.models import TrainingSection
-from fedllm.methods.local_sides import LocalRule
+from fedllm.methods.local_rules import LocalRule
 
 _Build = Callable[[Sequence[nn.Parameter], LocalRule, TrainingSection], Optimizer]
 

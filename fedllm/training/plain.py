@@ -7,7 +7,7 @@ from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, Loop, TrainResult
 from fedllm.training.out_of_memory import let_go, micro_batch_size
 from fedllm.training.provenance import environment
-from fedllm.training.trainer import Member, StepHook, no_hook
+from fedllm.training.trainer_protocol import Member, StepHook, no_hook
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from fedllm.packing.precision import precision
 from fedllm.packing.sequences import Packed
 from fedllm.packing.slots import AdapterSlots
 from fedllm.packing.stacked_adapters import StackedPass
-from fedllm.planning.grouping import GROUP_LAYOUT
+from fedllm.planning.engines import GROUP_LAYOUT
 from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
 from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress
-from fedllm.training.trainer import Member, StepHook, no_hook
+from fedllm.training.trainer_protocol import Member, StepHook, no_hook
 
 _Told = TypeVar("_Told", Progress, TrainResult)
 

@@ -1,13 +1,13 @@
-"""The trainers there are, by the name of the engine that `planning.grouping.engine_of` gives."""
+"""The trainers there are, by the name of the engine that `planning.engines.engine_of` gives."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
 
 from fedllm.errors import ConfigError
-from fedllm.planning.grouping import Engine
+from fedllm.planning.engines import Engine
 from fedllm.training.plain import Plain
 from fedllm.training.together import Together
-from fedllm.training.trainer import OpenTrainer
+from fedllm.training.trainer_protocol import OpenTrainer
 from fedllm.training.zero import Zero
 
 TRAINERS: Mapping[str, OpenTrainer] = {"plain": Plain, "together": Together, "zero": Zero}

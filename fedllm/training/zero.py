@@ -25,7 +25,7 @@ from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress, named_tensors
 from fedllm.training.shares import divide_rows
 from fedllm.training.step_plan import rate_factor
-from fedllm.training.trainer import Member, StepHook, no_hook
+from fedllm.training.trainer_protocol import Member, StepHook, no_hook
 
 
 @dataclass(frozen=True, kw_only=True)

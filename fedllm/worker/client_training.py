@@ -10,12 +10,12 @@ from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.catalog import local_rule, method_of
 from fedllm.methods.protocol import Method
-from fedllm.planning.grouping import engine_of
-from fedllm.process.adapters import adapter_of
+from fedllm.planning.engines import engine_of
 from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
+from fedllm.process.state_adapters import adapter_of
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.checkpoint_header import CheckpointIdentity
@@ -26,7 +26,7 @@ from fedllm.storage.tensors import TensorFile
 from fedllm.training.loop import LocalSettings, TrainResult
 from fedllm.training.out_of_memory import micro_batch_size, micro_batch_sizes, ran_out
 from fedllm.training.step_plan import Draws, plan_steps
-from fedllm.training.trainer import Member, Snapshots, Trainer
+from fedllm.training.trainer_protocol import Member, Snapshots, Trainer
 from fedllm.worker.checkpoints import Resumable, UnusableCheckpointError, common_step
 from fedllm.worker.process_group import OneProcess, Order, Processes
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Decomposition, Partial, Problem, Start
+from fedllm.aggregation.route_types import Decomposition, Partial, Problem, Start
 from fedllm.aggregation.routes import ROUTES
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.lora.spectral import Spectral

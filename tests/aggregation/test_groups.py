@@ -69,7 +69,7 @@ def test_a_group_is_limited_by_its_bytes_and_one_module_always_fits() -> None:
 
 
 GROUP = """
-from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.route_types import Problem
 from fedllm.aggregation.routes import decompose, fold
 from fedllm.lora.factors import FactorBlock
 problem = Problem(out={out}, in_={in_}, stacked_rank=8 * {rank}, rank={wanted}, exact={exact})

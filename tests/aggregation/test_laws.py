@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.decomposition import Decomposition, Problem, Start
+from fedllm.aggregation.route_types import Decomposition, Problem, Start
 from fedllm.aggregation.routes import ROUTES, route_for
 from fedllm.lora.factors import Factors, initial_a
 from fedllm.lora.spectral import Spectral, with_live_directions

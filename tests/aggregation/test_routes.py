@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.aggregation.decomposition import Decomposition, Problem
+from fedllm.aggregation.route_types import Decomposition, Problem
 from fedllm.aggregation.routes import route_for, truncated_svd
 from fedllm.lora.factors import Factors, Stacked, stack
 from fedllm.lora.spectral import Spectral

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedllm.aggregation.bounds import last_gap_bound, norm_ranges, own_gaps_bound
-from fedllm.aggregation.decomposition import Decomposition, Problem, Start
-from fedllm.aggregation.iterative import decompose
+from fedllm.aggregation.iterative_route import decompose
+from fedllm.aggregation.route_types import Decomposition, Problem, Start
 from fedllm.aggregation.subspace import gram, orthonormal
 from fedllm.errors import AdapterError
 from tests.aggregation.processors import pretend

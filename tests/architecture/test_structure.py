@@ -120,6 +120,12 @@ def test_a_file_has_a_name_of_its_own() -> None:
     assert not [name for name, count in names.items() if count > 1]
 
 
+def test_no_file_has_the_name_of_another_room() -> None:
+    rooms = {path.name for path in (ROOT / "fedllm").iterdir() if path.is_dir()}
+    inside = [path for path in MODULES if CLI not in path.parents]
+    assert not [path for path in inside if path.stem in rooms - {path.parent.name}]
+
+
 def test_a_public_class_has_a_name_of_its_own() -> None:
     names = Counter(
         node.name

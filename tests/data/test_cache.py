@@ -15,7 +15,7 @@ from fedllm.config.models import ColumnsSection
 from fedllm.data.blocks import RowBlock, row_number
 from fedllm.data.cache import TokenizedClients
 from fedllm.data.columns import canonical_block
-from fedllm.data.formats import ALPACA, row_columns
+from fedllm.data.row_formats import ALPACA, row_columns
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.turns import TextRow
 from fedllm.data.writer import write_clients

@@ -24,7 +24,7 @@ from transformers import (
 from fedllm.config.models import EvaluationSection, TrainingSection
 from fedllm.evaluation.reading import answer_losses, padded_losses
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import Base
 from fedllm.model.targets import find_modules
 from fedllm.packing.micro_batches import PACKERS, Cut
@@ -33,7 +33,7 @@ from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.step_plan import Draws
 from fedllm.training.together import Together
-from fedllm.training.trainer import Member
+from fedllm.training.trainer_protocol import Member
 
 CPU = torch.device("cpu")
 LLAMA = LlamaConfig(

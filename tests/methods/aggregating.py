@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fedllm.aggregation.decomposition import Problem
 from fedllm.aggregation.groups import ModuleGroup, with_weights
+from fedllm.aggregation.route_types import Problem
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
 

@@ -22,7 +22,7 @@ from fedllm.methods.catalog import (
 )
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.flexlora import FlexLora
-from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.methods.weights import amounts, total_of
 
 
@@ -86,7 +86,7 @@ def test_a_method_of_ones_own_is_named_by_its_path() -> None:
         ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
         ("fedllm.methods.flexlora:Nothing", "has no attribute 'Nothing'"),
         (":Class", "cannot import ':Class'"),
-        ("fedllm.methods.local_sides:LocalRule", "lacks base_delta, finish, fold, kind"),
+        ("fedllm.methods.local_rules:LocalRule", "lacks base_delta, finish, fold, kind"),
         ("fedllm.methods.catalog:METHODS", "lacks base_delta"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Partial, Problem
+from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
 from fedllm.methods.factor_mean import FactorMean

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.route_types import Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, initial_a
 from fedllm.methods.flexlora import FlexLora

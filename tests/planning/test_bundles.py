@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.planning.bundles import SMALLEST_BUNDLE_SECONDS, cut_bundles
-from fedllm.planning.grouping import ClientGroup, group_clients
+from fedllm.planning.engines import ClientGroup, group_clients
 from fedllm.storage.records import BundleRecord, CohortClient
 
 Size = int | Literal["auto"]

@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError
-from fedllm.planning.evaluation import Target, choose_targets, is_complete, is_evaluated
+from fedllm.planning.evaluation_targets import Target, choose_targets, is_complete, is_evaluated
 from fedllm.planning.federation import plan_federation
 from fedllm.storage.records import ClientRecord
 from tests.planning.federations import client, client_lists, config_of, prepared_of

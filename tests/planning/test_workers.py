@@ -10,7 +10,7 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.costs import SECONDS_PER_CLIENT, CostModel
-from fedllm.planning.grouping import group_clients
+from fedllm.planning.engines import group_clients
 from fedllm.planning.workers import ClassPlan, next_arrays, plan_classes
 from fedllm.storage.records import CohortClient
 

@@ -13,11 +13,11 @@ from fedllm.errors import AdapterError, RunDirectoryError
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.catalog import method_of
 from fedllm.packing.sequences import common_prefix
-from fedllm.planning.evaluation import choose_targets
+from fedllm.planning.evaluation_targets import choose_targets
 from fedllm.planning.federation import plan_federation
-from fedllm.process.adapters import adapter_of
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
+from fedllm.process.state_adapters import adapter_of
 from fedllm.programs.entry_points import run as run_program
 from fedllm.programs.evaluate import evaluate_adapter, evaluate_round, evaluate_state, score_targets
 from fedllm.storage.paths import RoundPaths, RunPaths

@@ -12,7 +12,7 @@ import torch
 
 from fedllm.config.loading import read_config, validate
 from fedllm.config.models import Config
-from fedllm.planning.evaluation import choose_targets
+from fedllm.planning.evaluation_targets import choose_targets
 from fedllm.planning.seeding import seed_of
 from fedllm.process.session import Session
 from fedllm.programs.entry_points import run as run_program

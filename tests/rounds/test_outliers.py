@@ -8,7 +8,7 @@ from fedllm.config.models import Config
 from fedllm.errors import RunFailed
 from fedllm.rounds.collecting import collect
 from fedllm.rounds.coordinate import coordinate
-from fedllm.rounds.training import scan_updates
+from fedllm.rounds.retries import scan_updates
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
     CohortRecord,

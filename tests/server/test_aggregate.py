@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import Partial, Problem
 from fedllm.aggregation.groups import blocks_of
+from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, ConfigError
 from fedllm.lora.factors import FactorBlock, Factors

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedllm.aggregation.decomposition import Problem
+from fedllm.aggregation.route_types import Problem
 from fedllm.server.buffer_pool import BlockLayout, CpuBuffer
 
 

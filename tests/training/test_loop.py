@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedllm.config.models import TrainingSection
 from fedllm.errors import DataError
 from fedllm.lora.factors import Adapter, Factors
-from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult, train_client

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedllm.config.models import TrainingSection
-from fedllm.methods.local_sides import LocalRule
+from fedllm.methods.local_rules import LocalRule
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.storage.checkpoint_header import CheckpointIdentity, CheckpointRecord

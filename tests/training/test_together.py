@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
-from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult, train_client
 from fedllm.training.progress import Progress
 from fedllm.training.step_plan import Draws
 from fedllm.training.together import Together
-from fedllm.training.trainer import Member, StepHook
+from fedllm.training.trainer_protocol import Member, StepHook
 from tests.decoders import Row
 from tests.tiny import Tiny
 from tests.training.test_loop import TARGETS, rows_of, same, start

@@ -10,11 +10,11 @@ from fedllm.config.models import TrainingSection
 from fedllm.errors import ConfigError
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
-from fedllm.planning.grouping import engine_of
+from fedllm.planning.engines import engine_of
 from fedllm.training.loop import TrainResult, train_client
 from fedllm.training.progress import Progress
 from fedllm.training.provenance import environment
-from fedllm.training.trainer import Member, Snapshots, Trainer
+from fedllm.training.trainer_protocol import Member, Snapshots, Trainer
 from fedllm.training.trainers import TRAINERS, require_installed
 from tests.tiny import Tiny
 from tests.training.test_loop import TARGETS, same

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from fedllm.config.models import TrainingSection
-from fedllm.methods.local_sides import LOCAL_RULES
+from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult
 from fedllm.training.progress import Progress
 from fedllm.training.step_plan import Draws
-from fedllm.training.trainer import Member, Snapshots
+from fedllm.training.trainer_protocol import Member, Snapshots
 from fedllm.training.zero import Zero
 from tests.training.test_loop import TARGETS, rows_of, start
 

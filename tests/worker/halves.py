@@ -20,7 +20,7 @@ from fedllm.training.loop import LocalSettings, Loop, TrainResult
 from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress
 from fedllm.training.provenance import environment
-from fedllm.training.trainer import Member, StepHook, no_hook
+from fedllm.training.trainer_protocol import Member, StepHook, no_hook
 
 PAUSE = "HALVES_PAUSE"  # seconds before a step
 

@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from fedllm.cli.execution import resume, start
 from fedllm.config.loading import override_config, read_config
 from fedllm.errors import ConfigError, OutOfMemory
-from fedllm.planning.grouping import group_clients
+from fedllm.planning.engines import group_clients
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.programs.prepare import prepare, prepare_run

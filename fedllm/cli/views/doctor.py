@@ -11,8 +11,7 @@ from fedllm.cli.execution import default_run_dir
 from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
 from fedllm.config.models import SchedulerSection, StorageSection
 from fedllm.doctor.examination import DoctorRequest, examine
-from fedllm.doctor.findings import Finding
-from fedllm.doctor.report import describe_findings
+from fedllm.doctor.findings import Finding, describe_findings
 from fedllm.errors import ConfigError
 from fedllm.methods.catalog import check_method
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved

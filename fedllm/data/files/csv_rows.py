@@ -19,7 +19,7 @@ from fedllm.data.blocks import Place, RowBlock
 from fedllm.data.columns import client_texts, uniquely_named
 from fedllm.data.files.decoded import decoded
 from fedllm.data.files.quotes import checked_quotes
-from fedllm.data.formats import RowColumns
+from fedllm.data.row_formats import RowColumns
 from fedllm.errors import DataError
 from fedllm.storage.hub import first_line
 

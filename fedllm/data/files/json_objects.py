@@ -20,7 +20,7 @@ from fedllm.data.blocks import RowBlock
 from fedllm.data.columns import client_error, client_text
 from fedllm.data.conversations import turn_lists
 from fedllm.data.files.decoded import decoded
-from fedllm.data.formats import SYSTEM, RowColumns
+from fedllm.data.row_formats import SYSTEM, RowColumns
 from fedllm.errors import DataError
 
 # number of rows in a block: as Python objects they take several times the memory of their text

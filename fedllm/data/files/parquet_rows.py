@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from fedllm.data.blocks import RowBlock, row_number
 from fedllm.data.columns import columns_to_read
-from fedllm.data.formats import RowColumns
+from fedllm.data.row_formats import RowColumns
 from fedllm.errors import DataError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import asks_for_gpus, job_options
-from fedllm.planning.evaluation import choose_targets, is_evaluated
+from fedllm.planning.evaluation_targets import choose_targets, is_evaluated
 from fedllm.planning.federation import TERAFLOPS, Federation
 from fedllm.planning.workers import ClassPlan
 from fedllm.reporting.plan.plan_directions import DirectionsPlan, plan_directions

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fedllm.planning.sbatch_options import by_flag
+from fedllm.planning.sbatch_spelling import by_flag
 from fedllm.reporting.plan.plan import Geometry, QueueLimits
 from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.tables import number, size, text_table

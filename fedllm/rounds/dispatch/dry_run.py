@@ -7,8 +7,8 @@ from pathlib import Path
 from fedllm.config.models import Config, SbatchOptions
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import job_options, tier_options
+from fedllm.planning.engines import engine_of
 from fedllm.planning.federation import Federation, plan_federation
-from fedllm.planning.grouping import engine_of
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
 from fedllm.rounds.dispatch.submissions import SingleProgram, job_of

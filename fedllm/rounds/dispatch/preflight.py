@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fedllm.planning.classes import classes_of, job_options, tier_options
-from fedllm.planning.grouping import engine_of
-from fedllm.planning.sbatch_options import by_flag
+from fedllm.planning.engines import engine_of
+from fedllm.planning.sbatch_spelling import by_flag
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Job, Option
 

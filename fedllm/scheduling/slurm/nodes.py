@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from fedllm.planning.sbatch_options import PROCESSES
+from fedllm.planning.sbatch_spelling import PROCESSES
 from fedllm.scheduling.slurm.limits import Configuration, Partition
 from fedllm.scheduling.slurm.notation import generic, hosts, mebibytes, rows, separated
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from fedllm.config.models import SbatchOptions, SbatchSection, SchedulerSection
 from fedllm.errors import ConfigError
-from fedllm.planning.sbatch_options import (
+from fedllm.planning.sbatch_spelling import (
     PROCESSES,
     by_flag,
     flag_name,

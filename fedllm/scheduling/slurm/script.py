@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import RunDirectoryError
-from fedllm.planning.sbatch_options import PROCESSES
+from fedllm.planning.sbatch_spelling import PROCESSES
 from fedllm.scheduling.heap import shell_line
 from fedllm.scheduling.seam import Job
 from fedllm.scheduling.slurm.commands import clean_environment

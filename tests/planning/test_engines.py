@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.planning.grouping import group_clients
+from fedllm.planning.engines import group_clients
 from fedllm.storage.records import CohortClient
 
 Ranks = dict[str, dict[str, int]]

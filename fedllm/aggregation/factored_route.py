@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fedllm.aggregation import dense
-from fedllm.aggregation.decomposition import (
+from fedllm.aggregation import dense_route
+from fedllm.aggregation.orthogonal import orthonormal, triangle
+from fedllm.aggregation.route_types import (
     Decomposition,
     Partial,
     Problem,
@@ -21,7 +22,6 @@ from fedllm.aggregation.decomposition import (
     split_modules,
     transposed,
 )
-from fedllm.aggregation.orthogonal import orthonormal, triangle
 
 _INDEPENDENT = 1e-2  # the part of a unit column orthogonal to the columns before it
 _CANCELLED = 1e-6  # of the product of the parts' energies
@@ -59,7 +59,7 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     parts_G = t_GRR.square().sum((-2, -1)) * _trace(tall_GRR)
     if bool((energy_G < _CANCELLED * parts_G).any()):
         # the sum is small beside its parts, and the Gram matrix has their rounding: form the sum
-        return dense.decompose([{"W": b_GOR @ a_GRI}], problem, Start())
+        return dense_route.decompose([{"W": b_GOR @ a_GRI}], problem, Start())
     values_GR, vectors_GRR = torch.linalg.eigh(gram_GRR)
     kept = min(problem.rank, vectors_GRR.shape[-1])
     leading_GRK = vectors_GRR[..., -kept:].flip(-1)  # eigh sorts from the smallest
@@ -72,7 +72,7 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
             spectral=spectral,
             total_energy=energy,
             route="factored",
-            certificate=dense.direct_certificate(
+            certificate=dense_route.direct_certificate(
                 energy, spectral.s_R, eigenvalues, formed_from=parts
             ),
         )

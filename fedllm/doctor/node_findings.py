@@ -1,12 +1,11 @@
 """Findings about a compute node, from its probe, and findings as text."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from fedllm.doctor.findings import Finding, Level
+from fedllm.doctor.findings import Finding
 from fedllm.doctor.trials import ProbeResult
 from fedllm.reporting.tables import size
 
@@ -150,16 +149,3 @@ def _commands(check: str, result: ProbeResult, needs: NodeRequirements) -> Findi
         "from cron there"
     )
     return Finding(check=check, level="warn" if needs.submits else "ok", found=found, change=change)
-
-
-def describe_findings(findings: Sequence[Finding]) -> str:
-    """Return findings as text: one line each, and one below it with what to change."""
-    width = max(len(finding.level) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.level:<{width}}  {finding.check}: {finding.found}")
-        if finding.change:
-            lines.append(f"{'':<{width}}  -> {finding.change}")
-    count = Counter(finding.level for finding in findings)
-    total = ", ".join(f"{count[level]} {level}" for level in get_args(Level))
-    return "\n".join([*lines, "", total])

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.doctor.findings import Finding
-from fedllm.doctor.report import NodeRequirements, describe_findings, node_findings
+from fedllm.doctor.findings import Finding, describe_findings
+from fedllm.doctor.node_findings import NodeRequirements, node_findings
 from fedllm.doctor.trials import NodeRecord, ProbeResult
 
 RUNS = Path("/shared/runs")

@@ -1,6 +1,6 @@
 import pytest
 
-from fedllm.planning.sbatch_options import by_flag, flag_name, refusal_reason, time_minutes
+from fedllm.planning.sbatch_spelling import by_flag, flag_name, refusal_reason, time_minutes
 
 
 def test_options_are_named_by_their_long_flags() -> None:

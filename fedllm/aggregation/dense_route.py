@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedllm.aggregation.decomposition import (
+from fedllm.aggregation.route_types import (
     Certificate,
     Decomposition,
     Partial,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedllm.aggregation import dense
+from fedllm.aggregation import dense_route
 from fedllm.aggregation.bounds import FAILURE_PROBABILITY
-from fedllm.aggregation.decomposition import (
+from fedllm.aggregation.route_types import (
     Certificate,
     Decomposition,
     Partial,
@@ -61,7 +61,7 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     (many equal singular values around the last wanted one, for example), the dense route decomposes
     the module, and the result names it.
     """
-    sums = _ScaledSum.of(dense.summed(partials))
+    sums = _ScaledSum.of(dense_route.summed(partials))
     decompositions = _decomposed(sums.w_GOI, sums.energy_G, problem, start)
     units = sums.units_G.tolist()
     return [scaled(item, unit) for item, unit in zip(decompositions, units, strict=True)]
@@ -83,7 +83,7 @@ def _decomposed(
         tall = _triplets(found)
         return _with_certificates(transposed(tall) if wide else tall, energy_G, found)
     if len(w_GOI) == 1:
-        return dense.decompose([{"W": w_GOI.double()}], problem, start)
+        return dense_route.decompose([{"W": w_GOI.double()}], problem, start)
     alone = [
         _decomposed(w_GOI[i, None], energy_G[i, None], problem, _of_module(start, i))
         for i in range(len(w_GOI))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.packing.layouts import find_layout, is_still_valid
+from fedllm.packing.layout_check import find_layout, is_still_valid
 from fedllm.storage.records import LayoutRecord
 
 WINDOW = {"sliding_window": 64}
