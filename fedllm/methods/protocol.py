@@ -75,7 +75,8 @@ class Method(Protocol):
 
         Args:
             block: rank 0 is a client without these modules: it counts as zero.
-            problem: the shape and the largest rank that anyone receives.
+            problem: the shape, the largest rank that anyone receives, and the weight of the
+                clients that train each range of directions.
 
         Raises:
             AdapterError: updates that cannot be combined.

@@ -135,6 +135,12 @@ def test_a_run_without_evaluations_has_no_table_of_scores(tmp_path: Path) -> Non
     assert "energy" not in text
 
 
+def test_the_summary_names_the_options_of_the_method(tmp_path: Path) -> None:
+    paths = begin(tmp_path, method__options={"truncated": "keep"})
+    first = run_summary(paths).splitlines()[0]
+    assert first == f"run {tmp_path} (flexlora truncated=keep + fedit)"
+
+
 def test_scores_of_a_state_are_shown_by_tier_and_group() -> None:
     rows = [
         line.split()

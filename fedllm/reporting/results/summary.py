@@ -45,7 +45,9 @@ def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) 
 def run_summary(paths: RunPaths) -> str:
     """Return the tables that `fedllm run` prints at its end."""
     config = read_config(paths.config)
-    parts = [f"run {paths.root} ({config.method.name} + {config.method.local})"]
+    section = config.method
+    options = "".join(f" {name}={value}" for name, value in section.options.items())
+    parts = [f"run {paths.root} ({section.name}{options} + {section.local})"]
     base = EvaluationRecord.find(paths.round(0).evaluation_record)
     last = last_evaluation(paths, config.rounds)
     if base and last and last.round:
