@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedllm.errors import AdapterError, ConfigError, DataError, RunDirectoryError
+from fedllm.methods.catalog import METHODS
 from fedllm.server.combine import (
     Combined,
     CombineRequest,
@@ -191,6 +192,25 @@ def test_factor_mean_averages_a_and_b_apart_and_refuses_mixed_ranks(
     with pytest.raises(AdapterError, match="factor_mean needs adapters of one shape and rank"):
         combine([zoo["plain"], zoo["rslora"]], tmp_path / "mixed", method="factor_mean")
     assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize(
+    "method", [name for name, entry in METHODS.items() if entry.ranks == "any"]
+)
+def test_every_method_for_mixed_ranks_combines_adapters_of_any_ranks(
+    llama: Path, zoo: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    folders = [zoo[kind] for kind in KINDS]
+    combined = combine(folders, tmp_path / "out", WEIGHTS, method=method)
+    assert all(0 <= module.energy_kept <= 1 for module in combined.modules.values())
+    found = deltas(llama, tmp_path / "out")
+    assert set(found) == set(combined.modules)
+    assert all(bool(change.isfinite().all() and change.any()) for change in found.values())
+    # one adapter alone comes out as it is
+    combine([zoo["patterns"]], tmp_path / "one", method=method)
+    for module, change in deltas(llama, zoo["patterns"]).items():
+        one = deltas(llama, tmp_path / "one")[module]
+        torch.testing.assert_close(one, change, rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_inputs_agree_on_is_carried_over(
