@@ -1,0 +1,304 @@
+"""Which method reaches the optimum, where it is known? Least squares through the real methods.
+
+A module W (256 x 256) is to minimise sum_i p_i |W - T_i|^2 over 40 clients: the optimum is the mean
+target. T_i = U (D + strength C_i) V^T: a spectrum that all share, sigma_j = 2^(-j/4) over 64
+directions, and a part of the client's own, C_i = sqrt(D) G_i sqrt(D) / 8 with G_i normal. Four
+tiers train ranks 2, 8, 8 and 32, in the shares of `clients.distribution`; 8 clients a round take 5
+gradient steps on their factors, 30 rounds. Methods for one rank train all clients at rank 2.
+
+Prints, for each method, means over seeds and their 95 % bootstrap intervals: the relative distance
+to the optimum as deployed (each client at its own rank) and at the largest rank, the share of the
+energy beyond the smallest rank after rounds 1, 10 and 30, and the bytes of a round.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta
+from fedllm.methods.catalog import METHODS, build_method
+from fedllm.methods.protocol import Method, ModuleState
+from fedllm.planning.quotas import largest_remainder
+from fedllm.planning.seeding import seed_of
+from fedllm.planning.tiers import DISTRIBUTIONS
+from fedllm.reporting.tables import text_table
+
+SIDE, DIRECTIONS = 256, 64
+RANKS = (2, 8, 8, 32)
+CLIENTS, COHORT, STEPS = 40, 8, 5
+# for all methods: with scales of 2 a step on B makes up for 4 x 0.2 of what is missing
+LEARNING_RATE = 0.2
+STRENGTHS = (0.5, 2.0)
+SHOWN_ROUNDS = (1, 10, 30)
+SHAPE = ModuleShape(out=SIDE, in_=SIDE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A method with its options, a distribution of ranks, the strength of clients' own parts."""
+
+    method: str
+    options: tuple[tuple[str, str], ...] = ()
+    distribution: str
+    strength: float
+
+    @property
+    def label(self) -> str:
+        """The method and its options."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The figures of one seed: distances, energy beyond the smallest rank by round, bytes.
+
+    `best_deployed` and `best_largest` are the distances of the optimum's own best approximations.
+    """
+
+    deployed: float
+    largest: float
+    best_deployed: float
+    best_largest: float
+    beyond: dict[int, float]
+    bytes_a_round: float
+
+
+@dataclass(kw_only=True)
+class Federation:
+    """One seed's clients, their targets and weights, and the server's state.
+
+    The target of client c is `left[c] @ right`, (256, 64) times (64, 256).
+    """
+
+    seed: int
+    ranks: list[int]
+    rows: list[float]
+    left: Tensor
+    right: Tensor
+    state: ModuleState
+    beyond: dict[int, float] = field(default_factory=dict)
+    bytes_sent: int = 0
+
+    @property
+    def optimum(self) -> Tensor:
+        """The weighted mean of the targets."""
+        weights = torch.tensor(self.rows, dtype=torch.float64)
+        shares = weights / weights.sum()
+        return torch.einsum("c,cok->ok", shares, self.left.double()) @ self.right.double()
+
+
+def federation_of(arm: Arm, method: Method, seed: int) -> Federation:
+    """Draw a federation; only the ranks depend on the distribution, only targets on strength."""
+    draw = torch.Generator().manual_seed(seed_of("known rank", seed))
+    u_OK, v_IK = (
+        torch.linalg.qr(torch.randn(SIDE, DIRECTIONS, generator=draw)).Q for _ in range(2)
+    )
+    d_K = 2.0 ** (-torch.arange(DIRECTIONS) / 4)
+    own_CKK = torch.randn(CLIENTS, DIRECTIONS, DIRECTIONS, generator=draw) / 8
+    core_CKK = torch.diag(d_K) + arm.strength * (d_K.sqrt()[:, None] * own_CKK * d_K.sqrt())
+    shares = dict(enumerate(DISTRIBUTIONS[arm.distribution]))
+    counts = largest_remainder({str(tier): share for tier, share in shares.items()}, CLIENTS)
+    ranks = [RANKS[int(tier)] for tier, count in counts.items() for _ in range(count)]
+    ranks = [ranks[place] for place in torch.randperm(CLIENTS, generator=draw).tolist()]
+    if METHODS[arm.method].ranks == "one":
+        ranks = [min(RANKS)] * CLIENTS
+    return Federation(
+        seed=seed,
+        ranks=ranks,
+        rows=torch.randint(20, 61, (CLIENTS,), generator=draw).double().tolist(),
+        left=u_OK @ core_CKK,
+        right=v_IK.mT,
+        state=method.start_module(module="m", shape=SHAPE, rank=max(ranks)),
+    )
+
+
+def cohort_of(seed: int, round_number: int) -> list[int]:
+    """Return the clients of a round, the same for every method."""
+    draw = torch.Generator().manual_seed(seed_of("known rank", seed, round_number))
+    return sorted(torch.randperm(CLIENTS, generator=draw)[:COHORT].tolist())
+
+
+def trained(
+    received: Sequence[Factors], left: Sequence[Tensor], right: Sequence[Tensor]
+) -> list[Factors]:
+    """Return what clients of one rank send: gradient descent on |s B A - T|^2 / 2, all at once."""
+    a, b = torch.stack([f.a_RI for f in received]), torch.stack([f.b_OR for f in received])
+    tall, flat, scale = torch.stack(list(left)), torch.stack(list(right)), received[0].scale
+    for _ in range(STEPS):
+        of_b = scale * (scale * b @ (a @ a.mT) - tall @ (flat @ a.mT))
+        of_a = scale * (scale * (b.mT @ b) @ a - (b.mT @ tall) @ flat)
+        a, b = a - LEARNING_RATE * of_a, b - LEARNING_RATE * of_b
+    return [Factors(a_RI=x, b_OR=y, scale=scale) for x, y in zip(a, b, strict=True)]
+
+
+def train_round(
+    method: Method, federations: Sequence[Federation], cohorts: Sequence[list[int]]
+) -> list[dict[int, Factors]]:
+    """Return every federation's updates by client; clients of one rank train side by side."""
+    sent: list[dict[int, Factors]] = [{} for _ in federations]
+    by_rank: dict[int, list[tuple[int, int]]] = {}
+    for place, (federation, cohort) in enumerate(zip(federations, cohorts, strict=True)):
+        for client in cohort:
+            by_rank.setdefault(federation.ranks[client], []).append((place, client))
+    for rank, members in by_rank.items():
+        received = [
+            method.module_adapter(module="m", state=federations[place].state, rank=rank)
+            for place, _ in members
+        ]
+        left = [federations[place].left[client] for place, client in members]
+        right = [federations[place].right for place, _ in members]
+        for (place, client), update in zip(members, trained(received, left, right), strict=True):
+            sent[place][client] = update
+            federations[place].bytes_sent += 2 * update.num_bytes  # down and up
+    return sent
+
+
+def aggregate(method: Method, federation: Federation, sent: dict[int, Factors]) -> float:
+    """Take the federation to its next state; return the energy beyond the smallest rank."""
+    clients = sorted(sent)
+    weights = dict(enumerate(method.weigh([federation.rows[client] for client in clients])))
+    ranks = ModuleRanks(
+        shape=SHAPE,
+        clients=tuple(federation.ranks[client] for client in clients),
+        received=tuple(sorted(set(federation.ranks))),
+    )
+    (group,) = group_modules({"m": ranks}, block_clients=32, exact=False, tolerance=1e-4)
+    problem = with_weights(group, weights).problem
+    blocks = [
+        _block([sent[clients[place]] for place in places], [weights[place] for place in places])
+        for places in blocks_of(range(len(clients)), 32)
+    ]
+    (result,) = method.finish(
+        ["m"],
+        problem=problem,
+        partials=[method.fold(block, problem) for block in blocks],
+        total=sum(weights.values()),
+        before=[federation.state],
+        ranks=group.received,
+    )
+    federation.state = result.state
+    return result.diagnostics.beyond_smallest_rank
+
+
+def _block(factors: Sequence[Factors], weights: Sequence[float]) -> FactorBlock:
+    return FactorBlock(
+        a_GRI=torch.cat([item.a_RI for item in factors])[None],
+        b_GOR=torch.cat([item.b_OR for item in factors], dim=1)[None],
+        ranks=tuple(item.rank for item in factors),
+        scales_GC=torch.tensor([[item.scale for item in factors]], dtype=torch.float64),
+        weights_GC=torch.tensor([list(weights)], dtype=torch.float64),
+    )
+
+
+def measured(method: Method, federation: Federation, rounds: int) -> Measured:
+    """Return a seed's figures after the last round."""
+    optimum = federation.optimum
+    s = torch.linalg.svdvals(optimum)
+    far, best = {}, {}
+    for rank in set(federation.ranks):
+        got = delta(method.module_adapter(module="m", state=federation.state, rank=rank))
+        far[rank] = float((got - optimum).norm() / s.norm())
+        best[rank] = float(s[rank:].norm() / s.norm())
+    total = sum(federation.rows)
+    shares = [(rank, n / total) for rank, n in zip(federation.ranks, federation.rows, strict=True)]
+    return Measured(
+        deployed=sum(share * far[rank] for rank, share in shares),
+        largest=far[max(far)],
+        best_deployed=sum(share * best[rank] for rank, share in shares),
+        best_largest=best[max(best)],
+        beyond=federation.beyond,
+        bytes_a_round=federation.bytes_sent / rounds,
+    )
+
+
+def run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
+    """Run all seeds of an arm, round by round side by side."""
+    torch.set_num_threads(1)
+    method = build_method(
+        arm.method, seed=0, alpha=1.0, scaling="proportional", options=dict(arm.options)
+    )
+    federations = [federation_of(arm, method, seed) for seed in range(seeds)]
+    for number in range(1, rounds + 1):
+        cohorts = [cohort_of(federation.seed, number) for federation in federations]
+        updates = train_round(method, federations, cohorts)
+        for federation, sent in zip(federations, updates, strict=True):
+            beyond = aggregate(method, federation, sent)
+            if number in SHOWN_ROUNDS:
+                federation.beyond[number] = beyond
+    return [measured(method, each, rounds) for each in federations]
+
+
+def arms() -> Iterator[Arm]:
+    """Yield every method on every distribution; methods for one rank only once."""
+    for strength, name in product(STRENGTHS, METHODS):
+        if METHODS[name].ranks == "one":
+            yield Arm(method=name, distribution="uniform", strength=strength)
+            continue
+        for distribution in DISTRIBUTIONS:
+            yield Arm(method=name, distribution=distribution, strength=strength)
+            if name == "flexlora":
+                keep = (("truncated", "keep"),)
+                yield Arm(method=name, options=keep, distribution=distribution, strength=strength)
+
+
+def interval(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean and its 95 % bootstrap interval."""
+    draws = torch.Generator().manual_seed(0)
+    found = torch.tensor(values, dtype=torch.float64)
+    chosen = torch.randint(len(values), (2000, len(values)), generator=draws)
+    low, high = found[chosen].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return f"{found.mean():.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def rows_of(arm: Arm, found: Sequence[Measured]) -> Iterator[list[str]]:
+    """Yield a row of the table; before a distribution's first method what is possible at best."""
+    one = METHODS[arm.method].ranks == "one"
+    ranks = f"all rank {min(RANKS)}" if one else arm.distribution
+    if arm.label == "flexlora" or arm.method == "factor_mean":
+        best = ([each.best_deployed for each in found], [each.best_largest for each in found])
+        yield [ranks, "(the optimum's own)", *map(interval, best), "", ""]
+    shown = [number for number in SHOWN_ROUNDS if number in found[0].beyond]
+    yield [
+        ranks,
+        arm.label,
+        interval([each.deployed for each in found]),
+        interval([each.largest for each in found]),
+        " / ".join(f"{sum(m.beyond[n] for m in found) / len(found):.4f}" for n in shown),
+        f"{sum(each.bytes_a_round for each in found) / len(found) / 1024:.0f} KiB",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table for each strength of the clients' own parts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args(arguments)
+    started = time.perf_counter()
+    every = sorted(
+        arms(), key=lambda arm: (arm.strength, METHODS[arm.method].ranks, arm.distribution)
+    )
+    work = partial(run_arm, seeds=given.seeds, rounds=given.rounds)
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(work, every))
+    header = ["ranks", "method", "distance as deployed", "at the largest rank"]
+    header += ["energy beyond the smallest rank", "bytes a round"]
+    for strength in STRENGTHS:
+        mine = [pair for pair in zip(every, found, strict=True) if pair[0].strength == strength]
+        rows = [row for arm, figures in mine for row in rows_of(arm, figures)]
+        print(text_table(f"clients' own parts: strength {strength}", header, rows) + "\n")
+    print(f"{given.seeds} seeds, {given.rounds} rounds: {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
