@@ -23,7 +23,7 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "method.options": {},
     "training.engine": "plain",
     "training.processes": 1,
-    "training.zero.stage": 2,
+    "training.zero.stage": 3,
     "training.zero.offload": "none",
 }
 # setting one of these keys unsets the other

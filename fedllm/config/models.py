@@ -177,7 +177,7 @@ class ClientsSection(Section):
 class ZeroSection(Section):
     """What DeepSpeed ZeRO divides among the processes that train a client."""
 
-    stage: Literal[1, 2] = 2
+    stage: Literal[1, 2, 3] = 3
     offload: Literal["none", "cpu"] = "none"
 
 

@@ -81,6 +81,7 @@ class AdapterSlots:
     There is one PEFT adapter per distinct set of ranks: `c0`, `c1`, ... `install` copies A, B and
     scale into it, so that memory does not grow with the number of clients. Only the installed
     adapter requires gradients. The base stays frozen. `layout` is one of `packing.layout_check`.
+    `is_divided` says whether this process has only a part of the weights, and others the rest.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class AdapterSlots:
         self.base = base
         self.model: nn.Module = base.model
         self.layout = layout
+        self.is_divided = False
+        self.pad_token = _pad_token(base)
         self.rows = RowSeeds()
         self._modules = find_modules(base.model, target_modules)
         self._dropout = dropout
@@ -112,15 +115,6 @@ class AdapterSlots:
     def device(self) -> torch.device:
         """The device of the base model."""
         return next(self.model.parameters()).device
-
-    @property
-    def pad_token(self) -> int:
-        """A token for padding; any embedded token will do, since padding is masked."""
-        tokenizer = self.base.tokenizer
-        token = tokenizer.pad_token_id
-        if token is None:
-            token = tokenizer.eos_token_id or 0
-        return int(token) if token < embedded_tokens(self.model) else 0
 
     def install(self, adapter: Adapter) -> Installed:
         """Install an adapter: copy its values, and let the model compute with it.
@@ -304,6 +298,14 @@ class AdapterSlots:
         layer = self.model.get_submodule(module)
         assert isinstance(layer, LoraLayer), f"{module} is {type(layer).__name__}"
         return layer
+
+
+def _pad_token(base: Base) -> int:
+    """Return a token for padding; any embedded token will do, since padding is masked."""
+    token = base.tokenizer.pad_token_id
+    if token is None:
+        token = base.tokenizer.eos_token_id or 0
+    return int(token) if token < embedded_tokens(base.model) else 0
 
 
 def _join_dropout(layer: LoraLayer, name: str) -> None:

@@ -52,6 +52,7 @@ class Engine:
         clients_at_once: number of clients that it trains together.
         processes: number of processes of a task that train a client.
         package: package that it needs beside the dependencies of fedllm; None: none.
+        divides_base: whether each process holds only a part of the weights of the base.
         layout: the layout of rows that it needs; None: any.
     """
 
@@ -59,6 +60,7 @@ class Engine:
     clients_at_once: int = 1
     processes: int = 1
     package: str | None = None
+    divides_base: bool = False
     layout: str | None = None
 
     def groups(
@@ -87,7 +89,13 @@ class Engine:
 def engine_of(training: TrainingSection) -> Engine:
     """Return the engine of a configuration."""
     if training.engine == "zero":
-        return Engine(name="zero", processes=training.processes, package="deepspeed")
+        return Engine(
+            name="zero",
+            processes=training.processes,
+            package="deepspeed",
+            # a single process would have every part
+            divides_base=training.zero.stage == 3 and training.processes > 1,
+        )
     if training.clients_per_batch == 1:
         return Engine(name="plain")
     return Engine(name="together", clients_at_once=training.clients_per_batch, layout=GROUP_LAYOUT)

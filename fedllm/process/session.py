@@ -1,5 +1,6 @@
 """The base model and the tokenised data, which a process loads once and keeps for all its steps."""
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class _BaseKey:
     path: str
     dtype: str
     device: str
+    to_divide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,21 +90,34 @@ class Session:
                 if problem:
                     say(problem)
 
-    def base(self, path: str, *, dtype: str, device: str, threads: int) -> "Base":
+    def base(
+        self, path: str, *, dtype: str, device: str, threads: int, to_divide: bool = False
+    ) -> "Base":
         """Return the base model of `path`, loaded by the first call; set the number of threads."""
         # an earlier step of this process may have set another number
         torch.set_num_threads(threads)
-        key = _BaseKey(path=path, dtype=dtype, device=device)
+        key = _BaseKey(path=path, dtype=dtype, device=device, to_divide=to_divide)
         if self._base is None or self._base[0] != key:
             from fedllm.model.base import load_base
 
             # free the old model before the new one takes memory
             self._base = self._slots = None
-            self._base = key, load_base(Path(path), dtype=dtype, device=device)
+            self._base = (
+                key,
+                load_base(Path(path), dtype=dtype, device="cpu" if to_divide else device),
+            )
         return self._base[1]
 
-    def slots(self, config: Config, prepared: PreparedRecord) -> "AdapterSlots":
+    def slots(
+        self, config: Config, prepared: PreparedRecord, *, to_divide: bool = False
+    ) -> "AdapterSlots":
         """Return the adapter slots of a run's base model.
+
+        Args:
+            config: configuration of the run.
+            prepared: what was prepared of it.
+            to_divide: whether each process of the task is to have a part of the weights only; they
+                are loaded into the memory of the host first.
 
         Raises:
             ModelError: its files are not the prepared ones.
@@ -110,7 +125,7 @@ class Session:
         device = str(resolve_device(config.training.device))
         path = self._near.get(prepared.model_path, prepared.model_path)
         key = _SlotsKey(
-            base=_BaseKey(path=path, dtype=config.model.dtype, device=device),
+            base=_BaseKey(path=path, dtype=config.model.dtype, device=device, to_divide=to_divide),
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
@@ -124,6 +139,7 @@ class Session:
             dtype=config.model.dtype,
             device=device,
             threads=config.training.threads,
+            to_divide=to_divide,
         )
         if base.fingerprint != prepared.model_fingerprint:
             raise ModelError(
@@ -149,8 +165,14 @@ class Session:
         engine = engine_of(config.training)
         require_installed(engine)
         trainers = TRAINERS if self._trainers is None else self._trainers
-        slots = self.slots(config, prepared)
+        slots = self.slots(config, prepared, to_divide=engine.divides_base)
         return trainers[engine.name](slots=slots, settings=settings)
+
+    def end_task(self) -> None:
+        """Drop a base whose parts the processes of the ended task hold: they part."""
+        if self._base is not None and self._base[0].to_divide:
+            self._base = self._slots = None
+            gc.collect()  # its hooks are cycles
 
     def data(self, path: str) -> "TokenizedClients":
         """Return the tokenised clients in folder `path`, or in its copy on this node."""

@@ -123,6 +123,39 @@ class PartitionedTraining:
                 self._optimizer.state[own][part] = first.clone()
 
 
+def divide_base(model: nn.Module, device: torch.device) -> None:
+    """Leave each process a part of every weight of a base, on `device`.
+
+    A layer's weights are gathered before its forward and its backward pass and let go of after it,
+    so that all processes have to compute the same layers in the same order, pass by pass. What is
+    later added to the model, as adapters are, stays whole.
+
+    Args:
+        model: the base, equal in all processes and best in the memory of the host: weight after
+            weight is moved to the device, and a part of it kept.
+        device: where this process computes.
+    """
+    _deepspeed(device)
+    from deepspeed import comm
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.utils.timer import NoopTimer
+
+    comm.init_distributed()
+    parameter_offload.DeepSpeedZeRoOffload(
+        model,
+        timers=NoopTimer(),
+        ds_config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+        param_persistence_threshold=0,
+    )
+    for weight in model.parameters():
+        # vectors are small: once gathered they stay
+        weight.ds_persist = weight.ds_shape.numel() == max(weight.ds_shape)  # type: ignore[attr-defined]
+    # it would keep the model for ever
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Provide a process group for the block: of this process alone where there is none."""
@@ -146,7 +179,8 @@ def _settings(training: TrainingSection) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own is compiled at its first use
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": training.zero.stage, **offload},
+        # the base is divided by itself: the engine has the factors alone
+        "zero_optimization": {"stage": min(2, training.zero.stage), **offload},
     }
 
 

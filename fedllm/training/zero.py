@@ -14,13 +14,16 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from fedllm.model.device import resolve_device
 from fedllm.packing.micro_batches import Pass
 from fedllm.packing.precision import precision
 from fedllm.packing.sequences import length_of
-from fedllm.training.loop import Loop, TrainResult, reseed
+from fedllm.planning.engines import engine_of
+from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
 from fedllm.training.loop import StepHook as LoopHook
-from fedllm.training.partitioned import PartitionedTraining, process_group
+from fedllm.training.partitioned import PartitionedTraining, divide_base, process_group
 from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress, named_tensors
 from fedllm.training.shares import divide_rows
@@ -58,12 +61,25 @@ class Zero(Plain):
         settings = with_micro_batches(self.settings, micro_batch_size)
         with process_group():
             assert dist.get_world_size() == self.num_processes, "another number of processes"
+            if engine_of(settings.training).divides_base:
+                settings = self._divided(settings)
             installed = self.slots.install(member.received())
             loop = ZeroLoop(self.slots, installed, member.rows, settings, member.draws)
             result = loop.run(
                 member.progress, lambda step, snapshot: before_step(step, lambda: [snapshot()])
             )
         return [result]
+
+    def _divided(self, settings: LocalSettings) -> LocalSettings:
+        """Divide the base, unless it is; return the settings that train on it."""
+        if not self.slots.is_divided:
+            divide_base(self.slots.model, resolve_device(settings.training.device))
+            self.slots.is_divided = True
+        if settings.training.gradient_checkpointing != "auto":
+            return settings
+        # what fits may differ from process to process, and all compute the same layers
+        changes = {"gradient_checkpointing": True}
+        return replace(settings, training=settings.training.model_copy(update=changes))
 
 
 class ZeroLoop(Loop):
@@ -96,17 +112,17 @@ class ZeroLoop(Loop):
     def step(self, number: int) -> None:
         """Take one optimizer step; this process computes its share of the rows."""
         passes = self._own_passes(number)
-        tokens, targets = self._counts(passes)
+        tokens, targets, most_passes = self._counts(passes)
         reseed(self.draws.step(number), self.device)
         begun = perf_counter()
         total = torch.zeros((), device=self.device)
         gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         for each in passes:
-            self._slots.rows.enter(self.pieces(number, each))
-            with precision(self._settings.training.precision, self.device):
-                loss = each.loss_sum(self._slots.model) / max(1, targets)
+            loss = self._loss(number, each) / max(1, targets)
             torch._foreach_add_(gradients, torch.autograd.grad(loss, self._parameters))
             total += loss.detach()
+        if self._slots.is_divided:
+            self._keep_up(number, most_passes - len(passes))
         dist.all_reduce(total)
         self.tokens += tokens
         self.loss_tokens += targets
@@ -116,16 +132,32 @@ class ZeroLoop(Loop):
         self._gradient_norms.append(torch.tensor(self._partitioned.step(gradients, rate)))
         self.step_seconds += perf_counter() - begun
 
+    def _loss(self, number: int, one: Pass) -> Tensor:
+        """Return the sum of the losses of a pass."""
+        self._slots.rows.enter(self.pieces(number, one))
+        with precision(self._settings.training.precision, self.device):
+            return one.loss_sum(self._slots.model)
+
+    def _keep_up(self, number: int, num_passes: int) -> None:
+        """Compute with the others, who need this process's part of the weights; keep nothing."""
+        shortest = min(self._steps[number], key=lambda place: length_of(self._rows[place]))
+        place = self._steps[number].index(shortest)
+        for _ in range(num_passes):
+            (one,) = self.passes(number, self._slots.layout, [place])
+            torch.autograd.grad(self._loss(number, one), self._parameters)
+
     def _own_passes(self, number: int) -> Sequence[Pass]:
         lengths = [length_of(self._rows[place]) for place in self._steps[number]]
         own = divide_rows(lengths, dist.get_world_size())[dist.get_rank()]
         return self.passes(number, self._slots.layout, own) if own else []
 
     @staticmethod
-    def _counts(passes: Sequence[Pass]) -> tuple[int, int]:
-        """Return tokens and targets of all processes."""
-        own = [(each.num_tokens, each.num_targets) for each in passes]
-        counts = torch.tensor(own, dtype=torch.int64).view(-1, 2).sum(dim=0)
+    def _counts(passes: Sequence[Pass]) -> tuple[int, int, int]:
+        """Return tokens and targets of all processes, and the passes of the one with most."""
+        counts = torch.zeros(2 + dist.get_world_size(), dtype=torch.int64)
+        counts[0] = sum(each.num_tokens for each in passes)
+        counts[1] = sum(each.num_targets for each in passes)
+        counts[2 + dist.get_rank()] = len(passes)
         dist.all_reduce(counts)
-        tokens, targets = counts.tolist()
-        return tokens, targets
+        tokens, targets, *num_passes = counts.tolist()
+        return tokens, targets, max(num_passes)

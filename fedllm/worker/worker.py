@@ -1,7 +1,8 @@
 """The training job: a worker claims bundle after bundle of an attempt and trains their clients."""
 
 import time
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from fedllm.errors import UserError
@@ -56,6 +57,7 @@ def work(
     """
     since = time.monotonic() if began is None else began
     with (
+        _task_of(session),
         nullcontext(signals) if signals else StopSignals() as noted,
         connected(identity) as processes,
     ):
@@ -72,6 +74,15 @@ def work(
         exit_code = _lead(task, attempt)
         processes.dismiss(exit_code)
         return exit_code
+
+
+@contextmanager
+def _task_of(session: Session) -> Iterator[None]:
+    """Let the session know when a task has ended."""
+    try:
+        yield
+    finally:
+        session.end_task()
 
 
 def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:

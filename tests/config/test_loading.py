@@ -334,7 +334,7 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
         ("training.learning_rate=.inf", "training.learning_rate: got inf, need a finite number"),
         ("training.weight_decay=.nan", "training.weight_decay: got nan, need a finite number"),
         ("training.clip_norm=0", "training.clip_norm: got 0, need > 0.0"),
-        ("training.zero.stage=3", "training.zero.stage: got 3, need 1 or 2"),
+        ("training.zero.stage=4", "training.zero.stage: got 4, need 1, 2 or 3"),
         (
             "training.processes=2",
             "training.processes: got 2, but training.engine plain trains a client in one process; "

@@ -19,10 +19,11 @@ Found = Mapping[Any, Any]
 BOUNDS = {"AdamW": 1e-5}
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def found(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Found:
-    out = tmp_path_factory.mktemp("zero") / "found"
-    return trained_by(request.param, tiny.model, out)
+@pytest.fixture(scope="module")
+def found(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Found]:
+    """What one process and two found."""
+    folder = tmp_path_factory.mktemp("zero")
+    return {n: trained_by(n, tiny.model, folder / str(n)) for n in (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,16 @@ def distance(found: Adapter, expected: Adapter, begun: Adapter | None = None) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage", "offload"), VARIANTS)
+@pytest.mark.parametrize(("processes", "name", "stage", "offload"), VARIANTS)
 def test_every_stage_comes_to_what_the_plain_loop_does(
-    found: Found, plain: Mapping[str, TrainResult], name: str, stage: int, offload: str
+    found: Mapping[int, Found],
+    plain: Mapping[str, TrainResult],
+    processes: int,
+    name: str,
+    stage: int,
+    offload: str,
 ) -> None:
-    result, expected = found[name, stage, offload], plain[name]
+    result, expected = found[processes][name, stage, offload], plain[name]
     bound = BOUNDS.get(name, 1e-6)
     assert distance(result.adapter, expected.adapter) < bound
     assert result.stats.losses == pytest.approx(expected.stats.losses, rel=1e-5)
@@ -63,41 +69,70 @@ def test_every_stage_comes_to_what_the_plain_loop_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "stage", "offload"), [each for each in VARIANTS if "gradient" in each[0]]
+    ("processes", "name", "stage", "offload"), [each for each in VARIANTS if "gradient" in each[1]]
 )
 def test_the_gradient_of_a_step_is_that_of_all_its_targets(
-    found: Found, plain: Mapping[str, TrainResult], tiny: Tiny, name: str, stage: int, offload: str
+    found: Mapping[int, Found],
+    plain: Mapping[str, TrainResult],
+    tiny: Tiny,
+    processes: int,
+    name: str,
+    stage: int,
+    offload: str,
 ) -> None:
     begun = start(CASES[name].slots(tiny.model))
     expected = plain[name].adapter
     assert distance(expected, begun) > 0.01
-    assert distance(found[name, stage, offload].adapter, expected, begun) < 1e-6
+    assert distance(found[processes][name, stage, offload].adapter, expected, begun) < 1e-6
 
 
 @pytest.mark.slow
-def test_who_is_stopped_goes_on_to_the_same_bits(found: Found) -> None:
-    assert same(found["resumed"], found["undisturbed"])
-    assert found["resumed"].stats.steps == 6
+@pytest.mark.parametrize("processes", [1, 2])
+def test_who_is_stopped_goes_on_to_the_same_bits(
+    found: Mapping[int, Found], processes: int
+) -> None:
+    resumed = found[processes]["resumed"]
+    assert same(resumed, found[processes]["undisturbed"])
+    assert resumed.stats.steps == 6
 
 
 @pytest.mark.slow
-def test_its_progress_is_that_of_the_plain_loop(found: Found, tiny: Tiny) -> None:
+def test_another_number_of_processes_goes_on_from_its_progress(
+    found: Mapping[int, Found], tiny: Tiny
+) -> None:
     case = replace(CASES["AdamW"], dropout=0.3, changes={**LONG, "max_steps": 6})
     slots = case.slots(tiny.model)
-    progress = found["progress"]
+    progress, expected = found[2]["progress"], found[2]["undisturbed"]
     assert progress.step == STOP
     assert progress.fits(start(slots))
     assert all(tensor.numel() for tensor in progress.tensors.values())
     member = replace(case.member(slots), progress=progress)
     (result,) = Plain(slots=slots, settings=case.settings()).train([member])
-    assert distance(result.adapter, found["undisturbed"].adapter) < 1e-5
-    assert result.stats.losses == pytest.approx(found["undisturbed"].stats.losses, rel=1e-5)
+    assert distance(result.adapter, expected.adapter) < 1e-5
+    assert result.stats.losses == pytest.approx(expected.stats.losses, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_what_bits_depend_on_names_the_processes_and_deepspeed(found: Found) -> None:
-    assert found["environment"]["processes"] in {"1", "2"}
-    assert found["environment"]["deepspeed"]
+def test_stage_3_leaves_each_process_its_part_of_the_base_and_the_factors(
+    found: Mapping[int, Found], tiny: Tiny
+) -> None:
+    slots = CASES["AdamW"].slots(tiny.model)
+    base = sum(weight.numel() for weight in slots.model.parameters())
+    vectors = sum(w.numel() for w in slots.model.parameters() if w.ndim == 1)
+    factors = sum(f.a_RI.numel() + f.b_OR.numel() for f in start(slots).values())
+    assert found[2]["whole"] == vectors + factors
+    assert base / 2 <= found[2]["parts"] < 0.51 * base
+    assert found[1]["parts"] == 0  # the only process has all of it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_bits_depend_on_names_the_processes_and_deepspeed(
+    found: Mapping[int, Found], processes: int
+) -> None:
+    environment = found[processes]["environment"]
+    assert environment["processes"] == str(processes)
+    assert environment["deepspeed"]
 
 
 @pytest.mark.parametrize("lengths", [[], [5], [3, 9, 4, 4, 1], [7] * 8])

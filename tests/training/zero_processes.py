@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,9 @@ class Case:
 
     def member(self, slots: AdapterSlots) -> Member:
         draws = Draws(seed=0, round=1, client="one")
-        return Member(received=partial(start, slots), rows=rows_of(0), draws=draws)
+        # a divided base does not tell its shapes
+        adapter = start(slots)
+        return Member(received=lambda: adapter, rows=rows_of(0), draws=draws)
 
     def slots(self, model: Path) -> AdapterSlots:
         base = load_base(model, dtype="float32", device="cpu")
@@ -73,13 +74,19 @@ CASES = {
         rule="fedavg", dropout=0.3, layout="padded", changes={**LONG, "max_steps": 10}
     ),
 }
-"""What is trained by every number of processes."""
+"""What is trained in every way."""
 
 VARIANTS = [
-    (name, stage, offload)
+    (processes, name, stage, offload)
+    for processes, stage, offload in (
+        (1, 2, "none"),
+        (2, 1, "none"),
+        (2, 2, "none"),
+        (2, 2, "cpu"),
+        (2, 3, "none"),
+    )
     for name in CASES
-    for stage, offload in ((1, "none"), (2, "none"), (2, "cpu"))
-    # to keep the optimizer elsewhere changes nothing that a long training would show
+    # where the optimizer is changes nothing that a long training would show
     if offload == "none" or CASES[name].changes["max_steps"] <= 10
 ]
 
@@ -117,18 +124,24 @@ def train_all(model: Path, processes: int) -> dict[object, object]:
     found: dict[object, object] = {}
     for layout, dropout in dict.fromkeys((c.layout, c.dropout) for c in CASES.values()):
         cases = {n: c for n, c in CASES.items() if (c.layout, c.dropout) == (layout, dropout)}
-        slots = next(iter(cases.values())).slots(model)
+        whole, divided = (next(iter(cases.values())).slots(model) for _ in range(2))
+        member = next(iter(cases.values())).member(whole)
         for name, case in cases.items():
-            for _, stage, offload in (variant for variant in VARIANTS if variant[0] == name):
+            for stage, offload in (v[2:] for v in VARIANTS if v[:2] == (processes, name)):
+                slots = divided if stage == 3 else whole
                 trainer = zero(case, slots, processes, stage, offload)
-                (result,) = trainer.train([case.member(slots)])
+                (result,) = trainer.train([member])
                 found[name, stage, offload] = result
     case = replace(CASES["AdamW"], dropout=0.3, changes={**LONG, "max_steps": 6})
     slots = case.slots(model)
-    trainer = zero(case, slots, processes, 2, "none")
-    (found["undisturbed"],) = trainer.train([case.member(slots)])
-    found["resumed"], found["progress"] = interrupted(trainer, case.member(slots))
+    member = case.member(slots)
+    trainer = zero(case, slots, processes, 3, "none")
+    (found["undisturbed"],) = trainer.train([member])
+    found["resumed"], found["progress"] = interrupted(trainer, member)
     found["environment"] = dict(trainer.environment)
+    weights = list(slots.model.parameters())
+    found["whole"] = sum(weight.numel() for weight in weights)
+    found["parts"] = sum(w.ds_tensor.numel() for w in weights if hasattr(w, "ds_tensor"))
     return found
 
 
