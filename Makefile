@@ -95,7 +95,8 @@ quickstart: venv
 CHECKS := check-types check-contracts check-dependencies check-lint check-format check-spelling
 .PHONY: $(CHECKS)
 
-check: .venv/.dev
+# types are checked in tests too, so their packages have to be there
+check: .venv/.test .venv/.dev
 	@$(MAKE) --no-print-directory -k -j2 --output-sync=target $(CHECKS)
 
 # $(call verdict,NAME,COMMAND): one line when it passes, everything it said when it fails.
