@@ -69,8 +69,14 @@ def task_usage(record: TaskRecord, gpus: int) -> Usage:
 
 def gpus_of_classes(plan: SubmissionRecord) -> dict[str, int]:
     """Return the GPUs of a task per class of a plan."""
-    planned = {name: gpus_of(workers.options) for name, workers in plan.workers.items()}
-    return planned | {array.worker_class: gpus_of(array.options) for array in plan.arrays}
+    planned = {name: workers.options for name, workers in plan.workers.items()}
+    planned |= {array.worker_class: array.options for array in plan.arrays}
+    return {name: gpus_of(of_task(given, plan.processes)) for name, given in planned.items()}
+
+
+def of_task(options: Options, processes: int) -> Options:
+    """Return the sbatch options of a task with the number of its processes."""
+    return {**options, "ntasks": processes} if processes > 1 else options
 
 
 def gpus_of(options: Options) -> int:

@@ -334,6 +334,16 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
         ("training.learning_rate=.inf", "training.learning_rate: got inf, need a finite number"),
         ("training.weight_decay=.nan", "training.weight_decay: got nan, need a finite number"),
         ("training.clip_norm=0", "training.clip_norm: got 0, need > 0.0"),
+        (
+            "training={engine: zero, processes: 9}",
+            "training.processes: got 9, more than the 4 rows of an optimizer step; need <= 4, or a "
+            "larger training.batch_size",
+        ),
+        (
+            "training={engine: zero, clients_per_batch: 2}",
+            "training.clients_per_batch: got 2, but training.engine zero trains one client at a "
+            "time; need 1, or training.engine: plain",
+        ),
         ("training.zero.stage=4", "training.zero.stage: got 4, need 1, 2 or 3"),
         (
             "training.processes=2",

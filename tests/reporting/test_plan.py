@@ -10,7 +10,7 @@ from fedllm.planning.capacity import Capacity
 from fedllm.planning.workers import STARTUP_SECONDS
 from fedllm.reporting.plan.plan import Geometry, QueueLimits, RealOptions, plan_geometry
 from fedllm.reporting.plan.plan_text import describe_plan, flags_text, queue_line
-from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
+from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of, of_task
 from fedllm.rounds.dispatch.dry_run import plan_first_round
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import ClientRecord, PreparedRecord
@@ -230,6 +230,7 @@ def test_a_plan_shows_all_options_that_are_set() -> None:
 )
 def test_gpus_are_read_from_whichever_option_asks_for_them(options: Options, gpus: int) -> None:
     assert gpus_of(options) == gpus
+    assert of_task(options, 1) == options
 
 
 def test_cpus_and_memory_are_read_in_their_own_words() -> None:
@@ -261,3 +262,9 @@ def test_the_share_of_clients_that_train_each_direction_follows_from_the_tiers()
     text = describe_plan(found)
     assert "share of the clients that train each direction, by tier shares" in text
     assert "q_proj,k_proj         3-4    0.200" in text
+
+
+def test_a_task_of_several_processes_has_what_each_of_them_asks_for() -> None:
+    each: Options = {"cpus_per_task": 3, "gpus-per-task": 1}
+    assert (cpus_of(of_task(each, 4)), gpus_of(of_task(each, 4))) == (12, 4)
+    assert gpus_of(of_task({"gpus": 2}, 4)) == 2

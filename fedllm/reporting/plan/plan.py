@@ -19,7 +19,7 @@ from fedllm.reporting.plan.plan_time import (
     times_for_slots,
 )
 from fedllm.reporting.results.summary import update_bytes
-from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of
+from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of, of_task
 from fedllm.storage.records import CohortClient, PreparedRecord, SubmissionRecord
 
 _TERA = 1e12
@@ -203,8 +203,8 @@ def _array(
         work_minutes=class_plan.seconds / class_plan.workers / 60,
         requested_minutes=class_plan.minutes,
         processes=plan.processes,
-        cpus=plan.processes * cpus_of(class_plan.options),
-        gpus=gpus_of(class_plan.options),
+        cpus=cpus_of(of_task(class_plan.options, plan.processes)),
+        gpus=gpus_of(of_task(class_plan.options, plan.processes)),
         memory=memory_of(class_plan.options),
         options=options,
     )
