@@ -96,7 +96,8 @@ class AdapterSlots:
         self.model: nn.Module = base.model
         self.layout = layout
         self.is_divided = False
-        self.pad_token = _pad_token(base)
+        # asked for now: the embedding of a divided base has no rows any more
+        self._embedded_tokens = embedded_tokens(base.model)
         self.rows = RowSeeds()
         self._modules = find_modules(base.model, target_modules)
         self._dropout = dropout
@@ -294,18 +295,19 @@ class AdapterSlots:
             b={module: _weight(layer.lora_B[name]) for module, layer in layers.items()},
         )
 
+    @property
+    def pad_token(self) -> int:
+        """A token for padding; any embedded token will do, since padding is masked."""
+        tokenizer = self.base.tokenizer
+        token = tokenizer.pad_token_id
+        if token is None:
+            token = tokenizer.eos_token_id or 0
+        return int(token) if token < self._embedded_tokens else 0
+
     def _layer(self, module: str) -> LoraLayer:
         layer = self.model.get_submodule(module)
         assert isinstance(layer, LoraLayer), f"{module} is {type(layer).__name__}"
         return layer
-
-
-def _pad_token(base: Base) -> int:
-    """Return a token for padding; any embedded token will do, since padding is masked."""
-    token = base.tokenizer.pad_token_id
-    if token is None:
-        token = base.tokenizer.eos_token_id or 0
-    return int(token) if token < embedded_tokens(base.model) else 0
 
 
 def _join_dropout(layer: LoraLayer, name: str) -> None:

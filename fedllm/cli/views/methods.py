@@ -9,7 +9,7 @@ from fedllm.reporting.tables import text_table
 
 
 def methods(json_: AsJson = False) -> None:
-    """List the federated methods, the ranks they take, their options and papers."""
+    """List the federated methods with their options and papers."""
     defaults = {name: OPTIONS.get(name, NoOptions)().model_dump(mode="json") for name in METHODS}
     if json_:
         entries = {name: dataclasses.asdict(entry) for name, entry in METHODS.items()}
