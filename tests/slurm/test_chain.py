@@ -169,7 +169,7 @@ def test_a_run_that_cannot_go_on_ends_its_chain(begun: Begun, cluster: Cluster) 
     cluster.slurm("scontrol", "release", held)
     assert await_end(cluster, root) == [*jobs, held]
     assert state_of(cluster, held) == "FAILED"
-    assert "10 links of the chain in a row were killed before they could say why" in log(root)
+    assert "10 links of the chain in a row were killed before they could record why" in log(root)
 
 
 def test_cancel_ends_the_chain_and_the_tasks_of_its_run_and_of_no_other(
