@@ -33,6 +33,10 @@ TakeOver = Annotated[
     bool,
     typer.Option("--take-over", help="Take the run over; its old coordinator must have ended."),
 ]
+RoundNumber = Annotated[
+    int | None,
+    typer.Option("--round", metavar="N", help="Round of the state. Default: the newest."),
+]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")]
 
 

@@ -1,7 +1,7 @@
 """Tables as plain text: the same on a terminal and in a log."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -43,3 +43,9 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} GiB"
+
+
+def rank_span(ranks: Collection[int]) -> str:
+    """Return `rank 8`, or `ranks 2 to 8`."""
+    smallest, largest = min(ranks), max(ranks)
+    return f"rank {smallest}" if smallest == largest else f"ranks {smallest} to {largest}"

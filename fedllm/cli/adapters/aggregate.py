@@ -1,7 +1,7 @@
 """`fedllm aggregate`: combine PEFT adapters of any ranks."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from fedllm.cli.options import (
 )
 from fedllm.cli.progress_bar import modules_done
 from fedllm.errors import AdapterError
+from fedllm.reporting.tables import rank_span
 
 if TYPE_CHECKING:
     from fedllm.server.combine import (
@@ -142,7 +143,7 @@ def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str
     lowest = combined.modules[worst].energy_kept
     ranks = [module.rank for module in combined.modules.values()]
     lines.append(
-        f"{_span(ranks)} in {len(ranks)} modules; energy kept {combined.energy_kept:.6f} "
+        f"{rank_span(ranks)} in {len(ranks)} modules; energy kept {combined.energy_kept:.6f} "
         f"(lowest: {lowest:.6f} in {worst})"
     )
     lines += [*_certificates(combined), f"seconds: {_stages(combined)}"]
@@ -193,11 +194,6 @@ def _missing(combined: "Combined") -> list[str]:
 def _first(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more
-
-
-def _span(ranks: Collection[int]) -> str:
-    smallest, largest = min(ranks), max(ranks)
-    return f"rank {smallest}" if smallest == largest else f"ranks {smallest} to {largest}"
 
 
 def _combined_json(request: "CombineRequest", combined: "Combined") -> dict[str, Any]:

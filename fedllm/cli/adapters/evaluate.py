@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedllm.cli import execution
-from fedllm.cli.options import AsJson, Overrides, configuration, say, say_json
+from fedllm.cli.options import AsJson, Overrides, RoundNumber, configuration, say, say_json
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.records import EvaluationRecord
@@ -19,10 +19,7 @@ def evaluate(
     target: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or a PEFT adapter.")
     ],
-    round_: Annotated[
-        int | None,
-        typer.Option("--round", metavar="N", help="Round of the state. Default: the newest."),
-    ] = None,
+    round_: RoundNumber = None,
     rank: Annotated[
         int | None,
         typer.Option("--rank", metavar="R", help="Rank for all clients. Default: each one's own."),

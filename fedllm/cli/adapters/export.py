@@ -10,6 +10,7 @@ import typer
 from fedllm.cli.options import (
     AsJson,
     OutFolder,
+    RoundNumber,
     RunFolder,
     existing_run,
     fresh_folder,
@@ -17,10 +18,10 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.errors import AdapterError
+from fedllm.reporting.tables import rank_span
 
 if TYPE_CHECKING:
     from fedllm.server.export import Exported, Merged
-from fedllm.cli.adapters.aggregate import _span
 
 _ENOUGH = 0.95  # share of the change that the merged weights should hold
 
@@ -28,10 +29,7 @@ _ENOUGH = 0.95  # share of the change that the merged weights should hold
 def export(
     run: RunFolder,
     out: OutFolder,
-    round_: Annotated[
-        int | None,
-        typer.Option("--round", metavar="N", help="Round of the state. Default: the newest."),
-    ] = None,
+    round_: RoundNumber = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -70,7 +68,7 @@ def export(
         return
     what = "model, the adapter merged" if merge else "PEFT adapter"
     line = (
-        f"{out}: {what}, of round {exported.round}, {_span(exported.ranks.values())} "
+        f"{out}: {what}, of round {exported.round}, {rank_span(exported.ranks.values())} "
         f"in {len(exported.ranks)} modules of {exported.base_model}"
     )
     say(line + _survival(exported) if isinstance(exported, Merged) else line)
