@@ -26,7 +26,7 @@ from torch import Tensor
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta
 from fedllm.methods.catalog import METHODS, build_method
-from fedllm.methods.protocol import Method, ModuleState
+from fedllm.methods.protocol import Method, ModuleState, ServerStep
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.seeding import seed_of
 from fedllm.planning.tiers import DISTRIBUTIONS
@@ -162,7 +162,9 @@ def train_round(
     return sent
 
 
-def aggregate(method: Method, federation: Federation, sent: dict[int, Factors]) -> float:
+def aggregate(
+    method: Method, federation: Federation, sent: dict[int, Factors], round_number: int
+) -> float:
     """Take the federation to its next state; return the energy beyond the smallest rank."""
     clients = sorted(sent)
     weights = dict(enumerate(method.weigh([federation.rows[client] for client in clients])))
@@ -172,19 +174,19 @@ def aggregate(method: Method, federation: Federation, sent: dict[int, Factors]) 
         received=tuple(sorted(set(federation.ranks))),
     )
     (group,) = group_modules({"m": ranks}, block_clients=32, exact=False, tolerance=1e-4)
-    problem = with_weights(group, weights).problem
     blocks = [
         _block([sent[clients[place]] for place in places], [weights[place] for place in places])
         for places in blocks_of(range(len(clients)), 32)
     ]
-    (result,) = method.finish(
-        ["m"],
-        problem=problem,
-        partials=[method.fold(block, problem) for block in blocks],
+    step = ServerStep(
+        modules=["m"],
+        problem=with_weights(group, weights).problem,
         total=sum(weights.values()),
         before=[federation.state],
         ranks=group.received,
+        round=round_number,
     )
+    (result,) = method.finish([method.fold(block, step) for block in blocks], step)
     federation.state = result.state
     return result.diagnostics.beyond_smallest_rank
 
@@ -231,7 +233,7 @@ def run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
         cohorts = [cohort_of(federation.seed, number) for federation in federations]
         updates = train_round(method, federations, cohorts)
         for federation, sent in zip(federations, updates, strict=True):
-            beyond = aggregate(method, federation, sent)
+            beyond = aggregate(method, federation, sent, number)
             if number in SHOWN_ROUNDS:
                 federation.beyond[number] = beyond
     return [measured(method, each, rounds) for each in federations]

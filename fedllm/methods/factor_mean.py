@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.aggregation.route_types import Partial, Problem
+from fedllm.aggregation.route_types import Partial
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.pair_state import PairMethod, summed
-from fedllm.methods.protocol import ModuleAggregate, ModuleState
+from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,45 +43,35 @@ class FactorMean(PairMethod):
             )
         return Factors(a_RI=state["A"], b_OR=state["B"], scale=self.scale(rank))
 
-    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i A_i and sum_i n_i B_i of the block.
 
         A client whose scale is not the state's has the difference folded into its B.
         """
         held = sorted({rank for rank in block.ranks if rank})
-        if held and held != [problem.rank]:
+        rank = step.problem.rank
+        if held and held != [rank]:
             raise AdapterError(
                 f"{self.name} needs adapters of one shape and rank, got ranks "
-                f"{', '.join(map(str, held))} for rank {problem.rank}: use flexlora"
+                f"{', '.join(map(str, held))} for rank {rank}: use flexlora"
             )
-        return self.factor_sums(block, problem, block.weights_GC)
+        return self.factor_sums(block, step.problem, block.weights_GC)
 
-    def finish(
-        self,
-        modules: Sequence[str],
-        *,
-        problem: Problem,
-        partials: Iterable[Partial],
-        total: float,
-        before: Sequence[ModuleState],
-        ranks: Sequence[int],
-    ) -> list[ModuleAggregate]:
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return sum_i p_i A_i and sum_i p_i B_i; the diagnostics are those of their product."""
-        if set(ranks) != {problem.rank}:
+        if set(step.ranks) != {step.problem.rank}:
             raise AdapterError(
-                f"{modules[0]}: {self.name} has one rank for all, got {sorted(set(ranks))}"
+                f"{step.modules[0]}: {self.name} has one rank for all, got "
+                f"{sorted(set(step.ranks))}"
             )
         # an update is the client's whole adapter: the state before is only compared with
         sums = summed(partials)
         return [
             self.aggregate_of(
-                module,
-                {"A": a_RI / total, "B": b_OR / total},
-                problem=problem,
-                ranks=ranks,
-                before=state,
-                total=total,
-                untrained=lambda part: part.weight / total,
+                place,
+                {"A": a_RI / step.total, "B": b_OR / step.total},
+                step,
+                untrained=lambda part: part.weight / step.total,
             )
-            for module, a_RI, b_OR, state in zip(modules, sums["A"], sums["B"], before, strict=True)
+            for place, (a_RI, b_OR) in enumerate(zip(sums["A"], sums["B"], strict=True))
         ]

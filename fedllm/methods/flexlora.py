@@ -9,15 +9,15 @@ dW' = dW + sum_i p_i (W - W_{r_i}), W the state before the round and W_r its tru
 sum is U diag(S_j (1 - P_j)) V^T, P_j the share of the weight of the clients with r_i >= j.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.route_types import Partial, Problem, RankPartition
+from fedllm.aggregation.route_types import Partial, RankPartition
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.options import FlexLoraOptions
-from fedllm.methods.protocol import ModuleAggregate, ModuleState
+from fedllm.methods.protocol import ModuleAggregate, ServerStep
 from fedllm.methods.spectral_state import SpectralMethod, with_room, with_state
 from fedllm.methods.weights import direction_weights
 
@@ -31,45 +31,27 @@ class FlexLora(SpectralMethod):
 
     options: FlexLoraOptions = field(default_factory=FlexLoraOptions)
 
-    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return the block's weighted sum of products, as the problem's route holds it."""
-        return routes.fold(block, self._problem(problem))
+        return routes.fold(block, self._roomy(step).problem)
 
-    def finish(
-        self,
-        modules: Sequence[str],
-        *,
-        problem: Problem,
-        partials: Iterable[Partial],
-        total: float,
-        before: Sequence[ModuleState],
-        ranks: Sequence[int],
-    ) -> list[ModuleAggregate]:
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the leading triplets of the weighted sums of products, all able to train."""
         # an update is the client's whole adapter: the state it began from is within
         if self._keeps:
             # sum_i n_i (W - W_{r_i}) = U diag(S_j (n - N_j)) V^T
-            missed_R = total - direction_weights(problem)[: problem.rank]
-            problem = self._problem(problem)
-            partials = with_state(partials, before, problem, missed_R)
+            missed_R = step.total - direction_weights(step.problem)[: step.problem.rank]
+            step = self._roomy(step)
+            partials = with_state(partials, step, missed_R)
 
         def untrained(part: RankPartition) -> float:
-            return 1.0 if self._keeps else part.weight / total
+            return 1.0 if self._keeps else part.weight / step.total
 
-        return self.decomposed(
-            modules,
-            problem=problem,
-            partials=partials,
-            divisor=total,
-            before=before,
-            ranks=ranks,
-            total=total,
-            untrained=untrained,
-        )
+        return self.decomposed(partials, step, divisor=step.total, untrained=untrained)
 
     @property
     def _keeps(self) -> bool:
         return self.options.truncated == "keep"
 
-    def _problem(self, problem: Problem) -> Problem:
-        return with_room(problem) if self._keeps else problem
+    def _roomy(self, step: ServerStep) -> ServerStep:
+        return with_room(step) if self._keeps else step

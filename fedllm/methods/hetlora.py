@@ -12,7 +12,7 @@ again: they get the seeded rows of A back, which leaves the product as it is.
 Legend: G modules, C clients, O out, I in, R rank of the state.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -23,7 +23,7 @@ from torch import Tensor
 from fedllm.aggregation.route_types import Partial, Problem, RankPartition
 from fedllm.lora.factors import FactorBlock, ModuleShape, initial_a
 from fedllm.methods.pair_state import PairMethod, summed
-from fedllm.methods.protocol import ModuleAggregate, ModuleState
+from fedllm.methods.protocol import ModuleAggregate, ServerStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,45 +32,29 @@ class HetLora(PairMethod):
 
     name: ClassVar[str] = "hetlora"
 
-    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i |dW_i| A_i, the same of B, and for each direction the sum of the norms."""
         norms_GC = torch.where(block.weights_GC > 0, _norms(block), 0.0)
+        places = range(step.problem.rank)
         reach_CR = torch.tensor(
-            [[float(rank > place) for place in range(problem.rank)] for rank in block.ranks],
+            [[float(rank > place) for place in places] for rank in block.ranks],
             dtype=torch.float64,
         )
-        return {**self.factor_sums(block, problem, norms_GC), "norms": norms_GC @ reach_CR}
+        return {**self.factor_sums(block, step.problem, norms_GC), "norms": norms_GC @ reach_CR}
 
-    def finish(
-        self,
-        modules: Sequence[str],
-        *,
-        problem: Problem,
-        partials: Iterable[Partial],
-        total: float,
-        before: Sequence[ModuleState],
-        ranks: Sequence[int],
-    ) -> list[ModuleAggregate]:
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the means of the padded factors; where no client changed anything, the state."""
         sums = summed(partials)
         results = []
-        for place, (module, state) in enumerate(zip(modules, before, strict=True)):
+        for place, (module, state) in enumerate(zip(step.modules, step.before, strict=True)):
             norms_R = sums["norms"][place]
             pair, shares_R = dict(state), torch.ones_like(norms_R)
             if norms_R[0] > 0:
                 shares_R = norms_R / norms_R[0]
                 pair = {name: sums[name][place] / float(norms_R[0]) for name in "AB"}
-                pair["A"] = self._revived(module, pair["A"], shares_R, problem)
+                pair["A"] = self._revived(module, pair["A"], shares_R, step.problem)
             results.append(
-                self.aggregate_of(
-                    module,
-                    pair,
-                    problem=problem,
-                    ranks=ranks,
-                    before=state,
-                    total=total,
-                    untrained=partial(_diluted, shares_R),
-                )
+                self.aggregate_of(place, pair, step, untrained=partial(_diluted, shares_R))
             )
         return results
 

@@ -8,7 +8,7 @@ problem of the state's rank: D = (dW / s - B A) A^T (A A^T + lambda I)^-1.
 Legend: G modules, O out, I in, R rank of the state and of every client.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.route_types import Partial, Problem
+from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.options import LoraFairOptions
 from fedllm.methods.pair_state import summed
-from fedllm.methods.protocol import ModuleAggregate, ModuleState
+from fedllm.methods.protocol import ModuleAggregate, ServerStep
 
 _PAIR = ("A", "B")
 _PRODUCT = "product "  # before the names of the parts of a sum of products
@@ -36,40 +36,25 @@ class LoraFair(FactorMean):
 
     options: LoraFairOptions = field(default_factory=LoraFairOptions)
 
-    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i A_i, sum_i n_i B_i and the block's weighted sum of products."""
-        means, product = super().fold(block, problem), routes.fold(block, problem)
+        means, product = super().fold(block, step), routes.fold(block, step.problem)
         return {**means, **{f"{_PRODUCT}{name}": part for name, part in product.items()}}
 
-    def finish(
-        self,
-        modules: Sequence[str],
-        *,
-        problem: Problem,
-        partials: Iterable[Partial],
-        total: float,
-        before: Sequence[ModuleState],
-        ranks: Sequence[int],
-    ) -> list[ModuleAggregate]:
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return sum_i p_i A_i and the corrected B; the diagnostics are those of their product."""
         products: list[Partial] = []
         sums = summed(_split(block, products) for block in partials)
-        a_GRI, b_GOR = sums["A"] / total, sums["B"] / total
+        a_GRI, b_GOR = sums["A"] / step.total, sums["B"] / step.total
         wanted_GOR = sum(
             (_times(product, a_GRI.mT) for product in products), torch.zeros_like(b_GOR)
-        ) / (total * self.scale(problem.rank))
+        ) / (step.total * self.scale(step.problem.rank))
         gram_GRR = a_GRI @ a_GRI.mT
-        ridge_GRR = gram_GRR + self.options.ridge * torch.eye(problem.rank).to(gram_GRR)
+        ridge_GRR = gram_GRR + self.options.ridge * torch.eye(step.problem.rank).to(gram_GRR)
         # D (A A^T + lambda I) = (dW / s - B A) A^T, transposed
         d_GOR = torch.linalg.solve(ridge_GRR, (wanted_GOR - b_GOR @ gram_GRR).mT).mT
-        return super().finish(
-            modules,
-            problem=problem,
-            partials=[{"A": sums["A"], "B": sums["B"] + total * d_GOR}],
-            total=total,
-            before=before,
-            ranks=ranks,
-        )
+        corrected = {"A": sums["A"], "B": sums["B"] + step.total * d_GOR}
+        return super().finish([corrected], step)
 
 
 def _split(block: Partial, products: list[Partial]) -> Partial:

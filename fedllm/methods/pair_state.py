@@ -16,7 +16,7 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of, stack
 from fedllm.lora.spectral import alive_directions
 from fedllm.methods.diagnostics import diagnose, held_partitions, partition_qualities
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
 from fedllm.methods.state import carried
 from fedllm.methods.weights import amounts
 
@@ -36,9 +36,12 @@ class PairMethod(Method):
     alpha: float
     scaling: str = "fixed"
 
-    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
         """Return the shapes of A and B."""
-        return {"A": (rank, shape.in_), "B": (shape.out, rank)}
+        return {
+            "A": StatePart(shape=(rank, shape.in_)),
+            "B": StatePart(shape=(shape.out, rank)),
+        }
 
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return None: any mix of ranks works."""
@@ -102,29 +105,24 @@ class PairMethod(Method):
 
     def aggregate_of(
         self,
-        module: str,
+        place: int,
         pair: ModuleState,
+        step: ServerStep,
         *,
-        problem: Problem,
-        ranks: Sequence[int],
-        before: ModuleState,
-        total: float,
         untrained: Callable[[RankPartition], float],
     ) -> ModuleAggregate:
         """Return a module's new state; the diagnostics are those of the product of its factors.
 
         Args:
-            module: its name.
+            place: the module's among those of `step`.
             pair: the new A and B.
-            problem: as in `finish`.
-            ranks: as in `finish`.
-            before: the module's state before the round.
-            total: what the weights of all clients sum to.
+            step: as in `finish`.
             untrained: what the method multiplies a range of directions by, had nobody trained.
         """
+        before, problem, ranks = step.before[place], step.problem, step.ranks
         product, product_before = self._product(pair), self._product(before)
         return ModuleAggregate(
-            state=carried(module, pair),
+            state=carried(step.modules[place], pair),
             diagnostics=diagnose(
                 product,
                 ranks=ranks,
@@ -132,7 +130,7 @@ class PairMethod(Method):
                 before=alive_directions(product_before.spectral),
                 partitions=partition_qualities(
                     problem,
-                    total=total,
+                    total=step.total,
                     before=self._energies(problem, before),
                     after=self._energies(problem, pair),
                     untrained=untrained,

@@ -5,13 +5,15 @@ in, state out. A method with options of its own has a class attribute `options_c
 `fedllm.config.models.Section`; where `method.options` gives any, the method is made with `options`
 too, an instance of that class. Clients' updates come in blocks, for some modules of one shape at
 once: `fold` says what one block comes to, `finish` makes the new states of all blocks together.
+The JSON part of the state has what is not of one module: `next_notes` makes it before any `fold`.
 Legend: G modules, C clients, O out, I in, R rank.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial, Problem
@@ -19,6 +21,48 @@ from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
 from fedllm.storage.records import ModuleDiagnostics
 
 ModuleState: TypeAlias = Mapping[str, Tensor]  # part -> tensor: one module of the server's state
+StateNotes: TypeAlias = Mapping[str, Any]  # the JSON part of the server's state
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatePart:
+    """Shape and number format of a tensor of a module's state."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsedClients:
+    """The clients whose updates a round uses: ids and weights, in the order of the cohort."""
+
+    round: int
+    clients: Sequence[str]
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStep:
+    """A round, for some modules of one shape that are aggregated side by side.
+
+    Attributes:
+        modules: the names of the G modules.
+        problem: the shape, the largest rank that anyone receives, and the weight of the clients
+            that train each range of directions.
+        total: what the weights of all clients sum to.
+        before: the modules' states before the round.
+        ranks: all that anyone receives of these modules: the new states have room for the largest.
+        round: its number, from 1; 0 where a starting adapter becomes the first state.
+        notes: the JSON part of the state after the round, as `next_notes` made it.
+    """
+
+    modules: Sequence[str]
+    problem: Problem
+    total: float
+    before: Sequence[ModuleState]
+    ranks: Sequence[int]
+    round: int
+    notes: StateNotes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +82,8 @@ class Method(Protocol):
     kind: ClassVar[str]
     name: ClassVar[str]
 
-    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
-        """Return the names and shapes of a module's state tensors at the state's rank."""
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
+        """Return the shapes and number formats of a module's state tensors at the state's rank."""
 
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return why these tiers' ranks (one mapping per tier) cannot work, or None.
@@ -48,7 +92,16 @@ class Method(Protocol):
         """
 
     def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
-        """Return the state of round 0, float32, at the largest rank anyone needs."""
+        """Return the state of round 0 at the largest rank anyone needs."""
+
+    def start_notes(self) -> StateNotes:
+        """Return the JSON part of the state of round 0."""
+        return {}
+
+    def next_notes(self, before: StateNotes, used: UsedClients) -> StateNotes:
+        """Return the JSON part of the state after a round: what JSON holds, and no more."""
+        del used
+        return before
 
     def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
         """Return what a client of `rank` receives.
@@ -67,7 +120,7 @@ class Method(Protocol):
             DataError: rows that no weight follows from.
         """
 
-    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return what a block of clients comes to, for each of its G modules.
 
         A block is folded by itself. Its tensors lie in buffers that the next block fills: the
@@ -75,33 +128,18 @@ class Method(Protocol):
 
         Args:
             block: rank 0 is a client without these modules: it counts as zero.
-            problem: the shape, the largest rank that anyone receives, and the weight of the
-                clients that train each range of directions.
+            step: the modules and the round.
 
         Raises:
             AdapterError: updates that cannot be combined.
         """
 
-    def finish(
-        self,
-        modules: Sequence[str],
-        *,
-        problem: Problem,
-        partials: Iterable[Partial],
-        total: float,
-        before: Sequence[ModuleState],
-        ranks: Sequence[int],
-    ) -> list[ModuleAggregate]:
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the states after the round, one per module.
 
         Args:
-            modules: the names of the G modules.
-            problem: the same as `fold` was given.
             partials: of the blocks, in the clients' order; may be read lazily, and once.
-            total: what the weights of all clients sum to.
-            before: the modules' states before the round.
-            ranks: all that anyone receives of these modules: the new states have room for the
-                largest.
+            step: the same as `fold` was given.
 
         Raises:
             AdapterError: a state that cannot be carried.

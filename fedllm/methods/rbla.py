@@ -6,16 +6,16 @@ with r_i >= j. A direction that no client of the round trains stays as it was. A
 receives the first r rows and columns. It is the factor-wise counterpart of raFLoRA.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from fedllm.aggregation.route_types import Partial, Problem
+from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.pair_state import PairMethod, summed
-from fedllm.methods.protocol import ModuleAggregate, ModuleState
+from fedllm.methods.protocol import ModuleAggregate, ServerStep
 from fedllm.methods.weights import direction_weights
 
 
@@ -25,40 +25,22 @@ class Rbla(PairMethod):
 
     name: ClassVar[str] = "rbla"
 
-    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i A_i and sum_i n_i B_i of the block, padded with zeros."""
-        return self.factor_sums(block, problem, block.weights_GC)
+        return self.factor_sums(block, step.problem, block.weights_GC)
 
-    def finish(
-        self,
-        modules: Sequence[str],
-        *,
-        problem: Problem,
-        partials: Iterable[Partial],
-        total: float,
-        before: Sequence[ModuleState],
-        ranks: Sequence[int],
-    ) -> list[ModuleAggregate]:
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the means of the directions that anyone trained, the others as they were."""
         sums = summed(partials)
-        weights_R = direction_weights(problem)[: problem.rank].to(sums["A"].device)
+        weights_R = direction_weights(step.problem)[: step.problem.rank].to(sums["A"].device)
         reached_R = weights_R > 0
         divisor_R = torch.where(reached_R, weights_R, 1.0)
         results = []
-        for module, a_RI, b_OR, state in zip(modules, sums["A"], sums["B"], before, strict=True):
+        for place, state in enumerate(step.before):
+            a_RI, b_OR = sums["A"][place], sums["B"][place]
             pair = {
                 "A": torch.where(reached_R[:, None], a_RI / divisor_R[:, None], state["A"]),
                 "B": torch.where(reached_R, b_OR / divisor_R, state["B"]),
             }
-            results.append(
-                self.aggregate_of(
-                    module,
-                    pair,
-                    problem=problem,
-                    ranks=ranks,
-                    before=state,
-                    total=total,
-                    untrained=lambda _part: 1.0,
-                )
-            )
+            results.append(self.aggregate_of(place, pair, step, untrained=lambda _part: 1.0))
         return results

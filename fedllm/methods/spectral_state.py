@@ -23,7 +23,7 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, ModuleShape, initial_a, scale_of
 from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
 from fedllm.methods.diagnostics import diagnose, partition_qualities, spectral_energies
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
 from fedllm.methods.state import carried
 from fedllm.methods.weights import amounts
 from fedllm.planning.seeding import seed_of
@@ -39,9 +39,13 @@ class SpectralMethod(Method):
     alpha: float
     scaling: str = "fixed"
 
-    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, tuple[int, ...]]:
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
         """Return the shapes of U, S and Vh."""
-        return {"U": (shape.out, rank), "S": (rank,), "Vh": (rank, shape.in_)}
+        return {
+            "U": StatePart(shape=(shape.out, rank)),
+            "S": StatePart(shape=(rank,)),
+            "Vh": StatePart(shape=(rank, shape.in_)),
+        }
 
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return None: any mix of ranks works."""
@@ -74,41 +78,35 @@ class SpectralMethod(Method):
 
     def decomposed(
         self,
-        modules: Sequence[str],
-        *,
-        problem: Problem,
         partials: Iterable[Partial],
+        step: ServerStep,
+        *,
         divisor: float,
-        before: Sequence[ModuleState],
-        ranks: Sequence[int],
-        total: float,
         untrained: Callable[[RankPartition], float],
     ) -> list[ModuleAggregate]:
         """Return the leading triplets of the sum of `partials` over `divisor`, all able to train.
 
         Args:
-            modules: as in `finish`.
-            problem: the same as the partial results were folded with.
             partials: what the blocks come to; read once.
+            step: its problem is the one that the partial results were folded with.
             divisor: of the sum.
-            before: as in `finish`.
-            ranks: as in `finish`.
-            total: what the weights of all clients sum to.
             untrained: what the method multiplies a range of directions by, had nobody trained.
         """
-        start = Start(seed=seed_of(self.seed, "aggregation", modules[0]), near_GKI=_near(before))
+        problem = step.problem
+        seed = seed_of(self.seed, "aggregation", step.modules[0])
+        start = Start(seed=seed, near_GKI=_near(step.before))
         found = routes.decompose(partials, problem, total=divisor, start=start)
         results = []
-        for module, each, state in zip(modules, found, before, strict=True):
+        for module, each, state in zip(step.modules, found, step.before, strict=True):
             live = self._live(module, each, problem)
             diagnostics = diagnose(
                 live,
-                ranks=ranks,
+                ranks=step.ranks,
                 stacked_rank=problem.stacked_rank,
                 before=alive_directions(_spectral(state)),
                 partitions=partition_qualities(
                     problem,
-                    total=total,
+                    total=step.total,
                     before=spectral_energies(problem, state["S"]),
                     after=spectral_energies(problem, live.spectral.s_R),
                     untrained=untrained,
@@ -129,22 +127,21 @@ class SpectralMethod(Method):
         return replace(found, spectral=live)
 
 
-def with_room(problem: Problem) -> Problem:
-    """Return the problem with the rank of one more block, that of the state before the round.
+def with_room(step: ServerStep) -> ServerStep:
+    """Return the step with the rank of one more block in its problem, that of the state before.
 
     It follows from the configured ranks, whoever is left out: so does the route. Where all ranks
     are equal everybody receives the whole state, and the problem stays.
     """
+    problem = step.problem
     if len(problem.partitions) <= 1:
-        return problem
-    return replace(problem, stacked_rank=problem.stacked_rank + problem.rank)
+        return step
+    roomy = replace(problem, stacked_rank=problem.stacked_rank + problem.rank)
+    return replace(step, problem=roomy)
 
 
 def with_state(
-    partials: Iterable[Partial],
-    before: Sequence[ModuleState],
-    problem: Problem,
-    amounts_R: Tensor,
+    partials: Iterable[Partial], step: ServerStep, amounts_R: Tensor
 ) -> Iterator[Partial]:
     """Return the blocks and, behind them, U diag(amounts_j S_j) V^T of the state before the round.
 
@@ -152,19 +149,18 @@ def with_state(
 
     Args:
         partials: of the clients' blocks.
-        before: the modules' states before the round.
-        problem: as `with_room` returns it.
+        step: as `with_room` returns it.
         amounts_R: float64, one for each direction of the state.
     """
 
     def block() -> Iterator[Partial]:
-        if len(problem.partitions) <= 1:
+        if len(step.problem.partitions) <= 1:
             return
-        s_GR = torch.stack([state["S"].double().cpu() for state in before]) * amounts_R
+        s_GR = torch.stack([state["S"].double().cpu() for state in step.before]) * amounts_R
         if bool(s_GR.any()):
-            u_GOR = torch.stack([state["U"] for state in before])
-            vh_GRI = torch.stack([state["Vh"] for state in before])
-            yield routes.fold_columns(u_GOR, vh_GRI, s_GR, problem)
+            u_GOR = torch.stack([state["U"] for state in step.before])
+            vh_GRI = torch.stack([state["Vh"] for state in step.before])
+            yield routes.fold_columns(u_GOR, vh_GRI, s_GR, step.problem)
 
     return chain(partials, block())
 

@@ -15,11 +15,17 @@ from fedllm.aggregation.groups import (
 from fedllm.config.loading import read_config
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.catalog import method_of
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.protocol import (
+    Method,
+    ModuleAggregate,
+    ModuleState,
+    StateNotes,
+    UsedClients,
+)
 from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation
-from fedllm.process.server_state import read_state
+from fedllm.process.server_state import metadata_of_state, notes_of, read_state
 from fedllm.scheduling.traits import traits_of
 from fedllm.server.collected_updates import CollectedUpdates
 from fedllm.server.pipeline import Pipeline
@@ -32,7 +38,7 @@ from fedllm.storage.records import (
     ModuleDiagnostics,
     PreparedRecord,
 )
-from fedllm.storage.tensors import TensorSpec, TensorWriter, writing_tensors
+from fedllm.storage.tensors import TensorFile, TensorSpec, TensorWriter, writing_tensors
 
 
 def aggregate_round(paths: RoundPaths) -> AggregateRecord:
@@ -52,10 +58,13 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     method = method_of(config)
     devices = resolve_devices(config.aggregation.device)
     planned = _planned_tensors(method, federation)
-    with writing_tensors(paths.global_state, planned, {"method": config.method.name}) as writer:
+    collected = _Collected.open(paths, method) if paths.number else None
+    notes = collected.next_notes(method) if collected else method.start_notes()
+    metadata = metadata_of_state(config.method.name, notes)
+    with writing_tensors(paths.global_state, planned, metadata) as writer:
         output = _Output(writer=writer, modules={})
-        if paths.number:
-            done = _aggregate(paths, federation, method, devices, output)
+        if collected:
+            done = _aggregate(collected, federation, method, devices, output, notes)
         else:
             done = _AggregationResult(stages={}, clients=0)
             start_states(method, federation, devices, output.write)
@@ -120,41 +129,72 @@ class _AggregationResult:
     clients: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Collected:
+    """What a round aggregates: the frozen collection, its weights, and the state before."""
+
+    paths: RoundPaths
+    collection: CollectionRecord
+    cohort: CohortRecord
+    weights: list[float]
+    before: TensorFile
+
+    @classmethod
+    def open(cls, paths: RoundPaths, method: Method) -> "_Collected":
+        collection = CollectionRecord.read(paths.collection)
+        return cls(
+            paths=paths,
+            collection=collection,
+            cohort=CohortRecord.read(paths.cohort),
+            weights=method.weigh([update.weight for update in collection.updates]),
+            before=read_state(paths.run.round(paths.number - 1)),
+        )
+
+    def next_notes(self, method: Method) -> StateNotes:
+        clients = [update.client for update in self.collection.updates]
+        used = UsedClients(round=self.paths.number, clients=clients, weights=self.weights)
+        return method.next_notes(notes_of(self.before), used)
+
+
 def _aggregate(
-    paths: RoundPaths,
+    collected: _Collected,
     federation: Federation,
     method: Method,
     devices: tuple[torch.device, ...],
     output: _Output,
+    notes: StateNotes,
 ) -> _AggregationResult:
     """Aggregate a collection."""
     section = federation.config.aggregation
-    collection = CollectionRecord.read(paths.collection)
-    cohort = CohortRecord.read(paths.cohort)
-    weights = method.weigh([update.weight for update in collection.updates])
-    visibility_seconds = traits_of(federation.config).visibility_seconds
-    updates = CollectedUpdates.open(paths, collection, cohort, weights, visibility_seconds)
-    previous = paths.run.round(paths.number - 1)
-    with read_state(previous) as before:
+    updates = CollectedUpdates.open(
+        collected.paths,
+        collected.collection,
+        collected.cohort,
+        collected.weights,
+        traits_of(federation.config).visibility_seconds,
+    )
+    with collected.before as before:
         engine = Pipeline(
             method=method,
             source=updates,
             blocks=blocks_of(list(updates.updates), section.block_clients),
-            total=total_of(weights),
+            total=total_of(collected.weights),
             before=before.module,
             take=output.take,
             devices=devices,
+            round=collected.paths.number,
+            notes=notes,
         )
-        groups = groups_of(federation, cohort)
+        groups = groups_of(federation, collected.cohort)
         stages = engine.run([with_weights(group, updates.weights) for group in groups])
-    return _AggregationResult(stages=stages, clients=len(weights))
+    return _AggregationResult(stages=stages, clients=len(collected.weights))
 
 
 def _planned_tensors(method: Method, federation: Federation) -> dict[str, TensorSpec]:
     return {
-        f"{module}.{part}": TensorSpec(shape=tuple(shape))
+        f"{module}.{part}": TensorSpec(shape=planned.shape, dtype=planned.dtype)
         for module, rank in federation.largest_ranks.items()
-        for part, shape in method.parts(_shape(federation, module), rank).items()
+        for part, planned in method.parts(_shape(federation, module), rank).items()
     }
 
 

@@ -183,6 +183,8 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
             before=output.before,
             take=output.take,
             devices=devices,
+            round=1,
+            notes=method.start_notes(),
         )
         groups = group_modules(
             ranks,

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 
 import torch
@@ -19,7 +19,7 @@ from fedllm.aggregation.groups import ModuleGroup
 from fedllm.aggregation.route_types import Partial
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StateNotes
 from fedllm.server.prefetch import FactorSource, Portion, Prefetch
 
 STAGES = ("read", "fold", "decompose", "write")
@@ -37,6 +37,8 @@ class Pipeline:
         before: returns a module's previous state.
         take: called with each module's name and result when it is ready, one at a time.
         devices: the devices that compute; a device that is named twice is used twice.
+        round: the number of the round.
+        notes: the JSON part of the new state.
     """
 
     method: Method
@@ -46,6 +48,8 @@ class Pipeline:
     before: Callable[[str], ModuleState]
     take: Callable[[str, ModuleAggregate], None]
     devices: Sequence[torch.device]
+    round: int
+    notes: StateNotes = field(default_factory=dict)
 
     def run(self, groups: Sequence[ModuleGroup]) -> dict[str, float]:
         """Aggregate all groups; return the seconds of each stage.
@@ -106,11 +110,7 @@ class _Worker:
         with Prefetch(self.pipeline.source, in_order, self.device) as prefetch:
             for group in groups:
                 self._raise_if_cancelled()
-                # no name here holds a partial result while the next one is computed
-                blocks = (
-                    self._next_partial(group, prefetch, seconds) for _ in portions[group.modules]
-                )
-                results = self._aggregate(group, blocks, seconds)
+                results = self._aggregate(group, len(portions[group.modules]), prefetch, seconds)
                 if written is not None:
                     written.result()
                 written = self.writer.submit(self._write, group, results, seconds)
@@ -120,31 +120,40 @@ class _Worker:
         return seconds
 
     def _aggregate(
-        self, group: ModuleGroup, partials: Iterator[Partial], seconds: "defaultdict[str, float]"
+        self,
+        group: ModuleGroup,
+        num_blocks: int,
+        prefetch: Prefetch,
+        seconds: "defaultdict[str, float]",
     ) -> list[ModuleAggregate]:
-        before = [_move_to(self.device, self.pipeline.before(module)) for module in group.modules]
+        step = self._step(group)
         started = time.perf_counter()
-        blocks = _Timed(partials)
+        # no name here holds a partial result while the next one is computed
+        blocks = _Timed(self._next_partial(step, prefetch, seconds) for _ in range(num_blocks))
         with _naming_modules(group, blocks):
-            results = self.pipeline.method.finish(
-                group.modules,
-                problem=group.problem,
-                partials=blocks,
-                total=self.pipeline.total,
-                before=before,
-                ranks=group.received,
-            )
+            results = self.pipeline.method.finish(blocks, step)
         self._synchronize()
         seconds["decompose"] += time.perf_counter() - started - blocks.seconds
         return results
 
+    def _step(self, group: ModuleGroup) -> ServerStep:
+        return ServerStep(
+            modules=group.modules,
+            problem=group.problem,
+            total=self.pipeline.total,
+            before=[_move_to(self.device, self.pipeline.before(m)) for m in group.modules],
+            ranks=group.received,
+            round=self.pipeline.round,
+            notes=self.pipeline.notes,
+        )
+
     def _next_partial(
-        self, group: ModuleGroup, prefetch: Prefetch, seconds: "defaultdict[str, float]"
+        self, step: ServerStep, prefetch: Prefetch, seconds: "defaultdict[str, float]"
     ) -> Partial:
         with prefetch.block() as block:
             self._raise_if_cancelled()
             started = time.perf_counter()
-            partial = _fold(self.pipeline.method, block, group)
+            partial = _fold(self.pipeline.method, block, step)
             self._synchronize()
             seconds["fold"] += time.perf_counter() - started
         return partial
@@ -170,11 +179,11 @@ class _Worker:
             torch.cuda.current_stream(self.device).synchronize()
 
 
-def _fold(method: Method, block: FactorBlock, group: ModuleGroup) -> Partial:
+def _fold(method: Method, block: FactorBlock, step: ServerStep) -> Partial:
     try:
-        return method.fold(block, group.problem)
+        return method.fold(block, step)
     except AdapterError as error:
-        raise AdapterError(f"{group.modules[0]}: {error}") from error
+        raise AdapterError(f"{step.modules[0]}: {error}") from error
 
 
 def _move_to(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

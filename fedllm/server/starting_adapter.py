@@ -132,6 +132,8 @@ def _aggregate_alone(
         before=before,
         take=take,
         devices=devices,
+        round=0,
+        notes=method.start_notes(),
     )
     groups = group_modules(ranks, block_clients=1, exact=section.exact, tolerance=section.tolerance)
     try:

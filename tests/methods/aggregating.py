@@ -4,11 +4,17 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fedllm.aggregation.groups import ModuleGroup, with_weights
 from fedllm.aggregation.route_types import Problem
 from fedllm.lora.factors import FactorBlock, Factors
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
+
+
+def part_of(tensor: Tensor) -> StatePart:
+    """Return the plan of a part of a state that is this tensor."""
+    return StatePart(shape=tuple(tensor.shape), dtype=tensor.dtype)
 
 
 def block_of(factors: Sequence[Factors], weights: Sequence[float]) -> FactorBlock:
@@ -30,6 +36,7 @@ def aggregate(
     *,
     before: ModuleState | None = None,
     block_clients: int = 2,
+    round_number: int = 1,
 ) -> ModuleAggregate:
     """Return what the clients' updates of the module `m` come to."""
     shape = factors[0].shape
@@ -50,14 +57,15 @@ def aggregate(
         block_of(factors[begin : begin + block_clients], weights[begin : begin + block_clients])
         for begin in range(0, len(factors), block_clients)
     ]
-    return method.finish(
-        ["m"],
+    step = ServerStep(
+        modules=["m"],
         problem=problem,
-        partials=[method.fold(block, problem) for block in blocks],
         total=math.fsum(weights),
         before=[before or method.start_module(module="m", shape=shape, rank=max(ranks))],
         ranks=ranks,
-    )[0]
+        round=round_number,
+    )
+    return method.finish([method.fold(block, step) for block in blocks], step)[0]
 
 
 def can_train(factors: Factors) -> None:

@@ -12,9 +12,9 @@ from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
 from fedllm.methods.factor_mean import FactorMean
-from fedllm.methods.protocol import Method, ModuleAggregate
+from fedllm.methods.protocol import Method, ModuleAggregate, ServerStep
 from tests.lora.adapters import random_factors
-from tests.methods.aggregating import aggregate, block_of
+from tests.methods.aggregating import aggregate, block_of, part_of
 
 METHOD: Method = FactorMean(seed=3, alpha=16.0)
 SHAPE = ModuleShape(out=10, in_=7)
@@ -44,18 +44,24 @@ def test_a_and_b_are_averaged_separately(rows: list[int]) -> None:
 
 
 def test_no_block_is_held_while_the_next_one_is_made() -> None:
-    problem = Problem(out=10, in_=7, stacked_rank=16, rank=4)
+    before = METHOD.start_module(module="m", shape=SHAPE, rank=4)
+    step = ServerStep(
+        modules=["m"],
+        problem=Problem(out=10, in_=7, stacked_rank=16, rank=4),
+        total=4.0,
+        before=[before],
+        ranks=[4],
+        round=1,
+    )
     made: list[weakref.ref[Tensor]] = []
 
     def fold(seed: int) -> Partial:
         assert not any(block() is not None for block in made[2:])
-        partial = METHOD.fold(block_of([client(seed)], [1.0]), problem)
+        partial = METHOD.fold(block_of([client(seed)], [1.0]), step)
         made.extend(weakref.ref(tensor) for tensor in partial.values())
         return partial
 
-    before = METHOD.start_module(module="m", shape=SHAPE, rank=4)
-    partials = (fold(seed) for seed in range(4))
-    METHOD.finish(["m"], problem=problem, partials=partials, total=4.0, before=[before], ranks=[4])
+    METHOD.finish((fold(seed) for seed in range(4)), step)
     assert len(made) == 8
 
 
@@ -85,7 +91,7 @@ def test_a_client_of_another_scale_sends_the_same_product() -> None:
 
 def test_round_0_changes_nothing_and_starts_from_the_seeded_a() -> None:
     state = METHOD.start_module(module="m", shape=SHAPE, rank=4)
-    assert {name: tuple(part.shape) for name, part in state.items()} == METHOD.parts(SHAPE, 4)
+    assert {name: part_of(part) for name, part in state.items()} == METHOD.parts(SHAPE, 4)
     assert not state["B"].any()
     assert torch.equal(state["A"], initial_a(seed=3, module="m", rank=4, shape=SHAPE))
     assert METHOD.base_delta(state) is None

@@ -10,9 +10,9 @@ from fedllm.aggregation.route_types import Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, initial_a
 from fedllm.methods.flexlora import FlexLora
-from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState
+from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep
 from tests.lora.adapters import Cohort, cohorts, random_factors
-from tests.methods.aggregating import aggregate, block_of, can_train
+from tests.methods.aggregating import aggregate, block_of, can_train, part_of
 
 METHOD: Method = FlexLora(seed=3, alpha=16.0)
 SHAPE = ModuleShape(out=10, in_=7)
@@ -82,16 +82,15 @@ def test_round_0_changes_nothing_and_all_ranks_start_alike() -> None:
         client = received(state, rank)
         assert client.scale == 16.0 / rank
         assert torch.equal(client.a_RI, initial_a(seed=3, module="m", rank=rank, shape=SHAPE))
-    assert {name: tuple(part.shape) for name, part in state.items()} == METHOD.parts(SHAPE, 6)
+    assert {name: part_of(part) for name, part in state.items()} == METHOD.parts(SHAPE, 6)
 
 
 def test_the_state_has_room_for_the_largest_rank_and_is_float32() -> None:
     cohort = Cohort(factors=[random_factors(1, out=10, in_=7, rank=2)], weights=[1.0])
     result = aggregated(cohort, [2, 5, 2])
-    assert {name: tuple(part.shape) for name, part in result.state.items()} == METHOD.parts(
-        SHAPE, 5
-    )
-    assert {part.dtype for part in result.state.values()} == {torch.float32}
+    specs = {name: part_of(part) for name, part in result.state.items()}
+    assert specs == METHOD.parts(SHAPE, 5)
+    assert {spec.dtype for spec in specs.values()} == {torch.float32}
     assert all(part.is_contiguous() for part in result.state.values())
     assert [row.rank for row in result.diagnostics.ranks] == [2, 5]
     assert (result.diagnostics.stacked_rank, result.diagnostics.route) == (2, "factored")
@@ -165,14 +164,15 @@ def test_modules_of_one_shape_are_aggregated_together_as_each_alone() -> None:
         scales_GC=torch.cat([block.scales_GC for block in blocks]),
         weights_GC=torch.cat([block.weights_GC for block in blocks]),
     )
-    found = METHOD.finish(
-        ["m", "n"],
+    step = ServerStep(
+        modules=["m", "n"],
         problem=problem,
-        partials=[METHOD.fold(together, problem)],
         total=6.0,
         before=[METHOD.start_module(module=m, shape=SHAPE, rank=4) for m in "mn"],
         ranks=[4],
+        round=1,
     )
+    found = METHOD.finish([METHOD.fold(together, step)], step)
     for result, factors in zip(found, modules, strict=True):
         alone = aggregate(METHOD, factors, [1.0, 2.0, 3.0], [4], block_clients=3)
         torch.testing.assert_close(result.state["S"], alone.state["S"])

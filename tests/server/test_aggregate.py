@@ -17,6 +17,7 @@ from fedllm.errors import AdapterError, ConfigError
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.catalog import method_of
 from fedllm.methods.flexlora import FlexLora
+from fedllm.methods.protocol import ServerStep
 from fedllm.planning.federation import plan_federation
 from fedllm.process.server_state import read_state
 from fedllm.server.aggregate import aggregate_round, groups_of
@@ -125,16 +126,16 @@ class Failing(FlexLora):
     failed: threading.Event = field(default_factory=threading.Event)
     summed: list[Problem] = field(default_factory=list)
 
-    def fold(self, block: FactorBlock, problem: Problem) -> Partial:
-        if problem is self.damaged:
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
+        if step.problem is self.damaged:
             assert self.begun.wait(60)
             self.failed.set()
             raise AdapterError("cannot be summed")
-        self.summed.append(problem)
+        self.summed.append(step.problem)
         self.begun.set()
         assert self.failed.wait(60)
         time.sleep(1.0)
-        return super().fold(block, problem)
+        return super().fold(block, step)
 
 
 def test_after_a_failure_the_other_devices_take_no_further_block(tmp_path: Path) -> None:
@@ -157,6 +158,7 @@ def test_after_a_failure_the_other_devices_take_no_further_block(tmp_path: Path)
             before=before.module,
             take=lambda _module, _result: None,
             devices=[torch.device("cpu")] * 2,
+            round=1,
         ).run(groups)
     assert method.summed == [groups[0].problem]
 
