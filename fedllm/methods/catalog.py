@@ -32,37 +32,37 @@ class MethodEntry:
 # by import path, so that a coordinator knows the names without loading torch
 METHODS: Mapping[str, MethodEntry] = {
     "flexlora": MethodEntry(
-        path="fedllm.methods.flexlora:FlexLora",
+        path="fedllm.methods.spectral.flexlora:FlexLora",
         ranks="any",
         summary="mean of full-size products, SVD, each client the best of its rank",
         paper="https://arxiv.org/abs/2402.11505",
     ),
     "raflora": MethodEntry(
-        path="fedllm.methods.raflora:RaFlora",
+        path="fedllm.methods.spectral.raflora:RaFlora",
         ranks="any",
         summary="as flexlora, each range of directions by the clients that train it",
         paper="https://arxiv.org/abs/2602.13486",
     ),
     "rbla": MethodEntry(
-        path="fedllm.methods.rbla:Rbla",
+        path="fedllm.methods.pairs.rbla:Rbla",
         ranks="any",
         summary="each row of A and column of B averaged over the clients that train it",
         paper="https://arxiv.org/abs/2408.08699",
     ),
     "hetlora": MethodEntry(
-        path="fedllm.methods.hetlora:HetLora",
+        path="fedllm.methods.pairs.hetlora:HetLora",
         ranks="any",
         summary="factors padded with zeros, weighted by the norm of each client's change",
         paper="https://arxiv.org/abs/2401.06432",
     ),
     "factor_mean": MethodEntry(
-        path="fedllm.methods.factor_mean:FactorMean",
+        path="fedllm.methods.pairs.factor_mean:FactorMean",
         ranks="one",
         summary="means of A and of B, each by itself: FedAvg and FedIT with LoRA",
         paper="https://arxiv.org/abs/2305.05644",
     ),
     "lora_fair": MethodEntry(
-        path="fedllm.methods.lora_fair:LoraFair",
+        path="fedllm.methods.pairs.lora_fair:LoraFair",
         ranks="one",
         summary="as factor_mean, B corrected so that the product is near the mean of products",
         paper="https://arxiv.org/abs/2411.14961",

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import ModuleState
+from fedllm.methods.spectral.flexlora import FlexLora
 
 
 @dataclass(frozen=True, kw_only=True)

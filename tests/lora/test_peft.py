@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from fedllm.lora.factors import Factors, delta, scale_of
-from fedllm.methods.flexlora import FlexLora
+from fedllm.methods.spectral.flexlora import FlexLora
 from tests.methods.aggregating import aggregate
 
 

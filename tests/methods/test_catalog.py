@@ -20,9 +20,9 @@ from fedllm.methods.catalog import (
     check_names,
     method_class,
 )
-from fedllm.methods.factor_mean import FactorMean
-from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.local_rules import LOCAL_RULES
+from fedllm.methods.pairs.factor_mean import FactorMean
+from fedllm.methods.spectral.flexlora import FlexLora
 from fedllm.methods.weights import amounts, total_of
 
 
@@ -71,8 +71,8 @@ def test_a_method_is_found_by_the_name_it_bears(name: str) -> None:
 
 
 def test_a_method_of_ones_own_is_named_by_its_path() -> None:
-    assert method_class("fedllm.methods.flexlora:FlexLora") is FlexLora
-    assert isinstance(build("fedllm.methods.flexlora:FlexLora"), FlexLora)
+    assert method_class("fedllm.methods.spectral.flexlora:FlexLora") is FlexLora
+    assert isinstance(build("fedllm.methods.spectral.flexlora:FlexLora"), FlexLora)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_method_of_ones_own_is_named_by_its_path() -> None:
         ),
         ("quick", r"got 'quick', need one of flexlora, .*, lora_fair or your own"),
         ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
-        ("fedllm.methods.flexlora:Nothing", "has no attribute 'Nothing'"),
+        ("fedllm.methods.spectral.flexlora:Nothing", "has no attribute 'Nothing'"),
         (":Class", "cannot import ':Class'"),
         ("fedllm.methods.local_rules:LocalRule", "lacks base_delta, finish, fold, kind"),
         ("fedllm.methods.catalog:METHODS", "lacks base_delta"),

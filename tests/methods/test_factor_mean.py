@@ -11,7 +11,7 @@ from torch import Tensor
 from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
-from fedllm.methods.factor_mean import FactorMean
+from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.protocol import Method, ModuleAggregate, ServerStep
 from tests.lora.adapters import random_factors
 from tests.methods.aggregating import aggregate, block_of, part_of

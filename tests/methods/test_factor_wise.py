@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a
-from fedllm.methods.factor_mean import FactorMean
-from fedllm.methods.hetlora import HetLora
-from fedllm.methods.pair_state import PairMethod
+from fedllm.methods.pairs.factor_mean import FactorMean
+from fedllm.methods.pairs.hetlora import HetLora
+from fedllm.methods.pairs.pair_state import PairMethod
+from fedllm.methods.pairs.rbla import Rbla
 from fedllm.methods.protocol import ModuleState
-from fedllm.methods.rbla import Rbla
 from tests.lora.adapters import random_factors
 from tests.methods.aggregating import aggregate
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from fedllm.aggregation.route_types import Problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, initial_a
-from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep
+from fedllm.methods.spectral.flexlora import FlexLora
 from tests.lora.adapters import Cohort, cohorts, random_factors
 from tests.methods.aggregating import aggregate, block_of, can_train, part_of
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.lora.factors import Factors, ModuleShape, delta
-from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.options import FlexLoraOptions
 from fedllm.methods.protocol import ModuleAggregate, ModuleState
+from fedllm.methods.spectral.flexlora import FlexLora
 from tests.lora.adapters import dense_sum, random_factors
 from tests.methods.aggregating import aggregate
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Factors, delta
-from fedllm.methods.factor_mean import FactorMean
-from fedllm.methods.lora_fair import LoraFair
 from fedllm.methods.options import LoraFairOptions
+from fedllm.methods.pairs.factor_mean import FactorMean
+from fedllm.methods.pairs.lora_fair import LoraFair
 from fedllm.methods.protocol import Method, ModuleState
 from tests.lora.adapters import dense_sum, random_factors
 from tests.methods.aggregating import aggregate

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.lora.factors import Factors, delta
-from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import ModuleState
-from fedllm.methods.raflora import RaFlora
+from fedllm.methods.spectral.flexlora import FlexLora
+from fedllm.methods.spectral.raflora import RaFlora
 from tests.lora.adapters import random_factors
 from tests.methods.aggregating import aggregate, can_train
 

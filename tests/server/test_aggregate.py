@@ -16,8 +16,8 @@ from fedllm.config.loading import read_config
 from fedllm.errors import AdapterError, ConfigError
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.catalog import method_of
-from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import ServerStep
+from fedllm.methods.spectral.flexlora import FlexLora
 from fedllm.planning.federation import plan_federation
 from fedllm.process.server_state import read_state
 from fedllm.server.aggregate import aggregate_round, groups_of

@@ -8,7 +8,6 @@ import torch
 
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import ModuleShape
-from fedllm.methods.flexlora import FlexLora
 from fedllm.methods.protocol import (
     ModuleAggregate,
     ModuleState,
@@ -17,6 +16,7 @@ from fedllm.methods.protocol import (
     StatePart,
     UsedClients,
 )
+from fedllm.methods.spectral.flexlora import FlexLora
 from fedllm.process.server_state import notes_of, read_state
 from fedllm.server.aggregate import aggregate_round
 from tests.server.collection import collect, make_round

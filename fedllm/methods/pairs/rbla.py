@@ -14,7 +14,7 @@ import torch
 
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
-from fedllm.methods.pair_state import PairMethod, summed
+from fedllm.methods.pairs.pair_state import PairMethod, summed
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
 from fedllm.methods.weights import direction_weights
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from fedllm.aggregation.route_types import Partial
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors
-from fedllm.methods.pair_state import PairMethod, summed
+from fedllm.methods.pairs.pair_state import PairMethod, summed
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial, Problem, RankPartition
 from fedllm.lora.factors import FactorBlock, ModuleShape, initial_a
-from fedllm.methods.pair_state import PairMethod, summed
+from fedllm.methods.pairs.pair_state import PairMethod, summed
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
 
 

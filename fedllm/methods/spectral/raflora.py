@@ -16,7 +16,7 @@ from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
-from fedllm.methods.spectral_state import SpectralMethod, with_room, with_state
+from fedllm.methods.spectral.spectral_state import SpectralMethod, with_room, with_state
 from fedllm.methods.weights import direction_weights
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
-from fedllm.methods.factor_mean import FactorMean
 from fedllm.methods.options import LoraFairOptions
-from fedllm.methods.pair_state import summed
+from fedllm.methods.pairs.factor_mean import FactorMean
+from fedllm.methods.pairs.pair_state import summed
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
 
 _PAIR = ("A", "B")

@@ -1,0 +1,1 @@
+"""Methods whose state is a pair of factors, A and B: means of factors."""

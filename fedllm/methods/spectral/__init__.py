@@ -1,0 +1,1 @@
+"""Methods whose state is spectral, U S V^T: means of products."""
