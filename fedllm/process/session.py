@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
 from fedllm.model.device import resolve_device
 from fedllm.planning.engines import engine_of
 from fedllm.process.log import say
-from fedllm.storage.paths import CachePaths
+from fedllm.storage.frozen_config import frozen_config
+from fedllm.storage.paths import CachePaths, RunPaths
 from fedllm.storage.publishing.publish import Version, version_of
 from fedllm.storage.publishing.staging import staged_folder
 from fedllm.storage.records import PreparedRecord
@@ -183,13 +183,13 @@ class Session:
             self._data = path, TokenizedClients.open(Path(path))
         return self._data[1]
 
-    def config(self, path: Path) -> Config:
-        """Return a run's configuration, read again if the file changed."""
-        if not path.is_file():
-            return read_config(path)  # raises the right error
-        version = path, version_of(path)
+    def config(self, run: RunPaths) -> Config:
+        """Return a run's configuration, read again if the file changed; see `frozen_config`."""
+        if not run.config.is_file():
+            return frozen_config(run)  # raises the right error
+        version = run.config, version_of(run.config)
         if self._config is None or self._config[0] != version:
-            self._config = version, read_config(path)
+            self._config = version, frozen_config(run)
         return self._config[1]
 
     def prepared(self, path: Path) -> PreparedRecord:

@@ -145,7 +145,7 @@ def _evaluate(call: _Call) -> int:
 
 def _share(run: RunPaths, session: Session) -> None:
     """Set the umask of a shared project: the group may write files, others may not read them."""
-    if session.config(run.config).storage.group is not None:
+    if session.config(run).storage.group is not None:
         os.umask(0o007)
 
 

@@ -54,7 +54,7 @@ class Scorer:
             RunDirectoryError: it is missing, pruned or damaged.
         """
         run = paths.run
-        config = session.config(run.config)
+        config = session.config(run)
         prepared = session.prepared(run.prepared)
         return cls(
             method=method_of(config),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from fedllm.config.loading import read_config
 from fedllm.config.models import ClientsSection, Config, DataSection, HeldOutSection
 from fedllm.config.yaml_text import decode_text
 from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
@@ -27,6 +26,7 @@ from fedllm.planning.roles import split_roles
 from fedllm.process.log import say
 from fedllm.server.starting_adapter import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
+from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
 from fedllm.storage.records import ClientRecord, CohortRecord, LayoutRecord, PreparedRecord
 from fedllm.training.trainers import require_installed
@@ -45,7 +45,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
         ConfigError: configuration, model, data and method do not fit together.
         RunDirectoryError: the installed libraries compute the run's layout wrongly.
     """
-    config = read_config(run.config)
+    config = frozen_config(run)
     first = CohortRecord.find(run.round(1).cohort)
     cache = cache_of(config.storage.cache, run.root)
     base, prepared = _describe(config, cache, say, begun=first is not None)

@@ -22,6 +22,7 @@ def advance(run: Run) -> bool:
     Raises:
         FedllmError: the run cannot go on; the exit code says why.
     """
+    run.known_records.refuse_edits()
     run.observations.training_seconds = None
     federation = prepare(run)
     if federation is None:

@@ -3,14 +3,13 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fedllm.config.loading import (
     dump_config,
-    flatten,
     override_config,
     read_config,
     result_fingerprint,
@@ -21,6 +20,7 @@ from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
+from fedllm.storage.frozen_config import changes_of, key_values, refuse_edits
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
@@ -106,6 +106,7 @@ def _create(paths: RunPaths, config: Config) -> RunRecord:
         run_id=hashlib.sha256(identity.encode()).hexdigest()[:8],
         result_fingerprint=fingerprint,
         versions=versions(),
+        config=key_values(config),
     )
     publish_bytes(paths.config, dump_config(config).encode())
     record.publish(paths.run)
@@ -126,62 +127,58 @@ def _refuse_foreign_folder(paths: RunPaths) -> None:
         )
 
 
-def _changed(before: Config, after: Config) -> dict[str, tuple[str, Any, Any]]:
-    """Return key -> (kind, before, after) of the keys that differ."""
-    old, new = flatten(before), flatten(after)
-    changed: dict[str, tuple[str, Any, Any]] = {}
-    for key in dict.fromkeys([*old, *new]):
-        kind, before_value = old.get(key, ("", None))
-        other_kind, after_value = new.get(key, ("", None))
-        if before_value != after_value:
-            changed[key] = (kind or other_kind, before_value, after_value)
-    return changed
+def _accepted_values(paths: RunPaths, record: RunRecord) -> Mapping[str, Any]:
+    """Return the values that the run accepted last; an earlier version kept `config.yaml` alone."""
+    return record.config or key_values(read_config(paths.config))
 
 
 def _refuse_other(paths: RunPaths, config: Config) -> None:
-    changed = _changed(read_config(paths.config), config)
+    record = RunRecord.read(paths.run)
+    changes = changes_of(_accepted_values(paths, record), config)
     if paths.round(1).cohort.exists():
-        frozen = [
-            f"{key} ({was} in the run, now {now})"
-            for key, (kind, was, now) in changed.items()
-            if kind == "result"
-        ]
+        frozen = [str(change) for change in changes if change.kind == "result"]
         if frozen:
             raise RunDirectoryError(
                 f"{paths.root}: a run of another configuration: {', '.join(frozen)}; these keys "
                 "are frozen, choose another --run-dir"
             )
-    if "rounds" in changed and changed["rounds"][2] < changed["rounds"][1]:
-        _, was, now = changed["rounds"]
-        raise RunDirectoryError(
-            f"{paths.root}: rounds can only grow, {was} in the run: got {now}; to go on with it "
-            f"as it is: fedllm resume {paths.root}"
-        )
+        refuse_edits(paths, record, config)
+    for change in changes:
+        if change.key == "rounds" and change.after < change.before:
+            raise RunDirectoryError(
+                f"{paths.root}: rounds can only grow, {change.before} in the run: got "
+                f"{change.after}; to go on with it as it is: fedllm resume {paths.root} "
+                f"--set rounds={change.before}"
+            )
 
 
 def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
-    before = read_config(paths.config)
     record = RunRecord.read(paths.run)
-    changed = _changed(before, config)
-    if not changed and record.result_fingerprint == result_fingerprint(config):
-        return record
-    if any(key in {"model.path", "data.path"} for key in changed) or (
-        result_fingerprint(config) != record.result_fingerprint
+    changes = changes_of(_accepted_values(paths, record), config)
+    fingerprint, values = result_fingerprint(config), key_values(config)
+    if any(change.key in {"model.path", "data.path"} for change in changes) or (
+        fingerprint != record.result_fingerprint
     ):
         _prepare_again(paths)
-    changes = [
-        ChangeRecord(key=key, before=was, after=now, lease=lease.number)
-        for key, (_, was, now) in changed.items()
-    ]
-    after = record.model_copy(
-        update={
-            "changes": [*record.changes, *changes],
-            "result_fingerprint": result_fingerprint(config),
-        }
-    )
-    # a change is recorded before it is made: if killed in between, it is recorded twice, never lost
+    content = dump_config(config).encode()
+    if paths.config.read_bytes() != content:
+        # before run.json: if killed in between, the next start records the change
+        publish_bytes(paths.config, content)
+    if (fingerprint, values) == (record.result_fingerprint, record.config):
+        return record
+    update = {
+        "changes": [
+            *record.changes,
+            *(
+                ChangeRecord(key=each.key, before=each.before, after=each.after, lease=lease.number)
+                for each in changes
+            ),
+        ],
+        "result_fingerprint": fingerprint,
+        "config": values,
+    }
+    after = record.model_copy(update=update)
     after.publish(paths.run)
-    publish_bytes(paths.config, dump_config(config).encode())
     return after
 
 

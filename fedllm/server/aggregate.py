@@ -12,7 +12,6 @@ from fedllm.aggregation.groups import (
     group_modules,
     with_weights,
 )
-from fedllm.config.loading import read_config
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import (
@@ -30,6 +29,7 @@ from fedllm.scheduling.traits import traits_of
 from fedllm.server.collected_updates import CollectedUpdates
 from fedllm.server.pipeline import Pipeline
 from fedllm.server.starting_adapter import start_states
+from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -52,7 +52,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     """
     started = time.perf_counter()
     run = paths.run
-    config = read_config(run.config)
+    config = frozen_config(run)
     torch.set_num_threads(config.aggregation.threads)
     federation = plan_federation(config, PreparedRecord.read(run.prepared))
     method = method_of(config)

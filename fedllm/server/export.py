@@ -9,7 +9,6 @@ import torch
 from fedllm.adapters.peft_config import CONFIG
 from fedllm.adapters.peft_files import dtype_of
 from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
-from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.config.target_modules import is_target
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
@@ -18,6 +17,7 @@ from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
 from fedllm.process.server_state import read_state
 from fedllm.process.state_adapters import adapter_of
+from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.outputs import filling_folder
@@ -86,7 +86,7 @@ def open_state(run: RunPaths, round_number: int | None) -> ServerState:
     number = newest_state(run) if round_number is None else round_number
     paths = run.round(number)
     file = read_state(paths)
-    config = read_config(run.config)
+    config = frozen_config(run)
     return ServerState(
         round=number,
         config=config,

@@ -144,12 +144,17 @@ class ChangeRecord(Record):
 
 
 class RunRecord(Record):
-    """The identity of a run."""
+    """The identity of a run.
+
+    `config` is the value of every key of `config.yaml` as the run last accepted it; a run of an
+    earlier version has none.
+    """
 
     run_id: str
     result_fingerprint: str
     versions: dict[str, str]
     changes: list[ChangeRecord] = []
+    config: dict[str, Any] = {}
 
 
 class LeaseRecord(Record):

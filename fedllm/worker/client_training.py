@@ -67,7 +67,7 @@ class ClientRound:
             RunDirectoryError: a record or the server state is missing or damaged.
         """
         paths, run = attempt.round, attempt.run
-        config = session.config(run.config)
+        config = session.config(run)
         # files of another node may become visible late
         visibility_seconds = traits_of(config).visibility_seconds
         prepared = read_late_file(lambda: session.prepared(run.prepared), visibility_seconds)

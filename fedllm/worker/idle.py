@@ -44,7 +44,7 @@ def next_attempt(
             if _adopts(attempt, task):
                 return attempt
             done = attempt
-        config, waited = task.session.config(run.config), time.monotonic() - began
+        config, waited = task.session.config(run), time.monotonic() - began
         if not may_idle(config) or waited >= 60.0 * config.scheduler.linger_minutes:
             return None
         left = task.seconds_left()

@@ -123,7 +123,7 @@ class Worker:
         Raises:
             UserError: it has no bundle of the worker's class.
         """
-        visibility_seconds = traits_of(task.session.config(attempt.run.config)).visibility_seconds
+        visibility_seconds = traits_of(task.session.config(attempt.run)).visibility_seconds
         plan = read_late_file(lambda: SubmissionRecord.read(attempt.submission), visibility_seconds)
         classes = {bundle.worker_class for bundle in plan.bundles}
         if task.worker_class is not None and task.worker_class not in classes:
@@ -146,7 +146,7 @@ class Worker:
     @property
     def stays_idle(self) -> bool:
         """Whether it waits idle when no bundle is left; a task of a single bundle does not."""
-        config = self.task.session.config(self.attempt.run.config)
+        config = self.task.session.config(self.attempt.run)
         return may_idle(config) and not self.plan.one_bundle
 
     @property

@@ -1,0 +1,78 @@
+"""The configuration of a run as the run accepted it: `config.yaml`, checked against `run.json`.
+
+A person may edit `config.yaml` of a run directory. `run.json` holds the fingerprint of all result
+keys and the value of every key, so that an edit is found before anything is computed with it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedllm.config.loading import flatten, read_config, result_fingerprint
+from fedllm.config.models import Config
+from fedllm.errors import RunDirectoryError
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyChange:
+    """A key whose value changed; `kind` as in `flatten`."""
+
+    key: str
+    kind: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.before} in the run, now {self.after})"
+
+
+def key_values(config: Config) -> dict[str, Any]:
+    """Return the value of every key, as `run.json` holds them."""
+    return {key: value for key, (_, value) in flatten(config).items()}
+
+
+def changes_of(before: Mapping[str, Any], after: Config) -> list[KeyChange]:
+    """Return the keys that changed.
+
+    A key that only one side has is of another version, or belongs to a table whose list of names
+    changed too.
+    """
+    return [
+        KeyChange(key=key, kind=kind, before=before[key], after=value)
+        for key, (kind, value) in flatten(after).items()
+        if key in before and before[key] != value
+    ]
+
+
+def frozen_config(paths: RunPaths) -> Config:
+    """Return the configuration of a run, which has the result keys that `run.json` recorded.
+
+    Raises:
+        ConfigError: it is not a valid configuration.
+        RunDirectoryError: somebody changed a result key in `config.yaml`; the message names it.
+    """
+    config = read_config(paths.config)
+    record = RunRecord.find(paths.run)
+    if record is not None:
+        refuse_edits(paths, record, config)
+    return config
+
+
+def refuse_edits(paths: RunPaths, record: RunRecord, config: Config) -> None:
+    """Require the result keys that the run was begun with.
+
+    Raises:
+        RunDirectoryError: another value, with the key, both values and the remedy.
+    """
+    if result_fingerprint(config) == record.result_fingerprint:
+        return
+    frozen = [
+        str(change) for change in changes_of(record.config, config) if change.kind == "result"
+    ]
+    what = ", ".join(frozen) or f"its fingerprint is not that of {paths.run.name}"
+    raise RunDirectoryError(
+        f"{paths.config}: not the configuration that the run was begun with: {what}; these keys "
+        "are frozen: put them back, or begin a new run in another --run-dir"
+    )
