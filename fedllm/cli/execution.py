@@ -29,6 +29,7 @@ from fedllm.scheduling.slurm.coordinator_job import (
 )
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.slurm.script import log_pattern
+from fedllm.storage.own_code import folders_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 
@@ -50,7 +51,13 @@ def start(
     config = configuration(config_file, overrides)
     root = run_dir or default_run_dir(config_file)
     is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
-    run = open_for_coordination(root, config, take_over=take_over, unattended=unattended)
+    run = open_for_coordination(
+        root,
+        config,
+        take_over=take_over,
+        unattended=unattended,
+        code_folders=folders_of(config_file),
+    )
     try:
         coordinate(run)
     except UserError as error:
@@ -86,7 +93,7 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
         # before we take the lease: a link that starts meanwhile would find it taken
         refuse_second_coordinator(paths, record.run_id)
     check_coordinator(config.scheduler)
-    run = open_for_coordination(root, config)
+    run = open_for_coordination(root, config, code_folders=folders_of(config_or_run))
     try:
         if not run.paths.prepared.exists():
             # the coordinator would find these problems too, but report them only in its log
@@ -111,7 +118,9 @@ def advance_run(config_or_run: Path, run_dir: Path | None) -> bool:
     root, config = root_and_config(config_or_run, (), run_dir)
     if is_done(RunPaths(root=root.resolve()), config):
         return True
-    return advance_while_possible(open_for_coordination(root, config, unattended=True)) is None
+    folders = folders_of(config_or_run)
+    run = open_for_coordination(root, config, unattended=True, code_folders=folders)
+    return advance_while_possible(run) is None
 
 
 def advance_link(root: Path) -> bool:
@@ -123,12 +132,20 @@ def advance_link(root: Path) -> bool:
 
 
 def open_for_coordination(
-    root: Path, config: Config, *, take_over: bool = False, unattended: bool = False
+    root: Path,
+    config: Config,
+    *,
+    take_over: bool = False,
+    unattended: bool = False,
+    code_folders: Sequence[str] | None = None,
 ) -> Run:
     """Open a run for coordination.
 
+    A method of the user's own is looked for in the folders that the run names, then in
+    `code_folders`, which are the run's and the working directory unless given.
+
     Raises:
-        ConfigError: options of sbatch that only fedllm sets.
+        ConfigError: options of sbatch that only fedllm sets, or a method that is not there.
         RunDirectoryError: it cannot be used, or Slurm cannot take its path.
     """
     check_method(config.method)
@@ -142,6 +159,7 @@ def open_for_coordination(
         holder_is_gone=holder_is_gone,
         take_over=take_over,
         unattended=unattended,
+        code_folders=folders_of(root) if code_folders is None else code_folders,
     )
 
 

@@ -12,6 +12,7 @@ import typer
 from fedllm.config.loading import load_config
 from fedllm.config.models import Config
 from fedllm.errors import RunDirectoryError, UserError
+from fedllm.storage.own_code import folders_of, is_own, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
@@ -55,6 +56,8 @@ def say_json(value: Any) -> None:
 def configuration(path: Path, overrides: Sequence[str]) -> Config:
     """Read a configuration; one shipped with fedllm is found from any directory.
 
+    A method of the user's own can be imported from then on.
+
     Raises:
         ConfigError: one line per problem.
     """
@@ -62,7 +65,10 @@ def configuration(path: Path, overrides: Sequence[str]) -> Config:
         # `configs/quickstart.yaml`, if fedllm was installed from a wheel
         with contextlib.suppress(UserError):
             path = shipped(str(path))
-    return load_config(path, overrides)
+    config = load_config(path, overrides)
+    if is_own(config.method.name):
+        read_own_code(config.method.name, folders_of(path))
+    return config
 
 
 def existing_run(root: Path) -> RunPaths:

@@ -167,8 +167,10 @@ def _imported(path: str) -> "type[Method]":
     module_name, _, class_name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"method.name: cannot import {path!r}: {error}") from error
+    except Exception as error:  # a module of the user's own may raise anything
+        raise ConfigError(
+            f"method.name: cannot import {path!r}: {type(error).__name__}: {error}"
+        ) from error
     wanted = {*Method.__annotations__, *(key for key in vars(Method) if not key.startswith("_"))}
     missing = sorted(key for key in wanted if not hasattr(found, key))
     if missing or not inspect.isclass(found):

@@ -6,6 +6,60 @@ in, state out. A method with options of its own has a class attribute `options_c
 too, an instance of that class. Clients' updates come in blocks, for some modules of one shape at
 once: `fold` says what one block comes to, `finish` makes the new states of all blocks together.
 The JSON part of the state has what is not of one module: `next_notes` makes it before any `fold`.
+
+A complete method, short rather than fast: the mean of the clients' changes is its state.
+
+>>> import torch
+>>> from fedllm.aggregation.route_types import Certificate, Decomposition
+>>> from fedllm.lora.factors import Factors
+>>> from fedllm.lora.spectral import Spectral, to_factors
+>>> from fedllm.methods.diagnostics import diagnose
+>>> from fedllm.methods.protocol import Method, ModuleAggregate, StatePart
+>>> class MeanOfChanges(Method):
+...     kind, name = "lora", "mean_of_changes"
+...
+...     def __init__(self, *, seed, alpha, scaling="fixed"):
+...         self.alpha = alpha  # the scale of an adapter of rank r is alpha / r
+...
+...     def parts(self, shape, rank):
+...         return {"W": StatePart(shape=(shape.out, shape.in_))}
+...
+...     def refuse(self, tier_ranks):
+...         return None  # ranks may differ
+...
+...     def start_module(self, *, module, shape, rank):
+...         return {"W": torch.zeros(shape.out, shape.in_)}
+...
+...     def module_adapter(self, *, module, state, rank):
+...         return to_factors(svd(state["W"]), rank=rank, scale=self.alpha / rank)
+...
+...     def weigh(self, rows):
+...         return [float(n) for n in rows]
+...
+...     def fold(self, block, step):  # sum over the block: weight x scale x B A
+...         amounts_GC = block.weights_GC * block.scales_GC
+...         amounts_GR = amounts_GC.repeat_interleave(torch.tensor(block.ranks), dim=1)
+...         return {"W": (block.b_GOR.double() * amounts_GR[:, None]) @ block.a_GRI.double()}
+...
+...     def finish(self, partials, step):
+...         mean_GOI = sum(partial["W"] for partial in partials) / step.total
+...         return [aggregate_of(w_OI, step) for w_OI in mean_GOI]
+...
+...     def base_delta(self, state):
+...         return None  # the base stays as it is
+>>> def svd(w_OI):
+...     u_OR, s_R, vh_RI = torch.linalg.svd(w_OI, full_matrices=False)
+...     return Spectral(u_OR=u_OR, s_R=s_R, vh_RI=vh_RI)
+>>> def aggregate_of(w_OI, step):
+...     whole = Decomposition(
+...         spectral=svd(w_OI),
+...         total_energy=float(w_OI.square().sum()),
+...         route="dense",
+...         certificate=Certificate(residual_energy=0.0, relative_excess=0.0),
+...     )
+...     told = diagnose(whole, ranks=step.ranks, stacked_rank=step.problem.stacked_rank)
+...     return ModuleAggregate(state={"W": w_OI.float()}, diagnostics=told)
+
 Legend: G modules, C clients, O out, I in, R rank.
 """
 

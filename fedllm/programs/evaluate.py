@@ -12,12 +12,12 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import mean_scores, score_rows
-from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
 from fedllm.packing.precision import precision
 from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.evaluation_targets import Target, choose_targets, is_complete
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of
@@ -57,7 +57,7 @@ class Scorer:
         config = session.config(run)
         prepared = session.prepared(run.prepared)
         return cls(
-            method=method_of(config),
+            method=method_of_run(run, config),
             state=read_state(paths),
             federation=plan_federation(config, prepared),
             slots=session.slots(config, prepared),

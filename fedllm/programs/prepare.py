@@ -14,6 +14,7 @@ from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
 from fedllm.errors import ConfigError, DataError, RunDirectoryError
 from fedllm.methods.catalog import method_of
+from fedllm.methods.protocol import Method
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.memory import give_back_freed
@@ -23,7 +24,9 @@ from fedllm.packing.layout_check import find_layout, is_still_valid
 from fedllm.planning.engines import engine_of
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import split_roles
+from fedllm.planning.tiers import resolve_ranks
 from fedllm.process.log import say
+from fedllm.process.run_method import method_of_run
 from fedllm.server.starting_adapter import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.frozen_config import frozen_config
@@ -48,16 +51,13 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     config = frozen_config(run)
     first = CohortRecord.find(run.round(1).cohort)
     cache = cache_of(config.storage.cache, run.root)
-    base, prepared = _describe(config, cache, say, begun=first is not None)
+    method = method_of_run(run, config)
+    base, prepared = _describe(config, method, cache, say, begun=first is not None)
     layout = (
         _best_layout(config, base) if first is None else _begun_layout(first, config, base, run)
     )
     federation = plan_federation(config, prepared)
-    method = method_of(config)
-    refusal = method.refuse(list(federation.ranks.values()))
-    if refusal:
-        raise ConfigError(refusal)
-    refuse_ranks(method, federation)
+    refuse_ranks(method, prepared, list(federation.ranks.values()))
     _check_engine(config, layout)
     say(describe_layout(layout))
     prepared = prepared.model_copy(update={"layout": layout})
@@ -71,12 +71,15 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     The same configuration, data and cache give the same record, to the byte.
 
     Raises:
-        ConfigError: rows are too long for the base, or for the token budget; or clients cannot
-            train together on it.
+        ConfigError: the method cannot be made, or cannot work with the ranks of the tiers; rows
+            are too long for the base, or for the token budget; or clients cannot train together on
+            it.
         ModelError: the base is missing or unsuitable.
         DataError: the data are missing or not as described.
     """
-    base, prepared = _describe(config, cache, report)
+    method = method_of(config)
+    base, prepared = _describe(config, method, cache, report)
+    refuse_ranks(method, prepared, list(resolve_ranks(config, base.modules).values()))
     layout = _best_layout(config, base)
     _check_engine(config, layout)
     return prepared.model_copy(update={"layout": layout})
@@ -94,12 +97,15 @@ def describe_layout(layout: LayoutRecord | None) -> str:
 
 
 def _describe(
-    config: Config, cache: CachePaths, report: Report, *, begun: bool = False
+    config: Config, method: Method, cache: CachePaths, report: Report, *, begun: bool = False
 ) -> tuple[BaseDescription, PreparedRecord]:
     """Describe base and data; the record has no layout of rows yet."""
     path = locate_base(config.model, cache, report)
     notes: list[str] = []
     base = describe_base(path, config.lora.target_modules, say=notes.append, begun=begun)
+    # what needs the base alone, before the data are tokenised
+    if refusal := method.refuse(list(resolve_ranks(config, base.modules).values())):
+        raise ConfigError(refusal)
     tokenizer, rows = load_tokenizer(path), base.embedded_tokens
     beyond = check_tokens(path, tokenizer, rows, begun=begun)
     folder = _tokenise(config, base.path, cache, report)

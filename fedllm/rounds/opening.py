@@ -15,17 +15,18 @@ from fedllm.config.loading import (
     result_fingerprint,
 )
 from fedllm.config.models import Config
-from fedllm.errors import FedllmError, RunDirectoryError
+from fedllm.errors import ConfigError, FedllmError, RunDirectoryError
 from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.frozen_config import changes_of, key_values, refuse_edits
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
+from fedllm.storage.own_code import changed_modules, is_own, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
 from fedllm.storage.publishing.publish import publish_bytes
-from fedllm.storage.records import ChangeRecord, RunRecord
+from fedllm.storage.records import ChangeRecord, OwnCodeRecord, RunRecord
 
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "submitit", "datasets", "safetensors")
 
@@ -39,12 +40,25 @@ def open_run(
     holder_is_gone: HolderIsGone = process_is_gone,
     take_over: bool = False,
     unattended: bool = False,
+    code_folders: Sequence[str] = (),
 ) -> Run:
     """Open a run directory: take its lease and apply `config`.
 
+    Args:
+        root: the run directory.
+        config: its configuration.
+        make_scheduler: makes the scheduler of its jobs.
+        say: prints a line.
+        holder_is_gone: says whether the holder of a lease has ended.
+        take_over: whether to take the lease from a holder that may not have ended.
+        unattended: whether no person called.
+        code_folders: where a method of the user's own is looked for, after the run's own folders.
+
     Raises:
-        RunDirectoryError: the directory is not a run, belongs to another configuration, or
-            `rounds` is smaller than in the run.
+        ConfigError: a method of the user's own is not found.
+        RunDirectoryError: the directory is not a run, belongs to another configuration,
+            `rounds` is smaller than in the run, or the source of a method of the user's own is
+            not what the run began with.
         LeaseError: another coordinator holds it.
     """
     paths = RunPaths(root=root.resolve())
@@ -52,6 +66,7 @@ def open_run(
         _refuse_other(paths, config)
     else:
         _refuse_foreign_folder(paths)
+    own_code = _own_code(paths, config, code_folders)
     if config.storage.group:
         share_with_group(paths.root, config.storage.group)
     lease = Lease.acquire(
@@ -62,7 +77,10 @@ def open_run(
         unattended=unattended,
     )
     try:
-        record = _reconcile(paths, config, lease) if paths.run.exists() else _create(paths, config)
+        if paths.run.exists():
+            record = _reconcile(paths, config, lease, own_code)
+        else:
+            record = _create(paths, config, own_code)
         scheduler = make_scheduler(paths, config)
     except BaseException:
         lease.release()
@@ -99,7 +117,25 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def _create(paths: RunPaths, config: Config) -> RunRecord:
+def _own_code(paths: RunPaths, config: Config, folders: Sequence[str]) -> OwnCodeRecord | None:
+    """Return the source of the method, if it is the user's own: what a run that began must keep."""
+    if not is_own(config.method.name):
+        return None
+    run = RunRecord.find(paths.run)
+    before = run.own_code if run else None
+    if before is None:
+        return read_own_code(config.method.name, folders)
+    try:
+        now = read_own_code(config.method.name, before.folders)
+    except ConfigError:
+        # the user's folder may have moved
+        now = read_own_code(config.method.name, folders)
+    if paths.round(1).cohort.exists():
+        refuse_changed(paths, before, now)
+    return now
+
+
+def _create(paths: RunPaths, config: Config, own_code: OwnCodeRecord | None) -> RunRecord:
     fingerprint = result_fingerprint(config)
     identity = f"{fingerprint}{paths.root}{time.time_ns()}{os.getpid()}"
     record = RunRecord(
@@ -107,6 +143,7 @@ def _create(paths: RunPaths, config: Config) -> RunRecord:
         result_fingerprint=fingerprint,
         versions=versions(),
         config=key_values(config),
+        own_code=own_code,
     )
     publish_bytes(paths.config, dump_config(config).encode())
     record.publish(paths.run)
@@ -152,31 +189,37 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
             )
 
 
-def _reconcile(paths: RunPaths, config: Config, lease: Lease) -> RunRecord:
+def _reconcile(
+    paths: RunPaths, config: Config, lease: Lease, own_code: OwnCodeRecord | None
+) -> RunRecord:
     record = RunRecord.read(paths.run)
     changes = changes_of(_accepted_values(paths, record), config)
     fingerprint, values = result_fingerprint(config), key_values(config)
-    if any(change.key in {"model.path", "data.path"} for change in changes) or (
-        fingerprint != record.result_fingerprint
+    if (
+        any(change.key in {"model.path", "data.path"} for change in changes)
+        or fingerprint != record.result_fingerprint
+        or changed_modules(record.own_code, own_code)
     ):
         _prepare_again(paths)
     content = dump_config(config).encode()
     if paths.config.read_bytes() != content:
         # before run.json: if killed in between, the next start records the change
         publish_bytes(paths.config, content)
-    if (fingerprint, values) == (record.result_fingerprint, record.config):
-        return record
-    update = {
-        "changes": [
-            *record.changes,
-            *(
-                ChangeRecord(key=each.key, before=each.before, after=each.after, lease=lease.number)
-                for each in changes
-            ),
-        ],
+    update: dict[str, Any] = {
         "result_fingerprint": fingerprint,
         "config": values,
+        "own_code": own_code,
     }
+    if record.model_copy(update=update) == record:
+        return record
+    recorded = [
+        ChangeRecord(key=each.key, before=each.before, after=each.after, lease=lease.number)
+        for each in changes
+    ]
+    if record.own_code != own_code:
+        was, now = (code.model_dump() if code else None for code in (record.own_code, own_code))
+        recorded.append(ChangeRecord(key="own_code", before=was, after=now, lease=lease.number))
+    update["changes"] = [*record.changes, *recorded]
     after = record.model_copy(update=update)
     after.publish(paths.run)
     return after

@@ -13,7 +13,6 @@ from fedllm.aggregation.groups import (
     with_weights,
 )
 from fedllm.lora.factors import ModuleShape
-from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import (
     Method,
     ModuleAggregate,
@@ -24,6 +23,7 @@ from fedllm.methods.protocol import (
 from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import metadata_of_state, notes_of, read_state
 from fedllm.scheduling.traits import traits_of
 from fedllm.server.collected_updates import CollectedUpdates
@@ -55,7 +55,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     config = frozen_config(run)
     torch.set_num_threads(config.aggregation.threads)
     federation = plan_federation(config, PreparedRecord.read(run.prepared))
-    method = method_of(config)
+    method = method_of_run(run, config)
     devices = resolve_devices(config.aggregation.device)
     planned = _planned_tensors(method, federation)
     collected = _Collected.open(paths, method) if paths.number else None

@@ -13,8 +13,8 @@ from fedllm.config.models import Config
 from fedllm.config.target_modules import is_target
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
-from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
+from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.state_adapters import adapter_of
 from fedllm.storage.frozen_config import frozen_config
@@ -91,7 +91,7 @@ def open_state(run: RunPaths, round_number: int | None) -> ServerState:
         round=number,
         config=config,
         prepared=PreparedRecord.read(run.prepared),
-        method=method_of(config),
+        method=method_of_run(run, config),
         file=file,
         ranks=AggregateRecord.read(paths.aggregate_record).rank,
     )

@@ -5,7 +5,7 @@ it can start from it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,19 +46,26 @@ def describe_start(config: Config, base: Path, prepared: PreparedRecord) -> Star
     return StartRecord(path=str(folder), fingerprint=_fingerprint(folder))
 
 
-def refuse_ranks(method: Method, federation: Federation) -> None:
+def refuse_ranks(
+    method: Method, prepared: PreparedRecord, tier_ranks: Sequence[Mapping[str, int]]
+) -> None:
     """Refuse an adapter that the method cannot aggregate with the ranks of the tiers.
+
+    Args:
+        method: the run's method.
+        prepared: names the adapter.
+        tier_ranks: one mapping, module -> rank, per tier.
 
     Raises:
         AdapterError: it has other ranks than the method takes.
     """
-    start = federation.prepared.start
+    start = prepared.start
     if start is None:
         return
     # prepare has just taken its fingerprint
-    adapter = _open_adapter(Path(start.path), federation.prepared.modules)
+    adapter = _open_adapter(Path(start.path), prepared.modules)
     ranks = {module: adapter.factors.rank(module) for module in adapter.factors}
-    if method.refuse([*federation.ranks.values(), ranks]):
+    if method.refuse([*tier_ranks, ranks]):
         adapter_ranks = ", ".join(map(str, sorted(set(ranks.values()))))
         raise AdapterError(
             f"model.adapter: {adapter.folder} has rank {adapter_ranks}, from which {method.name} "

@@ -143,16 +143,28 @@ class ChangeRecord(Record):
     lease: int
 
 
+class OwnCodeRecord(Record):
+    """The source of a class of the user's own.
+
+    `folders` are those that jobs and commands import from, `files` the SHA-256 of each module.
+    """
+
+    name: str
+    folders: list[str]
+    files: dict[str, str]
+
+
 class RunRecord(Record):
     """The identity of a run.
 
     `config` is the value of every key of `config.yaml` as the run last accepted it; a run of an
-    earlier version has none.
+    earlier version has none. `own_code` is the source of a method of the user's own.
     """
 
     run_id: str
     result_fingerprint: str
     versions: dict[str, str]
+    own_code: OwnCodeRecord | None = None
     changes: list[ChangeRecord] = []
     config: dict[str, Any] = {}
 

@@ -8,11 +8,12 @@ from fedllm.config.loading import result_fingerprint
 from fedllm.config.models import Config
 from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
-from fedllm.methods.catalog import local_rule, method_of
+from fedllm.methods.catalog import local_rule
 from fedllm.methods.protocol import Method
 from fedllm.planning.engines import engine_of
 from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
+from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of
@@ -80,7 +81,7 @@ class ClientRound:
             prepared=prepared,
             cohort=cohort,
             state=read_late_file(lambda: _open_state(run, cohort), visibility_seconds),
-            method=method_of(config),
+            method=method_of_run(run, config),
             settings=LocalSettings(
                 training=config.training,
                 rule=local_rule(config.method.local),

@@ -22,7 +22,7 @@ from fedllm.server.export import export_adapter, export_model, newest_state, ope
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.publish import publish_bytes
-from fedllm.storage.records import AggregateRecord, PreparedRecord
+from fedllm.storage.records import AggregateRecord, PreparedRecord, RunRecord
 from fedllm.storage.tensors import write_tensors
 from tests.adapters.mounting import mounted
 from tests.adapters.peft_folders import deltas, unknown_keys
@@ -50,7 +50,7 @@ def make_run(
     raw["model"]["dtype"] = dtype
     config = validate(raw)
     publish_bytes(paths.config, dump_config(config).encode())
-    publish_bytes(paths.run, b"{}")
+    RunRecord(run_id="r", result_fingerprint="", versions={}).publish(paths.run)
     described = describe_base(tiny.model, config.lora.target_modules)
     prepared = PreparedRecord(
         model_fingerprint=described.fingerprint,

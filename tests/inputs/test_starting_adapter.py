@@ -138,8 +138,13 @@ def test_a_factor_mean_starts_from_an_adapter_of_its_rank_only(
 def test_an_adapter_that_does_not_fit_the_run_is_refused(
     tiny: Tiny, adapter: Path, tmp_path: Path
 ) -> None:
+    clients: Any = raw_config(tiny.model.parent)["clients"]
+    fewer = {
+        "lora": {"target_modules": ["q_proj"]},
+        "clients": {**clients, "tiers": {"one": {"ranks": 3}}},
+    }
     with pytest.raises(AdapterError, match=r"lora\.target_modules"):
-        begun(tmp_path / "a", tiny, adapter, lora={"target_modules": ["q_proj"]})
+        begun(tmp_path / "a", tiny, adapter, **fewer)
     model = LlamaForCausalLM.from_pretrained(tiny.model)
     with torch.no_grad():
         model.model.norm.weight.add_(1.0)

@@ -13,8 +13,9 @@ from fedllm.config.models import SchedulerSection, StorageSection
 from fedllm.doctor.examination import DoctorRequest, examine
 from fedllm.doctor.findings import Finding, describe_findings
 from fedllm.errors import ConfigError
-from fedllm.methods.catalog import check_method
+from fedllm.methods.catalog import check_method, method_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
+from fedllm.storage.own_code import is_own
 
 
 def doctor(
@@ -54,6 +55,8 @@ def _request(
         try:
             loaded = configuration(file, overrides)
             check_method(loaded.method)
+            if is_own(loaded.method.name):
+                method_of(loaded)
             refuse_reserved(loaded.scheduler)
             config = loaded
             findings.append(Finding(check="configuration", level="ok", found=f"{file} is valid"))

@@ -1,0 +1,27 @@
+"""The method of a run, whose source must be what the run began with."""
+
+from fedllm.config.models import Config
+from fedllm.methods.catalog import method_of
+from fedllm.methods.protocol import Method
+from fedllm.process.late_files import read_late_file
+from fedllm.scheduling.traits import traits_of
+from fedllm.storage.own_code import import_from, is_own, read_own_code, refuse_changed
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import RunRecord
+
+
+def method_of_run(run: RunPaths, config: Config) -> Method:
+    """Return a run's method; one of the user's own is imported from the folders of the run.
+
+    Raises:
+        ConfigError: it cannot be imported or made.
+        RunDirectoryError: its source is not what the run began with.
+    """
+    if is_own(config.method.name):
+        seconds = traits_of(config).visibility_seconds
+        record = read_late_file(lambda: RunRecord.read(run.run), seconds).own_code
+        if record is not None:
+            import_from(record.folders)
+            now = read_own_code(config.method.name, record.folders)
+            refuse_changed(run, record, now)
+    return method_of(config)
