@@ -26,6 +26,7 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "training.zero.stage": 3,
     "training.zero.offload": "none",
 }
+_ADDED_TIER_KEYS = ("engine", "processes")  # null: as before
 # setting one of these keys unsets the other
 _EXCLUSIVE_KEYS = {"clients.cohort.count": "fraction", "clients.cohort.fraction": "count"}
 
@@ -117,9 +118,17 @@ def result_fingerprint(config: Config) -> str:
     result = {
         key: value
         for key, (kind, value) in flatten(config).items()
-        if kind == "result" and not (key in _ADDED_KEYS and value == _ADDED_KEYS[key])
+        if kind == "result" and not _is_as_before(key, value)
     }
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _is_as_before(key: str, value: Any) -> bool:
+    """Return whether a key of a later version says what was so before there was that key."""
+    if key in _ADDED_KEYS:
+        return bool(value == _ADDED_KEYS[key])
+    is_of_tier = key.startswith("clients.tiers.") and key.endswith(_ADDED_TIER_KEYS)
+    return is_of_tier and value is None
 
 
 def _apply_all(raw: dict[str, Any], overrides: Sequence[str]) -> None:

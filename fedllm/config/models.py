@@ -5,7 +5,7 @@ and are frozen with the first round.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +17,10 @@ EXECUTION: dict[str, Any] = {"kind": "execution"}
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 # the type of an error whose message is whole lines, each with its own key
 WHOLE_LINES = "whole_lines"
+# how clients train, where a tier may have a value of its own
+_OF_TIERS = ("engine", "processes", "nodes")
+# what a tier with this engine has unless it says so: the general values may be for another engine
+_OF_ENGINES: Mapping[str | None, Mapping[str, int]] = {"plain": {"processes": 1, "nodes": 1}}
 
 
 Name = str  # of a client or a tier; may look like a number or a boolean (see `spelling`)
@@ -26,6 +30,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 RankSpec = PositiveInt | dict[str, PositiveInt]
+EngineName = Literal["plain", "zero"]
 RowFormat = Literal["auto", "alpaca", "messages", "sharegpt", "completion"]
 SbatchOptions = dict[str, str | int | float | bool | None]
 MethodOptions = dict[str, str | int | float | bool | None]
@@ -103,10 +108,18 @@ class DataSection(Section):
 
 
 class TierSection(Section):
-    """A class of clients: its ranks and its share of the clients."""
+    """A class of clients: its ranks, its share of the clients, and how it trains if otherwise."""
 
     ranks: RankSpec
     share: Annotated[float, Field(ge=0)] | None = None
+    engine: EngineName | None = None
+    processes: PositiveInt | None = None
+    nodes: Annotated[PositiveInt | None, Field(json_schema_extra=EXECUTION)] = None
+
+
+def _set_by(tier: TierSection) -> dict[str, Any]:
+    values = {name: getattr(tier, name) for name in _OF_TIERS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class CohortSection(Section):
@@ -184,8 +197,9 @@ class ZeroSection(Section):
 class TrainingSection(Section):
     """Local training of one client in one round."""
 
-    engine: Literal["plain", "zero"] = "plain"
+    engine: EngineName = "plain"
     processes: PositiveInt = 1
+    nodes: Annotated[PositiveInt, Field(json_schema_extra=EXECUTION)] = 1
     zero: ZeroSection = ZeroSection()
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
@@ -207,25 +221,36 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _processes_fit(self) -> "TrainingSection":
-        _raise_lines(list(self._process_problems()))
+        _raise_lines(list(self.process_problems({})))
         return self
 
-    def _process_problems(self) -> Iterator[str]:
-        processes = f"training.processes: got {self.processes}"
+    def process_problems(self, tier_keys: Mapping[str, str]) -> Iterator[str]:
+        """Yield a line for every key that does not fit the engine.
+
+        Args:
+            tier_keys: field -> its key in a tier, for the fields that a tier has set.
+        """
+        keys = {name: tier_keys.get(name, f"training.{name}") for name in _OF_TIERS}
+        processes, engine = f"{keys['processes']}: got {self.processes}", keys["engine"]
         if self.engine == "plain" and self.processes > 1:
             yield (
-                f"{processes}, but training.engine plain trains a client in one process; need 1, "
-                "or training.engine: zero"
+                f"{processes}, but {engine} plain trains a client in one process; need 1, "
+                f"or {engine}: zero"
             )
         if self.processes > self.batch_size:
             yield (
                 f"{processes}, more than the {self.batch_size} rows of an optimizer step; need "
                 f"<= {self.batch_size}, or a larger training.batch_size"
             )
+        if self.processes % self.nodes:
+            yield (
+                f"{processes}, not the same number on each of {keys['nodes']} {self.nodes}; need "
+                f"a multiple of {self.nodes}, or other nodes"
+            )
         if self.engine == "zero" and self.clients_per_batch > 1:
             yield (
-                f"training.clients_per_batch: got {self.clients_per_batch}, but training.engine "
-                "zero trains one client at a time; need 1, or training.engine: plain"
+                f"training.clients_per_batch: got {self.clients_per_batch}, but {engine} "
+                f"zero trains one client at a time; need 1, or {engine}: plain"
             )
 
 
@@ -346,6 +371,22 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     scheduler: Annotated[SchedulerSection, Field(json_schema_extra=EXECUTION)] = SchedulerSection()
     storage: Annotated[StorageSection, Field(json_schema_extra=EXECUTION)] = StorageSection()
+
+    def training_of(self, tier: str) -> TrainingSection:
+        """Return how the clients of a tier train: what the tier says comes before `training`."""
+        own = self.clients.tiers[tier]
+        changes = {**_OF_ENGINES.get(own.engine, {}), **_set_by(own)}
+        return self.training.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _tiers_can_train(self) -> "Config":
+        lines: list[str] = []
+        for name, tier in self.clients.tiers.items():
+            if own := _set_by(tier):
+                keys = {field: f"clients.tiers.{name}.{field}" for field in own}
+                lines += self.training_of(name).process_problems(keys)
+        _raise_lines(list(dict.fromkeys(lines)))
+        return self
 
     @model_validator(mode="after")
     def _options_are_of_tiers(self) -> "Config":

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError, FedllmError
+from fedllm.planning.capacity import ONE_PROCESS
 from fedllm.planning.classes import classes_of, job_options, tier_options
+from fedllm.planning.engines import Engine
 from fedllm.scheduling.slurm.check import job_problems
 from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
@@ -17,6 +19,7 @@ from fedllm.scheduling.slurm.sbatch_flags import (
     sbatch_flags,
     task_defaults,
 )
+from fedllm.scheduling.slurm.script import size_flags
 
 Settings = Mapping[str, str]
 
@@ -72,7 +75,7 @@ class Cluster:
         return [name for name, p in self.partitions.items() if p.get("Default") == "YES"]
 
 
-def job_kinds(section: SchedulerSection, tiers: Mapping[str, object]) -> list[JobKind]:
+def job_kinds(section: SchedulerSection, tiers: Mapping[str, Engine]) -> list[JobKind]:
     """Return all kinds of jobs that a configuration submits; workers have one kind per class.
 
     Raises:
@@ -84,15 +87,17 @@ def job_kinds(section: SchedulerSection, tiers: Mapping[str, object]) -> list[Jo
         f"client {', '.join(t for t, own in classes.items() if own == name)}": (
             "client",
             tier_options(sbatch, name),
+            tiers[name].size,
         )
         for name in classes.values()
     }
     for program in ("prepare", "aggregate", "evaluate"):
-        options_of[program] = (program, job_options(sbatch, program))
+        options_of[program] = (program, job_options(sbatch, program), ONE_PROCESS)
     kinds = []
-    for name, (program, options) in options_of.items():
+    for name, (program, options, size) in options_of.items():
         defaults = task_defaults(options)
         flags = sbatch_flags(options, sbatch=sbatch, program=program, defaults=defaults)
+        flags = {**flags, **size_flags(size)}
         kinds.append(JobKind(name=name, program=program, flags=flags, section=section))
     return [*kinds, _coordinator(section)]
 

@@ -22,6 +22,7 @@ from fedllm.doctor.node_probe import Probe, ProbeWaits, node_options
 from fedllm.doctor.trials import ProbeResult, installed_versions, nearest_folder, trial_folder
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.classes import asks_for_gpus
+from fedllm.planning.engines import Engine, engines_of
 from fedllm.scheduling.slurm.commands import InstalledCommands
 from fedllm.scheduling.slurm.free_capacity import Surveyor
 from fedllm.scheduling.slurm.script import log_pattern
@@ -51,8 +52,8 @@ class DoctorRequest:
     @property
     def kinds(self) -> list[JobKind]:
         """The kinds of jobs that it submits."""
-        tiers = self.config.clients.tiers if self.config else {"of default options": None}
-        return job_kinds(self.scheduler, tiers)
+        of_default = {"of default options": Engine(name="plain")}
+        return job_kinds(self.scheduler, engines_of(self.config) if self.config else of_default)
 
 
 def examine(request: DoctorRequest) -> Iterator[Finding]:

@@ -4,6 +4,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskSize:
+    """Size of a task: so many processes, spread evenly over so many nodes."""
+
+    processes: int = 1
+    nodes: int = 1
+
+
+ONE_PROCESS = TaskSize()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Capacity:
     """The tasks of certain options that a scheduler can take.
 

@@ -24,11 +24,16 @@ def tier_options(section: SbatchSection, tier: str) -> SbatchOptions:
 
 
 def classes_of(section: SbatchSection, tiers: Mapping[str, object]) -> dict[str, str]:
-    """Return tier -> class; a class is named after its first tier."""
+    """Return tier -> class; a class is named after its first tier.
+
+    Args:
+        section: sbatch options.
+        tiers: tier -> its engine, which workers of a class share.
+    """
     classes: dict[str, str] = {}
-    for tier in tiers:
-        options = tier_options(section, tier)
-        same = (t for t in classes if tier_options(section, t) == options)
+    for tier, engine in tiers.items():
+        key = tier_options(section, tier), engine
+        same = (t for t in classes if (tier_options(section, t), tiers[t]) == key)
         classes[tier] = next(same, tier)
     return classes
 

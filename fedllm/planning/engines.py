@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedllm.config.models import TrainingSection
+from fedllm.config.models import Config, TrainingSection
+from fedllm.planning.capacity import TaskSize
 from fedllm.storage.records import CohortClient, LayoutRecord
 
 GROUP_LAYOUT = "parts"
@@ -45,12 +46,13 @@ class ClientGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """The engine that trains the clients of a run, as far as plans need it.
+    """The engine that trains the clients of a tier, as far as plans need it.
 
     Attributes:
         name: key of its trainer in `training.trainers.TRAINERS`.
         clients_at_once: number of clients that it trains together.
         processes: number of processes of a task that train a client.
+        nodes: number of nodes over which they are spread evenly.
         package: package that it needs beside the dependencies of fedllm; None: none.
         divides_base: whether each process holds only a part of the weights of the base.
         layout: the layout of rows that it needs; None: any.
@@ -59,9 +61,15 @@ class Engine:
     name: str
     clients_at_once: int = 1
     processes: int = 1
+    nodes: int = 1
     package: str | None = None
     divides_base: bool = False
     layout: str | None = None
+
+    @property
+    def size(self) -> TaskSize:
+        """The processes and nodes of a task."""
+        return TaskSize(processes=self.processes, nodes=self.nodes)
 
     def groups(
         self, clients: Sequence[CohortClient], ranks: Mapping[str, Mapping[str, int]]
@@ -86,12 +94,18 @@ class Engine:
         )
 
 
+def engines_of(config: Config) -> dict[str, Engine]:
+    """Return tier -> engine."""
+    return {tier: engine_of(config.training_of(tier)) for tier in config.clients.tiers}
+
+
 def engine_of(training: TrainingSection) -> Engine:
-    """Return the engine of a configuration."""
+    """Return the engine of clients that train so."""
     if training.engine == "zero":
         return Engine(
             name="zero",
             processes=training.processes,
+            nodes=training.nodes,
             package="deepspeed",
             # a single process would have every part
             divides_base=training.zero.stage == 3 and training.processes > 1,

@@ -7,7 +7,7 @@ from fedllm.config.models import Config
 from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
 from fedllm.planning.cohorts import cohort_size, draw_cohort
 from fedllm.planning.costs import CostModel, seed_costs, training_cost
-from fedllm.planning.engines import ClientGroup, engine_of
+from fedllm.planning.engines import ClientGroup, Engine, engine_of, engines_of
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
@@ -18,7 +18,7 @@ TERAFLOPS = {True: 20.0, False: 0.03}
 
 @dataclass(frozen=True, kw_only=True)
 class Federation:
-    """Federation: clients with their roles and tiers, tiers with their ranks and classes."""
+    """Federation: clients with their roles and tiers, tiers with ranks, classes and engines."""
 
     config: Config
     prepared: PreparedRecord
@@ -27,6 +27,7 @@ class Federation:
     tiers: Mapping[str, str]
     ranks: Mapping[str, Mapping[str, int]]
     classes: Mapping[str, str]
+    engines: Mapping[str, Engine]
 
     def cohort(self, round_number: int) -> list[CohortClient]:
         """Draw a round's clients in canonical order, with their expected cost in tokens."""
@@ -64,8 +65,11 @@ class Federation:
             modules=self.prepared.modules,
             ranks=self.ranks,
             teraflops={
-                tier: section.worker_teraflops
-                or TERAFLOPS[asks_for_gpus(tier_options(section.sbatch, tier))]
+                tier: self.engines[tier].processes
+                * (
+                    section.worker_teraflops
+                    or TERAFLOPS[asks_for_gpus(tier_options(section.sbatch, tier))]
+                )
                 for tier in self.ranks
             },
         )
@@ -88,6 +92,7 @@ def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
     clients = {client.id: client for client in prepared.clients}
     roles = split_roles(config.clients, prepared.clients)
     cohort_size(config.clients, len(roles.train))
+    engines = engines_of(config)
     return Federation(
         config=config,
         prepared=prepared,
@@ -95,5 +100,6 @@ def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
         roles=roles,
         tiers=assign_tiers(config.clients, config.seed, list(clients)),
         ranks=resolve_ranks(config, prepared.modules),
-        classes=classes_of(config.scheduler.sbatch, config.clients.tiers),
+        classes=classes_of(config.scheduler.sbatch, engines),
+        engines=engines,
     )

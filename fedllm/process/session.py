@@ -162,7 +162,7 @@ class Session:
         """Return the trainer of a run's clients; the errors are those of `slots`."""
         from fedllm.training.trainers import TRAINERS, require_installed
 
-        engine = engine_of(config.training)
+        engine = engine_of(settings.training)
         require_installed(engine)
         trainers = TRAINERS if self._trainers is None else self._trainers
         slots = self.slots(config, prepared, to_divide=engine.divides_base)

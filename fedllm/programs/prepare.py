@@ -21,7 +21,7 @@ from fedllm.model.memory import give_back_freed
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.packing.attention import SHARED
 from fedllm.packing.layout_check import find_layout, is_still_valid
-from fedllm.planning.engines import engine_of
+from fedllm.planning.engines import engines_of
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import split_roles
 from fedllm.planning.tiers import resolve_ranks
@@ -170,10 +170,10 @@ def _begun_layout(
 
 def _check_engine(config: Config, layout: LayoutRecord | None) -> None:
     """Refuse an engine that is not installed, or cannot train with this layout of rows."""
-    engine = engine_of(config.training)
-    require_installed(engine)
-    if refusal := engine.refusal(layout):
-        raise ConfigError(refusal)
+    for engine in engines_of(config).values():
+        require_installed(engine)
+        if refusal := engine.refusal(layout):
+            raise ConfigError(refusal)
 
 
 def _rows_apart(config: Config) -> bool:

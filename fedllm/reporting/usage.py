@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.planning.sbatch_spelling import by_flag
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.record_cache import RecordCache
-from fedllm.storage.records import SubmissionRecord, TaskRecord
+from fedllm.storage.records import ArrayRecord, SubmissionRecord, TaskRecord, WorkersRecord
 
 Options = Mapping[str, str | int | float | bool | None]
 
@@ -69,14 +69,17 @@ def task_usage(record: TaskRecord, gpus: int) -> Usage:
 
 def gpus_of_classes(plan: SubmissionRecord) -> dict[str, int]:
     """Return the GPUs of a task per class of a plan."""
-    planned = {name: workers.options for name, workers in plan.workers.items()}
-    planned |= {array.worker_class: array.options for array in plan.arrays}
-    return {name: gpus_of(of_task(given, plan.processes)) for name, given in planned.items()}
+    planned: dict[str, WorkersRecord | ArrayRecord] = dict(plan.workers)
+    planned |= {array.worker_class: array for array in plan.arrays}
+    return {
+        name: gpus_of(of_task(part.options, part.processes, part.nodes))
+        for name, part in planned.items()
+    }
 
 
-def of_task(options: Options, processes: int) -> Options:
-    """Return the sbatch options of a task with the number of its processes."""
-    return {**options, "ntasks": processes} if processes > 1 else options
+def of_task(options: Options, processes: int, nodes: int) -> Options:
+    """Return the sbatch options of a task with the number of its processes and nodes."""
+    return {**options, "ntasks": processes, "nodes": nodes} if processes > 1 else options
 
 
 def gpus_of(options: Options) -> int:

@@ -5,6 +5,7 @@ from statistics import median_high
 
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_of
+from fedllm.planning.engines import engines_of
 from fedllm.rounds.outliers import CheckedUpdates, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
@@ -120,7 +121,10 @@ def _log_collection(
     for client, why in rejected.items():
         run.say(f"round {number}: {client} is left out: {why}")
     run.say(f"round {number}: collected {_describe(collection)}")
-    if len(collection.environments) > 1:
+    tiers = {update.tier for update in collection.updates}
+    engines = {engine for tier, engine in engines_of(run.config).items() if tier in tiers}
+    # each engine has an environment of its own
+    if len(collection.environments) > len(engines):
         run.say(
             f"round {number}: clients trained in {len(collection.environments)} environments, so "
             "a rerun need not be bit-identical; collection.json lists them"

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.errors import ConfigError
-from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
+from fedllm.scheduling.seam import (
+    ONE_PROCESS,
+    Capacity,
+    Ending,
+    Job,
+    Limits,
+    Option,
+    TaskSize,
+    TaskState,
+)
 
 Execute = Callable[[str, Sequence[str], str, Path], int]
 
@@ -23,7 +32,11 @@ class InlineScheduler:
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _exits: dict[str, int] = field(default_factory=dict)
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
+    def capacity(
+        self,
+        options: Mapping[str, Option],  # noqa: ARG002
+        size: TaskSize = ONE_PROCESS,  # noqa: ARG002
+    ) -> Capacity:
         """Return one slot: there is one process."""
         return Capacity(free_slots=1, max_parallel=1, largest_array=sys.maxsize, resident=True)
 

@@ -17,9 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fedllm.errors import ConfigError
 from fedllm.scheduling.environment import process_variables
 from fedllm.scheduling.heap import with_heap_settings
-from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, TaskState
+from fedllm.scheduling.seam import (
+    ONE_PROCESS,
+    Capacity,
+    Ending,
+    Job,
+    Limits,
+    Option,
+    TaskSize,
+    TaskState,
+)
 from fedllm.storage.publishing.publish import storage_errors
 
 SERVE = (sys.executable, "-m", "fedllm.programs.serve")
@@ -94,7 +104,11 @@ class LocalScheduler:
     _ended: dict[str, Ending] = field(default_factory=dict)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
+    def capacity(
+        self,
+        options: Mapping[str, Option],  # noqa: ARG002
+        size: TaskSize = ONE_PROCESS,  # noqa: ARG002
+    ) -> Capacity:
         """Return one slot for each worker."""
         slots = self.workers
         return Capacity(
@@ -102,7 +116,13 @@ class LocalScheduler:
         )
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Accept all jobs."""
+        """Refuse tasks of several nodes."""
+        for job in jobs:
+            if job.nodes_per_task > 1:
+                raise ConfigError(
+                    f"scheduler.kind: local runs on this node, {job.name} has "
+                    f"{job.nodes_per_task} (training.nodes, or nodes of a tier); need slurm, or 1"
+                )
 
     def room(self, options: Mapping[str, Option]) -> int | None:  # noqa: ARG002
         """Return None: nothing limits the queue."""
@@ -117,6 +137,7 @@ class LocalScheduler:
 
     def submit(self, job: Job) -> list[str]:
         """Queue the tasks of a job and return their ids; free workers take them at once."""
+        self.check([job])
         numbers = itertools.islice(self._numbers, job.tasks)
         tasks = [_Task(id=f"local-{self._run}-{number}", job=job) for number in numbers]
         self._queue.extend(tasks)

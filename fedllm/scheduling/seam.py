@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 from fedllm.errors import Incomplete, UserError
+from fedllm.planning.capacity import ONE_PROCESS as ONE_PROCESS
 from fedllm.planning.capacity import Capacity as Capacity
 from fedllm.planning.capacity import Limits as Limits
+from fedllm.planning.capacity import TaskSize as TaskSize
 from fedllm.storage.records import EndingRecord
 
 Program = Literal["prepare", "client", "aggregate", "evaluate"]
@@ -87,8 +89,8 @@ class Job:
 class Scheduler(Protocol):
     """Scheduler of jobs: it starts them and says which still run. Records say what is complete."""
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:
-        """Return how many tasks of these options it can take, as far as it is known."""
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
+        """Return how many tasks of these options and size it can take, as far as it is known."""
 
     def room(self, options: Mapping[str, Option]) -> int | None:
         """Return how many tasks may be submitted now; None: no limit is known."""

@@ -236,7 +236,8 @@ class ArrayRecord(Record):
     """One array of identical tasks of one class, as submitted.
 
     `minutes` is the requested time limit, after which no bundle is claimed either; `parallel` the
-    `%N` of the array; `logs` the folder of its logs, below that of the round.
+    `%N` of the array; `logs` the folder of its logs, below that of the round. A task is so many
+    `processes`, spread evenly over so many `nodes`.
     """
 
     name: str
@@ -246,12 +247,15 @@ class ArrayRecord(Record):
     minutes: float | None = None
     parallel: int | None = None
     logs: str = ""
+    processes: int = 1
+    nodes: int = 1
 
 
 class WorkersRecord(Record):
     """The workers that an attempt needs of a class: tasks in all, at once, and in one array.
 
-    `memory_factor` multiplies the configured memory in their options.
+    `memory_factor` multiplies the configured memory in their options. A task is so many
+    `processes`, spread evenly over so many `nodes`.
     """
 
     tasks: int
@@ -260,6 +264,8 @@ class WorkersRecord(Record):
     memory_factor: float = 1.0
     minutes: float | None = None
     options: dict[str, str | int | float | bool | None] = {}
+    processes: int = 1
+    nodes: int = 1
 
 
 class SubmissionRecord(Record):
@@ -267,7 +273,7 @@ class SubmissionRecord(Record):
 
     `workers` are needed per class: arrays are added, wave by wave, as the cluster's limits allow.
     `adopted` are idle tasks of the previous round that wait for this one. With `one_bundle` every
-    task claims exactly one bundle. A task is so many `processes`.
+    task claims exactly one bundle.
     """
 
     token: str
@@ -280,7 +286,6 @@ class SubmissionRecord(Record):
     adopted: list[str] = []
     one_bundle: bool = False
     excluded_nodes: list[str] = []
-    processes: int = 1
 
 
 class JobsRecord(Record):

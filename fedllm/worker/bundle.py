@@ -37,9 +37,9 @@ class BundleTraining:
 
     @classmethod
     def open(
-        cls, task: WorkerTask, attempt: AttemptPaths, heartbeat: Heartbeat
+        cls, task: WorkerTask, attempt: AttemptPaths, heartbeat: Heartbeat, claimed: Claimed
     ) -> "BundleTraining":
-        """Open the round and load the base model, before the first client needs them.
+        """Open the round and load the base model, before the first claimed client needs them.
 
         Raises:
             RunDirectoryError: a record or the server state is missing or damaged.
@@ -47,7 +47,7 @@ class BundleTraining:
         opened = open_round(task, attempt)
         # after a signal no client will train: do not load the base model
         if not task.signals.came:
-            _ = opened.trainer
+            opened.trainer_of(claimed.bundle.clients[0])
         return cls(
             task=task,
             attempt=attempt,

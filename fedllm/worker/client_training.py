@@ -44,7 +44,10 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRound:
-    """A round that a worker trains: the cohort, the state that clients start from, the settings."""
+    """A round that a worker trains: the cohort, the state that clients start from, the settings.
+
+    `settings` are those of a tier that trains as `training` says.
+    """
 
     paths: RoundPaths
     run_id: str
@@ -93,10 +96,11 @@ class ClientRound:
             tiers={client.id: client.tier for client in cohort.clients},
         )
 
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer of the clients; its first use loads the base model."""
-        return self.session.trainer(self.config, self.prepared, self.settings)
+    def trainer_of(self, client: str) -> Trainer:
+        """Return the trainer of a client's tier; its first use loads the base model."""
+        training = self.config.training_of(self.tiers[client])
+        settings = replace(self.settings, training=training)
+        return self.session.trainer(self.config, self.prepared, settings)
 
     def received(self, client: str) -> Adapter:
         """Return the adapter of a client's tier, from which it starts; a small one is kept."""
@@ -153,8 +157,8 @@ class ClientRound:
             OutOfMemory: there is not enough memory.
             UserError: the trainer needs another number of processes.
         """
-        self._require_processes(identity)
         members = [self._member_of(client) for client in clients]
+        self._require_processes(identity, clients[0])
         sizes = self._sizes_to_try(members)
         trainings = self._resume_or_start(members, sizes, resume=resume)
         (processes or OneProcess()).send_order(self._order_for(trainings, attempt))
@@ -181,9 +185,9 @@ class ClientRound:
             RunDirectoryError: this process reads other checkpoints than the first one.
             UserError: the trainer needs another number of processes.
         """
-        self._require_processes(identity)
         sizes = [order.micro_batch_size]
         members = [self._member_of(client) for client in order.clients]
+        self._require_processes(identity, order.clients[0])
         trainings = [
             self._new_training(client, order.clients, sizes[0]) for client in order.clients
         ]
@@ -208,12 +212,13 @@ class ClientRound:
         draws = Draws(seed=self.config.seed, round=self.cohort.round, client=client)
         return Member(received=received, rows=rows, draws=draws)
 
-    def _require_processes(self, identity: TaskIdentity) -> None:
-        needed = self.trainer.num_processes
+    def _require_processes(self, identity: TaskIdentity, client: str) -> None:
+        needed = self.trainer_of(client).num_processes
         if identity.num_processes != needed:
             raise UserError(
-                f"{identity.task}: a task of {identity.num_processes} processes; this run's "
-                f"trainer needs {needed}"
+                f"{identity.task}: a task of {identity.num_processes} processes; the trainer of "
+                f"tier {self.tiers[client]} needs {needed}; start the task with as many "
+                "(FEDLLM_PROCESSES)"
             )
 
     def _sizes_to_try(self, members: Sequence[Member]) -> list[int]:
@@ -221,7 +226,8 @@ class ClientRound:
         max_rows = max(len(member.rows) for member in members)
         sizes = list(micro_batch_sizes(self.config.training, max_rows))
         # where memory runs out in one process, the others would not know
-        return sizes if self.trainer.num_processes == 1 else sizes[:1]
+        num_processes = self.trainer_of(members[0].draws.client).num_processes
+        return sizes if num_processes == 1 else sizes[:1]
 
     def _order_for(self, trainings: Sequence[Resumable], attempt: int) -> Order:
         return Order(
@@ -268,7 +274,7 @@ class ClientRound:
                 if not ran_out(error):
                     raise
             # the tensors can be freed only here, where the error's traceback is gone
-            self.trainer.let_go()
+            self.trainer_of(members[0].draws.client).let_go()
             trainings = self._with_smaller_micro_batches(trainings, sizes)
 
     def _resume_or_start(
@@ -310,7 +316,7 @@ class ClientRound:
                 group=tuple(group) if len(group) > 1 else (),
             ),
             micro_batch_size=size,
-            environment=dict(self.trainer.environment),
+            environment=dict(self.trainer_of(client).environment),
         )
 
     def _train(
@@ -335,7 +341,8 @@ class ClientRound:
             for member, training in zip(members, trainings, strict=True)
         ]
         size = trainings[0].micro_batch_size
-        return self.trainer.train(begun, micro_batch_size=size, before_step=hook)
+        trainer = self.trainer_of(members[0].draws.client)
+        return trainer.train(begun, micro_batch_size=size, before_step=hook)
 
     def _with_smaller_micro_batches(
         self, trainings: Sequence[Resumable], sizes: Sequence[int]
@@ -352,7 +359,7 @@ class ClientRound:
         if smaller is not None:
             say(f"{problem}; it is trained again from its start with {smaller}")
             return [training.restarted(smaller) for training in trainings]
-        remedies = ", ".join(self.trainer.remedies(len(clients), size))
+        remedies = ", ".join(self.trainer_of(clients[0]).remedies(len(clients), size))
         raise OutOfMemory(
             f"{problem}; give the task more memory and resume, or begin a new run with {remedies}"
         )

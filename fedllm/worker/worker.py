@@ -169,7 +169,7 @@ class Worker:
                 claimed := self.claims.next(self._seconds_left())
             ):
                 if training is None:
-                    opened = BundleTraining.open(self.task, self.attempt, self.heartbeat)
+                    opened = BundleTraining.open(self.task, self.attempt, self.heartbeat, claimed)
                     training = stack.enter_context(closing(opened))
                 self.is_unfinished = not training.train(claimed)
         self.note("lingering" if self.stays_idle and not signals.came else "ended")

@@ -207,7 +207,8 @@ def _real_keys() -> dict[str, Key]:
     keys = {name: (default, kind) for name, (kind, default) in flatten(least).items()}
     for prefix, section in TABLES_OF_SECTIONS.items():
         for name, field in section.model_fields.items():
-            keys[f"{prefix}.{name}"] = (field.default, "result")
+            _, kind = keys.get(f"{prefix}.{name}", (None, "result"))
+            keys[f"{prefix}.{name}"] = (field.default, kind)
         required |= set(_required(section, f"{prefix}."))
     for name, variable in ENVIRONMENT.items():
         # a file has to say it, or the environment

@@ -1,4 +1,4 @@
-"""A run whose clients train in two processes each, killed and resumed."""
+"""A run whose small clients train alone and whose large ones in two processes, resumed."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import CohortRecord
 from fedllm.storage.updates import read_update
 from tests.cli.commands import fedllm, in_process, one_line, start, wait_until
 from tests.cli.test_run import local, workers_of
@@ -13,10 +14,10 @@ from tests.rounds.simulation import states
 from tests.tiny import Tiny
 
 TWO = (
-    "training.engine=zero",
-    "training.processes=2",
+    "clients.tiers.large.engine=zero",
+    "clients.tiers.large.processes=2",
     "training.checkpoint_every_minutes=1e-9",
-    "clients.cohort.count=2",
+    "clients.cohort.count=3",
     "scheduler.workers=1",
     "rounds=1",
     "evaluation.every=0",
@@ -28,7 +29,7 @@ def options(*given: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_run_which_resumes_to_the_same_bits(
+def test_tiers_train_with_engines_of_their_own_and_resume_to_the_same_bits(
     tiny: Tiny, tmp_path: Path
 ) -> None:
     undisturbed, killed, log = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "log"
@@ -36,11 +37,15 @@ def test_two_processes_train_a_run_which_resumes_to_the_same_bits(
     assert done.returncode == 0, done.stderr
     paths = RunPaths(root=undisturbed).round(1)
     records = [u.record for path in paths.updates.glob("*.safetensors") for u in read_update(path)]
-    assert len(records) == 2
-    assert all(record.environment["processes"] == "2" for record in records)
+    tiers = {client.id: client.tier for client in CohortRecord.read(paths.cohort).clients}
+    assert set(tiers.values()) == {"small", "large"}
+    processes = {r.client: r.environment.get("processes", "1") for r in records}
+    assert processes == {c: {"small": "1", "large": "2"}[tier] for c, tier in tiers.items()}
+    assert "environments" not in done.stdout + done.stderr
 
     process = start(*local(tiny, killed, *options(*TWO)), log=log)
-    wait_until(lambda: list(RunPaths(root=killed).round(1).checkpoints.rglob("*.safetensors")), 200)
+    large = [RunPaths(root=killed).round(1).checkpoint(c) for c in tiers if tiers[c] == "large"]
+    wait_until(lambda: any(path.exists() for path in large), 200)
     workers = workers_of(process.pid)
     assert len(workers) == 2
     process.kill()
@@ -61,3 +66,7 @@ def test_tasks_of_several_processes_are_planned_and_refused_inline(
     assert "processes" in planned.stdout
     refused = one_line(in_process("run", tiny.config, "--run-dir", tmp_path / "run", *changes))
     assert "scheduler.kind: inline runs a task in one process" in refused
+    over = options("scheduler.kind=local", "training.nodes=2")
+    there = one_line(in_process("run", tiny.config, "--run-dir", tmp_path / "run", *changes, *over))
+    assert "scheduler.kind: local runs on this node" in there
+    assert not (tmp_path / "run" / "rounds").exists()

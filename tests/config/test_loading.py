@@ -320,8 +320,8 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
             "training.schedule: got 'lineer', need 'constant', 'linear' or 'cosine'",
             "training.lr: unknown key; valid here: batch_size, checkpoint_every_minutes, "
             "clients_per_batch, clip_norm, device, engine, epochs, gradient_checkpointing, "
-            "learning_rate, max_steps, micro_batch_size, micro_batch_tokens, precision, processes, "
-            "schedule, smaller_micro_batch, threads, warmup_steps, weight_decay, zero",
+            "learning_rate, max_steps, micro_batch_size, micro_batch_tokens, nodes, precision, "
+            "processes, schedule, smaller_micro_batch, threads, warmup_steps, weight_decay, zero",
         ]
     )
 
@@ -345,6 +345,26 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
             "time; need 1, or training.engine: plain",
         ),
         ("training.zero.stage=4", "training.zero.stage: got 4, need 1, 2 or 3"),
+        (
+            "training={engine: zero, processes: 3, nodes: 2}",
+            "training.processes: got 3, not the same number on each of training.nodes 2; need a "
+            "multiple of 2, or other nodes",
+        ),
+        (
+            "clients.tiers.large.processes=2",
+            "clients.tiers.large.processes: got 2, but training.engine plain trains a client in "
+            "one process; need 1, or training.engine: zero",
+        ),
+        (
+            "clients.tiers.large={ranks: 8, engine: zero, processes: 9}",
+            "clients.tiers.large.processes: got 9, more than the 4 rows of an optimizer step; need "
+            "<= 4, or a larger training.batch_size",
+        ),
+        (
+            "clients.tiers.large={ranks: 8, engine: zero, processes: 2, nodes: 4}",
+            "clients.tiers.large.processes: got 2, not the same number on each of "
+            "clients.tiers.large.nodes 4; need a multiple of 4, or other nodes",
+        ),
         (
             "training.processes=2",
             "training.processes: got 2, but training.engine plain trains a client in one process; "
@@ -436,7 +456,13 @@ def test_every_key_has_a_kind() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "clients.tiers.small.ranks=3", "data.revision=x", "method.options.truncated=keep"],
+    [
+        "seed=1",
+        "clients.tiers.small.ranks=3",
+        "clients.tiers.small.engine=zero",
+        "data.revision=x",
+        "method.options.truncated=keep",
+    ],
 )
 def test_a_result_key_changes_the_fingerprint(override: str) -> None:
     assert result_fingerprint(small(override)) != result_fingerprint(small())
@@ -457,9 +483,28 @@ def test_a_run_that_was_begun_before_a_key_was_added_keeps_its_fingerprint() -> 
     assert result_fingerprint(config) == before
     old = config.model_dump(mode="json")
     del old["method"]["options"]
-    for key in ("engine", "processes", "zero"):
+    for key in ("engine", "processes", "zero", "nodes"):
         del old["training"][key]
+    for tier in old["clients"]["tiers"].values():
+        for key in ("engine", "processes", "nodes"):
+            del tier[key]
     assert validate(old) == config
+
+
+def test_what_a_tier_says_of_its_training_comes_before_the_general_keys() -> None:
+    training = "training={engine: zero, processes: 4, nodes: 2}"
+    config = small(training, "clients.tiers.small.engine=plain", "clients.tiers.large.processes=2")
+    trains = {tier: config.training_of(tier) for tier in config.clients.tiers}
+    found = {tier: (t.engine, t.processes, t.nodes) for tier, t in trains.items()}
+    assert found == {"small": ("plain", 1, 1), "large": ("zero", 2, 2)}
+    assert trains["small"].batch_size == config.training.batch_size
+    # where processes run decides no result
+    moved = small(
+        "training={engine: zero, processes: 4}",
+        "clients.tiers.small.engine=plain",
+        "clients.tiers.large={ranks: 8, processes: 2, nodes: 1}",
+    )
+    assert result_fingerprint(moved) == result_fingerprint(config)
 
 
 def test_the_order_of_tiers_decides_the_result_so_it_is_in_the_fingerprint() -> None:

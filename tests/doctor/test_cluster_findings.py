@@ -12,6 +12,7 @@ from fedllm.doctor.cluster_findings import (
     partition_findings,
 )
 from fedllm.doctor.findings import Finding
+from fedllm.planning.engines import Engine
 
 CONTROLLER = {
     "SLURM_VERSION": "23.11.4",
@@ -30,6 +31,9 @@ CONTROLLER = {
 PARTITION = {"Default": "YES", "State": "UP", "MaxTime": "1-00:00:00", "PreemptMode": "REQUEUE"}
 
 
+PLAIN = Engine(name="plain")
+
+
 def found(
     *,
     controller: dict[str, str] | None = None,
@@ -42,7 +46,7 @@ def found(
         controller={**CONTROLLER, **(controller or {})},
         partitions={"main": {**PARTITION, **(partition or {})}, "other": {"State": "UP"}},
     )
-    kinds = job_kinds(section, {"small": None, "large": None})
+    kinds = job_kinds(section, {"small": PLAIN, "large": PLAIN})
     every = [
         *cluster_findings(cluster, section),
         *partition_findings(cluster, kinds),
@@ -60,7 +64,7 @@ def test_scheduler_parameters_that_delay_arrays_are_named() -> None:
 
 
 def test_workers_of_equal_options_are_one_kind_and_the_coordinator_has_its_files_time() -> None:
-    kinds = job_kinds(SchedulerSection(), {"small": None, "large": None})
+    kinds = job_kinds(SchedulerSection(), {"small": PLAIN, "large": PLAIN})
     names = ["client small, large", "prepare", "aggregate", "evaluate", "coordinator"]
     assert [kind.name for kind in kinds] == names
     assert kinds[-1].flags["time"] == "1-00:00:00"
@@ -68,7 +72,7 @@ def test_workers_of_equal_options_are_one_kind_and_the_coordinator_has_its_files
 
 def test_a_key_is_the_key_that_set_the_value() -> None:
     section = SchedulerSection.model_validate({"sbatch": {"tiers": {"big": {"time": "2-0"}}}})
-    kind = job_kinds(section, {"big": None})[0]
+    kind = job_kinds(section, {"big": PLAIN})[0]
     assert kind.key("time") == "scheduler.sbatch.tiers.big.time"
 
 

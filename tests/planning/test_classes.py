@@ -2,6 +2,7 @@
 
 from fedllm.config.models import SbatchSection
 from fedllm.planning.classes import classes_of, job_options, tier_options
+from fedllm.planning.engines import engines_of
 from tests.planning.federations import config_of
 
 SBATCH = {
@@ -11,15 +12,32 @@ SBATCH = {
     "tiers": {"large": {"gpus": 2}, "huge": {"gpus": 2}},
 }
 TIERS = {name: {"ranks": 1} for name in ("small", "middle", "large", "huge")}
-SECTION = config_of(clients__tiers=TIERS, scheduler__sbatch=SBATCH).scheduler.sbatch
+CONFIG = config_of(clients__tiers=TIERS, scheduler__sbatch=SBATCH)
+SECTION = CONFIG.scheduler.sbatch
 
 
 def test_tiers_of_equal_options_are_a_class_named_by_the_first() -> None:
-    assert classes_of(SECTION, TIERS) == {
+    assert classes_of(SECTION, engines_of(CONFIG)) == {
         "small": "small",
         "middle": "small",
         "large": "large",
         "huge": "large",
+    }
+
+
+def test_workers_of_a_class_have_one_engine_processes_and_nodes() -> None:
+    tiers = {
+        "phone": {"ranks": 1},
+        "server": {"ranks": 1, "engine": "zero", "processes": 4},
+        "rack": {"ranks": 1, "engine": "zero", "processes": 4, "nodes": 2},
+        "other": {"ranks": 2, "engine": "zero", "processes": 4, "nodes": 2},
+    }
+    config = config_of(clients__tiers=tiers)
+    assert classes_of(config.scheduler.sbatch, engines_of(config)) == {
+        "phone": "phone",
+        "server": "server",
+        "rack": "rack",
+        "other": "rack",
     }
 
 

@@ -33,7 +33,7 @@ def geometry(
 ) -> Geometry:
     prepared = prepared_of([heavy(str(n)) for n in range(clients)])
     prepared = prepared.model_copy(update={"model_parameters": 1_000_000_000})
-    dry_run = plan_first_round(config, prepared, RunPaths(root=Path("/run")), lambda _: capacity)
+    dry_run = plan_first_round(config, prepared, RunPaths(root=Path("/run")), lambda *_: capacity)
     return plan_geometry(
         dry_run.federation,
         dry_run.cohort,
@@ -151,7 +151,7 @@ def test_files_and_folders_are_those_that_a_round_really_writes(tmp_path: Path) 
     run = RunPaths(root=tmp_path)
     prepared = PreparedRecord.read(run.prepared)
     resident = Capacity(free_slots=1, max_parallel=1, largest_array=400, resident=True)
-    dry_run = plan_first_round(config, prepared, run, lambda _options: resident)
+    dry_run = plan_first_round(config, prepared, run, lambda *_: resident)
     planned = plan_geometry(
         dry_run.federation,
         dry_run.cohort,
@@ -230,7 +230,7 @@ def test_a_plan_shows_all_options_that_are_set() -> None:
 )
 def test_gpus_are_read_from_whichever_option_asks_for_them(options: Options, gpus: int) -> None:
     assert gpus_of(options) == gpus
-    assert of_task(options, 1) == options
+    assert of_task(options, 1, 1) == options
 
 
 def test_cpus_and_memory_are_read_in_their_own_words() -> None:
@@ -266,5 +266,6 @@ def test_the_share_of_clients_that_train_each_direction_follows_from_the_tiers()
 
 def test_a_task_of_several_processes_has_what_each_of_them_asks_for() -> None:
     each: Options = {"cpus_per_task": 3, "gpus-per-task": 1}
-    assert (cpus_of(of_task(each, 4)), gpus_of(of_task(each, 4))) == (12, 4)
-    assert gpus_of(of_task({"gpus": 2}, 4)) == 2
+    assert (cpus_of(of_task(each, 4, 1)), gpus_of(of_task(each, 4, 1))) == (12, 4)
+    assert gpus_of(of_task({"gpus": 2}, 4, 2)) == 2
+    assert gpus_of(of_task({"gpus-per-node": 2}, 4, 2)) == 4

@@ -7,7 +7,17 @@ from pathlib import Path
 from fedllm.config.models import Config
 from fedllm.rounds.opening import open_run
 from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import Capacity, Ending, Job, Limits, Option, SchedulerFull, TaskState
+from fedllm.scheduling.seam import (
+    ONE_PROCESS,
+    Capacity,
+    Ending,
+    Job,
+    Limits,
+    Option,
+    SchedulerFull,
+    TaskSize,
+    TaskState,
+)
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import TaskRecord
 from tests.rounds.simulation import Simulation, config_of
@@ -29,7 +39,8 @@ class HandMoved:
         self.finds = 0
         self._numbers = itertools.count(1)
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
+        del size
         return Capacity(
             free_slots=100,
             max_parallel=100,

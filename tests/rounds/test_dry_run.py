@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedllm.planning.capacity import Capacity
+from fedllm.planning.capacity import ONE_PROCESS, Capacity, TaskSize
 from fedllm.rounds.coordinate import coordinate
 from fedllm.rounds.dispatch.dry_run import dry_run_jobs, plan_first_round
 from fedllm.rounds.opening import open_run
@@ -21,7 +21,8 @@ class Recorder(InlineScheduler):
 
     taken: list[Job] = field(default_factory=list)
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
+        del size
         memory = options.get("mem")
         return Capacity(free_slots=10, max_parallel=10, largest_array=3 if memory else 10)
 

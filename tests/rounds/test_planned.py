@@ -9,7 +9,7 @@ import pytest
 
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError
-from fedllm.planning.capacity import Capacity
+from fedllm.planning.capacity import ONE_PROCESS, Capacity, TaskSize
 from fedllm.rounds.dispatch.planned import RunPlan, plan_run
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.scheduling.seam import Limits, Option, Scheduler, SchedulerUnreachable
@@ -28,7 +28,8 @@ class Asked(InlineScheduler):
 
     answer: Capacity | Exception
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
+        del options, size
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -37,7 +38,8 @@ class Asked(InlineScheduler):
 class Scripts(SlurmScheduler):
     """Slurm scheduler that writes the real scripts without a queue."""
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:  # noqa: ARG002
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
+        del options, size
         return TWO
 
     def limits(self, options: Mapping[str, Option]) -> Limits:  # noqa: ARG002

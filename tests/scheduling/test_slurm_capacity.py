@@ -6,7 +6,7 @@ import pytest
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError, UserError
-from fedllm.planning.capacity import Capacity
+from fedllm.planning.capacity import Capacity, TaskSize
 from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.scheduling.slurm.commands import CommandRefused
 from fedllm.scheduling.slurm.executor import SlurmScheduler
@@ -110,6 +110,26 @@ def test_an_array_is_never_larger_than_a_folder_should_be() -> None:
     assert capacity(slurm_with(config=large)).largest_array == 400
     throttled = large.replace("bf_continue", "max_array_tasks=50")
     assert capacity(slurm_with(config=throttled)).largest_array == 50
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "slots"),
+    [
+        # n1 has 2 CPUs and a GPU free, n2 has 4 and 2
+        (TaskSize(processes=2), {"mem": 1}, 3),
+        (TaskSize(processes=2, nodes=2), {"mem": 1}, 2),
+        (TaskSize(processes=4, nodes=2), {"mem": 1}, 1),
+        (TaskSize(processes=6, nodes=2), {"mem": 1}, 0),
+        (TaskSize(processes=2, nodes=2), {"mem": 1, "gpus-per-task": 1}, 1),
+        (TaskSize(processes=3, nodes=3), {"mem": 1}, 0),
+    ],
+)
+def test_a_task_of_several_nodes_needs_room_on_each(
+    size: TaskSize, options: dict[str, Any], slots: int
+) -> None:
+    section = SchedulerSection(max_parallel=16)
+    scheduler = SlurmScheduler(section=section, commands=slurm_with(**UNLIMITED))
+    assert scheduler.capacity(options, size).free_slots == slots
 
 
 UNLIMITED = {"config": CONFIG.replace("associations,limits,qos", "none")}

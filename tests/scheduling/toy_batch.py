@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fedllm.scheduling.environment import task_variables
 from fedllm.scheduling.log_names import log_of
 from fedllm.scheduling.seam import (
+    ONE_PROCESS,
     Capacity,
     Ending,
     EndReason,
@@ -18,6 +19,7 @@ from fedllm.scheduling.seam import (
     Limits,
     Option,
     SchedulerFull,
+    TaskSize,
     TaskState,
 )
 from fedllm.storage.paths import shipped
@@ -57,7 +59,8 @@ class ToyBatch:
     _is_down: bool = False
     _arrays: int = 0
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
+        del size
         most, room = self.slots, self.room(options)
         return Capacity(free_slots=most, max_parallel=most, largest_array=100, free_tasks=room)
 

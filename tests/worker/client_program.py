@@ -57,7 +57,7 @@ def main() -> int:
     attempt = AttemptPaths(root=arguments.attempt, number=1)
     opened = ClientRound.open(attempt, LongRows() if arguments.long_rows else Session())
     opened.received(arguments.client)
-    assert opened.trainer.num_processes == 1
+    assert opened.trainer_of(arguments.client).num_processes == 1
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
     if arguments.more_mib is not None:
         limit_memory(arguments.more_mib)

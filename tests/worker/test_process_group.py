@@ -160,7 +160,7 @@ def test_a_trainer_of_one_process_refuses_a_task_of_two_and_says_so_first(
     with worker(attempt, program=PLAIN) as processes:
         assert ended(processes) == [2, 1]
     (record,) = map(ErrorRecord.read, attempt.task_errors())
-    assert record.message.startswith(f"{TASK}: a task of 2 processes; this run's trainer needs")
+    assert record.message.startswith(f"{TASK}: a task of 2 processes; the trainer of tier")
     assert "Traceback" not in log_of(attempt, 0) + log_of(attempt, 1)
 
 

@@ -38,6 +38,7 @@ class ArrayPlan:
     arrays: int
     work_minutes: float
     requested_minutes: float | None
+    nodes: int
     processes: int
     cpus: int
     gpus: int
@@ -191,7 +192,8 @@ def _array(
     federation: Federation, class_plan: ClassPlan, plan: SubmissionRecord, real: RealOptions
 ) -> ArrayPlan:
     name = class_plan.worker_class
-    options = real.classes.get(name, {})
+    options, size = real.classes.get(name, {}), federation.engines[name].size
+    task = of_task(class_plan.options, size.processes, size.nodes)
     return ArrayPlan(
         worker_class=name,
         tiers=tuple(tier for tier, class_ in federation.classes.items() if class_ == name),
@@ -202,9 +204,10 @@ def _array(
         arrays=sum(array.worker_class == name for array in plan.arrays),
         work_minutes=class_plan.seconds / class_plan.workers / 60,
         requested_minutes=class_plan.minutes,
-        processes=plan.processes,
-        cpus=cpus_of(of_task(class_plan.options, plan.processes)),
-        gpus=gpus_of(of_task(class_plan.options, plan.processes)),
+        nodes=size.nodes,
+        processes=size.processes,
+        cpus=cpus_of(task),
+        gpus=gpus_of(task),
         memory=memory_of(class_plan.options),
         options=options,
     )

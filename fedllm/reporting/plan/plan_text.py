@@ -44,6 +44,7 @@ def _arrays(plan: Geometry) -> str:
             f"{array.work_minutes:.1f} min",
             "-" if array.requested_minutes is None else f"{array.requested_minutes:.0f} min",
             array.memory or "-",
+            str(array.nodes),
             str(array.processes),
             str(array.cpus),
             str(array.gpus),
@@ -51,7 +52,7 @@ def _arrays(plan: Geometry) -> str:
         for array in plan.arrays
     ]
     header = ["class", "tiers", "clients", "bundles", "array tasks", "at once", "arrays"]
-    header += ["work each", "time limit", "memory", "processes", "CPUs", "GPUs"]
+    header += ["work each", "time limit", "memory", "nodes", "processes", "CPUs", "GPUs"]
     return text_table("client arrays of a round", header, rows) + "\n"
 
 

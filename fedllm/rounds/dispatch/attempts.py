@@ -15,7 +15,7 @@ from fedllm.rounds.dispatch.waves import next_wave
 from fedllm.rounds.dispatch.worker_failures import excluded_nodes, memory_factor, with_memory
 from fedllm.rounds.run import Run
 from fedllm.scheduling.log_names import MAX_LOGS
-from fedllm.scheduling.seam import Capacity
+from fedllm.scheduling.seam import Capacity, TaskSize
 from fedllm.storage.records import (
     CohortClient,
     CohortRecord,
@@ -46,7 +46,10 @@ def start_attempt(
     excluded = excluded_nodes(run, paths, number - 1)
     if excluded:
         options = {name: _excluding(flags, excluded) for name, flags in options.items()}
-    capacities = {name: run.scheduler.capacity(flags) for name, flags in options.items()}
+    sizes = {name: federation.engines[name].size for name in options}
+    capacities = {
+        name: run.scheduler.capacity(flags, sizes[name]) for name, flags in options.items()
+    }
     before = run.known_records.find(CollectionRecord, paths.previous.collection)
     classes = plan_classes(
         groups,
@@ -76,6 +79,7 @@ def start_attempt(
             c.worker_class: workers_record(
                 c,
                 capacities[c.worker_class],
+                sizes[c.worker_class],
                 adopted=len(adopted[c.worker_class]),
                 memory_factor=factors[c.worker_class],
             )
@@ -84,7 +88,6 @@ def start_attempt(
         adopted=[task for tasks in adopted.values() for task in tasks],
         one_bundle=run.config.scheduler.clients_per_task != "auto",
         excluded_nodes=excluded,
-        processes=engine_of(run.config.training).processes,
     )
     plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
     run.say(f"round {cohort.round}/{run.config.rounds}: {_describe(plan, len(missing), number)}")
@@ -113,7 +116,12 @@ def _startup_seconds(before: CollectionRecord | None) -> float:
 
 
 def workers_record(
-    plan: ClassPlan, capacity: Capacity, *, adopted: int = 0, memory_factor: float = 1.0
+    plan: ClassPlan,
+    capacity: Capacity,
+    size: TaskSize,
+    *,
+    adopted: int = 0,
+    memory_factor: float = 1.0,
 ) -> WorkersRecord:
     """Return the record of the workers of a class to submit, `adopted` ones not counted."""
     return WorkersRecord(
@@ -123,6 +131,8 @@ def workers_record(
         memory_factor=memory_factor,
         minutes=plan.minutes,
         options=plan.options,
+        processes=size.processes,
+        nodes=size.nodes,
     )
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config.models import Config, SbatchOptions
-from fedllm.planning.capacity import Capacity
+from fedllm.planning.capacity import Capacity, TaskSize
 from fedllm.planning.classes import job_options, tier_options
-from fedllm.planning.engines import engine_of
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
@@ -53,7 +52,7 @@ def plan_first_round(
     config: Config,
     prepared: PreparedRecord,
     run: RunPaths,
-    capacity: Callable[[SbatchOptions], Capacity],
+    capacity: Callable[[SbatchOptions, TaskSize], Capacity],
 ) -> DryRun:
     """Plan the first round of a run in the directory `run`; nothing is written.
 
@@ -65,7 +64,8 @@ def plan_first_round(
     groups = federation.groups(cohort)
     names = sorted({federation.classes[group.tier] for group in groups})
     options = {name: tier_options(config.scheduler.sbatch, name) for name in names}
-    capacities = {name: capacity(flags) for name, flags in options.items()}
+    sizes = {name: federation.engines[name].size for name in names}
+    capacities = {name: capacity(flags, sizes[name]) for name, flags in options.items()}
     classes = plan_classes(
         groups,
         federation.classes,
@@ -81,9 +81,11 @@ def plan_first_round(
         command=[str(run.round(1).attempt(1).root)],
         arrays=[],
         bundles=[bundle for c in classes for bundle in c.bundles],
-        workers={c.worker_class: workers_record(c, capacities[c.worker_class]) for c in classes},
+        workers={
+            c.worker_class: workers_record(c, capacities[c.worker_class], sizes[c.worker_class])
+            for c in classes
+        },
         one_bundle=config.scheduler.clients_per_task != "auto",
-        processes=engine_of(config.training).processes,
     )
     waves = list(_waves(plan, capacities))
     arrays = [array for wave in waves for array in wave]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedllm.config.models import Config, SbatchOptions
 from fedllm.errors import ConfigError, UserError
-from fedllm.planning.capacity import Capacity
+from fedllm.planning.capacity import Capacity, TaskSize
 from fedllm.reporting.plan.plan import Geometry, QueueLimits, RealOptions, plan_geometry
 from fedllm.reporting.usage import Options
 from fedllm.rounds.dispatch.dry_run import DryRun, dry_run_jobs, plan_first_round
@@ -64,8 +64,8 @@ def plan_run(
             refuses an option.
     """
 
-    def capacity(options: SbatchOptions) -> Capacity:
-        room = _capacity(scheduler, options, config.scheduler.max_parallel)
+    def capacity(options: SbatchOptions, size: TaskSize) -> Capacity:
+        room = _capacity(scheduler, options, size, config.scheduler.max_parallel)
         if slots is None:
             return room
         return dataclasses.replace(room, free_slots=slots, max_parallel=slots)
@@ -76,10 +76,12 @@ def plan_run(
     return RunPlan(geometry=geometry, scripts=scripts)
 
 
-def _capacity(scheduler: Scheduler, options: SbatchOptions, max_parallel: int) -> Capacity:
+def _capacity(
+    scheduler: Scheduler, options: SbatchOptions, size: TaskSize, max_parallel: int
+) -> Capacity:
     """Return the scheduler's capacity, or a guess where no scheduler answers, as on a laptop."""
     try:
-        return scheduler.capacity(options)
+        return scheduler.capacity(options, size)
     except ConfigError:
         raise
     except (UserError, SchedulerUnreachable):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fedllm.planning.classes import classes_of, job_options, tier_options
-from fedllm.planning.engines import engine_of
+from fedllm.planning.engines import engines_of
 from fedllm.planning.sbatch_spelling import by_flag
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Job, Option
@@ -33,7 +33,8 @@ def _jobs(run: Run) -> Iterator[Job]:
     for kind in _SINGLE:
         options = job_options(section, kind)
         yield Job(name=f"fedllm-{kind}", program=kind, argv=(), log_folder=logs, options=options)
-    for name in dict.fromkeys(classes_of(section, run.config.clients.tiers).values()):
+    engines = engines_of(run.config)
+    for name in dict.fromkeys(classes_of(section, engines).values()):
         # without a configured time limit the plan sets one that fits the partition
         limit: dict[str, Option] = {"time": None}
         options = by_flag(tier_options(section, name))
@@ -43,6 +44,7 @@ def _jobs(run: Run) -> Iterator[Job]:
             worker_class=name,
             argv=(),
             log_folder=logs,
-            processes_per_task=engine_of(run.config.training).processes,
+            processes_per_task=engines[name].processes,
+            nodes_per_task=engines[name].nodes,
             options=limit | options,
         )

@@ -186,7 +186,8 @@ def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
         worker_class=worker_class,
         tasks=array.tasks,
         parallel=array.parallel,
-        processes_per_task=plan.processes,
+        processes_per_task=array.processes,
+        nodes_per_task=array.nodes,
         options=array.options,
         log_folder=logs / array.logs,
     )

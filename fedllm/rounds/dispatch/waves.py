@@ -100,6 +100,8 @@ def _arrays(plan: SubmissionRecord, worker_class: str, sizes: list[int]) -> list
             minutes=workers.minutes,
             parallel=max(1, parallel[str(place)]),
             logs=f"{worker_class}-{number}" if in_folders else "",
+            processes=workers.processes,
+            nodes=workers.nodes,
         )
         for place, (number, tasks) in enumerate(enumerate(sizes, first))
     ]

@@ -16,6 +16,7 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError
 from fedllm.scheduling.log_names import log_of, script_of
 from fedllm.scheduling.seam import (
+    ONE_PROCESS,
     Capacity,
     Ending,
     Job,
@@ -23,6 +24,7 @@ from fedllm.scheduling.seam import (
     Option,
     SchedulerFull,
     SubmissionUnknown,
+    TaskSize,
     TaskState,
 )
 from fedllm.scheduling.slurm.check import job_problems
@@ -48,8 +50,8 @@ from fedllm.scheduling.slurm.sbatch_flags import (
 from fedllm.scheduling.slurm.script import (
     exports,
     log_pattern,
-    processes_of,
     python_words,
+    size_flags,
     step_words,
 )
 from fedllm.scheduling.slurm.squeue import Queue
@@ -139,13 +141,14 @@ class SlurmScheduler:
         object.__setattr__(self, "_surveyor", Surveyor(query_seconds=seconds, commands=commands))
         object.__setattr__(self, "_pace", pace)
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
         """Return how many tasks the cluster's limits and idle resources can take.
 
         Where Slurm reports no limit, `scheduler.max_parallel` is the only one. The idle resources
         are those of this moment; jobs of others that already wait may get them first.
         """
         flags = sbatch_flags(options, sbatch=self.section.sbatch, program="client", defaults={})
+        flags = {**flags, **size_flags(size)}
         limit = self.section.max_parallel
         return self._surveyor.capacity(flags, queued=self._queue.queued(), max_parallel=limit)
 
@@ -297,7 +300,8 @@ class SlurmScheduler:
         defaults = {**task_defaults(job.options), "comment": f"fedllm {job.program}: {job.name}"}
         sbatch = self.section.sbatch
         flags = sbatch_flags(job.options, sbatch=sbatch, program=job.program, defaults=defaults)
-        return {**flags, **processes_of(job)}
+        size = TaskSize(processes=job.processes_per_task, nodes=job.nodes_per_task)
+        return {**flags, **size_flags(size)}
 
     def _command(self, job: Job, flags: Flags) -> str:
         program = self.jobs_folder / f"{job.program}.py"

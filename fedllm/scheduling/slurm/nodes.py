@@ -5,6 +5,7 @@ Pure: output of `sinfo` and options of sbatch in, a count out.
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -37,8 +38,9 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Resources of a node that a task takes; `memory_mib` None: all memory."""
+    """Resources that a task takes of each of its nodes; `memory_mib` None: all memory."""
 
+    num_nodes: int = 1
     cpus: int = 1
     whole_cores: bool = False
     memory_mib: float | None = 0.0
@@ -50,12 +52,13 @@ class Request:
 
     def tres(self) -> dict[str, float]:
         """Return the resources that Slurm's accounting counts for a task, as far as known."""
-        return {
+        of_node = {
             "cpu": self.cpus,
             "mem": self.memory_mib or 0.0,
             "node": 1,
             "gres/gpu": sum(self.gpus.values()),
         }
+        return {name: self.num_nodes * amount for name, amount in of_node.items()}
 
 
 def nodes(output: str) -> list[Node]:
@@ -92,6 +95,7 @@ def request(
     cpus = max(cpus, sum(gpus.values()) * int(str(flags.get("cpus-per-gpu", 0))))
     default = (partition.default_memory if partition else None) or configuration.default_memory
     return Request(
+        num_nodes=int(str(flags.get("nodes", 1))),
         cpus=cpus,
         whole_cores=any(name.startswith("CR_CORE") for name in configuration.selects),
         memory_mib=_memory(
@@ -115,7 +119,7 @@ def _processes(flags: Mapping[str, object]) -> int:
 
 
 def _gpus(flags: Mapping[str, object]) -> dict[str, int]:
-    """Return the GPUs of a task by type."""
+    """Return the GPUs of a task on one of its nodes, by type."""
     if "gres" in flags:
         return generic(str(flags["gres"]))
     for option, times in (("gpus-per-node", 1), ("gpus-per-task", _processes(flags)), ("gpus", 1)):
@@ -144,7 +148,13 @@ def _memory(
 
 def fitting(nodes: Iterable[Node], request: Request) -> int:
     """Return how many tasks could start now."""
-    return sum(_fitting(node, request) for node in nodes)
+    on_nodes = [_fitting(node, request) for node in nodes]
+    # n tasks are on at most n different nodes, each on `num_nodes` of them
+    return bisect_left(
+        range(1, sum(on_nodes) // request.num_nodes + 1),
+        True,
+        key=lambda n: sum(min(n, room) for room in on_nodes) < n * request.num_nodes,
+    )
 
 
 def _fitting(node: Node, request: Request) -> int:

@@ -10,7 +10,7 @@ from fedllm.config.models import SchedulerSection
 from fedllm.errors import RunDirectoryError
 from fedllm.planning.sbatch_spelling import PROCESSES
 from fedllm.scheduling.heap import shell_line
-from fedllm.scheduling.seam import Job
+from fedllm.scheduling.seam import Job, TaskSize
 from fedllm.scheduling.slurm.commands import clean_environment
 from fedllm.scheduling.slurm.sbatch_flags import Flags
 
@@ -97,11 +97,10 @@ def exports(job: Job, flags: Flags) -> list[str]:
     ]
 
 
-def processes_of(job: Job) -> Mapping[str, int]:
-    """Return the flags of sbatch for the number of processes and nodes of a job's task."""
-    processes, nodes = job.processes_per_task, job.nodes_per_task
-    per_node = {"ntasks-per-node": processes // nodes} if processes > 1 else {}
-    return {"nodes": nodes, "ntasks": processes, **per_node}
+def size_flags(size: TaskSize) -> Mapping[str, int]:
+    """Return the flags of sbatch for the number of processes and nodes of a task."""
+    per_node = {"ntasks-per-node": size.processes // size.nodes} if size.processes > 1 else {}
+    return {"nodes": size.nodes, "ntasks": size.processes, **per_node}
 
 
 def _processes(flags: Flags) -> int:
