@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedllm.config.loading import dump_config
+from fedllm.config.loading import dump_config, result_fingerprint
 from fedllm.config.models import Config
 from fedllm.planning.federation import plan_federation
 from fedllm.server.aggregate import aggregate_round
@@ -26,7 +26,8 @@ def begin_round(
 ) -> CohortRecord:
     """Make a run with its state before training, and draw the cohort of round 1."""
     publish_bytes(run.config, dump_config(config).encode())
-    RunRecord(run_id=_RUN, result_fingerprint="", versions={}).publish(run.run)
+    fingerprint = result_fingerprint(config)
+    RunRecord(run_id=_RUN, result_fingerprint=fingerprint, versions={}).publish(run.run)
     prepared = PreparedRecord(
         model_fingerprint=_BASE,
         model_path="nowhere",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.adapters.merging import merge
 from fedllm.cli.main import run as fedllm
-from fedllm.config.loading import dump_config, read_config, validate
+from fedllm.config.loading import dump_config, read_config, result_fingerprint, validate
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import Factors, delta
 from fedllm.methods.catalog import method_of
@@ -50,7 +50,9 @@ def make_run(
     raw["model"]["dtype"] = dtype
     config = validate(raw)
     publish_bytes(paths.config, dump_config(config).encode())
-    RunRecord(run_id="r", result_fingerprint="", versions={}).publish(paths.run)
+    RunRecord(run_id="r", result_fingerprint=result_fingerprint(config), versions={}).publish(
+        paths.run
+    )
     described = describe_base(tiny.model, config.lora.target_modules)
     prepared = PreparedRecord(
         model_fingerprint=described.fingerprint,
