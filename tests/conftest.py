@@ -77,6 +77,14 @@ def done(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
     return start(tiny.config, overrides, tmp_path_factory.mktemp("done") / "run")
 
 
+@pytest.fixture(scope="session")
+def finished(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two rounds, for tests that only read it."""
+    from fedllm.cli.execution import start
+
+    return start(tiny.config, [], tmp_path_factory.mktemp("finished") / "run")
+
+
 @pytest.fixture(scope="module")
 def session() -> "Session":
     """What a worker keeps loaded."""

@@ -39,6 +39,20 @@ def adapter_weights(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord
     )
 
 
+def training_operations(model_parameters: int, adapter: int) -> float:
+    """Return the floating-point operations of training per token.
+
+    A token takes two operations per weight in the forward pass and two in the backward pass.
+    Adapter weights take two more for their gradient, which frozen weights do not have. Attention
+    between tokens is not counted.
+
+    Args:
+        model_parameters: number of weights of the base.
+        adapter: number of weights of the adapter.
+    """
+    return 4.0 * model_parameters + 6.0 * adapter
+
+
 def seed_costs(
     *,
     model_parameters: int,
@@ -48,9 +62,6 @@ def seed_costs(
 ) -> CostModel:
     """Return the costs before any round was measured.
 
-    A token takes two operations per weight in the forward pass and two in the backward pass.
-    Adapter weights take two more for their gradient, which frozen weights do not have.
-
     Args:
         model_parameters: number of weights of the base.
         modules: the target modules.
@@ -59,7 +70,7 @@ def seed_costs(
     """
     seconds = {}
     for tier, per_module in ranks.items():
-        operations = 4.0 * model_parameters + 6.0 * adapter_weights(per_module, modules)
+        operations = training_operations(model_parameters, adapter_weights(per_module, modules))
         seconds[tier] = operations / (_TERA * teraflops[tier])
     return CostModel(seconds_per_token=seconds)
 

@@ -6,6 +6,7 @@ from statistics import median_high
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.engines import engines_of
+from fedllm.rounds.keeping import clients_record
 from fedllm.rounds.outliers import CheckedUpdates, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
@@ -15,6 +16,7 @@ from fedllm.storage.records import (
     CollectedUpdate,
     CollectionRecord,
     ErrorRecord,
+    PreparedRecord,
     TaskRecord,
     TierMix,
     training_metrics,
@@ -65,6 +67,8 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
         training=training_metrics([taken[update.client].record for update in updates]),
     )
     _log_collection(run, collection, scan, checked.rejected)
+    prepared = run.known_records.read(PreparedRecord, run.paths.prepared)
+    run.publish(clients_record(cohort, prepared, scan, collection), paths.clients)
     run.publish(collection, paths.collection)
     return collection
 

@@ -2,9 +2,11 @@
 
 from fedllm.planning.evaluation_targets import is_evaluated
 from fedllm.reporting.results.metrics import headline, write_metrics
+from fedllm.reporting.task_times import task_times
 from fedllm.reporting.usage import round_usage
 from fedllm.rounds.retention import prune
 from fedllm.rounds.run import Run
+from fedllm.storage.kept_records import TasksRecord
 from fedllm.storage.records import (
     AggregateRecord,
     CollectionRecord,
@@ -62,6 +64,9 @@ def _finish(run: Run, number: int) -> None:
         allocated_seconds=usage.allocated_seconds,
         gpu_seconds=usage.gpu_seconds,
     )
+    run.publish(TasksRecord(round=number, tasks=task_times(paths)), paths.tasks)
     run.publish(record, paths.record)
     evaluation = EvaluationRecord.find(paths.evaluation_record)
-    run.say(f"round {number}/{run.config.rounds}: done{headline(evaluation)}")
+    loss = collection.training.get("training_loss") if collection else None
+    training = "" if loss is None else f"; training loss {loss:.3f}"
+    run.say(f"round {number}/{run.config.rounds}: done{training}{headline(evaluation)}")

@@ -226,6 +226,16 @@ class RoundPaths:
         return sorted(self.checkpoints.glob("[!.]*.safetensors"))
 
     @property
+    def clients(self) -> Path:
+        """The losses, seconds, memory and bytes of the clients; kept when updates are pruned."""
+        return self.root / "clients.json"
+
+    @property
+    def tasks(self) -> Path:
+        """The times of the round's tasks; kept when their own records are pruned."""
+        return self.root / "tasks.json"
+
+    @property
     def collection(self) -> Path:
         """The list of updates that the round used, frozen before aggregation."""
         return self.root / "collection.json"
@@ -316,6 +326,10 @@ class RunPaths:
     def released(self, number: int) -> Path:
         """The mark that the holder of lease `number` gave it back."""
         return self.lease(number).with_suffix(".released.json")
+
+    def failure(self, number: int) -> Path:
+        """The error that ended the holder of lease `number`."""
+        return self.lease(number).with_suffix(".failed.json")
 
     def lease_folders(self) -> list[Path]:
         """Return the existing folders of leases, the highest numbers first."""

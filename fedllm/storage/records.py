@@ -1,6 +1,6 @@
 """Records of a run: frozen models written as JSON, last in every step. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -395,7 +395,9 @@ class TrainingStats(Record):
     `rows` counts the distinct rows that entered a step, `tokens` and `loss_tokens` those of all
     steps. `losses` has each step's mean over its targets, `gradient_norms` the Euclidean norm of
     all its gradients before clipping. `step_seconds` is the time inside forward, backward and
-    update.
+    update. `computed_tokens` went through the base: a shared prefix once, padding too.
+    `padded_tokens` would have, if the rows of every step were padded to the longest. Both are 0
+    where the engine does not count them.
     """
 
     rows: Annotated[int, Field(ge=0)] = 0
@@ -407,6 +409,8 @@ class TrainingStats(Record):
     seconds: float
     step_seconds: float
     peak_memory_bytes: int
+    computed_tokens: int = 0
+    padded_tokens: int = 0
 
     @classmethod
     def of(cls, record: "TrainingStats") -> "TrainingStats":
@@ -418,15 +422,24 @@ def training_metrics(clients: Sequence[TrainingStats]) -> dict[str, float]:
     """Return the numbers of a round's clients for `metrics.jsonl`, by name.
 
     Every client counts once, however many steps it took. A number that no client has is left out.
+    `training_loss` is the mean over clients of the mean over their steps.
     """
+    metrics: dict[str, float] = {}
+    losses_of_clients = [client.losses for client in clients if client.losses]
+    if losses_of_clients:
+        metrics["training_loss"] = _mean(map(_mean, losses_of_clients))
+        metrics["training_loss_first_step"] = _mean(losses[0] for losses in losses_of_clients)
+        metrics["training_loss_last_step"] = _mean(losses[-1] for losses in losses_of_clients)
     norms_of_clients = [client.gradient_norms for client in clients if client.gradient_norms]
-    if not norms_of_clients:
-        return {}
-    means = [sum(norms) / len(norms) for norms in norms_of_clients]
-    return {
-        "gradient_norm_mean": sum(means) / len(means),
-        "gradient_norm_max": max(map(max, norms_of_clients)),
-    }
+    if norms_of_clients:
+        metrics["gradient_norm_mean"] = _mean(map(_mean, norms_of_clients))
+        metrics["gradient_norm_max"] = max(map(max, norms_of_clients))
+    return metrics
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
 
 
 class UpdateRecord(TrainingStats):

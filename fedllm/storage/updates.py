@@ -30,12 +30,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedUpdate:
-    """A client's readable update; its shapes are keyed by `<module>|A` and `<module>|B`."""
+    """A client's readable update; its shapes are keyed by `<module>|A` and `<module>|B`.
+
+    `num_bytes` is the size of its tensors in the file.
+    """
 
     record: UpdateRecord
     file: str
     sha256: str
     shapes: Shapes
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +176,14 @@ def _published(
     if problem:
         raise DamagedUpdateError(f"client {record.client}: {problem}")
     shapes = {tensor: tuple(entry["shape"]) for tensor, entry in tensors.items()}
-    return PublishedUpdate(record=record, file=name, sha256=header.digest, shapes=shapes)
+    ranges = [entry["data_offsets"] for entry in tensors.values()]
+    return PublishedUpdate(
+        record=record,
+        file=name,
+        sha256=header.digest,
+        shapes=shapes,
+        num_bytes=sum(end - begin for begin, end in ranges),
+    )
 
 
 def _type_problem(types: Mapping[str, str]) -> str | None:

@@ -18,6 +18,7 @@ from fedllm.packing.batches import LossOn, TokenRow
 from fedllm.packing.micro_batches import PACKERS, Cut, Pass
 from fedllm.packing.precision import precision
 from fedllm.packing.row_dropout import Piece
+from fedllm.packing.sequences import length_of
 from fedllm.packing.slots import AdapterSlots, Installed
 from fedllm.storage.records import TrainingStats
 from fedllm.training.optimizers import build_optimizer
@@ -108,7 +109,7 @@ class Loop:
         self.draws = draws
         self.device = slots.device
         self.installed = installed
-        self.tokens = self.loss_tokens = 0
+        self.tokens = self.loss_tokens = self.computed_tokens = self.padded_tokens = 0
         self.step_seconds = 0.0
         self._earlier_peak = 0
         self._slots, self._rows, self._settings = slots, rows, settings
@@ -176,6 +177,8 @@ class Loop:
             seconds=self.seconds,
             step_seconds=self.step_seconds,
             peak_memory_bytes=self.peak_memory_bytes,
+            computed_tokens=self.computed_tokens,
+            padded_tokens=self.padded_tokens,
         )
 
     def resume(self, progress: Progress) -> None:
@@ -186,6 +189,7 @@ class Loop:
         self._earlier_gradient_norms = list(stats.gradient_norms)
         self._earlier_peak = stats.peak_memory_bytes
         self.tokens, self.loss_tokens = stats.tokens, stats.loss_tokens
+        self.computed_tokens, self.padded_tokens = stats.computed_tokens, stats.padded_tokens
         self._begun -= stats.seconds
         self.step_seconds = stats.step_seconds
         assert self.num_done == progress.step, f"{self.num_done} losses at step {progress.step}"
@@ -249,6 +253,10 @@ class Loop:
         """Update by the gradients of all passes of a step; `loss` is the step's."""
         self.tokens += sum(each.num_tokens for each in passes)
         self.loss_tokens += sum(each.num_targets for each in passes)
+        self.computed_tokens += sum(each.computed_tokens for each in passes)
+        lengths = [length_of(self._rows[place]) for place in self._steps[number]]
+        # the last token of a row is only a target
+        self.padded_tokens += len(lengths) * max(1, max(lengths) - 1)
         self._losses.append(loss)
         self._update(rate_factor(number, self.num_steps, self._settings.training))
 

@@ -60,7 +60,8 @@ def test_a_mean_counts_every_client_once() -> None:
 def test_the_headline_names_every_group() -> None:
     words = headline(evaluation(1, {"a": 1.0, "d": 6.0}))
     assert words == (
-        "; train loss 1.000 Rouge-L 0.100 exact 0.500; dev loss 6.000 Rouge-L 0.600 exact 0.500"
+        "; on test rows: training clients loss 1.000 Rouge-L 0.100 exact 0.500; "
+        "dev clients loss 6.000 Rouge-L 0.600 exact 0.500"
     )
     assert headline(None) == headline(evaluation(1, {})) == ""
 

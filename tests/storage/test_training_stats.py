@@ -52,5 +52,12 @@ def test_a_client_counts_once_in_the_metrics_of_a_round() -> None:
         record_of("b", gradient_norms=[4.0]),
         record_of("c"),
     ]
-    assert training_metrics(clients) == {"gradient_norm_mean": 3.0, "gradient_norm_max": 4.0}
-    assert training_metrics(clients[2:]) == {}
+    losses = {
+        "training_loss": 1.375,
+        "training_loss_first_step": 1.5,
+        "training_loss_last_step": 1.25,
+    }
+    norms = {"gradient_norm_mean": 3.0, "gradient_norm_max": 4.0}
+    assert training_metrics(clients) == losses | norms
+    assert training_metrics(clients[2:]) == losses
+    assert training_metrics([record_of("d", losses=[])]) == {}

@@ -12,7 +12,7 @@ from fedllm.storage.records import CohortClient, ModuleRecord, SubmissionRecord
 
 _FLOAT32_BYTES = 4
 # measured on runs: a claim, a progress record, a client's line in plan, cohort and collection
-_CLAIM_BYTES, _TASK_BYTES, _CLIENT_BYTES, _RECORDS_BYTES = 250, 500, 500, 4096
+_CLAIM_BYTES, _TASK_BYTES, _CLIENT_BYTES, _RECORDS_BYTES = 250, 500, 1800, 4096
 # a client's line in a log, and the other lines of its task
 _LOG_LINE_BYTES, _LOG_BYTES = 100, 2000
 # an update's record, and per module its norms, scales, places and checksums of two tensors
@@ -61,7 +61,8 @@ def folders_of_round(
     jobs = [paths.aggregate_job(1), paths.evaluation_job(1)]
     state = [paths.global_state, paths.aggregate_record]
     scores = [paths.evaluation_record]
-    own = [paths.cohort, paths.collection, paths.record, attempt.submission, attempt.jobs]
+    own = [paths.cohort, paths.clients, paths.collection, paths.tasks, paths.record]
+    own += [attempt.submission, attempt.jobs]
     state_bytes = _state_bytes(federation.largest_ranks, modules)
     return (
         _folder("claims", [attempt.claim(b.number) for b in plan.bundles], _CLAIM_BYTES),

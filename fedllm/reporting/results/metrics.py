@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedllm.reporting.results.accounting import account_metrics, round_account
 from fedllm.reporting.results.spectra import metrics_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.publish import publish_bytes
@@ -16,6 +17,8 @@ from fedllm.storage.records import (
     RoundRecord,
     Scores,
 )
+
+_CLIENTS = {"train": "training clients", "dev": "dev clients", "unseen": "unseen clients"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,11 @@ def headline(evaluation: EvaluationRecord | None) -> str:
     if evaluation is None:
         return ""
     parts = [
-        f"{group} loss {mean.loss:.3f} Rouge-L {mean.rouge_l:.3f} exact {mean.exact_match:.3f}"
+        f"{_CLIENTS[group]} loss {mean.loss:.3f} Rouge-L {mean.rouge_l:.3f} "
+        f"exact {mean.exact_match:.3f}"
         for group, mean in by_group(evaluation.clients).items()
     ]
-    return "; " + "; ".join(parts) if parts else ""
+    return "; on test rows: " + "; ".join(parts) if parts else ""
 
 
 def write_metrics(paths: RunPaths) -> None:
@@ -84,6 +88,9 @@ def write_metrics(paths: RunPaths) -> None:
         collected = CollectionRecord.find(round_paths.collection)
         if collected:
             row |= collected.training
+        account = round_account(round_paths)
+        if account:
+            row |= account_metrics(account)
         aggregated = AggregateRecord.find(round_paths.aggregate_record)
         if aggregated:
             row["aggregate_seconds"] = aggregated.seconds

@@ -1,0 +1,75 @@
+"""When the tasks of a round were submitted, started and ended, from their files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from fedllm.storage.kept_records import TaskTimes
+from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of
+from fedllm.storage.records import AggregateRecord, EvaluationRecord, TaskRecord
+
+
+def task_times(paths: RoundPaths) -> list[TaskTimes]:
+    """Return the times of a round's tasks, those of workers first."""
+    workers = [
+        _worker_times(attempt, number, path)
+        for number, attempt in enumerate(attempts_of(paths.attempt), 1)
+        for path in attempt.task_files()
+    ]
+    return [*sorted(workers, key=lambda task: (task.started, task.task)), *_server_times(paths)]
+
+
+def _worker_times(attempt: JobPaths, number: int, path: Path) -> TaskTimes:
+    record, ended = TaskRecord.read(path), _written(path)
+    started = ended - record.allocated_seconds
+    return TaskTimes(
+        kind="client",
+        task=record.task,
+        node=record.node,
+        worker_class=record.worker_class,
+        attempt=number,
+        submitted=min(_submitted(attempt), started),
+        started=started,
+        ended=ended,
+        clients=record.clients_done,
+        busy_seconds=record.busy_seconds + record.earlier_busy_seconds,
+        starts=record.starts,
+    )
+
+
+def _server_times(paths: RoundPaths) -> Iterator[TaskTimes]:
+    aggregate = AggregateRecord.find(paths.aggregate_record)
+    if aggregate:
+        jobs = attempts_of(paths.aggregate_job)
+        yield from _job_times("aggregate", jobs, paths.aggregate_record, aggregate.seconds)
+    evaluation = EvaluationRecord.find(paths.evaluation_record)
+    if evaluation:
+        jobs = attempts_of(paths.evaluation_job)
+        yield from _job_times("evaluate", jobs, paths.evaluation_record, evaluation.seconds)
+
+
+def _job_times(
+    kind: Literal["aggregate", "evaluate"], jobs: list[JobPaths], record: Path, seconds: float
+) -> Iterator[TaskTimes]:
+    """Yield the times of the server's job whose last attempt wrote `record`; else nothing."""
+    if not jobs:
+        return
+    ended = _written(record)
+    yield TaskTimes(
+        kind=kind,
+        task=kind,
+        attempt=len(jobs),
+        submitted=min(_submitted(jobs[-1]), ended - seconds),
+        started=ended - seconds,
+        ended=ended,
+        busy_seconds=seconds,
+    )
+
+
+def _submitted(job: JobPaths) -> float:
+    """Return when a job's plan was written first; a wave that is added rewrites it."""
+    return min(_written(path) for path in (job.submission, job.jobs) if path.exists())
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,0 +1,109 @@
+"""Records that outlive the updates and tasks of a round: small, and never pruned."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from fedllm.storage.records import Record
+
+MOST_LOSSES = 32
+
+
+class TrainedClient(Record):
+    """A client whose update a round published, without its tensors and long lists.
+
+    `rank` is the largest over its modules. `used` tells whether the round used the update; a client
+    that failed has a `reason`. Losses are per target token: `loss` is the mean over all steps,
+    `losses` the means of at most 32 equal spans of steps. `bytes_up` is the size of the update's
+    tensors in its file, `values_up` their number of values (two bytes each at 16 bit); `bytes_down`
+    and `values_down` are those of the adapter that the client received. `flops` are the operations
+    of its training, `padded_flops` those of a loop that pads the rows of every step to the longest;
+    None where the tokens were not counted.
+    """
+
+    client: str
+    tier: str
+    rank: int
+    used: bool
+    reason: str = ""
+    attempt: int
+    node: str = ""
+    task: str = ""
+    resumes: int = 0
+    rows: int
+    steps: int
+    tokens: int
+    loss_tokens: int
+    computed_tokens: int = 0
+    padded_tokens: int = 0
+    flops: float | None = None
+    padded_flops: float | None = None
+    seconds: float
+    step_seconds: float
+    peak_memory_bytes: int
+    bytes_up: int
+    bytes_down: int
+    values_up: int
+    values_down: int
+    loss: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    losses: tuple[float, ...] = ()
+    gradient_norm_mean: float | None = None
+    gradient_norm_max: float | None = None
+
+
+class ClientsRecord(Record):
+    """The clients of a round as they were collected, in the cohort's order."""
+
+    round: int
+    clients: list[TrainedClient]
+
+
+class FailureRecord(Record):
+    """The error that ended a coordinator, and the step that it was taking.
+
+    `exit_code` is that of the error: 3 if `resume` goes on without a change.
+    """
+
+    lease: int
+    round: int
+    step: str
+    kind: str
+    message: str
+    exit_code: int
+
+
+class TaskTimes(Record):
+    """The times of a task in seconds since the epoch, by the clock of the file system.
+
+    From `submitted` to `started` it waited. `started` is that of its last start. Times come from
+    modification times and from seconds that the task reported: they are for people alone.
+    """
+
+    kind: Literal["client", "aggregate", "evaluate"]
+    task: str
+    node: str = ""
+    worker_class: str = ""
+    attempt: int
+    submitted: float
+    started: float
+    ended: float
+    clients: int = 0
+    busy_seconds: float = 0.0
+    starts: int = 1
+
+
+class TasksRecord(Record):
+    """The tasks of a finished round."""
+
+    round: int
+    tasks: list[TaskTimes]
+
+
+def shortened(values: Sequence[float], most: int = MOST_LOSSES) -> tuple[float, ...]:
+    """Return the means of at most `most` equal spans of `values`, to six digits."""
+    spans = min(most, len(values))
+    bounds = [span * len(values) // spans for span in range(spans + 1)] if spans else []
+    pairs = pairwise(bounds)
+    return tuple(float(f"{sum(values[a:b]) / (b - a):.6g}") for a, b in pairs)
