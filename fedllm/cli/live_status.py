@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 
 from fedllm.cli.options import say
-from fedllm.reporting.status.status import RunStatus
+from fedllm.reporting.status.status import FAILED, RunStatus
 
 REDRAW_SECONDS = 3.0
+_ENDED = {"done", FAILED}
 
 
 def watch(
@@ -15,7 +16,7 @@ def watch(
     text: Callable[[RunStatus], str],
     line: Callable[[RunStatus], str],
 ) -> None:
-    """Show the status of a run until it is done, or until Ctrl-C.
+    """Show the status of a run until it is done or failed, or until Ctrl-C.
 
     Args:
         read: reads the status.
@@ -40,7 +41,7 @@ def _redraw(read: Callable[[], RunStatus], text: Callable[[RunStatus], str]) -> 
         while True:
             status = read()
             live.update(Text(text(status), no_wrap=True, overflow="ellipsis"), refresh=True)
-            if status.state == "done":
+            if status.state in _ENDED:
                 return
             time.sleep(REDRAW_SECONDS)
 
@@ -52,6 +53,6 @@ def _print_changes(read: Callable[[], RunStatus], line: Callable[[RunStatus], st
         if (now := line(status)) != last:
             say(f"{time.strftime('%H:%M:%S')} {now}")
             last = now
-        if status.state == "done":
+        if status.state in _ENDED:
             return
         time.sleep(REDRAW_SECONDS)

@@ -92,6 +92,7 @@ def advance_round(run: Run, federation: Federation, number: int) -> bool:
     if number:
         cohort = draw(run, federation, number)
         if not paths.collection.exists():
+            run.observations.step = ("train", number)
             scan = train(run, federation, cohort)
             if scan is None or collect(run, cohort, scan) is None:
                 return False

@@ -14,11 +14,11 @@ from fedllm.errors import LeaseError, RunFailed, UserError
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.coordinate import (
     LONGEST_WAIT_SECONDS,
-    Stopped,
     advance_while_possible,
     stopping_on_signals,
 )
 from fedllm.rounds.dispatch.in_flight import InFlight
+from fedllm.rounds.failing import Stopped
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState

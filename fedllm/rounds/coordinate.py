@@ -6,21 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fedllm.errors import Incomplete
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
 from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight
+from fedllm.rounds.failing import Stopped, recorded_failure
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 
 LONGEST_WAIT_SECONDS = 300.0
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
-
-
-class Stopped(Incomplete):
-    """A signal stopped the coordinator."""
 
 
 def coordinate(run: Run) -> None:
@@ -32,8 +28,9 @@ def coordinate(run: Run) -> None:
     """
     with stopping_on_signals(), _rare_garbage_collection():
         try:
-            redo_damaged_state(run)
-            _advance_to_the_end(run)
+            with recorded_failure(run):
+                redo_damaged_state(run)
+                _advance_to_the_end(run)
         finally:
             close_run(run)
 
@@ -48,15 +45,20 @@ def advance_while_possible(run: Run) -> InFlight | None:
         The tasks in flight, or None if the run is done.
     """
     try:
-        redo_damaged_state(run)
-        while not advance(run):
-            in_flight = find_in_flight(run)
-            if in_flight.waits_for_room or (in_flight.tasks and not run.known_records.is_waiting):
-                return in_flight
-            run.scheduler.wait(run.config.scheduler.poll_seconds)
-        return None
+        with recorded_failure(run):
+            return _advance_until_jobs(run)
     finally:
         close_run(run)
+
+
+def _advance_until_jobs(run: Run) -> InFlight | None:
+    redo_damaged_state(run)
+    while not advance(run):
+        in_flight = find_in_flight(run)
+        if in_flight.waits_for_room or (in_flight.tasks and not run.known_records.is_waiting):
+            return in_flight
+        run.scheduler.wait(run.config.scheduler.poll_seconds)
+    return None
 
 
 def _advance_to_the_end(run: Run) -> None:

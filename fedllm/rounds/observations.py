@@ -24,6 +24,7 @@ class Observations:
         unclaimed: (attempt's folder, class) -> numbers of its bundles not found claimed yet.
         training_seconds: for how long the current attempt has been watched; None: none trains.
         no_room: names of arrays that the scheduler had no room for.
+        step: what the coordinator is doing, in one word, and of which round.
     """
 
     cancelled: dict[str, str] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class Observations:
     unclaimed: dict[tuple[Path, str], list[int]] = field(default_factory=dict)
     training_seconds: float | None = None
     no_room: set[str] = field(default_factory=set)
+    step: tuple[str, int] = ("start", 0)
     _tiers: tuple[CohortRecord, Mapping[str, str]] | None = None
     _next: dict[object, float] = field(default_factory=dict)
     _unchanged: dict[str, tuple[object, float]] = field(default_factory=dict)

@@ -194,3 +194,22 @@ def test_a_full_disk_is_exit_3_and_the_run_goes_on_after_space_is_made(
     assert "no space left on device; make space, then resume the run" in said
     assert "resumed 0" in said, said
     assert states(tmp_path / "kept") == states(undisturbed)
+
+
+def test_status_of_a_diverged_run_names_the_key_and_that_a_new_run_is_needed(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    failed = in_process(
+        *("run", tiny.config, "--run-dir", root),
+        *("--set", "training.learning_rate=1e30", "--set", "evaluation.every=0"),
+        *("--set", "clients.cohort.count=2"),
+    )
+    assert failed.returncode == 1
+    status = in_process("status", root)
+    assert status.returncode == 1
+    assert "failed in train of round 1" in status.stdout
+    assert "training.learning_rate 1e+30 is too high" in status.stdout
+    assert "begin a new run" in status.stdout
+    found = json.loads(in_process("status", root, "--json").stdout)
+    assert (found["state"], found["failure"]["round"]) == ("failed", 1)

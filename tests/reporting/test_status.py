@@ -28,7 +28,9 @@ from fedllm.reporting.status.status import (
     run_status,
 )
 from fedllm.reporting.status.status_text import status_text
+from fedllm.storage.kept_records import FailureRecord
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import (
     AggregateRecord,
     ArrayRecord,
@@ -566,3 +568,51 @@ def test_the_end_of_a_log_is_shown_also_of_a_long_one_or_one_that_is_gone(tmp_pa
     path.write_bytes(b"\xff end")
     assert tail(path, 5) == "\N{REPLACEMENT CHARACTER} end"
     assert tail(tmp_path / "none.log", 5) == "(no longer there)"
+
+
+def test_a_failed_run_names_step_message_log_and_remedy(tmp_path: Path) -> None:
+    paths = begin(tmp_path)
+    lease = hold(paths)
+    attempt_of_prepare = paths.prepare_job(1)
+    publish_bytes(attempt_of_prepare.submission, b"")
+    ErrorRecord(kind="DataError", message="no rows", exit_code=2, log="/l/1.out").publish(
+        attempt_of_prepare.error
+    )
+    lease.release()
+    found = run_status(paths)
+    assert found.state == "failed"
+    assert found.failure is not None
+    assert (found.failure.step, found.failure.log) == ("prepare", "/l/1.out")
+    text = status_text(tmp_path, found)
+    assert "failed in prepare: no rows; log /l/1.out" in text
+    assert f"remedy: change what the message names, then: fedllm resume {tmp_path}" in text
+
+
+def test_the_failure_of_an_earlier_coordinator_is_over(tmp_path: Path) -> None:
+    paths = begin(tmp_path)
+    prepare(paths)
+    first = hold(paths)
+    failure = FailureRecord(
+        lease=1, round=1, step="train", kind="RunFailed", message="quorum", exit_code=1
+    )
+    failure.publish(paths.failure(1))
+    first.release()
+    assert run_status(paths).state == "failed"
+    assert "failed in train of round 1: quorum" in status_text(tmp_path, run_status(paths))
+    second = hold(paths)
+    assert run_status(paths).state == "running"
+    second.release()
+    assert run_status(paths).state == "stopped"
+
+
+def test_a_full_disk_is_named_but_the_run_only_stopped(tmp_path: Path) -> None:
+    paths = begin(tmp_path)
+    prepare(paths)
+    lease = hold(paths)
+    FailureRecord(
+        lease=1, round=1, step="train", kind="StorageFull", message="no space", exit_code=3
+    ).publish(paths.failure(1))
+    lease.release()
+    found = run_status(paths)
+    assert found.state == "stopped"
+    assert f"nothing is lost; go on with: fedllm resume {tmp_path}" in status_text(tmp_path, found)

@@ -14,7 +14,8 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
-from fedllm.reporting.status.status import StatusReader
+from fedllm.errors import RunFailed
+from fedllm.reporting.status.status import FAILED, StatusReader
 from fedllm.reporting.status.status_text import headline, status_text
 from fedllm.scheduling.slurm.wait_reasons import advice
 
@@ -28,7 +29,8 @@ def status(
 ) -> None:
     """Show how far a run is, and why its tasks wait.
 
-    Progress comes from the files of the run, reasons for waiting from Slurm.
+    Progress comes from the files of the run, reasons for waiting from Slurm. Exit code 1: an error
+    ended the run.
     """
     if watch and json_:
         raise typer.BadParameter("--watch is for people: leave out --json")
@@ -38,7 +40,11 @@ def status(
     )
     if watch:
         follow(reader.read, lambda found: status_text(run, found), headline)
-    elif json_:
-        say_json(dataclasses.asdict(reader.read()))
+        return
+    found = reader.read()
+    if json_:
+        say_json(dataclasses.asdict(found))
     else:
-        say(status_text(run, reader.read()))
+        say(status_text(run, found))
+    if found.state == FAILED:
+        raise typer.Exit(RunFailed.exit_code)

@@ -38,6 +38,7 @@ class Pace:
     tasks: int = 0
     gpu_hours: float = 0.0
     array_efficiency: float | None = None
+    training_loss: float | None = None
 
 
 def pace_of(
@@ -78,7 +79,11 @@ def pace_of_round(records: RecordCache, paths: RoundPaths) -> Pace | None:
         training_seconds=max(0.0, collected - drawn),
     )
     mixes = collection.tiers.items()
-    pace = replace(pace, tiers={t: TierShare(drawn=m.drawn, used=m.used) for t, m in mixes})
+    pace = replace(
+        pace,
+        tiers={t: TierShare(drawn=m.drawn, used=m.used) for t, m in mixes},
+        training_loss=collection.training.get("training_loss"),
+    )
     record = records.find(RoundRecord, paths.record)
     if record is None:
         return pace

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.errors import Incomplete
+from fedllm.reporting.results.accounting import TierAccount, tier_accounts
+from fedllm.reporting.results.metrics import Mean, by_group
 from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus, attempt_work
+from fedllm.reporting.status.failure import Failure, failure_of
 from fedllm.reporting.status.pace import Estimate, Pace, estimate, pace_of, recent_paces, written_at
 from fedllm.reporting.status.published import UpdateSummaries, UpdateSummary
 from fedllm.reporting.status.queue import (
@@ -18,18 +22,23 @@ from fedllm.reporting.status.queue import (
     queue_status,
 )
 from fedllm.reporting.usage import Usage, round_usage
+from fedllm.storage.kept_records import ClientsRecord
 from fedllm.storage.lease import HolderIsGone, current_lease, location_of, process_is_gone
 from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import (
     CohortRecord,
     CoordinatorJobRecord,
+    EvaluationRecord,
     JobsRecord,
     LeaseRecord,
+    PreparedRecord,
     RoundRecord,
     RunRecord,
 )
 from fedllm.storage.updates import Origin
+
+FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +69,30 @@ class RoundStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundTraining:
+    """How the clients of a round trained, tier by tier."""
+
+    round: int
+    tiers: tuple[TierAccount, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResults:
+    """Scores of a run's first and last evaluation, as deployed: group of clients -> mean."""
+
+    first_round: int
+    last_round: int
+    first: Mapping[str, Mean]
+    last: Mapping[str, Mean]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunStatus:
     """The status of a run.
 
-    `state` is done, running, waiting (for its coordinator's job to start), stopped or unknown (its
-    coordinator's state cannot be known from here).
+    `state` is done, running, waiting (for its coordinator's job to start), stopped, failed (ended
+    by an error, `failure`) or unknown (its coordinator's state cannot be known from here).
+    `training` is that of the newest collected round, `results` are those of a run that is done.
     """
 
     run_id: str
@@ -76,6 +104,9 @@ class RunStatus:
     current: RoundStatus | None
     evaluating: tuple[int, ...] = ()
     recent: tuple[Pace, ...] = ()
+    training: RoundTraining | None = None
+    results: RunResults | None = None
+    failure: Failure | None = None
     estimate: Estimate | None = None
     task_hours: float = 0.0
     gpu_hours: float = 0.0
@@ -134,6 +165,12 @@ class StatusReader:
         recent = recent_paces(self._records, self._paths, config.rounds - len(stateless))
         training = round_status if round_status and round_status.step == "train" else None
         usage = self._usage(rounds, done)
+        failure = None
+        if state == "stopped" and current is not None:
+            unfinished = [r for r in rounds if r.number not in done]
+            failure = failure_of(self._paths, config, lease, unfinished)
+        if failure and failure.exit_code != Incomplete.exit_code:
+            state = FAILED
         return RunStatus(
             run_id=run.run_id,
             state="done" if current is None else state,
@@ -144,6 +181,9 @@ class StatusReader:
             current=round_status,
             evaluating=tuple(_evaluating(rounds, done)),
             recent=tuple(recent),
+            training=self._training(rounds),
+            failure=failure,
+            results=self._results(rounds) if current is None else None,
             estimate=estimate(
                 recent,
                 training.pace if training else None,
@@ -248,6 +288,32 @@ class StatusReader:
             tokens=sum(update.tokens for update in sent.values()),
             seconds=max(0.0, now - began),
             training_seconds=max(0.0, (collected or now) - began),
+        )
+
+    def _training(self, rounds: Sequence[RoundPaths]) -> RoundTraining | None:
+        """Return how the clients of the newest collected round trained."""
+        prepared = self._records.find(PreparedRecord, self._paths.prepared)
+        for paths in reversed(rounds):
+            found = self._records.find(ClientsRecord, paths.clients)
+            if found and found.clients and prepared:
+                tiers = tuple(tier_accounts([found], prepared))
+                return RoundTraining(round=found.round, tiers=tiers)
+        return None
+
+    def _results(self, rounds: Sequence[RoundPaths]) -> RunResults | None:
+        """Return the scores of the base and of the newest evaluated round."""
+        evaluated = [r for r in rounds if r.evaluation_record.exists()]
+        if len(evaluated) < 2:
+            return None
+        first, last = (
+            self._records.read(EvaluationRecord, paths.evaluation_record)
+            for paths in (evaluated[0], evaluated[-1])
+        )
+        return RunResults(
+            first_round=first.round,
+            last_round=last.round,
+            first=by_group(first.clients),
+            last=by_group(last.clients),
         )
 
     def _usage(self, rounds: Sequence[RoundPaths], done: Sequence[int]) -> Usage:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus
+from fedllm.reporting.status.failure import Failure
 from fedllm.reporting.status.pace import Estimate, Pace
 from fedllm.reporting.status.queue import QueueStatus
-from fedllm.reporting.status.status import RoundStatus, RunStatus
-from fedllm.reporting.tables import text_table
+from fedllm.reporting.status.status import RoundStatus, RoundTraining, RunResults, RunStatus
+from fedllm.reporting.tables import size, text_table
 from fedllm.storage.records import training_text
 
 _MAX_TASKS = 24
@@ -54,12 +55,29 @@ def _lines(root: Path, status: RunStatus, now: float) -> Iterator[str]:
     if status.queue:
         yield from _queue_lines(status.queue)
     yield from _recent_lines(status.recent)
+    yield from _result_lines(status)
     if status.task_hours:
         yield _usage_line(status)
     if status.estimate and status.state != "done":
         yield _end_line(status.estimate, now, running=status.state == "running")
-    if status.state == "stopped":
-        yield f"go on with: fedllm resume {shlex.quote(str(root))}"
+    yield from _next_lines(root, status)
+
+
+def _result_lines(status: RunStatus) -> Iterator[str]:
+    if status.training:
+        yield _tier_table(status.training)
+    if status.results:
+        yield _results_table(status.results)
+
+
+def _next_lines(root: Path, status: RunStatus) -> Iterator[str]:
+    name = shlex.quote(str(root))
+    if status.failure:
+        yield from _failure_lines(status.failure)
+    elif status.state == "stopped":
+        yield f"go on with: fedllm resume {name}"
+    elif status.state == "done":
+        yield f"next: fedllm export {name} --out adapter"
 
 
 def _round_line(current: RoundStatus) -> str:
@@ -150,8 +168,55 @@ def _recent_lines(recent: tuple[Pace, ...]) -> Iterator[str]:
         yield (
             f"round {pace.round} took {duration(pace.seconds)}: {_speed(pace)}"
             + (f", busy {efficiency} of the tasks' time" if efficiency else "")
+            + ("" if pace.training_loss is None else f"; training loss {pace.training_loss:.3f}")
             + (f"; clients used of drawn: {mix}" if mix else "")
         )
+
+
+def _tier_table(training: RoundTraining) -> str:
+    rows = [
+        [
+            tier.tier,
+            str(tier.rank),
+            str(tier.clients),
+            _arrow(tier.first_loss, tier.last_loss),
+            f"{tier.seconds:.1f} s" if tier.seconds < 90 else duration(tier.seconds),
+            size(tier.peak_memory_bytes),
+            size(tier.bytes_up),
+        ]
+        for tier in training.tiers
+    ]
+    header = ["tier", "rank", "clients", "training loss", "time", "peak memory", "sends"]
+    title = f"training in round {training.round}, first step -> last step, means of clients"
+    return text_table(title, header, rows)
+
+
+def _results_table(results: RunResults) -> str:
+    rows = [
+        [
+            group,
+            str(mean.clients),
+            *(
+                _arrow(getattr(results.first.get(group), name, None), getattr(mean, name))
+                for name in ("loss", "rouge_l", "exact_match")
+            ),
+        ]
+        for group, mean in results.last.items()
+    ]
+    title = f"scores on test rows, round {results.first_round} -> round {results.last_round}"
+    return text_table(title, ["clients", "number", "answer loss", "Rouge-L", "exact match"], rows)
+
+
+def _failure_lines(failure: Failure) -> Iterator[str]:
+    where = f"{failure.step} of round {failure.round}" if failure.round else failure.step
+    yield f"failed in {where}: {failure.message}"
+    if failure.log and failure.log not in failure.message:
+        yield f"log: {failure.log}"
+    yield f"remedy: {failure.remedy}"
+
+
+def _arrow(first: float | None, last: float | None) -> str:
+    return "-" if first is None or last is None else f"{first:.3f} -> {last:.3f}"
 
 
 def _speed(pace: Pace) -> str:

@@ -222,6 +222,7 @@ def run_single_job(
     """
     if done.exists():
         return
+    run.observations.step = (kind, round_number)
     logs = run.paths.logs(round_number)
     number = len(attempts_of(folder))
     if number:
