@@ -295,6 +295,7 @@ class EvaluationSection(Section):
     complete_at_end: bool = True
     max_new_tokens: PositiveInt = 128
     batch_size: PositiveInt = 16
+    keep_answers: Annotated[NonNegativeInt, Field(json_schema_extra=EXECUTION)] = 2
 
 
 class SbatchSection(Section):

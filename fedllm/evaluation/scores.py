@@ -28,12 +28,13 @@ class ScoredRow(TokenRow, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """Scores of one row; `loss` is the sum over its `tokens` answer tokens."""
+    """Scores of one row and its generated answer; `loss` is the sum over its `tokens`."""
 
     loss: float
     tokens: int
     rouge_l: float
     exact_match: float
+    answer: str = ""
 
 
 def score_rows(
@@ -56,6 +57,7 @@ def score_rows(
             tokens=num_targets(row),
             rouge_l=rouge_l(answer, row.references),
             exact_match=exact_match(answer, row.references),
+            answer=answer,
         )
         for row, loss, answer in zip(rows, losses, answers, strict=True)
     )

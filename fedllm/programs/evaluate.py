@@ -1,8 +1,8 @@
 """The evaluation job: it scores a server state on clients' test rows by generated answers."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.adapters.base_copies import check_copies
@@ -11,7 +11,7 @@ from fedllm.adapters.tensor_names import names_in, place_of
 from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
-from fedllm.evaluation.scores import mean_scores, score_rows
+from fedllm.evaluation.scores import RowScores, mean_scores, score_rows
 from fedllm.methods.protocol import Method
 from fedllm.packing.precision import precision
 from fedllm.packing.slots import AdapterSlots
@@ -22,6 +22,7 @@ from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of
 from fedllm.storage.fingerprints import sha256_of
+from fedllm.storage.kept_records import AnswersRecord, KeptAnswer
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -33,6 +34,12 @@ from fedllm.storage.records import (
 from fedllm.storage.tensors import TensorFile
 
 _Ranks = Mapping[str, int]
+Keep = Callable[[Target, Sequence[RowScores]], None]
+_PROMPT_LETTERS = 600
+
+
+def _keep_nothing(target: Target, scores: Sequence[RowScores]) -> None:
+    """Keep no answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +72,17 @@ class Scorer:
             sha256=AggregateRecord.read(paths.aggregate_record).sha256,
         )
 
-    def score(self, round_number: int, targets_round: int) -> EvaluationRecord:
-        """Return the scores of the clients and rows that round `targets_round` evaluates."""
+    def score(
+        self, round_number: int, targets_round: int, keep: Keep = _keep_nothing
+    ) -> EvaluationRecord:
+        """Return the scores of the clients and rows that round `targets_round` evaluates.
+
+        `keep` is called with every client's rows as deployed.
+        """
         begun = time.perf_counter()
         config = self.federation.config
         targets = choose_targets(config, self.federation.prepared, targets_round)
-        deployed = self.as_deployed(targets)
+        deployed = self.as_deployed(targets, keep)
         # without a starting adapter B is zero before training, so every rank scores the same
         changed = round_number or config.model.adapter
         largest = self.at_largest_rank(targets, deployed) if changed else deployed
@@ -85,11 +97,13 @@ class Scorer:
         complete = is_complete(config.evaluation, targets_round, config.rounds)
         return record.model_copy(update={"complete": complete})
 
-    def as_deployed(self, targets: Sequence[Target]) -> dict[str, Scores]:
+    def as_deployed(
+        self, targets: Sequence[Target], keep: Keep = _keep_nothing
+    ) -> dict[str, Scores]:
         """Return every client's scores at its own tier's ranks."""
         scores: dict[str, Scores] = {}
         for ranks, tiers in _tiers_of_equal_ranks(self.federation):
-            scores |= self.at(ranks, [target for target in targets if target.tier in tiers])
+            scores |= self.at(ranks, [target for target in targets if target.tier in tiers], keep)
         return scores
 
     def at_largest_rank(
@@ -101,14 +115,53 @@ class Scorer:
         smaller = [target for target in targets if ranks[target.tier] != largest]
         return {**deployed, **self.at(largest, smaller)}
 
-    def at(self, ranks: _Ranks, targets: Sequence[Target]) -> dict[str, Scores]:
+    def at(
+        self, ranks: _Ranks, targets: Sequence[Target], keep: Keep = _keep_nothing
+    ) -> dict[str, Scores]:
         """Return every client's scores with the adapter of `ranks`."""
         if not targets:
             return {}
         # the model has a copy of the adapter: the pages of the state can go
         self.slots.install(adapter_of(self.method, self.state, ranks))
         self.state.release()
-        return score_targets(self.slots, self.data, targets, self.federation.config)
+        return score_targets(self.slots, self.data, targets, self.federation.config, keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerKeeper:
+    """Keeper of the generated answers of the first `evaluation.keep_answers` rows of a client."""
+
+    scorer: Scorer
+    answers: list[KeptAnswer] = field(default_factory=list)
+
+    def __call__(self, target: Target, scores: Sequence[RowScores]) -> None:
+        """Keep the answers to the first rows of a client."""
+        most = self.scorer.federation.config.evaluation.keep_answers
+        rows = self.scorer.data.rows(target.client, "test")
+        for index, found in list(zip(target.rows, scores, strict=True))[:most]:
+            row = rows[index]
+            self.answers.append(
+                KeptAnswer(
+                    client=target.client,
+                    group=target.group,
+                    tier=target.tier,
+                    row=index,
+                    prompt=self.scorer.slots.base.tokenizer.decode(
+                        row.prompt_ids, skip_special_tokens=True
+                    )[-_PROMPT_LETTERS:],
+                    references=list(row.references),
+                    answer=found.answer,
+                    loss=found.loss / max(1, found.tokens),
+                    rouge_l=found.rouge_l,
+                    exact_match=found.exact_match,
+                )
+            )
+
+    def record(self, round_number: int) -> AnswersRecord:
+        """Return the record of the kept answers."""
+        return AnswersRecord(
+            round=round_number, state_sha256=self.scorer.sha256, answers=self.answers
+        )
 
 
 def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
@@ -118,7 +171,10 @@ def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
         RunDirectoryError: the state is missing or damaged.
     """
     scorer = Scorer.open(paths, session)
-    record = scorer.score(paths.number, paths.number)
+    keeper = AnswerKeeper(scorer=scorer)
+    record = scorer.score(paths.number, paths.number, keeper)
+    if keeper.answers:
+        keeper.record(paths.number).publish(paths.answers)
     record.publish(paths.evaluation_record)
     return record
 
@@ -191,11 +247,15 @@ def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
 
 
 def score_targets(
-    slots: AdapterSlots, data: TokenizedClients, targets: Sequence[Target], config: Config
+    slots: AdapterSlots,
+    data: TokenizedClients,
+    targets: Sequence[Target],
+    config: Config,
+    keep: Keep = _keep_nothing,
 ) -> dict[str, Scores]:
     """Return the scores of every target's rows with the installed adapter.
 
-    Forward passes use `training.precision`, as in training.
+    Forward passes use `training.precision`, as in training. `keep` is called with every target.
     """
     tests = (data.rows(target.client, "test") for target in targets)
     clients = [
@@ -203,6 +263,8 @@ def score_targets(
     ]
     with precision(config.training.precision, slots.device):
         scores = score_rows(slots, clients, config.evaluation, data.answer_form)
+    for target, rows in zip(targets, scores, strict=True):
+        keep(target, rows)
     return {target.client: mean_scores(rows) for target, rows in zip(targets, scores, strict=True)}
 
 

@@ -60,6 +60,32 @@ class ClientsRecord(Record):
     clients: list[TrainedClient]
 
 
+class KeptAnswer(Record):
+    """A test row of a client, and what its deployed adapter answered; `loss` is per answer token.
+
+    `row` is the index into the client's test rows; `prompt` are its last characters, as text.
+    """
+
+    client: str
+    group: Literal["train", "dev", "unseen"]
+    tier: str
+    row: int
+    prompt: str
+    references: list[str]
+    answer: str
+    loss: float
+    rouge_l: float
+    exact_match: float
+
+
+class AnswersRecord(Record):
+    """Generated answers of a round's evaluation, a few rows a client."""
+
+    round: int
+    state_sha256: str
+    answers: list[KeptAnswer]
+
+
 class FailureRecord(Record):
     """The error that ended a coordinator, and the step that it was taking.
 

@@ -274,6 +274,11 @@ class RoundPaths:
         """The record of the complete evaluation."""
         return self.evaluation / "evaluation.json"
 
+    @property
+    def answers(self) -> Path:
+        """The generated answers that the evaluation keeps."""
+        return self.evaluation / "answers.json"
+
     def evaluation_job(self, number: int) -> JobPaths:
         """Evaluation attempt `number`."""
         return JobPaths(root=self.evaluation / "attempts" / f"{number:02d}")

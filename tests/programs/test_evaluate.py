@@ -1,6 +1,7 @@
 """A state is scored as its clients run it, and as the largest of them would."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of
 from fedllm.programs.entry_points import run as run_program
 from fedllm.programs.evaluate import evaluate_adapter, evaluate_round, evaluate_state, score_targets
+from fedllm.storage.kept_records import AnswersRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import EvaluationRecord, PreparedRecord, Scores
 from tests.tiny import Tiny
@@ -187,3 +189,17 @@ def test_a_base_that_changed_since_it_was_prepared_is_refused(
     argv = [str(paths.round(1).root), "--job", str(job)]
     assert run_program("evaluate", argv, session=Session()) == 2
     assert "not the model that was prepared" in (job / "error.json").read_text()
+
+
+def test_answers_of_a_few_rows_are_kept_with_prompt_and_references(run: RunPaths) -> None:
+    record = EvaluationRecord.read(run.round(1).evaluation_record)
+    kept = AnswersRecord.read(run.round(1).answers)
+    assert (kept.round, kept.state_sha256) == (1, record.state_sha256)
+    assert Counter(answer.client for answer in kept.answers) == {
+        client.client: 2 for client in record.clients
+    }
+    for client in record.clients:
+        mine = [answer for answer in kept.answers if answer.client == client.client]
+        assert sum(a.rouge_l for a in mine) / 2 == pytest.approx(client.as_deployed.rouge_l)
+        assert all(a.references[0] for a in mine)
+        assert all("### Response:" in a.prompt for a in mine)

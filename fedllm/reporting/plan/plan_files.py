@@ -61,6 +61,8 @@ def folders_of_round(
     jobs = [paths.aggregate_job(1), paths.evaluation_job(1)]
     state = [paths.global_state, paths.aggregate_record]
     scores = [paths.evaluation_record]
+    if federation.config.evaluation.keep_answers:
+        scores.append(paths.answers)
     own = [paths.cohort, paths.clients, paths.collection, paths.tasks, paths.record]
     own += [attempt.submission, attempt.jobs]
     state_bytes = _state_bytes(federation.largest_ranks, modules)
