@@ -15,11 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 from fedllm.config.models import ModelSection
 from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
-from fedllm.model.checkpoint import check_checkpoint, check_shapes
+from fedllm.model.checkpoint import check_checkpoint, check_shapes, weight_shards
 from fedllm.model.embedded_base import Report, embedded_base
 from fedllm.model.fingerprint import check_model_folder, fingerprint_model
 from fedllm.model.suitable import suitable_modules
 from fedllm.model.targets import adaptable_modules
+from fedllm.model.unread_weights import UnreadWeights, stored_format
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
 from fedllm.storage.paths import CachePaths
@@ -42,12 +43,21 @@ def _ignore(_line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base model in memory; it never trains. `modules` are all that can have an adapter."""
+    """A base model in memory; it never trains.
+
+    Attributes:
+        model: its layers.
+        tokenizer: its tokenizer.
+        fingerprint: the hash of its directory's content.
+        modules: all that can have an adapter.
+        unread: its weights where they are not in memory yet, but in its files; None: they are.
+    """
 
     model: nn.Module
     tokenizer: Any
     fingerprint: str
     modules: dict[str, ModuleRecord]
+    unread: UnreadWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +129,44 @@ def describe_base(
     )
 
 
-def load_base(path: Path, *, dtype: str, device: str | torch.device) -> Base:
+def load_base(
+    path: Path, *, dtype: str, device: str | torch.device, to_divide: bool = False
+) -> Base:
     """Load a base from its directory, without network.
+
+    Args:
+        path: the directory.
+        dtype: `model.dtype`.
+        device: where it computes.
+        to_divide: leave the weights in its files; `training.partitioned.divide_base` reads them.
 
     Raises:
         ModelError: the base cannot be loaded, or some of its weights are missing.
     """
     check_checkpoint(path)
     fingerprint = fingerprint_model(path)
+    asked = _DTYPES[dtype]
+    # in the format of the files transformers maps the weights, and copies none
+    model = _load_model(path, (to_divide and stored_format(weight_shards(path))) or asked)
+    unread = UnreadWeights.of(model, asked) if to_divide else None
+    if unread is None:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
+    return Base(
+        model=model,
+        tokenizer=load_tokenizer(path),
+        fingerprint=fingerprint,
+        modules=adaptable_modules(model),
+        unread=unread,
+    )
+
+
+def _load_model(path: Path, dtype: torch.dtype) -> Any:
     # a bar for every worker would fill the logs
     disable_progress_bar()
     with _as_model_error(path):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_DTYPES[dtype], output_loading_info=True, **_LOCAL
+            path, dtype=dtype, output_loading_info=True, **_LOCAL
         )
     if loading["missing_keys"]:
         names = sorted(loading["missing_keys"])
@@ -139,13 +174,7 @@ def load_base(path: Path, *, dtype: str, device: str | torch.device) -> Base:
             f"model.path: {path} lacks the weights of {', '.join(names[:3])}"
             f"{' and more' if len(names) > 3 else ''}; restore its files"
         )
-    model = model.to(device).eval().requires_grad_(False)
-    return Base(
-        model=model,
-        tokenizer=load_tokenizer(path),
-        fingerprint=fingerprint,
-        modules=adaptable_modules(model),
-    )
+    return model
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -34,7 +34,7 @@ def check_checkpoint(folder: Path) -> None:
     raw = _read_json(folder / "config.json")
     if kind := _quantised(folder, raw):
         raise _is_quantised(folder, kind)
-    for file in _weight_shards(folder):
+    for file in weight_shards(folder):
         _check_shard(folder, file)
 
 
@@ -45,7 +45,7 @@ def check_shapes(folder: Path, model: torch.nn.Module) -> None:
         ModelError: names the first tensor with more or fewer numbers.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for file in _weight_shards(folder):
+    for file in weight_shards(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 stored = tuple(tensors.get_slice(name).get_shape())
@@ -80,7 +80,7 @@ def _is_quantised(folder: Path, kind: str) -> ModelError:
     )
 
 
-def _weight_shards(folder: Path) -> Iterator[Path]:
+def weight_shards(folder: Path) -> Iterator[Path]:
     """Yield the safetensors files that transformers loads.
 
     Raises:

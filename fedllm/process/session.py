@@ -104,7 +104,7 @@ class Session:
             self._base = self._slots = None
             self._base = (
                 key,
-                load_base(Path(path), dtype=dtype, device="cpu" if to_divide else device),
+                load_base(Path(path), dtype=dtype, device=device, to_divide=to_divide),
             )
         return self._base[1]
 
@@ -116,8 +116,8 @@ class Session:
         Args:
             config: configuration of the run.
             prepared: what was prepared of it.
-            to_divide: whether each process of the task is to have a part of the weights only; they
-                are loaded into the memory of the host first.
+            to_divide: whether each process of the task is to have a part of the weights only,
+                which it reads when it first trains.
 
         Raises:
             ModelError: its files are not the prepared ones.

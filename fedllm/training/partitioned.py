@@ -18,6 +18,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from fedllm.config.models import TrainingSection
+from fedllm.model.memory import give_back_large_blocks
+from fedllm.packing.slots import AdapterSlots
+
+# weights that are gathered and let go of are mostly larger
+_LARGE_BLOCK_BYTES = 1 << 20
 
 Kept = Mapping[int, Mapping[str, Tensor]]
 """What an optimizer keeps, by the number of the parameter and the name of the part."""
@@ -123,37 +128,62 @@ class PartitionedTraining:
                 self._optimizer.state[own][part] = first.clone()
 
 
-def divide_base(model: nn.Module, device: torch.device) -> None:
-    """Leave each process a part of every weight of a base, on `device`.
+def divide_base(slots: AdapterSlots, device: torch.device) -> None:
+    """Leave each process a part of every weight of a base, on `device`, unless that was done.
 
-    A layer's weights are gathered before its forward and its backward pass and let go of after it,
-    so that all processes have to compute the same layers in the same order, pass by pass. What is
-    later added to the model, as adapters are, stays whole.
+    A process reads weight after weight from the base's files and keeps its part. A layer's weights
+    are gathered before its forward and its backward pass and let go of after it, so that all
+    processes have to compute the same layers in the same order, pass by pass. What is later added
+    to the model, as adapters are, stays whole.
 
     Args:
-        model: the base, equal in all processes and best in the memory of the host: weight after
-            weight is moved to the device, and a part of it kept.
+        slots: the base, whose weights are unread; all processes read equal files.
         device: where this process computes.
     """
+    if slots.is_divided:
+        return
+    base = slots.base
+    assert base.unread is not None, "the weights were read"
     _deepspeed(device)
     from deepspeed import comm
-    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import Init, parameter_offload
     from deepspeed.utils.timer import NoopTimer
 
     comm.init_distributed()
+    if device.type == "cpu":
+        give_back_large_blocks(_LARGE_BLOCK_BYTES)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    divided = Init(config_dict_or_path=config, dtype=torch.float32)
+    for weight in base.unread.take(base.model, device):
+        # by `Init(module=...)` the first process would send all that the others have read
+        divided._convert_to_deepspeed_param(weight)
+        weight.partition()  # type: ignore[attr-defined]
+    layer = _layer_numel(base.model)
     parameter_offload.DeepSpeedZeRoOffload(
-        model,
+        base.model,
         timers=NoopTimer(),
-        ds_config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+        ds_config=config,
         param_persistence_threshold=0,
+        # by default it would keep and fetch ahead all weights of a base of 10^9 parameters
+        max_reuse_distance=0,
+        prefetch_bucket_size=layer,
+        max_live_parameters=2 * layer,
     )
-    for weight in model.parameters():
+    for weight in base.model.parameters():
         # vectors are small: once gathered they stay
         weight.ds_persist = weight.ds_shape.numel() == max(weight.ds_shape)  # type: ignore[attr-defined]
     # it would keep the model for ever
     parameter_offload.FWD_MODULE_STACK.clear()
-    for buffer in model.buffers():
+    for buffer in base.model.buffers():
         buffer.data = buffer.data.to(device)
+    slots.is_divided = True
+
+
+def _layer_numel(model: nn.Module) -> int:
+    """Return the number of weights of a layer of a divided model, roughly."""
+    causal: Any = model
+    total: int = sum(weight.ds_numel for weight in causal.parameters())
+    return total // int(causal.config.get_text_config().num_hidden_layers)
 
 
 @contextmanager

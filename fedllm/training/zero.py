@@ -72,9 +72,7 @@ class Zero(Plain):
 
     def _divided(self, settings: LocalSettings) -> LocalSettings:
         """Divide the base, unless it is; return the settings that train on it."""
-        if not self.slots.is_divided:
-            divide_base(self.slots.model, resolve_device(settings.training.device))
-            self.slots.is_divided = True
+        divide_base(self.slots, resolve_device(settings.training.device))
         if settings.training.gradient_checkpointing != "auto":
             return settings
         # what fits may differ from process to process, and all compute the same layers

@@ -201,3 +201,22 @@ def test_what_was_fetched_from_the_hub_needs_no_network_again(tiny: Tiny, tmp_pa
     fetched = shutil.copytree(tiny.model, cache.model(hub_key("someone/base", "v1")))
     section = ModelSection(path="someone/base", revision="v1")
     assert locate_base(section, cache, lambda _line: None) == fetched
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_read_later_are_those_that_are_read_at_once(
+    tiny: Tiny, dtype: str
+) -> None:
+    whole = load_base(tiny.model, dtype=dtype, device="cpu").model.state_dict()
+    base = load_base(tiny.model, dtype=dtype, device="cpu", to_divide=True)
+    assert base.unread is not None
+    for weight in base.model.parameters():
+        assert weight.isnan().all()
+        assert weight.untyped_storage().nbytes() <= 4
+    names = {id(weight): name for name, weight in base.model.named_parameters()}
+    for weight in base.unread.take(base.model, torch.device("cpu")):
+        expected = whole.pop(names[id(weight)])
+        assert weight.dtype == expected.dtype
+        assert torch.equal(weight, expected)
+    assert not base.unread.stored
+    assert set(whole) == {"lm_head.weight"}  # tied

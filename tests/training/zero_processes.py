@@ -1,19 +1,15 @@
 """Trains the cases of `test_zero.py` in several processes; see `trained_by`.
 
-`zero_processes.py RANK PROCESSES PORT MODEL OUT`, once for each process.
+`zero_processes.py MODEL OUT`, once for each process.
 """
 
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fedllm.config.models import TrainingSection
 from fedllm.methods.local_rules import LOCAL_RULES
@@ -24,9 +20,9 @@ from fedllm.training.progress import Progress
 from fedllm.training.step_plan import Draws
 from fedllm.training.trainer_protocol import Member, Snapshots
 from fedllm.training.zero import Zero
+from tests.training.processes import joined, run_together
 from tests.training.test_loop import TARGETS, rows_of, start
 
-PATIENCE_SECONDS = 240.0
 STOP = 3
 
 
@@ -55,8 +51,8 @@ class Case:
         adapter = start(slots)
         return Member(received=lambda: adapter, rows=rows_of(0), draws=draws)
 
-    def slots(self, model: Path) -> AdapterSlots:
-        base = load_base(model, dtype="float32", device="cpu")
+    def slots(self, model: Path, *, to_divide: bool = False) -> AdapterSlots:
+        base = load_base(model, dtype="float32", device="cpu", to_divide=to_divide)
         return AdapterSlots(base, target_modules=TARGETS, dropout=self.dropout, layout=self.layout)
 
 
@@ -124,8 +120,9 @@ def train_all(model: Path, processes: int) -> dict[object, object]:
     found: dict[object, object] = {}
     for layout, dropout in dict.fromkeys((c.layout, c.dropout) for c in CASES.values()):
         cases = {n: c for n, c in CASES.items() if (c.layout, c.dropout) == (layout, dropout)}
-        whole, divided = (next(iter(cases.values())).slots(model) for _ in range(2))
-        member = next(iter(cases.values())).member(whole)
+        any_case = next(iter(cases.values()))
+        whole, divided = (any_case.slots(model, to_divide=divided) for divided in (False, True))
+        member = any_case.member(whole)
         for name, case in cases.items():
             for stage, offload in (v[2:] for v in VARIANTS if v[:2] == (processes, name)):
                 slots = divided if stage == 3 else whole
@@ -133,7 +130,7 @@ def train_all(model: Path, processes: int) -> dict[object, object]:
                 (result,) = trainer.train([member])
                 found[name, stage, offload] = result
     case = replace(CASES["AdamW"], dropout=0.3, changes={**LONG, "max_steps": 6})
-    slots = case.slots(model)
+    slots = case.slots(model, to_divide=processes > 1)
     member = case.member(slots)
     trainer = zero(case, slots, processes, 3, "none")
     (found["undisturbed"],) = trainer.train([member])
@@ -147,46 +144,17 @@ def train_all(model: Path, processes: int) -> dict[object, object]:
 
 def trained_by(processes: int, model: Path, out: Path) -> dict[Any, Any]:
     """Start the processes; return what the first one found."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    logs = [out.with_name(f"{out.name}.{rank}.log") for rank in range(processes)]
-    started = []
-    for rank, path in enumerate(logs):
-        arguments = [rank, processes, port, model, out]
-        with path.open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.training.zero_processes", *map(str, arguments)],
-                    stdout=log,
-                    stderr=log,
-                )
-            )
-    try:
-        ends = [process.wait(PATIENCE_SECONDS) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert not any(ends), "\n".join(path.read_text() for path in logs)
-    # nothing was compiled, and MPI was not looked for
-    assert not any(path.read_text() for path in logs), logs[0].read_text()
+    run_together("tests.training.zero_processes", (model, out), processes=processes, log=out)
     found: dict[Any, Any] = torch.load(out, weights_only=False)
     return found
 
 
-def main(rank: int, processes: int, port: int, model: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    if processes > 1:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", port, processes, is_master=rank == 0, timeout=timedelta(minutes=2)
-        )
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    found = train_all(model, processes)
-    if rank == 0:
-        torch.save(found, out)
-    if processes > 1:
-        dist.destroy_process_group()
+def main(model: Path, out: Path) -> None:
+    with joined() as (rank, processes):
+        found = train_all(model, processes)
+        if rank == 0:
+            torch.save(found, out)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), *map(Path, sys.argv[4:6]))  # type: ignore[arg-type]
+    main(*map(Path, sys.argv[1:]))
