@@ -76,6 +76,11 @@ def check_names(name: str, local: str) -> None:
     Raises:
         ConfigError: no such method, with the valid names and the nearest one.
     """
+    if name in LOCAL_RULES:
+        raise ConfigError(
+            f"method.name: got {name!r}, which is a value of method.local; the server side of "
+            "FedAvg and FedIT is factor_mean"
+        )
     if name not in METHODS and ":" not in name:
         own = " or your own as package.module:Class"
         raise ConfigError(f"method.name: got {name!r}{_nearest(name, METHODS)}{own}")

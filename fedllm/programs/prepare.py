@@ -57,7 +57,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
         _best_layout(config, base) if first is None else _begun_layout(first, config, base, run)
     )
     federation = plan_federation(config, prepared)
-    refuse_ranks(method, prepared, list(federation.ranks.values()))
+    refuse_ranks(method, prepared, list(federation.ranks.values()), config.aggregation)
     _check_engine(config, layout)
     say(describe_layout(layout))
     prepared = prepared.model_copy(update={"layout": layout})
@@ -79,7 +79,8 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     """
     method = method_of(config)
     base, prepared = _describe(config, method, cache, report)
-    refuse_ranks(method, prepared, list(resolve_ranks(config, base.modules).values()))
+    tier_ranks = list(resolve_ranks(config, base.modules).values())
+    refuse_ranks(method, prepared, tier_ranks, config.aggregation)
     layout = _best_layout(config, base)
     _check_engine(config, layout)
     return prepared.model_copy(update={"layout": layout})

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -58,7 +58,8 @@ class CombineRequest:
     """A request: what to combine, and what to write.
 
     `rank` is a number, `full` (the stacked ranks: nothing is lost), or None: the largest rank of
-    any input, module by module. No module gets a rank above its smaller side. `dtype` is one of
+    any input, module by module. No module gets a rank above its smaller side. `options` are those
+    of the method. `dtype` is one of
     `DTYPES`; `out` is a new or empty folder; `exact` and `tolerance` are as in
     `aggregation.decomposition.Problem`. `base` is the base model of all inputs, a folder or hub
     name, whatever name they give it; `allow_missing` accepts inputs with few common modules.
@@ -69,6 +70,7 @@ class CombineRequest:
     out: Path
     rank: RequestedRank = None
     method: str = "flexlora"
+    options: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "float32"
     exact: bool = False
@@ -152,7 +154,13 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
     if not request.allow_missing:
         _refuse_few_in_common(adapters, list(shapes))
     # alpha = 2r: a scale of 2 at every rank, which is the one that is written
-    method = build_method(request.method, seed=_SEED, alpha=2.0, scaling="proportional")
+    method = build_method(
+        request.method,
+        seed=_SEED,
+        alpha=2.0,
+        scaling="proportional",
+        options=request.options,
+    )
     weights = shares(method.weigh([item.weight for item in request.adapters]))
     source = AdapterSource(adapters=adapters, weights=weights)
     ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}

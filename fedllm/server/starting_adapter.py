@@ -29,6 +29,7 @@ from fedllm.storage.fingerprints import fingerprint_files
 from fedllm.storage.records import ModuleRecord, PreparedRecord, StartRecord
 
 _MIN_ENERGY_KEPT = 0.9999  # a smaller share is logged
+_CPU = (torch.device("cpu"),)
 
 
 def describe_start(config: Config, base: Path, prepared: PreparedRecord) -> StartRecord | None:
@@ -47,7 +48,10 @@ def describe_start(config: Config, base: Path, prepared: PreparedRecord) -> Star
 
 
 def refuse_ranks(
-    method: Method, prepared: PreparedRecord, tier_ranks: Sequence[Mapping[str, int]]
+    method: Method,
+    prepared: PreparedRecord,
+    tier_ranks: Sequence[Mapping[str, int]],
+    section: AggregationSection,
 ) -> None:
     """Refuse an adapter that the method cannot aggregate with the ranks of the tiers.
 
@@ -55,9 +59,10 @@ def refuse_ranks(
         method: the run's method.
         prepared: names the adapter.
         tier_ranks: one mapping, module -> rank, per tier.
+        section: how it would be aggregated.
 
     Raises:
-        AdapterError: it has other ranks than the method takes.
+        AdapterError: it has other ranks than the method takes, or than the state has room for.
     """
     start = prepared.start
     if start is None:
@@ -65,7 +70,16 @@ def refuse_ranks(
     # prepare has just taken its fingerprint
     adapter = _open_adapter(Path(start.path), prepared.modules)
     ranks = {module: adapter.factors.rank(module) for module in adapter.factors}
-    if method.refuse([*tier_ranks, ranks]):
+    beyond = [m for m, rank in ranks.items() if rank > max(tier[m] for tier in tier_ranks)]
+    fits = not method.refuse([*tier_ranks, ranks])
+    if fits and beyond:
+        # a method tells by trying; one module is enough
+        of_module = {beyond[0]: _ranks_of(adapter, beyond[0], tier_ranks)}
+        try:
+            _aggregate_alone(method, adapter, of_module, section, _CPU, lambda _name, _result: None)
+        except AdapterError:
+            fits = False
+    if not fits:
         adapter_ranks = ", ".join(map(str, sorted(set(ranks.values()))))
         raise AdapterError(
             f"model.adapter: {adapter.folder} has rank {adapter_ranks}, from which {method.name} "
@@ -94,14 +108,8 @@ def start_states(
             write(module, method.start_module(module=module, shape=shapes[module], rank=rank))
     if adapter is None:
         return
-    ranks = {
-        module: ModuleRanks(
-            shape=shapes[module],
-            clients=(adapter.factors.rank(module),),
-            received=tuple(sorted({tier[module] for tier in federation.ranks.values()})),
-        )
-        for module in adapter.factors
-    }
+    tiers = list(federation.ranks.values())
+    ranks = {module: _ranks_of(adapter, module, tiers) for module in adapter.factors}
     energies: list[tuple[float, float]] = []  # of each module: all, and the part that is kept
 
     def take(module: str, result: ModuleAggregate) -> None:
@@ -116,6 +124,16 @@ def start_states(
             f"model.adapter: {adapter.folder}: the largest ranks of clients.tiers keep "
             f"{kept / energy:.2%} of its energy; larger ranks keep more"
         )
+
+
+def _ranks_of(
+    adapter: PeftAdapter, module: str, tier_ranks: Sequence[Mapping[str, int]]
+) -> ModuleRanks:
+    return ModuleRanks(
+        shape=adapter.factors.shape(module),
+        clients=(adapter.factors.rank(module),),
+        received=tuple(sorted({tier[module] for tier in tier_ranks})),
+    )
 
 
 def _aggregate_alone(

@@ -230,3 +230,19 @@ def test_a_full_disk_leaves_nothing_and_a_mount_point_is_filled(
     )
     assert roomy.returncode == 0, roomy.stderr
     assert "adapter_model.safetensors" in roomy.stdout
+
+
+def test_options_of_the_method_are_given_to_it(
+    zoo: dict[str, Path], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["aggregate", str(zoo["plain"]), str(zoo["plain"]), "--out", str(out)]
+    method = ["--method", "lora_fair"]
+    for option, words in {
+        "ridg=1": "method.options.ridg: unknown option; did you mean `method.options.ridge`?",
+        "truncated=keep": "method.options.truncated: an option of flexlora; lora_fair has ridge",
+        "ridge=0": "method.options.ridge: got 0, need > 0",
+        "ridge": "--option ridge: need NAME=VALUE, for example truncated=keep",
+    }.items():
+        assert words in refused(capsys, *given, *method, "--option", option)
+        assert not out.exists()
+    assert run([*given, *method, "--option", "ridge=1e-3"]) == 0

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import AggregateRecord
 from tests.cli.commands import in_process, one_line, start, wait_until
@@ -33,6 +35,43 @@ def test_a_killed_run_that_keeps_directions_resumes_to_the_same_bits(
         assert all(part.energy_lost == 0 for part in found.partitions)
     line = one_line(in_process("run", tiny.config, "--run-dir", quiet))
     assert "method.options ({'truncated': 'keep'} in the run, now {})" in line
+
+
+@pytest.mark.parametrize("command", ["plan", "prepare"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            ["method.name=factor_mean"],
+            "factor_mean averages factors of one rank, but",
+        ),
+        (["method.name=lora_fair"], "lora_fair averages factors of one rank"),
+        (["method.name=rbla", "clients.tiers.large.ranks=33"], "takes at most 32; lower it"),
+        (["method.name=hetlora", "clients.tiers.large.ranks=33"], "takes at most 32; lower it"),
+        (["method.options.truncate=keep"], "did you mean `method.options.truncated`?"),
+        (["method.options.ridge=1"], "method.options.ridge: an option of lora_fair; flexlora has"),
+    ],
+)
+def test_what_a_method_cannot_do_is_told_before_anything_is_written(
+    tiny: Tiny, tmp_path: Path, command: str, changes: list[str], words: str
+) -> None:
+    cache = tmp_path / "cache"
+    given = [*changes, f"storage.cache={cache}"]
+    line = one_line(in_process(command, tiny.config, *(w for c in given for w in ("--set", c))))
+    assert words in line
+    assert not cache.exists()
+
+
+def test_a_run_does_not_go_on_with_another_method(tiny: Tiny, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    quick = ["--set", "rounds=1", "--set", "evaluation.every=5", "--set", "training.max_steps=1"]
+    assert in_process("run", tiny.config, "--run-dir", root, *quick).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    for name in ("rbla", "hetlora"):
+        line = one_line(in_process("resume", root, "--set", f"method.name={name}"))
+        assert f"method.name (flexlora in the run, now {name})" in line
+        assert "choose another --run-dir" in line
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
 def test_options_of_another_value_or_name_are_one_line(tiny: Tiny, tmp_path: Path) -> None:

@@ -135,6 +135,23 @@ def test_a_factor_mean_starts_from_an_adapter_of_its_rank_only(
     same(deltas(tiny.model, tmp_path / "out"), deltas(tiny.model, adapter))
 
 
+@pytest.mark.parametrize("method", ["rbla", "hetlora"])
+def test_a_state_of_factors_starts_from_an_adapter_that_it_has_room_for(
+    tiny: Tiny, adapter: Path, tmp_path: Path, method: str
+) -> None:
+    clients: Any = raw_config(tiny.model.parent)["clients"]
+    sections: dict[str, Any] = {"method": {"name": method}}
+    sections["clients"] = clients | {"tiers": {"one": {"ranks": 2}}}
+    words = rf"model\.adapter.*rank 3, from which {method} cannot .*give the tiers its rank"
+    with pytest.raises(AdapterError, match=words):
+        begun(tmp_path / "r", tiny, adapter, **sections)
+    assert not (tmp_path / "r/prepared.json").exists()
+    sections["clients"] = clients | {"tiers": {"one": {"ranks": 2}, "two": {"ranks": 5}}}
+    export_adapter(open_state(begun(tmp_path / "s", tiny, adapter, **sections), 0), tmp_path / "o")
+    if method == "rbla":
+        same(deltas(tiny.model, tmp_path / "o"), deltas(tiny.model, adapter))
+
+
 def test_an_adapter_that_does_not_fit_the_run_is_refused(
     tiny: Tiny, adapter: Path, tmp_path: Path
 ) -> None:

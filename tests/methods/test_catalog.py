@@ -83,6 +83,7 @@ def test_a_method_of_ones_own_is_named_by_its_path() -> None:
             r"'flexlorra' \(did you mean flexlora\?\), need one of flexlora, raflora, ",
         ),
         ("quick", r"got 'quick', need one of flexlora, .*, lora_fair or your own"),
+        ("fedavg", "a value of method.local; the server side of FedAvg and FedIT is factor_mean$"),
         ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
         ("fedllm.methods.spectral.flexlora:Nothing", "has no attribute 'Nothing'"),
         (":Class", "cannot import ':Class'"),

@@ -15,8 +15,12 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.cli.progress_bar import modules_done
-from fedllm.errors import AdapterError
+from fedllm.config.models import Config
+from fedllm.config.spelling import resolve_scalars
+from fedllm.config.yaml_text import parse_yaml
+from fedllm.errors import AdapterError, ConfigError
 from fedllm.reporting.tables import rank_span
+from fedllm.storage.own_code import is_own, read_own_code
 
 if TYPE_CHECKING:
     from fedllm.server.combine import (
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
         CombineRequest,
         RequestedRank,
     )
+
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="An option of the method."),
+]
 
 _MAX_NAMES = 3  # modules that a line names; the others are counted
 _ROUNDING = 1e-9  # a relative excess below this counts as zero
@@ -50,6 +59,7 @@ def aggregate(
     method: Annotated[
         str, typer.Option("--method", metavar="M", help="Method that combines the adapters.")
     ] = "flexlora",
+    options: MethodOptions = None,
     device: Annotated[
         str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")
     ] = "auto",
@@ -87,12 +97,15 @@ def aggregate(
     """Combine PEFT adapters of any ranks into one that PEFT loads."""
     from fedllm.server.combine import CombineRequest, WeightedAdapter, combine_adapters
 
+    if is_own(method):
+        read_own_code(method, [str(Path.cwd())])
     pairs = [_adapter_and_weight(text) for text in adapters]
     request = CombineRequest(
         adapters=[WeightedAdapter(folder=folder, weight=weight) for folder, weight in pairs],
         out=fresh_folder(out),
         rank=_rank(rank),
         method=method,
+        options=_options(options or []),
         device=device,
         dtype=dtype,
         exact=exact,
@@ -117,6 +130,17 @@ def _adapter_and_weight(text: str) -> tuple[Path, float]:
         return Path(head), float(tail)
     except ValueError:
         return Path(text), 1.0
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"--option {text}: need NAME=VALUE, for example truncated=keep")
+        found[name] = parse_yaml(value.encode(), f"--option {text}")
+    found = resolve_scalars({"method": {"options": found}}, Config)["method"]["options"]
+    return dict(found)
 
 
 def _rank(text: str | None) -> "RequestedRank":
