@@ -48,15 +48,39 @@ def start(
     unattended: bool = False,
 ) -> Path:
     """Run a configuration to its end, or continue where it stopped; return the run directory."""
-    config = configuration(config_file, overrides)
-    root = run_dir or default_run_dir(config_file)
+    return start_config(
+        configuration(config_file, overrides),
+        run_dir or default_run_dir(config_file),
+        take_over=take_over,
+        unattended=unattended,
+        code_folders=folders_of(config_file),
+    )
+
+
+def start_config(
+    config: Config,
+    root: Path,
+    *,
+    take_over: bool = False,
+    unattended: bool = False,
+    code_folders: Sequence[str] | None = None,
+) -> Path:
+    """Run a validated configuration as `start` does.
+
+    Args:
+        config: the configuration.
+        root: the run directory.
+        take_over: the user knows that the present coordinator ended.
+        unattended: no person started it.
+        code_folders: where a method of one's own is looked for; None: the working directory.
+    """
     is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     run = open_for_coordination(
         root,
         config,
         take_over=take_over,
         unattended=unattended,
-        code_folders=folders_of(config_file),
+        code_folders=code_folders,
     )
     try:
         coordinate(run)

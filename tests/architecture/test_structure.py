@@ -16,9 +16,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("fedllm", "jobs") for path in (ROOT / room).rglob("*.py"))
 MODULES = [path for path in SOURCES if path.name != "__init__.py" and path.parts[-2] != "jobs"]
+PACKAGE = ROOT / "fedllm" / "__init__.py"
 CLI = ROOT / "fedllm" / "cli"
 COORDINATOR = ("config", "doctor", "planning", "reporting", "rounds", "scheduling", "storage")
-COMPUTE = ("torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "deepspeed")
+COMPUTE = (
+    *("torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "deepspeed"),
+    *("pandas", "matplotlib"),
+)
 LARGEST_TRACKED_FILE_KIB = 512
 MOST_FILES_OF_A_FOLDER = 16
 
@@ -47,7 +51,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in SOURCES if path.name == "__init__.py"],
+    [path for path in SOURCES if path.name == "__init__.py" and path != PACKAGE],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_a_package_holds_only_its_docstring(path: Path) -> None:
@@ -73,6 +77,10 @@ def test_the_coordinators_rooms_load_without_the_compute_stack(room: str) -> Non
 
 def test_the_command_line_starts_without_the_compute_stack() -> None:
     assert _loaded_after("fedllm.cli.main") == []
+
+
+def test_the_package_and_a_loaded_run_come_without_the_compute_stack() -> None:
+    assert _loaded_after("fedllm", "fedllm.api.loaded_run", "fedllm.api.running") == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -76,9 +76,15 @@ def headline(evaluation: EvaluationRecord | None) -> str:
 
 def write_metrics(paths: RunPaths) -> None:
     """Rebuild `metrics.jsonl`, one line per finished round."""
-    lines = []
+    lines = [json.dumps(row, allow_nan=False) for row in metric_rows(paths)]
+    publish_bytes(paths.metrics, "".join(f"{line}\n" for line in lines).encode())
+
+
+def metric_rows(paths: RunPaths) -> list[dict[str, object]]:
+    """Return the metrics of every finished round, by name."""
+    rows = []
     # backups of round folders have other names
-    numbers = sorted(int(p.name) for p in paths.rounds.iterdir() if p.name.isdigit())
+    numbers = sorted(int(p.name) for p in paths.rounds.glob("*") if p.name.isdigit())
     for number in numbers:
         round_paths = paths.round(number)
         record = RoundRecord.find(round_paths.record)
@@ -102,9 +108,8 @@ def write_metrics(paths: RunPaths) -> None:
                 row |= {f"{group}_loss": mean.loss, f"{group}_rouge_l": mean.rouge_l}
                 row[f"{group}_exact_match"] = mean.exact_match
         # some readers of JSON do not know NaN
-        row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
-        lines.append(json.dumps(row, allow_nan=False))
-    publish_bytes(paths.metrics, "".join(f"{line}\n" for line in lines).encode())
+        rows.append({key: None if _is_not_finite(value) else value for key, value in row.items()})
+    return rows
 
 
 def _is_not_finite(value: object) -> bool:

@@ -1,0 +1,1 @@
+"""The Python interface: runs as data frames, runs from a program, adapters combined."""
