@@ -26,6 +26,7 @@ from torch import Tensor
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta
 from fedllm.methods.catalog import METHODS, build_method
+from fedllm.methods.local_task import LocalTask, Recipient
 from fedllm.methods.protocol import Method, ModuleState, ServerStep
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.seeding import seed_of
@@ -128,20 +129,28 @@ def cohort_of(seed: int, round_number: int) -> list[int]:
 
 
 def trained(
-    received: Sequence[Factors], left: Sequence[Tensor], right: Sequence[Tensor]
+    received: Sequence[Factors], left: Sequence[Tensor], right: Sequence[Tensor], task: LocalTask
 ) -> list[Factors]:
-    """Return what clients of one rank send: gradient descent on |s B A - T|^2 / 2, all at once."""
+    """Return what clients of one rank send: gradient descent on |s B A - T|^2 / 2, all at once.
+
+    `task` says which factors train. Frozen factors are taken off the target.
+    """
+    if received[0].frozen is not None:
+        frozen = [factors.frozen for factors in received if factors.frozen]
+        left = [torch.cat([t, -f.scale * f.b_OR], 1) for t, f in zip(left, frozen, strict=True)]
+        right = [torch.cat([t, f.a_RI]) for t, f in zip(right, frozen, strict=True)]
     a, b = torch.stack([f.a_RI for f in received]), torch.stack([f.b_OR for f in received])
     tall, flat, scale = torch.stack(list(left)), torch.stack(list(right)), received[0].scale
     for _ in range(STEPS):
         of_b = scale * (scale * b @ (a @ a.mT) - tall @ (flat @ a.mT))
         of_a = scale * (scale * (b.mT @ b) @ a - (b.mT @ tall) @ flat)
-        a, b = a - LEARNING_RATE * of_a, b - LEARNING_RATE * of_b
+        a = a - LEARNING_RATE * of_a if "A" in task.trained else a
+        b = b - LEARNING_RATE * of_b if "B" in task.trained else b
     return [Factors(a_RI=x, b_OR=y, scale=scale) for x, y in zip(a, b, strict=True)]
 
 
 def train_round(
-    method: Method, federations: Sequence[Federation], cohorts: Sequence[list[int]]
+    method: Method, federations: Sequence[Federation], cohorts: Sequence[list[int]], number: int
 ) -> list[dict[int, Factors]]:
     """Return every federation's updates by client; clients of one rank train side by side."""
     sent: list[dict[int, Factors]] = [{} for _ in federations]
@@ -151,14 +160,20 @@ def train_round(
             by_rank.setdefault(federation.ranks[client], []).append((place, client))
     for rank, members in by_rank.items():
         received = [
-            method.module_adapter(module="m", state=federations[place].state, rank=rank)
-            for place, _ in members
+            method.hand_out(
+                module="m",
+                state=federations[place].state,
+                rank=rank,
+                to=Recipient(client=str(client), round=number),
+            )
+            for place, client in members
         ]
         left = [federations[place].left[client] for place, client in members]
         right = [federations[place].right for place, _ in members]
-        for (place, client), update in zip(members, trained(received, left, right), strict=True):
+        updates = trained(received, left, right, method.local_task(number))
+        for (place, client), got, update in zip(members, received, updates, strict=True):
             sent[place][client] = update
-            federations[place].bytes_sent += 2 * update.num_bytes  # down and up
+            federations[place].bytes_sent += got.num_bytes + update.num_bytes  # down and up
     return sent
 
 
@@ -231,7 +246,7 @@ def run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
     federations = [federation_of(arm, method, seed) for seed in range(seeds)]
     for number in range(1, rounds + 1):
         cohorts = [cohort_of(federation.seed, number) for federation in federations]
-        updates = train_round(method, federations, cohorts)
+        updates = train_round(method, federations, cohorts, number)
         for federation, sent in zip(federations, updates, strict=True):
             beyond = aggregate(method, federation, sent, number)
             if number in SHOWN_ROUNDS:

@@ -21,6 +21,7 @@ _REMOVED_KEYS = (("aggregation", "fold_ahead"),)
 # result keys of later versions: at these values a run keeps the fingerprint that it began with
 _ADDED_KEYS: Mapping[str, Any] = {
     "method.options": {},
+    "method.local_options": {},
     "training.engine": "plain",
     "training.processes": 1,
     "training.zero.stage": 3,

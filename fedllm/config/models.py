@@ -255,14 +255,15 @@ class TrainingSection(Section):
 
 
 class MethodSection(Section):
-    """Federated method: `name` is the server side with its `options`, `local` the client side.
+    """Federated method: `name` and `options` are the server side, `local...` the client side.
 
-    `fedllm.methods.options` checks the options: each method has its own.
+    `fedllm.methods.options` checks the options: each side has its own.
     """
 
     name: str = "flexlora"
     local: str = "fedit"
     options: MethodOptions = {}
+    local_options: MethodOptions = {}
 
 
 class AggregationSection(Section):

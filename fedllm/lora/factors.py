@@ -38,6 +38,8 @@ class ModuleShape:
 class Factors:
     """One module's adapter: the change `scale * b_OR @ a_RI`.
 
+    `frozen` is added to it and never trains; only what a client receives may have it.
+
     Raises:
         AdapterError: the factors are not two matrices of one rank.
     """
@@ -45,6 +47,7 @@ class Factors:
     a_RI: Tensor
     b_OR: Tensor
     scale: float
+    frozen: "Factors | None" = None
 
     def __post_init__(self) -> None:
         """Refuse factors that cannot be multiplied."""
@@ -64,8 +67,9 @@ class Factors:
 
     @property
     def num_bytes(self) -> int:
-        """The memory that both factors take."""
-        return self.a_RI.nbytes + self.b_OR.nbytes
+        """The memory that all factors take."""
+        own = self.a_RI.nbytes + self.b_OR.nbytes
+        return own + (self.frozen.num_bytes if self.frozen else 0)
 
 
 Adapter: TypeAlias = Mapping[str, Factors]  # module -> its factors
@@ -122,7 +126,8 @@ def scale_of(*, alpha: float, scaling: str, rank: int) -> float:
 
 def delta(factors: Factors) -> Tensor:
     """Return the dense change `scale * B A` (O, I) in float64, for merging and for tests."""
-    return factors.scale * (factors.b_OR.double() @ factors.a_RI.double())
+    change = factors.scale * (factors.b_OR.double() @ factors.a_RI.double())
+    return change + delta(factors.frozen) if factors.frozen else change
 
 
 def stack(factors: Iterable[Factors], weights: Sequence[float]) -> Stacked:

@@ -4,13 +4,13 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedllm.config.models import Config, MethodSection
 from fedllm.errors import ConfigError
 from fedllm.methods.local_rules import LOCAL_RULES, LocalRule
-from fedllm.methods.options import OPTIONS, NoOptions, parse_options
+from fedllm.methods.options import LOCAL_KEY, LOCAL_OPTIONS, OPTIONS, NoOptions, parse_options
 
 if TYPE_CHECKING:
     from fedllm.methods.protocol import Method
@@ -67,6 +67,24 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="as factor_mean, B corrected so that the product is near the mean of products",
         paper="https://arxiv.org/abs/2411.14961",
     ),
+    "ffa": MethodEntry(
+        path="fedllm.methods.pairs.ffa:Ffa",
+        ranks="one",
+        summary="A is frozen, the mean of B: nothing is lost in aggregation",
+        paper="https://arxiv.org/abs/2403.12313",
+    ),
+    "rolora": MethodEntry(
+        path="fedllm.methods.pairs.rolora:RoLora",
+        ranks="one",
+        summary="clients train B in odd rounds and A in even ones, the mean of that factor",
+        paper="https://arxiv.org/abs/2409.02346",
+    ),
+    "fedsvd": MethodEntry(
+        path="fedllm.methods.spectral.fedsvd:FedSvd",
+        ranks="one",
+        summary="clients train B alone, an SVD of the product gives them a new A",
+        paper="https://arxiv.org/abs/2505.12805",
+    ),
 }
 
 
@@ -96,19 +114,23 @@ def check_method(section: MethodSection) -> None:
         ConfigError: no such method or rule, or options that the method does not have.
     """
     check_names(section.name, section.local)
+    local_rule(section.local, section.local_options)
     if section.name in METHODS:
         parse_options(section.name, OPTIONS.get(section.name, NoOptions), section.options)
 
 
-def local_rule(local: str) -> LocalRule:
-    """Return what `method.local` names.
+def local_rule(local: str, options: Mapping[str, Any] | None = None) -> LocalRule:
+    """Return what `method.local` names, with what `method.local_options` changes.
 
     Raises:
-        ConfigError: no such rule, with the valid names and the nearest one.
+        ConfigError: no such rule, with the valid names and the nearest one; or options that it
+            does not have.
     """
     if local not in LOCAL_RULES:
         raise ConfigError(f"method.local: got {local!r}{_nearest(local, LOCAL_RULES)}")
-    return LOCAL_RULES[local]
+    model = LOCAL_OPTIONS.get(local, NoOptions)
+    given = parse_options(local, model, options or {}, key=LOCAL_KEY)
+    return replace(LOCAL_RULES[local], **given.model_dump())
 
 
 def method_class(name: str) -> "type[Method]":

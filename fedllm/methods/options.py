@@ -14,6 +14,7 @@ from fedllm.config.problems import problem_lines
 from fedllm.errors import ConfigError
 
 _KEY = "method.options"
+LOCAL_KEY = "method.local_options"
 
 
 class NoOptions(Section):
@@ -35,46 +36,62 @@ class LoraFairOptions(Section):
     ridge: Annotated[float, Field(gt=0)] = 0.01
 
 
+class FedProxOptions(Section):
+    """FedProx: `mu` weighs the proximal term, `optimizer` is that of the clients."""
+
+    mu: Annotated[float, Field(ge=0)] = 0.01
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+
+
 OPTIONS: Mapping[str, type[Section]] = {
     "flexlora": FlexLoraOptions,
     "lora_fair": LoraFairOptions,
 }
 
 
-def parse_options(method: str, model: type[Section], raw: Mapping[str, Any]) -> Section:
-    """Return the options of a method.
+# of the client side, `method.local`
+LOCAL_OPTIONS: Mapping[str, type[Section]] = {"fedprox": FedProxOptions}
+
+_OWNERS: Mapping[str, Mapping[str, type[Section]]] = {_KEY: OPTIONS, LOCAL_KEY: LOCAL_OPTIONS}
+
+
+def parse_options(
+    method: str, model: type[Section], raw: Mapping[str, Any], *, key: str = _KEY
+) -> Section:
+    """Return the options of a method, or of a client side.
 
     Args:
-        method: what `method.name` says.
+        method: what `method.name` says, or `method.local`.
         model: the method's class of options.
-        raw: what `method.options` says.
+        raw: what `method.options` says, or `method.local_options`.
+        key: which of the two it is.
 
     Raises:
         ConfigError: one line per option that is unknown, belongs to another method, or has a value
             that is not allowed.
     """
-    unknown = list(_unknown(method, model, raw))
+    unknown = list(_unknown(method, model, raw, key))
     known = {name: value for name, value in raw.items() if name in model.model_fields}
     try:
         options = model.model_validate(known)
     except ValidationError as error:
-        lines = problem_lines(error, known, model, f"{_KEY}.")
+        lines = problem_lines(error, known, model, f"{key}.")
         raise ConfigError("\n".join([*unknown, *lines])) from error
     if unknown:
         raise ConfigError("\n".join(unknown))
     return options
 
 
-def _unknown(method: str, model: type[Section], raw: Mapping[str, Any]) -> Iterator[str]:
+def _unknown(method: str, model: type[Section], raw: Mapping[str, Any], key: str) -> Iterator[str]:
     names = list(model.model_fields)
     valid = f"{method} has {', '.join(names)}" if names else f"{method} has no options"
     for name in raw:
         if name in names:
             continue
-        owners = [other for other, its in OPTIONS.items() if name in its.model_fields]
+        owners = [other for other, its in _OWNERS[key].items() if name in its.model_fields]
         if owners:
-            yield f"{_KEY}.{name}: an option of {', '.join(owners)}; {valid}"
+            yield f"{key}.{name}: an option of {', '.join(owners)}; {valid}"
         elif near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
-            yield f"{_KEY}.{name}: unknown option; did you mean `{_KEY}.{near[0]}`?"
+            yield f"{key}.{name}: unknown option; did you mean `{key}.{near[0]}`?"
         else:
-            yield f"{_KEY}.{name}: unknown option; {valid}"
+            yield f"{key}.{name}: unknown option; {valid}"

@@ -72,6 +72,7 @@ from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
+from fedllm.methods.local_task import LocalTask, Recipient
 from fedllm.storage.records import ModuleDiagnostics
 
 ModuleState: TypeAlias = Mapping[str, Tensor]  # part -> tensor: one module of the server's state
@@ -130,11 +131,13 @@ class ModuleAggregate:
 class Method(Protocol):
     """One federated method: one file, one paper.
 
-    `name` is what `method.name` says, `kind` the kind of update its clients send.
+    `name` is what `method.name` says, `kind` the kind of update its clients send. `per_client` says
+    whether clients of equal ranks receive different adapters.
     """
 
     kind: ClassVar[str]
     name: ClassVar[str]
+    per_client: ClassVar[bool] = False
 
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
         """Return the shapes and number formats of a module's state tensors at the state's rank."""
@@ -158,11 +161,27 @@ class Method(Protocol):
         return before
 
     def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
-        """Return what a client of `rank` receives.
+        """Return the adapter of `rank`, as it is evaluated and exported.
 
         Raises:
             AdapterError: the state cannot give that rank.
         """
+
+    def hand_out(self, *, module: str, state: ModuleState, rank: int, to: Recipient) -> Factors:
+        """Return what a client of `rank` receives: the factors that it trains, frozen ones beside.
+
+        `to` counts only where `per_client` is set: what clients of a tier receive is kept.
+
+        Raises:
+            AdapterError: the state cannot give that rank.
+        """
+        del to
+        return self.module_adapter(module=module, state=state, rank=rank)
+
+    def local_task(self, round_number: int) -> LocalTask:
+        """Return what the clients of a round train."""
+        del round_number
+        return LocalTask()
 
     def weigh(self, rows: Sequence[float]) -> list[float]:
         """Return the clients' weights from the training rows that each one used.

@@ -70,7 +70,9 @@ class _Product(torch.autograd.Function):
         x = saved[0] if ctx.act is None else ctx.act(saved[0]) * saved[1]
         grad_TR = grad.flatten(0, -2)
         # autograd's products, in its order: the same bits
-        grad_a = grad_TR.t() @ _dropped(x, kept, ctx.dropout).flatten(0, -2)
+        grad_a = None
+        if ctx.needs_input_grad[1]:
+            grad_a = grad_TR.t() @ _dropped(x, kept, ctx.dropout).flatten(0, -2)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_TR @ a_RI).view_as(x)

@@ -6,21 +6,23 @@ Legend: O out, I in, R rank.
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from fedllm.config.target_modules import Targets
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import Adapter, Factors
+from fedllm.methods.local_task import TrainedFactors
 from fedllm.model.base import Base
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.packing.adapter_product import LeanFactor
 from fedllm.packing.gated_mlp import save_mlp_memory
+from fedllm.packing.installed import Installed
 from fedllm.packing.layout_check import set_layout
 from fedllm.packing.precision import keep_sums_in_float32, make_float32_factor
 from fedllm.packing.recompute import Recomputation, Recompute
@@ -29,6 +31,7 @@ from fedllm.packing.stacked_adapters import ClientLengths, StackedA, StackedB
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
 _GROUP = "group"  # the name of the PEFT adapter that several clients share
+_GROUP_FROZEN = "group_frozen"  # and of the one of their frozen factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,34 +56,13 @@ class _GroupSlot:
     pool: dict[tuple[str, int, int], tuple[nn.Parameter, nn.Parameter]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Installed:
-    """The adapter that the model computes with, until the next `install`."""
-
-    modules: tuple[str, ...]
-    scales: Mapping[str, float]
-    a: tuple[nn.Parameter, ...]
-    b: tuple[nn.Parameter, ...]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters: every A, then every B, in the order of `modules`."""
-        return [*self.a, *self.b]
-
-    def factors(self) -> Adapter:
-        """Return copies of the factors, float32 on the CPU."""
-        return {
-            module: Factors(a_RI=_on_cpu(a), b_OR=_on_cpu(b), scale=self.scales[module])
-            for module, a, b in zip(self.modules, self.a, self.b, strict=True)
-        }
-
-
 class AdapterSlots:
     """The slots of one base model: room for one adapter, or one group of adapters, at a time.
 
     There is one PEFT adapter per distinct set of ranks: `c0`, `c1`, ... `install` copies A, B and
-    scale into it, so that memory does not grow with the number of clients. Only the installed
-    adapter requires gradients. The base stays frozen. `layout` is one of `packing.layout_check`.
+    scale into it, so that memory does not grow with the number of clients. Frozen factors have
+    adapters of their own, `f0`, `f1`, ... Only the installed adapter requires gradients. The base
+    stays frozen. `layout` is one of `packing.layout_check`.
     `is_divided` says whether this process has only a part of the weights, and others the rest.
     """
 
@@ -103,9 +85,11 @@ class AdapterSlots:
         self._dropout = dropout
         self.client_lengths = ClientLengths()
         self._slots: dict[_Signature, _Slot] = {}
+        self._frozen_slots: dict[_Signature, _Slot] = {}
         self._group: _GroupSlot | None = None
+        self._group_tail: _GroupSlot | None = None
         self._members_in_layers: list[int] = []  # ids of the members whose factors the layers hold
-        self._active: _Slot | _GroupSlot | None = None
+        self._active: tuple[_Slot | _GroupSlot, ...] = ()
         self._recomputation = Recomputation(base.model)
         self.model.requires_grad_(False)
         keep_sums_in_float32(self.model)
@@ -117,35 +101,35 @@ class AdapterSlots:
         """The device of the base model."""
         return next(self.model.parameters()).device
 
-    def install(self, adapter: Adapter) -> Installed:
+    def install(self, adapter: Adapter, *, trained: TrainedFactors = "AB") -> Installed:
         """Install an adapter: copy its values, and let the model compute with it.
+
+        Args:
+            adapter: by module; frozen factors are added to those that train.
+            trained: the factors that train; the others stay.
 
         Raises:
             AdapterError: a module is no target, or a factor does not have its module's shape.
         """
         self._check(adapter)
-        modules = tuple(sorted(adapter))
-        slot = self._slot(tuple((module, adapter[module].rank) for module in modules))
-        with torch.no_grad():
-            for module in modules:
-                factors = adapter[module]
-                slot.a[module].copy_(factors.a_RI)
-                slot.b[module].copy_(factors.b_OR)
-                slot.layers[module].scaling[slot.name] = factors.scale
-        installed = Installed(
-            modules=modules,
-            scales={module: adapter[module].scale for module in modules},
-            a=tuple(slot.a[module] for module in modules),
-            b=tuple(slot.b[module] for module in modules),
-        )
-        for parameter in installed.parameters:
-            parameter.grad = None
+        frozen = _frozen(adapter)
+        slot = self._slot(_signature(adapter))
+        tail = self._slot(_signature(frozen), frozen=True) if frozen else None
+        self._activate(slot, tail)
+        installed = _filled(slot, adapter, trained)
+        if tail:
+            for parameter in _filled(tail, frozen, "AB").parameters:
+                parameter.requires_grad_(False)
+        installed.begin()
         return installed
 
-    def install_group(self, adapters: Sequence[Adapter]) -> list[Installed]:
+    def install_group(
+        self, adapters: Sequence[Adapter], *, trained: TrainedFactors = "AB"
+    ) -> list[Installed]:
         """Install the adapters of a group; `use_members` says whose tokens each pass computes.
 
-        All have the same modules, with any ranks; each member has parameters of its own.
+        All have the same modules, with any ranks; each member has parameters of its own, and frozen
+        factors in addition if it received any.
 
         Raises:
             AdapterError: as `install`.
@@ -156,11 +140,18 @@ class AdapterSlots:
         assert all(tuple(sorted(adapter)) == modules for adapter in adapters), "unequal modules"
         slot = self._group_slot(modules)
         members = [self._copied(slot, adapter, place) for place, adapter in enumerate(adapters)]
-        self._activate(slot)
+        members = [replace(member, trained=trained) for member in members]
+        tails = [_frozen(adapter) for adapter in adapters]
+        tail = None
+        if any(tails):
+            tail = self._group_slot(modules, frozen=True)
+            tails = [_frozen(adapter, or_empty=True) for adapter in adapters]
+            copies = [self._copied(tail, own, place) for place, own in enumerate(tails)]
+            members = [replace(m, frozen=own) for m, own in zip(members, copies, strict=True)]
+        self._activate(slot, tail)
         self._members_in_layers = []
-        for parameter in (p for member in members for p in member.parameters):
-            parameter.requires_grad_(True)
-            parameter.grad = None
+        for member in members:
+            member.begin()
         return members
 
     def use_members(self, members: Sequence[Installed], lengths: Sequence[int]) -> None:
@@ -170,19 +161,15 @@ class AdapterSlots:
             members: all or some of the installed group.
             lengths: number of tokens of each of these members.
         """
-        assert self._group is not None and self._group is self._active, "no group is installed"
+        assert self._group is not None and self._active[:1] == (self._group,), "no group installed"
         self.client_lengths.enter(lengths)
         ids = [id(member) for member in members]
         if self._members_in_layers == ids:
             return
         self._members_in_layers = ids
-        for number, module in enumerate(members[0].modules):
-            layer = self._group.layers[module]
-            a, b = layer.lora_A[_GROUP], layer.lora_B[_GROUP]
-            assert isinstance(a, StackedA) and isinstance(b, StackedB)
-            a.fill([member.a[number] for member in members])
-            b.fill([member.b[number] for member in members])
-            b.scales = tuple(member.scales[module] for member in members)
+        _fill_stacks(self._group, members)
+        if self._group_tail is not None and len(self._active) > 1:
+            _fill_stacks(self._group_tail, [m.frozen for m in members if m.frozen])
 
     def train(self, *, recompute: Recompute = False) -> None:
         """Set the model to training: dropout is on."""
@@ -214,35 +201,40 @@ class AdapterSlots:
     def _leaves(self) -> list[str]:
         return sorted({module.rpartition(".")[2] for module in self._modules})
 
-    def _slot(self, signature: _Signature) -> _Slot:
-        slot = self._slots.get(signature)
+    def _slot(self, signature: _Signature, *, frozen: bool = False) -> _Slot:
+        slots = self._frozen_slots if frozen else self._slots
+        slot = slots.get(signature)
         if slot is None:
             # PEFT loses the layers of a name like "0" and refuses dots
-            name = f"c{len(self._slots)}"
-            slot = self._slots[signature] = self._inject(name, dict(signature))
+            name = f"{'f' if frozen else 'c'}{len(slots)}"
+            slot = slots[signature] = self._inject(name, dict(signature), frozen=frozen)
             for layer in slot.layers.values():
                 _join_dropout(layer, name)
-        self._activate(slot)
         return slot
 
-    def _activate(self, slot: "_Slot | _GroupSlot") -> None:
-        if slot is not self._active:
+    def _activate(self, slot: "_Slot | _GroupSlot", tail: "_Slot | _GroupSlot | None") -> None:
+        """Let the model compute with a slot, and with frozen factors in addition."""
+        active = (slot, tail) if tail else (slot,)
+        if active != self._active:
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
-                    module.set_adapter(slot.name)
-            self._active = slot
+                    module.set_adapter([each.name for each in active])
+            self._active = active
 
-    def _group_slot(self, modules: Sequence[str]) -> _GroupSlot:
+    def _group_slot(self, modules: Sequence[str], *, frozen: bool = False) -> _GroupSlot:
         """Return the slot of groups: its layers have stacked factors instead of PEFT's."""
-        if self._group is None:
-            layers = self._inject(_GROUP, dict.fromkeys(modules, 1)).layers
+        slot = self._group_tail if frozen else self._group
+        if slot is None:
+            name = _GROUP_FROZEN if frozen else _GROUP
+            layers = self._inject(name, dict.fromkeys(modules, 1), frozen=frozen).layers
             for layer in layers.values():
-                layer.lora_A[_GROUP] = StackedA(self.client_lengths)
-                layer.lora_B[_GROUP] = StackedB(self.client_lengths)
-                layer.scaling[_GROUP] = 1.0
-            self._group = _GroupSlot(name=_GROUP, layers=layers, pool={})
-        assert set(self._group.layers) == set(modules), "groups of unequal modules"
-        return self._group
+                layer.lora_A[name] = StackedA(self.client_lengths)
+                layer.lora_B[name] = StackedB(self.client_lengths)
+                layer.scaling[name] = 1.0
+            slot = _GroupSlot(name=name, layers=layers, pool={})
+            self._group, self._group_tail = (self._group, slot) if frozen else (slot, None)
+        assert set(slot.layers) == set(modules), "groups of unequal modules"
+        return slot
 
     def _copied(self, slot: _GroupSlot, adapter: Adapter, place: int) -> Installed:
         """Copy the adapter of the member at `place` into the tensors of that place."""
@@ -264,7 +256,7 @@ class AdapterSlots:
             b=tuple(b for _, b in pairs.values()),
         )
 
-    def _inject(self, name: str, ranks: Mapping[str, int]) -> _Slot:
+    def _inject(self, name: str, ranks: Mapping[str, int], *, frozen: bool = False) -> _Slot:
         config = LoraConfig(
             target_modules=list(ranks),
             # PEFT takes these keys as regular expressions
@@ -285,7 +277,8 @@ class AdapterSlots:
             # trained in float32 in any format of the base
             make_float32_factor(layer.lora_A[name])
             make_float32_factor(layer.lora_B[name])
-            if self._dropout:
+            # what is frozen belongs to the model that a client adapts: nothing of it is dropped
+            if self._dropout and not frozen:
                 layer.lora_dropout[name] = RowDropout(self._dropout, module=module, rows=self.rows)
         self.model.train(self.model.training)
         return _Slot(
@@ -310,6 +303,49 @@ class AdapterSlots:
         return layer
 
 
+def _signature(adapter: Adapter) -> _Signature:
+    return tuple((module, adapter[module].rank) for module in sorted(adapter))
+
+
+def _frozen(adapter: Adapter, *, or_empty: bool = False) -> Adapter:
+    """Return the frozen factors of an adapter, by module; of rank 0 for modules without any."""
+    if not or_empty:
+        return {module: own.frozen for module, own in adapter.items() if own.frozen}
+    return {
+        module: own.frozen or Factors(a_RI=own.a_RI[:0], b_OR=own.b_OR[:, :0], scale=1.0)
+        for module, own in adapter.items()
+    }
+
+
+def _filled(slot: _Slot, adapter: Adapter, trained: TrainedFactors) -> Installed:
+    """Copy an adapter into its slot."""
+    modules = tuple(sorted(adapter))
+    with torch.no_grad():
+        for module in modules:
+            factors = adapter[module]
+            slot.a[module].copy_(factors.a_RI)
+            slot.b[module].copy_(factors.b_OR)
+            slot.layers[module].scaling[slot.name] = factors.scale
+    return Installed(
+        modules=modules,
+        scales={module: adapter[module].scale for module in modules},
+        a=tuple(slot.a[module] for module in modules),
+        b=tuple(slot.b[module] for module in modules),
+        trained=trained,
+    )
+
+
+def _fill_stacks(slot: _GroupSlot, members: Sequence[Installed]) -> None:
+    """Put the factors of some members of a group into the layers of a slot."""
+    for number, module in enumerate(members[0].modules):
+        layer = slot.layers[module]
+        a, b = layer.lora_A[slot.name], layer.lora_B[slot.name]
+        assert isinstance(a, StackedA) and isinstance(b, StackedB)
+        a.fill([member.a[number] for member in members])
+        b.fill([member.b[number] for member in members])
+        b.scales = tuple(member.scales[module] for member in members)
+
+
 def _join_dropout(layer: LoraLayer, name: str) -> None:
     """Join A and the dropout before it, if any: together they save less for the gradient."""
     dropout = layer.lora_dropout[name]
@@ -323,7 +359,3 @@ def _join_dropout(layer: LoraLayer, name: str) -> None:
 def _weight(linear: nn.Module) -> nn.Parameter:
     assert isinstance(linear.weight, nn.Parameter)
     return linear.weight
-
-
-def _on_cpu(factor: Tensor) -> Tensor:
-    return factor.detach().to("cpu", torch.float32, copy=True)

@@ -4,7 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 from fedllm.config.models import TrainingSection
 from fedllm.lora.factors import Adapter
 from fedllm.methods.local_rules import LocalRule
+from fedllm.methods.local_task import LocalTask
 from fedllm.packing.batches import LossOn, TokenRow
+from fedllm.packing.installed import Installed
 from fedllm.packing.micro_batches import PACKERS, Cut, Pass
 from fedllm.packing.precision import precision
 from fedllm.packing.row_dropout import Piece
 from fedllm.packing.sequences import length_of
-from fedllm.packing.slots import AdapterSlots, Installed
+from fedllm.packing.slots import AdapterSlots
 from fedllm.storage.records import TrainingStats
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.progress import Progress, restore, tensors_of
@@ -31,15 +33,17 @@ StepHook = Callable[[int, Snapshot], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """How clients train; the same for all clients of a run.
+    """How clients train; the same for all clients of a round.
 
-    `by_length`: padded rows of a step that is cut into micro-batches are grouped by length.
+    `rule` is the client side, `task` what the method asks of the round. `by_length`: padded rows of
+    a step that is cut into micro-batches are grouped by length.
     """
 
     training: TrainingSection
     rule: LocalRule
     loss_on: LossOn = "answer"
     by_length: bool = True
+    task: LocalTask = field(default_factory=LocalTask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,8 @@ def train_client(
         before_step: called with the step's number, from 0, and a function that returns the
             progress as it is; what it raises ends the training.
     """
-    loop = Loop(slots, slots.install(adapter), rows, settings, draws)
+    installed = slots.install(adapter, trained=settings.task.trained)
+    loop = Loop(slots, installed, rows, settings, draws)
     return loop.run(progress, before_step)
 
 
@@ -119,6 +124,8 @@ class Loop:
         self._earlier_gradient_norms: list[float] = []
         self._gradient_norms: list[Tensor] = []
         self._parameters = installed.parameters
+        # what the proximal term draws back to: a resumed training begins at what it received, too
+        self._received = [p.detach().clone() for p in self._parameters] if settings.rule.mu else []
         self._optimizer: Optimizer = build_optimizer(
             self._parameters, settings.rule, settings.training
         )
@@ -263,6 +270,7 @@ class Loop:
     def _update(self, factor: float) -> None:
         training = self._settings.training
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self._add_proximal(gradients)
         norm = nn.utils.get_total_norm(gradients).to(self.device)
         self._gradient_norms.append(norm)
         if training.clip_norm is not None:
@@ -271,6 +279,13 @@ class Loop:
             group["lr"] = training.learning_rate * factor
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _add_proximal(self, gradients: Sequence[Tensor]) -> None:
+        """Add the gradient of mu / 2 |theta - theta_received|^2, if the client side has mu."""
+        if self._received:
+            assert len(gradients) == len(self._received), "a factor without a gradient"
+            moved = torch._foreach_sub([p.detach() for p in self._parameters], self._received)
+            torch._foreach_add_(tuple(gradients), moved, alpha=self._settings.rule.mu)
 
     def losses(self) -> list[float]:
         """Wait for the device and return the losses of all steps."""
@@ -290,7 +305,7 @@ def reseed(seed: int, device: torch.device) -> None:
 
 def _norms(installed: Installed) -> dict[str, tuple[float, float]]:
     with torch.no_grad():
-        found = torch._foreach_norm(tuple(installed.parameters))
+        found = torch._foreach_norm((*installed.a, *installed.b))
         norms: list[float] = torch.stack(found).tolist()
     count = len(installed.modules)
     pairs = zip(norms[:count], norms[count:], strict=True)

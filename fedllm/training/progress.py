@@ -1,6 +1,6 @@
 """A client's training between two of its optimizer steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fedllm.lora.factors import Adapter
-from fedllm.packing.slots import Installed
+from fedllm.methods.local_task import TrainedFactors
+from fedllm.packing.installed import Installed
 from fedllm.storage.records import TrainingStats
 
 
@@ -18,8 +19,8 @@ class Progress:
 
     No generator's state is among it: every step seeds anew. `stats` are of the steps before.
 
-    `tensors` are the factors (`<module>|A`, `<module>|B`) and what the optimizer keeps for each
-    of them (`<module>|A|<name>`). In a training they are its own, which the next step changes.
+    `tensors` are the factors that train (`<module>|A`, `<module>|B`) and what the optimizer keeps
+    for each (`<module>|A|<name>`). In a training they are its own, which the next step changes.
     """
 
     tensors: Mapping[str, Tensor]
@@ -30,11 +31,12 @@ class Progress:
         """How many steps were taken."""
         return self.stats.steps
 
-    def fits(self, adapter: Adapter) -> bool:
-        """Say whether its factors have the modules and shapes of `adapter`."""
+    def fits(self, adapter: Adapter, trained: TrainedFactors = "AB") -> bool:
+        """Say whether its factors are those of `adapter` that train, by modules and shapes."""
         shapes = {name: t.shape for name, t in self.tensors.items() if name.count("|") == 1}
         asked = {f"{module}|A": f.a_RI.shape for module, f in adapter.items()}
-        return shapes == asked | {f"{module}|B": f.b_OR.shape for module, f in adapter.items()}
+        asked |= {f"{module}|B": f.b_OR.shape for module, f in adapter.items()}
+        return shapes == {name: shape for name, shape in asked.items() if name[-1] in trained}
 
 
 def tensors_of(installed: Installed, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -45,8 +47,8 @@ def tensors_of(installed: Installed, optimizer: Optimizer) -> dict[str, Tensor]:
 def named_tensors(
     installed: Installed, kept: Mapping[int, Mapping[str, Tensor | None]]
 ) -> dict[str, Tensor]:
-    """Return the factors and, by the number of the factor, what an optimizer keeps, by name."""
-    names = _names(installed)
+    """Return the trained factors and, by their numbers, what an optimizer keeps, by name."""
+    names = installed.parameter_names
     return {
         **{name: p.detach() for name, p in zip(names, installed.parameters, strict=True)},
         **{
@@ -60,8 +62,8 @@ def named_tensors(
 
 
 def restore(installed: Installed, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the factors and the optimizer's state back as they were."""
-    names = _names(installed)
+    """Put the trained factors and the optimizer's state back as they were."""
+    names = installed.parameter_names
     kept = {number: _parts(name, tensors) for number, name in enumerate(names)}
     with torch.no_grad():
         for name, parameter in zip(names, installed.parameters, strict=True):
@@ -75,8 +77,3 @@ def _parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = f"{name}|"
     # the optimizer changes its state in place: what was read stays as it is
     return {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _names(installed: Installed) -> Sequence[str]:
-    """Return the names of the parameters, in their order."""
-    return [f"{module}|{factor}" for factor in "AB" for module in installed.modules]

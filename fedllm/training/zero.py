@@ -63,7 +63,7 @@ class Zero(Plain):
             assert dist.get_world_size() == self.num_processes, "another number of processes"
             if engine_of(settings.training).divides_base:
                 settings = self._divided(settings)
-            installed = self.slots.install(member.received())
+            installed = self.slots.install(member.received(), trained=settings.task.trained)
             loop = ZeroLoop(self.slots, installed, member.rows, settings, member.draws)
             result = loop.run(
                 member.progress, lambda step, snapshot: before_step(step, lambda: [snapshot()])
@@ -119,6 +119,8 @@ class ZeroLoop(Loop):
             loss = self._loss(number, each) / max(1, targets)
             torch._foreach_add_(gradients, torch.autograd.grad(loss, self._parameters))
             total += loss.detach()
+        if dist.get_rank() == 0:  # gradients are summed over the processes
+            self._add_proximal(gradients)
         if self._slots.is_divided:
             self._keep_up(number, most_passes - len(passes))
         dist.all_reduce(total)

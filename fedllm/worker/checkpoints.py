@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedllm.lora.factors import Adapter
+from fedllm.methods.local_task import TrainedFactors
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.checkpoint_header import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.records import TrainingStats
@@ -66,13 +67,17 @@ class Resumable:
         publish_checkpoint(self.path, Checkpoint(record=record, tensors=progress.tensors))
 
     def resumed(
-        self, micro_batch_sizes: Collection[int], received: Callable[[], Adapter]
+        self,
+        micro_batch_sizes: Collection[int],
+        received: Callable[[], Adapter],
+        trained: TrainedFactors = "AB",
     ) -> "Resumable":
         """Return the training resumed from its checkpoint; itself if there is no checkpoint.
 
         Args:
             micro_batch_sizes: the sizes it may be trained with: others round differently.
             received: returns the adapter that the client starts from.
+            trained: the factors of it that train.
 
         Raises:
             UnusableCheckpointError: the checkpoint is damaged, or of another training.
@@ -90,7 +95,7 @@ class Resumable:
         if record.micro_batch_size not in micro_batch_sizes:
             raise self._unusable(f"its micro-batches have {record.micro_batch_size} rows")
         progress = _progress_of(checkpoint)
-        if not progress.fits(received()):
+        if not progress.fits(received(), trained):
             raise self._unusable("its factors have other shapes")
         return replace(
             self,

@@ -9,6 +9,7 @@ from fedllm.config.models import Config
 from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.catalog import local_rule
+from fedllm.methods.local_task import Recipient
 from fedllm.methods.protocol import Method
 from fedllm.planning.engines import engine_of
 from fedllm.process.late_files import read_late_file
@@ -16,7 +17,7 @@ from fedllm.process.log import say
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
-from fedllm.process.state_adapters import adapter_of
+from fedllm.process.state_adapters import received_adapter
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.checkpoint_header import CheckpointIdentity
@@ -76,6 +77,7 @@ class ClientRound:
         visibility_seconds = traits_of(config).visibility_seconds
         prepared = read_late_file(lambda: session.prepared(run.prepared), visibility_seconds)
         cohort = read_late_file(lambda: CohortRecord.read(paths.cohort), visibility_seconds)
+        method = method_of_run(run, config)
         return cls(
             paths=paths,
             run_id=read_late_file(lambda: RunRecord.read(run.run), visibility_seconds).run_id,
@@ -84,13 +86,14 @@ class ClientRound:
             prepared=prepared,
             cohort=cohort,
             state=read_late_file(lambda: _open_state(run, cohort), visibility_seconds),
-            method=method_of_run(run, config),
+            method=method,
             settings=LocalSettings(
                 training=config.training,
-                rule=local_rule(config.method.local),
+                rule=local_rule(config.method.local, config.method.local_options),
                 loss_on=config.data.loss_on,
                 # a run that was prepared before layouts were recorded keeps its bits
                 by_length=prepared.layout is not None,
+                task=method.local_task(cohort.round),
             ),
             session=session,
             tiers={client.id: client.tier for client in cohort.clients},
@@ -103,12 +106,13 @@ class ClientRound:
         return self.session.trainer(self.config, self.prepared, settings)
 
     def received(self, client: str) -> Adapter:
-        """Return the adapter of a client's tier, from which it starts; a small one is kept."""
+        """Return the adapter from which a client starts; a small one is kept for its tier."""
         tier = self.tiers[client]
         if tier in self._adapters:
             return self._adapters[tier]
-        adapter = adapter_of(self.method, self.state, self.cohort.ranks[tier])
-        if adapter_bytes(adapter) <= self.session.kept_bytes:
+        to = Recipient(client=client, round=self.cohort.round)
+        adapter = received_adapter(self.method, self.state, self.cohort.ranks[tier], to)
+        if adapter_bytes(adapter) <= self.session.kept_bytes and not self.method.per_client:
             self._adapters[tier] = adapter
         else:
             self.state.release()
@@ -242,9 +246,10 @@ class ClientRound:
         self, order: Order, trainings: Sequence[Resumable], members: Sequence[Member]
     ) -> list[Resumable]:
         """Return the trainings resumed at the steps of an order, or refuse other checkpoints."""
+        trained = self.settings.task.trained
         try:
             resumed = [
-                training.resumed([order.micro_batch_size], member.received)
+                training.resumed([order.micro_batch_size], member.received, trained)
                 for training, member in zip(trainings, members, strict=True)
             ]
         except UnusableCheckpointError as error:
@@ -287,7 +292,7 @@ class ClientRound:
             return trainings
         try:
             resumed = [
-                training.resumed(sizes, member.received)
+                training.resumed(sizes, member.received, self.settings.task.trained)
                 for training, member in zip(trainings, members, strict=True)
             ]
             ends = [

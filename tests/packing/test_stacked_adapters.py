@@ -14,10 +14,11 @@ from fedllm.lora.factors import Adapter
 from fedllm.model.base import Base, load_base
 from fedllm.model.targets import find_modules
 from fedllm.packing.attention import PARTS_ATTENTION
+from fedllm.packing.installed import Installed
 from fedllm.packing.losses import packed_losses
 from fedllm.packing.row_dropout import Piece
 from fedllm.packing.sequences import Packed, pack, shared_prefix, text_of
-from fedllm.packing.slots import AdapterSlots, Installed
+from fedllm.packing.slots import AdapterSlots
 from fedllm.packing.stacked_adapters import StackedPass
 from tests.decoders import Row
 from tests.packing.test_slots import TARGETS, adapter, sides

@@ -1,7 +1,7 @@
 """A client's training is a function of its inputs, and the textbook's."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -71,6 +71,22 @@ def start(slots: AdapterSlots, rank: int = 3) -> Adapter:
                 scale=2.0,
             )
     return found
+
+
+def with_frozen(adapter: Adapter, rank: int) -> Adapter:
+    """Add frozen factors of a rank to an adapter."""
+    draws = torch.Generator().manual_seed(rank)
+    return {
+        module: replace(
+            own,
+            frozen=Factors(
+                a_RI=torch.randn(rank, own.shape.in_, generator=draws) / 4,
+                b_OR=torch.randn(own.shape.out, rank, generator=draws) / 4,
+                scale=0.5,
+            ),
+        )
+        for module, own in adapter.items()
+    }
 
 
 def trained(

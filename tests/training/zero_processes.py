@@ -13,6 +13,7 @@ import torch
 
 from fedllm.config.models import TrainingSection
 from fedllm.methods.local_rules import LOCAL_RULES
+from fedllm.methods.local_task import LocalTask, TrainedFactors
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.training.loop import LocalSettings, TrainResult
@@ -21,7 +22,7 @@ from fedllm.training.step_plan import Draws
 from fedllm.training.trainer_protocol import Member, Snapshots
 from fedllm.training.zero import Zero
 from tests.training.processes import joined, run_together
-from tests.training.test_loop import TARGETS, rows_of, start
+from tests.training.test_loop import TARGETS, rows_of, start, with_frozen
 
 STOP = 3
 
@@ -38,17 +39,26 @@ class Case:
     dropout: float = 0.0
     layout: str = "parts"
     changes: Mapping[str, Any]
+    trained: TrainedFactors = "AB"
+    mu: float = 0.0
+    frozen_rank: int = 0
 
     def settings(self, **more: object) -> LocalSettings:
         section = {"batch_size": 3, "weight_decay": 0.01, **self.changes, **more}
         # at eps 1e-8 AdamW makes of rounding what it makes of gradients
-        rule = replace(LOCAL_RULES[self.rule], eps=1e-4)
-        return LocalSettings(training=TrainingSection.model_validate(section), rule=rule)
+        rule = replace(LOCAL_RULES[self.rule], eps=1e-4, mu=self.mu)
+        return LocalSettings(
+            training=TrainingSection.model_validate(section),
+            rule=rule,
+            task=LocalTask(trained=self.trained),
+        )
 
     def member(self, slots: AdapterSlots) -> Member:
         draws = Draws(seed=0, round=1, client="one")
         # a divided base does not tell its shapes
         adapter = start(slots)
+        if self.frozen_rank:
+            adapter = with_frozen(adapter, self.frozen_rank)
         return Member(received=lambda: adapter, rows=rows_of(0), draws=draws)
 
     def slots(self, model: Path, *, to_divide: bool = False) -> AdapterSlots:
@@ -68,6 +78,9 @@ CASES = {
     "SGD, dropout": Case(rule="fedavg", dropout=0.3, changes={**LONG, "max_steps": 10}),
     "SGD, dropout, padded": Case(
         rule="fedavg", dropout=0.3, layout="padded", changes={**LONG, "max_steps": 10}
+    ),
+    "SGD, B beside frozen columns, drawn back": Case(
+        rule="fedavg", trained="B", mu=0.3, frozen_rank=2, changes={**LONG, "max_steps": 10}
     ),
 }
 """What is trained in every way."""
@@ -122,8 +135,8 @@ def train_all(model: Path, processes: int) -> dict[object, object]:
         cases = {n: c for n, c in CASES.items() if (c.layout, c.dropout) == (layout, dropout)}
         any_case = next(iter(cases.values()))
         whole, divided = (any_case.slots(model, to_divide=divided) for divided in (False, True))
-        member = any_case.member(whole)
         for name, case in cases.items():
+            member = case.member(whole)
             for stage, offload in (v[2:] for v in VARIANTS if v[:2] == (processes, name)):
                 slots = divided if stage == 3 else whole
                 trainer = zero(case, slots, processes, stage, offload)

@@ -14,6 +14,7 @@ from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.pairs.pair_state import PairMethod, summed
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
+from fedllm.methods.refusals import refuse_mixed_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +25,7 @@ class FactorMean(PairMethod):
 
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return a reason where two tiers' ranks differ: means need factors of one shape."""
-        for name in sorted({name for ranks in tier_ranks for name in ranks}):
-            found = sorted({ranks[name] for ranks in tier_ranks if name in ranks})
-            if len(found) > 1:
-                return (
-                    f"method.name: {self.name} averages factors of one rank, but clients.tiers "
-                    f"gives {name} the ranks {', '.join(map(str, found))}: "
-                    f"set all to {found[0]}, or use flexlora"
-                )
-        return None
+        return refuse_mixed_ranks(self.name, tier_ranks)
 
     def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
         """Return the state itself: the one rank it has."""

@@ -1,0 +1,25 @@
+"""What a method asks of its clients' training: data, the same for all engines. Nothing loads torch.
+
+A client's adapter is the product of A and B. A column of it that is not to train is handed out as a
+frozen part (`Factors.frozen`); whole factors are frozen here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+TrainedFactors: TypeAlias = Literal["AB", "A", "B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTask:
+    """The task of a round: `trained` are the factors that train, the other stays as received."""
+
+    trained: TrainedFactors = "AB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipient:
+    """The client that receives an adapter, and the round that it trains in."""
+
+    client: str
+    round: int

@@ -1,0 +1,221 @@
+"""A method says what trains: one factor, columns beside frozen ones, a term in addition."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedllm.config.models import TrainingSection
+from fedllm.lora.factors import Adapter, delta
+from fedllm.methods.local_rules import LOCAL_RULES, LocalRule
+from fedllm.methods.local_task import LocalTask, TrainedFactors
+from fedllm.model.base import load_base
+from fedllm.packing.slots import AdapterSlots
+from fedllm.training.loop import LocalSettings, TrainResult, train_client
+from fedllm.training.progress import Progress
+from fedllm.training.step_plan import Draws
+from fedllm.training.together import Together
+from fedllm.training.trainer_protocol import Member
+from tests.tiny import Tiny
+from tests.training.test_loop import TARGETS, rows_of, start, with_frozen
+
+Make = Callable[..., AdapterSlots]
+SGD = replace(LOCAL_RULES["fedavg"])
+
+
+@pytest.fixture(scope="module")
+def make(tiny: Tiny) -> Make:
+    def build(dropout: float = 0.0) -> AdapterSlots:
+        base = load_base(tiny.model, dtype="float32", device="cpu")
+        return AdapterSlots(base, target_modules=TARGETS, dropout=dropout, layout="parts")
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def slots(make: Make) -> AdapterSlots:
+    return make()
+
+
+def settings(
+    trained: TrainedFactors = "AB", rule: LocalRule = LOCAL_RULES["fedit"], **changes: object
+) -> LocalSettings:
+    section = {"batch_size": 4, "max_steps": 3, "learning_rate": 0.01, **changes}
+    return LocalSettings(
+        training=TrainingSection.model_validate(section),
+        rule=rule,
+        task=LocalTask(trained=trained),
+    )
+
+
+def begun(slots: AdapterSlots) -> Adapter:
+    """Factors that both have gradients."""
+    draws = torch.Generator().manual_seed(7)
+    return {
+        module: replace(own, b_OR=torch.randn(own.b_OR.shape, generator=draws) / 8)
+        for module, own in start(slots).items()
+    }
+
+
+def train(slots: AdapterSlots, given: LocalSettings, adapter: Adapter | None = None) -> TrainResult:
+    draws = Draws(seed=0, round=1, client="0")
+    return train_client(slots, adapter or begun(slots), rows_of(0), settings=given, draws=draws)
+
+
+def same(left: TrainResult, right: TrainResult) -> bool:
+    return left.stats.losses == right.stats.losses and all(
+        torch.equal(f.a_RI, right.adapter[m].a_RI) and torch.equal(f.b_OR, right.adapter[m].b_OR)
+        for m, f in left.adapter.items()
+    )
+
+
+# --- one factor
+
+
+@pytest.mark.parametrize(("trained", "kept"), [("B", "a_RI"), ("A", "b_OR")])
+def test_a_frozen_factor_stays_and_the_other_trains(
+    slots: AdapterSlots, trained: TrainedFactors, kept: str
+) -> None:
+    result = train(slots, settings(trained))
+    moved = {"a_RI": "b_OR", "b_OR": "a_RI"}[kept]
+    for module, own in begun(slots).items():
+        assert torch.equal(getattr(result.adapter[module], kept), getattr(own, kept))
+        assert not torch.equal(getattr(result.adapter[module], moved), getattr(own, moved))
+    assert set(result.norms) == set(result.adapter)
+
+
+def test_the_first_step_of_a_factor_is_that_of_both(slots: AdapterSlots) -> None:
+    both = train(slots, settings(rule=SGD, max_steps=1, clip_norm=None))
+    factors: dict[TrainedFactors, str] = {"B": "b_OR", "A": "a_RI"}
+    for trained, moved in factors.items():
+        one = train(slots, settings(trained, SGD, max_steps=1, clip_norm=None))
+        assert one.stats.losses == both.stats.losses
+        for module, own in one.adapter.items():
+            assert torch.equal(getattr(own, moved), getattr(both.adapter[module], moved))
+
+
+def test_after_a_frozen_factor_all_train_again(make: Make) -> None:
+    fresh, used = make(), make()
+    train(used, settings("B"))
+    train(used, settings("A"))
+    assert same(train(used, settings()), train(fresh, settings()))
+
+
+@pytest.mark.parametrize("trained", ["A", "B"])
+def test_a_training_of_one_factor_resumes_to_the_same_bits(
+    slots: AdapterSlots, trained: TrainedFactors
+) -> None:
+    whole, rest = interrupted(slots, settings(trained))
+    assert same(whole, rest)
+
+
+def interrupted(slots: AdapterSlots, given: LocalSettings) -> tuple[TrainResult, TrainResult]:
+    """A training, and one that goes on from a copy of its progress before the last step."""
+    kept: list[Progress] = []
+
+    def keep(step: int, snapshot: Callable[[], Progress]) -> None:
+        if step == 1:
+            found = snapshot()
+            copies = {name: t.clone() for name, t in found.tensors.items()}
+            kept.append(replace(found, tensors=copies))
+
+    draws = Draws(seed=0, round=1, client="0")
+    run = partial(train_client, slots, begun(slots), rows_of(0), settings=given, draws=draws)
+    whole = run(before_step=keep)
+    assert kept[0].fits(begun(slots), given.task.trained)
+    assert kept[0].fits(begun(slots)) is (given.task.trained == "AB")
+    return whole, run(progress=kept[0])
+
+
+# --- frozen columns
+
+
+def with_tail(slots: AdapterSlots) -> Adapter:
+    return with_frozen(begun(slots), 2)
+
+
+def merged(slots: AdapterSlots, adapter: Adapter) -> Adapter:
+    """The frozen factors are added to the base; what is left is the rest."""
+    for module, own in adapter.items():
+        assert own.frozen is not None
+        layer = slots.model.get_submodule(module)
+        inner = getattr(layer, "base_layer", layer)
+        assert isinstance(inner, nn.Linear)
+        inner.weight.data += delta(own.frozen).float()
+    return {module: replace(own, frozen=None) for module, own in adapter.items()}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_frozen_columns_count_as_the_base(make: Make, dropout: float) -> None:
+    beside, inside = make(dropout), make(dropout)
+    adapter = with_tail(beside)
+    given = settings(rule=SGD)
+    tail, base = train(beside, given, adapter), train(inside, given, merged(inside, adapter))
+    assert tail.stats.losses == pytest.approx(base.stats.losses, abs=2e-5)
+    for module, own in tail.adapter.items():
+        assert own.frozen is None
+        torch.testing.assert_close(own.a_RI, base.adapter[module].a_RI, atol=2e-5, rtol=0)
+        torch.testing.assert_close(own.b_OR, base.adapter[module].b_OR, atol=2e-5, rtol=0)
+
+
+def test_frozen_columns_are_gone_with_the_next_client(make: Make) -> None:
+    fresh, used = make(), make()
+    train(used, settings(), with_tail(used))
+    assert same(train(used, settings()), train(fresh, settings()))
+
+
+# --- a proximal term
+
+
+def test_the_proximal_term_draws_back_to_what_was_received(slots: AdapterSlots) -> None:
+    rate, mu = 0.05, 0.5
+    keys: dict[str, Any] = {"schedule": "constant", "learning_rate": rate, "clip_norm": None}
+    first = train(slots, settings(rule=SGD, max_steps=1, **keys))
+    free = train(slots, settings(rule=SGD, max_steps=2, **keys))
+    drawn = train(slots, settings(rule=replace(SGD, mu=mu), max_steps=2, **keys))
+    for module, own in begun(slots).items():
+        for factor in ("a_RI", "b_OR"):
+            moved = getattr(first.adapter[module], factor) - getattr(own, factor)
+            expected = getattr(free.adapter[module], factor) - rate * mu * moved
+            torch.testing.assert_close(
+                getattr(drawn.adapter[module], factor), expected, atol=1e-6, rtol=1e-5
+            )
+
+
+def test_a_proximal_training_resumes_to_the_same_bits(slots: AdapterSlots) -> None:
+    whole, rest = interrupted(slots, settings(rule=replace(LOCAL_RULES["fedit"], mu=0.5)))
+    assert same(whole, rest)
+
+
+# --- the other engines
+
+
+def members(adapters: list[Adapter]) -> Iterator[Member]:
+    for client, adapter in enumerate(adapters):
+        draws = Draws(seed=0, round=1, client=str(client))
+        yield Member(received=partial(dict, adapter), rows=rows_of(client), draws=draws)
+
+
+@pytest.mark.parametrize(
+    ("trained", "mu", "tailed"), [("B", 0.0, False), ("A", 0.3, True), ("AB", 0.3, True)]
+)
+def test_together_clients_train_as_each_alone(
+    slots: AdapterSlots, trained: TrainedFactors, mu: float, tailed: bool
+) -> None:
+    given = settings(trained, replace(SGD, mu=mu))
+    whole, tail = begun(slots), with_tail(slots)
+    # one of them has no frozen columns
+    adapters = [tail, whole] if tailed else [whole, whole]
+    group = Together(slots=slots, settings=given).train(list(members(adapters)))
+    for member, result in zip(members(adapters), group, strict=True):
+        alone = train_client(
+            slots, member.received(), member.rows, settings=given, draws=member.draws
+        )
+        assert result.stats.losses == pytest.approx(alone.stats.losses, abs=2e-5)
+        for module, own in alone.adapter.items():
+            torch.testing.assert_close(result.adapter[module].a_RI, own.a_RI, atol=2e-5, rtol=0)
+            torch.testing.assert_close(result.adapter[module].b_OR, own.b_OR, atol=2e-5, rtol=0)
