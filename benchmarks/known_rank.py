@@ -48,7 +48,7 @@ class Arm:
     """A method with its options, a distribution of ranks, the strength of clients' own parts."""
 
     method: str
-    options: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, str | bool], ...] = ()
     distribution: str
     strength: float
 
@@ -264,7 +264,10 @@ def arms() -> Iterator[Arm]:
             yield Arm(method=name, distribution=distribution, strength=strength)
             if name == "flexlora":
                 keep = (("truncated", "keep"),)
-                yield Arm(method=name, options=keep, distribution=distribution, strength=strength)
+                for more in (keep, (*keep, ("frozen_tail", True))):
+                    yield Arm(
+                        method=name, options=more, distribution=distribution, strength=strength
+                    )
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:

@@ -7,9 +7,10 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from fedllm.config.models import Section
+from fedllm.config.models import WHOLE_LINES, Section
 from fedllm.config.problems import problem_lines
 from fedllm.errors import ConfigError
 
@@ -24,10 +25,22 @@ class NoOptions(Section):
 class FlexLoraOptions(Section):
     """FlexLoRA: `truncated` says what becomes of the directions that a client did not receive.
 
-    `drop` counts them as zero, as the paper does; `keep` counts them as unchanged.
+    `drop` counts them as zero, as the paper does; `keep` counts them as unchanged. `frozen_tail`
+    hands them out too, as a part that does not train.
     """
 
     truncated: Literal["drop", "keep"] = "drop"
+    frozen_tail: bool = False
+
+    @model_validator(mode="after")
+    def _tail_is_kept(self) -> "FlexLoraOptions":
+        if self.frozen_tail and self.truncated != "keep":
+            # what a client does not train would otherwise be erased by the mean
+            raise PydanticCustomError(
+                WHOLE_LINES,
+                f"{_KEY}.frozen_tail: got true beside truncated: drop; need truncated: keep",
+            )
+        return self
 
 
 class LoraFairOptions(Section):

@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedllm.errors import ConfigError
 from fedllm.lora.factors import Factors, ModuleShape, delta
+from fedllm.methods.catalog import build_method
+from fedllm.methods.local_task import Recipient
 from fedllm.methods.options import FlexLoraOptions
 from fedllm.methods.protocol import ModuleAggregate, ModuleState
 from fedllm.methods.spectral.flexlora import FlexLora
@@ -147,3 +150,33 @@ def test_a_cohort_without_large_clients_erases_nothing() -> None:
     assert left <= float(s[6:].norm()) + FLOAT32 * float(wanted.norm())
     assert paper.diagnostics.partitions[1].reach == kept.diagnostics.partitions[1].reach == 0
     assert paper.diagnostics.partitions[1].energy_lost > 0
+
+
+TAIL = FlexLora(seed=3, alpha=16.0, options=FlexLoraOptions(truncated="keep", frozen_tail=True))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 6])
+def test_with_its_frozen_tail_every_client_has_the_whole_model(rank: int) -> None:
+    state = state_of(1, out=10, in_=7, rank=5, full=6)
+    got = TAIL.hand_out(module="m", state=state, rank=rank, to=Recipient(client="a", round=1))
+    assert got.rank == rank
+    assert (got.frozen is None) == (rank >= 5)  # nothing lives beyond direction 5
+    torch.testing.assert_close(delta(got), change(state), rtol=1e-6, atol=1e-6)
+    own = received(state, rank)
+    assert torch.equal(got.a_RI, own.a_RI) and torch.equal(got.b_OR, own.b_OR)
+
+
+def test_without_the_option_nobody_receives_a_tail_and_the_aggregation_is_the_same() -> None:
+    before = state_of(1, out=10, in_=7, rank=6, full=6)
+    to = Recipient(client="a", round=1)
+    for method in (DROP, KEEP):
+        assert method.hand_out(module="m", state=before, rank=2, to=to).frozen is None
+    sent = [trained(before, rank, rank) for rank in (2, 6)]
+    kept, tail = (aggregate(m, sent, [1, 3], [2, 6], before=before) for m in (KEEP, TAIL))
+    assert all(torch.equal(kept.state[part], tail.state[part]) for part in kept.state)
+
+
+def test_a_tail_that_the_mean_would_erase_is_refused() -> None:
+    words = r"^method.options.frozen_tail: got true beside truncated: drop; need truncated: keep$"
+    with pytest.raises(ConfigError, match=words):
+        build_method("flexlora", seed=1, alpha=1.0, scaling="fixed", options={"frozen_tail": True})

@@ -7,17 +7,21 @@ U S V^T = SVD(dW), and a client of rank r receives A = V_r^T, B = U_r diag(S_r) 
 With `truncated: keep` directions that a client did not receive count as unchanged instead of zero:
 dW' = dW + sum_i p_i (W - W_{r_i}), W the state before the round and W_r its truncation. The second
 sum is U diag(S_j (1 - P_j)) V^T, P_j the share of the weight of the clients with r_i >= j.
+
+With `frozen_tail` beside it a client also receives W - W_{r_i}, as frozen columns: it trains
+against the whole model. It sends no more, and the aggregation is the same.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Partial, RankPartition
-from fedllm.lora.factors import FactorBlock
+from fedllm.lora.factors import FactorBlock, Factors
+from fedllm.methods.local_task import Recipient
 from fedllm.methods.options import FlexLoraOptions
-from fedllm.methods.protocol import ModuleAggregate, ServerStep
+from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 from fedllm.methods.spectral.spectral_state import SpectralMethod, with_room, with_state
 from fedllm.methods.weights import direction_weights
 
@@ -30,6 +34,14 @@ class FlexLora(SpectralMethod):
     options_class: ClassVar[type[FlexLoraOptions]] = FlexLoraOptions
 
     options: FlexLoraOptions = field(default_factory=FlexLoraOptions)
+
+    def hand_out(self, *, module: str, state: ModuleState, rank: int, to: Recipient) -> Factors:
+        """Return the best approximation of `rank`, with `frozen_tail` beside the rest of W."""
+        own = super().hand_out(module=module, state=state, rank=rank, to=to)
+        if not (self.options.frozen_tail and bool(state["S"][rank:].any())):
+            return own
+        b_OR = state["U"][:, rank:] * state["S"][rank:]
+        return replace(own, frozen=Factors(a_RI=state["Vh"][rank:], b_OR=b_OR, scale=1.0))
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return the block's weighted sum of products, as the problem's route holds it."""
