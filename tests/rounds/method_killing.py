@@ -2,8 +2,8 @@
 
 Runs as a program: it stays single-threaded, so it can fork. `method_killing.py CONFIG FOLDER CASES`
 prints one JSON line per case of CASES, a JSON list of options for `fedllm run`. Everything is real:
-base, training with checkpoints, updates, aggregation. An audit hook kills the process with SIGKILL
-before a publication (a rename or a link), in the second of two rounds.
+base, training, updates, aggregation. An audit hook kills the process with SIGKILL before it
+publishes (by a rename) the first update of the second of two rounds.
 """
 
 import json
@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +30,7 @@ LOADED = (
     "fedllm.training.trainers",
     "fedllm.worker.worker",
 )
-KILL_AT = 0.8  # of an undisturbed run's publications
+KILL_AT = "0002/updates/"
 
 
 def states(root: Path) -> list[str]:
@@ -41,43 +40,37 @@ def states(root: Path) -> list[str]:
     return [record.sha256 for record in records if record]
 
 
-def counting(root: Path, kill_at: int | None) -> Callable[[], int]:
-    """Count publications below `root`; end the process before the one of a number."""
-    seen = 0
+def kill_later(root: Path) -> None:
+    """End the process before it publishes an update of the second round."""
 
-    def count(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal seen
-        if event in {"os.rename", "os.link"} and str(root) in str(arguments[1]):
-            seen += 1
-            if seen == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def kill(event: str, arguments: tuple[object, ...]) -> None:
+        if event != "os.rename":
+            return
+        target = str(arguments[1])
+        if target.startswith(str(root)) and KILL_AT in target:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(count)
-    return lambda: seen
+    sys.addaudithook(kill)
 
 
-def in_a_child(config: Path, root: Path, options: list[str], kill_at: int | None = None) -> int:
-    """Run in a child; return how many publications it made, or -1 if it was killed."""
-    reader, writer = os.pipe()
+def in_a_child(config: Path, root: Path, options: list[str], *, kill: bool = False) -> bool:
+    """Run in a child; return whether it was killed."""
     child = os.fork()
     if not child:
         try:
-            seen = counting(root, kill_at)
+            if kill:
+                kill_later(root)
             with Path(os.devnull).open("w") as sink, redirect_stdout(sink):
                 start(config, options, root)
-            os.write(writer, str(seen()).encode())
         except BaseException:
             traceback.print_exc(file=sys.stderr)
             os._exit(1)
         os._exit(0)
-    os.close(writer)
     _, status = os.waitpid(child, 0)
-    with os.fdopen(reader) as answer:
-        said = answer.read()
     if os.WIFSIGNALED(status):
-        return -1
+        return True
     assert status == 0, f"{options}: ended with {status}"
-    return int(said)
+    return False
 
 
 def main(config: Path, folder: Path, cases: list[list[str]]) -> None:
@@ -87,8 +80,8 @@ def main(config: Path, folder: Path, cases: list[list[str]]) -> None:
         import_module(module)
     for number, options in enumerate(cases):
         whole, killed = folder / f"{number}-whole", folder / f"{number}-killed"
-        count = in_a_child(config, whole, options)
-        was_killed = in_a_child(config, killed, options, int(KILL_AT * count)) == -1
+        in_a_child(config, whole, options)
+        was_killed = in_a_child(config, killed, options, kill=True)
         early = states(killed)
         in_a_child(config, killed, options)
         found = {"killed": was_killed, "early": early, "whole": states(whole)}
