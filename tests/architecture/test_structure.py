@@ -18,7 +18,10 @@ SOURCES = sorted(path for room in ("fedllm", "jobs") for path in (ROOT / room).r
 MODULES = [path for path in SOURCES if path.name != "__init__.py" and path.parts[-2] != "jobs"]
 PACKAGE = ROOT / "fedllm" / "__init__.py"
 CLI = ROOT / "fedllm" / "cli"
-COORDINATOR = ("config", "doctor", "planning", "reporting", "rounds", "scheduling", "storage")
+COORDINATOR = (
+    *("config", "doctor", "planning", "reporting", "rounds", "scheduling", "statistics"),
+    "storage",
+)
 COMPUTE = (
     *("torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "deepspeed"),
     *("pandas", "matplotlib"),

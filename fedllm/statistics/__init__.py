@@ -1,0 +1,1 @@
+"""Statistics for comparisons: bootstrap intervals, paired tests and their adjustment; pure."""
