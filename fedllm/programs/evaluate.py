@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedllm.adapters.base_copies import check_copies
@@ -21,17 +21,20 @@ from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of
-from fedllm.storage.fingerprints import sha256_of
+from fedllm.storage.fingerprints import fingerprint_values, sha256_of
 from fedllm.storage.kept_records import AnswersRecord, KeptAnswer
-from fedllm.storage.paths import RoundPaths, RunPaths
+from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths, cache_of
 from fedllm.storage.records import (
     AggregateRecord,
+    BaseRow,
+    BaseScoresRecord,
     ClientScores,
     EvaluationRecord,
     PreparedRecord,
     Scores,
 )
 from fedllm.storage.tensors import TensorFile
+from fedllm.training.provenance import environment
 
 _Ranks = Mapping[str, int]
 Keep = Callable[[Target, Sequence[RowScores]], None]
@@ -52,6 +55,7 @@ class Scorer:
     slots: AdapterSlots
     data: TokenizedClients
     sha256: str
+    cache: CachePaths
 
     @classmethod
     def open(cls, paths: RoundPaths, session: Session) -> "Scorer":
@@ -70,6 +74,7 @@ class Scorer:
             slots=session.slots(config, prepared),
             data=session.data(prepared.data_path),
             sha256=AggregateRecord.read(paths.aggregate_record).sha256,
+            cache=cache_of(config.storage.cache, run.root),
         )
 
     def score(
@@ -82,10 +87,11 @@ class Scorer:
         begun = time.perf_counter()
         config = self.federation.config
         targets = choose_targets(config, self.federation.prepared, targets_round)
-        deployed = self.as_deployed(targets, keep)
-        # without a starting adapter B is zero before training, so every rank scores the same
-        changed = round_number or config.model.adapter
-        largest = self.at_largest_rank(targets, deployed) if changed else deployed
+        if round_number or config.model.adapter:
+            deployed = self.as_deployed(targets, keep)
+            largest = self.at_largest_rank(targets, deployed)
+        else:
+            deployed = largest = self.of_base(targets, keep)
         record = _record(
             targets,
             deployed,
@@ -96,6 +102,46 @@ class Scorer:
         )
         complete = is_complete(config.evaluation, targets_round, config.rounds)
         return record.model_copy(update={"complete": complete})
+
+    def of_base(self, targets: Sequence[Target], keep: Keep) -> dict[str, Scores]:
+        """Return every client's scores with the untouched base, from the cache if they are there.
+
+        Without a starting adapter B is zero before training, so every rank scores the same, and
+        runs of other tiers or methods need not score these rows again.
+        """
+        path = self.cache.base_scores(self._base_key(targets))
+        known = BaseScoresRecord.find(path)
+        if known is None:
+            known = self._score_base(targets)
+            known.publish(path)
+        found: dict[str, Scores] = {}
+        for target in targets:
+            scores = [RowScores(**row.model_dump()) for row in known.clients[target.client]]
+            keep(target, scores)
+            found[target.client] = mean_scores(scores)
+        return found
+
+    def _score_base(self, targets: Sequence[Target]) -> BaseScoresRecord:
+        rows: dict[str, list[BaseRow]] = {}
+
+        def note(target: Target, scores: Sequence[RowScores]) -> None:
+            rows[target.client] = [BaseRow(**asdict(row)) for row in scores]
+
+        self.at(self.federation.largest_ranks, targets, note)
+        return BaseScoresRecord(clients=rows)
+
+    def _base_key(self, targets: Sequence[Target]) -> str:
+        """Return the fingerprint of everything that the scores of the base depend on."""
+        config, prepared = self.federation.config, self.federation.prepared
+        section = config.evaluation
+        return fingerprint_values(
+            prepared.model_fingerprint,
+            prepared.data_fingerprint,
+            [(target.client, target.rows) for target in targets],
+            [section.max_new_tokens, section.batch_size],
+            [config.model.dtype, self.slots.layout],
+            environment(config.training, str(self.slots.device)),
+        )
 
     def as_deployed(
         self, targets: Sequence[Target], keep: Keep = _keep_nothing

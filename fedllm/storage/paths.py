@@ -420,6 +420,10 @@ class CachePaths:
         """A tokenised data set."""
         return self.root / "data" / key
 
+    def base_scores(self, key: str) -> Path:
+        """The scores of an untouched base on some clients and rows."""
+        return self.root / "scores" / f"{key}.json"
+
 
 def cache_of(configured: str | None, run_root: Path) -> CachePaths:
     """Return the cache: `storage.cache`, else `$FEDLLM_CACHE`, else beside the run directories."""

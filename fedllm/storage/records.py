@@ -607,6 +607,22 @@ class EvaluationRecord(Record):
     clients: list[ClientScores]
 
 
+class BaseRow(Record):
+    """A test row as an untouched base answers it; `loss` is the sum over its `tokens`."""
+
+    loss: float
+    tokens: int
+    rouge_l: float
+    exact_match: float
+    answer: str = ""
+
+
+class BaseScoresRecord(Record):
+    """Rows of an untouched base by client: the same for all runs that score these rows."""
+
+    clients: dict[str, list[BaseRow]]
+
+
 class RoundRecord(Record):
     """The record of a finished round."""
 

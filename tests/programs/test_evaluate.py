@@ -23,7 +23,7 @@ from fedllm.programs.entry_points import run as run_program
 from fedllm.programs.evaluate import evaluate_adapter, evaluate_round, evaluate_state, score_targets
 from fedllm.storage.kept_records import AnswersRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.records import EvaluationRecord, PreparedRecord, Scores
+from fedllm.storage.records import BaseScoresRecord, EvaluationRecord, PreparedRecord, Scores
 from tests.tiny import Tiny
 
 
@@ -121,6 +121,32 @@ def test_round_0_scores_the_base(run: RunPaths, session: Session) -> None:
     record = evaluate_state(run, 0, None, session)
     for client in record.clients:
         assert client.as_deployed.loss == pytest.approx(client.at_largest_rank.loss, abs=1e-5)
+
+
+@pytest.mark.usefixtures("run")
+def test_runs_of_other_ranks_share_the_scores_of_the_untouched_base(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Found by what they say: the scores in the cache are changed, and the next run has them."""
+    overrides = ["rounds=1", "training.learning_rate=0.05", "evaluation.rows_per_client=2"]
+    cache = tmp_path / "cache"
+    shutil.copytree(tiny.cache, cache)
+    overrides += [f"storage.cache={cache}", "clients.tiers.small.ranks=1"]
+    for stored in (cache / "scores").glob("*.json"):
+        rows = BaseScoresRecord.read(stored).clients
+        changed = {
+            id_: [row.model_copy(update={"loss": 7.0 * row.tokens}) for row in of_client]
+            for id_, of_client in rows.items()
+        }
+        BaseScoresRecord(clients=changed).publish(stored)
+    other = RunPaths(root=start(tiny.config, overrides, tmp_path / "run"))
+    record = EvaluationRecord.read(other.round(0).evaluation_record)
+    assert {client.as_deployed.loss for client in record.clients} == {7.0}
+    # with other settings they are scored
+    shorter = [*overrides, "evaluation.max_new_tokens=2"]
+    other = RunPaths(root=start(tiny.config, shorter, tmp_path / "shorter"))
+    record = EvaluationRecord.read(other.round(0).evaluation_record)
+    assert all(client.as_deployed.loss < 7.0 for client in record.clients)
 
 
 def test_a_rank_is_the_same_for_all_and_at_most_the_states(run: RunPaths, session: Session) -> None:
