@@ -162,8 +162,10 @@ def open_for_coordination(
     take_over: bool = False,
     unattended: bool = False,
     code_folders: Sequence[str] | None = None,
+    scheduler_of: Callable[[RunPaths, Config], Scheduler] | None = None,
+    say_line: Callable[[str], None] = say,
 ) -> Run:
-    """Open a run for coordination.
+    """Open a run for coordination, with the configured scheduler or a shared one.
 
     A method of the user's own is looked for in the folders that the run names, then in
     `code_folders`, which are the run's and the working directory unless given.
@@ -178,8 +180,8 @@ def open_for_coordination(
     return open_run(
         root,
         config,
-        make_scheduler=make_scheduler,
-        say=say,
+        make_scheduler=scheduler_of or make_scheduler,
+        say=say_line,
         holder_is_gone=holder_is_gone,
         take_over=take_over,
         unattended=unattended,

@@ -1,22 +1,30 @@
-"""Live view of a run: redrawn on a terminal, elsewhere a line for every change."""
+"""Live view of a run or a sweep: redrawn on a terminal, elsewhere a line for every change."""
 
 import sys
 import time
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from fedllm.cli.options import say
-from fedllm.reporting.status.status import FAILED, RunStatus
+from fedllm.reporting.status.status import FAILED
 
 REDRAW_SECONDS = 3.0
 _ENDED = {"done", FAILED}
 
 
-def watch(
-    read: Callable[[], RunStatus],
-    text: Callable[[RunStatus], str],
-    line: Callable[[RunStatus], str],
-) -> None:
-    """Show the status of a run until it is done or failed, or until Ctrl-C.
+class Watched(Protocol):
+    """A status that ends."""
+
+    @property
+    def state(self) -> str:
+        """`done` or `failed` once nothing more will change by itself."""
+
+
+S = TypeVar("S", bound=Watched)
+
+
+def watch(read: Callable[[], S], text: Callable[[S], str], line: Callable[[S], str]) -> None:
+    """Show the status of a run or a sweep until it is done or failed, or until Ctrl-C.
 
     Args:
         read: reads the status.
@@ -30,7 +38,7 @@ def watch(
         return
 
 
-def _redraw(read: Callable[[], RunStatus], text: Callable[[RunStatus], str]) -> None:
+def _redraw(read: Callable[[], S], text: Callable[[S], str]) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -46,7 +54,7 @@ def _redraw(read: Callable[[], RunStatus], text: Callable[[RunStatus], str]) -> 
             time.sleep(REDRAW_SECONDS)
 
 
-def _print_changes(read: Callable[[], RunStatus], line: Callable[[RunStatus], str]) -> None:
+def _print_changes(read: Callable[[], S], line: Callable[[S], str]) -> None:
     last = ""
     while True:
         status = read()

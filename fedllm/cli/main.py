@@ -15,6 +15,7 @@ from fedllm.cli.control.prune import prune
 from fedllm.cli.control.resume import resume
 from fedllm.cli.control.run import run as run_command
 from fedllm.cli.control.submit import submit
+from fedllm.cli.control.sweep import sweep
 from fedllm.cli.views.doctor import doctor
 from fedllm.cli.views.inspect import inspect
 from fedllm.cli.views.logs import logs
@@ -48,7 +49,7 @@ def _options(
 app.command("run")(run_command)
 # in the order of `fedllm --help`
 for command in (
-    *(resume, submit, prepare, advance, cancel),
+    *(resume, submit, sweep, prepare, advance, cancel),
     *(status, logs, plan, doctor, prune),
     *(methods, inspect, evaluate, aggregate, export),
 ):

@@ -16,11 +16,17 @@ from fedllm.storage.own_code import folders_of, is_own, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
+ConfigOrSweep = Annotated[
+    Path, typer.Argument(metavar="CONFIG|SWEEP.yaml", help="A configuration, or a sweep file.")
+]
 ConfigOrRun = Annotated[
     Path,
     typer.Argument(metavar="CONFIG|RUN", help="A configuration, or a run directory to continue."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunOrSweep = Annotated[
+    Path, typer.Argument(metavar="RUN|SWEEP", help="The directory of a run or of a sweep.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as --set rounds=5."),
@@ -61,14 +67,20 @@ def configuration(path: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: one line per problem.
     """
-    if not path.exists() and not path.is_absolute():
-        # `configs/quickstart.yaml`, if fedllm was installed from a wheel
-        with contextlib.suppress(UserError):
-            path = shipped(str(path))
+    path = configuration_file(path)
     config = load_config(path, overrides)
     if is_own(config.method.name):
         read_own_code(config.method.name, folders_of(path))
     return config
+
+
+def configuration_file(path: Path) -> Path:
+    """Return a configuration's file: one shipped with fedllm is found from any directory."""
+    if not path.exists() and not path.is_absolute():
+        # `configs/quickstart.yaml`, if fedllm was installed from a wheel
+        with contextlib.suppress(UserError):
+            return shipped(str(path))
+    return path
 
 
 def existing_run(root: Path) -> RunPaths:

@@ -28,6 +28,8 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "training.zero.offload": "none",
 }
 _ADDED_TIER_KEYS = ("engine", "processes")  # null: as before
+# a key's parts, and its new value
+_Assignment = tuple[tuple[str, ...], Any]
 # setting one of these keys unsets the other
 _EXCLUSIVE_KEYS = {"clients.cohort.count": "fraction", "clients.cohort.fraction": "count"}
 
@@ -38,10 +40,27 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one line per problem, each with path, value and remedy.
     """
+    return _load(path, [_parse_override(override) for override in overrides])
+
+
+def load_changed(path: Path, changes: Mapping[str, Any]) -> Config:
+    """Read a configuration file with other values for some keys.
+
+    Args:
+        path: the file.
+        changes: dotted key -> value, as `parse_yaml` returns it.
+
+    Raises:
+        ConfigError: one line per problem, each with path, value and remedy.
+    """
+    return _load(path, [(tuple(key.split(".")), value) for key, value in changes.items()])
+
+
+def _load(path: Path, assignments: Sequence[_Assignment]) -> Config:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; see configs/ for examples")
     raw = read_yaml(path)
-    _apply_all(raw, overrides)
+    _apply_all(raw, assignments)
     raw = resolve_scalars(raw, Config)
     _drop_empty_sections(raw, Config)
     return _validated(raw, list(_take_from_environment(raw)))
@@ -61,7 +80,7 @@ def read_config(path: Path) -> Config:
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """Return `config` with `key=value` overrides applied."""
     raw = config.model_dump(mode="json")
-    _apply_all(raw, overrides)
+    _apply_all(raw, [_parse_override(override) for override in overrides])
     return validate(resolve_scalars(raw, Config))
 
 
@@ -132,8 +151,7 @@ def _is_as_before(key: str, value: Any) -> bool:
     return is_of_tier and value is None
 
 
-def _apply_all(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    assignments = [_parse_override(override) for override in overrides]
+def _apply_all(raw: dict[str, Any], assignments: Sequence[_Assignment]) -> None:
     for key, value in assignments:
         other = _EXCLUSIVE_KEYS.get(".".join(key))
         if other and not is_null(value) and (*key[:-1], other) not in {k for k, _ in assignments}:
@@ -141,7 +159,7 @@ def _apply_all(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         _apply(raw, key, value)
 
 
-def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
+def _parse_override(override: str) -> _Assignment:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: need KEY=VALUE, for example --set rounds=5")

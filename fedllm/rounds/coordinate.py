@@ -75,7 +75,7 @@ def _advance_to_the_end(run: Run) -> None:
             continue
         pause.succeed()
         trouble = _log_trouble(run, trouble)
-        run.scheduler.wait(_pause_seconds(run))
+        run.scheduler.wait(pause_seconds(run))
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def _rare_garbage_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _pause_seconds(run: Run) -> float:
+def pause_seconds(run: Run) -> float:
     """Return the seconds until the next look, so that at most 1 % of a long training is lost."""
     section = run.config.scheduler
     trained = run.observations.training_seconds or 0.0

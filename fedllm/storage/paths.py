@@ -385,6 +385,31 @@ class RunPaths:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepPaths:
+    """Paths of a sweep: a folder of run directories and one record."""
+
+    root: Path
+
+    @property
+    def file(self) -> Path:
+        """A copy of the file that the sweep was made from."""
+        return self.root / "sweep.yaml"
+
+    @property
+    def record(self) -> Path:
+        """The runs of the sweep and their configurations."""
+        return self.root / "sweep.json"
+
+    def run(self, name: str) -> RunPaths:
+        """The run `name`, such as `runs/flexlora/seed-0`."""
+        return RunPaths(root=self.root / name)
+
+    def failure(self, name: str) -> Path:
+        """The reason why the run `name` failed last."""
+        return self.root / "failures" / f"{name}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbePaths:
     """Paths of a probe: its own folder in a trial folder, below the folder of future runs."""
 

@@ -1,17 +1,28 @@
 """`fedllm resume`: continue a run."""
 
 from fedllm.cli import execution
+from fedllm.cli.control.sweep import finish
 from fedllm.cli.options import (
     Overrides,
-    RunFolder,
+    RunOrSweep,
     TakeOver,
     existing_run,
     say,
 )
+from fedllm.cli.sweeps import existing_sweep
+from fedllm.errors import ConfigError
 from fedllm.reporting.results.summary import run_summary
 
 
-def resume(run: RunFolder, set_: Overrides = None, take_over: TakeOver = False) -> None:
-    """Continue a run to its end. Execution keys may change, and `rounds` may grow."""
+def resume(run: RunOrSweep, set_: Overrides = None, take_over: TakeOver = False) -> None:
+    """Continue a run or a sweep to its end. Of a run, execution keys may change, `rounds` grow."""
+    if sweep := existing_sweep(run):
+        if set_:
+            raise ConfigError(
+                "--set: a sweep has many configurations; change its file, then: fedllm sweep FILE "
+                f"--out {run}"
+            )
+        finish(sweep, take_over=take_over)
+        return
     execution.resume(run, set_ or [], take_over=take_over)
     say(run_summary(existing_run(run)))

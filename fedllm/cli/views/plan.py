@@ -1,6 +1,8 @@
 """`fedllm plan`: print what a configuration would submit, and submit nothing."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -10,23 +12,29 @@ import typer
 from fedllm.cli import execution
 from fedllm.cli.options import (
     AsJson,
-    ConfigFile,
+    ConfigOrSweep,
     Overrides,
     configuration,
+    configuration_file,
     fresh_folder,
     say,
     say_json,
 )
+from fedllm.cli.sweeps import default_sweep_dir, planned_sweep
+from fedllm.config.sweep_files import is_sweep_file
+from fedllm.errors import ConfigError
 from fedllm.reporting.plan.plan_text import describe_plan
+from fedllm.reporting.sweeps.sweep_plan import ArmPlan, arm_plan, describe_sweep_plan
 from fedllm.rounds.dispatch.planned import plan_run
 from fedllm.scheduling.log_names import script_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
-from fedllm.storage.paths import RunPaths, cache_of
+from fedllm.scheduling.traits import traits_of
+from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
 from fedllm.storage.publishing.publish import publish_bytes
 
 
 def plan(
-    config: ConfigFile,
+    config: ConfigOrSweep,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write the sbatch files here.")
     ] = None,
@@ -37,9 +45,12 @@ def plan(
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Print the jobs, costs and times of a round. Nothing is submitted."""
+    """Print the jobs, costs and times of a round, or the hours of a sweep. Nothing is submitted."""
     from fedllm.programs.prepare import prepare as prepare_step
 
+    if is_sweep_file(configuration_file(config)):
+        _plan_sweep(configuration_file(config), json_=json_, others=(out, slots, set_))
+        return
     loaded = configuration(config, set_ or [])
     refuse_reserved(loaded.scheduler)
     if out is not None:
@@ -60,3 +71,28 @@ def plan(
         publish_bytes(file, script.text.encode())
         if not json_:
             say(f"wrote {file}")
+
+
+def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
+    """Print the hours of a sweep: those of each arm's first run, times its runs."""
+    from fedllm.programs.prepare import prepare as prepare_step
+
+    if any(others):
+        raise ConfigError("--out, --slots and --set: are for a configuration, not for a sweep")
+    root = default_sweep_dir(file)
+    _, runs = planned_sweep(file, root)
+    plans: list[ArmPlan] = []
+    for (arm, phase), of_arm in itertools.groupby(
+        sorted(runs, key=lambda run: (run.phase != "tuning", run.arm)),
+        key=lambda run: (run.arm, run.phase),
+    ):
+        members = list(of_arm)
+        config, paths = members[0].config, SweepPaths(root=root.resolve()).run(members[0].name)
+        prepared = prepare_step(config, cache_of(config.storage.cache, paths.root))
+        with closing(execution.make_scheduler(paths, config)) as scheduler:
+            geometry = plan_run(config, prepared, paths, scheduler).geometry
+        plans.append(arm_plan(arm, phase, len(members), geometry))
+    if json_:
+        say_json([dataclasses.asdict(each) for each in plans])
+    else:
+        say(describe_sweep_plan(plans, one_by_one=not traits_of(config).jobs_outlive_coordinator))

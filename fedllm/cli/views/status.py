@@ -9,31 +9,39 @@ from fedllm.cli.asking import cached_holder_check, scheduler_query
 from fedllm.cli.live_status import watch as follow
 from fedllm.cli.options import (
     AsJson,
-    RunFolder,
+    RunOrSweep,
     existing_run,
     say,
     say_json,
 )
+from fedllm.cli.sweeps import existing_sweep
 from fedllm.errors import RunFailed
 from fedllm.reporting.status.status import FAILED, StatusReader
 from fedllm.reporting.status.status_text import headline, status_text
+from fedllm.reporting.sweeps.sweep_status import SweepStatus, sweep_status
+from fedllm.reporting.sweeps.sweep_text import sweep_headline, sweep_status_text
+from fedllm.scheduling.slurm.coordinator_job import holder_is_gone
 from fedllm.scheduling.slurm.wait_reasons import advice
+from fedllm.storage.paths import SweepPaths
 
 
 def status(
-    run: RunFolder,
+    run: RunOrSweep,
     watch: Annotated[
         bool, typer.Option("--watch", help="Repeat until the run is done, or until Ctrl-C.")
     ] = False,
     json_: AsJson = False,
 ) -> None:
-    """Show how far a run is, and why its tasks wait.
+    """Show how far a run or a sweep is, and why the tasks of a run wait.
 
     Progress comes from the files of the run, reasons for waiting from Slurm. Exit code 1: an error
     ended the run.
     """
     if watch and json_:
         raise typer.BadParameter("--watch is for people: leave out --json")
+    if sweep := existing_sweep(run):
+        _show_sweep(sweep, watch=watch, json_=json_)
+        return
     paths = existing_run(run)
     reader = StatusReader(
         paths, gone=cached_holder_check(paths), ask=scheduler_query(paths), advice=advice
@@ -48,3 +56,15 @@ def status(
         say(status_text(run, found))
     if found.state == FAILED:
         raise typer.Exit(RunFailed.exit_code)
+
+
+def _show_sweep(paths: SweepPaths, *, watch: bool, json_: bool) -> None:
+    def read() -> SweepStatus:
+        return sweep_status(paths, holder_is_gone)
+
+    if watch:
+        follow(read, sweep_status_text, sweep_headline)
+    elif json_:
+        say_json(dataclasses.asdict(read()))
+    else:
+        say(sweep_status_text(read()))

@@ -1,0 +1,1 @@
+"""Sweeps: which runs they are, and what their arms must share."""

@@ -1,0 +1,1 @@
+"""Sweeps as people read them: status, plan and tuned learning rates."""

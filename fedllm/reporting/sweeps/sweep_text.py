@@ -1,0 +1,41 @@
+"""The status of a sweep as text for people."""
+
+import shlex
+from collections import Counter
+
+from fedllm.reporting.status.status_text import duration
+from fedllm.reporting.sweeps.sweep_status import SweepRunStatus, SweepStatus
+from fedllm.reporting.sweeps.tuned_rates import rates_table
+from fedllm.reporting.tables import text_table
+
+
+def sweep_headline(status: SweepStatus) -> str:
+    """Return the status in one line."""
+    counts = Counter(run.state for run in status.runs)
+    states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    left = f"; about {duration(status.estimate.seconds)} left" if status.estimate else ""
+    return f"sweep {status.root}: {len(status.runs)} runs: {states}{left}"
+
+
+def sweep_status_text(status: SweepStatus) -> str:
+    """Return the status as text."""
+    rows = [
+        [run.name, run.state, f"{run.rounds_done}/{run.rounds}", _seconds(run)]
+        for run in status.runs
+    ]
+    parts = [
+        sweep_headline(status),
+        text_table("runs", ["run", "state", "rounds", "a round"], rows),
+        rates_table(status.tuned),
+    ]
+    parts += [f"{run.name}: {run.problem}" for run in status.runs if run.problem]
+    if status.estimate:
+        parts.append(f"estimate: {duration(status.estimate.seconds)}, {status.estimate.how}")
+    root = shlex.quote(status.root)
+    done = all(run.state == "done" for run in status.runs)
+    parts.append(f"next: fedllm compare {root}" if done else f"next: fedllm resume {root}")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _seconds(run: SweepRunStatus) -> str:
+    return "-" if run.round_seconds is None else duration(run.round_seconds)
