@@ -84,8 +84,7 @@ quickstart: venv
 	@.venv/bin/fedllm run configs/quickstart.yaml --run-dir runs/quickstart-smallest \
 	  $(foreach change,$(SMALLEST),--set $(change))
 	@.venv/bin/fedllm run configs/quickstart.yaml
-	@.venv/bin/python -m fedllm.reporting.results.comparison "smallest rank=runs/quickstart-smallest" \
-	  "FlexLoRA=runs/quickstart"
+	@.venv/bin/fedllm compare "smallest rank=runs/quickstart-smallest" "FlexLoRA=runs/quickstart"
 	@echo; echo "next: .venv/bin/fedllm inspect configs/quickstart.yaml --client reverse-letters"; \
 	echo "      .venv/bin/fedllm export runs/quickstart --rank 4 --out adapters/rank-4"; \
 	echo "      .venv/bin/fedllm resume runs/quickstart --set rounds=12"

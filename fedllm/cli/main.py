@@ -16,6 +16,7 @@ from fedllm.cli.control.resume import resume
 from fedllm.cli.control.run import run as run_command
 from fedllm.cli.control.submit import submit
 from fedllm.cli.control.sweep import sweep
+from fedllm.cli.views.compare import compare
 from fedllm.cli.views.doctor import doctor
 from fedllm.cli.views.inspect import inspect
 from fedllm.cli.views.logs import logs
@@ -50,7 +51,7 @@ app.command("run")(run_command)
 # in the order of `fedllm --help`
 for command in (
     *(resume, submit, sweep, prepare, advance, cancel),
-    *(status, logs, plan, doctor, prune),
+    *(status, compare, logs, plan, doctor, prune),
     *(methods, inspect, evaluate, aggregate, export),
 ):
     app.command()(command)

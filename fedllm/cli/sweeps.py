@@ -17,6 +17,7 @@ from fedllm.scheduling.schedulers import make_scheduler
 from fedllm.scheduling.shared_scheduler import SchedulerPool
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.traits import traits_of
+from fedllm.storage.own_code import folders_of, is_own, read_own_code
 from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.sweep_records import SweepRecord, SweepRunRecord
@@ -38,6 +39,8 @@ def planned_sweep(path: Path, root: Path) -> tuple[SweepFile, list[SweepRun]]:
 
     def load(changes: Changes) -> Config:
         config = load_changed(base, changes)
+        if is_own(config.method.name):
+            read_own_code(config.method.name, folders_of(base))
         check_method(config.method)
         refuse_reserved(config.scheduler)
         cache = str(cache_of(config.storage.cache, root).root)
@@ -60,6 +63,7 @@ def create_sweep(path: Path, root: Path) -> SweepPaths:
     paths = SweepPaths(root=root.resolve())
     keys = file.keys
     record = SweepRecord(
+        code_folders=folders_of(configuration_file(file.base)),
         runs=[_record_of(run) for run in runs],
         comparison=keys.comparison.model_dump(mode="json"),
         noise_of=keys.noise_floor.arm if keys.noise_floor else None,
@@ -123,6 +127,7 @@ def drive_sweep(paths: SweepPaths, *, take_over: bool = False) -> None:
             root,
             config,
             take_over=take_over,
+            code_folders=record.code_folders,
             scheduler_of=lambda _paths, config: pool.scheduler(config),
             say_line=say_line,
         )

@@ -18,6 +18,7 @@ from fedllm.rounds.aggregating import redo_damaged_state
 from fedllm.rounds.coordinate import pause_seconds, stopping_on_signals
 from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.dispatch.in_flight import find_in_flight, is_done
+from fedllm.rounds.failing import recorded_failure
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
@@ -142,8 +143,9 @@ def _step(sweep: Sweep, name: str) -> None:
     """Take the steps of a run that are possible now."""
     run = sweep.opened[name]
     try:
-        if not advance(run):
-            return
+        with recorded_failure(run):
+            if not advance(run):
+                return
     except (SchedulerUnreachable, SchedulerFull) as error:
         if run.observations.is_due(str(error), run.config.scheduler.query_seconds):
             run.say(f"{error}; asking again")

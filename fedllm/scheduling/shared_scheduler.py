@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fedllm.config.models import Config
 from fedllm.scheduling.seam import (
+    ONE_PROCESS,
     Capacity,
     Ending,
     Job,
@@ -13,6 +14,7 @@ from fedllm.scheduling.seam import (
     Option,
     Scheduler,
     SchedulerFull,
+    TaskSize,
     TaskState,
 )
 
@@ -71,9 +73,9 @@ class SharedScheduler:
     inner: Scheduler
     pool: SchedulerPool
 
-    def capacity(self, options: Mapping[str, Option]) -> Capacity:
+    def capacity(self, options: Mapping[str, Option], size: TaskSize = ONE_PROCESS) -> Capacity:
         """Return the capacity within the common throttle."""
-        capacity, room = self.inner.capacity(options), self.pool.room()
+        capacity, room = self.inner.capacity(options, size), self.pool.room()
         limit = self.pool.max_parallel
         if room is None or limit is None:
             return capacity

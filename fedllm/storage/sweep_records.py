@@ -26,10 +26,12 @@ class SweepRecord(Record):
     """A sweep: its runs in the order in which they start.
 
     `comparison` are the keys of the comparison, `noise_of` is the arm that the A/A arm repeats.
-    With a batch system at most `max_parallel` tasks of all runs are queued at once.
+    With a batch system at most `max_parallel` tasks of all runs are queued at once. Methods of the
+    user's own are looked for in `code_folders`.
     """
 
     runs: list[SweepRunRecord]
+    code_folders: list[str] = Field(default_factory=list)
     comparison: dict[str, Any] = Field(default_factory=dict)
     noise_of: str | None = None
     max_parallel: int | None = None

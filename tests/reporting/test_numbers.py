@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.reporting.results.comparison import compare, main
+from fedllm.errors import RunDirectoryError
+from fedllm.reporting.results.comparison import compare
 from fedllm.reporting.results.metrics import by_group, by_tier, headline, mean_scores, write_metrics
 from fedllm.reporting.results.summary import (
     last_evaluation,
@@ -182,27 +183,14 @@ def test_an_unfinished_run_is_compared_by_its_last_state(tmp_path: Path) -> None
     assert compare({"one": one.root, "two": two.root}) == through
 
 
-def test_a_comparison_is_printed_or_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_that_share_no_clients_or_have_no_later_round_are_refused(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", {"a": 1.0})
     other = finished(tmp_path / "other", {"z": 1.0})
     begun = begin(tmp_path / "begun")
-    assert main([f"one={one.root}"]) == 0
-    assert "answer loss per tier" in capsys.readouterr().out
-    for arguments, words in (
-        ([], "need one or more NAME=RUN"),
-        (["one"], "one: need NAME=RUN"),
-        ([f"={one.root}"], "need NAME=RUN"),
-        ([f"base={one.root}"], "`base` is the state before training"),
-        ([f"x={tmp_path}"], "not a run directory"),
-        ([f"x={begun.root}"], "no evaluation of the base or of a later round; resume the run"),
-        ([f"x={one.root}", f"y={other.root}"], "no client was scored in all of them"),
-    ):
-        assert main(arguments) == 2
-        said = capsys.readouterr().err
-        assert words in said
-        assert len(said.splitlines()) == 1
+    with pytest.raises(RunDirectoryError, match="no evaluation of the base or of a later round"):
+        compare({"x": begun.root})
+    with pytest.raises(RunDirectoryError, match="no client was scored in all of them"):
+        compare({"x": one.root, "y": other.root})
 
 
 def test_an_evaluation_record_comes_back(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ class Queue:
         self.sent = 0
         self.closed = False
 
-    def capacity(self, options: object) -> Capacity:  # noqa: ARG002
+    def capacity(self, options: object, size: object) -> Capacity:  # noqa: ARG002
         return Capacity(free_slots=100, max_parallel=100, largest_array=1000)
 
     def room(self, options: object) -> None:  # noqa: ARG002

@@ -64,7 +64,11 @@ def _show_sweep(paths: SweepPaths, *, watch: bool, json_: bool) -> None:
 
     if watch:
         follow(read, sweep_status_text, sweep_headline)
-    elif json_:
-        say_json(dataclasses.asdict(read()))
+        return
+    found = read()
+    if json_:
+        say_json(dataclasses.asdict(found))
     else:
-        say(sweep_status_text(read()))
+        say(sweep_status_text(found))
+    if found.state == FAILED:
+        raise typer.Exit(RunFailed.exit_code)

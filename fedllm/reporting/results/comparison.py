@@ -1,14 +1,10 @@
-"""Comparison of runs on the same clients, side by side.
+"""Comparison of the last rounds of runs on the same clients, side by side, tier by tier."""
 
-python -m fedllm.reporting.results.comparison NAME=RUN ...
-"""
-
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedllm.config.loading import read_config
-from fedllm.errors import FedllmError, RunDirectoryError, UserError
+from fedllm.errors import RunDirectoryError
 from fedllm.reporting.results.spectra import last_spectra_table, rank_table
 from fedllm.reporting.results.summary import (
     bytes_table,
@@ -97,29 +93,3 @@ def _last_tables(runs: Mapping[str, Path]) -> list[str]:
         last_spectra_table(records),
         bytes_table(CohortRecord.read(ends[last].cohort), PreparedRecord.read(prepared)),
     ]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Print the comparison of `NAME=RUN` arguments and return the exit code."""
-    try:
-        runs = dict(map(_named_run, arguments))
-        if not runs:
-            raise UserError("need one or more NAME=RUN, for example flexlora=runs/quickstart")
-        sys.stdout.write(f"{compare(runs)}\n")
-    except FedllmError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    return 0
-
-
-def _named_run(argument: str) -> tuple[str, Path]:
-    name, _, root = argument.partition("=")
-    if not name or not root:
-        raise UserError(f"{argument}: need NAME=RUN, for example flexlora=runs/quickstart")
-    if name == _BASE:
-        raise UserError(f"{argument}: `{_BASE}` is the state before training; choose another name")
-    return name, Path(root)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""`fedllm compare`: compare runs, and the arms of a sweep."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.options import AsJson, say, say_json
+from fedllm.reporting.comparing.comparison_tables import comparison_of, comparison_text
+from fedllm.reporting.comparing.scored_runs import read_scored_arms
+from fedllm.reporting.results.comparison import compare as compare_tiers
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN|NAME=RUN|SWEEP...", help="Runs, named or not, and sweeps."),
+    ],
+    last: Annotated[
+        int | None,
+        typer.Option("--last", metavar="K", min=1, help="Take the mean of the last K evaluations."),
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Compare runs, or the arms of a sweep, on the same test rows.
+
+    Two questions are answered, each for itself: are these models different on clients like these,
+    and are these methods different with other seeds too.
+    """
+    scored = read_scored_arms(runs, last)
+    comparison = comparison_of(scored)
+    if json_:
+        say_json(comparison.as_dict())
+        return
+    singles = {arm: of_arm[0].root for arm, of_arm in scored.arms.items() if len(of_arm) == 1}
+    if len(singles) == len(scored.arms):
+        # one run of each arm: its tiers, ranks and bytes in full
+        say(compare_tiers({arm: Path(root) for arm, root in singles.items()}) + "\n")
+    say(comparison_text(comparison))

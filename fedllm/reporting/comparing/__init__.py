@@ -1,0 +1,1 @@
+"""Comparisons of runs: these models, and these methods, which are two questions."""
