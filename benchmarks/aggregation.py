@@ -9,6 +9,9 @@ the change from them. Inputs are `decaying` like trained adapters, and `flat`, t
 
 With --files DIR the whole model's updates are written there as clients publish them, and
 aggregated as a round is: time by stage, peak memory, and copying the same files to the device.
+
+With --methods every method's server step is timed beside FlexLoRA's on the same updates; with
+--files too, every method aggregates a whole model.
 """
 
 import argparse
@@ -25,6 +28,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs.adapters import SPECTRA, Kind, client_factors, kinds_of, ranks_of
+from benchmarks.measured.server_steps import (
+    step_table,
+    step_timings,
+    whole_round_table,
+    whole_rounds,
+)
 from benchmarks.measured.whole_round import whole_round
 from fedllm.aggregation.groups import blocks_of
 from fedllm.aggregation.route_types import Decomposition, Problem
@@ -227,7 +236,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
-        "--shape", default="2048x2048", help="llama-1.3b, llama-7b, llama-70b or OUTxIN"
+        "--shape",
+        default="2048x2048",
+        help="llama-1.3b, llama-7b, llama-70b, OUTxIN or OUTxINxMODULES",
     )
     parser.add_argument("--clients", type=int, default=10, help="default: 10")
     parser.add_argument(
@@ -240,6 +251,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="default: 5")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--files", type=Path, help="an empty folder: aggregate a whole model there")
+    parser.add_argument("--methods", action="store_true", help="all methods beside FlexLoRA")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     return parser.parse_args(argv)
 
@@ -263,11 +275,28 @@ def told(timing: Timing) -> list[str]:
     return lines
 
 
+def compared(asked: argparse.Namespace) -> str:
+    """Return the table of the methods, of one module's step or of whole rounds."""
+    if asked.files:
+        rounds = list(whole_rounds(asked))
+        each = [{"method": name, **asdict(found)} for name, found in rounds]
+        return json.dumps(each) if asked.json else whole_round_table(rounds)
+    timings = list(step_timings(asked))
+    if asked.json:
+        return json.dumps([{**asdict(timing), "ratio": timing.ratio} for timing in timings])
+    threads = torch.get_num_threads()
+    about = f"{asked.clients} clients, {asked.device}, {threads} threads, torch {torch.__version__}"
+    return f"{step_table(timings)}\n{about}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Time all cases and print medians, spread and ratios."""
     asked = parsed(argv)
     if asked.threads:
         torch.set_num_threads(asked.threads)
+    if asked.methods:
+        print(compared(asked))
+        return
     if asked.files:
         report = whole_round(asked)
         print(json.dumps(asdict(report)) if asked.json else "\n".join(report.lines()))

@@ -30,11 +30,11 @@ class Kind:
 def kinds_of(shape: str) -> list[Kind]:
     """Return the kinds of modules of a named model (Touvron et al., arXiv 2302.13971, 2307.09288).
 
-    Any OUTxIN is one module of that shape, an MLP's.
+    Any OUTxIN is one module of that shape, an MLP's; OUTxINxNUMBER are several.
     """
     if shape not in MODELS:
-        out, in_ = (int(side) for side in shape.split("x"))
-        return [Kind(name=shape, shape=ModuleShape(out=out, in_=in_), number=1, mlp=True)]
+        out, in_, number = (*(int(side) for side in shape.split("x")), 1)[:3]
+        return [Kind(name=shape, shape=ModuleShape(out=out, in_=in_), number=number, mlp=True)]
     layers, hidden, inner, values = MODELS[shape]
     sides = {
         "q,o": (hidden, hidden, 2, False),

@@ -138,6 +138,7 @@ def _config(asked: argparse.Namespace) -> Config:
                 "tolerance": asked.tolerance,
                 "exact": asked.exact,
             },
+            "method": {"name": getattr(asked, "method", "flexlora")},
         }
     )
 

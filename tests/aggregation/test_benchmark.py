@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks.aggregation import main
 from benchmarks.inputs.adapters import kinds_of, ranks_of
+from benchmarks.measured.server_steps import StepTiming, step_table
 from fedllm.errors import UserError
+from fedllm.methods.catalog import METHODS
 
 ARGUMENTS = ["--shape", "40x30", "--clients", "3", "--ranks", "2,4", "--wanted", "3"]
 
@@ -81,3 +83,18 @@ def test_a_whole_round_is_aggregated_from_files_that_are_written_once(
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UserError, match="not empty, and not a round"):
         main([*ARGUMENTS, "--files", str(tmp_path)])
+
+
+def test_every_method_is_timed_beside_flexlora_on_the_same_updates(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["--methods", "--shape", "40x30x2", "--clients", "3", "--ranks", "2,4", "--json"]
+    main([*asked, "--repeats", "2"])
+    timings = json.loads(capsys.readouterr().out)
+    assert {t["method"] for t in timings} == set(METHODS) - {"flexlora"}
+    for timing in timings:
+        assert timing["ranks"] == ("2,4" if METHODS[timing["method"]].ranks == "any" else "2")
+        assert len(timing["seconds"]) == len(timing["reference"]) == 2
+        assert timing["ratio"] > 0
+    text = step_table([StepTiming(**{k: v for k, v in t.items() if k != "ratio"}) for t in timings])
+    assert "server step of one module" in text
