@@ -1,4 +1,4 @@
-# make venv | quickstart | check | test | test-slurm | test-portable | chaos | coverage | bench | smollm2 | slurm-packages
+# make venv | quickstart | check | test | test-slurm | test-browser | test-portable | chaos | coverage | bench | smollm2 | slurm-packages
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -22,14 +22,18 @@ SEED ?= 1
 # what computes and takes minutes at most; and what asks libraries for AVX2 only
 MATHS := $(addprefix tests/,lora aggregation methods evaluation)
 AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+# the first of these is used; else Debian's is installed
+BROWSERS := chromium-headless-shell chromium google-chrome
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check test test-slurm test-portable chaos coverage bench smollm2 slurm-packages
+.PHONY: help venv quickstart check test test-slurm test-browser test-portable chaos coverage bench smollm2 \
+  slurm-packages browser-package
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
 	@echo "make test            install what the tests need and run them, but those of Slurm"
 	@echo "make test-slurm      the tests on a real Slurm, whose packages it installs (root)"
+	@echo "make test-browser    the report page in a headless browser, which it installs (root, Debian)"
 	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
@@ -68,6 +72,11 @@ venv: .venv/.package
 .venv/.test: .venv/.package
 	@echo "venv: what the tests need"
 	@$(PIP) -e ".[test]"
+	@touch $@
+
+.venv/.browser: .venv/.test
+	@echo "venv: what drives a browser"
+	@$(PIP) -e ".[browser]"
 	@touch $@
 
 .venv/.dev: .venv/.package
@@ -118,11 +127,14 @@ check-spelling:
 # --- tests
 
 test: .venv/.test
-	@.venv/bin/python -m pytest -m "not slurm" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+	@.venv/bin/python -m pytest -m "not slurm and not browser" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
 
 # they wait more than they compute; every process starts the clusters that its tests need
 test-slurm: .venv/.test slurm-packages
 	@.venv/bin/python -m pytest -m slurm -n $(SLURM_TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+
+test-browser: .venv/.browser browser-package
+	@.venv/bin/python -m pytest -m browser tests/browser $(PYTEST_OPTIONS)
 
 # roundings of another processor: what holds here has to hold there (about 3 minutes)
 test-portable: .venv/.test
@@ -136,7 +148,7 @@ chaos: .venv/.test slurm-packages
 # every process of the tests writes what it covered; those of Slurm count where it is installed
 coverage: .venv/.test
 	@.venv/bin/coverage erase
-	@.venv/bin/python -m coverage run -m pytest -m "not slurm" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+	@.venv/bin/python -m coverage run -m pytest -m "not slurm and not browser" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
 	@if command -v slurmctld > /dev/null; then \
 	  .venv/bin/python -m coverage run -m pytest -m slurm -n $(SLURM_TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS); \
 	else echo "coverage: without the tests on a real Slurm (make slurm-packages)"; fi
@@ -157,6 +169,17 @@ slurm-packages:
 	if ! { apt-get -o DPkg::Lock::Timeout=300 update && \
 	    apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $$missing; } > $$log 2>&1; then \
 	  tail -20 $$log >&2; echo "make slurm-packages: apt-get failed: $$log" >&2; exit 1; fi; rm -f $$log
+
+browser-package:
+	@for browser in $(BROWSERS); do if command -v $$browser > /dev/null; then exit 0; fi; done; \
+	if [ "$$(id -u)" != 0 ]; then \
+	  echo "make browser-package: not root, and none of $(BROWSERS) is on PATH: install one" >&2; exit 1; fi; \
+	echo "browser-package: apt-get install chromium-headless-shell"; log=$$(mktemp); \
+	export DEBIAN_FRONTEND=noninteractive; \
+	if ! { apt-get -o DPkg::Lock::Timeout=300 update && apt-get -o DPkg::Lock::Timeout=300 install -y \
+	    --no-install-recommends chromium-headless-shell fonts-dejavu-core; } > $$log 2>&1; then \
+	  tail -20 $$log >&2; echo "make browser-package: apt-get failed: $$log; where there is no such" \
+	    "package, put a Chromium on PATH" >&2; exit 1; fi; rm -f $$log
 
 bench: .venv/.test
 	@failed=; for benchmark in benchmarks/*.py; do \

@@ -22,6 +22,7 @@ from fedllm.cli.views.inspect import inspect
 from fedllm.cli.views.logs import logs
 from fedllm.cli.views.methods import methods
 from fedllm.cli.views.plan import plan
+from fedllm.cli.views.report import report
 from fedllm.cli.views.status import status
 from fedllm.errors import FedllmError
 
@@ -51,7 +52,7 @@ app.command("run")(run_command)
 # in the order of `fedllm --help`
 for command in (
     *(resume, submit, sweep, prepare, advance, cancel),
-    *(status, compare, logs, plan, doctor, prune),
+    *(status, report, compare, logs, plan, doctor, prune),
     *(methods, inspect, evaluate, aggregate, export),
 ):
     app.command()(command)

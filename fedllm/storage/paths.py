@@ -375,6 +375,11 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def report(self) -> Path:
+        """The report page, made from the records."""
+        return self.root / "report.html"
+
+    @property
     def all_logs(self) -> Path:
         """The folder of all logs."""
         return self.root / "logs"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.errors import UserError
 from fedllm.reporting.results.accounting import round_account, round_accounts, tier_accounts
-from fedllm.reporting.results.cost_to_target import cost_to_target
+from fedllm.reporting.results.cost_to_target import ScoreTarget, cost_to_target, target_of
 from fedllm.storage.kept_records import ClientsRecord, TasksRecord, shortened
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord
@@ -79,19 +80,24 @@ def test_times_of_tasks_stay_too(run: RunPaths) -> None:
 
 
 def test_the_cost_of_a_target_counts_the_rounds_until_it_was_reached(run: RunPaths) -> None:
-    start = cost_to_target(run, 2, metric="loss", target=99.0)
+    start = cost_to_target(run, 2, target_of("loss=99"))
     assert start is not None
     assert (start.round, start.num_bytes) == (0, 0)
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     target = rows[2]["dev_loss"]
     assert target < rows[1]["dev_loss"]
-    cost = cost_to_target(run, 2, metric="loss", target=target, group="dev")
+    cost = cost_to_target(run, 2, ScoreTarget(metric="loss", value=target, group="dev"))
     assert cost is not None
     accounts = round_accounts(run, 2)
     assert (cost.round, cost.value) == (2, target)
     assert cost.num_bytes == sum(a.bytes_up + a.bytes_down for a in accounts)
-    assert cost_to_target(run, 2, metric="exact_match", target=1.1) is None
-    assert cost_to_target(run, 2, metric="loss", target=99.0, group="nobody") is None
+    assert cost_to_target(run, 2, target_of("exact_match=1.1")) is None
+    assert target_of("unseen.rouge_l=0.5") == ScoreTarget(
+        metric="rouge_l", value=0.5, group="unseen"
+    )
+    for wrong in ("loss", "loss=nan", "nobody.loss=1", "los=1"):
+        with pytest.raises(UserError, match="need METRIC=NUMBER"):
+            target_of(wrong)
 
 
 def test_a_round_of_an_earlier_version_has_no_account(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """What a run took until an evaluation reached a target: rounds, bytes, hours."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fedllm.errors import UserError
 from fedllm.reporting.results.accounting import round_accounts
 from fedllm.reporting.results.metrics import mean_scores
 from fedllm.storage.paths import RunPaths
@@ -10,6 +12,22 @@ from fedllm.storage.records import EvaluationRecord
 
 # metric -> is more of it better
 TARGETS = {"loss": False, "rouge_l": True, "exact_match": True}
+
+
+GROUPS = ("train", "dev", "unseen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTarget:
+    """A mean over clients as deployed that an evaluation has to reach.
+
+    `loss` has to fall to `value`, `rouge_l` and `exact_match` to rise to it. `group` are the
+    clients; None: all of them.
+    """
+
+    metric: str
+    value: float
+    group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,28 +43,38 @@ class Cost:
     server_hours: float
 
 
-def cost_to_target(
-    paths: RunPaths, rounds: int, *, metric: str, target: float, group: str | None = None
-) -> Cost | None:
-    """Return what a run took until an evaluation reached a target; None if none did.
+def target_of(text: str) -> ScoreTarget:
+    """Return the target that `loss=2.5` or `unseen.rouge_l=0.3` names.
 
-    Args:
-        paths: the run.
-        rounds: the rounds to look at.
-        metric: `loss`, which has to fall to the target, or `rouge_l` or `exact_match`.
-        target: its value, as the mean over clients as deployed.
-        group: `train`, `dev` or `unseen`; None: all clients.
+    Raises:
+        UserError: there is no such metric or group, or no number.
     """
-    reached = _reached(target, TARGETS[metric])
+    name, _, number = text.partition("=")
+    group, _, metric = name.rpartition(".")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if metric not in TARGETS or group not in {"", *GROUPS} or not math.isfinite(value):
+        raise UserError(
+            f"--target {text}: need METRIC=NUMBER or GROUP.METRIC=NUMBER, with METRIC one of "
+            f"{', '.join(TARGETS)} and GROUP one of {', '.join(GROUPS)}"
+        )
+    return ScoreTarget(group=group or None, metric=metric, value=value)
+
+
+def cost_to_target(paths: RunPaths, rounds: int, target: ScoreTarget) -> Cost | None:
+    """Return what the first `rounds` rounds took until one reached a target; None if none did."""
+    reached = _reached(target.value, TARGETS[target.metric])
     for number in range(rounds + 1):
         evaluation = EvaluationRecord.find(paths.round(number).evaluation_record)
         clients = evaluation.clients if evaluation else []
-        mean = mean_scores(c.as_deployed for c in clients if group in {None, c.group})
-        if mean and reached(getattr(mean, metric)):
+        mean = mean_scores(c.as_deployed for c in clients if target.group in {None, c.group})
+        if mean and reached(getattr(mean, target.metric)):
             accounts = round_accounts(paths, number)
             return Cost(
                 round=number,
-                value=getattr(mean, metric),
+                value=getattr(mean, target.metric),
                 num_bytes=sum(each.bytes_up + each.bytes_down for each in accounts),
                 num_bytes_16bit=sum(
                     each.bytes_up_16bit + each.bytes_down_16bit for each in accounts

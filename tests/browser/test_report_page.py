@@ -1,0 +1,156 @@
+"""The report page as a reader meets it: in a browser, from a file, light and dark, on a phone."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import in_process
+
+pytestmark = pytest.mark.browser
+
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
+PHONE, DESK, WIDE = (390, 844), (1100, 900), (1600, 900)
+# text of a ratio below these is hard to read (WCAG 2.2, 1.4.3)
+SMALL_TEXT, LARGE_TEXT = 4.5, 3.0
+
+# every drawn piece of text: its words, its contrast with what is behind it, and whether it is large
+CONTRASTS = """() => {
+  const rgb = text => (text.match(/[0-9.]+/g) || []).map(Number);
+  const part = v => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
+  const light = c => 0.2126 * part(c[0]) + 0.7152 * part(c[1]) + 0.0722 * part(c[2]);
+  const behind = node => {
+    for (let at = node; at; at = at.parentElement) {
+      const colour = rgb(getComputedStyle(at).backgroundColor);
+      if (colour.length === 3 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const told = [];
+  for (const node of document.querySelectorAll('body *')) {
+    const own = [...node.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (!own || ['title', 'desc', 'style'].includes(node.localName)) continue;
+    const style = getComputedStyle(node);
+    const colour = rgb(node.ownerSVGElement ? style.fill : style.color);
+    const [a, b] = [light(colour), light(behind(node))].sort((x, y) => y - x);
+    const size = parseFloat(style.fontSize);
+    const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    told.push([node.textContent.trim().slice(0, 40), (a + 0.05) / (b + 0.05), large]);
+  }
+  return told;
+}"""
+# per chart: title, size, number of marks and texts, texts outside, the smallest letters in pixels
+CHARTS = """() => [...document.querySelectorAll('figure svg')].map(svg => {
+  const box = svg.getBoundingClientRect();
+  const scale = box.width / svg.viewBox.baseVal.width;
+  const texts = [...svg.querySelectorAll('text')];
+  const marks = [...svg.querySelectorAll('path, use, rect')].filter(n => {
+    const b = n.getBoundingClientRect(); return b.width + b.height > 0;
+  });
+  const outside = texts.filter(n => {
+    const b = n.getBoundingClientRect();
+    return b.left < box.left - 2 || b.right > box.right + 2;
+  }).map(n => n.textContent);
+  const letters = texts.map(n => scale * parseFloat(getComputedStyle(n).fontSize));
+  return [svg.querySelector('title').textContent, box.width, box.height, marks.length,
+          texts.length, outside, Math.min(...letters)];
+})"""
+
+
+@pytest.fixture(scope="module")
+def page_file(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a finished run, in a folder of its own."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    done = in_process("report", finished, "--out", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium of this machine."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None or importlib.util.find_spec("playwright") is None:
+        missing = "no headless Chromium, or no playwright: make test-browser installs them"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def opened(browser: Any, path: Path, size: tuple[int, int], scheme: str) -> tuple[Any, list[str]]:
+    """Open the page from its file; what the browser complains of comes with it."""
+    width, height = size
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: complaints.extend(_foreign(request.url)))
+    page.goto(path.as_uri())
+    return page, complaints
+
+
+def _foreign(url: str) -> list[str]:
+    return [] if url.startswith(("file:", "data:")) else [f"asks for {url}"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESK, WIDE], ids=["phone", "desk", "wide"])
+def test_the_page_can_be_read(
+    browser: Any, page_file: Path, size: tuple[int, int], scheme: str
+) -> None:
+    page, complaints = opened(browser, page_file, size, scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    contrasts = page.evaluate(CONTRASTS)
+    assert len(contrasts) > 500
+    assert not [
+        (words, ratio)
+        for words, ratio, large in contrasts
+        if ratio < (LARGE_TEXT if large else SMALL_TEXT)
+    ]
+    charts = page.evaluate(CHARTS)
+    assert len(charts) == 18
+    for title, width, height, marks, texts, outside, smallest in charts:
+        assert min(width, height) > 100, title
+        assert marks > 5, title
+        assert texts > 4, title
+        assert not outside, f"{title}: {outside}"
+        assert smallest >= 9.5, f"{title}: letters of {smallest} px"
+    assert complaints == []
+    page.close()
+
+
+def test_the_theme_follows_the_reader(browser: Any, page_file: Path) -> None:
+    page, _ = opened(browser, page_file, DESK, "light")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(paper) != light
+    # paper is white, whatever the reader's theme
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate(paper) == light
+    page.close()
+
+
+def test_links_and_tables_work_by_keyboard(browser: Any, page_file: Path) -> None:
+    page, _ = opened(browser, page_file, DESK, "light")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    with page.expect_download() as download:
+        page.evaluate("document.querySelector('a.csv').click()")
+    assert download.value.suggested_filename == "scores.csv"
+    headings = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(h => h.localName)")
+    assert headings[0] == "h1"
+    assert set(headings[1:]) == {"h2"}
+    assert page.evaluate("document.documentElement.lang") == "en"
+    page.close()
