@@ -11,7 +11,7 @@ FedllmError
 │   └── LeaseError: another coordinator holds the run
 ├── RunFailed (exit 1): the run cannot go on (quorum missed, a job that fails again and again)
 │   ├── OutOfMemory: a client's training needs more than there is
-│   └── ProcessLost: a process cannot reach another process of the same task
+│   └── ProcessLost: another process of the same task ended, or does not answer
 └── Incomplete (exit 3): `fedllm resume` will go on
     └── StorageFull: no space or quota left
 """
@@ -79,7 +79,12 @@ class OutOfMemory(RunFailed):
 
 
 class ProcessLost(RunFailed):
-    """A process cannot reach another process of its task; that process reports the reason."""
+    """A process lost another process of its task, whose `log` says why; empty: it is unknown."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        """Store the message and the log of the process that was lost."""
+        super().__init__(message)
+        self.log = log
 
 
 class Incomplete(FedllmError):

@@ -176,11 +176,13 @@ def _record(
     if arguments is None:
         return
     identity = TaskEnvironment().identity
-    record = ErrorRecord(
-        kind=type(error).__name__,
-        message=str(error) or type(error).__name__,
+    log = identity.log
+    if isinstance(error, ProcessLost):
+        log = error.log or log
+    record = ErrorRecord.of(
+        error,
         exit_code=exit_code,
-        log=identity.log,
+        log=log,
         bad_places=error.places if isinstance(error, BadUpdate) else {},
     )
     path = _error_path(program, arguments, identity.task)

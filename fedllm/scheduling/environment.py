@@ -18,7 +18,7 @@ class TaskIdentity:
 
     A task may have several processes. This one has rank `rank` of `num_processes`, and
     `local_rank` among the processes of its node. They meet at `rendezvous` (host:port), which is
-    empty for a task of one process.
+    empty for a task of one process. `restarts` counts how often the task was requeued.
     """
 
     task: str
@@ -29,6 +29,7 @@ class TaskIdentity:
     num_processes: int = 1
     local_rank: int = 0
     rendezvous: str = ""
+    restarts: str = ""
 
     @property
     def is_first(self) -> bool:
@@ -63,6 +64,7 @@ class TaskEnvironment:
             num_processes=self._num_processes,
             local_rank=self._rank("LOCAL_"),
             rendezvous=self.variables.get("FEDLLM_RENDEZVOUS", ""),
+            restarts=self.variables.get("SLURM_RESTART_COUNT", ""),
         )
 
     @property
@@ -86,29 +88,60 @@ class TaskEnvironment:
         """Raise UserError if srun started this task as more or fewer processes than its plan says.
 
         The plan is `FEDLLM_PROCESSES`, which the task's script exports; a program started by hand
-        has one process. A process inside another step, as a local worker is, is not checked.
+        has one process. The number that srun started is not checked for a process inside another
+        step, as a local worker is.
 
         Raises:
-            UserError: each process would do the whole work of the task.
+            UserError: a variable is missing or wrong, or each process would do the whole work of
+                the task.
         """
+        if problem := self._mismatch() or self._problem():
+            raise UserError(problem)
+
+    def _mismatch(self) -> str | None:
+        """Return why srun started another number of processes than planned; None: it did not."""
         task = self.variables.get("FEDLLM_TASK")
         if task and task != (self._array_task or self.job):
-            return
+            return None
         step = self.variables.get("SLURM_STEP_NUM_TASKS")
         rank = self.variables.get("SLURM_PROCID", "0")
         planned = self._num_processes
         if int(step or planned) == planned and int(rank) < planned:
-            return
-        raise UserError(
+            return None
+        return (
             f"process {rank} of {step or '?'} that srun started (SLURM_PROCID, "
             f"SLURM_STEP_NUM_TASKS) for a task of {planned}: each would do the same work; start it "
             f"with srun --ntasks={planned}, and let no wrapper of srun or line of scheduler.setup "
             "change that"
         )
 
+    def _problem(self) -> str | None:
+        """Return what is wrong with the variables that place a process in its task."""
+        for name in ("FEDLLM_PROCESSES", "FEDLLM_RANK", "FEDLLM_LOCAL_RANK"):
+            value = self.variables.get(name) or "0"
+            if not value.isdigit():
+                return f"{name}: got {value!r}, need a whole number"
+        count = self._num_processes
+        if count == 1:
+            return None
+        of_task = f"of {count} processes (FEDLLM_PROCESSES)"
+        if not any(self.variables.get(name) for name in ("FEDLLM_RANK", "SLURM_PROCID")):
+            ranks = f"0 ... {count - 1}"
+            return f"FEDLLM_RANK: not set in a task {of_task}; set it to {ranks}, or use srun"
+        if self._rank("") >= count:
+            return f"FEDLLM_RANK: got {self._rank('')} in a task {of_task}; need less than {count}"
+        if not self.variables.get("FEDLLM_RENDEZVOUS"):
+            return (
+                f"FEDLLM_RENDEZVOUS: not set in a task {of_task}; set it to HOST:PORT of the first "
+                "process, the same for all"
+            )
+        return None
+
     @property
     def _num_processes(self) -> int:
-        return int(self.variables.get("FEDLLM_PROCESSES") or "1")
+        count = self.variables.get("FEDLLM_PROCESSES") or "1"
+        # what is no number is refused by `require_planned_processes`
+        return max(1, int(count)) if count.isdigit() else 1
 
     def _rank(self, kind: str) -> int:
         """Return the rank among all processes (""), or among those of this node ("LOCAL_")."""
@@ -117,7 +150,7 @@ class TaskEnvironment:
             return 0
         slurm_name = {"": "SLURM_PROCID", "LOCAL_": "SLURM_LOCALID"}[kind]
         rank = self.variables.get(f"FEDLLM_{kind}RANK") or self.variables.get(slurm_name)
-        return int(rank or "0")
+        return int(rank) if rank and rank.isdigit() else 0
 
     @property
     def _array_task(self) -> str | None:

@@ -1,12 +1,12 @@
 """Records of a run: frozen models written as JSON, last in every step. No torch here."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.storage.publishing.publish import publish_bytes, publish_once
 
 
@@ -317,6 +317,24 @@ class ErrorRecord(Record):
     exit_code: int
     log: str = ""
     bad_places: dict[int, str] = {}
+
+    @classmethod
+    def of(
+        cls,
+        error: Exception,
+        *,
+        log: str,
+        exit_code: int = FedllmError.exit_code,
+        bad_places: Mapping[int, str] | None = None,
+    ) -> "ErrorRecord":
+        """Return the record of an error."""
+        return cls(
+            kind=type(error).__name__,
+            message=str(error) or type(error).__name__,
+            exit_code=exit_code,
+            log=log,
+            bad_places=dict(bad_places or {}),
+        )
 
 
 class ClaimRecord(Record):

@@ -1,7 +1,7 @@
 """Processes of one worker: the first sends its orders to the others, and all stop together."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -15,9 +15,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from fedllm.errors import ProcessLost
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths
+from fedllm.worker.meeting import START_SECONDS, Met, call_first, listen, receive_others
+from fedllm.worker.watching import Watch
 
-# time for all processes to start; then time to wait for the first one's next order
-_START_TIMEOUT = timedelta(minutes=10)
+# time to wait for the first process's next order: it may have nothing to do for long
 _ORDER_TIMEOUT = timedelta(days=30)
 
 
@@ -80,7 +81,15 @@ class OneProcess:
 
 
 class SeveralProcesses:
-    """Processes that are connected as the default group of `torch.distributed`."""
+    """Processes that are connected as the default group of `torch.distributed`.
+
+    Orders go through its store: a process may wait long for one, but not for a collective.
+    """
+
+    def __init__(self, store: TCPStore) -> None:
+        """Begin with the first order."""
+        self._store = store
+        self._orders = 0
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Return which flags are set in any process."""
@@ -98,52 +107,79 @@ class SeveralProcesses:
 
     def receive(self) -> Order | int:
         """Receive the next order or the exit code from the first process."""
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(size, 0)
-        content = torch.empty(int(size.item()), dtype=torch.uint8)
-        dist.broadcast(content, 0)
-        message = json.loads(bytes(content.tolist()))
+        key = self._next_key()
+        self._store.wait([key], _ORDER_TIMEOUT)
+        message = json.loads(self._store.get(key))
         if isinstance(message, int):
             return message
         tuples = {name: tuple(message[name]) for name in ("clients", "steps")}
         return Order(**{**message, **tuples})
 
     def _send(self, message: object) -> None:
-        content = torch.tensor(list(json.dumps(message).encode()), dtype=torch.uint8)
-        dist.broadcast(torch.tensor([len(content)]), 0)
-        dist.broadcast(content, 0)
+        self._store.set(self._next_key(), json.dumps(message))
+
+    def _next_key(self) -> str:
+        self._orders += 1
+        return f"order/{self._orders}"
 
 
 @contextmanager
-def connected(identity: TaskIdentity) -> Iterator[Processes]:
+def connected(
+    identity: TaskIdentity,
+    *,
+    wait_minutes: float,
+    tell: Callable[[ProcessLost], None] = lambda _loss: None,
+) -> Iterator[Processes]:
     """Connect the processes of a task, and disconnect them at the end.
 
+    Args:
+        identity: this process.
+        wait_minutes: how long it waits for the others in a step of the training.
+        tell: called at once where another process is lost, from another thread.
+
     Raises:
-        ProcessLost: another process did not start in time, or ended before this one.
+        ProcessLost: another process did not start in time, ended before this one, or did not
+            answer; it names the process that was lost first, and its log.
+        UserError: the variables that name the place to meet are missing.
     """
     if identity.num_processes == 1:
         yield OneProcess()
         return
+    met, store = _meet(identity)
+    watch, in_order = Watch(identity, met, tell), False
     try:
-        _connect(identity)
-        yield SeveralProcesses()
+        _join(identity, store, wait_minutes)
+        yield SeveralProcesses(store)
+        in_order = True
     except RuntimeError as error:
         if not _is_loss(error):
             raise
-        raise ProcessLost(
+        said = str(error).splitlines()[0]
+        loss = watch.explain(timed_out="timed out" in str(error).lower())
+        raise loss or ProcessLost(
             f"{identity.task}: process {identity.rank} of {identity.num_processes} lost another "
-            f"one, whose log says why ({str(error).splitlines()[0]})"
+            f"one ({said})",
+            log=identity.log,
         ) from error
     finally:
+        watch.close(in_order=in_order)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _connect(identity: TaskIdentity) -> None:
-    host, _, port = identity.rendezvous.rpartition(":")
-    store = TCPStore(
-        host, int(port), identity.num_processes, is_master=identity.is_first, timeout=_START_TIMEOUT
-    )
+def _meet(identity: TaskIdentity) -> tuple[Met, TCPStore]:
+    """Find the other processes; return them and their store, which the first one keeps."""
+    timeout = timedelta(seconds=START_SECONDS)
+    if not identity.is_first:
+        met = call_first(identity)
+        place = met.host, met.store_port
+        return met, TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timeout)
+    with listen(identity.rendezvous) as server:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        return receive_others(server, identity, store.port), store
+
+
+def _join(identity: TaskIdentity, store: TCPStore, wait_minutes: float) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         # orders and flags are tensors of the CPU, gradients are the GPU's
@@ -154,7 +190,7 @@ def _connect(identity: TaskIdentity) -> None:
         store=store,
         rank=identity.rank,
         world_size=identity.num_processes,
-        timeout=_ORDER_TIMEOUT,
+        timeout=timedelta(minutes=wait_minutes),
     )
 
 

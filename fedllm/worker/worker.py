@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
-from fedllm.errors import UserError
+from fedllm.config.models import Config
+from fedllm.errors import FedllmError, ProcessLost, UserError
 from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
 from fedllm.process.session import Session
@@ -14,7 +15,7 @@ from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity
 from fedllm.scheduling.slurm.requeue import requeue
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths
-from fedllm.storage.records import SubmissionRecord
+from fedllm.storage.records import ErrorRecord, SubmissionRecord
 from fedllm.worker.bundle import BundleTraining, is_over
 from fedllm.worker.claims import Claims, smallest_cost
 from fedllm.worker.following import follow
@@ -23,6 +24,7 @@ from fedllm.worker.idle import may_idle, next_attempt
 from fedllm.worker.process_group import connected
 from fedllm.worker.task import WorkerTask, array_of
 
+_WAIT_SHARE = 0.75  # of `scheduler.hung_minutes`, after which the task is cancelled
 STOPPED = 3  # exit code after a signal: another start or attempt continues the work
 
 
@@ -56,10 +58,18 @@ def work(
         FedllmError: the attempt cannot be worked on, for example a damaged server state.
     """
     since = time.monotonic() if began is None else began
+    config = session.config(attempt.run)
+
+    def tell(loss: ProcessLost) -> None:
+        # the process that is lost may have recorded the reason already
+        with suppress(FedllmError, OSError):
+            record = ErrorRecord.of(loss, log=loss.log)
+            record.publish_once(attempt.task_error(identity.task))
+
     with (
         _task_of(session),
         nullcontext(signals) if signals else StopSignals() as noted,
-        connected(identity) as processes,
+        connected(identity, wait_minutes=_wait_minutes(config), tell=tell) as processes,
     ):
         task = WorkerTask(
             identity=identity,
@@ -74,6 +84,11 @@ def work(
         exit_code = _lead(task, attempt)
         processes.dismiss(exit_code)
         return exit_code
+
+
+def _wait_minutes(config: Config) -> float:
+    """Return how long processes wait for each other: the coordinator would wait longer."""
+    return _WAIT_SHARE * config.scheduler.hung_minutes
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.errors import RunFailed, UserError
+from fedllm.errors import ProcessLost, RunFailed, UserError
 from fedllm.rounds.advance import advance
 from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.opening import close_run
@@ -36,6 +36,22 @@ def lose(run: Run, cluster: HandMoved, state: str, node: str = "n1") -> None:
     """End all workers of an attempt before they did anything, and advance once."""
     cluster.end(state, *cluster.alive, node=node)
     assert not advance(run)
+
+
+def test_a_lost_process_of_a_task_is_named_with_its_log_and_the_task_is_retried(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    say: list[str] = []
+    run = hand_moved(tmp_path, cluster, say)
+    assert not advance(run)
+    task = next(iter(cluster.alive))
+    error = ProcessLost(f"{task}: process 1 of 4 ended first", log="/logs/7_0_1_log.out")
+    path = paths_of(tmp_path).round(1).attempt(1).task_error(task)
+    ErrorRecord.of(error, log=error.log).publish(path)
+    lose(run, cluster, "FAILED")
+    message = f"{task}: process 1 of 4 ended first; log /logs/7_0_1_log.out"
+    assert f"round 1, attempt 1: {message}" in say
+    assert paths_of(tmp_path).round(1).attempt(2).submission.exists()
 
 
 def test_a_silent_worker_is_cancelled_and_its_clients_train_elsewhere(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from fedllm.errors import UserError
 from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity, become_task
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "15"}
@@ -47,6 +48,37 @@ def test_a_process_that_takes_task_after_task_is_the_one_it_took_last(
     become_task("local-7", "/logs/worker-1.log")
     identity = TaskEnvironment().identity
     assert (identity.task, identity.log) == ("local-7", "/logs/worker-1.log")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FEDLLM_PROCESSES": "two"}, "FEDLLM_PROCESSES: got 'two', need a whole number"),
+        ({"FEDLLM_RANK": "-1"}, "FEDLLM_RANK: got '-1', need a whole number"),
+        (
+            {"FEDLLM_PROCESSES": "2", "FEDLLM_RENDEZVOUS": "n1:15000"},
+            "FEDLLM_RANK: not set in a task of 2 processes (FEDLLM_PROCESSES); set it to 0 ... 1, "
+            "or use srun",
+        ),
+        (
+            {"FEDLLM_PROCESSES": "2", "FEDLLM_RANK": "2", "FEDLLM_RENDEZVOUS": "n1:15000"},
+            "FEDLLM_RANK: got 2 in a task of 2 processes (FEDLLM_PROCESSES); need less than 2",
+        ),
+        (
+            {"FEDLLM_PROCESSES": "2", "FEDLLM_RANK": "1"},
+            "FEDLLM_RENDEZVOUS: not set in a task of 2 processes (FEDLLM_PROCESSES); set it to "
+            "HOST:PORT of the first process, the same for all",
+        ),
+    ],
+)
+def test_a_process_without_its_place_among_the_others_is_refused(
+    variables: Mapping[str, str], message: str
+) -> None:
+    environment = given(variables)
+    with pytest.raises(UserError) as caught:
+        environment.require_planned_processes()
+    assert str(caught.value) == message
+    assert environment.identity.num_processes >= 1
 
 
 def test_ranks_are_those_of_the_tasks_own_step() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from fedllm.config.loading import read_config, result_fingerprint
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client
-from fedllm.storage.records import BundleRecord, SubmissionRecord, UpdateRecord
+from fedllm.storage.records import BundleRecord, RunRecord, SubmissionRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile
 from fedllm.storage.updates import read_update
 
@@ -81,3 +82,7 @@ def change_config(attempt: AttemptPaths, section: str, **keys: object) -> None:
     raw = yaml.safe_load(config.read_text())
     raw[section] |= keys
     config.write_text(yaml.safe_dump(raw))
+    # as if the run had been begun so
+    begun = RunRecord.read(attempt.run.run)
+    changed = {"result_fingerprint": result_fingerprint(read_config(config)), "config": {}}
+    begun.model_copy(update=changed).publish(attempt.run.run)

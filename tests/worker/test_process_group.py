@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedllm.errors import ProcessLost, UserError
 from fedllm.process.signals import StopSignals
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths, RunPaths
 from fedllm.storage.records import ClaimRecord, ErrorRecord, TaskRecord
+from fedllm.worker.meeting import address_of, call_first, listen, receive_others
 from fedllm.worker.worker import STOPPED
 from tests.worker.attempts import (
     assert_same_bits,
@@ -36,11 +40,12 @@ Worker = list["subprocess.Popen[bytes]"]
 
 @contextmanager
 def worker(
-    attempt: AttemptPaths, *, program: Path = HALVES, pause: float = 0.0
+    attempt: AttemptPaths, *, program: Path = HALVES, pause: float = 0.0, port: int | None = None
 ) -> Iterator[Worker]:
     """Start both processes of a task."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    if port is None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
     processes = []
     for rank in range(2):
         own = {
@@ -88,11 +93,14 @@ def prepared(attempt: AttemptPaths) -> AttemptPaths:
 
 @pytest.fixture(scope="module")
 def halved(done: Path, tmp_path_factory: pytest.TempPathFactory) -> AttemptPaths:
-    """A round that a worker of two processes has trained undisturbed."""
+    """A round that a worker of two processes has trained, whose port a silent program had."""
     root = tmp_path_factory.mktemp("halved") / "run"
     shutil.copytree(done, root)
     attempt = prepared(untrained(RunPaths(root=root).round(1)))
-    with worker(attempt) as processes:
+    with (
+        socket.create_server(("", 0)) as other,
+        worker(attempt, port=other.getsockname()[1]) as processes,
+    ):
         assert ended(processes) == [0, 0], log_of(attempt, 0) + log_of(attempt, 1)
     return attempt
 
@@ -142,16 +150,53 @@ def test_a_signal_stops_both_between_two_steps_and_the_task_goes_on_with_the_sam
 
 
 @pytest.mark.slow
-def test_a_process_that_is_lost_ends_the_other_which_records_it(attempt: AttemptPaths) -> None:
+def test_a_process_that_is_killed_ends_the_other_which_names_its_log(
+    attempt: AttemptPaths,
+) -> None:
     prepared(attempt)
     with worker(attempt, pause=0.3) as processes:
         until(lambda: list(round_of(attempt).checkpoints.rglob("*.safetensors")))
-        processes[1].kill()
-        assert ended(processes) == [1, -signal.SIGKILL]
+        processes[0].kill()
+        assert ended(processes)[1] == 1
     (record,) = map(ErrorRecord.read, attempt.task_errors())
     assert record.kind == "ProcessLost"
-    assert f"{TASK}: process 0 of 2 lost another one" in record.message
+    assert record.message == f"{TASK}: process 0 of 2 ended first"
     assert record.log.endswith("worker_0.log")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_hangs_ends_the_other_in_time_which_names_its_log(
+    attempt: AttemptPaths, stopped: int
+) -> None:
+    prepared(attempt)
+    change_config(attempt, "scheduler", hung_minutes=0.2)
+    with worker(attempt, pause=0.3) as processes:
+        until(lambda: list(round_of(attempt).checkpoints.rglob("*.safetensors")))
+        processes[stopped].send_signal(signal.SIGSTOP)
+        assert processes[1 - stopped].wait(PATIENCE_SECONDS) == 1
+    (record,) = map(ErrorRecord.read, attempt.task_errors())
+    assert record.kind == "ProcessLost"
+    what = ("does not answer", "kept the others waiting")[stopped]
+    assert record.message == f"{TASK}: process {stopped} of 2 {what}"
+    assert record.log.endswith(f"worker_{stopped}.log")
+
+
+def test_a_process_alone_says_who_did_not_come_and_where_they_were_to_meet() -> None:
+    identity = TaskIdentity(
+        task="7_1", node="n", log="", num_processes=3, rendezvous="127.0.0.1:29999"
+    )
+    with listen(identity.rendezvous) as server, pytest.raises(ProcessLost) as caught:
+        receive_others(server, identity, 1, seconds=0.1)
+    assert "7_1: processes 1, 2 of 3 did not come to 127.0.0.1:29999" in str(caught.value)
+    with pytest.raises(ProcessLost, match="process 1 of 3 did not find the first one at 127"):
+        call_first(replace(identity, rank=1), seconds=0.1)
+
+
+@pytest.mark.parametrize("rendezvous", ["", "node", "node:", ":1", "node:70000"])
+def test_a_place_to_meet_that_is_missing_is_named(rendezvous: str) -> None:
+    with pytest.raises(UserError, match=r"FEDLLM_RENDEZVOUS: got .* set it to HOST:PORT"):
+        address_of(rendezvous)
 
 
 def test_a_trainer_of_one_process_refuses_a_task_of_two_and_says_so_first(

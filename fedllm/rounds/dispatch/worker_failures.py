@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedllm.config.models import SbatchOptions
-from fedllm.errors import Incomplete, OutOfMemory
+from fedllm.errors import Incomplete, OutOfMemory, ProcessLost
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
 from fedllm.rounds.dispatch.idle_workers import all_tasks
 from fedllm.rounds.dispatch.submissions import (
@@ -33,6 +33,7 @@ from fedllm.storage.updates import Scan
 # a node may cause these; it does not cause timeouts, out-of-memory or preemption
 _NODE_FAULTS = {EndReason.FAILED, EndReason.NODE_LOST}
 _MEMORY_GROWTH = 1.5
+_MAX_ERRORS = 3
 
 
 def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
@@ -129,6 +130,13 @@ def _describe_endings(attempt: AttemptPaths, outcome: OutcomeRecord) -> Iterator
             f"round {attempt.round.number}, attempt {attempt.number}: {count} "
             f"task{'s' if count > 1 else ''} ended {state}{place}"
         )
+    # the first of several processes that was lost is in its task's record alone
+    errors = [ErrorRecord.read(path) for path in attempt.task_errors()[:_MAX_ERRORS]]
+    yield from (
+        f"round {attempt.round.number}, attempt {attempt.number}: {error.message}; log {error.log}"
+        for error in errors
+        if error.kind == ProcessLost.__name__
+    )
 
 
 def count_fruitless_attempts(run: Run, attempt: AttemptPaths, scan: Scan) -> int:
