@@ -67,6 +67,12 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="as factor_mean, B corrected so that the product is near the mean of products",
         paper="https://arxiv.org/abs/2411.14961",
     ),
+    "fedrot": MethodEntry(
+        path="fedllm.methods.pairs.fedrot:FedRot",
+        ranks="one",
+        summary="as factor_mean, each client's factors turned to agree with the last ones",
+        paper="https://arxiv.org/abs/2602.23638",
+    ),
     "ffa": MethodEntry(
         path="fedllm.methods.pairs.ffa:Ffa",
         ranks="one",
