@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedllm.config.loading import dump_config, result_fingerprint
+from torch import Tensor
+
+from fedllm.config.loading import dump_config
 from fedllm.config.models import Config
 from fedllm.planning.federation import plan_federation
 from fedllm.server.aggregate import aggregate_round
+from fedllm.storage.frozen_config import new_run_record
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import (
@@ -14,7 +17,6 @@ from fedllm.storage.records import (
     CohortRecord,
     ModuleRecord,
     PreparedRecord,
-    RunRecord,
     UpdateRecord,
 )
 
@@ -26,8 +28,7 @@ def begin_round(
 ) -> CohortRecord:
     """Make a run with its state before training, and draw the cohort of round 1."""
     publish_bytes(run.config, dump_config(config).encode())
-    fingerprint = result_fingerprint(config)
-    RunRecord(run_id=_RUN, result_fingerprint=fingerprint, versions={}).publish(run.run)
+    new_run_record(config, run_id=_RUN, versions={}).publish(run.run)
     prepared = PreparedRecord(
         model_fingerprint=_BASE,
         model_path="nowhere",
@@ -56,7 +57,13 @@ def begin_round(
     return cohort
 
 
-def update_of(client: CohortClient, *, rows: int, scales: Mapping[str, float]) -> UpdateRecord:
+def update_of(
+    client: CohortClient,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    rows: int,
+    scale: float,
+) -> UpdateRecord:
     """Return the record of an update of round 1."""
     return UpdateRecord(
         run_id=_RUN,
@@ -73,5 +80,9 @@ def update_of(client: CohortClient, *, rows: int, scales: Mapping[str, float]) -
         seconds=0.0,
         step_seconds=0.0,
         peak_memory_bytes=0,
-        scales=dict(scales),
+        scales=dict.fromkeys(factors, scale),
+        norms={
+            name: (float(a.double().norm()), float(b.double().norm()))
+            for name, (a, b) in factors.items()
+        },
     )

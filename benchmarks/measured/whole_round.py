@@ -183,9 +183,7 @@ def _publish(
         for name, module in modules.items()
     }
     path = paths.update(attempt=1, bundle=place, part=0)
-    publish_update(
-        path, [update_of(client, rows=1, scales=dict.fromkeys(modules, 2.0))], {client.id: factors}
-    )
+    publish_update(path, [update_of(client, factors, rows=1, scale=2.0)], {client.id: factors})
     return CollectedUpdate(
         client=client.id,
         tier=client.tier,

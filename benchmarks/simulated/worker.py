@@ -13,6 +13,7 @@ from benchmarks.simulated.cluster import Running, Task
 from benchmarks.simulated.federation import MODULES, Recorded
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.config.scales import client_scales
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     BundleRecord,
@@ -228,6 +229,7 @@ class Worker:
         drawn = self.attempt.clients[client]
         rows = self.attempt.rows[client]
         steps = math.ceil(rows / _BATCH)
+        ranks = self.attempt.cohort.ranks[drawn.tier]
         return UpdateRecord(
             run_id=self.attempt.run_id,
             round=self.attempt.cohort.round,
@@ -243,8 +245,11 @@ class Worker:
             seconds=seconds,
             step_seconds=seconds,
             peak_memory_bytes=1 << 30,
-            norms=dict.fromkeys(MODULES, (1.0, 1.0)),
-            scales=dict.fromkeys(MODULES, 2.0),
+            norms={
+                name: (float(a.norm()), float(b.norm()))
+                for name, (a, b) in _factors(tuple(ranks.items())).items()
+            },
+            scales=client_scales(self.attempt.config, ranks) or {},
             environment=_ENVIRONMENT,
             node=self.task.node,
             task=self.task.id,

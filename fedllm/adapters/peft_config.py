@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fedllm.adapters.tensor_names import same_place
+from fedllm.config.scales import scale_of
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import scale_of
 
 CONFIG = "adapter_config.json"
 

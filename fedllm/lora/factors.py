@@ -1,24 +1,18 @@
-"""LoRA factors of one module: their scale, their stack, their seeded start.
+"""LoRA factors of one module: their stack and their seeded start.
 
 Legend: O out, I in, R rank. The change of a module is `scale * b_OR @ a_RI`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedllm.errors import AdapterError, ConfigError
+from fedllm.errors import AdapterError
 from fedllm.planning.seeding import seed_of
-
-SCALES: Mapping[str, Callable[[float, int], float]] = {
-    "fixed": lambda alpha, rank: alpha / rank,
-    "proportional": lambda _alpha, _rank: 2.0,  # alpha = 2 r, whatever `alpha` says
-    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +101,6 @@ class Stacked:
     def rank(self) -> int:
         """The sum of the stacked ranks."""
         return self.a_RI.shape[0]
-
-
-def scale_of(*, alpha: float, scaling: str, rank: int) -> float:
-    """Return the scale of an adapter of `rank`.
-
-    `fixed` is alpha / r (the paper's), `proportional` is 2 (alpha = 2r), `rslora` is
-    alpha / sqrt(r) (arXiv 2312.03732).
-
-    Raises:
-        ConfigError: an unknown `scaling`.
-    """
-    assert rank >= 1, f"rank {rank}"
-    if scaling not in SCALES:
-        raise ConfigError(f"scaling: got {scaling!r}, need one of {', '.join(SCALES)}")
-    return SCALES[scaling](alpha, rank)
 
 
 def delta(factors: Factors) -> Tensor:

@@ -20,7 +20,7 @@ from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
-from fedllm.storage.frozen_config import changes_of, key_values, refuse_edits
+from fedllm.storage.frozen_config import changes_of, key_values, new_run_record, refuse_edits
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.own_code import changed_modules, is_own, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths, backup_name
@@ -136,15 +136,9 @@ def _own_code(paths: RunPaths, config: Config, folders: Sequence[str]) -> OwnCod
 
 
 def _create(paths: RunPaths, config: Config, own_code: OwnCodeRecord | None) -> RunRecord:
-    fingerprint = result_fingerprint(config)
-    identity = f"{fingerprint}{paths.root}{time.time_ns()}{os.getpid()}"
-    record = RunRecord(
-        run_id=hashlib.sha256(identity.encode()).hexdigest()[:8],
-        result_fingerprint=fingerprint,
-        versions=versions(),
-        config=key_values(config),
-        own_code=own_code,
-    )
+    identity = f"{result_fingerprint(config)}{paths.root}{time.time_ns()}{os.getpid()}"
+    run_id = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    record = new_run_record(config, run_id=run_id, versions=versions(), own_code=own_code)
     publish_bytes(paths.config, dump_config(config).encode())
     record.publish(paths.run)
     return record

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fedllm.config.scales import client_scales
 from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError
 from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
@@ -22,7 +23,8 @@ from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, backup_name
 from fedllm.storage.publishing.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
-from fedllm.storage.updates import PublishedUpdate, Scan, norm_problem, shape_problem
+from fedllm.storage.update_problems import Expected, update_problem
+from fedllm.storage.updates import PublishedUpdate, Scan
 
 # the longest pause between looks at workers, in multiples of `scheduler.query_seconds`
 _MAX_QUERIES = 5
@@ -82,18 +84,24 @@ def has_enough_updates(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundP
 
 
 def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan:
-    """Scan the round's updates; set aside those that are truncated, foreign or of wrong shape."""
+    """Scan the round's updates; set aside those that are truncated, foreign or cannot be true."""
     modules = federation.prepared.modules
     sides = {name: (m.out_features, m.in_features) for name, m in modules.items()}
     tiers = run.observations.tiers_of(cohort)
 
     def problem(update: PublishedUpdate) -> str | None:
-        tier = tiers.get(update.record.client)
+        client = update.record.client
+        tier = tiers.get(client)
         if tier is None:
             return "it is not in the cohort"
-        problem = shape_problem(update, cohort.ranks[tier], sides)
-        needed = run.config.aggregation.outliers != "keep"
-        return problem or (norm_problem(update) if needed else None)
+        ranks = cohort.ranks[tier]
+        expected = Expected(
+            ranks=ranks,
+            sides=sides,
+            max_rows=federation.clients[client].train_rows,
+            scales=client_scales(run.config, ranks),
+        )
+        return update_problem(update, expected)
 
     scanner = run.known_records.scanner(cohort, problem)
     scan = scanner.scan()

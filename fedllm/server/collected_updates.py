@@ -1,16 +1,22 @@
 """Updates of a frozen collection, as the aggregation reads them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+import torch
 from torch import Tensor
 
+from fedllm.errors import BadUpdate
 from fedllm.process.late_files import read_late_file
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import CohortRecord, CollectedUpdate, CollectionRecord
 from fedllm.storage.tensors import UpdateFile
+
+# norms are taken before tensors are rounded to the format in which they are sent
+_NORM_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +63,21 @@ class CollectedUpdates:
         update, file = self._locate(client)
         return file.view(update.client, module, "A"), file.view(update.client, module, "B")
 
-    def check(self, client: int, module: str, part: str) -> None:
-        """Check A or B against its digest.
+    def check(self, client: int, module: str, part: str, values: Tensor) -> None:
+        """Check A or B against its digest, and a copy of it against its recorded norm.
 
         Raises:
             AdapterError: it was altered.
+            BadUpdate: the client recorded another norm than that of its tensor.
         """
         update, file = self._locate(client)
         file.check(update.client, module, part)
+        recorded, norm = file.norm(update.client, module, part), _norm(values)
+        # values that are not finite are found, and told, where the block is used
+        if math.isfinite(norm) and not math.isclose(norm, recorded, rel_tol=_NORM_TOLERANCE):
+            name = self.name(client, module, part)
+            problem = f"{name} has the norm {norm:.6g}, and its record says {recorded:.6g}"
+            raise BadUpdate(f"{problem}; leave it out", {client: problem})
 
     def scale(self, client: int, module: str) -> float:
         """Return the scale that the client trained with, times the clip factor of its change.
@@ -88,3 +101,11 @@ class CollectedUpdates:
     def _locate(self, client: int) -> tuple[CollectedUpdate, UpdateFile]:
         update = self.updates[client]
         return update, self.files[update.file]
+
+
+def _norm(values: Tensor) -> float:
+    """Return the Frobenius norm; in float64 only if float32 cannot hold its square."""
+    norm = float(torch.linalg.vector_norm(values, dtype=torch.float32))
+    if 0 < norm < math.inf:
+        return norm
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))

@@ -230,8 +230,8 @@ class AdapterSource:
         """Return A (R, I) and B (O, R) as they lie in the file."""
         return self.adapters[client].factors.views(module)
 
-    def check(self, client: int, module: str, part: str) -> None:
-        """Do nothing: PEFT keeps no checksums."""
+    def check(self, client: int, module: str, part: str, values: Tensor) -> None:
+        """Do nothing: PEFT keeps no checksums and no norms."""
 
     def scale(self, client: int, module: str) -> float:
         """Return the scale that PEFT gives the product."""

@@ -41,11 +41,12 @@ class FactorSource(Protocol):
     def weight(self, client: int, module: str) -> float:
         """Return the weight of the client's product, not normalised."""
 
-    def check(self, client: int, module: str, part: str) -> None:
-        """Check that A or B is as it was published.
+    def check(self, client: int, module: str, part: str, values: Tensor) -> None:
+        """Check that A or B, of which `values` is a copy, is as it was published.
 
         Raises:
             AdapterError: it was altered.
+            BadUpdate: its client recorded what cannot be true of it.
         """
 
     def name(self, client: int, module: str, part: str) -> str:
@@ -160,7 +161,7 @@ class Prefetch:
             for g, module in enumerate(modules):
                 for part, target, tensor in zip("AB", targets[c], pairs[c][g], strict=True):
                     target[g].copy_(tensor)
-                    self._source.check(portion.clients[c], module, part)
+                    self._source.check(portion.clients[c], module, part, target[g])
 
         for _ in self._readers.map(copy, present) if self._readers else map(copy, present):
             pass

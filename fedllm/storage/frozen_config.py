@@ -12,7 +12,7 @@ from fedllm.config.loading import flatten, read_config, result_fingerprint
 from fedllm.config.models import Config
 from fedllm.errors import RunDirectoryError
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import RunRecord
+from fedllm.storage.records import OwnCodeRecord, RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,23 @@ class KeyChange:
 def key_values(config: Config) -> dict[str, Any]:
     """Return the value of every key, as `run.json` holds them."""
     return {key: value for key, (_, value) in flatten(config).items()}
+
+
+def new_run_record(
+    config: Config,
+    *,
+    run_id: str,
+    versions: dict[str, str],
+    own_code: OwnCodeRecord | None = None,
+) -> RunRecord:
+    """Return the record of a run that begins with `config`."""
+    return RunRecord(
+        run_id=run_id,
+        result_fingerprint=result_fingerprint(config),
+        versions=versions,
+        config=key_values(config),
+        own_code=own_code,
+    )
 
 
 def changes_of(before: Mapping[str, Any], after: Config) -> list[KeyChange]:

@@ -228,12 +228,14 @@ class _ClientTensors:
     Attributes:
         kinds: `<module>|A` and `<module>|B`; clients with the same types and shapes share it.
         scales: the scale of each module; clients with the same scales share it.
+        norms: the recorded Frobenius norm of each tensor.
         begins: the byte where each tensor begins in the file.
         digests: the SHA-256 of each tensor, one after the other.
     """
 
     kinds: Mapping[str, _SentTensor]
     scales: Mapping[str, float]
+    norms: "array[float]"
     begins: "array[int]"
     digests: bytes
 
@@ -248,6 +250,7 @@ class _ClientTensors:
                 tuple(zip(update.shapes, dtypes, update.shapes.values(), strict=True))
             ),
             scales=_scales(tuple(update.record.scales.items())),
+            norms=array("d", [_norm(update, name) for name in update.shapes]),
             begins=array("q", [header.byte_range(name)[0] for name in names]),
             digests=bytes.fromhex("".join(header.digests[name] for name in names)),
         )
@@ -261,6 +264,12 @@ def _sent_tensors(
         name: _SentTensor(number=number, dtype=dtype, shape=shape)
         for number, (name, dtype, shape) in enumerate(tensors)
     }
+
+
+def _norm(update: PublishedUpdate, name: str) -> float:
+    module, _, factor = name.rpartition("|")
+    norms = update.record.norms.get(module, (math.nan, math.nan))
+    return norms["AB".index(factor)]
 
 
 @lru_cache(maxsize=_MAX_CACHED)
@@ -294,6 +303,11 @@ class UpdateFile:
     def scale(self, client: str, module: str) -> float:
         """Return the scale of a module in a client's training."""
         return self._clients[client].scales[module]
+
+    def norm(self, client: str, module: str, factor: str) -> float:
+        """Return the Frobenius norm of a factor as the client recorded it."""
+        kind, _ = self._location(client, module, factor)
+        return self._clients[client].norms[kind.number]
 
     def view(self, client: str, module: str, factor: str) -> torch.Tensor:
         """Return a factor (`A` (R, I) or `B` (O, R)) as a view of the file, not yet checked."""

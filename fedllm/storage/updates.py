@@ -361,36 +361,3 @@ def _names(folder: Path) -> list[str]:
 
 def _is_update(name: str) -> bool:
     return name.endswith(".safetensors") and not name.startswith(".")
-
-
-def shape_problem(
-    update: PublishedUpdate,
-    ranks: Mapping[str, int],
-    sides: Mapping[str, tuple[int, int]],
-) -> str | None:
-    """Say what is wrong with an update's shapes, or None.
-
-    Args:
-        update: the update; a failed one has no tensors and no problem.
-        ranks: the rank of each module that the client had to train.
-        sides: (out, in) of each module.
-    """
-    if update.record.status == "failed":
-        return None
-    expected: dict[str, tuple[int, ...]] = {}
-    for module, rank in ranks.items():
-        out_features, in_features = sides[module]
-        expected[f"{module}|A"] = (rank, in_features)
-        expected[f"{module}|B"] = (out_features, rank)
-    for name, shape in expected.items():
-        if update.shapes.get(name) != shape:
-            return f"{name.replace('|', ' ')} has shape {update.shapes.get(name)}, need {shape}"
-    extra = sorted(set(update.shapes) - set(expected))
-    return f"{extra[0].replace('|', ' ')} is unexpected" if extra else None
-
-
-def norm_problem(update: PublishedUpdate) -> str | None:
-    """Say which module's norms are missing in an update's record, or None."""
-    modules = {tensor.rpartition("|")[0] for tensor in update.shapes}
-    missing = sorted(modules - update.record.norms.keys())
-    return f"{missing[0]} has no norms of A and B in its record" if missing else None

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from fedllm.config.scales import scale_of
 from fedllm.errors import AdapterError, ConfigError
-from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a, scale_of, stack
+from fedllm.lora.factors import Factors, ModuleShape, delta, initial_a, stack
 from tests.lora.adapters import Cohort, cohorts, random_factors
 
 SHAPE = ModuleShape(out=6, in_=9)

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedllm.lora.factors import Factors, delta, scale_of
+from fedllm.config.scales import scale_of
+from fedllm.lora.factors import Factors, delta
 from fedllm.methods.spectral.flexlora import FlexLora
 from tests.methods.aggregating import aggregate
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedllm.config.loading import dump_config
+from fedllm.storage.frozen_config import new_run_record
 from fedllm.storage.lease import Lease
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.publish import publish_bytes
@@ -17,7 +18,6 @@ from fedllm.storage.records import (
     EvaluationRecord,
     ModuleDiagnostics,
     RankQuality,
-    RunRecord,
     Scores,
     SubmissionRecord,
 )
@@ -29,8 +29,9 @@ CLIENTS = ("task/7 ü", "12", "13", "14")
 def begin(root: Path, **changes: object) -> RunPaths:
     """Make a run directory with a configuration and a run record only."""
     paths = RunPaths(root=root)
-    publish_bytes(paths.config, dump_config(config_of(**changes)).encode())
-    RunRecord(run_id="run", result_fingerprint="", versions={}).publish(paths.run)
+    config = config_of(**changes)
+    publish_bytes(paths.config, dump_config(config).encode())
+    new_run_record(config, run_id="run", versions={}).publish(paths.run)
     return paths
 
 

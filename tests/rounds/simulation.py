@@ -5,13 +5,14 @@ claims, update files, aggregation, recovery.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from fedllm.config.loading import read_config, validate
 from fedllm.config.models import Config
+from fedllm.config.scales import scale_of
 from fedllm.planning.evaluation_targets import choose_targets
 from fedllm.planning.seeding import seed_of
 from fedllm.process.session import Session
@@ -69,8 +70,8 @@ class Simulation:
     """Callable behind an inline scheduler; `diverging` clients send values that are not finite.
 
     After `limit` clients none is trained any more, and of bundles the `only` ones alone. `loud`
-    clients' changes are that many times as large, `poisoned` ones' hold what is not
-    finite; `spoil` changes what clients record.
+    clients' changes are that many times as large, in all modules or in some; `poisoned` ones' hold
+    what is not finite; `spoil` changes what clients record.
     """
 
     def __init__(self, diverging: Sequence[str] = (), log: Callable[[str], None] = print) -> None:
@@ -80,7 +81,7 @@ class Simulation:
         self.data_fingerprint = "data"
         self.misshapen = 0
         self.limit: int | None = None
-        self.loud: dict[str, float] = {}
+        self.loud: dict[str, float | Mapping[str, float]] = {}
         self.poisoned: set[str] = set()
         self.spoil: Callable[[UpdateRecord], UpdateRecord] = lambda record: record
         self.only: set[str] | None = None
@@ -172,7 +173,7 @@ class Simulation:
             status="failed" if failed else "ok",
             reason="non-finite layer.q_proj A" if failed else "",
             base_fingerprint="base",
-            rows=seed_of(client) % 50 + 1,
+            rows=seed_of(client) % 10 + 1,
             steps=1,
             tokens=1,
             loss_tokens=1,
@@ -180,7 +181,7 @@ class Simulation:
             seconds=0.0,
             step_seconds=0.0,
             peak_memory_bytes=0,
-            scales=dict.fromkeys(MODULES, 2.0),
+            scales=self.scales(cohort, tier),
         )
         if failed:
             return record, {}
@@ -190,13 +191,24 @@ class Simulation:
             rank = cohort.ranks[tier][name] + (self.misshapen > 0)
             a_RI = torch.randn(rank, module.in_features, generator=draw)
             b_OR = torch.randn(module.out_features, rank, generator=draw)
-            tensors[name] = (a_RI, self.loud.get(client, 1.0) * b_OR)
+            loud = self.loud.get(client, 1.0)
+            factor = loud.get(name, 1.0) if isinstance(loud, Mapping) else loud
+            tensors[name] = (a_RI, factor * b_OR)
         self.misshapen = max(0, self.misshapen - 1)
         norms = {name: (float(a.norm()), float(b.norm())) for name, (a, b) in tensors.items()}
         if client in self.poisoned:
             # its record stays plausible, so a scan accepts it
             tensors["layer.up_proj"][0][0, 1] = torch.nan
         return self.spoil(record.model_copy(update={"norms": norms})), tensors
+
+    @staticmethod
+    def scales(cohort: CohortRecord, tier: str) -> dict[str, float]:
+        """Return the scales of a tier's adapters, as the default `lora` makes them."""
+        section = config_of().lora
+        return {
+            module: scale_of(alpha=section.alpha, scaling=section.scaling, rank=rank)
+            for module, rank in cohort.ranks[tier].items()
+        }
 
     def evaluate(self, paths: RoundPaths) -> None:
         """Publish scores without meaning."""

@@ -143,20 +143,16 @@ def test_many_clipped_clients_are_counted_in_the_log_and_listed_in_the_record(
 ) -> None:
     said = list[str]()
     simulation = Simulation(log=said.append)
-    loud = [*["layer.q_proj"] * 3, *["layer.up_proj"] * 3, "", ""]
-
-    def spoil(record: UpdateRecord) -> UpdateRecord:
-        module = loud.pop()
-        norms = {name: (1.0, 50.0 if name == module else 1.0) for name in MODULES}
-        return record.model_copy(update={"norms": norms})
-
-    simulation.spoil = spoil
     changes: dict[str, object] = {"clients__cohort__count": 8, "clients__dev": 0, "rounds": 1}
+    probe = Simulation()
+    complete(tmp_path / "probe", probe, config_of(**changes))
+    clients = [client for _, client in probe.trained]
+    loud = dict(zip(clients, [*["layer.q_proj"] * 3, *["layer.up_proj"] * 3], strict=False))
+    simulation.loud = {client: {module: 1e3} for client, module in loud.items()}
     complete(tmp_path / "run", simulation, config("clip", **changes))
-    clips = [update.clipped for update in collection(tmp_path / "run").updates if update.clipped]
-    assert sorted(map(str, clips)) == sorted(
-        str({module: 0.2}) for module in ("layer.q_proj", "layer.up_proj") for _ in range(3)
-    )
+    updates = collection(tmp_path / "run").updates
+    clips = {update.client: list(update.clipped) for update in updates if update.clipped}
+    assert clips == {client: [module] for client, module in loud.items()}
     assert len([line for line in said if "is scaled down" in line]) == 5
     assert "round 1: 1 other clients are scaled down; collection.json lists them" in said
 
@@ -189,11 +185,24 @@ def test_an_update_without_usable_norms_is_named_and_its_client_trains_again(
     assert len(collection(tmp_path / "run").updates) == 4
 
 
-def test_kept_outliers_need_no_norms(tmp_path: Path) -> None:
-    simulation = Simulation()
-    simulation.spoil = lambda record: record.model_copy(update={"norms": {}})
-    complete(tmp_path / "run", simulation, config("keep", rounds=1))
-    assert len(simulation.trained) == 4
+@pytest.mark.parametrize("outliers", ["keep", "clip", "reject"])
+def test_a_client_that_records_other_norms_than_its_own_is_left_out_by_name(
+    tmp_path: Path, outliers: str
+) -> None:
+    liar = drawn(tmp_path)[1]
+    simulation, said = with_loud(liar, 1e6)
+
+    def spoil(record: UpdateRecord) -> UpdateRecord:
+        if record.client != liar:
+            return record
+        return record.model_copy(update={"norms": dict.fromkeys(MODULES, (1.0, 1.0))})
+
+    simulation.spoil = spoil
+    complete(tmp_path / "run", simulation, config(outliers, rounds=1, clients__quorum=0.5))
+    (why,) = [why for client, why in collection(tmp_path / "run").failed.items() if client == liar]
+    assert "and its record says 1" in why
+    assert liar not in {update.client for update in collection(tmp_path / "run").updates}
+    assert any(liar in line and "its record says 1" in line for line in said)
 
 
 def killed_before_aggregation(program: str, target: Path) -> None:

@@ -63,10 +63,13 @@ def make_round(
     paths = run.round(1)
     for number in range(0, clients, clients_per_file):
         chosen = cohort.clients[number : number + clients_per_file]
+        factors = {
+            client.id: _factors(client, modules, ranks[client.tier], dtype) for client in chosen
+        }
         publish_update(
             paths.update(attempt=1, bundle=number // clients_per_file, part=0),
-            [_record(client, modules) for client in chosen],
-            {client.id: _factors(client, modules, ranks[client.tier], dtype) for client in chosen},
+            [_record(client, factors[client.id]) for client in chosen],
+            factors,
         )
     collect(paths)
     return paths
@@ -112,16 +115,17 @@ def sent(
     pairs = []
     for client in cohort.clients:
         rank = cohort.ranks[client.tier][module]
-        a, b = _factors(client, modules, rank, dtype)[module]
-        record = _record(client, modules)
+        trained = _factors(client, modules, rank, dtype)
+        a, b = trained[module]
+        record = _record(client, trained)
         factors = Factors(a_RI=a, b_OR=b, scale=record.scales[module])
         pairs.append((factors, float(record.rows)))
     return pairs
 
 
-def _record(client: CohortClient, modules: Mapping[str, object]) -> UpdateRecord:
+def _record(client: CohortClient, factors: Mapping[str, tuple[Tensor, Tensor]]) -> UpdateRecord:
     scale = 1.0 + 0.5 * len(client.tier)
-    return update_of(client, rows=seed_of(client.id) % 50 + 1, scales=dict.fromkeys(modules, scale))
+    return update_of(client, factors, rows=seed_of(client.id) % 50 + 1, scale=scale)
 
 
 def _factors(

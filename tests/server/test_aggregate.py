@@ -1,5 +1,6 @@
 """The aggregation job: its result, its errors, and its peak memory of a few modules."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -249,12 +250,16 @@ def altered(
     file = UpdateFile(path, update.sha256)
     tensors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     records = read_records(path)
-    for client, scales in {record.client: record.scales for record in records}.items():
+    of_client = {record.client: record for record in records}
+    for client, record in of_client.items():
         tensors[client] = {}
-        for name in scales:
+        for name in record.scales:
             pair = {p: file.view(client, name, p).clone() for p in "AB"}
             if (client, name) == (update.client, module):
                 pair[part] = change(pair[part])
+                norms = (float(pair["A"].double().norm()), float(pair["B"].double().norm()))
+                if all(map(math.isfinite, norms)):
+                    of_client[client].norms[name] = norms
             tensors[client][name] = (pair["A"], pair["B"])
     publish_update(path, records, tensors)
     collect(paths)

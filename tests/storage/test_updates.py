@@ -27,19 +27,20 @@ from fedllm.storage.checked import (
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import UpdateRecord
 from fedllm.storage.tensors import TensorFile, UpdateFile, publish_update
+from fedllm.storage.update_problems import Expected, update_problem
 from fedllm.storage.updates import (
     Origin,
     PublishedUpdate,
     UpdateScanner,
     check_update,
-    norm_problem,
     read_records,
     read_update,
-    shape_problem,
     tensor_name,
 )
 from tests.storage.samples import RANKS, record_of
 from tests.storage.updates import CLIENTS, SIDES, publish, round_in, tensors_of
+
+EXPECTED = Expected(ranks=RANKS, sides=SIDES, max_rows=7)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_an_update_is_read_as_it_was_published(paths: RoundPaths) -> None:
             for module, pair in tensors_of("any").items()
             for factor, tensor in zip("AB", pair, strict=True)
         }
-        assert shape_problem(update, RANKS, SIDES) is None
+        assert update_problem(update, EXPECTED) is None
 
 
 def test_a_collected_file_is_known_by_its_header_and_checked_tensor_by_tensor(
@@ -174,7 +175,7 @@ def test_a_client_that_failed_sends_a_record_and_no_tensors(paths: RoundPaths) -
     (found,) = read_update(path)
     assert found.record.reason == "loss is nan"
     assert str(found.record.losses) == "[1.0, nan]"
-    assert shape_problem(found, RANKS, SIDES) is None
+    assert update_problem(found, EXPECTED) is None
 
 
 def test_a_truncated_file_is_damaged_wherever_it_ends(paths: RoundPaths) -> None:
@@ -364,13 +365,6 @@ def test_a_failed_client_may_record_norms_that_are_not_finite(paths: RoundPaths)
     assert set(scanner(paths).scan().published) == {"a"}
 
 
-def test_missing_norms_are_named(paths: RoundPaths) -> None:
-    (whole,) = read_update(publish(paths, "a"))
-    assert norm_problem(whole) is None
-    (update,) = read_update(publish(paths, "a", norms={"layers.0.q_proj": (1.0, 1.0)}))
-    assert norm_problem(update) == "layers.0.up_proj has no norms of A and B in its record"
-
-
 def test_tensors_need_the_record_of_their_client(paths: RoundPaths) -> None:
     path = paths.update(attempt=1, bundle=0, part=0)
     publish_update(path, [record_of("a")], {c: tensors_of(c) for c in ("a", "b")})
@@ -488,26 +482,6 @@ def test_the_memory_of_a_scanner_does_not_grow_with_the_modules(paths: RoundPath
     assert len({id(update.shapes) for update in kept.values()}) == 1
     assert all(not update.record.norms and not update.record.scales for update in kept.values())
     assert all(update.record.losses == [1.5, 1.25] for update in kept.values())
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [
-        ({**RANKS, "layers.0.q_proj": 3}, "layers.0.q_proj A has shape (2, 6), need (3, 6)"),
-        ({"layers.0.q_proj": 2}, "layers.0.up_proj A is unexpected"),
-    ],
-)
-def test_wrong_shapes_are_named(paths: RoundPaths, ranks: dict[str, int], words: str) -> None:
-    (update,) = read_update(publish(paths, "a"))
-    assert shape_problem(update, ranks, SIDES) == words
-
-
-def test_a_missing_module_is_named(paths: RoundPaths) -> None:
-    path = paths.update(attempt=1, bundle=0, part=0)
-    publish_update(path, [record_of("a")], {"a": tensors_of("a", {"layers.0.q_proj": 2})})
-    (update,) = read_update(path)
-    expected = "layers.0.up_proj A has shape None, need (3, 4)"
-    assert shape_problem(update, RANKS, SIDES) == expected
 
 
 def test_an_update_names_what_was_measured(paths: RoundPaths) -> None:

@@ -1,14 +1,15 @@
 """Attempts that tests plan, and the updates that workers published."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import yaml
 
-from fedllm.config.loading import read_config, result_fingerprint
+from fedllm.config.loading import dump_config, validate
 from fedllm.scheduling.environment import TaskIdentity
+from fedllm.storage.frozen_config import new_run_record
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client
 from fedllm.storage.records import BundleRecord, RunRecord, SubmissionRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile
@@ -78,11 +79,15 @@ def cohort(attempt: AttemptPaths) -> list[str]:
 
 
 def change_config(attempt: AttemptPaths, section: str, **keys: object) -> None:
-    config = attempt.run.config
-    raw = yaml.safe_load(config.read_text())
-    raw[section] |= keys
-    config.write_text(yaml.safe_dump(raw))
-    # as if the run had been begun so
-    begun = RunRecord.read(attempt.run.run)
-    changed = {"result_fingerprint": result_fingerprint(read_config(config)), "config": {}}
-    begun.model_copy(update=changed).publish(attempt.run.run)
+    change_sections(attempt.run, {section: keys})
+
+
+def change_sections(run: RunPaths, changes: Mapping[str, Mapping[str, object]]) -> None:
+    """Make a run one that was begun with other keys."""
+    raw = yaml.safe_load(run.config.read_text())
+    for section, keys in changes.items():
+        raw[section] |= keys
+    config = validate(raw)
+    run.config.write_text(dump_config(config))
+    known = RunRecord.read(run.run)
+    new_run_record(config, run_id=known.run_id, versions=known.versions).publish(run.run)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fedllm.cli.execution import start
 from fedllm.process.session import Session
@@ -22,6 +21,7 @@ from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoi
 from fedllm.worker.client_training import ClientRound, Save, Trained
 from tests.tiny import Tiny
 from tests.worker import client_program as trainer
+from tests.worker.attempts import change_sections
 from tests.worker.client_program import as_plain
 
 ME = TaskIdentity(task="9_1", node="n", log="")
@@ -57,11 +57,7 @@ def attempt(done: Path, tmp_path: Path) -> AttemptPaths:
 
 
 def change_training(attempt: AttemptPaths, local: str = "fedit", **keys: object) -> None:
-    path = run_of(attempt).config
-    raw = yaml.safe_load(path.read_text())
-    raw["training"] |= keys
-    raw["method"]["local"] = local
-    path.write_text(yaml.safe_dump(raw))
+    change_sections(run_of(attempt), {"training": keys, "method": {"local": local}})
 
 
 def run_of(attempt: AttemptPaths) -> RunPaths:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedllm.aggregation.route_types import Decomposition, Partial, Problem, RankPartition
 from fedllm.aggregation.routes import truncated_svd
+from fedllm.config.scales import scale_of
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, scale_of, stack
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, stack
 from fedllm.lora.spectral import alive_directions
 from fedllm.methods.diagnostics import diagnose, held_partitions, partition_qualities
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart

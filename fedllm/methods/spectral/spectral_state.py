@@ -19,8 +19,9 @@ from fedllm.aggregation.route_types import (
     RankPartition,
     Start,
 )
+from fedllm.config.scales import scale_of
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Factors, ModuleShape, initial_a, scale_of
+from fedllm.lora.factors import Factors, ModuleShape, initial_a
 from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
 from fedllm.methods.diagnostics import diagnose, partition_qualities, spectral_energies
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
