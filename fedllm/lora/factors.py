@@ -65,6 +65,12 @@ class Factors:
         own = self.a_RI.nbytes + self.b_OR.nbytes
         return own + (self.frozen.num_bytes if self.frozen else 0)
 
+    @property
+    def num_values(self) -> int:
+        """The number of values of all factors."""
+        own = self.a_RI.numel() + self.b_OR.numel()
+        return own + (self.frozen.num_values if self.frozen else 0)
+
 
 Adapter: TypeAlias = Mapping[str, Factors]  # module -> its factors
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from fedllm.lora.factors import Adapter
-from fedllm.methods.local_task import Recipient
+from fedllm.lora.factors import Adapter, adapter_bytes
+from fedllm.methods.local_task import Recipient, TrainedFactors
 from fedllm.methods.protocol import Method
+from fedllm.storage.records import ReceivedRecord
 from fedllm.storage.tensors import TensorFile
 
 
@@ -24,3 +25,16 @@ def received_adapter(
         module: method.hand_out(module=module, state=state.module(module), rank=rank, to=to)
         for module, rank in ranks.items()
     }
+
+
+def received_record(adapter: Adapter, trained: TrainedFactors) -> ReceivedRecord:
+    """Return the sizes of what a client received, of which the factors `trained` train."""
+    return ReceivedRecord(
+        num_bytes=adapter_bytes(adapter),
+        values=sum(factors.num_values for factors in adapter.values()),
+        trained_values=sum(
+            (factors.a_RI.numel() if "A" in trained else 0)
+            + (factors.b_OR.numel() if "B" in trained else 0)
+            for factors in adapter.values()
+        ),
+    )

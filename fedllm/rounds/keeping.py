@@ -63,6 +63,8 @@ def _trained(
     record = update.record
     losses, norms = record.losses, record.gradient_norms
     counted = bool(record.computed_tokens)
+    # a worker of an earlier version did not record it
+    received = record.received
     return TrainedClient(
         client=client.id,
         tier=client.tier,
@@ -85,9 +87,10 @@ def _trained(
         step_seconds=round(record.step_seconds, 3),
         peak_memory_bytes=record.peak_memory_bytes,
         bytes_up=update.num_bytes,
-        bytes_down=_FLOAT32_BYTES * sizes.weights,
+        bytes_down=received.num_bytes if received else _FLOAT32_BYTES * sizes.weights,
         values_up=sum(map(prod, update.shapes.values())),
-        values_down=sizes.weights,
+        values_down=received.values if received else sizes.weights,
+        trainable=received.trained_values if received else sizes.weights,
         loss=sum(losses) / len(losses) if losses else None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,

@@ -16,7 +16,8 @@ class TrainedClient(Record):
     that failed has a `reason`. Losses are per target token: `loss` is the mean over all steps,
     `losses` the means of at most 32 equal spans of steps. `bytes_up` is the size of the update's
     tensors in its file, `values_up` their number of values (two bytes each at 16 bit); `bytes_down`
-    and `values_down` are those of the adapter that the client received. `flops` are the operations
+    and `values_down` are those of what the client received, frozen parts too; `trainable` of these
+    values were trained. `flops` are the operations
     of its training, `padded_flops` those of a loop that pads the rows of every step to the longest;
     None where the tokens were not counted.
     """
@@ -45,6 +46,7 @@ class TrainedClient(Record):
     bytes_down: int
     values_up: int
     values_down: int
+    trainable: int = 0
     loss: float | None = None
     first_loss: float | None = None
     last_loss: float | None = None

@@ -460,6 +460,14 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
+class ReceivedRecord(Record):
+    """What a client received: bytes and number of values, frozen ones too, and how many trained."""
+
+    num_bytes: int
+    values: int
+    trained_values: int
+
+
 class UpdateRecord(TrainingStats):
     """The record that a client sends with its tensors; `group` are the clients trained with it."""
 
@@ -475,6 +483,7 @@ class UpdateRecord(TrainingStats):
     norms: dict[str, tuple[float, float]] = {}
     scales: dict[str, float] = {}
     group: list[str] = []
+    received: ReceivedRecord | None = None
     micro_batch_size: int | None = None
     resumed_at: list[int] = []
     earlier_environments: list[dict[str, str]] = []

@@ -17,13 +17,19 @@ from fedllm.process.log import say
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
-from fedllm.process.state_adapters import received_adapter
+from fedllm.process.state_adapters import received_adapter, received_record
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.checkpoint_header import CheckpointIdentity
 from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
-from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord, UpdateRecord
+from fedllm.storage.records import (
+    CohortRecord,
+    PreparedRecord,
+    ReceivedRecord,
+    RunRecord,
+    UpdateRecord,
+)
 from fedllm.storage.tensors import TensorFile
 from fedllm.training.loop import LocalSettings, TrainResult
 from fedllm.training.out_of_memory import micro_batch_size, micro_batch_sizes, ran_out
@@ -63,6 +69,7 @@ class ClientRound:
     tiers: Mapping[str, str]
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _received: dict[str, ReceivedRecord] = field(default_factory=dict)
 
     @classmethod
     def open(cls, attempt: AttemptPaths, session: Session) -> "ClientRound":
@@ -109,9 +116,12 @@ class ClientRound:
         """Return the adapter from which a client starts; a small one is kept for its tier."""
         tier = self.tiers[client]
         if tier in self._adapters:
-            return self._adapters[tier]
+            adapter = self._adapters[tier]
+            self._received[client] = received_record(adapter, self.settings.task.trained)
+            return adapter
         to = Recipient(client=client, round=self.cohort.round)
         adapter = received_adapter(self.method, self.state, self.cohort.ranks[tier], to)
+        self._received[client] = received_record(adapter, self.settings.task.trained)
         if adapter_bytes(adapter) <= self.session.kept_bytes and not self.method.per_client:
             self._adapters[tier] = adapter
         else:
@@ -391,6 +401,7 @@ class ClientRound:
             norms=result.norms,
             scales=result.scales,
             group=list(training.identity.group),
+            received=self._received.get(training.identity.client),
             micro_batch_size=None if size == micro_batch_size(self.config.training) else size,
             resumed_at=training.resumed_at,
             earlier_environments=training.earlier_environments,

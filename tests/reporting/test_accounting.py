@@ -46,7 +46,7 @@ def test_numbers_are_those_of_the_update(run: RunPaths) -> None:
         assert client.last_loss == update.record.losses[-1]
         # float32 both ways
         assert client.bytes_up == client.bytes_down == 4 * client.values_up == update.num_bytes
-        assert client.values_up == client.values_down
+        assert client.values_up == client.values_down == client.trainable
 
 
 def test_metrics_have_the_training_loss_and_what_the_round_took(run: RunPaths) -> None:

@@ -77,7 +77,7 @@ def _after(spent: SpentRound, paths: RoundPaths) -> SpentRound:
         num_bytes=spent.num_bytes + sum(c.bytes_up + c.bytes_down for c in clients),
         gpu_seconds=spent.gpu_seconds + record.gpu_seconds,
         client_seconds=spent.client_seconds + sum(c.seconds for c in clients),
-        parameters=spent.parameters + sum(c.values_down for c in clients),
+        parameters=spent.parameters + sum(c.trainable or c.values_down for c in clients),
         client_rounds=spent.client_rounds + len(clients),
     )
 

@@ -115,7 +115,7 @@ def _tier_account(
     tier: str, clients: Sequence[TrainedClient], prepared: PreparedRecord
 ) -> TierAccount:
     seconds = sum(client.seconds for client in clients)
-    trainable = max(client.values_down for client in clients)
+    trainable = max(client.trainable or client.values_down for client in clients)
     return TierAccount(
         tier=tier,
         rank=max(client.rank for client in clients),
