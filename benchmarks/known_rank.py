@@ -129,12 +129,20 @@ def cohort_of(seed: int, round_number: int) -> list[int]:
 
 
 def trained(
-    received: Sequence[Factors], left: Sequence[Tensor], right: Sequence[Tensor], task: LocalTask
+    received: Sequence[Factors],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    task: LocalTask,
+    changes: Sequence[Tensor | None],
 ) -> list[Factors]:
     """Return what clients of one rank send: gradient descent on |s B A - T|^2 / 2, all at once.
 
-    `task` says which factors train. Frozen factors are taken off the target.
+    `task` says which factors train. Frozen factors, and changes of the base, are taken off the
+    target.
     """
+    if changes[0] is not None:
+        left = [torch.cat([t, -d], 1) for t, d in zip(left, changes, strict=True) if d is not None]
+        right = [torch.cat([t, torch.eye(SIDE)]) for t in right]
     if received[0].frozen is not None:
         frozen = [factors.frozen for factors in received if factors.frozen]
         left = [torch.cat([t, -f.scale * f.b_OR], 1) for t, f in zip(left, frozen, strict=True)]
@@ -170,7 +178,8 @@ def train_round(
         ]
         left = [federations[place].left[client] for place, client in members]
         right = [federations[place].right for place, _ in members]
-        updates = trained(received, left, right, method.local_task(number))
+        changes = [method.base_delta(federations[place].state) for place, _ in members]
+        updates = trained(received, left, right, method.local_task(number), changes)
         for (place, client), got, update in zip(members, received, updates, strict=True):
             sent[place][client] = update
             federations[place].bytes_sent += got.num_bytes + update.num_bytes  # down and up
@@ -203,6 +212,10 @@ def aggregate(
     )
     (result,) = method.finish([method.fold(block, step) for block in blocks], step)
     federation.state = result.state
+    if method.changes_base:
+        # the factors of what goes into the base, at most, to each client
+        rank = min(SIDE, sum(update.rank for update in sent.values()))
+        federation.bytes_sent += len(sent) * rank * 2 * SIDE * 4
     return result.diagnostics.beyond_smallest_rank
 
 
@@ -223,6 +236,8 @@ def measured(method: Method, federation: Federation, rounds: int) -> Measured:
     far, best = {}, {}
     for rank in set(federation.ranks):
         got = delta(method.module_adapter(module="m", state=federation.state, rank=rank))
+        change = method.base_delta(federation.state)
+        got = got if change is None else got + change
         far[rank] = float((got - optimum).norm() / s.norm())
         best[rank] = float(s[rank:].norm() / s.norm())
     total = sum(federation.rows)

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 class MethodEntry:
     """A method's class by its import path, and what a user reads of it.
 
-    `ranks` says whether clients of different ranks work together: `any`, or `one` for all.
+    `ranks` says whether clients of different ranks work together: `any`, or `one` for all; `base`
+    whether the method changes the weights of the base.
     """
 
     path: str
     ranks: Literal["any", "one"]
     summary: str
     paper: str
+    base: Literal["stays", "changes"] = "stays"
 
 
 # by import path, so that a coordinator knows the names without loading torch
@@ -90,6 +92,34 @@ METHODS: Mapping[str, MethodEntry] = {
         ranks="one",
         summary="clients train B alone, an SVD of the product gives them a new A",
         paper="https://arxiv.org/abs/2505.12805",
+    ),
+    "flora": MethodEntry(
+        path="fedllm.methods.residuals.flora:Flora",
+        ranks="any",
+        summary="the mean of products goes into the base every round, adapters start anew",
+        paper="https://arxiv.org/abs/2409.05976",
+        base="changes",
+    ),
+    "florist": MethodEntry(
+        path="fedllm.methods.residuals.florist:Florist",
+        ranks="any",
+        summary="as flora, of the mean only the leading directions",
+        paper="https://arxiv.org/abs/2506.09199",
+        base="changes",
+    ),
+    "fedex": MethodEntry(
+        path="fedllm.methods.residuals.fedex:FedEx",
+        ranks="one",
+        summary="as factor_mean, what it misses of the mean of products goes into the base",
+        paper="https://arxiv.org/abs/2410.09432",
+        base="changes",
+    ),
+    "fedmomentum": MethodEntry(
+        path="fedllm.methods.residuals.fedmomentum:FedMomentum",
+        ranks="one",
+        summary="SVD of the mean: the first directions to the adapter, the next into the base",
+        paper="https://arxiv.org/abs/2603.08014",
+        base="changes",
     ),
 }
 

@@ -49,6 +49,18 @@ class LoraFairOptions(Section):
     ridge: Annotated[float, Field(gt=0)] = 0.01
 
 
+class FloristOptions(Section):
+    """FLoRIST: `threshold` is the share of a module's energy that the kept directions hold."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.99
+
+
+class FedMomentumOptions(Section):
+    """FedMomentum: `energy` is the share that adapter and base together keep of a mean."""
+
+    energy: Annotated[float, Field(gt=0, le=1)] = 0.99
+
+
 class FedProxOptions(Section):
     """FedProx: `mu` weighs the proximal term, `optimizer` is that of the clients."""
 
@@ -59,6 +71,8 @@ class FedProxOptions(Section):
 OPTIONS: Mapping[str, type[Section]] = {
     "flexlora": FlexLoraOptions,
     "lora_fair": LoraFairOptions,
+    "florist": FloristOptions,
+    "fedmomentum": FedMomentumOptions,
 }
 
 

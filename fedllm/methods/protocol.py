@@ -132,12 +132,14 @@ class Method(Protocol):
     """One federated method: one file, one paper.
 
     `name` is what `method.name` says, `kind` the kind of update its clients send. `per_client` says
-    whether clients of equal ranks receive different adapters.
+    whether clients of equal ranks receive different adapters, `changes_base` whether its states
+    hold a change of the base.
     """
 
     kind: ClassVar[str]
     name: ClassVar[str]
     per_client: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = False
 
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
         """Return the shapes and number formats of a module's state tensors at the state's rank."""
@@ -219,4 +221,7 @@ class Method(Protocol):
         """
 
     def base_delta(self, state: ModuleState) -> Tensor | None:
-        """Return the change of the base weight (O, I) that goes with the state, or None."""
+        """Return the change of the base weight (O, I) that goes with the state, or None.
+
+        It is in the base of clients, evaluations and exported models. None unless `changes_base`.
+        """

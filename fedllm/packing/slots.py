@@ -21,6 +21,7 @@ from fedllm.model.base import Base
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.packing.adapter_product import LeanFactor
+from fedllm.packing.base_change import BaseChange, ChangeableWeights
 from fedllm.packing.gated_mlp import save_mlp_memory
 from fedllm.packing.installed import Installed
 from fedllm.packing.layout_check import set_layout
@@ -83,6 +84,9 @@ class AdapterSlots:
         self.rows = RowSeeds()
         self._modules = find_modules(base.model, target_modules)
         self._dropout = dropout
+        self._weights = ChangeableWeights(
+            base.model, {name: found.transposed for name, found in self._modules.items()}
+        )
         self.client_lengths = ClientLengths()
         self._slots: dict[_Signature, _Slot] = {}
         self._frozen_slots: dict[_Signature, _Slot] = {}
@@ -100,6 +104,11 @@ class AdapterSlots:
     def device(self) -> torch.device:
         """The device of the base model."""
         return next(self.model.parameters()).device
+
+    def change_base(self, change: BaseChange | None) -> None:
+        """Let the base have a change, in place of the one that it has; None takes it off."""
+        assert change is None or not self.is_divided, "a divided base cannot change"
+        self._weights.put_on(change)
 
     def install(self, adapter: Adapter, *, trained: TrainedFactors = "AB") -> Installed:
         """Install an adapter: copy its values, and let the model compute with it.

@@ -23,6 +23,7 @@ from fedllm.storage.records import PreparedRecord
 if TYPE_CHECKING:
     from fedllm.data.cache import TokenizedClients
     from fedllm.model.base import Base
+    from fedllm.packing.base_change import BaseChange
     from fedllm.packing.slots import AdapterSlots
     from fedllm.training.loop import LocalSettings
     from fedllm.training.trainer_protocol import OpenTrainer, Trainer
@@ -109,7 +110,12 @@ class Session:
         return self._base[1]
 
     def slots(
-        self, config: Config, prepared: PreparedRecord, *, to_divide: bool = False
+        self,
+        config: Config,
+        prepared: PreparedRecord,
+        *,
+        to_divide: bool = False,
+        change: "BaseChange | None" = None,
     ) -> "AdapterSlots":
         """Return the adapter slots of a run's base model.
 
@@ -118,6 +124,7 @@ class Session:
             prepared: what was prepared of it.
             to_divide: whether each process of the task is to have a part of the weights only,
                 which it reads when it first trains.
+            change: what the base is to have in addition; one that it has from before is taken off.
 
         Raises:
             ModelError: its files are not the prepared ones.
@@ -154,10 +161,15 @@ class Session:
                 base, target_modules=key.target_modules, dropout=key.dropout, layout=key.layout
             )
             self._slots = key, slots
+        self._slots[1].change_base(change)
         return self._slots[1]
 
     def trainer(
-        self, config: Config, prepared: PreparedRecord, settings: "LocalSettings"
+        self,
+        config: Config,
+        prepared: PreparedRecord,
+        settings: "LocalSettings",
+        change: "BaseChange | None" = None,
     ) -> "Trainer":
         """Return the trainer of a run's clients; the errors are those of `slots`."""
         from fedllm.training.trainers import TRAINERS, require_installed
@@ -165,7 +177,7 @@ class Session:
         engine = engine_of(settings.training)
         require_installed(engine)
         trainers = TRAINERS if self._trainers is None else self._trainers
-        slots = self.slots(config, prepared, to_divide=engine.divides_base)
+        slots = self.slots(config, prepared, to_divide=engine.divides_base, change=change)
         return trainers[engine.name](slots=slots, settings=settings)
 
     def end_task(self) -> None:

@@ -1,10 +1,13 @@
-"""Adapters made from a server state."""
+"""Adapters, and the change of the base, made from a server state."""
 
 from collections.abc import Mapping
+
+from torch import Tensor
 
 from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.local_task import Recipient, TrainedFactors
 from fedllm.methods.protocol import Method
+from fedllm.packing.base_change import BaseChange
 from fedllm.storage.records import ReceivedRecord
 from fedllm.storage.tensors import TensorFile
 
@@ -38,3 +41,15 @@ def received_record(adapter: Adapter, trained: TrainedFactors) -> ReceivedRecord
             for factors in adapter.values()
         ),
     )
+
+
+def base_change_of(method: Method, state: TensorFile, sha256: str | None) -> BaseChange | None:
+    """Return the change of the base that goes with a state; `sha256` None: there is none."""
+    if sha256 is None:
+        return None
+
+    def of(module: str) -> Tensor | None:
+        parts = state.module(module)
+        return method.base_delta(parts) if parts else None
+
+    return BaseChange(sha256=sha256, of=of)

@@ -20,7 +20,7 @@ from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
-from fedllm.process.state_adapters import adapter_of
+from fedllm.process.state_adapters import adapter_of, base_change_of
 from fedllm.storage.fingerprints import fingerprint_values, sha256_of
 from fedllm.storage.kept_records import AnswersRecord, KeptAnswer
 from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths, cache_of
@@ -67,13 +67,16 @@ class Scorer:
         run = paths.run
         config = session.config(run)
         prepared = session.prepared(run.prepared)
+        method, state = method_of_run(run, config), read_state(paths)
+        record = AggregateRecord.read(paths.aggregate_record)
+        change = base_change_of(method, state, record.base_change)
         return cls(
-            method=method_of_run(run, config),
-            state=read_state(paths),
+            method=method,
+            state=state,
             federation=plan_federation(config, prepared),
-            slots=session.slots(config, prepared),
+            slots=session.slots(config, prepared, change=change),
             data=session.data(prepared.data_path),
-            sha256=AggregateRecord.read(paths.aggregate_record).sha256,
+            sha256=record.sha256,
             cache=cache_of(config.storage.cache, run.root),
         )
 

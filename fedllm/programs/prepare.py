@@ -58,7 +58,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     )
     federation = plan_federation(config, prepared)
     refuse_ranks(method, prepared, list(federation.ranks.values()), config.aggregation)
-    _check_engine(config, layout)
+    _check_engine(config, method, layout)
     say(describe_layout(layout))
     prepared = prepared.model_copy(update={"layout": layout})
     prepared.publish(run.prepared)
@@ -82,7 +82,7 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
     tier_ranks = list(resolve_ranks(config, base.modules).values())
     refuse_ranks(method, prepared, tier_ranks, config.aggregation)
     layout = _best_layout(config, base)
-    _check_engine(config, layout)
+    _check_engine(config, method, layout)
     return prepared.model_copy(update={"layout": layout})
 
 
@@ -169,12 +169,17 @@ def _begun_layout(
     return layout
 
 
-def _check_engine(config: Config, layout: LayoutRecord | None) -> None:
+def _check_engine(config: Config, method: Method, layout: LayoutRecord | None) -> None:
     """Refuse an engine that is not installed, or cannot train with this layout of rows."""
     for engine in engines_of(config).values():
         require_installed(engine)
         if refusal := engine.refusal(layout):
             raise ConfigError(refusal)
+        if engine.divides_base and method.changes_base:
+            raise ConfigError(
+                f"training.zero.stage: got 3, which divides the base, but method.name "
+                f"{method.name} changes the base; need 1 or 2, or a method whose base stays"
+            )
 
 
 def _rows_apart(config: Config) -> bool:

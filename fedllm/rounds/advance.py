@@ -112,6 +112,7 @@ def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
         base_fingerprint=federation.prepared.model_fingerprint,
         data_fingerprint=federation.prepared.data_fingerprint,
         state_sha256=before.sha256,
+        base_change=before.base_change,
         ranks={tier: dict(ranks) for tier, ranks in federation.ranks.items()},
         clients=federation.cohort(number),
         enough=federation.enough,

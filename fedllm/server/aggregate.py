@@ -1,5 +1,7 @@
 """The aggregation job: it turns a frozen collection of updates into the next server state."""
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from fedllm.aggregation.groups import (
     group_modules,
     with_weights,
 )
+from fedllm.errors import ConfigError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import (
     Method,
@@ -38,7 +41,7 @@ from fedllm.storage.records import (
     ModuleDiagnostics,
     PreparedRecord,
 )
-from fedllm.storage.tensors import TensorFile, TensorSpec, TensorWriter, writing_tensors
+from fedllm.storage.tensors import TensorFile, TensorSpec, TensorWriter, digest_of, writing_tensors
 
 
 def aggregate_round(paths: RoundPaths) -> AggregateRecord:
@@ -62,7 +65,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     notes = collected.next_notes(method) if collected else method.start_notes()
     metadata = metadata_of_state(config.method.name, notes)
     with writing_tensors(paths.global_state, planned, metadata) as writer:
-        output = _Output(writer=writer, modules={})
+        output = _Output(method=method, writer=writer, modules={}, changes={})
         if collected:
             done = _aggregate(collected, federation, method, devices, output, notes)
         else:
@@ -73,6 +76,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
         method=config.method.name,
         rank=federation.largest_ranks,
         sha256=writer.sha256,
+        base_change=output.base_change,
         seconds=time.perf_counter() - started,
         clients=done.clients,
         device=", ".join(map(str, devices)),
@@ -107,10 +111,12 @@ def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
-    """The state that is being written, and the diagnostics of each module."""
+    """The state that is being written, and each module's diagnostics and change of the base."""
 
+    method: Method
     writer: TensorWriter
     modules: dict[str, ModuleDiagnostics]
+    changes: dict[str, str]
 
     def take(self, module: str, result: ModuleAggregate) -> None:
         self.write(module, result.state)
@@ -119,6 +125,21 @@ class _Output:
     def write(self, module: str, state: ModuleState) -> None:
         for part, tensor in state.items():
             self.writer.write(f"{module}.{part}", tensor)
+        change = self.method.base_delta(state)
+        if change is not None:
+            if not self.method.changes_base:
+                raise ConfigError(
+                    f"method.name: {self.method.name} has a base_delta, but its class does not say "
+                    "so; set changes_base = True there, or let base_delta return None"
+                )
+            self.changes[module] = digest_of(change)
+
+    @property
+    def base_change(self) -> str | None:
+        """The SHA-256 of all modules' changes of the base; None if there are none."""
+        if not self.changes:
+            return None
+        return hashlib.sha256(json.dumps(self.changes, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,8 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
         scaling="proportional",
         options=request.options,
     )
+    if method.changes_base:
+        raise AdapterError(f"--method {method.name}: changes the base, not only adapters")
     weights = shares(method.weigh([item.weight for item in request.adapters]))
     source = AdapterSource(adapters=adapters, weights=weights)
     ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}

@@ -208,8 +208,9 @@ class CohortClient(Record):
 class CohortRecord(Record):
     """The clients of a round and the ranks that each tier trains.
 
-    `enough` valid updates complete the round; null: all. `cost` of a client is in tokens. `layout`
-    comes from prepare; that of the first round holds for the run.
+    `base_change` is the SHA-256 of the change of the base that goes with the state, null if its
+    method leaves the base as it is. `enough` valid updates complete the round; null: all. `cost` of
+    a client is in tokens. `layout` comes from prepare; that of the first round holds for the run.
     """
 
     round: int
@@ -217,6 +218,7 @@ class CohortRecord(Record):
     base_fingerprint: str
     data_fingerprint: str
     state_sha256: str
+    base_change: str | None = None
     ranks: dict[str, dict[str, int]]
     clients: list[CohortClient]
     enough: int | None = None
@@ -480,6 +482,7 @@ class UpdateRecord(TrainingStats):
     reason: str = ""
     kind: Literal["lora", "sparse"] = "lora"
     base_fingerprint: str
+    base_change: str | None = None
     norms: dict[str, tuple[float, float]] = {}
     scales: dict[str, float] = {}
     group: list[str] = []
@@ -592,12 +595,16 @@ class ModuleDiagnostics(Record):
 
 
 class AggregateRecord(Record):
-    """The record of a complete aggregation."""
+    """The record of a complete aggregation.
+
+    `base_change` is the SHA-256 of the change of the base that the state holds; null: none.
+    """
 
     round: int
     method: str
     rank: dict[str, int]
     sha256: str
+    base_change: str | None = None
     seconds: float
     clients: int
     device: str

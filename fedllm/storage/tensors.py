@@ -114,6 +114,11 @@ def write_tensors(
     return writer.sha256
 
 
+def digest_of(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's values."""
+    return hashlib.sha256(_bytes_of(tensor.detach().cpu().contiguous())).hexdigest()
+
+
 class TensorFile:
     """A safetensors file whose tensors are read one by one through a memory map."""
 

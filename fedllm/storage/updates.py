@@ -76,6 +76,10 @@ class HasOrigin(Protocol):
     def base_fingerprint(self) -> str:
         """The base model."""
 
+    @property
+    def base_change(self) -> str | None:
+        """The change of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -84,11 +88,17 @@ class Origin:
     run_id: str
     round: int
     base_fingerprint: str
+    base_change: str | None = None
 
     @classmethod
     def of(cls, run_id: str, cohort: CohortRecord) -> "Origin":
         """Return the origin of a cohort's updates."""
-        return cls(run_id=run_id, round=cohort.round, base_fingerprint=cohort.base_fingerprint)
+        return cls(
+            run_id=run_id,
+            round=cohort.round,
+            base_fingerprint=cohort.base_fingerprint,
+            base_change=cohort.base_change,
+        )
 
     def problem(self, update: HasOrigin) -> str | None:
         """Say why an update is foreign, or None."""
@@ -96,6 +106,7 @@ class Origin:
             ("run", update.run_id, self.run_id),
             ("round", update.round, self.round),
             ("base model", update.base_fingerprint, self.base_fingerprint),
+            ("change of the base", update.base_change, self.base_change),
         ):
             if found != expected:
                 return f"it is of {what} {found}, need {expected}"

@@ -17,7 +17,7 @@ from fedllm.process.log import say
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
-from fedllm.process.state_adapters import received_adapter, received_record
+from fedllm.process.state_adapters import base_change_of, received_adapter, received_record
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.checkpoint_header import CheckpointIdentity
@@ -110,7 +110,8 @@ class ClientRound:
         """Return the trainer of a client's tier; its first use loads the base model."""
         training = self.config.training_of(self.tiers[client])
         settings = replace(self.settings, training=training)
-        return self.session.trainer(self.config, self.prepared, settings)
+        change = base_change_of(self.method, self.state, self.cohort.base_change)
+        return self.session.trainer(self.config, self.prepared, settings, change)
 
     def received(self, client: str) -> Adapter:
         """Return the adapter from which a client starts; a small one is kept for its tier."""
@@ -397,6 +398,7 @@ class ClientRound:
             status="failed" if result.reason else "ok",
             reason=result.reason,
             base_fingerprint=self.cohort.base_fingerprint,
+            base_change=self.cohort.base_change,
             **dict(result.stats),
             norms=result.norms,
             scales=result.scales,

@@ -195,7 +195,8 @@ def test_factor_mean_averages_a_and_b_apart_and_refuses_mixed_ranks(
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, entry in METHODS.items() if entry.ranks == "any"]
+    "method",
+    [n for n, entry in METHODS.items() if (entry.ranks, entry.base) == ("any", "stays")],
 )
 def test_every_method_for_mixed_ranks_combines_adapters_of_any_ranks(
     llama: Path, zoo: dict[str, Path], tmp_path: Path, method: str
@@ -211,6 +212,15 @@ def test_every_method_for_mixed_ranks_combines_adapters_of_any_ranks(
     for module, change in deltas(llama, zoo["patterns"]).items():
         one = deltas(llama, tmp_path / "one")[module]
         torch.testing.assert_close(one, change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [n for n, e in METHODS.items() if e.base == "changes"])
+def test_a_method_that_changes_the_base_makes_no_adapter(
+    zoo: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    with pytest.raises(AdapterError, match=f"^--method {method}: changes the base, not only"):
+        combine([zoo["plain"]], tmp_path / "out", method=method)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_inputs_agree_on_is_carried_over(

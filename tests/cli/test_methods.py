@@ -14,5 +14,6 @@ def test_every_method_is_listed_with_its_options() -> None:
         assert row.endswith(entry.paper)
     found = {each["name"]: each for each in json.loads(in_process("methods", "--json").stdout)}
     assert list(found) == list(METHODS)
-    assert found["flexlora"]["options"] == {"truncated": "drop"}
+    assert found["flexlora"]["options"] == {"truncated": "drop", "frozen_tail": False}
     assert found["factor_mean"]["ranks"] == "one"
+    assert found["flora"]["base"] == "changes"

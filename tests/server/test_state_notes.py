@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedllm.aggregation.route_types import Partial
+from fedllm.errors import ConfigError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.protocol import (
     ModuleAggregate,
@@ -73,3 +75,8 @@ def test_a_method_without_notes_leaves_none_in_its_file(tmp_path: Path) -> None:
     with read_state(paths) as state:
         assert state.metadata == {"method": "flexlora"}
         assert notes_of(state) == {}
+
+
+def test_a_change_of_the_base_that_the_class_does_not_tell_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has a base_delta, but its class does not say so"):
+        make_round(tmp_path / "run", method="tests.adapters.shifting:Shifting")

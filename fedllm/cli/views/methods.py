@@ -15,11 +15,12 @@ def methods(json_: AsJson = False) -> None:
         entries = {name: dataclasses.asdict(entry) for name, entry in METHODS.items()}
         say_json([{"name": n, **entries[n], "options": defaults[n]} for n in METHODS])
         return
-    header = ["method.name", "ranks", "method.options and their defaults", "paper"]
+    header = ["method.name", "ranks", "base", "method.options and their defaults", "paper"]
     rows = [
         [
             name,
             entry.ranks,
+            entry.base,
             ", ".join(f"{option}: {value}" for option, value in defaults[name].items()) or "-",
             entry.paper,
         ]

@@ -13,18 +13,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.options import LoraFairOptions
 from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.pairs.pair_state import summed
+from fedllm.methods.products import split, times, with_product
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
-
-_PAIR = ("A", "B")
-_PRODUCT = "product "  # before the names of the parts of a sum of products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +34,15 @@ class LoraFair(FactorMean):
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i A_i, sum_i n_i B_i and the block's weighted sum of products."""
-        means, product = super().fold(block, step), routes.fold(block, step.problem)
-        return {**means, **{f"{_PRODUCT}{name}": part for name, part in product.items()}}
+        return with_product(super().fold(block, step), block, step)
 
     def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return sum_i p_i A_i and the corrected B; the diagnostics are those of their product."""
         products: list[Partial] = []
-        sums = summed(_split(block, products) for block in partials)
+        sums = summed(split(partials, products))
         a_GRI, b_GOR = sums["A"] / step.total, sums["B"] / step.total
         wanted_GOR = sum(
-            (_times(product, a_GRI.mT) for product in products), torch.zeros_like(b_GOR)
+            (times(product, a_GRI.mT) for product in products), torch.zeros_like(b_GOR)
         ) / (step.total * self.scale(step.problem.rank))
         gram_GRR = a_GRI @ a_GRI.mT
         ridge_GRR = gram_GRR + self.options.ridge * torch.eye(step.problem.rank).to(gram_GRR)
@@ -55,24 +50,3 @@ class LoraFair(FactorMean):
         d_GOR = torch.linalg.solve(ridge_GRR, (wanted_GOR - b_GOR @ gram_GRR).mT).mT
         corrected = {"A": sums["A"], "B": sums["B"] + step.total * d_GOR}
         return super().finish([corrected], step)
-
-
-def _split(block: Partial, products: list[Partial]) -> Partial:
-    """Return the means of a block; its sum of products goes to `products`.
-
-    Where the route forms the sum, one product is held; else the factors of all blocks, as FlexLoRA
-    holds them.
-    """
-    product = {n.removeprefix(_PRODUCT): part for n, part in block.items() if n not in _PAIR}
-    if "W" in product and products:
-        products[0] = {"W": products[0]["W"] + product["W"]}
-    else:
-        products.append(product)
-    return {name: block[name] for name in _PAIR}
-
-
-def _times(product: Partial, right_GIR: Tensor) -> Tensor:
-    """Return a sum of products times a matrix."""
-    if "W" in product:
-        return product["W"].double() @ right_GIR
-    return product["B"] @ (product["A"] @ right_GIR)

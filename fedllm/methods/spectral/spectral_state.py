@@ -93,10 +93,24 @@ class SpectralMethod(Method):
             divisor: of the sum.
             untrained: what the method multiplies a range of directions by, had nobody trained.
         """
-        problem = step.problem
+        start = self.start_of(step)
+        found = routes.decompose(partials, step.problem, total=divisor, start=start)
+        return self.aggregates(found, step, untrained=untrained)
+
+    def start_of(self, step: ServerStep) -> Start:
+        """Return the start of an iterative route: the state before the round is near."""
         seed = seed_of(self.seed, "aggregation", step.modules[0])
-        start = Start(seed=seed, near_GKI=_near(step.before))
-        found = routes.decompose(partials, problem, total=divisor, start=start)
+        return Start(seed=seed, near_GKI=_near(step.before))
+
+    def aggregates(
+        self,
+        found: Sequence[Decomposition],
+        step: ServerStep,
+        *,
+        untrained: Callable[[RankPartition], float],
+    ) -> list[ModuleAggregate]:
+        """Return the states of triplets, all able to train; arguments as of `decomposed`."""
+        problem = step.problem
         results = []
         for module, each, state in zip(step.modules, found, step.before, strict=True):
             live = self._live(module, each, problem)

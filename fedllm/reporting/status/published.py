@@ -22,6 +22,7 @@ class UpdateSummary(Record):
     run_id: str
     round: int
     base_fingerprint: str
+    base_change: str | None = None
     client: str
     status: Literal["ok", "failed"] = "ok"
     reason: str = ""

@@ -1,0 +1,1 @@
+"""Methods that change the base: what an adapter cannot hold goes into its weights."""

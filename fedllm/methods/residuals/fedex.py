@@ -1,0 +1,62 @@
+"""FedEx-LoRA: what the product of the means misses of the mean of products goes into the base.
+
+Singhal et al., ACL 2025, https://arxiv.org/abs/2410.09432: A = sum_i p_i A_i, B = sum_i p_i B_i,
+and W_0 <- W_0 + sum_i p_i s B_i A_i - s B A. The model after a round is exactly the mean of the
+clients' models.
+
+Legend: O out, I in, R rank.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedllm.aggregation.route_types import Partial
+from fedllm.lora.factors import FactorBlock, ModuleShape, delta
+from fedllm.methods.pairs.factor_mean import FactorMean
+from fedllm.methods.products import dense, split, with_product
+from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
+from fedllm.methods.residuals.base_state import CHANGE, change_part, changed, no_change
+from fedllm.methods.state import carried
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedEx(FactorMean):
+    """The means of A and of B, and the rest of the mean of products in the base."""
+
+    name: ClassVar[str] = "fedex"
+    changes_base: ClassVar[bool] = True
+
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
+        """Return the shapes of A, B and the change of the base."""
+        return {**super().parts(shape, rank), **change_part(shape)}
+
+    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
+        """Return no change yet: the seeded A, and B and the change of the base zero."""
+        start = super().start_module(module=module, shape=shape, rank=rank)
+        return {**start, **no_change(shape)}
+
+    def base_delta(self, state: ModuleState) -> Tensor | None:
+        """Return the residuals of all rounds."""
+        return state[CHANGE]
+
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
+        """Return sum_i n_i A_i, sum_i n_i B_i and the block's weighted sum of products."""
+        return with_product(super().fold(block, step), block, step)
+
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
+        """Return the means, and the residual on the change of the base; diagnostics are A's B's."""
+        products: list[Partial] = []
+        results = super().finish(split(partials, products), step)
+        found = []
+        for place, result in enumerate(results):
+            module, before = step.modules[place], step.before[place]
+            # of the factors as they are carried: the sum is then exact
+            rank = step.problem.rank
+            pair = self.module_adapter(module=module, state=result.state, rank=rank)
+            residual_OI = dense(products, place) / step.total - delta(pair)
+            change = carried(module, changed(before, residual_OI))
+            found.append(replace(result, state={**result.state, **change}))
+        return found

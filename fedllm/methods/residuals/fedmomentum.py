@@ -1,0 +1,94 @@
+"""FedMomentum: the leading directions of the mean go on as adapter, the next ones into the base.
+
+https://arxiv.org/abs/2603.08014: U S V^T = SVD(sum_i p_i s B_i A_i); the adapter is its best
+approximation of rank r, split evenly, s B A with B = U_r sqrt(S_r / s) and A = sqrt(S_r / s) V_r^T,
+so that the next round moves on from where the clients were going. The components r + 1 to r_eff,
+the fewest with a share `energy` of all energy, are added to the base.
+
+Directions with S = 0 get a seeded row of A and B = 0: with both factors zero they never train.
+
+Legend: O out, I in, R rank.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregation import routes
+from fedllm.aggregation.route_types import Decomposition, Partial
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
+from fedllm.methods.options import FedMomentumOptions
+from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
+from fedllm.methods.refusals import refuse_mixed_ranks
+from fedllm.methods.residuals.base_state import CHANGE, change_part, changed, no_change
+from fedllm.methods.residuals.spectrum import all_directions, cut, leading
+from fedllm.methods.spectral.spectral_state import SpectralMethod
+from fedllm.methods.state import carried
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedMomentum(SpectralMethod):
+    """The SVD of the mean of products, its tail in the base."""
+
+    name: ClassVar[str] = "fedmomentum"
+    changes_base: ClassVar[bool] = True
+    options_class: ClassVar[type[FedMomentumOptions]] = FedMomentumOptions
+
+    options: FedMomentumOptions = field(default_factory=FedMomentumOptions)
+
+    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
+        """Return the shapes of U, S, Vh and the change of the base."""
+        return {**super().parts(shape, rank), **change_part(shape)}
+
+    def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
+        """Return a reason where two tiers' ranks differ: all clients have one adapter."""
+        return refuse_mixed_ranks(self.name, tier_ranks)
+
+    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
+        """Return no change yet, neither of the adapter nor of the base."""
+        start = super().start_module(module=module, shape=shape, rank=rank)
+        return {**start, **no_change(shape)}
+
+    def base_delta(self, state: ModuleState) -> Tensor | None:
+        """Return the tails of all rounds."""
+        return state[CHANGE]
+
+    def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
+        """Return the adapter of the state, S split evenly between A and B."""
+        whole = super().module_adapter(module=module, state=state, rank=rank)
+        root_R = (state["S"][:rank] / whole.scale).sqrt()
+        lives_R = root_R > 0
+        a_RI = torch.where(lives_R[:, None], root_R[:, None] * whole.a_RI, whole.a_RI)
+        return replace(whole, a_RI=a_RI, b_OR=state["U"][:, :rank] * root_R)
+
+    def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
+        """Return sum_i n_i s_i B_i A_i of the block, as the route to all triplets holds it."""
+        return routes.fold(block, all_directions(step.problem))
+
+    def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
+        """Return the leading triplets, and the next ones on the change of the base."""
+        whole = all_directions(step.problem)
+        start = self.start_of(step)
+        found = routes.decompose(partials, whole, total=step.total, start=start)
+        rank = step.problem.rank
+        kept = [cut(each, rank) for each in found]
+        results = self.aggregates(kept, step, untrained=lambda part: part.weight / step.total)
+        return [
+            replace(
+                result,
+                state={**result.state, **carried(module, changed(before, self._tail(each, rank)))},
+            )
+            for module, before, each, result in zip(
+                step.modules, step.before, found, results, strict=True
+            )
+        ]
+
+    def _tail(self, found: Decomposition, rank: int) -> Tensor:
+        """Return the components behind the adapter's that go into the base."""
+        end = max(rank, leading(found, self.options.energy))
+        triplets = found.spectral
+        u_OR, s_R = triplets.u_OR[:, rank:end].double(), triplets.s_R[rank:end].double()
+        return (u_OR * s_R) @ triplets.vh_RI[rank:end].double()

@@ -1,0 +1,148 @@
+"""Methods that change the base: what adapters do not hold is in the weights."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedllm.lora.factors import Factors, ModuleShape, delta
+from fedllm.methods.options import FedMomentumOptions, FloristOptions
+from fedllm.methods.pairs.factor_mean import FactorMean
+from fedllm.methods.protocol import Method, ModuleState
+from fedllm.methods.residuals.fedex import FedEx
+from fedllm.methods.residuals.fedmomentum import FedMomentum
+from fedllm.methods.residuals.flora import Flora
+from fedllm.methods.residuals.florist import Florist
+from fedllm.methods.spectral.flexlora import FlexLora
+from tests.lora.adapters import dense_sum, random_factors
+from tests.methods.aggregating import aggregate, can_train
+
+FLORA, FEDEX = Flora(seed=3, alpha=16.0), FedEx(seed=3, alpha=16.0)
+EXACT_FLORIST = Florist(seed=3, alpha=16.0, options=FloristOptions(threshold=1.0))
+EXACT_MOMENTUM = FedMomentum(seed=3, alpha=16.0, options=FedMomentumOptions(energy=1.0))
+EXACT: list[Method] = [FLORA, EXACT_FLORIST, FEDEX, EXACT_MOMENTUM]
+ONE_RANK: list[Method] = [FEDEX, EXACT_MOMENTUM]
+
+
+def of(method: Method) -> str:
+    return method.name
+
+
+def whole(method: Method, state: ModuleState, rank: int) -> Tensor:
+    """What the base and the adapter together add to the first weights."""
+    change = method.base_delta(state)
+    assert change is not None
+    adapter = method.module_adapter(module="m", state=state, rank=rank)
+    return change.double() + delta(adapter)
+
+
+def by_hand() -> list[Factors]:
+    """Two clients of rank 1, scale 16, on a weight of 2 x 2: 16 (1, 0)^T (1, 0) and its other."""
+    return [
+        Factors(a_RI=torch.tensor([e]), b_OR=torch.tensor([e]).T, scale=16.0)
+        for e in ((1.0, 0.0), (0.0, 1.0))
+    ]
+
+
+def test_flora_adds_the_mean_of_two_clients_to_the_base() -> None:
+    # weights 1 and 3: 16 (1/4 diag(1, 0) + 3/4 diag(0, 1)) = diag(4, 12)
+    state = aggregate(FLORA, by_hand(), [1.0, 3.0], [1]).state
+    assert state["D"].tolist() == [[4.0, 0.0], [0.0, 12.0]]
+    assert not state["B"].any()
+    # the next round comes in addition
+    again = aggregate(FLORA, by_hand(), [3.0, 1.0], [1], before=state, round_number=2).state
+    assert again["D"].tolist() == [[16.0, 0.0], [0.0, 16.0]]
+    assert not torch.equal(again["A"], state["A"])
+
+
+def test_florist_keeps_the_directions_that_hold_the_energy() -> None:
+    # diag(4, 12): the second direction holds 144 / 160 = 0.9 of the energy
+    for threshold, kept in ((0.9, [0.0, 12.0]), (0.91, [4.0, 12.0]), (0.1, [0.0, 12.0])):
+        method = Florist(seed=3, alpha=16.0, options=FloristOptions(threshold=threshold))
+        found = aggregate(method, by_hand(), [1.0, 3.0], [1])
+        exact = torch.diag(torch.tensor(kept))
+        torch.testing.assert_close(found.state["D"], exact, atol=1e-5, rtol=1e-6)
+        shares = [row.energy_kept for row in found.diagnostics.ranks]
+        assert shares == pytest.approx([sum(s * s for s in kept) / 160])
+
+
+def test_fedex_adds_what_the_product_of_the_means_misses() -> None:
+    # A = (1/4, 3/4), B = A^T: 16 B A = ((1, 3), (3, 9)); diag(4, 12) less that
+    state = aggregate(FEDEX, by_hand(), [1.0, 3.0], [1]).state
+    assert state["A"].tolist() == [[0.25, 0.75]]
+    assert state["D"].tolist() == [[3.0, -3.0], [-3.0, 3.0]]
+
+
+def test_fedmomentum_splits_the_mean_at_its_rank() -> None:
+    # diag(4, 12) at rank 1: 12 to the adapter, sqrt(12 / 16) in A and in B; 4 to the base
+    state = aggregate(EXACT_MOMENTUM, by_hand(), [1.0, 3.0], [1]).state
+    torch.testing.assert_close(state["D"], torch.diag(torch.tensor([4.0, 0.0])))
+    adapter = EXACT_MOMENTUM.module_adapter(module="m", state=state, rank=1)
+    root = (12 / 16) ** 0.5
+    assert adapter.a_RI.abs().tolist() == [pytest.approx([0.0, root], abs=1e-6)]
+    assert adapter.b_OR.abs().flatten().tolist() == pytest.approx([0.0, root], abs=1e-6)
+    torch.testing.assert_close(delta(adapter), torch.diag(torch.tensor([0.0, 12.0]).double()))
+
+
+def test_fedmomentum_drops_what_is_beyond_its_energy() -> None:
+    method = FedMomentum(seed=3, alpha=16.0, options=FedMomentumOptions(energy=0.9))
+    state = aggregate(method, by_hand(), [1.0, 3.0], [1]).state
+    assert not state["D"].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), block_clients=st.integers(1, 4))
+def test_base_and_adapter_are_the_mean_of_products(data: st.DataObject, block_clients: int) -> None:
+    # 4 clients of rank 3 on a weight of 40 x 30 are stacked, on one of 11 x 9 they are formed
+    out, in_ = data.draw(st.sampled_from([(11, 9), (40, 30)]), label="shape")
+    ranks = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4), label="ranks")
+    weights = [float(data.draw(st.integers(1, 50))) for _ in ranks]
+    shares = [weight / sum(weights) for weight in weights]
+    for method in EXACT:
+        own = [3] * len(ranks) if method in ONE_RANK else ranks
+        sent = [random_factors(s, out=out, in_=in_, rank=r, scale=2.0) for s, r in enumerate(own)]
+        wanted = dense_sum(sent, shares)
+        received = sorted({*own, 3})
+        for clients, amounts in ((sent, weights), (sent[::-1], weights[::-1])):
+            found = aggregate(method, clients, amounts, received, block_clients=block_clients)
+            got = whole(method, found.state, 3)
+            torch.testing.assert_close(got, wanted, atol=2e-5 * float(wanted.norm()), rtol=0)
+            can_train(method.module_adapter(module="m", state=found.state, rank=3))
+
+
+def test_the_change_of_the_base_grows_by_every_round() -> None:
+    sent = [random_factors(seed, out=11, in_=9, rank=3, scale=2.0) for seed in range(3)]
+    for method in EXACT:
+        one = aggregate(method, sent, [1.0, 2.0, 4.0], [3]).state
+        two = aggregate(method, sent, [1.0, 2.0, 4.0], [3], before=one, round_number=2).state
+        torch.testing.assert_close(two["D"], 2 * one["D"], atol=1e-5, rtol=1e-5)
+
+
+def test_in_their_adapters_they_are_the_known_methods() -> None:
+    sent = [random_factors(seed, out=11, in_=9, rank=3, scale=2.0) for seed in range(3)]
+    mean = aggregate(FactorMean(seed=3, alpha=16.0), sent, [1.0, 2.0, 4.0], [3]).state
+    state = aggregate(FEDEX, sent, [1.0, 2.0, 4.0], [3]).state
+    assert all(torch.equal(state[part], mean[part]) for part in mean)
+    flex = aggregate(FlexLora(seed=3, alpha=16.0), sent, [1.0, 2.0, 4.0], [3]).state
+    state = aggregate(EXACT_MOMENTUM, sent, [1.0, 2.0, 4.0], [3]).state
+    adapters = [
+        delta(m.module_adapter(module="m", state=s, rank=3))
+        for m, s in ((EXACT_MOMENTUM, state), (FlexLora(seed=3, alpha=16.0), flex))
+    ]
+    torch.testing.assert_close(*adapters, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", EXACT, ids=of)
+def test_before_training_nothing_is_changed(method: Method) -> None:
+    state = method.start_module(module="m", shape=ModuleShape(out=11, in_=9), rank=4)
+    assert not whole(method, state, 4).any()
+    can_train(method.module_adapter(module="m", state=state, rank=4))
+    specs = {n: p.shape for n, p in method.parts(ModuleShape(out=11, in_=9), 4).items()}
+    assert specs == {n: tuple(part.shape) for n, part in state.items()}
+
+
+@pytest.mark.parametrize("method", ONE_RANK, ids=of)
+def test_mixed_ranks_are_refused_where_all_share_an_adapter(method: Method) -> None:
+    assert "set all to 2" in str(method.refuse([{"m": 2}, {"m": 4}]))
+    assert FLORA.refuse([{"m": 2}, {"m": 4}]) is None
