@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fedllm.config.loading import load_config
+from fedllm.config.loading import load_config, read_config
 from fedllm.config.models import Config
-from fedllm.errors import RunDirectoryError, UserError
+from fedllm.errors import ConfigError, RunDirectoryError, UserError
+from fedllm.rounds.retention import best_round
 from fedllm.storage.own_code import folders_of, is_own, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
 
@@ -41,8 +42,12 @@ TakeOver = Annotated[
     typer.Option("--take-over", help="Take the run over; its old coordinator must have ended."),
 ]
 RoundNumber = Annotated[
-    int | None,
-    typer.Option("--round", metavar="N", help="Round of the state. Default: the newest."),
+    str | None,
+    typer.Option(
+        "--round",
+        metavar="N|best",
+        help="Round of the state, or the best one for dev clients. Default: the newest.",
+    ),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")]
 
@@ -95,6 +100,25 @@ def existing_run(root: Path) -> RunPaths:
             f"{root}: no run here (no run.json); `fedllm run CONFIG --run-dir {root}` starts one"
         )
     return paths
+
+
+def chosen_round(paths: RunPaths, given: str | None) -> int | None:
+    """Return the round that `--round` names; None: the newest.
+
+    Raises:
+        ConfigError: it is no round, or there are no dev clients to choose the best one by.
+    """
+    if given is None or given.isdecimal():
+        return None if given is None else int(given)
+    if given != "best":
+        raise ConfigError(f"--round: got {given}, need a number or best")
+    config = read_config(paths.config)
+    if not config.clients.dev:
+        raise ConfigError("--round best: dev clients choose it, clients.dev is 0; give a number")
+    best = best_round(paths, config)
+    if not best:
+        raise ConfigError("--round best: no round is evaluated yet; give a number, or resume")
+    return min(best)
 
 
 def fresh_folder(folder: Path) -> Path:

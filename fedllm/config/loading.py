@@ -26,6 +26,8 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "training.processes": 1,
     "training.zero.stage": 3,
     "training.zero.offload": "none",
+    "training.cut_rounds": [],
+    "training.cut_factor": 0.1,
 }
 _ADDED_TIER_KEYS = ("engine", "processes")  # null: as before
 # a key's parts, and its new value

@@ -211,6 +211,8 @@ class TrainingSection(Section):
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NonNegativeInt = 0
+    cut_rounds: tuple[PositiveInt, ...] = ()
+    cut_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: PositiveFloat | None = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -358,6 +360,13 @@ class StorageSection(Section):
     group: str | None = None
 
 
+class StoppingSection(Section):
+    """Early stopping: after so many evaluations without a lower loss of dev clients."""
+
+    patience: PositiveInt | None = None
+    min_gain: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -371,6 +380,7 @@ class Config(Section):
     method: MethodSection = MethodSection()
     aggregation: AggregationSection = AggregationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    stopping: Annotated[StoppingSection, Field(json_schema_extra=EXECUTION)] = StoppingSection()
     scheduler: Annotated[SchedulerSection, Field(json_schema_extra=EXECUTION)] = SchedulerSection()
     storage: Annotated[StorageSection, Field(json_schema_extra=EXECUTION)] = StorageSection()
 
@@ -379,6 +389,16 @@ class Config(Section):
         own = self.clients.tiers[tier]
         changes = {**_OF_ENGINES.get(own.engine, {}), **_set_by(own)}
         return self.training.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _can_stop_early(self) -> "Config":
+        if self.stopping.patience is not None:
+            needs = "stopping.patience: needs"
+            if not self.clients.dev:
+                _raise_lines([f"{needs} dev clients, but clients.dev is 0; set it, or null here"])
+            if not self.evaluation.every:
+                _raise_lines([f"{needs} evaluations, but evaluation.every is 0; need >= 1"])
+        return self
 
     @model_validator(mode="after")
     def _tiers_can_train(self) -> "Config":

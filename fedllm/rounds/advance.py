@@ -10,7 +10,8 @@ from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
 from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.rounds.dispatch.submissions import run_single_job
-from fedllm.rounds.finishing import finish_rounds
+from fedllm.rounds.ending.finishing import finish_rounds
+from fedllm.rounds.ending.stopping import apply_stop, may_start
 from fedllm.rounds.retries import train
 from fedllm.rounds.run import Run
 from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord
@@ -27,8 +28,9 @@ def advance(run: Run) -> bool:
     federation = prepare(run)
     if federation is None:
         return False
-    for number in range(run.observations.done, run.config.rounds + 1):
-        if not advance_round(run, federation, number):
+    apply_stop(run)
+    for number in range(run.observations.done, run.last_round + 1):
+        if not may_start(run, number) or not advance_round(run, federation, number):
             break
         evaluate(run, number)
     return finish_rounds(run)

@@ -36,7 +36,7 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
 
 def evaluate(run: Run, number: int) -> None:
     """Make progress on a round's evaluation if one is due; no other step waits for it."""
-    if not is_evaluated(run.config.evaluation, number, run.config.rounds):
+    if not is_evaluated(run.config.evaluation, number, run.last_round):
         return
     paths = run.paths.round(number)
     run_single_job(

@@ -23,6 +23,7 @@ class Observations:
         holders: attempt's folder -> tasks that hold its claims, once every bundle is claimed.
         unclaimed: (attempt's folder, class) -> numbers of its bundles not found claimed yet.
         training_seconds: for how long the current attempt has been watched; None: none trains.
+        last_round: the last round of a run that was stopped early; None: it was not.
         no_room: names of arrays that the scheduler had no room for.
         step: what the coordinator is doing, in one word, and of which round.
     """
@@ -35,6 +36,7 @@ class Observations:
     unclaimed: dict[tuple[Path, str], list[int]] = field(default_factory=dict)
     training_seconds: float | None = None
     no_room: set[str] = field(default_factory=set)
+    last_round: int | None = None
     step: tuple[str, int] = ("start", 0)
     _tiers: tuple[CohortRecord, Mapping[str, str]] | None = None
     _next: dict[object, float] = field(default_factory=dict)

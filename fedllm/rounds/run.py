@@ -26,6 +26,12 @@ class Run:
     known_records: KnownRecords
     observations: Observations = field(default_factory=Observations)
 
+    @property
+    def last_round(self) -> int:
+        """The last round: an earlier one than configured if the run was stopped."""
+        stopped = self.observations.last_round
+        return self.config.rounds if stopped is None else min(stopped, self.config.rounds)
+
     def publish(self, record: Record, path: Path) -> None:
         """Publish a coordinator's record while the lease holds."""
         self.lease.check()

@@ -155,6 +155,8 @@ def _step(sweep: Sweep, name: str) -> None:
     except FedllmError as error:
         _end(sweep, name, error)
         return
+    # it may have stopped before the last round of its configuration
+    sweep.done.add(name)
     close_run(sweep.opened.pop(name))
 
 

@@ -320,6 +320,11 @@ class RunPaths:
         return JobPaths(root=self.prepare_attempts / f"{number:02d}")
 
     @property
+    def stop(self) -> Path:
+        """The decision to end the run before its configured last round."""
+        return self.root / "stopped.json"
+
+    @property
     def leases(self) -> Path:
         """The folder of coordinator leases."""
         return self.root / "coordinator"

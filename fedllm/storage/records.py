@@ -641,6 +641,17 @@ class EvaluationRecord(Record):
     clients: list[ClientScores]
 
 
+class StopRecord(Record):
+    """The decision to end a run after `round`: dev clients were best in `best_round`.
+
+    It holds as long as `stopping.patience` is what it was.
+    """
+
+    round: int
+    best_round: int
+    patience: int
+
+
 class BaseRow(Record):
     """A test row as an untouched base answers it; `loss` is the sum over its `tokens`."""
 

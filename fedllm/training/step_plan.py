@@ -54,6 +54,15 @@ def plan_steps(num_rows: int, training: TrainingSection, draws: Draws) -> list[l
     return steps[: training.max_steps]
 
 
+def training_at(training: TrainingSection, round_number: int) -> TrainingSection:
+    """Return the training of a round: every cut up to it has lowered the learning rate."""
+    cuts = sum(cut <= round_number for cut in training.cut_rounds)
+    if not cuts:
+        return training
+    rate = training.learning_rate * training.cut_factor**cuts
+    return training.model_copy(update={"learning_rate": rate})
+
+
 def rate_factor(step: int, num_steps: int, training: TrainingSection) -> float:
     """Return the share of the learning rate at `step` (from 0) of a client's own steps.
 

@@ -33,7 +33,7 @@ from fedllm.storage.records import (
 from fedllm.storage.tensors import TensorFile
 from fedllm.training.loop import LocalSettings, TrainResult
 from fedllm.training.out_of_memory import micro_batch_size, micro_batch_sizes, ran_out
-from fedllm.training.step_plan import Draws, plan_steps
+from fedllm.training.step_plan import Draws, plan_steps, training_at
 from fedllm.training.trainer_protocol import Member, Snapshots, Trainer
 from fedllm.worker.checkpoints import Resumable, UnusableCheckpointError, common_step
 from fedllm.worker.process_group import OneProcess, Order, Processes
@@ -95,7 +95,7 @@ class ClientRound:
             state=read_late_file(lambda: _open_state(run, cohort), visibility_seconds),
             method=method,
             settings=LocalSettings(
-                training=config.training,
+                training=training_at(config.training, cohort.round),
                 rule=local_rule(config.method.local, config.method.local_options),
                 loss_on=config.data.loss_on,
                 # a run that was prepared before layouts were recorded keeps its bits
@@ -108,7 +108,7 @@ class ClientRound:
 
     def trainer_of(self, client: str) -> Trainer:
         """Return the trainer of a client's tier; its first use loads the base model."""
-        training = self.config.training_of(self.tiers[client])
+        training = training_at(self.config.training_of(self.tiers[client]), self.cohort.round)
         settings = replace(self.settings, training=training)
         change = base_change_of(self.method, self.state, self.cohort.base_change)
         return self.session.trainer(self.config, self.prepared, settings, change)

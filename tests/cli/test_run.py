@@ -68,6 +68,24 @@ def test_local_workers_give_the_bits_of_an_inline_run(
     assert states(tmp_path / "run") == states(undisturbed)
 
 
+def test_the_round_that_dev_clients_like_best_is_exported(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    records = {
+        number: EvaluationRecord.read(RunPaths(root=undisturbed).round(number).evaluation_record)
+        for number in range(3)
+    }
+    losses = {
+        number: sum(c.as_deployed.loss for c in record.clients if c.group == "dev")
+        for number, record in records.items()
+    }
+    best = min(losses, key=lambda number: losses[number])
+    done = in_process("export", undisturbed, "--round", "best", "--out", tmp_path / "a", "--json")
+    assert json.loads(done.stdout)["round"] == best
+    line = one_line(in_process("export", undisturbed, "--round", "last", "--out", tmp_path / "b"))
+    assert "--round: got last, need a number or best" in line
+
+
 def test_running_again_does_nothing(tiny: Tiny, undisturbed: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in undisturbed.glob("rounds/**/*") if p.is_file()}
     done = in_process("run", tiny.config, "--run-dir", undisturbed)

@@ -319,9 +319,10 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
             "training.batch_size: got 'many', need a whole number",
             "training.schedule: got 'lineer', need 'constant', 'linear' or 'cosine'",
             "training.lr: unknown key; valid here: batch_size, checkpoint_every_minutes, "
-            "clients_per_batch, clip_norm, device, engine, epochs, gradient_checkpointing, "
-            "learning_rate, max_steps, micro_batch_size, micro_batch_tokens, nodes, precision, "
-            "processes, schedule, smaller_micro_batch, threads, warmup_steps, weight_decay, zero",
+            "clients_per_batch, clip_norm, cut_factor, cut_rounds, device, engine, epochs, "
+            "gradient_checkpointing, learning_rate, max_steps, micro_batch_size, "
+            "micro_batch_tokens, nodes, precision, processes, schedule, smaller_micro_batch, "
+            "threads, warmup_steps, weight_decay, zero",
         ]
     )
 

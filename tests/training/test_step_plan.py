@@ -3,7 +3,7 @@
 import pytest
 
 from fedllm.config.models import TrainingSection
-from fedllm.training.step_plan import Draws, plan_steps, rate_factor
+from fedllm.training.step_plan import Draws, plan_steps, rate_factor, training_at
 
 DRAWS = Draws(seed=0, round=1, client="a/b é")
 
@@ -24,6 +24,13 @@ def test_max_steps_ends_the_training_earlier() -> None:
     whole = plan_steps(10, training(epochs=3), DRAWS)
     assert plan_steps(10, training(epochs=3, max_steps=4), DRAWS) == whole[:4]
     assert plan_steps(10, training(max_steps=99), DRAWS) == whole[:3]
+
+
+def test_the_rate_is_cut_from_its_rounds_on() -> None:
+    section = training(learning_rate=0.8, cut_rounds=[3, 5], cut_factor=0.5)
+    rates = [training_at(section, number).learning_rate for number in (1, 2, 3, 4, 5, 9)]
+    assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2]
+    assert training_at(training(learning_rate=0.8), 9).learning_rate == 0.8
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from fedllm.cli import execution
-from fedllm.cli.options import AsJson, Overrides, RoundNumber, configuration, say, say_json
+from fedllm.cli.options import (
+    AsJson,
+    Overrides,
+    RoundNumber,
+    chosen_round,
+    configuration,
+    say,
+    say_json,
+)
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.records import EvaluationRecord
@@ -47,7 +55,7 @@ def evaluate(
 def _score(
     target: Path,
     *,
-    round_number: int | None,
+    round_number: str | None,
     rank: int | None,
     config: Path | None,
     overrides: Sequence[str],
@@ -62,7 +70,7 @@ def _score(
         raise ConfigError(f"--rank: got {rank}, need >= 1")
     paths = RunPaths(root=target.resolve())
     if paths.run.exists():
-        return _score_run(paths, round_number, rank)
+        return _score_run(paths, chosen_round(paths, round_number), rank)
     if not (target / _PEFT_CONFIG).is_file():
         from fedllm.adapters.peft_config import adapters_below
 

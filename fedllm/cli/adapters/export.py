@@ -12,6 +12,7 @@ from fedllm.cli.options import (
     OutFolder,
     RoundNumber,
     RunFolder,
+    chosen_round,
     existing_run,
     fresh_folder,
     say,
@@ -57,7 +58,7 @@ def export(
     paths, folder = existing_run(run), fresh_folder(out)
     # deepspeed, where it is installed, logs to stdout when transformers saves a model
     with redirect_stdout(sys.stderr):
-        state = open_state(paths, round_)
+        state = open_state(paths, chosen_round(paths, round_))
         exported = (
             export_model(state, folder, rank=rank, dtype=dtype)
             if merge

@@ -15,6 +15,7 @@ from fedllm.storage.records import (
     EvaluationRecord,
     ModuleRecord,
     PreparedRecord,
+    StopRecord,
 )
 
 _FLOAT32_BYTES = 4
@@ -63,6 +64,12 @@ def run_summary(paths: RunPaths) -> str:
     if cohort and prepared:
         parts.append(bytes_table(cohort, prepared))
     root = shlex.quote(str(paths.root))
+    stop = StopRecord.find(paths.stop)
+    if stop and stop.round == config.rounds:
+        parts.append(
+            f"stopped after round {stop.round}: dev clients are best in round {stop.best_round}; "
+            f"fedllm export {root} --round best --out adapter"
+        )
     parts.append(
         f"next: fedllm export {root} --out adapter    "
         f"fedllm status {root}    fedllm resume {root} --set rounds={config.rounds + 2}"

@@ -4,10 +4,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedllm.config.loading import validate
 from fedllm.config.models import Config
 from fedllm.reporting.status.pace import Estimate, pace_of_round, written_at
-from fedllm.reporting.sweeps.tuned_rates import TunedRate, tuned_rate
+from fedllm.reporting.sweeps.tuned_rates import TunedRate, present_config, tuned_rate
 from fedllm.storage.lease import HolderIsGone, current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.record_cache import RecordCache
@@ -84,7 +83,7 @@ def _run_status(
     *,
     untuned: bool,
 ) -> SweepRunStatus:
-    config, run = validate(item.config), paths.run(item.name)
+    config, run = present_config(paths, item), paths.run(item.name)
     done = [n for n in range(config.rounds + 1) if run.round(n).record.exists()]
     failure = ErrorRecord.find(paths.failure(item.name))
     is_done = len(done) == config.rounds + 1

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedllm.config.loading import validate
+from fedllm.config.loading import read_config, validate
+from fedllm.config.models import Config
 from fedllm.planning.sweeps.sweep_runs import best_rate
 from fedllm.reporting.results.metrics import by_group
 from fedllm.reporting.tables import number, text_table
@@ -45,8 +46,14 @@ def tuned_rate(paths: SweepPaths, record: SweepRecord, arm: str) -> TunedRate:
     return TunedRate(arm=arm, losses=losses, best=best)
 
 
+def present_config(paths: SweepPaths, run: SweepRunRecord) -> Config:
+    """Return the configuration of a run: its own once it was begun, for it may stop early."""
+    own = paths.run(run.name).config
+    return read_config(own) if own.exists() else validate(run.config)
+
+
 def _dev_loss(paths: SweepPaths, run: SweepRunRecord) -> float | None:
-    last = paths.run(run.name).round(validate(run.config).rounds)
+    last = paths.run(run.name).round(present_config(paths, run).rounds)
     if not last.record.exists():
         return None
     record = EvaluationRecord.read(last.evaluation_record)

@@ -64,7 +64,7 @@ def _in_flight(run: Run, submissions: Iterator[JobPaths]) -> InFlight | None:
 
 def _unfinished_rounds(run: Run) -> Iterator[RoundPaths]:
     """Yield the rounds that were started and are not done."""
-    for number in range(run.config.rounds + 1):
+    for number in range(run.last_round + 1):
         paths = run.paths.round(number)
         if not paths.root.exists():
             return

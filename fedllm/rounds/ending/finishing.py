@@ -20,7 +20,7 @@ def finish_rounds(run: Run) -> bool:
     """Finish every round whose state and evaluation exist; return whether all rounds are done."""
     done = True
     finished = False
-    for number in range(run.observations.done, run.config.rounds + 1):
+    for number in range(run.observations.done, run.last_round + 1):
         if run.paths.round(number).record.exists():
             # all rounds before it are done too: they need no second look
             run.observations.done += run.observations.done == number
@@ -41,7 +41,7 @@ def _may_finish(run: Run, number: int) -> bool:
     paths = run.paths.round(number)
     if not paths.aggregate_record.exists():
         return False
-    due = is_evaluated(run.config.evaluation, number, run.config.rounds)
+    due = is_evaluated(run.config.evaluation, number, run.last_round)
     return paths.evaluation_record.exists() or not due
 
 

@@ -1,0 +1,1 @@
+"""The end of rounds: their records, and the end of a run before its last round."""
