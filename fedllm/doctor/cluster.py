@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import ConfigError, FedllmError
-from fedllm.planning.capacity import ONE_PROCESS
 from fedllm.planning.classes import classes_of, job_options, tier_options
-from fedllm.planning.engines import Engine
+from fedllm.planning.engines import Engine, job_size
 from fedllm.scheduling.slurm.check import job_problems
 from fedllm.scheduling.slurm.commands import CommandRefused, call, clean_environment
 from fedllm.scheduling.slurm.coordinator_job import coordinator_flags
@@ -92,7 +91,7 @@ def job_kinds(section: SchedulerSection, tiers: Mapping[str, Engine]) -> list[Jo
         for name in classes.values()
     }
     for program in ("prepare", "aggregate", "evaluate"):
-        options_of[program] = (program, job_options(sbatch, program), ONE_PROCESS)
+        options_of[program] = (program, job_options(sbatch, program), job_size(program, tiers))
     kinds = []
     for name, (program, options, size) in options_of.items():
         defaults = task_defaults(options)

@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedllm.config.models import Config, TrainingSection
-from fedllm.planning.capacity import TaskSize
+from fedllm.planning.capacity import ONE_PROCESS, TaskSize
+from fedllm.planning.classes import JobKind
 from fedllm.storage.records import CohortClient, LayoutRecord
 
 GROUP_LAYOUT = "parts"
@@ -97,6 +98,20 @@ class Engine:
 def engines_of(config: Config) -> dict[str, Engine]:
     """Return tier -> engine."""
     return {tier: engine_of(config.training_of(tier)) for tier in config.clients.tiers}
+
+
+def scoring_engine(engines: Mapping[str, Engine]) -> Engine:
+    """Return the engine whose processes hold the base that the tests score; `engines` by tier.
+
+    Where every tier divides the base, its smallest task scores too; else one process does.
+    """
+    smallest = min(engines.values(), key=lambda engine: (engine.divides_base, engine.processes))
+    return smallest if smallest.divides_base else Engine(name="plain")
+
+
+def job_size(kind: JobKind, engines: Mapping[str, Engine]) -> TaskSize:
+    """Return the processes and nodes of a job of one task; `engines` by tier."""
+    return scoring_engine(engines).size if kind == "evaluate" else ONE_PROCESS
 
 
 def engine_of(training: TrainingSection) -> Engine:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed
 
 from fedllm.config.models import Config
 from fedllm.config.target_modules import Targets
-from fedllm.errors import ModelError
+from fedllm.errors import ModelError, UserError
 from fedllm.model.device import resolve_device
-from fedllm.planning.engines import engine_of
+from fedllm.planning.engines import engine_of, engines_of, scoring_engine
 from fedllm.process.log import say
 from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.paths import CachePaths, RunPaths
@@ -163,6 +164,34 @@ class Session:
             self._slots = key, slots
         self._slots[1].change_base(change)
         return self._slots[1]
+
+    def scoring_slots(
+        self, config: Config, prepared: PreparedRecord, change: "BaseChange | None" = None
+    ) -> "AdapterSlots":
+        """Return the slots in which a run's adapters are scored; the errors are those of `slots`.
+
+        Where no tier's clients train on a whole base, the processes of this task divide it.
+
+        Raises:
+            UserError: the task has more or fewer processes than that takes.
+        """
+        engine = scoring_engine(engines_of(config))
+        present = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if engine.divides_base and present != engine.processes:
+            raise UserError(
+                f"training.processes: {engine.processes} processes divide this run's base, and "
+                f"score its adapters together; this task has {present}"
+            )
+        if engine.divides_base:
+            from fedllm.training.trainers import require_installed
+
+            require_installed(engine)
+        slots = self.slots(config, prepared, to_divide=engine.divides_base, change=change)
+        if engine.divides_base:
+            from fedllm.training.partitioned import divide_base
+
+            divide_base(slots, resolve_device(config.training.device))
+        return slots
 
     def trainer(
         self,

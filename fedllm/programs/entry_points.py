@@ -139,7 +139,7 @@ def _evaluate(call: _Call) -> int:
 
     paths = RoundPaths(root=call.arguments.target)
     _share(paths.run, call.session)
-    evaluate_round(paths, call.session)
+    evaluate_round(paths, call.session, TaskEnvironment().identity)
     return 0
 
 

@@ -1,7 +1,7 @@
 """The evaluation job: it scores a server state on clients' test rows by generated answers."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,16 +11,18 @@ from fedllm.adapters.tensor_names import names_in, place_of
 from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
-from fedllm.evaluation.scores import RowScores, mean_scores, score_rows
+from fedllm.evaluation.scores import RowScores, mean_scores
 from fedllm.methods.protocol import Method
-from fedllm.packing.precision import precision
 from fedllm.packing.slots import AdapterSlots
+from fedllm.planning.engines import engines_of, scoring_engine
 from fedllm.planning.evaluation_targets import Target, choose_targets, is_complete
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of, base_change_of
+from fedllm.programs.scoring import Keep, all_agree, keep_nothing, score_targets, scoring_task
+from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.fingerprints import fingerprint_values, sha256_of
 from fedllm.storage.kept_records import AnswersRecord, KeptAnswer
 from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths, cache_of
@@ -37,12 +39,7 @@ from fedllm.storage.tensors import TensorFile
 from fedllm.training.provenance import environment
 
 _Ranks = Mapping[str, int]
-Keep = Callable[[Target, Sequence[RowScores]], None]
 _PROMPT_LETTERS = 600
-
-
-def _keep_nothing(target: Target, scores: Sequence[RowScores]) -> None:
-    """Keep no answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +71,14 @@ class Scorer:
             method=method,
             state=state,
             federation=plan_federation(config, prepared),
-            slots=session.slots(config, prepared, change=change),
+            slots=session.scoring_slots(config, prepared, change),
             data=session.data(prepared.data_path),
             sha256=record.sha256,
             cache=cache_of(config.storage.cache, run.root),
         )
 
     def score(
-        self, round_number: int, targets_round: int, keep: Keep = _keep_nothing
+        self, round_number: int, targets_round: int, keep: Keep = keep_nothing
     ) -> EvaluationRecord:
         """Return the scores of the clients and rows that round `targets_round` evaluates.
 
@@ -114,7 +111,7 @@ class Scorer:
         """
         path = self.cache.base_scores(self._base_key(targets))
         known = BaseScoresRecord.find(path)
-        if known is None:
+        if not all_agree(self.slots, known is not None) or known is None:
             known = self._score_base(targets)
             known.publish(path)
         found: dict[str, Scores] = {}
@@ -144,10 +141,11 @@ class Scorer:
             [section.max_new_tokens, section.batch_size],
             [config.model.dtype, self.slots.layout],
             environment(config.training, str(self.slots.device)),
+            scoring_engine(engines_of(config)).processes,
         )
 
     def as_deployed(
-        self, targets: Sequence[Target], keep: Keep = _keep_nothing
+        self, targets: Sequence[Target], keep: Keep = keep_nothing
     ) -> dict[str, Scores]:
         """Return every client's scores at its own tier's ranks."""
         scores: dict[str, Scores] = {}
@@ -165,7 +163,7 @@ class Scorer:
         return {**deployed, **self.at(largest, smaller)}
 
     def at(
-        self, ranks: _Ranks, targets: Sequence[Target], keep: Keep = _keep_nothing
+        self, ranks: _Ranks, targets: Sequence[Target], keep: Keep = keep_nothing
     ) -> dict[str, Scores]:
         """Return every client's scores with the adapter of `ranks`."""
         if not targets:
@@ -213,18 +211,28 @@ class AnswerKeeper:
         )
 
 
-def evaluate_round(paths: RoundPaths, session: Session) -> EvaluationRecord:
+def evaluate_round(
+    paths: RoundPaths, session: Session, identity: TaskIdentity | None = None
+) -> EvaluationRecord:
     """Score a round's state on the clients that the configuration chooses; publish the record.
+
+    Args:
+        paths: the round.
+        session: the loaded base model and data.
+        identity: the task, whose processes score together, and whose first one publishes; None:
+            this process alone.
 
     Raises:
         RunDirectoryError: the state is missing or damaged.
     """
-    scorer = Scorer.open(paths, session)
-    keeper = AnswerKeeper(scorer=scorer)
-    record = scorer.score(paths.number, paths.number, keeper)
-    if keeper.answers:
-        keeper.record(paths.number).publish(paths.answers)
-    record.publish(paths.evaluation_record)
+    with scoring_task(session, identity, session.config(paths.run)):
+        scorer = Scorer.open(paths, session)
+        keeper = AnswerKeeper(scorer=scorer)
+        record = scorer.score(paths.number, paths.number, keeper)
+    if identity is None or identity.is_first:
+        if keeper.answers:
+            keeper.record(paths.number).publish(paths.answers)
+        record.publish(paths.evaluation_record)
     return record
 
 
@@ -278,7 +286,7 @@ def evaluate_adapter(
     leaves = tuple(sorted({module.rpartition(".")[2] for module in opened.factors}))
     lora = config.lora.model_copy(update={"target_modules": leaves})
     targets = choose_targets(config, prepared, config.rounds)
-    slots = session.slots(config.model_copy(update={"lora": lora}), prepared)
+    slots = session.scoring_slots(config.model_copy(update={"lora": lora}), prepared)
     adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
     slots.install(adapter)
     scores = score_targets(slots, session.data(prepared.data_path), targets, config)
@@ -293,28 +301,6 @@ def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
             f"{folder}: adapts {heads[0]}, whose LoRA is not computed here; score it with PEFT, or "
             "train without it"
         )
-
-
-def score_targets(
-    slots: AdapterSlots,
-    data: TokenizedClients,
-    targets: Sequence[Target],
-    config: Config,
-    keep: Keep = _keep_nothing,
-) -> dict[str, Scores]:
-    """Return the scores of every target's rows with the installed adapter.
-
-    Forward passes use `training.precision`, as in training. `keep` is called with every target.
-    """
-    tests = (data.rows(target.client, "test") for target in targets)
-    clients = [
-        [test[index] for index in target.rows] for target, test in zip(targets, tests, strict=True)
-    ]
-    with precision(config.training.precision, slots.device):
-        scores = score_rows(slots, clients, config.evaluation, data.answer_form)
-    for target, rows in zip(targets, scores, strict=True):
-        keep(target, rows)
-    return {target.client: mean_scores(rows) for target, rows in zip(targets, scores, strict=True)}
 
 
 def _record(

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import CohortRecord
+from fedllm.storage.records import CohortRecord, EvaluationRecord, SubmissionRecord
 from fedllm.storage.updates import read_update
 from tests.cli.commands import fedllm, in_process, one_line, start, wait_until
 from tests.cli.test_run import local, workers_of
@@ -55,6 +55,37 @@ def test_tiers_train_with_engines_of_their_own_and_resume_to_the_same_bits(
     assert set(states(killed)) == {"0000"}
     assert fedllm("resume", killed).returncode == 0
     assert states(killed) == states(undisturbed)
+
+
+@pytest.mark.slow
+def test_processes_that_divide_the_base_score_together_as_one_does(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    zero = ("training.engine=zero", "training.processes=2", "training.learning_rate=0.05")
+    short = ("rounds=1", "clients.cohort.count=1", "scheduler.workers=1")
+    done = fedllm(*local(tiny, run, *options(*zero, *short, "clients.unseen=2")))
+    assert done.returncode == 0, done.stderr
+    paths = RunPaths(root=run).round(1)
+    recorded = EvaluationRecord.read(paths.evaluation_record)
+    submitted = SubmissionRecord.read(paths.evaluation_job(1).submission)
+    assert submitted.arrays[0].processes == 2
+
+    again = fedllm("evaluate", run, "--json")
+    assert again.returncode == 0, again.stderr
+    assert EvaluationRecord.model_validate_json(again.stdout).clients == recorded.clients
+
+    exported = fedllm("export", run, "--out", adapter)
+    assert exported.returncode == 0, exported.stderr
+    plain = options("clients.unseen=2", "evaluation.complete_at_end=false")
+    alone = in_process("evaluate", adapter, "--config", tiny.config, *plain, "--json")
+    assert alone.returncode == 0, alone.stderr
+    expected = EvaluationRecord.model_validate_json(alone.stdout)
+    assert len(expected.clients) == len(recorded.clients) > 1
+    for found, one in zip(recorded.clients, expected.clients, strict=True):
+        assert found.client == one.client
+        assert found.at_largest_rank.loss == pytest.approx(one.at_largest_rank.loss, rel=1e-5)
+        assert found.at_largest_rank.rouge_l == one.at_largest_rank.rouge_l
 
 
 def test_tasks_of_several_processes_are_planned_and_refused_inline(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.planning.engines import group_clients
+from fedllm.planning.engines import Engine, group_clients, job_size, scoring_engine
 from fedllm.storage.records import CohortClient
 
 Ranks = dict[str, dict[str, int]]
@@ -98,3 +98,26 @@ def test_a_group_keeps_its_members_when_some_of_them_are_done() -> None:
     (group,) = group_clients(clients, {"t": {"q": 2}}, 3)
     left = group.without({"b", "x"})
     assert (left.missing, left.clients) == (("a", "c"), ("a", "b", "c"))
+
+
+PLAIN, TWO, FOUR = (
+    Engine(name=name, processes=n, divides_base=n > 1)
+    for name, n in (("plain", 1), ("zero", 2), ("zero", 4))
+)
+
+
+@pytest.mark.parametrize(
+    ("engines", "processes"), [((PLAIN,), 1), ((TWO, PLAIN), 1), ((FOUR, TWO), 2), ((FOUR,), 4)]
+)
+def test_several_processes_score_where_no_process_has_the_whole_base(
+    engines: tuple[Engine, ...], processes: int
+) -> None:
+    tiers = {str(number): engine for number, engine in enumerate(engines)}
+    assert scoring_engine(tiers).processes == processes
+    assert job_size("evaluate", tiers).processes == processes
+    assert job_size("aggregate", tiers).processes == 1
+
+
+def test_processes_with_a_whole_base_each_do_not_score_together() -> None:
+    whole = Engine(name="zero", processes=2, divides_base=False)
+    assert scoring_engine({"one": whole}).processes == 1

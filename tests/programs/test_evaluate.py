@@ -20,7 +20,8 @@ from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of
 from fedllm.programs.entry_points import run as run_program
-from fedllm.programs.evaluate import evaluate_adapter, evaluate_round, evaluate_state, score_targets
+from fedllm.programs.evaluate import evaluate_adapter, evaluate_round, evaluate_state
+from fedllm.programs.scoring import score_targets
 from fedllm.storage.kept_records import AnswersRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import BaseScoresRecord, EvaluationRecord, PreparedRecord, Scores

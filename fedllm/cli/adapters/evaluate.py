@@ -1,8 +1,8 @@
 """`fedllm evaluate`: score a run's state or a PEFT adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,15 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.config.loading import read_config
+from fedllm.config.models import Config
 from fedllm.errors import ConfigError, RunDirectoryError
+from fedllm.planning.engines import engines_of, scoring_engine
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.records import EvaluationRecord
+
+if TYPE_CHECKING:
+    from fedllm.process.session import Session
 
 _PEFT_CONFIG = "adapter_config.json"
 
@@ -43,6 +49,8 @@ def evaluate(
 ) -> None:
     """Score the state of a run, or a PEFT adapter, on the test rows."""
     record = _score(target, round_number=round_, rank=rank, config=config, overrides=set_ or [])
+    if record is None:
+        return
     if json_:
         say_json(record.model_dump(mode="json"))
         return
@@ -59,8 +67,8 @@ def _score(
     rank: int | None,
     config: Path | None,
     overrides: Sequence[str],
-) -> EvaluationRecord:
-    """Score a run's state or an adapter.
+) -> EvaluationRecord | None:
+    """Score a run's state or an adapter; return None in a process that helps another one.
 
     Raises:
         RunDirectoryError: the target is neither.
@@ -85,23 +93,50 @@ def _score(
     return _score_adapter(target, config, overrides)
 
 
-def _score_run(paths: RunPaths, round_number: int | None, rank: int | None) -> EvaluationRecord:
+def _score_run(
+    paths: RunPaths, round_number: int | None, rank: int | None
+) -> EvaluationRecord | None:
     from fedllm.server.export import newest_state
 
     number = newest_state(paths) if round_number is None else round_number
     if not paths.round(number).aggregate_record.exists():
         raise RunDirectoryError(f"--round {number}: not aggregated in {paths.root}")
-    from fedllm.process.session import Session
     from fedllm.programs.evaluate import evaluate_state
 
-    return evaluate_state(paths, number, rank, Session())
+    arguments = ["evaluate", str(paths.root), "--round", str(number)]
+    arguments += [] if rank is None else ["--rank", str(rank)]
+    return _in_processes(
+        read_config(paths.config),
+        arguments,
+        lambda session: evaluate_state(paths, number, rank, session),
+    )
 
 
-def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> EvaluationRecord:
-    from fedllm.process.session import Session
+def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> EvaluationRecord | None:
     from fedllm.programs.evaluate import evaluate_adapter
     from fedllm.programs.prepare import prepare
 
     loaded = configuration(config, overrides)
     prepared = prepare(loaded, cache_of(loaded.storage.cache, execution.default_run_dir(config)))
-    return evaluate_adapter(folder, loaded, prepared, Session())
+    arguments = ["evaluate", str(folder), "--config", str(config)]
+    arguments += [word for override in overrides for word in ("--set", override)]
+    return _in_processes(
+        loaded, arguments, lambda session: evaluate_adapter(folder, loaded, prepared, session)
+    )
+
+
+def _in_processes(
+    config: Config, arguments: Sequence[str], score: Callable[["Session"], EvaluationRecord]
+) -> EvaluationRecord | None:
+    """Score in as many processes of this host as divide the base; the first one has the record."""
+    from fedllm.process.session import Session
+    from fedllm.programs.companions import companions
+    from fedllm.programs.scoring import scoring_task
+
+    engine, session = scoring_engine(engines_of(config)), Session()
+    with (
+        companions(engine.processes, arguments) as identity,
+        scoring_task(session, identity if engine.divides_base else None, config),
+    ):
+        record = score(session)
+    return record if identity.is_first else None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
-from fedllm.planning.classes import asks_for_gpus, job_options
+from fedllm.planning.classes import JobKind, asks_for_gpus, job_options
+from fedllm.planning.engines import engines_of, job_size
 from fedllm.planning.evaluation_targets import choose_targets, is_evaluated
 from fedllm.planning.federation import TERAFLOPS, Federation
 from fedllm.planning.workers import ClassPlan
@@ -223,14 +224,17 @@ def _jobs(config: Config, evaluation: EvaluationPlan, real: RealOptions) -> tupl
     times = {"prepare": 1, "coordinator": 1, "aggregate": config.rounds + 1}
     times["evaluate"] = evaluation.times
     jobs = []
-    for kind in ("prepare", "coordinator", "aggregate", "evaluate"):
+    kinds: tuple[JobKind, ...] = ("prepare", "coordinator", "aggregate", "evaluate")
+    for kind in kinds:
         options = real.jobs.get(kind, {})
+        size = job_size(kind, engines_of(config))
+        task = of_task(options, size.processes, size.nodes)
         jobs.append(
             JobPlan(
                 kind=kind,
                 times=times[kind],
-                cpus=cpus_of(options),
-                gpus=gpus_of(options),
+                cpus=cpus_of(task),
+                gpus=gpus_of(task),
                 memory=memory_of(options),
                 options=options,
             )

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from fedllm.config.models import Config, SbatchOptions
 from fedllm.planning.capacity import Capacity, TaskSize
-from fedllm.planning.classes import job_options, tier_options
+from fedllm.planning.classes import tier_options
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
-from fedllm.rounds.dispatch.submissions import SingleProgram, job_of
+from fedllm.rounds.dispatch.submissions import SingleProgram, job_of, single_array
 from fedllm.rounds.dispatch.waves import arrays_within
 from fedllm.scheduling.log_names import files_of
 from fedllm.scheduling.seam import Job
@@ -118,7 +118,7 @@ def _logs(arrays: Sequence[ArrayRecord], folder: Path) -> Iterator[Path]:
 
 def dry_run_jobs(dry_run: DryRun, run: RunPaths) -> list[Job]:
     """Return the jobs that the first round would submit, with those of prepare."""
-    sbatch = dry_run.federation.config.scheduler.sbatch
+    config = dry_run.federation.config
     logs, first = run.logs(1), run.round(1)
     jobs = [job_of(dry_run.plan, array, logs) for array in dry_run.plan.arrays]
     steps: tuple[tuple[SingleProgram, Path, JobPaths, int], ...] = (
@@ -128,13 +128,12 @@ def dry_run_jobs(dry_run: DryRun, run: RunPaths) -> list[Job]:
     )
     for kind, root, folder, number in steps:
         token = f"fedllm-{_RUN_ID}-r{number:04d}-{kind}-01"
-        options = job_options(sbatch, kind)
         plan = SubmissionRecord(
             token=token,
             lease=0,
             kind=kind,
             command=[str(root), "--job", str(folder.root)],
-            arrays=[ArrayRecord(name=token, worker_class=kind, tasks=1, options=options)],
+            arrays=[single_array(config, kind, token)],
         )
         jobs.append(job_of(plan, plan.arrays[0], run.logs(number)))
     return jobs

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fedllm.planning.classes import classes_of, job_options, tier_options
-from fedllm.planning.engines import engines_of
+from fedllm.planning.engines import engines_of, job_size
 from fedllm.planning.sbatch_spelling import by_flag
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Job, Option
@@ -30,10 +30,18 @@ def check_jobs(run: Run) -> None:
 def _jobs(run: Run) -> Iterator[Job]:
     section = run.config.scheduler.sbatch
     logs = run.paths.logs(0)
-    for kind in _SINGLE:
-        options = job_options(section, kind)
-        yield Job(name=f"fedllm-{kind}", program=kind, argv=(), log_folder=logs, options=options)
     engines = engines_of(run.config)
+    for kind in _SINGLE:
+        size = job_size(kind, engines)
+        yield Job(
+            name=f"fedllm-{kind}",
+            program=kind,
+            argv=(),
+            log_folder=logs,
+            processes_per_task=size.processes,
+            nodes_per_task=size.nodes,
+            options=job_options(section, kind),
+        )
     for name in dict.fromkeys(classes_of(section, engines).values()):
         # without a configured time limit the plan sets one that fits the partition
         limit: dict[str, Option] = {"time": None}

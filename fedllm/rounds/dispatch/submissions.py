@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from fedllm.config.models import Config
 from fedllm.errors import ConfigError, FedllmError, Incomplete, RunFailed, UserError
 from fedllm.planning.classes import job_options
+from fedllm.planning.engines import engines_of, job_size
 from fedllm.rounds.dispatch.visibility import visibility_problem
 from fedllm.rounds.run import Run
 from fedllm.scheduling.endings import reason_of
@@ -247,15 +249,27 @@ def _submit_single(
 ) -> None:
     """Plan and submit a job of one task; `paths` belong to this attempt."""
     token = array_name(run, round_number, f"{kind}-{int(paths.root.name):02d}")
-    options = job_options(run.config.scheduler.sbatch, kind)
     plan = SubmissionRecord(
         token=token,
         lease=run.lease.number,
         kind=kind,
         command=[str(target), "--job", str(paths.root)],
-        arrays=[ArrayRecord(name=token, worker_class=kind, tasks=1, options=options)],
+        arrays=[single_array(run.config, kind, token)],
     )
     submit(run, paths, plan, run.paths.logs(round_number))
+
+
+def single_array(config: Config, kind: SingleProgram, name: str) -> ArrayRecord:
+    """Return the array of a job of one task."""
+    size = job_size(kind, engines_of(config))
+    return ArrayRecord(
+        name=name,
+        worker_class=kind,
+        tasks=1,
+        options=job_options(config.scheduler.sbatch, kind),
+        processes=size.processes,
+        nodes=size.nodes,
+    )
 
 
 def is_since_start(run: Run, paths: JobPaths) -> bool:
