@@ -205,7 +205,7 @@ class Loop:
         """Return what the training gave; waits for the device."""
         stats = self.stats()
         norms = _norms(self.installed)
-        reason = _failure(stats.losses, norms)
+        reason = _emptied(self.installed) or _failure(stats.losses, norms)
         return TrainResult(
             adapter={} if reason else self.installed.factors(),
             reason=reason,
@@ -310,6 +310,15 @@ def _norms(installed: Installed) -> dict[str, tuple[float, float]]:
     count = len(installed.modules)
     pairs = zip(norms[:count], norms[count:], strict=True)
     return dict(zip(installed.modules, pairs, strict=True))
+
+
+def _emptied(installed: Installed) -> str:
+    """Say which factor has no values, as one that was divided and not gathered; or nothing."""
+    for factor, own in (("A", installed.a), ("B", installed.b)):
+        for module, parameter in zip(installed.modules, own, strict=True):
+            if not parameter.numel():
+                return f"{module} {factor} is empty after training"
+    return ""
 
 
 def _failure(losses: Sequence[float], norms: dict[str, tuple[float, float]]) -> str:

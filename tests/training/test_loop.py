@@ -14,7 +14,7 @@ from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import load_base
 from fedllm.packing.slots import AdapterSlots
-from fedllm.training.loop import LocalSettings, TrainResult, train_client
+from fedllm.training.loop import LocalSettings, Loop, TrainResult, train_client
 from fedllm.training.provenance import environment
 from fedllm.training.step_plan import Draws, plan_steps, rate_factor
 from tests.tiny import Tiny
@@ -309,6 +309,22 @@ def test_a_client_that_fails_names_the_step_whose_loss_was_not_finite(slots: Ada
     found = train_client(slots, broken, rows_of(0), settings=settings, draws=draws)
     assert found.adapter == {}
     assert found.reason.endswith("is not finite after training (loss of step 1: nan)")
+
+
+def test_a_factor_that_is_empty_after_training_fails_the_client_by_name(
+    slots: AdapterSlots,
+) -> None:
+    settings = LocalSettings(training=TrainingSection(max_steps=1), rule=LOCAL_RULES["fedit"])
+    draws = Draws(seed=0, round=1, client="0")
+    loop = Loop(slots, slots.install(start(slots)), rows_of(0), settings, draws)
+    assert loop.run(None, lambda _step, _snapshot: None).reason == ""
+    b = loop.installed.b[0]
+    kept = b.data
+    b.data = torch.empty(0)
+    found = loop.result()
+    b.data = kept
+    assert found.adapter == {}
+    assert found.reason == f"{loop.installed.modules[0]} B is empty after training"
 
 
 def test_what_the_hook_raises_ends_the_training(slots: AdapterSlots) -> None:
