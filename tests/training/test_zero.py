@@ -1,11 +1,12 @@
 """What several processes make of a client with DeepSpeed ZeRO is what the plain loop does."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedllm.lora.factors import Adapter
 from fedllm.training.loop import TrainResult
@@ -13,81 +14,103 @@ from fedllm.training.plain import Plain
 from fedllm.training.shares import divide_rows
 from tests.tiny import Tiny
 from tests.training.test_loop import same, start
-from tests.training.zero_processes import CASES, LONG, STOP, VARIANTS, trained_by
+from tests.training.zero_processes import CASES, RESUMED, STOP, VARIANTS, gradients, trained_by
 
 Found = Mapping[Any, Any]
-BOUNDS = {"AdamW": 1e-5}
+# largest difference of the factors; None: only the losses are compared
+BOUNDS = {"AdamW": 1e-5, "all layers kept": 1e-5, "AdamW as usual": None, "bfloat16": None}
+LOSSES = {"AdamW as usual": 1e-3, "bfloat16": 1e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A plain training, and the gradient of each of its steps."""
+
+    result: TrainResult
+    gradients: list[Tensor]
 
 
 @pytest.fixture(scope="module")
 def found(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Found]:
-    """What one process and two found."""
+    """What one process, two and four found; the four also go on where the two stopped."""
     folder = tmp_path_factory.mktemp("zero")
-    return {n: trained_by(n, tiny.model, folder / str(n)) for n in (1, 2)}
+    return {
+        n: trained_by(n, tiny.model, folder / str(n), folder / "2" if n == 4 else None)
+        for n in (1, 2, 4)
+    }
 
 
 @pytest.fixture(scope="module")
-def plain(tiny: Tiny) -> Mapping[str, TrainResult]:
+def plain(tiny: Tiny) -> Mapping[str, Expected]:
     results = {}
     for name, case in CASES.items():
         slots = case.slots(tiny.model)
         trainer = Plain(slots=slots, settings=case.settings())
-        (results[name],) = trainer.train([case.member(slots)])
+        steps: list[Tensor] = []
+        with gradients(steps):
+            (result,) = trainer.train([case.member(slots)])
+        results[name] = Expected(result=result, gradients=steps)
     return results
 
 
-def distance(found: Adapter, expected: Adapter, begun: Adapter | None = None) -> float:
-    """The largest difference of two adapters, or of their changes since `begun`, relative to it."""
+def vector(adapter: Adapter) -> Tensor:
+    parts = [t.flatten() for _, f in sorted(adapter.items()) for t in (f.a_RI, f.b_OR)]
+    return torch.cat(parts).double()
 
-    def vector(adapter: Adapter) -> torch.Tensor:
-        parts = [t.flatten() for _, f in sorted(adapter.items()) for t in (f.a_RI, f.b_OR)]
-        return torch.cat(parts).double()
 
-    difference = vector(found) - vector(expected)
-    reference = vector(expected) - (vector(begun) if begun else 0.0)
-    return float(difference.abs().max() / reference.abs().max())
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def distance(found: Adapter, expected: Adapter) -> float:
+    return difference(vector(found), vector(expected))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name", "stage", "offload"), VARIANTS)
 def test_every_stage_comes_to_what_the_plain_loop_does(
     found: Mapping[int, Found],
-    plain: Mapping[str, TrainResult],
+    plain: Mapping[str, Expected],
     processes: int,
     name: str,
     stage: int,
     offload: str,
 ) -> None:
-    result, expected = found[processes][name, stage, offload], plain[name]
+    result, expected = found[processes][name, stage, offload], plain[name].result
     bound = BOUNDS.get(name, 1e-6)
-    assert distance(result.adapter, expected.adapter) < bound
-    assert result.stats.losses == pytest.approx(expected.stats.losses, rel=1e-5)
-    assert result.stats.gradient_norms == pytest.approx(expected.stats.gradient_norms, rel=1e-4)
+    if bound is not None:
+        assert distance(result.adapter, expected.adapter) < bound
+    losses = LOSSES.get(name, 1e-5)
+    assert result.stats.losses == pytest.approx(expected.stats.losses, rel=losses)
+    if name not in LOSSES:
+        assert result.stats.gradient_norms == pytest.approx(expected.stats.gradient_norms, rel=1e-4)
     for count in ("rows", "steps", "tokens", "loss_tokens"):
         assert getattr(result.stats, count) == getattr(expected.stats, count)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "name", "stage", "offload"), [each for each in VARIANTS if "gradient" in each[1]]
+    ("processes", "name", "stage", "offload"),
+    [each for each in VARIANTS if CASES[each[1]].rule == "fedavg"],
 )
-def test_the_gradient_of_a_step_is_that_of_all_its_targets(
+def test_the_gradient_of_every_step_is_that_of_all_its_targets(
     found: Mapping[int, Found],
-    plain: Mapping[str, TrainResult],
-    tiny: Tiny,
+    plain: Mapping[str, Expected],
     processes: int,
     name: str,
     stage: int,
     offload: str,
 ) -> None:
-    begun = start(CASES[name].slots(tiny.model))
-    expected = plain[name].adapter
-    assert distance(expected, begun) > 0.01
-    assert distance(found[processes][name, stage, offload].adapter, expected, begun) < 1e-6
+    steps, expected = found[processes]["gradients", name, stage, offload], plain[name].gradients
+    assert len(steps) == len(expected) == CASES[name].changes["max_steps"]
+    for step, own in zip(steps, expected, strict=True):
+        assert difference(step[: own.numel()], own) < 1e-6
+        assert not step[own.numel() :].any()  # padding
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_who_is_stopped_goes_on_to_the_same_bits(
     found: Mapping[int, Found], processes: int
 ) -> None:
@@ -100,33 +123,39 @@ def test_who_is_stopped_goes_on_to_the_same_bits(
 def test_another_number_of_processes_goes_on_from_its_progress(
     found: Mapping[int, Found], tiny: Tiny
 ) -> None:
-    case = replace(CASES["AdamW"], dropout=0.3, changes={**LONG, "max_steps": 6})
-    slots = case.slots(tiny.model)
+    slots = RESUMED.slots(tiny.model)
     progress, expected = found[2]["progress"], found[2]["undisturbed"]
     assert progress.step == STOP
     assert progress.fits(start(slots))
     assert all(tensor.numel() for tensor in progress.tensors.values())
-    member = replace(case.member(slots), progress=progress)
-    (result,) = Plain(slots=slots, settings=case.settings()).train([member])
-    assert distance(result.adapter, expected.adapter) < 1e-5
-    assert result.stats.losses == pytest.approx(expected.stats.losses, rel=1e-5)
+    member = replace(RESUMED.member(slots), progress=progress)
+    (alone,) = Plain(slots=slots, settings=RESUMED.settings()).train([member])
+    for result in (alone, found[4]["from others"]):
+        assert distance(result.adapter, expected.adapter) < 1e-5
+        assert result.stats.losses == pytest.approx(expected.stats.losses, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_stage_3_leaves_each_process_its_part_of_the_base_and_the_factors(
-    found: Mapping[int, Found], tiny: Tiny
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_stage_3_leaves_each_process_its_part_and_the_factors(
+    found: Mapping[int, Found], tiny: Tiny, processes: int
 ) -> None:
-    slots = CASES["AdamW"].slots(tiny.model)
+    slots = RESUMED.slots(tiny.model)
     base = sum(weight.numel() for weight in slots.model.parameters())
     vectors = sum(w.numel() for w in slots.model.parameters() if w.ndim == 1)
     factors = sum(f.a_RI.numel() + f.b_OR.numel() for f in start(slots).values())
-    assert found[2]["whole"] == vectors + factors
-    assert base / 2 <= found[2]["parts"] < 0.51 * base
-    assert found[1]["parts"] == 0  # the only process has all of it
+    own = found[processes]
+    # AdamW keeps two numbers for each of the factors, and none for the base
+    assert 2 * factors / processes <= own["optimizer"] < 2 * factors / processes + 16
+    if processes == 1:  # it has all of the base
+        assert own["parts"] == 0
+        return
+    assert own["whole"] == vectors + factors
+    assert base / processes <= own["parts"] < 1.02 * base / processes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_what_bits_depend_on_names_the_processes_and_deepspeed(
     found: Mapping[int, Found], processes: int
 ) -> None:

@@ -1,15 +1,23 @@
 """Trains the cases of `test_zero.py` in several processes; see `trained_by`.
 
-`zero_processes.py MODEL OUT`, once for each process.
+`zero_processes.py MODEL OUT [EARLIER]`, once for each process.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from fedllm.config.models import TrainingSection
 from fedllm.methods.local_rules import LOCAL_RULES
@@ -33,23 +41,23 @@ class Stop(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A client's training: 7 rows in batches of 3, the last batch of an epoch has one row."""
+    """A client's training: 7 rows in batches of 5, so that every second step has 2 rows."""
 
     rule: str
     dropout: float = 0.0
     layout: str = "parts"
+    # at eps 1e-8 AdamW makes of rounding what it makes of gradients
+    eps: float = 1e-4
     changes: Mapping[str, Any]
     trained: TrainedFactors = "AB"
     mu: float = 0.0
     frozen_rank: int = 0
 
     def settings(self, **more: object) -> LocalSettings:
-        section = {"batch_size": 3, "weight_decay": 0.01, **self.changes, **more}
-        # at eps 1e-8 AdamW makes of rounding what it makes of gradients
-        rule = replace(LOCAL_RULES[self.rule], eps=1e-4, mu=self.mu)
+        section = {"batch_size": 5, "weight_decay": 0.01, **self.changes, **more}
         return LocalSettings(
             training=TrainingSection.model_validate(section),
-            rule=rule,
+            rule=replace(LOCAL_RULES[self.rule], eps=self.eps, mu=self.mu),
             task=LocalTask(trained=self.trained),
         )
 
@@ -66,38 +74,76 @@ class Case:
         return AdapterSlots(base, target_modules=TARGETS, dropout=self.dropout, layout=self.layout)
 
 
-LONG = {"max_steps": 50, "epochs": 20, "learning_rate": 0.01}
-ONE = {"max_steps": 1, "learning_rate": 1.0, "clip_norm": None, "schedule": "constant"}
+LONG = {"max_steps": 50, "epochs": 50, "learning_rate": 0.01}
+SHORT = {**LONG, "max_steps": 4}
 CASES = {
-    "a gradient": Case(rule="fedavg", changes={**ONE, "weight_decay": 0.0}),
-    "a gradient, small passes": Case(
-        rule="fedavg", changes={**ONE, "weight_decay": 0.0, "micro_batch_size": 1}
-    ),
     "SGD": Case(rule="fedavg", changes=LONG),
     "AdamW": Case(rule="fedit", changes=LONG),
-    "SGD, dropout": Case(rule="fedavg", dropout=0.3, changes={**LONG, "max_steps": 10}),
-    "SGD, dropout, padded": Case(
-        rule="fedavg", dropout=0.3, layout="padded", changes={**LONG, "max_steps": 10}
-    ),
-    "SGD, B beside frozen columns, drawn back": Case(
-        rule="fedavg", trained="B", mu=0.3, frozen_rank=2, changes={**LONG, "max_steps": 10}
+    "AdamW as usual": Case(rule="fedit", eps=1e-8, changes=LONG),
+    "small passes": Case(rule="fedavg", changes={**SHORT, "micro_batch_size": 1}),
+    "all layers kept": Case(rule="fedit", changes={**SHORT, "gradient_checkpointing": False}),
+    "bfloat16": Case(rule="fedit", changes={**SHORT, "precision": "bfloat16"}),
+    "dropout": Case(rule="fedavg", dropout=0.3, changes=SHORT),
+    "dropout, padded": Case(rule="fedavg", dropout=0.3, layout="padded", changes=SHORT),
+    "B beside frozen columns, drawn back": Case(
+        rule="fedavg", trained="B", mu=0.3, frozen_rank=2, changes=SHORT
     ),
 }
 """What is trained in every way."""
 
+BRIEF = [name for name, case in CASES.items() if case.changes["max_steps"] < 50]
 VARIANTS = [
     (processes, name, stage, offload)
-    for processes, stage, offload in (
-        (1, 2, "none"),
-        (2, 1, "none"),
-        (2, 2, "none"),
-        (2, 2, "cpu"),
-        (2, 3, "none"),
+    for processes, stage, offload, names in (
+        (1, 1, "none", [*CASES]),
+        (1, 2, "none", BRIEF),
+        (2, 1, "none", [*CASES]),
+        (2, 2, "none", BRIEF),
+        (2, 2, "cpu", BRIEF),
+        (2, 3, "none", [*CASES]),
+        (4, 1, "none", BRIEF),
+        (4, 2, "none", ["SGD", *BRIEF]),
+        (4, 3, "none", ["AdamW", *BRIEF]),
     )
-    for name in CASES
-    # where the optimizer is changes nothing that a long training would show
-    if offload == "none" or CASES[name].changes["max_steps"] <= 10
+    for name in names
 ]
+
+
+@contextmanager
+def gradients(found: list[Tensor]) -> Iterator[None]:
+    """Append the gradient of every optimizer step of the block, whole and flat."""
+
+    def before(optimizer: Optimizer, *_: object) -> None:
+        own = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+        parts = [torch.cat(own).clone()]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            mine, parts = (
+                parts[0],
+                [torch.empty_like(parts[0]) for _ in range(dist.get_world_size())],
+            )
+            dist.all_gather(parts, mine)
+        found.append(torch.cat(parts))
+
+    hook = register_optimizer_step_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def optimizer_sizes(found: list[int]) -> Iterator[None]:
+    """Append how many numbers the optimizer of this process keeps after each step."""
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        parts = (part for parts in optimizer.state.values() for part in parts.values())
+        found.append(sum(part.numel() for part in parts if part is not None and part.ndim))
+
+    hook = register_optimizer_step_post_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def zero(case: Case, slots: AdapterSlots, processes: int, stage: int, offload: str) -> Zero:
@@ -129,7 +175,7 @@ def copied(progress: Progress) -> Progress:
     return replace(progress, tensors=tensors)
 
 
-def train_all(model: Path, processes: int) -> dict[object, object]:
+def train_all(model: Path, processes: int, earlier: Path | None) -> dict[object, object]:
     found: dict[object, object] = {}
     for layout, dropout in dict.fromkeys((c.layout, c.dropout) for c in CASES.values()):
         cases = {n: c for n, c in CASES.items() if (c.layout, c.dropout) == (layout, dropout)}
@@ -140,31 +186,54 @@ def train_all(model: Path, processes: int) -> dict[object, object]:
             for stage, offload in (v[2:] for v in VARIANTS if v[:2] == (processes, name)):
                 slots = divided if stage == 3 else whole
                 trainer = zero(case, slots, processes, stage, offload)
-                (result,) = trainer.train([member])
+                steps: list[Tensor] = []
+                with gradients(steps):
+                    (result,) = trainer.train([member])
                 found[name, stage, offload] = result
-    case = replace(CASES["AdamW"], dropout=0.3, changes={**LONG, "max_steps": 6})
-    slots = case.slots(model, to_divide=processes > 1)
-    member = case.member(slots)
-    trainer = zero(case, slots, processes, 3, "none")
-    (found["undisturbed"],) = trainer.train([member])
+                found["gradients", name, stage, offload] = steps
+    resume_all(found, model, processes, earlier)
+    return found
+
+
+RESUMED = replace(CASES["AdamW"], dropout=0.3, changes={**LONG, "max_steps": 6})
+
+
+def resume_all(
+    found: dict[object, object], model: Path, processes: int, earlier: Path | None
+) -> None:
+    slots = RESUMED.slots(model, to_divide=processes > 1)
+    member = RESUMED.member(slots)
+    trainer = zero(RESUMED, slots, processes, 3, "none")
+    sizes: list[int] = []
+    with optimizer_sizes(sizes):
+        (found["undisturbed"],) = trainer.train([member])
     found["resumed"], found["progress"] = interrupted(trainer, member)
+    if earlier is not None:
+        progress = torch.load(earlier, weights_only=False)["progress"]
+        (found["from others"],) = trainer.train([replace(member, progress=progress)])
+    found["optimizer"] = sizes[-1]
     found["environment"] = dict(trainer.environment)
     weights = list(slots.model.parameters())
     found["whole"] = sum(weight.numel() for weight in weights)
     found["parts"] = sum(w.ds_tensor.numel() for w in weights if hasattr(w, "ds_tensor"))
-    return found
 
 
-def trained_by(processes: int, model: Path, out: Path) -> dict[Any, Any]:
-    """Start the processes; return what the first one found."""
-    run_together("tests.training.zero_processes", (model, out), processes=processes, log=out)
+def trained_by(
+    processes: int, model: Path, out: Path, earlier: Path | None = None
+) -> dict[Any, Any]:
+    """Start the processes; return what the first one found.
+
+    `earlier` is what other processes found, whose client these go on with.
+    """
+    arguments = [model, out, *([earlier] if earlier else [])]
+    run_together("tests.training.zero_processes", arguments, processes=processes, log=out)
     found: dict[Any, Any] = torch.load(out, weights_only=False)
     return found
 
 
-def main(model: Path, out: Path) -> None:
+def main(model: Path, out: Path, earlier: Path | None = None) -> None:
     with joined() as (rank, processes):
-        found = train_all(model, processes)
+        found = train_all(model, processes, earlier)
         if rank == 0:
             torch.save(found, out)
 
