@@ -22,6 +22,8 @@ _REMOVED_KEYS = (("aggregation", "fold_ahead"),)
 _ADDED_KEYS: Mapping[str, Any] = {
     "method.options": {},
     "method.local_options": {},
+    "method.server": "none",
+    "method.server_options": {},
     "training.engine": "plain",
     "training.processes": 1,
     "training.zero.stage": 3,

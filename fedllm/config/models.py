@@ -266,6 +266,8 @@ class MethodSection(Section):
     local: str = "fedit"
     options: MethodOptions = {}
     local_options: MethodOptions = {}
+    server: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    server_options: MethodOptions = {}
 
 
 class AggregationSection(Section):

@@ -7,13 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from fedllm.config.models import Config, MethodSection
+from fedllm.config.models import Config, MethodSection, Section
 from fedllm.errors import ConfigError
 from fedllm.methods.local_rules import LOCAL_RULES, LocalRule
-from fedllm.methods.options import LOCAL_KEY, LOCAL_OPTIONS, OPTIONS, NoOptions, parse_options
+from fedllm.methods.options import (
+    LOCAL_KEY,
+    LOCAL_OPTIONS,
+    OPTIONS,
+    SERVER_KEY,
+    SERVER_OPTIONS,
+    NoOptions,
+    parse_options,
+)
 
 if TYPE_CHECKING:
     from fedllm.methods.protocol import Method
+    from fedllm.methods.server_side import ServerSide
+
+NO_SERVER = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +162,7 @@ def check_method(section: MethodSection) -> None:
     """
     check_names(section.name, section.local)
     local_rule(section.local, section.local_options)
+    _server_options(section.server, section.server_options)
     if section.name in METHODS:
         parse_options(section.name, OPTIONS.get(section.name, NoOptions), section.options)
 
@@ -186,10 +198,13 @@ def build_method(
     alpha: float,
     scaling: str,
     options: Mapping[str, Any] | None = None,
+    server: str = NO_SERVER,
+    server_options: Mapping[str, Any] | None = None,
 ) -> "Method":
     """Return the method of that name with its settings.
 
-    Options that are given are passed as `options`, an instance of the class's `options_class`.
+    Options that are given are passed as `options`, an instance of the class's `options_class`; an
+    optimizer of the server is passed as `server`.
 
     Raises:
         ConfigError: no such method, or one that cannot be made from these settings.
@@ -199,6 +214,8 @@ def build_method(
     if options:
         model = getattr(found, "options_class", NoOptions)
         settings["options"] = parse_options(name, model, options)
+    if server != NO_SERVER:
+        settings["server"] = _server_side(found, name, server, server_options or {})
     try:
         return found(**settings)
     except (TypeError, ValueError) as error:
@@ -215,7 +232,34 @@ def method_of(config: Config) -> "Method":
         alpha=config.lora.alpha,
         scaling=config.lora.scaling,
         options=config.method.options,
+        server=config.method.server,
+        server_options=config.method.server_options,
     )
+
+
+def _server_options(server: str, options: Mapping[str, Any]) -> Section:
+    model = SERVER_OPTIONS.get(server, NoOptions)
+    return parse_options(server, model, options, key=SERVER_KEY)
+
+
+def _server_side(
+    found: "type[Method]", name: str, server: str, options: Mapping[str, Any]
+) -> "ServerSide":
+    """Return the server's optimizer; refuse one that cannot move the method's state."""
+    from fedllm.methods.server_side import SERVER_SIDES
+
+    given = _server_options(server, options)
+    # a change of the base would not move with the factors
+    sides = () if found.changes_base else found.server_sides
+    if server not in sides:
+        why = (
+            f"keeps moments of every entry, but the directions of {name}'s state change every round"
+            if sides
+            else f"needs a state of factors alone, which {name} does not have"
+        )
+        wanted = ", ".join([*sides, NO_SERVER])
+        raise ConfigError(f"method.server: {server} {why}; need one of {wanted}")
+    return SERVER_SIDES[server](given)
 
 
 def _nearest(name: str, table: Mapping[str, object]) -> str:

@@ -16,6 +16,7 @@ from fedllm.errors import ConfigError
 
 _KEY = "method.options"
 LOCAL_KEY = "method.local_options"
+SERVER_KEY = "method.server_options"
 
 
 class NoOptions(Section):
@@ -68,6 +69,22 @@ class FedProxOptions(Section):
     optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
+class FedAvgMOptions(Section):
+    """FedAvgM: `momentum` is beta, `learning_rate` what the change of a round counts."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+
+
+class AdaptiveOptions(Section):
+    """FedAdam and FedYogi: the rate, how slowly the moments follow, and what bounds the rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+
+
 OPTIONS: Mapping[str, type[Section]] = {
     "flexlora": FlexLoraOptions,
     "lora_fair": LoraFairOptions,
@@ -79,19 +96,30 @@ OPTIONS: Mapping[str, type[Section]] = {
 # of the client side, `method.local`
 LOCAL_OPTIONS: Mapping[str, type[Section]] = {"fedprox": FedProxOptions}
 
-_OWNERS: Mapping[str, Mapping[str, type[Section]]] = {_KEY: OPTIONS, LOCAL_KEY: LOCAL_OPTIONS}
+# of the server's optimizer, `method.server`
+SERVER_OPTIONS: Mapping[str, type[Section]] = {
+    "fedavgm": FedAvgMOptions,
+    "fedadam": AdaptiveOptions,
+    "fedyogi": AdaptiveOptions,
+}
+
+_OWNERS: Mapping[str, Mapping[str, type[Section]]] = {
+    _KEY: OPTIONS,
+    LOCAL_KEY: LOCAL_OPTIONS,
+    SERVER_KEY: SERVER_OPTIONS,
+}
 
 
 def parse_options(
     method: str, model: type[Section], raw: Mapping[str, Any], *, key: str = _KEY
 ) -> Section:
-    """Return the options of a method, or of a client side.
+    """Return the options of a method, of a client side, or of the server's optimizer.
 
     Args:
-        method: what `method.name` says, or `method.local`.
+        method: what `method.name`, `method.local` or `method.server` says.
         model: the method's class of options.
-        raw: what `method.options` says, or `method.local_options`.
-        key: which of the two it is.
+        raw: what `method.options`, `method.local_options` or `method.server_options` says.
+        key: which of them it is.
 
     Raises:
         ConfigError: one line per option that is unknown, belongs to another method, or has a value

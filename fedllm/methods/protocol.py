@@ -133,13 +133,15 @@ class Method(Protocol):
 
     `name` is what `method.name` says, `kind` the kind of update its clients send. `per_client` says
     whether clients of equal ranks receive different adapters, `changes_base` whether its states
-    hold a change of the base.
+    hold a change of the base, `server_sides` which optimizers of the server (`method.server`) can
+    move its state: they are passed as `server`.
     """
 
     kind: ClassVar[str]
     name: ClassVar[str]
     per_client: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
+    server_sides: ClassVar[tuple[str, ...]] = ()
 
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
         """Return the shapes and number formats of a module's state tensors at the state's rank."""

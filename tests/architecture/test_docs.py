@@ -23,7 +23,7 @@ from fedllm.config.loading import ENVIRONMENT, flatten
 from fedllm.config.models import Config, DataSection, HeldOutSection, TierSection
 from fedllm.data.readers import open_source
 from fedllm.methods.catalog import METHODS
-from fedllm.methods.options import LOCAL_OPTIONS, OPTIONS
+from fedllm.methods.options import LOCAL_OPTIONS, OPTIONS, SERVER_OPTIONS
 from fedllm.storage.paths import CachePaths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def test_every_option_of_a_method_stands_on_its_page_with_default_and_values() -
     }
     real = {
         (method, name): (field.default, frozenset(_literals(field.annotation)))
-        for method, options in [*OPTIONS.items(), *LOCAL_OPTIONS.items()]
+        for method, options in [*OPTIONS.items(), *LOCAL_OPTIONS.items(), *SERVER_OPTIONS.items()]
         for name, field in options.model_fields.items()
     }
     assert documented == real

@@ -49,6 +49,11 @@ def test_a_killed_run_that_keeps_directions_resumes_to_the_same_bits(
         (["method.name=rbla", "clients.tiers.large.ranks=33"], "takes at most 32; lower it"),
         (["method.name=hetlora", "clients.tiers.large.ranks=33"], "takes at most 32; lower it"),
         (["method.options.truncate=keep"], "did you mean `method.options.truncated`?"),
+        (["method.server=fedadam"], "method.server: fedadam keeps moments of every entry, but the"),
+        (
+            ["method.server_options.momentum=0.5"],
+            "method.server_options.momentum: an option of fedavgm; none has no options",
+        ),
         (["method.options.ridge=1"], "method.options.ridge: an option of lora_fair; flexlora has"),
     ],
 )

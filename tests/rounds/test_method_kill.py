@@ -13,7 +13,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FEWEST = ["training.max_steps=2", "evaluation.every=9", "clients.cohort.count=3"]
 ONE_RANK = ["clients.tiers.large.ranks=2"]
 OPTIONS: dict[str, list[list[str]]] = {
-    "flexlora": [["method.options={truncated: keep, frozen_tail: true}"]]
+    "flexlora": [
+        ["method.options={truncated: keep, frozen_tail: true}"],
+        ["method.server=fedavgm"],
+    ],
+    "factor_mean": [["method.server=fedyogi"]],
 }
 
 

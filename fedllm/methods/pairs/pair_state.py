@@ -18,10 +18,12 @@ from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, st
 from fedllm.lora.spectral import alive_directions
 from fedllm.methods.diagnostics import diagnose, held_partitions, partition_qualities
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
+from fedllm.methods.server_side import ServerSide
 from fedllm.methods.state import carried
 from fedllm.methods.weights import amounts
 
 _SUMS = torch.float64
+_PAIR = ("A", "B")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +34,21 @@ class PairMethod(Method):
     """
 
     kind: ClassVar[str] = "lora"
+    server_sides: ClassVar[tuple[str, ...]] = ("fedavgm", "fedadam", "fedyogi")
 
     seed: int
     alpha: float
     scaling: str = "fixed"
+    server: ServerSide | None = None
 
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
-        """Return the shapes of A and B."""
-        return {
+        """Return the shapes of A and B, and of what the server's optimizer keeps of them."""
+        pair = {
             "A": StatePart(shape=(rank, shape.in_)),
             "B": StatePart(shape=(shape.out, rank)),
         }
+        kept = {f"{kind}_{name}": part for name, part in pair.items() for kind in self._keeps}
+        return {**pair, **kept}
 
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return None: any mix of ranks works."""
@@ -52,7 +58,8 @@ class PairMethod(Method):
     def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
         """Return no change yet: the seeded A, and B zero."""
         a_RI = initial_a(seed=self.seed, module=module, rank=rank, shape=shape)
-        return {"A": a_RI, "B": torch.zeros(shape.out, rank)}
+        pair = {"A": a_RI, "B": torch.zeros(shape.out, rank)}
+        return {**pair, **self._first_kept(pair)}
 
     def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
         """Return the first `rank` directions; B is divided by what the client's scale adds."""
@@ -121,6 +128,7 @@ class PairMethod(Method):
             untrained: what the method multiplies a range of directions by, had nobody trained.
         """
         before, problem, ranks = step.before[place], step.problem, step.ranks
+        pair = self._moved(pair, before, step)
         product, product_before = self._product(pair), self._product(before)
         return ModuleAggregate(
             state=carried(step.modules[place], pair),
@@ -139,6 +147,37 @@ class PairMethod(Method):
                 left={r: self._energy(pair, r, problem.rank) for r in ranks if r < problem.rank},
             ),
         )
+
+    @property
+    def _keeps(self) -> tuple[str, ...]:
+        return self.server.keeps if self.server else ()
+
+    def _first_kept(self, pair: ModuleState) -> ModuleState:
+        """Return what the server's optimizer keeps of the first state."""
+        if self.server is None:
+            return {}
+        kept = {name: self.server.start(pair[name]) for name in _PAIR}
+        return {f"{kind}_{name}": t for name, each in kept.items() for kind, t in each.items()}
+
+    def _moved(self, pair: ModuleState, before: ModuleState, step: ServerStep) -> ModuleState:
+        """Return the state that the server's optimizer makes of the method's A and B.
+
+        A factor that clients do not train in this round, and what is kept of it, stay.
+        """
+        if self.server is None:
+            return pair
+        if not step.round:
+            return {**pair, **self._first_kept(pair)}
+        trained = self.local_task(step.round).trained
+        state = dict(before)
+        for name in _PAIR:
+            if name not in trained:
+                state[name] = pair[name]
+                continue
+            was = {kind: before[f"{kind}_{name}"] for kind in self._keeps}
+            state[name], kept = self.server.move(pair[name], before[name], was)
+            state |= {f"{kind}_{name}": tensor for kind, tensor in kept.items()}
+        return state
 
     def _product(self, pair: ModuleState) -> Decomposition:
         rank = pair["A"].shape[0]

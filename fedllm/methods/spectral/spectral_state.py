@@ -6,7 +6,7 @@ Legend: G modules, O out, I in, R rank of the state (the largest that anyone nee
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,13 @@ from fedllm.lora.factors import Factors, ModuleShape, initial_a
 from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
 from fedllm.methods.diagnostics import diagnose, partition_qualities, spectral_energies
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
+from fedllm.methods.server_side import Momentum
 from fedllm.methods.state import carried
 from fedllm.methods.weights import amounts
 from fedllm.planning.seeding import seed_of
+
+T = TypeVar("T")
+_TRIPLETS = ("U", "S", "Vh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +39,21 @@ class SpectralMethod(Method):
     """A method whose state is `U` (O, R), `S` (R,) and `Vh` (R, I): any rank is a slice of it."""
 
     kind: ClassVar[str] = "lora"
+    server_sides: ClassVar[tuple[str, ...]] = ("fedavgm",)
 
     seed: int
     alpha: float
     scaling: str = "fixed"
+    server: Momentum | None = None
 
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
-        """Return the shapes of U, S and Vh."""
-        return {
+        """Return the shapes of U, S and Vh; with momentum, also of the last ones."""
+        triplets = {
             "U": StatePart(shape=(shape.out, rank)),
             "S": StatePart(shape=(rank,)),
             "Vh": StatePart(shape=(rank, shape.in_)),
         }
+        return {**triplets, **self._last(triplets)}
 
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return None: any mix of ranks works."""
@@ -56,7 +63,8 @@ class SpectralMethod(Method):
     def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
         """Return no change yet: U and S zero, Vh the seeded A, of which all ranks get prefixes."""
         a_RI = initial_a(seed=self.seed, module=module, rank=rank, shape=shape)
-        return {"U": torch.zeros(shape.out, rank), "S": torch.zeros(rank), "Vh": a_RI}
+        start = {"U": torch.zeros(shape.out, rank), "S": torch.zeros(rank), "Vh": a_RI}
+        return {**start, **self._last(start)}
 
     def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
         """Return the best approximation of the state at `rank`, all of S in B."""
@@ -95,6 +103,7 @@ class SpectralMethod(Method):
         """
         start = self.start_of(step)
         found = routes.decompose(partials, step.problem, total=divisor, start=start)
+        found = self._moved(found, step, start)
         return self.aggregates(found, step, untrained=untrained)
 
     def start_of(self, step: ServerStep) -> Start:
@@ -129,8 +138,36 @@ class SpectralMethod(Method):
             )
             triplets = live.spectral
             parts = {"U": triplets.u_OR, "S": triplets.s_R, "Vh": triplets.vh_RI}
+            parts |= self._last(state if step.round else parts)
             results.append(ModuleAggregate(state=carried(module, parts), diagnostics=diagnostics))
         return results
+
+    def _last(self, parts: Mapping[str, T]) -> dict[str, T]:
+        """Return what momentum keeps of a state: U, S and Vh under names of their own."""
+        return {f"last_{name}": parts[name] for name in _TRIPLETS} if self.server else {}
+
+    def _moved(
+        self, found: list[Decomposition], step: ServerStep, start: Start
+    ) -> list[Decomposition]:
+        """Return the leading triplets of x + beta (x - x_last) + eta D, one stack of three."""
+        if self.server is None or not step.round or self.server.is_still:
+            return found
+        new = [each.spectral for each in found]
+        now = [_spectral(state) for state in step.before]
+        last = [_spectral({n: s[f"last_{n}"] for n in _TRIPLETS}) for s in step.before]
+        terms = list(zip(new, now, last, strict=True))
+        coefficients = self.server.coefficients
+        b_GOR = torch.stack([torch.cat([t.u_OR.double() for t in each], 1) for each in terms])
+        a_GRI = torch.stack([torch.cat([t.vh_RI.double() for t in each]) for each in terms])
+        s_GR = torch.stack(
+            [
+                torch.cat([c * t.s_R.double() for c, t in zip(coefficients, each, strict=True)])
+                for each in terms
+            ]
+        )
+        problem = replace(step.problem, stacked_rank=s_GR.shape[1])
+        partial = routes.fold_columns(b_GOR, a_GRI, s_GR, problem)
+        return routes.decompose([partial], problem, total=1.0, start=start)
 
     def _live(self, module: str, found: Decomposition, problem: Problem) -> Decomposition:
         shape = ModuleShape(out=problem.out, in_=problem.in_)
