@@ -410,6 +410,11 @@ class SweepPaths:
         """The runs of the sweep and their configurations."""
         return self.root / "sweep.json"
 
+    @property
+    def report(self) -> Path:
+        """The report page, made from the records of the runs."""
+        return self.root / "report.html"
+
     def run(self, name: str) -> RunPaths:
         """The run `name`, such as `runs/flexlora/seed-0`."""
         return RunPaths(root=self.root / name)

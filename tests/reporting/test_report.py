@@ -12,16 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.reporting.page.contents import LineChart, PageSection, PageTable, Report
+from fedllm.reporting.page.contents import (
+    IntervalChart,
+    LineChart,
+    PageSection,
+    PageTable,
+    Report,
+)
 from fedllm.reporting.page.drawing import inline_svg
 from fedllm.reporting.page.page_html import report_page
 from fedllm.reporting.page.run_page import run_report
+from fedllm.reporting.page.sweep_page import sweep_report
 from fedllm.storage.kept_records import FailureRecord
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CollectionRecord, RoundRecord
 from tests.cli.commands import in_process, one_line
 from tests.planning.federations import client, prepared_of
 from tests.reporting.runs import CLIENTS, aggregated, begin, draw, evaluation, hold, module
+from tests.reporting.sweeps import sweep_of
 
 CHARTS = {
     *("scores-loss", "scores-rouge-l", "scores-exact-match", "categories", "tiers"),
@@ -196,6 +204,35 @@ def test_gaps_and_values_that_are_not_finite_are_drawn() -> None:
         )
     )
     assert svg.startswith("<svg")
+
+
+def test_a_sweep_has_a_page_of_its_arms_with_their_seeds(tmp_path: Path) -> None:
+    paths = sweep_of(tmp_path, {"a": [1.0, 2.0], "b": [3.0, 5.0], "<i>": [4.0, None]})
+    report = sweep_report(tmp_path)
+    assert report.notices == [
+        "This sweep is not finished (stopped): 5 of 6 runs are done. The report shows what is "
+        "recorded so far."
+    ]
+    loss = report.charts[0]
+    assert isinstance(loss, LineChart)
+    assert list(loss.series) == ["a", "b", "<i>"]
+    assert loss.bands["a"][-1] == pytest.approx((1, 1.15, 2.15))
+    (models,) = [chart for chart in report.charts if chart.name == "differences-models"]
+    assert isinstance(models, IntervalChart)
+    low, middle, high = models.intervals["a - b"]
+    assert low <= middle <= high
+    assert middle == pytest.approx(-2.5)
+    assert in_process("report", tmp_path).returncode == 0
+    words = paths.report.read_text(encoding="utf-8")
+    assert "<i>" not in words
+    wrong = in_process("report", tmp_path, "--target", "loss=1")
+    assert "--target: of a run" in one_line(wrong)
+
+
+def test_a_sweep_without_a_comparison_says_why(tmp_path: Path) -> None:
+    sweep_of(tmp_path, {"a": [1.0], "b": [None]})
+    (section,) = [s for s in sweep_report(tmp_path).sections if s.name == "comparison"]
+    assert section.words.startswith("None yet: ")
 
 
 def test_wrong_options_are_one_line_and_write_nothing(finished: Path, tmp_path: Path) -> None:

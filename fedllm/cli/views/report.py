@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fedllm.cli.options import RunFolder, existing_run, fresh_folder, say
+from fedllm.cli.options import RunOrSweep, existing_run, fresh_folder, say
+from fedllm.cli.sweeps import existing_sweep
 from fedllm.errors import RunDirectoryError, UserError
 from fedllm.storage.publishing.publish import publish_bytes
 
@@ -13,10 +14,10 @@ _FORMATS = ("pdf", "svg")
 
 
 def report(
-    run: RunFolder,
+    run: RunOrSweep,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="The page. Default: RUN/report.html."),
+        typer.Option("--out", metavar="FILE", help="The page. Default: report.html in the folder."),
     ] = None,
     figures: Annotated[
         Path | None,
@@ -38,23 +39,27 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write charts and tables of a run as one HTML page.
+    """Write charts and tables of a run, or of the arms of a sweep, as one HTML page.
 
-    The run may be unfinished or failed. The page needs no network and no other file.
+    It may be unfinished or failed. The page needs no network and no other file.
     """
     from fedllm.reporting.page.drawing import require_matplotlib, save_figure
     from fedllm.reporting.page.page_html import report_page
     from fedllm.reporting.page.run_page import run_report
+    from fedllm.reporting.page.sweep_page import sweep_report
     from fedllm.reporting.results.cost_to_target import target_of
 
-    paths = existing_run(run)
+    sweep = existing_sweep(run)
+    default = sweep.report if sweep else existing_run(run).report
     targets = [target_of(text) for text in target or []]
+    if sweep and targets:
+        raise UserError("--target: of a run; the arms of a sweep stand at equal spending")
     if kind not in _FORMATS:
         raise UserError(f"--format: got {kind!r}, need one of {', '.join(_FORMATS)}")
     require_matplotlib()
     folders = [fresh_folder(folder) for folder in (figures, tables) if folder]
-    page = _page_file(out or paths.report)
-    found = run_report(run, targets)
+    page = _page_file(out or default)
+    found = sweep_report(run) if sweep else run_report(run, targets)
     publish_bytes(page, report_page(found).encode())
     say(f"{page}: {len(found.charts)} charts, {len(found.tables)} tables")
     for folder in folders:

@@ -4,10 +4,11 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Point: TypeAlias = tuple[float, float | None]
+Band: TypeAlias = tuple[float, float, float]  # x, the lowest and the highest y
 TaskKind: TypeAlias = Literal["client", "aggregate", "evaluate"]
 
 
@@ -27,11 +28,12 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class LineChart(Chart):
-    """Lines: label -> points; a value that is None leaves a gap."""
+    """Lines: label -> points; a value that is None leaves a gap. `bands` lie behind their lines."""
 
     series: Mapping[str, Sequence[Point]]
     x_label: str
     y_label: str
+    bands: Mapping[str, Sequence[Band]] = field(default_factory=dict)
     log_y: bool = False
     from_zero: bool = False
     whole_x: bool = False
@@ -50,6 +52,19 @@ class ChangeChart(Chart):
     def lanes(self) -> int:
         """One per label."""
         return len(self.changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalChart(Chart):
+    """Intervals around zero: label -> lowest value, estimate, highest value."""
+
+    intervals: Mapping[str, tuple[float, float, float]]
+    x_label: str
+
+    @property
+    def lanes(self) -> int:
+        """One per label."""
+        return len(self.intervals)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from fedllm.reporting.page.contents import (
     BarChart,
     ChangeChart,
     Chart,
+    IntervalChart,
     LineChart,
     TaskChart,
 )
@@ -141,6 +142,13 @@ def _height(chart: Chart) -> float:
 def _lines(figure: Any, chart: LineChart, palette: Palette) -> None:
     axes = figure.add_subplot()
     for number, (label, points) in enumerate(chart.series.items()):
+        for band in filter(None, [chart.bands.get(label)]):
+            axes.fill_between(
+                *zip(*band, strict=True),
+                color=palette.series[number % len(palette.series)],
+                alpha=0.16,
+                linewidth=0,
+            )
         values = [float("nan") if y is None else y for _, y in points]
         axes.plot(
             [x for x, _ in points],
@@ -187,6 +195,14 @@ def _changes(figure: Any, chart: ChangeChart, palette: Palette) -> None:
         )
     axes.scatter(after, lanes, color=palette.series[0], s=28, label=chart.after, zorder=3)
     _legend(figure, [chart.before, chart.after])
+
+
+def _intervals(figure: Any, chart: IntervalChart, palette: Palette) -> None:
+    axes = _axes_of_lanes(figure, list(chart.intervals), chart.x_label)
+    axes.axvline(0, color=palette.ink, linewidth=0.9)
+    for lane, (low, middle, high) in enumerate(chart.intervals.values()):
+        axes.plot([low, high], [lane, lane], color=palette.series[0], linewidth=2)
+        axes.scatter([middle], [lane], color=palette.series[0], s=28, zorder=3)
 
 
 def _bars(figure: Any, chart: BarChart, palette: Palette) -> None:
@@ -239,6 +255,7 @@ def _axes_of_lanes(figure: Any, labels: Sequence[str], x_label: str) -> Any:
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_axisbelow(True)
     axes.set_xlabel(x_label)
     return axes
@@ -263,6 +280,7 @@ def _short(label: str) -> str:
 _DRAWERS: Mapping[type[Chart], Callable[[Any, Any, Palette], None]] = {
     LineChart: _lines,
     ChangeChart: _changes,
+    IntervalChart: _intervals,
     BarChart: _bars,
     TaskChart: _tasks,
 }
