@@ -3,6 +3,7 @@
 From Python:
 
 - `load_run(path)`: a run directory as pandas data frames (`LoadedRun`)
+- `load_sweep(path)`: the runs of a sweep, likewise (`LoadedSweep`)
 - `run(config)`: run a configuration to its end, as `fedllm run` does
 - `aggregate(adapters, rank=...)`: combine PEFT adapters of any ranks (`CombinedAdapter`)
 - `Method`: the class of a federated method, to write one's own
@@ -16,17 +17,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedllm.api.combining import CombinedAdapter, aggregate
     from fedllm.api.loaded_run import LoadedRun, load_run
+    from fedllm.api.loaded_sweep import LoadedSweep, load_sweep
     from fedllm.api.running import run
     from fedllm.methods.protocol import Method
 
-__all__ = ["CombinedAdapter", "LoadedRun", "Method", "aggregate", "load_run", "run"]
+__all__ = [
+    "CombinedAdapter",
+    "LoadedRun",
+    "LoadedSweep",
+    "Method",
+    "aggregate",
+    "load_run",
+    "load_sweep",
+    "run",
+]
 
 _HOMES = {
     "CombinedAdapter": "fedllm.api.combining",
     "LoadedRun": "fedllm.api.loaded_run",
+    "LoadedSweep": "fedllm.api.loaded_sweep",
     "Method": "fedllm.methods.protocol",
     "aggregate": "fedllm.api.combining",
     "load_run": "fedllm.api.loaded_run",
+    "load_sweep": "fedllm.api.loaded_sweep",
     "run": "fedllm.api.running",
 }
 

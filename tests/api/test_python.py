@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import fedllm
 from fedllm.errors import AdapterError, ConfigError, RunDirectoryError, UserError
 from tests.adapters.peft_folders import deltas, make_llama, save_adapter
+from tests.reporting.sweeps import sweep_of
 from tests.tiny import Tiny
 
 
@@ -58,6 +59,18 @@ def test_a_run_that_has_just_begun_has_empty_frames(finished: Path, tmp_path: Pa
     assert run.clients.empty
     with pytest.raises(RunDirectoryError, match="no run here"):
         fedllm.load_run(tmp_path / "nowhere")
+
+
+def test_a_sweep_joins_the_frames_of_its_runs(tmp_path: Path) -> None:
+    sweep_of(tmp_path, {"a": [1.0, 2.0], "b": [3.0, None]})
+    sweep = fedllm.load_sweep(tmp_path)
+    assert repr(sweep).endswith("4 runs)")
+    last = sweep.groups[(sweep.groups["round"] == 1) & (sweep.groups["group"] == "train")]
+    found = last.set_index(["arm", "seed"])["test_loss"].to_dict()
+    assert found == pytest.approx({("a", 0): 1.15, ("a", 1): 2.15, ("b", 0): 3.15})
+    assert list(sweep.clients.columns[:3]) == ["arm", "seed", "round"]
+    with pytest.raises(RunDirectoryError, match="no sweep here"):
+        fedllm.load_sweep(tmp_path / "nowhere")
 
 
 def test_a_program_runs_a_mapping_and_goes_on_with_a_run(
