@@ -13,7 +13,7 @@ energy beyond the smallest rank after rounds 1, 10 and 30, and the bytes of a ro
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -199,7 +199,7 @@ def aggregate(
     )
     (group,) = group_modules({"m": ranks}, block_clients=32, exact=False, tolerance=1e-4)
     blocks = [
-        _block([sent[clients[place]] for place in places], [weights[place] for place in places])
+        _block([sent[clients[place]] for place in places], weights, places)
         for places in blocks_of(range(len(clients)), 32)
     ]
     step = ServerStep(
@@ -209,6 +209,7 @@ def aggregate(
         before=[federation.state],
         ranks=group.received,
         round=round_number,
+        clients=list(map(str, clients)),
     )
     (result,) = method.finish([method.fold(block, step) for block in blocks], step)
     federation.state = result.state
@@ -219,13 +220,16 @@ def aggregate(
     return result.diagnostics.beyond_smallest_rank
 
 
-def _block(factors: Sequence[Factors], weights: Sequence[float]) -> FactorBlock:
+def _block(
+    factors: Sequence[Factors], weights: Mapping[int, float], places: tuple[int, ...]
+) -> FactorBlock:
     return FactorBlock(
         a_GRI=torch.cat([item.a_RI for item in factors])[None],
         b_GOR=torch.cat([item.b_OR for item in factors], dim=1)[None],
         ranks=tuple(item.rank for item in factors),
         scales_GC=torch.tensor([[item.scale for item in factors]], dtype=torch.float64),
-        weights_GC=torch.tensor([list(weights)], dtype=torch.float64),
+        weights_GC=torch.tensor([[weights[place] for place in places]], dtype=torch.float64),
+        clients=places,
     )
 
 

@@ -86,7 +86,7 @@ class FactorBlock:
 
     `a_GRI` and `b_GOR` hold the factors as the clients sent them; R is the sum of the clients'
     `ranks`. `scales_GC` and `weights_GC` are float64 on the CPU, C clients; the weights are not
-    normalised.
+    normalised. `clients` are the clients' places in their source, where anyone needs them.
     """
 
     a_GRI: Tensor
@@ -94,6 +94,7 @@ class FactorBlock:
     ranks: tuple[int, ...]
     scales_GC: Tensor
     weights_GC: Tensor
+    clients: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,18 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="clients train B alone, an SVD of the product gives them a new A",
         paper="https://arxiv.org/abs/2505.12805",
     ),
+    "fslora": MethodEntry(
+        path="fedllm.methods.pairs.fslora:FsLora",
+        ranks="any",
+        summary="clients train sketches of the factors, the mean of their changes is added",
+        paper="https://arxiv.org/abs/2501.19389",
+    ),
+    "fed_plora": MethodEntry(
+        path="fedllm.methods.pairs.fed_plora:FedPLora",
+        ranks="any",
+        summary="clients train some rank-one parts beside the frozen others, a mean of each part",
+        paper="https://arxiv.org/abs/2602.16936",
+    ),
     "flora": MethodEntry(
         path="fedllm.methods.residuals.flora:Flora",
         ranks="any",

@@ -109,6 +109,8 @@ class ServerStep:
         ranks: all that anyone receives of these modules: the new states have room for the largest.
         round: its number, from 1; 0 where a starting adapter becomes the first state.
         notes: the JSON part of the state after the round, as `next_notes` made it.
+        clients: the ids of the cohort's clients, by the places of `FactorBlock.clients`; empty
+            where adapters are combined that no client of a round has sent.
     """
 
     modules: Sequence[str]
@@ -118,6 +120,7 @@ class ServerStep:
     ranks: Sequence[int]
     round: int
     notes: StateNotes = field(default_factory=dict)
+    clients: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

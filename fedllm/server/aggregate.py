@@ -205,6 +205,7 @@ def _aggregate(
             devices=devices,
             round=collected.paths.number,
             notes=notes,
+            clients=[client.id for client in collected.cohort.clients],
         )
         groups = groups_of(federation, collected.cohort)
         stages = engine.run([with_weights(group, updates.weights) for group in groups])

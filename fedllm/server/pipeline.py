@@ -39,6 +39,7 @@ class Pipeline:
         devices: the devices that compute; a device that is named twice is used twice.
         round: the number of the round.
         notes: the JSON part of the new state.
+        clients: the ids of clients by their numbers in the source; empty: they are no clients.
     """
 
     method: Method
@@ -50,6 +51,7 @@ class Pipeline:
     devices: Sequence[torch.device]
     round: int
     notes: StateNotes = field(default_factory=dict)
+    clients: Sequence[str] = ()
 
     def run(self, groups: Sequence[ModuleGroup]) -> dict[str, float]:
         """Aggregate all groups; return the seconds of each stage.
@@ -145,6 +147,7 @@ class _Worker:
             ranks=group.received,
             round=self.pipeline.round,
             notes=self.pipeline.notes,
+            clients=self.pipeline.clients,
         )
 
     def _next_partial(

@@ -125,6 +125,7 @@ class Prefetch:
             ranks=filled.portion.ranks,
             scales_GC=filled.scales_GC,
             weights_GC=filled.weights_GC,
+            clients=filled.portion.clients,
         )
         filled.buffer.release()
         self._free.put(filled.buffer)

@@ -17,7 +17,9 @@ def part_of(tensor: Tensor) -> StatePart:
     return StatePart(shape=tuple(tensor.shape), dtype=tensor.dtype)
 
 
-def block_of(factors: Sequence[Factors], weights: Sequence[float]) -> FactorBlock:
+def block_of(
+    factors: Sequence[Factors], weights: Sequence[float], clients: Sequence[int] = ()
+) -> FactorBlock:
     """Return the block of some clients' factors of one module."""
     return FactorBlock(
         a_GRI=torch.cat([item.a_RI for item in factors])[None],
@@ -25,6 +27,7 @@ def block_of(factors: Sequence[Factors], weights: Sequence[float]) -> FactorBloc
         ranks=tuple(item.rank for item in factors),
         scales_GC=torch.tensor([[item.scale for item in factors]], dtype=torch.float64),
         weights_GC=torch.tensor([list(weights)], dtype=torch.float64),
+        clients=tuple(clients),
     )
 
 
@@ -37,6 +40,7 @@ def aggregate(
     before: ModuleState | None = None,
     block_clients: int = 2,
     round_number: int = 1,
+    clients: Sequence[str] = (),
 ) -> ModuleAggregate:
     """Return what the clients' updates of the module `m` come to."""
     shape = factors[0].shape
@@ -54,7 +58,11 @@ def aggregate(
     )
     problem = with_weights(group, dict(enumerate(weights))).problem
     blocks = [
-        block_of(factors[begin : begin + block_clients], weights[begin : begin + block_clients])
+        block_of(
+            factors[begin : begin + block_clients],
+            weights[begin : begin + block_clients],
+            range(len(factors))[begin : begin + block_clients],
+        )
         for begin in range(0, len(factors), block_clients)
     ]
     step = ServerStep(
@@ -64,6 +72,7 @@ def aggregate(
         before=[before or method.start_module(module="m", shape=shape, rank=max(ranks))],
         ranks=ranks,
         round=round_number,
+        clients=clients,
     )
     return method.finish([method.fold(block, step) for block in blocks], step)[0]
 
