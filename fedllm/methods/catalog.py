@@ -226,8 +226,9 @@ def build_method(
     if options:
         model = getattr(found, "options_class", NoOptions)
         settings["options"] = parse_options(name, model, options)
+    given = _server_options(server, server_options or {})
     if server != NO_SERVER:
-        settings["server"] = _server_side(found, name, server, server_options or {})
+        settings["server"] = _server_side(found, name, server, given)
     try:
         return found(**settings)
     except (TypeError, ValueError) as error:
@@ -254,13 +255,10 @@ def _server_options(server: str, options: Mapping[str, Any]) -> Section:
     return parse_options(server, model, options, key=SERVER_KEY)
 
 
-def _server_side(
-    found: "type[Method]", name: str, server: str, options: Mapping[str, Any]
-) -> "ServerSide":
+def _server_side(found: "type[Method]", name: str, server: str, options: Section) -> "ServerSide":
     """Return the server's optimizer; refuse one that cannot move the method's state."""
     from fedllm.methods.server_side import SERVER_SIDES
 
-    given = _server_options(server, options)
     # a change of the base would not move with the factors
     sides = () if found.changes_base else found.server_sides
     if server not in sides:
@@ -271,7 +269,7 @@ def _server_side(
         )
         wanted = ", ".join([*sides, NO_SERVER])
         raise ConfigError(f"method.server: {server} {why}; need one of {wanted}")
-    return SERVER_SIDES[server](given)
+    return SERVER_SIDES[server](options)
 
 
 def _nearest(name: str, table: Mapping[str, object]) -> str:
