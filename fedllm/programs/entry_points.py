@@ -118,6 +118,8 @@ def _client(call: _Call) -> int:
             session,
             signals=call.signals,
             began=call.began,
+            # an error is looked for where the task works
+            on_attempt=lambda later: setattr(arguments, "target", later.root),
         )
     signals = call.signals or StopSignals()
     replayed = replay(attempt, arguments.client, arguments.scratch, session, signals)

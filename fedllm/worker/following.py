@@ -26,6 +26,8 @@ def follow(task: WorkerTask) -> int:
     while not isinstance(order := task.processes.receive(), int):
         if opened is None or opened.paths != order.paths.round:
             opened = open_round(task, order.paths)
+        if task.attempt != order.paths:
+            task.go_on(order.paths)
         with suppress(StopRequested):
             opened.take_part(order, identity=task.identity, before_step=before_step)
     return order

@@ -1,11 +1,13 @@
 """The task of a worker, from attempt to attempt: identity, class, processes and time limit."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskIdentity
+from fedllm.storage.paths import AttemptPaths
 from fedllm.storage.records import ArrayRecord, SubmissionRecord
 from fedllm.worker.process_group import OneProcess, Processes
 
@@ -24,16 +26,25 @@ class WorkerTask:
         processes: the processes of the task.
         array: the Slurm array of the task; None: unknown.
         stepped: whether this start of the task took a training step.
+        attempt: the attempt on which it works now.
+        on_attempt: called with every further attempt on which it works.
     """
 
     identity: TaskIdentity
     worker_class: str | None
     session: Session
+    attempt: AttemptPaths
     signals: StopSignals
     began: float = field(default_factory=time.monotonic)
     processes: Processes = field(default_factory=OneProcess)
     array: ArrayRecord | None = None
     stepped: bool = False
+    on_attempt: Callable[[AttemptPaths], None] = lambda _attempt: None
+
+    def go_on(self, attempt: AttemptPaths) -> None:
+        """Work on another attempt from now on."""
+        self.attempt = attempt
+        self.on_attempt(attempt)
 
     def agree(self, *, due: bool) -> tuple[bool, bool]:
         """Agree with all processes of the task, before a step, whether to stop and whether to save.

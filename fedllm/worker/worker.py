@@ -1,7 +1,7 @@
 """The training job: a worker claims bundle after bundle of an attempt and trains their clients."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ def work(
     *,
     signals: StopSignals | None = None,
     began: float | None = None,
+    on_attempt: Callable[[AttemptPaths], None] = lambda _attempt: None,
 ) -> int:
     """Work on an attempt until no bundle of a class is left, or a signal comes.
 
@@ -50,6 +51,7 @@ def work(
         session: the loaded base model and data.
         signals: the caller's record of signals; None: signals are noted from now on.
         began: when its time began to count, of `time.monotonic`; None: now.
+        on_attempt: called with every later attempt that it begins to work on.
 
     Returns:
         The exit code: 0, or `STOPPED` after a signal that left work undone.
@@ -57,28 +59,29 @@ def work(
     Raises:
         FedllmError: the attempt cannot be worked on, for example a damaged server state.
     """
-    since = time.monotonic() if began is None else began
-    config = session.config(attempt.run)
+    task = WorkerTask(
+        identity=identity,
+        worker_class=worker_class,
+        session=session,
+        attempt=attempt,
+        signals=signals or StopSignals(),
+        began=time.monotonic() if began is None else began,
+        on_attempt=on_attempt,
+    )
+    minutes = _wait_minutes(session.config(attempt.run))
 
     def tell(loss: ProcessLost) -> None:
         # the process that is lost may have recorded the reason already
         with suppress(FedllmError, OSError):
             record = ErrorRecord.of(loss, log=loss.log)
-            record.publish_once(attempt.task_error(identity.task))
+            record.publish_once(task.attempt.task_error(identity.task))
 
     with (
         _task_of(session),
-        nullcontext(signals) if signals else StopSignals() as noted,
-        connected(identity, wait_minutes=_wait_minutes(config), tell=tell) as processes,
+        nullcontext() if signals else task.signals,
+        connected(identity, wait_minutes=minutes, tell=tell) as processes,
     ):
-        task = WorkerTask(
-            identity=identity,
-            worker_class=worker_class,
-            session=session,
-            signals=noted,
-            began=since,
-            processes=processes,
-        )
+        task.processes = processes
         if not identity.is_first:
             return follow(task)
         exit_code = _lead(task, attempt)
@@ -117,6 +120,7 @@ def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:
         if later is None:
             worker.note("ended")
             return 0
+        task.go_on(later)
         worker = Worker.open(task, later, since=since)
 
 

@@ -136,7 +136,12 @@ def test_the_claims_of_others_cost_one_listing_of_the_folder(
 def limited(minutes: float | None, **more: float) -> WorkerTask:
     array = ArrayRecord(name="a", worker_class="gpu", tasks=1, minutes=minutes)
     task = WorkerTask(
-        identity=me(), worker_class="gpu", session=Session(), signals=StopSignals(), array=array
+        attempt=AttemptPaths(root=Path("nowhere"), number=1),
+        identity=me(),
+        worker_class="gpu",
+        session=Session(),
+        signals=StopSignals(),
+        array=array,
     )
     task.began -= more.get("passed", 0.0)
     return task
