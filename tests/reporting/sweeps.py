@@ -29,6 +29,6 @@ def sweep_of(root: Path, losses: dict[str, list[float | None]]) -> SweepPaths:
                 evaluation(number, scores).publish(here.evaluation_record)
                 done = RoundRecord(round=number, lease=1, state_sha256="", clients=4)
                 done.publish(here.record)
-    comparison = {"endpoint": "train_loss", "contrast": ["a", "b"]}
+    comparison = {"endpoint": "train_loss", "contrast": list(losses)[:2]}
     SweepRecord(runs=runs, comparison=comparison).publish(paths.record)
     return paths

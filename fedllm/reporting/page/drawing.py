@@ -257,7 +257,8 @@ def _axes_of_lanes(figure: Any, labels: Sequence[str], x_label: str) -> Any:
     axes.grid(axis="x")
     axes.locator_params(axis="x", nbins=5)
     axes.set_axisbelow(True)
-    axes.set_xlabel(x_label)
+    # long labels of lanes leave little room below the axes
+    axes.set_xlabel(x_label, loc="right")
     return axes
 
 

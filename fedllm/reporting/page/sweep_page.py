@@ -239,7 +239,7 @@ def _answer_section(name: str, title: str, words: str, answers: Sequence[Answer]
             f"{k}: {d:+.3f}, {low:+.3f} to {h:+.3f}" for k, (low, d, h) in shown.items()
         ),
         intervals=shown,
-        x_label=f"difference in {endpoint}, 95 % interval",
+        x_label="difference, 95 % interval",
     )
     return PageSection(
         name=name,

@@ -72,7 +72,7 @@ def run_summary(paths: RunPaths) -> str:
         )
     parts.append(
         f"next: fedllm export {root} --out adapter    "
-        f"fedllm status {root}    fedllm resume {root} --set rounds={config.rounds + 2}"
+        f"fedllm report {root}    fedllm resume {root} --set rounds={config.rounds + 2}"
     )
     return "\n\n".join(parts)
 

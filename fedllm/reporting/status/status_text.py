@@ -77,7 +77,7 @@ def _next_lines(root: Path, status: RunStatus) -> Iterator[str]:
     elif status.state == "stopped":
         yield f"go on with: fedllm resume {name}"
     elif status.state == "done":
-        yield f"next: fedllm export {name} --out adapter"
+        yield f"next: fedllm export {name} --out adapter    fedllm report {name}"
 
 
 def _round_line(current: RoundStatus) -> str:
