@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fedllm.config.models import Config
+from fedllm.config.presets import PRESETS_KEY, with_presets
 from fedllm.config.problems import is_section, problem_lines
 from fedllm.config.spelling import is_null, resolve_scalars
 from fedllm.config.yaml_text import parse_yaml, read_yaml, write_yaml
@@ -30,6 +31,12 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "training.zero.offload": "none",
     "training.cut_rounds": [],
     "training.cut_factor": 0.1,
+    "data.partition.kind": "column",
+    "data.partition.clients": None,
+    "data.partition.alpha": 0.5,
+    "data.partition.categories": 2,
+    "data.partition.min_rows": 2,
+    "data.partition.seed": 0,
 }
 _ADDED_TIER_KEYS = ("engine", "processes")  # null: as before
 # a key's parts, and its new value
@@ -65,8 +72,11 @@ def _load(path: Path, assignments: Sequence[_Assignment]) -> Config:
         raise ConfigError(f"{path}: no such configuration file; see configs/ for examples")
     raw = read_yaml(path)
     _apply_all(raw, assignments)
+    presets = raw.pop(PRESETS_KEY, None)
     raw = resolve_scalars(raw, Config)
     _drop_empty_sections(raw, Config)
+    if presets is not None:
+        raw = with_presets(raw, presets)
     return _validated(raw, list(_take_from_environment(raw)))
 
 

@@ -85,11 +85,28 @@ class LoraSection(Section):
 class ColumnsSection(Section):
     """Column names of the user's data; `category` and `instruction` may be absent."""
 
-    client: str = "client_id"
+    client: str | None = "client_id"
     category: str | None = "category"
     instruction: str | None = "instruction"
     input: str | None = "input"
     output: str = "output"
+
+
+class PartitionSection(Section):
+    """Partition: clients for data without clients, or other clients than the data's."""
+
+    kind: Literal["column", "iid", "dirichlet", "pathological", "quantity"] = "column"
+    clients: PositiveInt | None = None
+    alpha: PositiveFloat = 0.5
+    categories: PositiveInt = 2
+    min_rows: PositiveInt = 2
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_clients(self) -> "PartitionSection":
+        if self.kind != "column" and self.clients is None:
+            _raise_lines([f"data.partition.clients: missing; kind {self.kind} needs their number"])
+        return self
 
 
 class DataSection(Section):
@@ -99,12 +116,20 @@ class DataSection(Section):
     revision: str | None = None
     format: RowFormat = "auto"
     columns: ColumnsSection = ColumnsSection()
+    partition: PartitionSection = PartitionSection()
     template: Literal["alpaca", "chat", "plain"] = "alpaca"
     loss_on: Literal["answer", "all"] = "answer"
     cutoff_tokens: PositiveInt = 512
     test_fraction: Fraction = 0.1
     embedded_clients: Annotated[int, Field(ge=12)] = 16
     embedded_rows: Annotated[int, Field(ge=20)] = 96
+
+    @model_validator(mode="after")
+    def _has_clients(self) -> "DataSection":
+        if self.columns.client is None and self.partition.kind == "column":
+            line = "data.columns.client: got null, name the column, or set data.partition.kind"
+            _raise_lines([line])
+        return self
 
 
 class TierSection(Section):

@@ -54,7 +54,10 @@ def canonical_block(block: RowBlock, columns: RowColumns) -> pa.Table:
     """
     names = columns.names
     arrays = {
-        "client": _clients(block, names.client),
+        # a partition names the clients of rows without any
+        "client": _texts(block, "client", None)
+        if names.client is None
+        else _clients(block, names.client),
         "category": _texts(block, "category", names.category),
         "instruction": _texts(block, "instruction", names.instruction),
         "input": _texts(block, "input", names.input),

@@ -23,6 +23,7 @@ from fedllm.data.files.json_objects import peek_json, read_json
 from fedllm.data.files.parquet_rows import nested_columns, peek_parquet, read_parquet
 from fedllm.data.files.splits import TEST, TRAIN, VALIDATION, kind_of, shorten_files, split_files
 from fedllm.data.huggingface import fetch_dataset, is_saved_dataset, read_saved_dataset
+from fedllm.data.partitions import COLUMN, partition_tables
 from fedllm.data.row_formats import RowColumns, detect_format, row_columns, shorten_names
 from fedllm.errors import DataError
 from fedllm.storage.fingerprints import fingerprint_files, fingerprint_values
@@ -86,6 +87,10 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
     """
     source = _find_raw(section, cache)
     column_section = section.columns if section.path != EMBEDDED else ColumnsSection()
+    partition = section.partition
+    has_clients = partition.kind == COLUMN
+    if not has_clients:
+        column_section = column_section.model_copy(update={"client": None})
     peeks = [part.peek() for part in source.parts]
     used = [part for part, peek in zip(source.parts, peeks, strict=True) if peek is not None]
     empty = [part for part, peek in zip(source.parts, peeks, strict=True) if peek is None]
@@ -98,6 +103,8 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
 
     def read() -> Tables:
         tables = _read(used, columns)
+        if not has_clients:
+            tables = partition_tables(tables, partition)
         if not has_test:
             tables |= split_rows(tables[TRAIN], section.test_fraction, split_seed)
         _check_spellings(tables, section.path)
@@ -108,7 +115,8 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
     notes = () if is_embedded else _notes(source, used, empty, columns, section, peeks)
     return Source(
         fingerprint=fingerprint_values(
-            source.fingerprint, column_section.model_dump(), split_values, columns.format
+            *(source.fingerprint, column_section.model_dump(), split_values, columns.format),
+            *(() if has_clients else (partition.model_dump(),)),
         ),
         notes=notes,
         read=read,

@@ -302,6 +302,26 @@ def test_environment_variables_give_the_paths_that_a_file_omits(
 # --- what is wrong
 
 
+def test_presets_are_defaults_below_the_keys_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "presets: [cross-silo, ranks-4-64]\nmodel: {path: embedded}\n"
+        "data: {path: embedded, partition: {kind: iid}}\nclients: {dev: 1}\n"
+    )
+    config = load_config(path)
+    assert config.clients.cohort.fraction == 1.0 and config.clients.dev == 1
+    assert config.data.partition.clients == 16
+    assert {name: tier.share for name, tier in config.clients.tiers.items()} == {
+        "rank-4": 40, "rank-8": 20, "rank-16": 20, "rank-32": 10, "rank-64": 10
+    }  # fmt: skip
+    own = load_config(path, ["clients.cohort.count=3", "clients.tiers.mine.ranks=2"])
+    assert (own.clients.cohort.count, list(own.clients.tiers)) == (3, ["mine"])
+    with pytest.raises(ConfigError, match="presets: got 'silo', need some of cross-device"):
+        load_config(path, ["presets=[silo]"])
+    with pytest.raises(ConfigError, match="presets: got 'cross-silo', need a list of"):
+        load_config(path, ["presets=cross-silo"])
+
+
 def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_path: Path) -> None:
     text = PATHS + (
         "rouns: 3\nlearning_rate: 1\ntrainnig: {}\n"

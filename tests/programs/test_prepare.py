@@ -13,6 +13,7 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from fedllm.programs.inspect import describe, inspect_client
+from fedllm.programs.inspect_clients import describe_clients, inspect_clients
 from fedllm.programs.prepare import describe_layout, prepare, prepare_run
 from fedllm.storage.paths import CachePaths, RunPaths
 from fedllm.storage.records import CohortRecord, LayoutRecord, PreparedRecord
@@ -352,6 +353,21 @@ def test_inspect_with_loss_on_all_marks_all_but_the_first(
     changed = override_config(config, ["data.loss_on=all"])
     tokens = inspect_client(changed, cache, "plain").tokens
     assert [token.loss for token in tokens] == [False] + [True] * (len(tokens) - 1)
+
+
+def test_inspect_shows_all_clients_with_role_tier_rows_and_categories(
+    config: Config, cache: CachePaths
+) -> None:
+    partition = inspect_clients(config, cache)
+    clients = {client.client: client for client in partition.clients}
+    assert sorted(client.role for client in clients.values()).count("train") == 8
+    for client in clients.values():
+        assert client.train_rows + client.test_rows == sum(client.categories.values()) == 20
+        # of three categories a client has one, which a third of all rows have
+        assert len(client.categories) == 1 and 0.5 < client.distance < 0.8
+    text = describe_clients(partition)
+    assert text.startswith("10 clients (data.partition.kind column): 8 train, ")
+    assert len(text.splitlines()) > 18 and "émoji 🦊" in text
 
 
 def test_inspect_refuses_an_unknown_client_or_row(config: Config, cache: CachePaths) -> None:

@@ -136,8 +136,10 @@ def _check_names(names: list[str], columns: RowColumns, file: Path, delimiter: s
         ) from error
 
 
-def _with_clients(table: pa.Table, name: str, where: str, place: Place) -> pa.Table:
+def _with_clients(table: pa.Table, name: str | None, where: str, place: Place) -> pa.Table:
     """Return a table in which clients such as 3.0 are whole numbers."""
+    if name is None:
+        return table
     encoded = pc.dictionary_encode(table[name].combine_chunks())
     texts = encoded.dictionary.to_pylist()
     values = [Decimal(text) if _DECIMAL.fullmatch(text) else text for text in texts]

@@ -174,7 +174,7 @@ def _block(rows: Sequence[_JsonRow], columns: RowColumns, file: Path) -> RowBloc
     _check_format(rows, columns, file)
     builder = _ColumnBuilder(rows, columns, file)
     names = tuple(dict.fromkeys(name for json_row in rows for name in json_row.row))
-    if columns.names.client not in names:
+    if columns.names.client not in {None, *names}:
         columns.check(names, str(file))
     arrays = {name: builder.array(name) for name in (*columns.required.values(), *names)}
     return RowBlock(

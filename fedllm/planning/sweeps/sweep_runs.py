@@ -20,8 +20,8 @@ _RATE = "training.learning_rate"
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.+-]{0,60}")
 # what decides which rows train, and which belong to dev and unseen clients and to tests
 _SPLIT_KEYS = (
-    *("data.path", "data.revision", "data.format", "data.columns", "data.test_fraction"),
-    *("data.embedded_clients", "data.embedded_rows"),
+    *("data.path", "data.revision", "data.format", "data.columns", "data.partition"),
+    *("data.test_fraction", "data.embedded_clients", "data.embedded_rows"),
     *("clients.split_seed", "clients.dev", "clients.unseen", "clients.held_out_from"),
 )
 
