@@ -32,7 +32,8 @@ class MethodEntry:
     """A method's class by its import path, and what a user reads of it.
 
     `ranks` says whether clients of different ranks work together: `any`, or `one` for all; `base`
-    whether the method changes the weights of the base.
+    whether the method changes the weights of the base, `client_state` what clients keep between
+    their rounds.
     """
 
     path: str
@@ -40,6 +41,7 @@ class MethodEntry:
     summary: str
     paper: str
     base: Literal["stays", "changes"] = "stays"
+    client_state: str = "none"
 
 
 # by import path, so that a coordinator knows the names without loading torch
@@ -103,6 +105,13 @@ METHODS: Mapping[str, MethodEntry] = {
         ranks="one",
         summary="clients train B alone, an SVD of the product gives them a new A",
         paper="https://arxiv.org/abs/2505.12805",
+    ),
+    "fedsa": MethodEntry(
+        path="fedllm.methods.pairs.fedsa:FedSa",
+        ranks="one",
+        summary="the mean of A, every client keeps its own B",
+        paper="https://arxiv.org/abs/2410.01463",
+        client_state="B",
     ),
     "fslora": MethodEntry(
         path="fedllm.methods.pairs.fslora:FsLora",

@@ -4,8 +4,12 @@ A client's adapter is the product of A and B. A column of it that is not to trai
 frozen part (`Factors.frozen`); whole factors are frozen here.
 """
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TrainedFactors: TypeAlias = Literal["AB", "A", "B"]
 
@@ -19,7 +23,11 @@ class LocalTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipient:
-    """The client that receives an adapter, and the round that it trains in."""
+    """The client that receives an adapter, and the round that it trains in.
+
+    `kept` is what the client itself kept of the module from its last round, by name.
+    """
 
     client: str
     round: int
+    kept: "Mapping[str, Tensor]" = field(default_factory=dict)

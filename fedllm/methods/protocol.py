@@ -136,7 +136,8 @@ class Method(Protocol):
 
     `name` is what `method.name` says, `kind` the kind of update its clients send. `per_client` says
     whether clients of equal ranks receive different adapters, `changes_base` whether its states
-    hold a change of the base, `server_sides` which optimizers of the server (`method.server`) can
+    hold a change of the base, `keeps_at_clients` whether clients keep something between their
+    rounds, `server_sides` which optimizers of the server (`method.server`) can
     move its state: they are passed as `server`.
     """
 
@@ -144,6 +145,7 @@ class Method(Protocol):
     name: ClassVar[str]
     per_client: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
+    keeps_at_clients: ClassVar[bool] = False
     server_sides: ClassVar[tuple[str, ...]] = ()
 
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
@@ -184,6 +186,19 @@ class Method(Protocol):
         """
         del to
         return self.module_adapter(module=module, state=state, rank=rank)
+
+    def kept(self, *, module: str, trained: Factors) -> ModuleState:
+        """Return what a client keeps of a module after its training, where `keeps_at_clients`.
+
+        It is `to.kept` of the client's next `hand_out`, in whatever round that is.
+        """
+        del module, trained
+        return {}
+
+    def sent(self, *, module: str, trained: Factors) -> Factors:
+        """Return what a client sends of the factors that it trained, in their shapes."""
+        del module
+        return trained
 
     def local_task(self, round_number: int) -> LocalTask:
         """Return what the clients of a round train."""

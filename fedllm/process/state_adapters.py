@@ -1,6 +1,7 @@
 """Adapters, and the change of the base, made from a server state."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.local_task import Recipient, TrainedFactors
 from fedllm.methods.protocol import Method
 from fedllm.packing.base_change import BaseChange
+from fedllm.process.client_store import Kept
 from fedllm.storage.records import ReceivedRecord
 from fedllm.storage.tensors import TensorFile
 
@@ -21,11 +23,23 @@ def adapter_of(method: Method, state: TensorFile, ranks: Mapping[str, int]) -> A
 
 
 def received_adapter(
-    method: Method, state: TensorFile, ranks: Mapping[str, int], to: Recipient
+    method: Method,
+    state: TensorFile,
+    ranks: Mapping[str, int],
+    to: Recipient,
+    kept: Kept | None = None,
 ) -> Adapter:
-    """Return what a client with `ranks` receives, read from a state file module by module."""
+    """Return what a client with `ranks` receives, read from a state file module by module.
+
+    `kept` is what the client kept from its last round.
+    """
     return {
-        module: method.hand_out(module=module, state=state.module(module), rank=rank, to=to)
+        module: method.hand_out(
+            module=module,
+            state=state.module(module),
+            rank=rank,
+            to=replace(to, kept=kept.get(module, {})) if kept else to,
+        )
         for module, rank in ranks.items()
     }
 

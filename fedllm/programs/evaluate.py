@@ -12,15 +12,17 @@ from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import AdapterError
 from fedllm.evaluation.scores import RowScores, mean_scores
+from fedllm.methods.local_task import Recipient
 from fedllm.methods.protocol import Method
 from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.engines import engines_of, scoring_engine
 from fedllm.planning.evaluation_targets import Target, choose_targets, is_complete
 from fedllm.planning.federation import Federation, plan_federation
+from fedllm.process.client_store import ClientStore
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
-from fedllm.process.state_adapters import adapter_of, base_change_of
+from fedllm.process.state_adapters import adapter_of, base_change_of, received_adapter
 from fedllm.programs.scoring import Keep, all_agree, keep_nothing, score_targets, scoring_task
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.fingerprints import fingerprint_values, sha256_of
@@ -33,6 +35,7 @@ from fedllm.storage.records import (
     ClientScores,
     EvaluationRecord,
     PreparedRecord,
+    RunRecord,
     Scores,
 )
 from fedllm.storage.tensors import TensorFile
@@ -52,6 +55,8 @@ class Scorer:
     slots: AdapterSlots
     data: TokenizedClients
     sha256: str
+    round: int
+    store: ClientStore
     cache: CachePaths
 
     @classmethod
@@ -74,6 +79,8 @@ class Scorer:
             slots=session.scoring_slots(config, prepared, change),
             data=session.data(prepared.data_path),
             sha256=record.sha256,
+            round=paths.number,
+            store=ClientStore(run=run, run_id=RunRecord.read(run.run).run_id),
             cache=cache_of(config.storage.cache, run.root),
         )
 
@@ -149,6 +156,10 @@ class Scorer:
     ) -> dict[str, Scores]:
         """Return every client's scores at its own tier's ranks."""
         scores: dict[str, Scores] = {}
+        if self.method.keeps_at_clients:
+            for target in targets:
+                scores |= self._of_client(target, keep)
+            return scores
         for ranks, tiers in _tiers_of_equal_ranks(self.federation):
             scores |= self.at(ranks, [target for target in targets if target.tier in tiers], keep)
         return scores
@@ -160,7 +171,19 @@ class Scorer:
         largest = self.federation.largest_ranks
         ranks = self.federation.ranks
         smaller = [target for target in targets if ranks[target.tier] != largest]
+        if self.method.keeps_at_clients:
+            smaller = []  # a client has its own adapter, at its own rank
         return {**deployed, **self.at(largest, smaller)}
+
+    def _of_client(self, target: Target, keep: Keep) -> dict[str, Scores]:
+        """Return the scores of a client with what it kept until the state's round."""
+        after = self.round + 1
+        to = Recipient(client=target.client, round=after)
+        ranks = self.federation.ranks[target.tier]
+        kept = self.store.read(target.client, after)
+        self.slots.install(received_adapter(self.method, self.state, ranks, to, kept))
+        self.state.release()
+        return score_targets(self.slots, self.data, [target], self.federation.config, keep)
 
     def at(
         self, ranks: _Ranks, targets: Sequence[Target], keep: Keep = keep_nothing

@@ -41,16 +41,19 @@ def removable(paths: RunPaths, config: Config) -> list[Removal]:
 
     Kept are the updates and checkpoints of a round until the next round is aggregated; the states
     of the last `storage.keep_states` rounds, of every `storage.keep_every`-th round and of the best
-    evaluated round; the logs, claims and task records of the last `storage.keep_logs` rounds.
+    evaluated round; the logs, claims and task records of the last `storage.keep_logs` rounds; of
+    every client what it had kept at each round whose state is kept, and later.
     Files that were set aside or left unfinished are removed.
     """
     rounds = [paths.round(number) for number in range(config.rounds + 1)]
     complete = [r for r in rounds if r.record.exists() and r.aggregate_record.exists()]
     removals: dict[Path, None] = {}
+    states = list(_states(paths, config, complete))
     for path in (
-        *_states(paths, config, complete),
+        *states,
         *_updates(paths, complete),
         *_task_files(paths, rounds, complete[: -config.storage.keep_logs]),
+        *_client_stores(paths, complete, states),
         *_leftovers(paths, complete),
     ):
         if not any(parent in removals for parent in path.parents):
@@ -98,6 +101,22 @@ def _task_files(
     for folder in folders:
         kept, surplus = _split(_files(folder), lambda path: task_of(path) in newer_tasks)
         yield from surplus if kept else [folder]
+
+
+def _client_stores(
+    paths: RunPaths, complete: Sequence[RoundPaths], removed: Sequence[Path]
+) -> Iterator[Path]:
+    """Yield what clients kept that no kept state and no later round needs."""
+    if not complete:
+        return
+    last = max(r.number for r in complete)
+    left = [r for r in complete if r.global_state not in removed]
+    states = [r.number for r in left if r.global_state.exists()]
+    for files in paths.client_store_files().values():
+        needed = {number for number in files if number > last}
+        for state in {*states, last}:
+            needed |= {max((number for number in files if number <= state), default=-1)}
+        yield from (path for number, path in files.items() if number not in needed)
 
 
 def _split(paths: Iterable[Path], is_kept: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:

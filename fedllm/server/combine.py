@@ -161,6 +161,8 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
         scaling="proportional",
         options=request.options,
     )
+    if method.keeps_at_clients:
+        raise AdapterError(f"--method {method.name}: clients keep a part, there is no one mean")
     if method.changes_base:
         raise AdapterError(f"--method {method.name}: changes the base, not only adapters")
     weights = shares(method.weigh([item.weight for item in request.adapters]))

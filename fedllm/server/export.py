@@ -172,6 +172,11 @@ def export_model(
 
 
 def _ranks(state: ServerState, requested: int | None) -> dict[str, int]:
+    if state.method.keeps_at_clients:
+        raise AdapterError(
+            f"{state.config.method.name}: every client keeps a part of its adapter, there is none "
+            "for all to export; use a method without a client state"
+        )
     largest = max(state.ranks.values())
     if requested is not None and not 1 <= requested <= largest:
         raise AdapterError(f"--rank: got {requested}, the state holds ranks 1 to {largest}")

@@ -375,6 +375,27 @@ class RunPaths:
         return RoundPaths(root=self.rounds / f"{number:04d}")
 
     @property
+    def client_stores(self) -> Path:
+        """The folder of what clients keep between their rounds."""
+        return self.root / "clients"
+
+    def client_store(self, client: str, round_number: int) -> Path:
+        """What a client kept of the training of a round."""
+        folder = self.client_stores / hashlib.sha256(client.encode()).hexdigest()[:2]
+        return folder / f"{encode_client(client)}.{round_number:04}.safetensors"
+
+    def client_store_files(self, client: str | None = None) -> dict[str, dict[int, Path]]:
+        """Return what exists of a client, or of all: encoded client -> round -> file."""
+        one = self.client_store(client, 0) if client is not None else None
+        folder = one.parent if one else self.client_stores
+        name = f"{encode_client(client)}" if client is not None else "[!.]*"
+        found: dict[str, dict[int, Path]] = {}
+        for path in sorted(folder.glob(f"{'' if one else '*/'}{name}.[0-9]*.safetensors")):
+            encoded, _, number = path.stem.rpartition(".")
+            found.setdefault(encoded, {})[int(number)] = path
+        return found
+
+    @property
     def metrics(self) -> Path:
         """The metrics, one line per round, rebuilt from the records."""
         return self.root / "metrics.jsonl"

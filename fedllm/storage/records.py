@@ -496,6 +496,14 @@ class UpdateRecord(TrainingStats):
     log: str = ""
 
 
+class KeptRecord(Record):
+    """What a client keeps of the training of a round, beside its tensors."""
+
+    run_id: str
+    client: str
+    round: int
+
+
 class CollectedUpdate(Record):
     """A client's update as the round uses it; the weight is its rows, not yet normalised.
 

@@ -32,7 +32,7 @@ from fedllm.storage.checkpoint_header import CheckpointRecord
 from fedllm.storage.paths import encode_client
 from fedllm.storage.publishing.placing import HashedFile, PlacedFile, placing, placing_checked
 from fedllm.storage.publishing.publish import version_of
-from fedllm.storage.records import UpdateRecord
+from fedllm.storage.records import KeptRecord, UpdateRecord
 from fedllm.storage.updates import PublishedUpdate, records_text, tensor_name, updates_in
 
 _DTYPES = {
@@ -394,6 +394,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise DamagedUpdateError(f"its record is not valid ({error.error_count()})") from error
     tensors = {name: _view(header, name, content) for name in header.layout}
     return Checkpoint(record=record, tensors=tensors)
+
+
+def publish_kept(path: Path, record: KeptRecord, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Publish what a client keeps of a round."""
+    _publish_checked(path, record.model_dump_json(), tensors)
+
+
+def read_kept(path: Path) -> tuple[KeptRecord, dict[str, torch.Tensor]]:
+    """Read what a client kept of a round.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedUpdateError: it is truncated or altered.
+    """
+    content = bytearray(path.read_bytes())
+    header = read_and_check(io.BytesIO(content))
+    try:
+        record = KeptRecord.model_validate_json(header.records)
+    except ValidationError as error:
+        raise DamagedUpdateError(f"its record is not valid ({error.error_count()})") from error
+    return record, {name: _view(header, name, content) for name in header.layout}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from fedllm.methods.catalog import local_rule
 from fedllm.methods.local_task import Recipient
 from fedllm.methods.protocol import Method
 from fedllm.planning.engines import engine_of
+from fedllm.process.client_store import ClientStore, Kept
 from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
 from fedllm.process.run_method import method_of_run
@@ -43,10 +44,11 @@ Save = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained client: its record and its adapter, which is empty if it failed."""
+    """A trained client: its record, what it sends, and what it keeps; both empty if it failed."""
 
     record: UpdateRecord
     adapter: Adapter
+    kept: Kept = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,11 @@ class ClientRound:
             tiers={client.id: client.tier for client in cohort.clients},
         )
 
+    @property
+    def store(self) -> ClientStore:
+        """The store of what clients keep."""
+        return ClientStore(run=self.paths.run, run_id=self.run_id)
+
     def trainer_of(self, client: str) -> Trainer:
         """Return the trainer of a client's tier; its first use loads the base model."""
         training = training_at(self.config.training_of(self.tiers[client]), self.cohort.round)
@@ -121,7 +128,8 @@ class ClientRound:
             self._received[client] = received_record(adapter, self.settings.task.trained)
             return adapter
         to = Recipient(client=client, round=self.cohort.round)
-        adapter = received_adapter(self.method, self.state, self.cohort.ranks[tier], to)
+        kept = self.store.read(client, to.round) if self.method.keeps_at_clients else None
+        adapter = received_adapter(self.method, self.state, self.cohort.ranks[tier], to, kept)
         self._received[client] = received_record(adapter, self.settings.task.trained)
         if adapter_bytes(adapter) <= self.session.kept_bytes and not self.method.per_client:
             self._adapters[tier] = adapter
@@ -179,10 +187,7 @@ class ClientRound:
         (processes or OneProcess()).send_order(self._order_for(trainings, attempt))
         done, results = self._train_in_memory(trainings, members, sizes, before_step)
         return [
-            Trained(
-                record=self._update_record(training, result, attempt, bundle, identity),
-                adapter=result.adapter,
-            )
+            self._trained(training, result, partial(self._update_record, attempt, bundle, identity))
             for training, result in zip(done, results, strict=True)
         ]
 
@@ -380,13 +385,32 @@ class ClientRound:
             f"{problem}; give the task more memory and resume, or begin a new run with {remedies}"
         )
 
-    def _update_record(
+    def _trained(
         self,
         training: Resumable,
         result: TrainResult,
+        record_of: Callable[[Resumable, TrainResult], UpdateRecord],
+    ) -> Trained:
+        """Return what a client sends and keeps of its training."""
+        method = self.method
+        sent = {m: method.sent(module=m, trained=own) for m, own in result.adapter.items()}
+        norms = dict(result.norms)
+        for module, own in sent.items():
+            if own is not result.adapter[module]:
+                norms[module] = (float(own.a_RI.norm()), float(own.b_OR.norm()))
+        kept: Kept = {}
+        if method.keeps_at_clients:
+            kept = {m: method.kept(module=m, trained=own) for m, own in result.adapter.items()}
+        record = record_of(training, replace(result, norms=norms))
+        return Trained(record=record, adapter=sent, kept=kept)
+
+    def _update_record(
+        self,
         attempt: int,
         bundle: int,
         identity: TaskIdentity,
+        training: Resumable,
+        result: TrainResult,
     ) -> UpdateRecord:
         size = training.micro_batch_size
         return UpdateRecord(

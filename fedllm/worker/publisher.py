@@ -75,6 +75,11 @@ class Publisher:
         return self._round.paths.update(attempt=self._attempt, bundle=bundle, part=part)
 
     def _write(self, path: Path, clients: Sequence[Trained], finished: Sequence[str]) -> None:
+        for trained in clients:
+            if trained.kept:
+                # before the update: whoever is published has kept what it keeps
+                number = self._round.cohort.round
+                self._round.store.publish(trained.record.client, number, trained.kept)
         write_clients(path, clients)
         for client in finished:
             # written by this start of the task, by an earlier one, or by another task

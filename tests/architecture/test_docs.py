@@ -66,11 +66,13 @@ def test_every_value_that_a_key_is_chosen_from_stands_on_the_page() -> None:
 
 def test_every_method_stands_on_its_page_and_among_the_values_of_its_key() -> None:
     rows = re.findall(
-        r"^\| `(\w+)` \| (any|one) \| (stays|changes) \|.*\| ([^|]+) \| (\S+) \|$",
+        r"^\| `(\w+)` \| (any|one) \| (stays|changes) \| (\w+) \|.*\| ([^|]+) \| (\S+) \|$",
         METHODS_PAGE.read_text("utf-8"),
         re.M,
     )
-    real = [(name, e.ranks, e.base, e.summary, e.paper) for name, e in METHODS.items()]
+    real = [
+        (name, e.ranks, e.base, e.client_state, e.summary, e.paper) for name, e in METHODS.items()
+    ]
     assert rows == real
     assert set(METHODS) <= _documented_keys()["method.name"].words
 

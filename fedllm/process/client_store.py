@@ -1,0 +1,66 @@
+"""The store of what clients keep between their rounds: it lies in the run directory.
+
+A client writes before its update is published, and reads what it wrote in the last round before
+the present one. So a client that trains a round again begins from the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedllm.errors import RunDirectoryError
+from fedllm.methods.protocol import ModuleState
+from fedllm.storage.checked import DamagedUpdateError
+from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import KeptRecord
+from fedllm.storage.tensors import publish_kept, read_kept
+
+Kept = Mapping[str, ModuleState]  # module -> name -> tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientStore:
+    """The store of a run."""
+
+    run: RunPaths
+    run_id: str
+
+    def read(self, client: str, before: int) -> Kept:
+        """Return what a client kept of its last round before `before`; nothing at first.
+
+        Raises:
+            RunDirectoryError: it is damaged, or of another run.
+        """
+        files = [
+            (number, path)
+            for of_client in self.run.client_store_files(client).values()
+            for number, path in of_client.items()
+            if number < before
+        ]
+        if not files:
+            return {}
+        _, path = max(files)
+        try:
+            record, tensors = read_kept(path)
+        except (DamagedUpdateError, OSError) as error:
+            raise RunDirectoryError(
+                f"{path}: cannot be read ({error}); restore it: client {client} trains on with it"
+            ) from error
+        if (record.run_id, record.client) != (self.run_id, client):
+            raise RunDirectoryError(f"{path}: of another run or client; restore that of {client}")
+        kept: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            module, _, part = name.rpartition("|")
+            kept.setdefault(module, {})[part] = tensor
+        return kept
+
+    def publish(self, client: str, round_number: int, kept: Kept) -> None:
+        """Write what a client keeps of a round."""
+        named = {
+            f"{module}|{part}": t for module, parts in kept.items() for part, t in parts.items()
+        }
+        path = self.run.client_store(client, round_number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = KeptRecord(run_id=self.run_id, client=client, round=round_number)
+        publish_kept(path, record, named)
