@@ -21,6 +21,7 @@ from fedllm.reporting.page.contents import (
 )
 from fedllm.reporting.page.drawing import inline_svg
 from fedllm.reporting.page.page_html import report_page
+from fedllm.reporting.page.quality_sections import training_section
 from fedllm.reporting.page.run_page import run_report
 from fedllm.reporting.page.sweep_page import sweep_report
 from fedllm.storage.kept_records import FailureRecord
@@ -181,6 +182,32 @@ def test_names_of_the_user_are_text_everywhere(tmp_path: Path) -> None:
     text = report_page(run_report(tmp_path))
     assert "<b onclick" not in text
     assert name in "".join(Page(text).words)
+
+
+def test_a_group_without_categories_has_a_page_too(tmp_path: Path) -> None:
+    paths = begin(tmp_path, rounds=1)
+    prepared_of([client(CLIENTS[0], category="k"), client("d1")]).publish(paths.prepared)
+    for number in (0, 1):
+        here = paths.round(number)
+        aggregated(number).publish(here.aggregate_record)
+        evaluation(number, {CLIENTS[0]: 2.0, "d1": 1.0}).publish(here.evaluation_record)
+    names = [section.name for section in run_report(tmp_path).sections]
+    assert "categories" not in names
+    assert "tiers" in names
+
+
+def test_many_rounds_show_one_loss_a_round_and_the_steps_of_the_newest() -> None:
+    rows = [
+        {"round": n, "tier": "a", "training_loss": float(n), "training_losses": (n + 1.0, n - 1.0)}
+        for n in range(1, 14)
+    ]
+    by_round, by_step = training_section(rows).charts
+    assert isinstance(by_round, LineChart)
+    assert isinstance(by_step, LineChart)
+    assert list(by_round.series["a"])[-1] == (13, 13.0)
+    assert list(by_step.series["a"]) == [(12.25, 14.0), (12.75, 12.0), (13, None)]
+    (alone,) = training_section(rows[:12]).charts
+    assert alone.name == "training-loss"
 
 
 def test_long_tables_are_cut_on_the_page_and_whole_in_csv() -> None:

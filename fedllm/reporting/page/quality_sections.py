@@ -5,6 +5,7 @@ from typing import Any
 
 from fedllm.reporting.page.contents import (
     ChangeChart,
+    Chart,
     LineChart,
     PageSection,
     Point,
@@ -18,6 +19,7 @@ CLIENTS = {"train": "training clients", "dev": "dev clients", "unseen": "unseen 
 _SCORES = {"test_loss": "answer loss", "test_rouge_l": "Rouge-L", "test_exact_match": "exact match"}
 _MAX_CHANGES = 30
 _EXAMPLES = 6
+_MOST_ROUNDS_BY_STEP = 12
 
 
 def score_section(groups: Sequence[Row]) -> PageSection:
@@ -53,16 +55,15 @@ def score_section(groups: Sequence[Row]) -> PageSection:
 def training_section(clients: Sequence[Row]) -> PageSection:
     """Return the loss of local training: over the steps of every round, per tier."""
     trained = [row for row in clients if row.get("training_losses")]
-    series = {tier: list(_curve(trained, tier)) for tier in distinct(trained, "tier")}
-    chart = LineChart(
-        name="training-loss",
-        title="Loss of local training",
-        text="mean loss of the clients' steps, one line per tier, from left to right in a round",
-        series=series,
-        x_label="round",
-        y_label="loss of a step",
-        whole_x=True,
-    )
+    numbers = distinct(trained, "round")
+    by_step = trained
+    charts: list[Chart] = []
+    if len(numbers) > _MOST_ROUNDS_BY_STEP:
+        # the steps of so many rounds are a solid block
+        by_step = [row for row in trained if row["round"] == numbers[-1]]
+        charts.append(_loss_by_round(trained))
+    if trained:
+        charts.append(_loss_by_step(by_step))
     hidden = {"training_losses", "test_rows"}
     shown = [
         {key: value for key, value in row.items() if key not in hidden and "test_" not in key}
@@ -77,8 +78,39 @@ def training_section(clients: Sequence[Row]) -> PageSection:
             if trained
             else "No client's training was recorded yet."
         ),
-        charts=[chart] if trained else (),
+        charts=charts,
         tables=table_of("clients", "Training of every client and round", shown),
+    )
+
+
+def _loss_by_step(rows: Sequence[Row]) -> LineChart:
+    return LineChart(
+        name="training-loss",
+        title="Loss of local training",
+        text="mean loss of the clients' steps, one line per tier, from left to right in a round",
+        series={tier: list(_curve(rows, tier)) for tier in distinct(rows, "tier")},
+        x_label="round",
+        y_label="loss of a step",
+        whole_x=True,
+    )
+
+
+def _loss_by_round(rows: Sequence[Row]) -> LineChart:
+    means: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        means.setdefault((row["tier"], row["round"]), []).append(row["training_loss"])
+    points = [
+        {"tier": tier, "round": number, "loss": sum(losses) / len(losses)}
+        for (tier, number), losses in means.items()
+    ]
+    return LineChart(
+        name="training-loss-by-round",
+        title="Loss of local training by round",
+        text="mean loss of a round's clients over all their steps, one line per tier",
+        series=by_label(points, "loss", lambda row: row["tier"]),
+        x_label="round",
+        y_label="mean loss of the steps",
+        whole_x=True,
     )
 
 
@@ -100,9 +132,9 @@ def _curve(trained: Sequence[Row], tier: str) -> Iterator[Point]:
 
 
 def category_section(categories: Sequence[Row], group: str) -> PageSection | None:
-    """Return the change of every category of clients; None without categories."""
+    """Return the change of every category of clients; None if the group has no categories."""
     rows = [row for row in categories if row["category"]]
-    if not rows:
+    if not any(row["group"] == group for row in rows):
         return None
     return _change_section(
         rows,
@@ -116,7 +148,7 @@ def category_section(categories: Sequence[Row], group: str) -> PageSection | Non
 
 def tier_section(tiers: Sequence[Row], group: str) -> PageSection | None:
     """Return the change of every tier; None without an evaluation."""
-    if not tiers:
+    if not any(row["group"] == group for row in tiers):
         return None
     return _change_section(
         tiers,

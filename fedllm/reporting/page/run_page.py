@@ -41,6 +41,7 @@ def run_report(root: Path, targets: Sequence[ScoreTarget] = ()) -> Report:
     paths = RunPaths(root=root.resolve())
     config, status = read_config(paths.config), run_status(paths)
     groups, accounts = run_rows.group_rows(paths), round_accounts(paths, status.rounds)
+    clients = run_rows.client_rows(paths)
     found = {row["group"] for row in groups}
     group = next((name for name in _HEADLINE if name in found), _HEADLINE[-1])
     sections = [
@@ -48,7 +49,7 @@ def run_report(root: Path, targets: Sequence[ScoreTarget] = ()) -> Report:
         answer_section(paths),
         category_section(run_rows.category_rows(paths), group),
         tier_section(run_rows.tier_rows(paths), group),
-        training_section(run_rows.client_rows(paths)),
+        training_section(clients),
         efficiency_section(paths, groups, accounts, group=group, targets=targets),
         cost_section(paths, accounts),
         spectrum_section(paths),
@@ -65,7 +66,7 @@ def run_report(root: Path, targets: Sequence[ScoreTarget] = ()) -> Report:
             f"· run {status.run_id}"
         ),
         notices=list(_notices(status)),
-        facts=list(_facts(paths, status, groups, accounts, group)),
+        facts=list(_facts(status, groups, clients, accounts, group)),
         sections=[section for section in sections if section],
     )
 
@@ -84,9 +85,9 @@ def _notices(status: RunStatus) -> Iterator[str]:
 
 
 def _facts(
-    paths: RunPaths,
     status: RunStatus,
     groups: Sequence[Row],
+    clients: Sequence[Row],
     accounts: Sequence[RoundAccount],
     group: str,
 ) -> Iterator[Fact]:
@@ -98,7 +99,7 @@ def _facts(
                 value=f"{mine[0][key]:.3f} → {mine[-1][key]:.3f}",
                 note=f"round {mine[0]['round']} → {mine[-1]['round']}",
             )
-        yield _spread_fact(paths, group, mine[0]["round"], mine[-1]["round"])
+        yield _spread_fact(clients, group, mine[0]["round"], mine[-1]["round"])
     yield Fact(label="rounds", value=f"{status.rounds_done} of {status.rounds}")
     if accounts:
         yield Fact(
@@ -112,10 +113,10 @@ def _facts(
         yield Fact(label="GPUs, allocated", value=f"{status.gpu_hours:.2f} h")
 
 
-def _spread_fact(paths: RunPaths, group: str, first: int, last: int) -> Fact:
+def _spread_fact(clients: Sequence[Row], group: str, first: int, last: int) -> Fact:
     """Return how many clients are better at the end than before training."""
     losses: dict[str, dict[int, float]] = {}
-    for row in run_rows.client_rows(paths):
+    for row in clients:
         if row.get("group") == group and row["test_loss"] is not None:
             losses.setdefault(row["client"], {})[row["round"]] = row["test_loss"]
     pairs = [(found[first], found[last]) for found in losses.values() if {first, last} <= {*found}]
