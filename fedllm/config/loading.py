@@ -29,6 +29,7 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "training.processes": 1,
     "training.zero.stage": 3,
     "training.zero.offload": "none",
+    "training.deepspeed": {},
     "training.cut_rounds": [],
     "training.cut_factor": 0.1,
     "data.partition.kind": "column",
@@ -77,6 +78,7 @@ def _load(path: Path, assignments: Sequence[_Assignment]) -> Config:
     _drop_empty_sections(raw, Config)
     if presets is not None:
         raw = with_presets(raw, presets)
+    _read_deepspeed(raw)
     return _validated(raw, list(_take_from_environment(raw)))
 
 
@@ -95,7 +97,9 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """Return `config` with `key=value` overrides applied."""
     raw = config.model_dump(mode="json")
     _apply_all(raw, [_parse_override(override) for override in overrides])
-    return validate(resolve_scalars(raw, Config))
+    raw = resolve_scalars(raw, Config)
+    _read_deepspeed(raw)
+    return validate(raw)
 
 
 def dump_config(config: Config) -> str:
@@ -201,6 +205,21 @@ def _drop_empty_sections(raw: dict[str, Any], model: type[BaseModel]) -> None:
             del raw[name]
         if isinstance(raw.get(name), dict):
             _drop_empty_sections(raw[name], field.annotation)
+
+
+def _read_deepspeed(raw: dict[str, Any]) -> None:
+    """Put the content of a file of DeepSpeed's keys in the place of its path."""
+    training = raw.get("training")
+    path = training.get("deepspeed") if isinstance(training, dict) else None
+    if not isinstance(training, dict) or not isinstance(path, str):
+        return
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(
+            f"training.deepspeed: {path}: no such file; need keys and values of DeepSpeed, or a "
+            "JSON or YAML file of them, such as configs/deepspeed/small_buckets.json"
+        )
+    training["deepspeed"] = resolve_scalars(read_yaml(file))
 
 
 def _take_from_environment(raw: dict[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from fedllm.config.deepspeed_keys import deepspeed_problems
 from fedllm.config.target_modules import target_problem
 
 EXECUTION: dict[str, Any] = {"kind": "execution"}
@@ -226,6 +227,7 @@ class TrainingSection(Section):
     processes: PositiveInt = 1
     nodes: Annotated[PositiveInt, Field(json_schema_extra=EXECUTION)] = 1
     zero: ZeroSection = ZeroSection()
+    deepspeed: dict[str, Any] = {}
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 4
@@ -274,6 +276,8 @@ class TrainingSection(Section):
                 f"{processes}, not the same number on each of {keys['nodes']} {self.nodes}; need "
                 f"a multiple of {self.nodes}, or other nodes"
             )
+        if self.engine == "zero":
+            yield from deepspeed_problems(self.deepspeed, self)
         if self.engine == "zero" and self.clients_per_batch > 1:
             yield (
                 f"training.clients_per_batch: got {self.clients_per_batch}, but {engine} "
@@ -434,6 +438,12 @@ class Config(Section):
             if own := _set_by(tier):
                 keys = {field: f"clients.tiers.{name}.{field}" for field in own}
                 lines += self.training_of(name).process_problems(keys)
+        engines = {self.training_of(name).engine for name in self.clients.tiers}
+        if self.training.deepspeed and "zero" not in engines:
+            lines.append(
+                "training.deepspeed: given, but no tier trains with DeepSpeed; remove it, or set "
+                "training.engine: zero"
+            )
         _raise_lines(list(dict.fromkeys(lines)))
         return self
 

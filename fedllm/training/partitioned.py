@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
+from fedllm.config.deepspeed_keys import for_base, for_engine
 from fedllm.config.models import TrainingSection
 from fedllm.model.memory import give_back_large_blocks
 from fedllm.packing.slots import AdapterSlots
@@ -128,7 +129,9 @@ class PartitionedTraining:
                 self._optimizer.state[own][part] = first.clone()
 
 
-def divide_base(slots: AdapterSlots, device: torch.device) -> None:
+def divide_base(
+    slots: AdapterSlots, device: torch.device, given: Mapping[str, Any] | None = None
+) -> None:
     """Leave each process a part of every weight of a base, on `device`, unless that was done.
 
     A process reads weight after weight from the base's files and keeps its part. A layer's weights
@@ -139,6 +142,7 @@ def divide_base(slots: AdapterSlots, device: torch.device) -> None:
     Args:
         slots: the base, whose weights are unread; all processes read equal files.
         device: where this process computes.
+        given: `training.deepspeed`.
     """
     if slots.is_divided:
         return
@@ -164,10 +168,13 @@ def divide_base(slots: AdapterSlots, device: torch.device) -> None:
         timers=NoopTimer(),
         ds_config=config,
         param_persistence_threshold=0,
-        # by default it would keep and fetch ahead all weights of a base of 10^9 parameters
-        max_reuse_distance=0,
-        prefetch_bucket_size=layer,
-        max_live_parameters=2 * layer,
+        **{
+            # by default it would keep and fetch ahead all weights of a base of 10^9 parameters
+            "max_reuse_distance": 0,
+            "prefetch_bucket_size": layer,
+            "max_live_parameters": 2 * layer,
+            **for_base(given or {}),
+        },
     )
     for weight in base.model.parameters():
         # vectors are small: once gathered they stay
@@ -200,8 +207,13 @@ def process_group() -> Iterator[None]:
 
 
 def _settings(training: TrainingSection) -> dict[str, Any]:
-    offload = {"offload_optimizer": {"device": "cpu"}} if training.zero.offload == "cpu" else {}
+    given = for_engine(training.deepspeed)
+    zero = given.pop("zero_optimization", {})
+    offload = zero.pop("offload_optimizer", {})
+    if training.zero.offload == "cpu":
+        zero["offload_optimizer"] = {**offload, "device": "cpu"}
     return {
+        **given,
         "train_micro_batch_size_per_gpu": 1,  # losses are sums, whatever the number of rows
         "gradient_allreduce_op": "sum",
         "gradient_clipping": training.clip_norm or 0.0,
@@ -210,7 +222,7 @@ def _settings(training: TrainingSection) -> dict[str, Any]:
         # DeepSpeed's own is compiled at its first use
         "zero_force_ds_cpu_optimizer": False,
         # the base is divided by itself: the engine has the factors alone
-        "zero_optimization": {"stage": min(2, training.zero.stage), **offload},
+        "zero_optimization": {**zero, "stage": min(2, training.zero.stage)},
     }
 
 

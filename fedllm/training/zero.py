@@ -72,7 +72,8 @@ class Zero(Plain):
 
     def _divided(self, settings: LocalSettings) -> LocalSettings:
         """Divide the base, unless it is; return the settings that train on it."""
-        divide_base(self.slots, resolve_device(settings.training.device))
+        training = settings.training
+        divide_base(self.slots, resolve_device(training.device), training.deepspeed)
         if settings.training.gradient_checkpointing != "auto":
             return settings
         # what fits may differ from process to process, and all compute the same layers

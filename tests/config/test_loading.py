@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedllm.config.deepspeed_keys import for_base, for_engine
 from fedllm.config.loading import (
     dump_config,
     flatten,
@@ -19,6 +20,7 @@ from fedllm.config.models import Config, HeldOutSection
 from fedllm.config.spelling import resolve_scalars
 from fedllm.config.yaml_text import parse_yaml, write_yaml
 from fedllm.errors import ConfigError
+from fedllm.storage.paths import shipped
 
 PATHS = "model: {path: embedded}\ndata: {path: embedded}\n"
 SMALL = PATHS + "clients:\n  tiers:\n    small: {ranks: 2}\n    large: {ranks: 8}\n"
@@ -339,8 +341,8 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
             "training.batch_size: got 'many', need a whole number",
             "training.schedule: got 'lineer', need 'constant', 'linear' or 'cosine'",
             "training.lr: unknown key; valid here: batch_size, checkpoint_every_minutes, "
-            "clients_per_batch, clip_norm, cut_factor, cut_rounds, device, engine, epochs, "
-            "gradient_checkpointing, learning_rate, max_steps, micro_batch_size, "
+            "clients_per_batch, clip_norm, cut_factor, cut_rounds, deepspeed, device, engine, "
+            "epochs, gradient_checkpointing, learning_rate, max_steps, micro_batch_size, "
             "micro_batch_tokens, nodes, precision, processes, schedule, smaller_micro_batch, "
             "threads, warmup_steps, weight_decay, zero",
         ]
@@ -364,6 +366,47 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
             "training={engine: zero, clients_per_batch: 2}",
             "training.clients_per_batch: got 2, but training.engine zero trains one client at a "
             "time; need 1, or training.engine: plain",
+        ),
+        *(
+            (f"training={{engine: zero, deepspeed: {given}}}", f"training.deepspeed.{line}")
+            for given, line in (
+                (
+                    "{zero_optimization: {stage: 2}}",
+                    "zero_optimization.stage: got 2, but training.zero.stage decides it (now 3); "
+                    "remove it, or set that key",
+                ),
+                (
+                    "{fp16: {enabled: true}}",
+                    "fp16.enabled: got True, but training.precision decides it (now False): fedllm "
+                    "trains in float32 or bfloat16, on CPU and GPU; remove it, or set that key",
+                ),
+                (
+                    "{gradient_accumulation_steps: 4}",
+                    "gradient_accumulation_steps: got 4, but training.micro_batch_size decides it; "
+                    "remove it, or set that key",
+                ),
+                (
+                    "{optimizer: {type: Adam}}",
+                    "optimizer.type: got 'Adam', but method.local decides it; remove it, or set "
+                    "that key",
+                ),
+            )
+        ),
+        (
+            "training={engine: zero, zero: {stage: 1}, deepspeed: {zero_optimization: "
+            "{stage3_max_live_parameters: 9}}}",
+            "training.deepspeed.zero_optimization.stage3_max_live_parameters: got 9, without "
+            "effect at training.zero.stage 1; remove it, or training.zero.stage: 3",
+        ),
+        (
+            "training.deepspeed={wall_clock_breakdown: true}",
+            "training.deepspeed: given, but no tier trains with DeepSpeed; remove it, or set "
+            "training.engine: zero",
+        ),
+        (
+            "training.deepspeed=nowhere.json",
+            "training.deepspeed: nowhere.json: no such file; need keys and values of DeepSpeed, or "
+            "a JSON or YAML file of them, such as configs/deepspeed/small_buckets.json",
         ),
         ("training.zero.stage=4", "training.zero.stage: got 4, need 1, 2 or 3"),
         (
@@ -504,12 +547,28 @@ def test_a_run_that_was_begun_before_a_key_was_added_keeps_its_fingerprint() -> 
     assert result_fingerprint(config) == before
     old = config.model_dump(mode="json")
     del old["method"]["options"]
-    for key in ("engine", "processes", "zero", "nodes"):
+    for key in ("engine", "processes", "zero", "nodes", "deepspeed"):
         del old["training"][key]
     for tier in old["clients"]["tiers"].values():
         for key in ("engine", "processes", "nodes"):
             del tier[key]
     assert validate(old) == config
+
+
+def test_keys_of_deepspeed_come_from_a_file_whose_content_the_run_keeps() -> None:
+    file = shipped("configs/deepspeed/small_buckets.json")
+    config = small(f"training={{engine: zero, deepspeed: {file}}}")
+    assert for_engine(config.training.deepspeed) == {
+        "zero_optimization": {
+            "reduce_bucket_size": 1_000_000,
+            "allgather_bucket_size": 1_000_000,
+            "contiguous_gradients": True,
+        }
+    }
+    assert validate(config.model_dump(mode="json")) == config
+    same = "train_batch_size: 4, zero_optimization: {stage: 3, stage3_max_reuse_distance: 5}"
+    given = small(f"training={{engine: zero, deepspeed: {{{same}}}}}").training.deepspeed
+    assert (for_engine(given), for_base(given)) == ({}, {"max_reuse_distance": 5})
 
 
 def test_what_a_tier_says_of_its_training_comes_before_the_general_keys() -> None:

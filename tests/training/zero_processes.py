@@ -148,7 +148,12 @@ def optimizer_sizes(found: list[int]) -> Iterator[None]:
 
 def zero(case: Case, slots: AdapterSlots, processes: int, stage: int, offload: str) -> Zero:
     section = {"stage": stage, "offload": offload}
-    settings = case.settings(engine="zero", processes=processes, zero=section)
+    # what a user gives comes to the same, with whatever stage and place
+    keys = {"reduce_bucket_size": 500, "offload_optimizer": {"pin_memory": False}}
+    if stage == 3:
+        keys = {"stage3_max_reuse_distance": 10_000}
+    given = {"zero_optimization": keys} if offload == "cpu" or stage == 3 else {}
+    settings = case.settings(engine="zero", processes=processes, zero=section, deepspeed=given)
     return Zero(slots=slots, settings=settings)
 
 
