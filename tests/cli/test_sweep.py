@@ -103,6 +103,13 @@ def test_resume_takes_the_failed_run_up_again_and_no_other(swept: SweepPaths) ->
     )
 
 
+def test_cancel_looks_at_every_run_that_is_not_done(swept: SweepPaths) -> None:
+    done = in_process("cancel", swept.root)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0] == "runs/broken/seed-0:"
+    assert "no task was running" in done.stdout
+
+
 def test_a_file_with_more_seeds_goes_on_and_another_one_is_refused(
     swept: SweepPaths, tiny: Tiny, tmp_path: Path
 ) -> None:

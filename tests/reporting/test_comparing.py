@@ -130,8 +130,9 @@ def test_the_noise_floor_is_shown_with_the_rest_and_never_tested() -> None:
         assert [a.contrast for a in floor] == [(NOISE_ARM, "a")] * 2
         assert floor[0].difference == pytest.approx(0.2)
         assert all(a.test is None and a.adjusted is None for a in floor)
+    assert [a.noise for a in answers.categories] == [pytest.approx(0.2)] * 6
     text = comparison_text(comparison_of(scored))
-    assert text.count("noise floor") == 4
+    assert text.count("noise floor") == 5
     assert "THESE MODELS" in text and "THESE METHODS" in text
 
 

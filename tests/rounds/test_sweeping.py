@@ -16,10 +16,12 @@ from fedllm.rounds.opening import close_run, open_run
 from fedllm.rounds.run import Run
 from fedllm.rounds.sweeping import Sweep, drive
 from fedllm.scheduling.inline import InlineScheduler
+from fedllm.scheduling.shared_scheduler import SchedulerPool
 from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.records import EvaluationRecord
 from fedllm.storage.sweep_records import SweepRecord, SweepRunRecord
-from tests.rounds.simulation import Simulation, config_of, states
+from tests.rounds.cluster import HandMoved
+from tests.rounds.simulation import Simulation, complete, config_of, states
 
 ARMS = {"a": config_of(rounds=1), "b": config_of(rounds=1, method__name="factor_mean")}
 ARMS["b"] = ARMS["b"].model_copy(
@@ -215,3 +217,62 @@ def test_the_estimate_takes_the_rounds_that_are_left_at_the_pace_of_finished_one
         drive(sweep)
     estimate = status_of(sweep).estimate
     assert estimate is not None and estimate.how.startswith("1 rounds of 1 runs, 1 at once")
+
+
+class Batch(HandMoved):
+    """A cluster where one queued task runs whenever the coordinator waits."""
+
+    most: int = 0
+    together: int = 0
+
+    def wait(self, seconds: float) -> None:
+        del seconds
+        self.most = max(self.most, len(self.alive))
+        runs = {Path(job.argv[0]).parents[3] for job, _ in self.alive.values()}
+        self.together = max(self.together, len(runs))
+        for task in list(self.alive)[:1]:
+            self.work(task)
+
+
+def test_on_a_cluster_runs_go_on_side_by_side_under_one_throttle(tmp_path: Path) -> None:
+    runs = [
+        SweepRunRecord(
+            name=f"runs/{arm}/{seed}",
+            arm=arm,
+            phase="run",
+            config=on_cluster("slurm", seed, block).model_dump(mode="json"),
+        )
+        for seed in (0, 1)
+        for arm, block in (("a", 1), ("b", 32))
+    ]
+    alone = Compute()
+    for run in runs:
+        complete(
+            tmp_path / "alone" / run.name,
+            alone,
+            on_cluster("inline", int(run.name[-1]), 1 if run.arm == "a" else 32),
+        )
+    batch, lines = Batch(Compute()), list[str]()
+    pool = SchedulerPool(make=lambda _config: batch, max_parallel=6)
+    sweep = sweep_of(tmp_path / "sweep", batch.simulation, SweepRecord(runs=runs), lines)
+    sweep.open_run = lambda root, config, say: open_run(
+        root, config, make_scheduler=lambda _paths, config: pool.scheduler(config), say=say
+    )
+    drive(sweep)
+    assert len(done_runs(sweep)) == 4
+    assert 4 < batch.most <= 6 and batch.together > 1
+    for run in runs:
+        assert states(tmp_path / "sweep" / run.name) == states(tmp_path / "alone" / run.name)
+
+
+def on_cluster(kind: str, seed: int, block: int) -> Config:
+    """Return a configuration of one round whose clients are divided among several tasks."""
+    return config_of(
+        seed=seed,
+        rounds=1,
+        aggregation__block_clients=block,
+        scheduler__kind=kind,
+        scheduler__query_seconds=1e-9,
+        scheduler__worker_minutes_min=1e-6,
+        scheduler__clients_per_bundle=1,
+    )

@@ -11,14 +11,16 @@ import typer
 
 from fedllm.cli import execution
 from fedllm.cli.options import (
-    RunFolder,
+    RunOrSweep,
     existing_run,
     say,
 )
+from fedllm.cli.sweeps import existing_sweep
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.dispatch.cancelling import cancel_jobs
+from fedllm.rounds.dispatch.in_flight import is_done
 from fedllm.scheduling.slurm.coordinator_job import (
     cancel_job,
     coordinator_jobs,
@@ -28,18 +30,33 @@ from fedllm.scheduling.traits import traits_of
 from fedllm.storage.lease import current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
+from fedllm.storage.sweep_records import SweepRecord
 
 _MAX_PAUSE_SECONDS = 30.0
 
 
 def cancel(
-    run: RunFolder,
+    run: RunOrSweep,
     jobs_only: Annotated[
         bool, typer.Option("--jobs-only", help="Leave the coordinator running.")
     ] = False,
 ) -> None:
-    """End the jobs of a run and its coordinator. `fedllm resume` continues the run."""
-    paths = existing_run(run)
+    """End the jobs of a run, or of all runs of a sweep, and their coordinator.
+
+    `fedllm resume` continues them.
+    """
+    sweep = existing_sweep(run)
+    if sweep is None:
+        _cancel_run(existing_run(run), jobs_only=jobs_only)
+        return
+    for item in SweepRecord.read(sweep.record).runs:
+        paths = sweep.run(item.name)
+        if paths.run.exists() and not is_done(paths, read_config(paths.config)):
+            say(f"{item.name}:")
+            _cancel_run(paths, jobs_only=jobs_only)
+
+
+def _cancel_run(paths: RunPaths, *, jobs_only: bool) -> None:
     config = read_config(paths.config)
     if not jobs_only:
         lines = [*_end_jobs(paths, config), *_end_holder(paths)]

@@ -6,9 +6,12 @@ from typing import Annotated
 import typer
 
 from fedllm.cli.options import AsJson, say, say_json
+from fedllm.cli.sweeps import existing_sweep
 from fedllm.reporting.comparing.comparison_tables import comparison_of, comparison_text
 from fedllm.reporting.comparing.scored_runs import read_scored_arms
 from fedllm.reporting.results.comparison import compare as compare_tiers
+from fedllm.reporting.sweeps.tuned_rates import rates_table, tuned_rates
+from fedllm.storage.sweep_records import SweepRecord
 
 
 def compare(
@@ -37,3 +40,6 @@ def compare(
         # one run of each arm: its tiers, ranks and bytes in full
         say(compare_tiers({arm: Path(root) for arm, root in singles.items()}) + "\n")
     say(comparison_text(comparison))
+    for sweep in filter(None, (existing_sweep(Path(given)) for given in runs)):
+        if rates := rates_table(tuned_rates(sweep, SweepRecord.read(sweep.record))):
+            say(f"\n{rates}")

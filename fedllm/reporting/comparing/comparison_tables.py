@@ -141,7 +141,7 @@ def _arms_table(comparison: Comparison) -> str:
         [
             row.arm,
             str(len(row.seeds)),
-            f"{row.parameters_per_client:,.0f}",
+            f"{row.parameters_per_client:,.0f}" if row.parameters_per_client else "-",
             number(row.mean) + ("" if row.deviation is None else f" +- {row.deviation:.3f}"),
             number(row.worst_tenth),
             *("-" if value is None else number(value) for value in row.within.values()),
@@ -188,6 +188,7 @@ def _categories_table(comparison: Comparison) -> str:
             a.category or "(none)",
             str(a.clients),
             _signed(a.difference),
+            "-" if a.noise is None else _signed(a.noise),
             _p(a.test, a.adjusted) if a.test else "too few clients",
         ]
         for a in answers
@@ -195,7 +196,9 @@ def _categories_table(comparison: Comparison) -> str:
     title = (
         f"{' - '.join(comparison.answers.models[0].contrast)}: {comparison.endpoint} by category"
     )
-    return text_table(title, ["category", "clients", "difference", "adjusted p"], rows)
+    return text_table(
+        title, ["category", "clients", "difference", "noise floor", "adjusted p"], rows
+    )
 
 
 def _notes(comparison: Comparison) -> str:

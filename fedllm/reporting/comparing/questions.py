@@ -49,11 +49,15 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryAnswer:
-    """A category under the primary contrast; few clients are shown without a test."""
+    """A category under the primary contrast; few clients are shown without a test.
+
+    `noise` is the difference of the A/A arm there; None: there is no such arm.
+    """
 
     category: str
     clients: int
     difference: float
+    noise: float | None
     test: PairedTest | None
     adjusted: float | None = None
 
@@ -222,17 +226,28 @@ def _by_category(scored: ScoredArms) -> tuple[CategoryAnswer, ...]:
         members.setdefault(scored.clusters[client], []).append(value)
     if len(members) == len(differences):
         return ()
+    noise = _noise_by_category(scored)
     found = [
         CategoryAnswer(
             category=category,
             clients=len(values),
             difference=statistics.fmean(values),
+            noise=noise.get(category),
             test=signed_rank_test(values) if len(values) >= scored.comparison.min_clients else None,
         )
         for category, values in sorted(members.items())
     ]
     adjusted = holm({a.category: a.test.p for a in found if a.test})
     return tuple(replace(a, adjusted=adjusted.get(a.category)) for a in found)
+
+
+def _noise_by_category(scored: ScoredArms) -> dict[str, float]:
+    if scored.noise is None:
+        return {}
+    first, second = (scored.arms[arm] for arm in scored.noise)
+    pairs = _pairs(first, second, by_seed=False)
+    differences = _client_differences(scored, scored.noise, scored.comparison.endpoint, pairs)
+    return _cluster_means(differences, scored.clusters)
 
 
 def worst_tenth(runs: Sequence[ScoredRun], endpoint: str) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedllm.config.models import Config
 from fedllm.reporting.status.pace import Estimate, pace_of_round, written_at
-from fedllm.reporting.sweeps.tuned_rates import TunedRate, present_config, tuned_rate
+from fedllm.reporting.sweeps.tuned_rates import TunedRate, present_config, tuned_rates
 from fedllm.storage.lease import HolderIsGone, current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.record_cache import RecordCache
@@ -61,7 +61,7 @@ def sweep_status(paths: SweepPaths, gone: HolderIsGone = process_is_gone) -> Swe
     """
     record = SweepRecord.read(paths.record)
     cache = RecordCache()
-    tuned = {arm: tuned_rate(paths, record, arm) for arm in record.arms() if record.tuning_of(arm)}
+    tuned = {each.arm: each for each in tuned_rates(paths, record)}
     runs = []
     for item in record.runs:
         arm = item.arm if item.arm in tuned else record.noise_of or ""

@@ -46,6 +46,11 @@ def tuned_rate(paths: SweepPaths, record: SweepRecord, arm: str) -> TunedRate:
     return TunedRate(arm=arm, losses=losses, best=best)
 
 
+def tuned_rates(paths: SweepPaths, record: SweepRecord) -> list[TunedRate]:
+    """Return the tuning of every arm that has one."""
+    return [tuned_rate(paths, record, arm) for arm in record.arms() if record.tuning_of(arm)]
+
+
 def present_config(paths: SweepPaths, run: SweepRunRecord) -> Config:
     """Return the configuration of a run: its own once it was begun, for it may stop early."""
     own = paths.run(run.name).config
