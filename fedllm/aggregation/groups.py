@@ -48,6 +48,7 @@ def group_modules(
     block_clients: int,
     exact: bool,
     tolerance: float,
+    formed: bool = False,
     working_bytes: int = WORKING_BYTES,
 ) -> list[ModuleGroup]:
     """Return the groups of all modules, those that need most memory first.
@@ -57,6 +58,7 @@ def group_modules(
         block_clients: how many clients a block has.
         exact: see `Problem`.
         tolerance: see `Problem`.
+        formed: whether the sum is formed, whatever the ranks: it gets a part of full rank.
         working_bytes: the memory of a group, unless one module alone needs more.
     """
     names_by_ranks: dict[ModuleRanks, list[str]] = {}
@@ -67,7 +69,7 @@ def group_modules(
         problem = Problem(
             out=ranks.shape.out,
             in_=ranks.shape.in_,
-            stacked_rank=sum(ranks.clients),
+            stacked_rank=sum(ranks.clients) + formed * ranks.shape.largest_rank,
             rank=max(ranks.received),
             exact=exact,
             tolerance=tolerance,

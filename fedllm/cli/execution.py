@@ -9,7 +9,7 @@ from pathlib import Path
 from fedllm.cli.options import configuration, existing_run, say
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
-from fedllm.methods.catalog import check_method
+from fedllm.methods.catalog import check_method, private_space
 from fedllm.rounds.chaining import take_link, this_link
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.dispatch.in_flight import is_done
@@ -175,6 +175,7 @@ def open_for_coordination(
         RunDirectoryError: it cannot be used, or Slurm cannot take its path.
     """
     check_method(config.method)
+    private_space(config)
     refuse_reserved(config.scheduler)
     check_log_path(config, RunPaths(root=root.resolve()))
     return open_run(

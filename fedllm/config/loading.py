@@ -23,6 +23,11 @@ _REMOVED_KEYS = (("aggregation", "fold_ahead"),)
 _ADDED_KEYS: Mapping[str, Any] = {
     "method.options": {},
     "method.local_options": {},
+    "clients.cohort.sampling": "fixed",
+    "aggregation.weights": "rows",
+    "privacy.clip_norm": None,
+    "privacy.noise_multiplier": 1.0,
+    "privacy.delta": 1e-5,
     "method.server": "none",
     "method.server_options": {},
     "training.engine": "plain",

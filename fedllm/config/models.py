@@ -153,6 +153,7 @@ class CohortSection(Section):
 
     count: PositiveInt | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    sampling: Literal["fixed", "poisson"] = "fixed"
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "CohortSection":
@@ -307,6 +308,7 @@ class AggregationSection(Section):
     exact: bool = False
     tolerance: PositiveFloat = 1e-4
     block_clients: PositiveInt = 32
+    weights: Literal["rows", "uniform"] = "rows"
     outliers: Literal["keep", "clip", "reject"] = "keep"
     outlier_factor: Annotated[float, Field(gt=1)] = 10.0
 
@@ -318,6 +320,14 @@ class AggregationSection(Section):
             problems = ["got an empty list, need at least one"]
         _raise_lines([f"aggregation.device: {p}; need auto, cpu, cuda or cuda:N" for p in problems])
         return self
+
+
+class PrivacySection(Section):
+    """Differential privacy of whole clients: what bounds a client's change, and how much noise."""
+
+    clip_norm: PositiveFloat | None = None
+    noise_multiplier: PositiveFloat = 1.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
 
 class EvaluationSection(Section):
@@ -410,6 +420,7 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     method: MethodSection = MethodSection()
     aggregation: AggregationSection = AggregationSection()
+    privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
     stopping: Annotated[StoppingSection, Field(json_schema_extra=EXECUTION)] = StoppingSection()
     scheduler: Annotated[SchedulerSection, Field(json_schema_extra=EXECUTION)] = SchedulerSection()
@@ -446,6 +457,29 @@ class Config(Section):
             )
         _raise_lines(list(dict.fromkeys(lines)))
         return self
+
+    @model_validator(mode="after")
+    def _clients_are_private(self) -> "Config":
+        if self.privacy.clip_norm is not None:
+            _raise_lines(list(self._privacy_problems()))
+        if self.clients.cohort.sampling == "poisson" and self.clients.over_sample:
+            got = f"clients.over_sample: got {self.clients.over_sample}"
+            _raise_lines([f"{got}, but a Poisson cohort has no size; need 0, or sampling: fixed"])
+        return self
+
+    def _privacy_problems(self) -> Iterator[str]:
+        """Yield a line for each key with which other clients would decide what one counts."""
+        needed = {
+            "aggregation.weights": (self.aggregation.weights, "uniform"),
+            "aggregation.outliers": (self.aggregation.outliers, "keep"),
+            "clients.quorum": (self.clients.quorum, "all"),
+            "clients.over_sample": (self.clients.over_sample, 0.0),
+            "clients.deadline_minutes": (self.clients.deadline_minutes, None),
+        }
+        for key, (found, need) in needed.items():
+            if found != need:
+                word = "null" if need is None else need
+                yield f"{key}: got {found}; with privacy.clip_norm it has to be {word}"
 
     @model_validator(mode="after")
     def _options_are_of_tiers(self) -> "Config":

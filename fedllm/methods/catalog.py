@@ -5,7 +5,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from fedllm.config.models import Config, MethodSection, Section
 from fedllm.errors import ConfigError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fedllm.methods.server_side import ServerSide
 
 NO_SERVER = "none"
+# what a method averages, where the change of one client is bounded in it
+PrivateSpace: TypeAlias = Literal["products", "factors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,14 @@ class MethodEntry:
 
     `ranks` says whether clients of different ranks work together: `any`, or `one` for all; `base`
     whether the method changes the weights of the base, `client_state` what clients keep between
-    their rounds.
+    their rounds, `private` what it averages of private clients, if it can have them.
     """
 
     path: str
     ranks: Literal["any", "one"]
     summary: str
     paper: str
+    private: PrivateSpace | None = None
     base: Literal["stays", "changes"] = "stays"
     client_state: str = "none"
 
@@ -51,6 +54,7 @@ METHODS: Mapping[str, MethodEntry] = {
         ranks="any",
         summary="mean of full-size products, SVD, each client the best of its rank",
         paper="https://arxiv.org/abs/2402.11505",
+        private="products",
     ),
     "raflora": MethodEntry(
         path="fedllm.methods.spectral.raflora:RaFlora",
@@ -75,6 +79,7 @@ METHODS: Mapping[str, MethodEntry] = {
         ranks="one",
         summary="means of A and of B, each by itself: FedAvg and FedIT with LoRA",
         paper="https://arxiv.org/abs/2305.05644",
+        private="factors",
     ),
     "lora_fair": MethodEntry(
         path="fedllm.methods.pairs.lora_fair:LoraFair",
@@ -93,12 +98,14 @@ METHODS: Mapping[str, MethodEntry] = {
         ranks="one",
         summary="A is frozen, the mean of B: nothing is lost in aggregation",
         paper="https://arxiv.org/abs/2403.12313",
+        private="factors",
     ),
     "rolora": MethodEntry(
         path="fedllm.methods.pairs.rolora:RoLora",
         ranks="one",
         summary="clients train B in odd rounds and A in even ones, the mean of that factor",
         paper="https://arxiv.org/abs/2409.02346",
+        private="factors",
     ),
     "fedsvd": MethodEntry(
         path="fedllm.methods.spectral.fedsvd:FedSvd",
@@ -246,8 +253,35 @@ def build_method(
         raise ConfigError(f"method.name: {name} cannot be made: {error}") from error
 
 
+def private_space(config: Config) -> PrivateSpace | None:
+    """Return what the method averages, if the clients are private; None: they are not.
+
+    Raises:
+        ConfigError: the method is not for private clients.
+    """
+    if config.privacy.clip_norm is None:
+        return None
+    name, options = config.method.name, config.method.options
+    space = METHODS[name].private if name in METHODS else None
+    if space is None:
+        able = ", ".join(each for each, entry in METHODS.items() if entry.private)
+        raise ConfigError(
+            f"privacy.clip_norm: what one client changes is not bounded with method.name {name}; "
+            f"need one of {able}, or null"
+        )
+    if space == "products" and options.get("truncated") != "keep":
+        # with `drop` the state depends on who takes part, whatever they send
+        raise ConfigError("method.options.truncated: has to be keep with privacy.clip_norm")
+    return space
+
+
 def method_of(config: Config) -> "Method":
-    """Return the configured method."""
+    """Return the configured method.
+
+    Raises:
+        ConfigError: no such method, or one that cannot be made from these settings.
+    """
+    private_space(config)
     return build_method(
         config.method.name,
         seed=config.seed,

@@ -109,6 +109,9 @@ class ServerStep:
         ranks: all that anyone receives of these modules: the new states have room for the largest.
         round: its number, from 1; 0 where a starting adapter becomes the first state.
         notes: the JSON part of the state after the round, as `next_notes` made it.
+        noise_std: the standard deviation of the noise on each entry of a sum, where clients are
+            private: then weights are what their clipped changes count, and `total` is not their
+            sum; 0: no noise.
         clients: the ids of the cohort's clients, by the places of `FactorBlock.clients`; empty
             where adapters are combined that no client of a round has sent.
     """
@@ -120,6 +123,7 @@ class ServerStep:
     ranks: Sequence[int]
     round: int
     notes: StateNotes = field(default_factory=dict)
+    noise_std: float = 0.0
     clients: Sequence[str] = ()
 
 

@@ -9,31 +9,40 @@ from fedllm.errors import ConfigError
 from fedllm.planning.seeding import seed_of
 from fedllm.storage.records import CohortRecord
 
+# a cohort of this expected size is empty with a probability below 1e-12
+_SMALLEST_POISSON = 28
+
 
 def cohort_size(section: ClientsSection, num_trainable: int) -> int:
     """Return the number of clients that train in a round, at least 1.
 
+    With Poisson sampling it is the expected number.
+
     Raises:
-        ConfigError: `clients.cohort.count` is above the number of clients that can train.
+        ConfigError: `clients.cohort.count` is above the number of clients that can train, or a
+            Poisson cohort could be empty.
     """
     if not num_trainable:
         raise ConfigError("clients: none can train; lower clients.dev and clients.unseen")
     cohort = section.cohort
-    if cohort.count is None:
-        assert cohort.fraction is not None
-        return max(1, round(cohort.fraction * num_trainable))
-    if cohort.count > num_trainable:
+    if cohort.count is not None and cohort.count > num_trainable:
         raise ConfigError(
             f"clients.cohort.count: got {cohort.count}, only {num_trainable} clients can train; "
             "lower it"
         )
-    return cohort.count
+    size = cohort.count or max(1, round((cohort.fraction or 0.0) * num_trainable))
+    if cohort.sampling == "poisson" and size < _SMALLEST_POISSON:
+        raise ConfigError(
+            f"clients.cohort.sampling: poisson expects {size} clients a round, which may be none; "
+            f"need at least {_SMALLEST_POISSON}, or fixed"
+        )
+    return size
 
 
 def draw_cohort(
     section: ClientsSection, *, seed: int, round_number: int, trainable: Sequence[str]
 ) -> list[str]:
-    """Draw the round's clients without replacement.
+    """Draw the round's clients without replacement, or each by itself (Poisson sampling).
 
     The draw depends only on seed, round and ids. With `clients.over_sample` it has more clients
     than complete the round.
@@ -42,6 +51,9 @@ def draw_cohort(
         Ids in canonical (sorted) order.
     """
     draw = random.Random(seed_of("cohort", seed, round_number))
+    if section.cohort.sampling == "poisson":
+        share = cohort_size(section, len(trainable)) / len(trainable)
+        return [client for client in sorted(trainable) if draw.random() < share]
     size = math.ceil(cohort_size(section, len(trainable)) * (1.0 + section.over_sample) - 1e-9)
     return sorted(draw.sample(sorted(trainable), min(size, len(trainable))))
 

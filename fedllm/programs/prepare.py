@@ -27,6 +27,7 @@ from fedllm.planning.roles import split_roles
 from fedllm.planning.tiers import resolve_ranks
 from fedllm.process.log import say
 from fedllm.process.run_method import method_of_run
+from fedllm.server.epsilon import require_accountant
 from fedllm.server.starting_adapter import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.frozen_config import frozen_config
@@ -171,6 +172,7 @@ def _begun_layout(
 
 def _check_engine(config: Config, method: Method, layout: LayoutRecord | None) -> None:
     """Refuse an engine that is not installed, or cannot train with this layout of rows."""
+    require_accountant(config)
     for engine in engines_of(config).values():
         require_installed(engine)
         if refusal := engine.refusal(layout):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from fedllm.aggregation.groups import (
 )
 from fedllm.errors import ConfigError
 from fedllm.lora.factors import ModuleShape
+from fedllm.methods.catalog import private_space
 from fedllm.methods.protocol import (
     Method,
     ModuleAggregate,
@@ -25,11 +26,14 @@ from fedllm.methods.protocol import (
 )
 from fedllm.methods.weights import total_of
 from fedllm.model.device import resolve_devices
+from fedllm.planning.cohorts import cohort_size
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import metadata_of_state, notes_of, read_state
 from fedllm.scheduling.traits import traits_of
+from fedllm.server.clipping import clip_factors
 from fedllm.server.collected_updates import CollectedUpdates
+from fedllm.server.epsilon import privacy_after
 from fedllm.server.pipeline import Pipeline
 from fedllm.server.starting_adapter import start_states
 from fedllm.storage.frozen_config import frozen_config
@@ -40,6 +44,7 @@ from fedllm.storage.records import (
     CollectionRecord,
     ModuleDiagnostics,
     PreparedRecord,
+    PrivacyRecord,
 )
 from fedllm.storage.tensors import TensorFile, TensorSpec, TensorWriter, digest_of, writing_tensors
 
@@ -61,7 +66,8 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     method = method_of_run(run, config)
     devices = resolve_devices(config.aggregation.device)
     planned = _planned_tensors(method, federation)
-    collected = _Collected.open(paths, method) if paths.number else None
+    uniform = config.aggregation.weights == "uniform"
+    collected = _Collected.open(paths, method, uniform=uniform) if paths.number else None
     notes = collected.next_notes(method) if collected else method.start_notes()
     metadata = metadata_of_state(config.method.name, notes)
     with writing_tensors(paths.global_state, planned, metadata) as writer:
@@ -81,6 +87,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
         clients=done.clients,
         device=", ".join(map(str, devices)),
         stages=done.stages,
+        privacy=_privacy(federation, paths.number),
         modules={m: output.modules[m] for m in federation.prepared.modules if m in output.modules},
     )
     record.publish(paths.aggregate_record)
@@ -93,6 +100,7 @@ def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]
     They follow from the whole cohort: a client that is left out changes no group.
     """
     section = federation.config.aggregation
+    is_formed = private_space(federation.config) == "products"
     modules = {
         module: ModuleRanks(
             shape=_shape(federation, module),
@@ -106,6 +114,7 @@ def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]
         block_clients=section.block_clients,
         exact=section.exact,
         tolerance=section.tolerance,
+        formed=is_formed,
     )
 
 
@@ -161,13 +170,14 @@ class _Collected:
     before: TensorFile
 
     @classmethod
-    def open(cls, paths: RoundPaths, method: Method) -> "_Collected":
+    def open(cls, paths: RoundPaths, method: Method, *, uniform: bool) -> "_Collected":
         collection = CollectionRecord.read(paths.collection)
+        rows = [1.0 if uniform else update.weight for update in collection.updates]
         return cls(
             paths=paths,
             collection=collection,
             cohort=CohortRecord.read(paths.cohort),
-            weights=method.weigh([update.weight for update in collection.updates]),
+            weights=method.weigh(rows),
             before=read_state(paths.run.round(paths.number - 1)),
         )
 
@@ -195,21 +205,50 @@ def _aggregate(
         traits_of(federation.config).visibility_seconds,
     )
     with collected.before as before:
+        private = _private_round(collected, federation, method, updates)
+        weights = private.weights if private else updates.weights
+        updates = replace(updates, weights=weights)
         engine = Pipeline(
             method=method,
             source=updates,
             blocks=blocks_of(list(updates.updates), section.block_clients),
-            total=total_of(collected.weights),
+            total=private.total if private else total_of(collected.weights),
             before=before.module,
             take=output.take,
             devices=devices,
             round=collected.paths.number,
             notes=notes,
+            noise_std=private.noise_std if private else 0.0,
             clients=[client.id for client in collected.cohort.clients],
         )
         groups = groups_of(federation, collected.cohort)
-        stages = engine.run([with_weights(group, updates.weights) for group in groups])
+        stages = engine.run([with_weights(group, weights) for group in groups])
     return _AggregationResult(stages=stages, clients=len(collected.weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PrivateRound:
+    """What private clients' clipped changes count, by their places; the divisor, and the noise."""
+
+    weights: dict[int, float]
+    total: float
+    noise_std: float
+
+
+def _private_round(
+    collected: _Collected, federation: Federation, method: Method, updates: CollectedUpdates
+) -> _PrivateRound | None:
+    config, clip_norm = federation.config, federation.config.privacy.clip_norm
+    space = private_space(config)
+    if space is None or clip_norm is None:
+        return None
+    before = collected.before.module
+    return _PrivateRound(
+        weights=clip_factors(method, space, updates, collected.cohort, before, clip_norm),
+        # not how many took part: that would tell of a client who did
+        total=float(cohort_size(config.clients, len(federation.roles.train))),
+        noise_std=config.privacy.noise_multiplier * clip_norm,
+    )
 
 
 def _planned_tensors(method: Method, federation: Federation) -> dict[str, TensorSpec]:
@@ -218,6 +257,12 @@ def _planned_tensors(method: Method, federation: Federation) -> dict[str, Tensor
         for module, rank in federation.largest_ranks.items()
         for part, planned in method.parts(_shape(federation, module), rank).items()
     }
+
+
+def _privacy(federation: Federation, rounds: int) -> PrivacyRecord | None:
+    if not rounds or federation.config.privacy.clip_norm is None:
+        return None
+    return privacy_after(federation.config, len(federation.roles.train), rounds)
 
 
 def _shape(federation: Federation, module: str) -> ModuleShape:

@@ -39,6 +39,7 @@ class Pipeline:
         devices: the devices that compute; a device that is named twice is used twice.
         round: the number of the round.
         notes: the JSON part of the new state.
+        noise_std: see `ServerStep`.
         clients: the ids of clients by their numbers in the source; empty: they are no clients.
     """
 
@@ -51,6 +52,7 @@ class Pipeline:
     devices: Sequence[torch.device]
     round: int
     notes: StateNotes = field(default_factory=dict)
+    noise_std: float = 0.0
     clients: Sequence[str] = ()
 
     def run(self, groups: Sequence[ModuleGroup]) -> dict[str, float]:
@@ -147,6 +149,7 @@ class _Worker:
             ranks=group.received,
             round=self.pipeline.round,
             notes=self.pipeline.notes,
+            noise_std=self.pipeline.noise_std,
             clients=self.pipeline.clients,
         )
 

@@ -602,6 +602,22 @@ class ModuleDiagnostics(Record):
     partitions: list[PartitionQuality] = []
 
 
+class PrivacyRecord(Record):
+    """What all rounds so far say about any one client: (epsilon, delta)-differential privacy.
+
+    `cohort` is the size of a cohort, the expected one with Poisson sampling; `clients` is how many
+    it is drawn from.
+    """
+
+    epsilon: float
+    delta: float
+    clip_norm: float
+    noise_multiplier: float
+    sampling: str
+    cohort: int
+    clients: int
+
+
 class AggregateRecord(Record):
     """The record of a complete aggregation.
 
@@ -617,6 +633,7 @@ class AggregateRecord(Record):
     clients: int
     device: str
     stages: dict[str, float] = {}
+    privacy: PrivacyRecord | None = None
     modules: dict[str, ModuleDiagnostics] = {}
 
 

@@ -54,6 +54,14 @@ def test_a_killed_run_that_keeps_directions_resumes_to_the_same_bits(
             ["method.server_options.momentum=0.5"],
             "method.server_options.momentum: an option of fedavgm; none has no options",
         ),
+        (
+            ["privacy.clip_norm=1"],
+            "aggregation.weights: got rows; with privacy.clip_norm it has to be uniform",
+        ),
+        (
+            ["privacy.clip_norm=1", "aggregation.weights=uniform", "method.name=rbla"],
+            "privacy.clip_norm: what one client changes is not bounded with method.name rbla",
+        ),
         (["method.options.ridge=1"], "method.options.ridge: an option of lora_fair; flexlora has"),
     ],
 )

@@ -40,6 +40,8 @@ def aggregate(
     before: ModuleState | None = None,
     block_clients: int = 2,
     round_number: int = 1,
+    total: float | None = None,
+    noise_std: float = 0.0,
     clients: Sequence[str] = (),
 ) -> ModuleAggregate:
     """Return what the clients' updates of the module `m` come to."""
@@ -68,10 +70,11 @@ def aggregate(
     step = ServerStep(
         modules=["m"],
         problem=problem,
-        total=math.fsum(weights),
+        total=math.fsum(weights) if total is None else total,
         before=[before or method.start_module(module="m", shape=shape, rank=max(ranks))],
         ranks=ranks,
         round=round_number,
+        noise_std=noise_std,
         clients=clients,
     )
     return method.finish([method.fold(block, step) for block in blocks], step)[0]

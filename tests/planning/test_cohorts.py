@@ -87,3 +87,27 @@ def test_a_quorum_is_all_a_count_or_a_share_rounded_up(
     quorum: int | float | str, cohort: int, needed: int
 ) -> None:
     assert quorum_size(config_of(clients__quorum=quorum).clients.quorum, cohort) == needed
+
+
+def test_a_poisson_cohort_has_the_expected_size_on_average_and_clients_come_by_themselves() -> None:
+    section = config_of(clients__cohort={"count": 30, "sampling": "poisson"}).clients
+    ids = [f"c{n}" for n in range(60)]
+    drawn = [
+        draw_cohort(section, seed=3, round_number=number, trainable=ids) for number in range(400)
+    ]
+    sizes = [len(cohort) for cohort in drawn]
+    assert abs(sum(sizes) / 400 - 30) < 1.0
+    variance = sum((size - 30) ** 2 for size in sizes) / 400
+    assert 10 < variance < 21  # 60 x 1/2 x 1/2
+    both = sum("c1" in cohort and "c2" in cohort for cohort in drawn) / 400
+    assert abs(both - 0.25) < 0.08
+    assert drawn[7] == draw_cohort(section, seed=3, round_number=7, trainable=ids[::-1])
+    assert all(cohort == sorted(cohort) for cohort in drawn)
+
+
+def test_a_poisson_cohort_that_could_be_empty_is_refused() -> None:
+    section = config_of(clients__cohort={"count": 27, "sampling": "poisson"}).clients
+    with pytest.raises(ConfigError, match=r"sampling: poisson expects 27 clients .* at least 28"):
+        cohort_size(section, 100)
+    with pytest.raises(ConfigError, match=r"over_sample: got 0.5, but a Poisson cohort has no"):
+        config_of(clients__cohort={"count": 30, "sampling": "poisson"}, clients__over_sample=0.5)

@@ -18,6 +18,7 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["method.server=fedavgm"],
     ],
     "factor_mean": [["method.server=fedyogi"]],
+    "ffa": [["privacy.clip_norm=0.1", "aggregation.weights=uniform"]],
 }
 
 

@@ -21,8 +21,10 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.cli.sweeps import default_sweep_dir, planned_sweep
+from fedllm.config.models import Config
 from fedllm.config.sweep_files import is_sweep_file
 from fedllm.errors import ConfigError
+from fedllm.planning.federation import plan_federation
 from fedllm.reporting.plan.plan_text import describe_plan
 from fedllm.reporting.sweeps.sweep_plan import ArmPlan, arm_plan, describe_sweep_plan
 from fedllm.rounds.dispatch.planned import plan_run
@@ -31,6 +33,19 @@ from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
 from fedllm.storage.publishing.publish import publish_bytes
+from fedllm.storage.records import PreparedRecord
+
+
+def _privacy(config: Config, prepared: PreparedRecord) -> str:
+    """Return what the whole run says about any one client."""
+    from fedllm.server.epsilon import privacy_after
+
+    clients = len(plan_federation(config, prepared).roles.train)
+    found = privacy_after(config, clients, config.rounds)
+    return (
+        f"privacy of a client after {config.rounds} rounds: epsilon {found.epsilon:.2f} at delta "
+        f"{found.delta:g} ({found.sampling} cohorts of {found.cohort} of {found.clients} clients)"
+    )
 
 
 def plan(
@@ -64,6 +79,8 @@ def plan(
         say_json(dataclasses.asdict(planned.geometry))
     else:
         say(describe_plan(planned.geometry))
+        if loaded.privacy.clip_norm is not None:
+            say(_privacy(loaded, prepared))
     if out is None:
         return
     for script in planned.scripts:

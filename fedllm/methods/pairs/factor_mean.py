@@ -3,16 +3,23 @@
 What FedAvg (McMahan et al., https://arxiv.org/abs/1602.05629) and FedIT (Zhang et al.,
 https://arxiv.org/abs/2305.05644) do with LoRA adapters. The product of the means is not the mean
 of the products: the baseline that FlexLoRA is compared with.
+
+With private clients n_i is what the clipped change of client i counts, n the cohort's size, and
+the sums get noise: A' = A + (sum_i n_i (A_i - A) + noise) / n, and B' the same.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
+
+import torch
 
 from fedllm.aggregation.route_types import Partial
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.pairs.pair_state import PairMethod, summed
+from fedllm.methods.privacy import noise
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 from fedllm.methods.refusals import refuse_mixed_ranks
 
@@ -58,7 +65,7 @@ class FactorMean(PairMethod):
                 f"{sorted(set(step.ranks))}"
             )
         # an update is the client's whole adapter: the state before is only compared with
-        sums = summed(partials)
+        sums = summed(chain(partials, [self._private(step)] if step.noise_std else []))
         return [
             self.aggregate_of(
                 place,
@@ -68,3 +75,14 @@ class FactorMean(PairMethod):
             )
             for place, (a_RI, b_OR) in enumerate(zip(sums["A"], sums["B"], strict=True))
         ]
+
+    def _private(self, step: ServerStep) -> Partial:
+        """Return what the changes' sums lack of the state, and the noise of factors that train."""
+        missed = step.total - sum(part.weight for part in step.problem.partitions)
+        found = {}
+        for name in ("A", "B"):
+            before = torch.stack([state[name] for state in step.before]).double()
+            found[name] = missed * before
+            if name in self.local_task(step.round).trained:
+                found[name] += noise(step, name, before.shape[1:], seed=self.seed)
+        return found

@@ -8,12 +8,16 @@ With `truncated: keep` directions that a client did not receive count as unchang
 dW' = dW + sum_i p_i (W - W_{r_i}), W the state before the round and W_r its truncation. The second
 sum is U diag(S_j (1 - P_j)) V^T, P_j the share of the weight of the clients with r_i >= j.
 
+With private clients n_i is what the clipped change of client i counts, n the cohort's size, and
+the sum gets noise: W' = W + (sum_i n_i (s_i B_i A_i - W_{r_i}) + noise) / n.
+
 With `frozen_tail` beside it a client also receives W - W_{r_i}, as frozen columns: it trains
 against the whole model. It sends no more, and the aggregation is the same.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import ClassVar
 
 from fedllm.aggregation import routes
@@ -21,6 +25,7 @@ from fedllm.aggregation.route_types import Partial, RankPartition
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.local_task import Recipient
 from fedllm.methods.options import FlexLoraOptions
+from fedllm.methods.privacy import noise
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 from fedllm.methods.spectral.spectral_state import SpectralMethod, with_room, with_state
 from fedllm.methods.weights import direction_weights
@@ -55,6 +60,10 @@ class FlexLora(SpectralMethod):
             missed_R = step.total - direction_weights(step.problem)[: step.problem.rank]
             step = self._roomy(step)
             partials = with_state(partials, step, missed_R)
+        if step.noise_std:
+            shape = (step.problem.out, step.problem.in_)
+            added = {"W": noise(step, "W", shape, seed=self.seed)}
+            partials = chain(partials, [added])
 
         def untrained(part: RankPartition) -> float:
             return 1.0 if self._keeps else part.weight / step.total

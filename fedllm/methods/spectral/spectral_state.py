@@ -183,10 +183,10 @@ def with_room(step: ServerStep) -> ServerStep:
     """Return the step with the rank of one more block in its problem, that of the state before.
 
     It follows from the configured ranks, whoever is left out: so does the route. Where all ranks
-    are equal everybody receives the whole state, and the problem stays.
+    are equal everybody receives the whole state, and the problem stays, unless changes are clipped.
     """
     problem = step.problem
-    if len(problem.partitions) <= 1:
+    if _is_whole(step):
         return step
     roomy = replace(problem, stacked_rank=problem.stacked_rank + problem.rank)
     return replace(step, problem=roomy)
@@ -206,7 +206,7 @@ def with_state(
     """
 
     def block() -> Iterator[Partial]:
-        if len(step.problem.partitions) <= 1:
+        if _is_whole(step):
             return
         s_GR = torch.stack([state["S"].double().cpu() for state in step.before]) * amounts_R
         if bool(s_GR.any()):
@@ -215,6 +215,11 @@ def with_state(
             yield routes.fold_columns(u_GOR, vh_GRI, s_GR, step.problem)
 
     return chain(partials, block())
+
+
+def _is_whole(step: ServerStep) -> bool:
+    """Whether all clients receive the whole state, and no change of theirs is clipped."""
+    return len(step.problem.partitions) <= 1 and not step.noise_std
 
 
 def _spectral(state: ModuleState) -> Spectral:
