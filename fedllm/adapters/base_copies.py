@@ -13,7 +13,7 @@ from torch import Tensor
 from fedllm.adapters.peft_files import PeftAdapter
 from fedllm.adapters.tensor_names import place_of
 from fedllm.errors import AdapterError
-from fedllm.model.fingerprint import weight_files
+from fedllm.model.weight_files import weight_shards
 from fedllm.storage.tensors import TensorFile
 
 _EMBEDDINGS = ("embed", "wte")  # parts of the name of a weight that a tied head shares
@@ -60,7 +60,7 @@ def _changed(adapter: PeftAdapter, key: str, than: str) -> AdapterError:
 
 
 def _weights(base: Path) -> Iterator[TensorFile]:
-    return (TensorFile(path) for path in weight_files(base) if path.suffix == ".safetensors")
+    return (TensorFile(path) for path in weight_shards(base))
 
 
 def _candidates(files: Iterable[TensorFile], key: str, copied: Tensor) -> Iterator[Tensor]:

@@ -15,13 +15,14 @@ from transformers.utils.logging import disable_progress_bar
 from fedllm.config.models import ModelSection
 from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
-from fedllm.model.checkpoint import check_checkpoint, check_shapes, weight_shards
+from fedllm.model.checkpoint import check_checkpoint, check_shapes
 from fedllm.model.embedded_base import Report, embedded_base
 from fedllm.model.fingerprint import check_model_folder, fingerprint_model
 from fedllm.model.suitable import suitable_modules
 from fedllm.model.targets import adaptable_modules
 from fedllm.model.unread_weights import UnreadWeights, stored_format
 from fedllm.model.vocabulary import embedded_tokens
+from fedllm.model.weight_files import weight_shards
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publishing.folders import publishing_folder
@@ -166,7 +167,7 @@ def _load_model(path: Path, dtype: torch.dtype) -> Any:
     disable_progress_bar()
     with _as_model_error(path):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_LOCAL
+            path, dtype=dtype, output_loading_info=True, use_safetensors=True, **_LOCAL
         )
     if loading["missing_keys"]:
         names = sorted(loading["missing_keys"])

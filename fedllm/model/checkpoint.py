@@ -1,7 +1,6 @@
 """Checks of a model directory's files, by configuration and headers; no weight is read."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from fedllm.errors import ModelError
 from fedllm.model.fingerprint import check_model_folder
+from fedllm.model.weight_files import read_json, weight_shards
 from fedllm.storage.hub import first_line
 
-_WEIGHTS = "model.safetensors"
-_PICKLED = "pytorch_model.bin"
 _PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 # Files in which programs that quantise say so, beside config.json.
 _QUANTISED_FILES: Mapping[str, str] = {
@@ -31,7 +29,7 @@ def check_checkpoint(folder: Path) -> None:
         ModelError: names the file, what was found and what to give instead.
     """
     check_model_folder(folder)
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if kind := _quantised(folder, raw):
         raise _is_quantised(folder, kind)
     for file in weight_shards(folder):
@@ -80,44 +78,6 @@ def _is_quantised(folder: Path, kind: str) -> ModelError:
     )
 
 
-def weight_shards(folder: Path) -> Iterator[Path]:
-    """Yield the safetensors files that transformers loads.
-
-    Raises:
-        ModelError: a file that an index names is missing, or no file would be loaded.
-    """
-    for name in (_WEIGHTS, _PICKLED):
-        if (folder / name).is_file():
-            yield from [folder / name] if name == _WEIGHTS else []
-            return
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = _shards_of(index)
-            yield from shards if name == _WEIGHTS else []
-            return
-    names = ", ".join(
-        sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
-    )
-    raise ModelError(
-        f"model.path: {folder} holds {names}, but neither {_WEIGHTS} nor its index "
-        f"({_WEIGHTS}.index.json); give a directory as save_pretrained writes it"
-    )
-
-
-def _shards_of(index: Path) -> list[Path]:
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ModelError(f"model.path: {index} has no weight_map; copy the file again")
-    shards = [index.parent / str(name) for name in dict.fromkeys(places.values())]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise ModelError(
-            f"model.path: {index.parent} lacks {missing[0]}, {len(missing)} of the {len(shards)} "
-            f"files that {index.name} names; copy them too"
-        )
-    return shards
-
-
 def _check_shard(folder: Path, file: Path) -> None:
     with file.open("rb") as content:
         if content.read(len(_POINTER)) == _POINTER:
@@ -136,20 +96,6 @@ def _check_shard(folder: Path, file: Path) -> None:
             f"model.path: {file} cannot be read ({first_line(error)}); it is cut short or no "
             "safetensors file: copy it again"
         ) from error
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"model.path: {file} cannot be read ({first_line(error)}); copy it again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise ModelError(
-            f"model.path: {file} holds a {type(raw).__name__}, need keys and values; copy it again"
-        )
-    return raw
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fedllm.errors import ModelError
+from fedllm.model.weight_files import weight_files
 from fedllm.storage.fingerprints import fingerprint_files
 
 _TOKENIZER_FILES = (
@@ -22,7 +23,7 @@ _GGUF = ".gguf"
 
 
 def fingerprint_model(folder: Path) -> str:
-    """Return the SHA-256 over `config.json` and the weights of a model directory.
+    """Return the SHA-256 over `config.json` and the weights that transformers loads.
 
     Raises:
         ModelError: the directory holds no model.
@@ -44,15 +45,6 @@ def fingerprint_tokenizer(folder: Path) -> str:
             "tokenizer there (tokenizer.save_pretrained)"
         )
     return fingerprint_files(files, folder)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights: safetensors if there are any."""
-    for pattern in ("*.safetensors", "*.bin"):
-        weights = [f for f in folder.glob(pattern) if f.name != "training_args.bin"]
-        if weights:
-            return sorted([*weights, *folder.glob(f"{pattern}.index.json")])
-    return []
 
 
 def check_model_folder(folder: Path) -> None:
@@ -86,7 +78,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _has_gguf_alone(folder: Path) -> bool:
-    return any(folder.glob(f"*{_GGUF}")) and not weight_files(folder)
+    return any(folder.glob(f"*{_GGUF}")) and not any(folder.glob("*.safetensors"))
 
 
 def _shown(folder: Path) -> str:

@@ -5,7 +5,7 @@ read, and converted to the base's number format, when a process takes its part o
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class UnreadWeights:
             yield weight
 
 
-def stored_format(shards: Iterator[Path]) -> torch.dtype | None:
+def stored_format(shards: Iterable[Path]) -> torch.dtype | None:
     """Return the number format of most weights of safetensors files; None: there are none."""
     counts: dict[str, int] = {}
     for shard in shards:

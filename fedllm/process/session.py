@@ -149,14 +149,20 @@ class Session:
             threads=config.training.threads,
             to_divide=to_divide,
         )
+        remedy = "restore it" if path == prepared.model_path else "remove this copy of it"
         if base.fingerprint != prepared.model_fingerprint:
             raise ModelError(
                 f"{path}: not the model that was prepared (fingerprint {base.fingerprint[:12]}, "
-                f"need {prepared.model_fingerprint[:12]}); "
-                + ("restore it" if path == prepared.model_path else "remove this copy of it")
+                f"need {prepared.model_fingerprint[:12]}); {remedy}"
             )
         if self._slots is None:
+            from fedllm.model.fingerprint import fingerprint_tokenizer
             from fedllm.packing.slots import AdapterSlots
+
+            # a run of an earlier version does not know it
+            known = prepared.tokenizer_fingerprint
+            if known is not None and fingerprint_tokenizer(Path(path)) != known:
+                raise ModelError(f"{path}: not the tokenizer that was prepared; {remedy}")
 
             slots = AdapterSlots(
                 base, target_modules=key.target_modules, dropout=key.dropout, layout=key.layout

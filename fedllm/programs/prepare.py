@@ -124,6 +124,7 @@ def _describe(
     prepared = PreparedRecord(
         model_fingerprint=base.fingerprint,
         model_path=str(base.path),
+        tokenizer_fingerprint=fingerprint_tokenizer(base.path),
         data_fingerprint=folder.name,
         data_path=str(folder),
         model_parameters=base.parameters,

@@ -119,11 +119,13 @@ class PreparedRecord(Record):
     """The result of prepare: everything a coordinator needs to know about model and data.
 
     A run prepared by a version without layouts has none, and continues with padded rows. `notes`
-    tells the user about the base; a note is no error.
+    tells the user about the base; a note is no error. `tokenizer_fingerprint` is unknown for runs
+    of earlier versions.
     """
 
     model_fingerprint: str
     model_path: str
+    tokenizer_fingerprint: str | None = None
     data_fingerprint: str
     data_path: str
     model_parameters: int

@@ -1,7 +1,10 @@
 """A base is found, described and loaded from its directory, or refused with what was found."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,43 @@ def test_the_fingerprint_follows_the_content(folder: Path, tiny: Tiny) -> None:
     assert fingerprint_tokenizer(folder) == tokenizer
     (folder / "tokenizer_config.json").write_text("{}")
     assert fingerprint_tokenizer(folder) != tokenizer
+
+
+def test_the_fingerprint_is_of_the_files_that_are_loaded(folder: Path) -> None:
+    before = fingerprint_model(folder)
+    save_file({"x": torch.zeros(1)}, folder / "junk.safetensors")
+    assert fingerprint_model(folder) == before
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = {
+        "weight_map": dict.fromkeys(load_file(folder / "part.safetensors"), "part.safetensors")
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    indexed = fingerprint_model(folder)
+    weights = load_file(folder / "part.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, folder / "part.safetensors", metadata={"format": "pt"})
+    assert len({before, indexed, fingerprint_model(folder)}) == 3
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "sub/a"])
+def test_an_index_that_leaves_the_folder_is_refused(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"names {name}, which is not a file of" in refusal(folder)
+
+
+def test_pickled_weights_are_loaded_after_the_offered_command(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    save_file({"x": torch.zeros(1)}, folder / "junk.safetensors")
+    message = refusal(folder)
+    words = shlex.split(message[message.index("python -c") :])
+    command = [sys.executable, *words[1:]]
+    subprocess.run(command, check=True, timeout=120, cwd=tmp_path, capture_output=True)
+    loaded = load_base(tmp_path / "NEW", dtype="float32", device="cpu").model.state_dict()
+    assert torch.equal(loaded["model.norm.weight"], weights["model.norm.weight"])
 
 
 def test_a_folder_without_weights_says_what_it_holds(folder: Path) -> None:

@@ -204,18 +204,25 @@ def test_the_program_writes_the_record_or_why_not(
         evaluate_round(paths, session)
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model_fingerprint", "not the model that was prepared"),
+        ("tokenizer_fingerprint", "not the tokenizer that was prepared"),
+    ],
+)
 def test_a_base_that_changed_since_it_was_prepared_is_refused(
-    run: RunPaths, tmp_path: Path
+    run: RunPaths, tmp_path: Path, key: str, words: str
 ) -> None:
     root = tmp_path / "run"
     shutil.copytree(run.root, root)
     paths = RunPaths(root=root)
     prepared = PreparedRecord.read(paths.prepared)
-    prepared.model_copy(update={"model_fingerprint": "another"}).publish(paths.prepared)
+    prepared.model_copy(update={key: "another"}).publish(paths.prepared)
     job = tmp_path / "job"
     argv = [str(paths.round(1).root), "--job", str(job)]
     assert run_program("evaluate", argv, session=Session()) == 2
-    assert "not the model that was prepared" in (job / "error.json").read_text()
+    assert words in (job / "error.json").read_text()
 
 
 def test_answers_of_a_few_rows_are_kept_with_prompt_and_references(run: RunPaths) -> None:
