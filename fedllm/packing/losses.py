@@ -25,7 +25,8 @@ def packed_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
 
 def target_losses(model: nn.Module, packed: Packed, layout: str) -> Tensor:
     """Return the cross entropy per target (K,), at least in float32."""
-    logits_UV = forward(model, packed, layout, kept=packed.kept_U).logits[0]
+    # the gradient of `[0]` would be a copy of the logits' gradient
+    logits_UV = forward(model, packed, layout, kept=packed.kept_U).logits.squeeze(0)
     return cross_entropies(logits_UV, packed.inverse_K, packed.targets_K)
 
 
@@ -63,7 +64,8 @@ def cross_entropies(
     """Return -log softmax of `logits_UV[inverse_K]` at the targets (K,).
 
     It is computed in float32 (float64 for float64 logits), one chunk of positions after the other,
-    so that only a chunk of the logits and of their gradient is in that precision at a time.
+    so that only a chunk of the logits and of their gradient is in that precision at a time. The
+    backward pass writes the gradient over the logits.
 
     Args:
         logits_UV: logits in any precision.
@@ -95,7 +97,6 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream_K: Tensor) -> tuple[Tensor, None, None, None]:
         logits_UV, inverse_K, targets_K, sums_U = ctx.saved_tensors
         upstream_U = torch.zeros_like(sums_U).index_add_(0, inverse_K, upstream_K)
-        grad_UV = torch.empty_like(logits_UV)
         chunks = _chunks(logits_UV, ctx.chunk_logits)
         ends = torch.tensor([chunk.stop for chunk in chunks], device=inverse_K.device)
         first = 0
@@ -104,9 +105,10 @@ class _CrossEntropy(torch.autograd.Function):
             part.mul_(upstream_U[chunk, None])
             places = (inverse_K[first:last] - chunk.start, targets_K[first:last])
             part.index_put_(places, -upstream_K[first:last], accumulate=True)
-            grad_UV[chunk] = part
+            # in the place of the logits, which nothing reads any more
+            logits_UV[chunk] = part
             first = last
-        return grad_UV, None, None, None
+        return logits_UV, None, None, None
 
 
 def _chunks(logits_UV: Tensor, chunk_logits: int) -> list[slice]:

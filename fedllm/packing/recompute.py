@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedllm.model.memory import give_back_freed
 from fedllm.packing.precision import checkpoint_contexts
 
 Recompute = bool | Literal["auto"]
@@ -19,6 +20,8 @@ Recompute = bool | Literal["auto"]
 
 CPU_BUDGET = 448 * 2**20
 """Bytes that the layers of a pass may save on a CPU; the size of the base if that is more."""
+
+_TRIM_EVERY = 8  # layers of a pass that recomputes some: about a second of work
 
 GPU_SHARE = 0.8
 """Share of a GPU's free memory that the layers of a pass may fill."""
@@ -61,6 +64,9 @@ class _Budget:
         self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         self._last_recomputed: int | None = None  # None: not yet decided in this pass
+        self._first_saving = 0
+        last = len(self._layers) - 1
+        self._trimming = {last, *range(_TRIM_EVERY - 1, last, _TRIM_EVERY)}
         for number, layer in enumerate(self._layers):
             layer.forward = self._deciding(number, layer.forward)
 
@@ -68,6 +74,15 @@ class _Budget:
         """Restore the layers."""
         for layer in self._layers:
             del layer.forward
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether this pass recomputes a layer: its saved tensors exceed the budget."""
+        return self._last_recomputed is not None and self._last_recomputed > self._first_saving
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
     def _deciding(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         layer = self._layers[number]
@@ -79,12 +94,17 @@ class _Budget:
                 self._last_recomputed = None
             if self._last_recomputed is not None:
                 layer.gradient_checkpointing = number <= self._last_recomputed
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+                if self._recomputes and number in self._trimming and self._device.type == "cpu":
+                    # holes between the saved tensors are too small for the next layers and logits
+                    give_back_freed()
+                return output
             layer.gradient_checkpointing = False
             saved = _SavedBytes(layer)
             with saved.counting():
                 output = forward(*args, **kwargs)
             if saved.num_bytes:
+                self._first_saving = number
                 self._last_recomputed = self._decide(number, saved.num_bytes)
             return output
 
@@ -97,7 +117,7 @@ class _Budget:
         return first + max(0, others - saving)
 
     def _bytes(self) -> int:
-        device = next(self._model.parameters()).device
+        device = self._device
         if device.type != "cuda":
             return max(self._cpu_budget, self._weights)
         free, _ = torch.cuda.mem_get_info(device)
