@@ -40,7 +40,9 @@ def prepared(tiny: Tiny, base: Path, tmp_path: Path) -> Callable[..., tuple[Any,
 
     def prepare_base(*changes: str) -> tuple[Any, list[str]]:
         lines: list[str] = []
-        config: Config = override_config(load_config(tiny.config), [f"model.path={base}", *changes])
+        # one rank for all modules, whichever are adapted
+        own = [f"model.path={base}", "clients.tiers.large.ranks=4"]
+        config: Config = override_config(load_config(tiny.config), [*own, *changes])
         record = prepare(config, CachePaths(root=tmp_path / "cache"), lines.append)
         return record, lines
 
