@@ -9,7 +9,14 @@ import yaml
 from fedllm.config.loading import load_changed
 from fedllm.config.sweep_files import is_sweep_file, load_sweep
 from fedllm.errors import ConfigError
-from fedllm.planning.sweeps.sweep_runs import NOISE_ARM, SweepRun, best_rate, expand
+from fedllm.planning.roles import Roles
+from fedllm.planning.sweeps.sweep_runs import (
+    NOISE_ARM,
+    SweepRun,
+    best_rate,
+    expand,
+    refuse_leaks,
+)
 from fedllm.storage.paths import shipped
 
 BASE = {
@@ -144,6 +151,13 @@ def test_a_sweep_that_cannot_be_compared_is_refused_in_one_line(
     runs_of: Expand, keys: dict[str, object], start: str
 ) -> None:
     assert start in refused(runs_of, **keys).splitlines()[0]
+
+
+def test_arms_that_hold_out_other_clients_are_refused_once_the_data_are_known() -> None:
+    one = Roles(train=("a", "b"), dev=("c",), unseen=("d",))
+    refuse_leaks({"x": one, "y": one})
+    with pytest.raises(ConfigError, match=r"arms\.x: trains on client b, which arm y holds out"):
+        refuse_leaks({"x": one, "y": Roles(train=("a", "c"), dev=("b",), unseen=("d",))})
 
 
 def test_the_best_rate_has_the_lowest_loss_and_a_diverged_one_never_wins() -> None:

@@ -25,6 +25,8 @@ from fedllm.config.models import Config
 from fedllm.config.sweep_files import is_sweep_file
 from fedllm.errors import ConfigError
 from fedllm.planning.federation import plan_federation
+from fedllm.planning.roles import Roles, split_roles
+from fedllm.planning.sweeps.sweep_runs import refuse_leaks
 from fedllm.reporting.plan.plan_text import describe_plan
 from fedllm.reporting.sweeps.sweep_plan import ArmPlan, arm_plan, describe_sweep_plan
 from fedllm.rounds.dispatch.planned import plan_run
@@ -99,6 +101,7 @@ def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
     root = default_sweep_dir(file)
     _, runs = planned_sweep(file, root)
     plans: list[ArmPlan] = []
+    roles: dict[str, Roles] = {}
     for (arm, phase), of_arm in itertools.groupby(
         sorted(runs, key=lambda run: (run.phase != "tuning", run.arm)),
         key=lambda run: (run.arm, run.phase),
@@ -106,9 +109,11 @@ def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
         members = list(of_arm)
         config, paths = members[0].config, SweepPaths(root=root.resolve()).run(members[0].name)
         prepared = prepare_step(config, cache_of(config.storage.cache, paths.root))
+        roles[arm] = split_roles(config.clients, prepared.clients)
         with closing(execution.make_scheduler(paths, config)) as scheduler:
             geometry = plan_run(config, prepared, paths, scheduler).geometry
         plans.append(arm_plan(arm, phase, len(members), geometry))
+    refuse_leaks(roles)
     if json_:
         say_json([dataclasses.asdict(each) for each in plans])
     else:

@@ -11,6 +11,7 @@ from fedllm.config.models import Config
 from fedllm.config.spelling import resolve_scalars
 from fedllm.config.sweep_files import Changes, SweepFile, SweepSection
 from fedllm.errors import ConfigError
+from fedllm.planning.roles import Roles
 
 Phase = Literal["tuning", "run"]
 Load = Callable[[Changes], Config]
@@ -248,6 +249,24 @@ def _results(arms: Sequence[_Arm], configs: Mapping[str, Config]) -> Iterator[Sw
                     arm=arm.name,
                     phase="run",
                     config=configs[arm.name].model_copy(update={"seed": seed}),
+                )
+
+
+def refuse_leaks(roles_of_arms: Mapping[str, Roles]) -> None:
+    """Refuse arms of which one trains on clients that another holds out.
+
+    With equal keys this takes another base, whose tokenizer leaves some clients without rows.
+
+    Raises:
+        ConfigError: names the first such arms and client.
+    """
+    for arm, roles in roles_of_arms.items():
+        for other, others in roles_of_arms.items():
+            leaked = set(roles.train) & {*others.dev, *others.unseen}
+            if leaked:
+                raise ConfigError(
+                    f"arms.{arm}: trains on client {min(leaked)}, which arm {other} holds out; "
+                    "set clients.held_out_from to a list of clients in `set`"
                 )
 
 
