@@ -4,6 +4,7 @@ A client's adapter is the product of A and B. A column of it that is not to trai
 frozen part (`Factors.frozen`); whole factors are frozen here.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -16,9 +17,19 @@ TrainedFactors: TypeAlias = Literal["AB", "A", "B"]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTask:
-    """The task of a round: `trained` are the factors that train, the other stays as received."""
+    """The task of a round: `trained` are the factors that train, the other stays as received.
+
+    With a `tail_penalty` lambda, lambda |B[:, k:]| |A[k:]| is added to the loss of every step and
+    module, k = `leading` of the client's rank: HetLoRA's regulariser of the last directions.
+    """
 
     trained: TrainedFactors = "AB"
+    tail_penalty: float = 0.0
+    tail_share: float = 1.0
+
+    def leading(self, rank: int) -> int:
+        """Return how many of `rank` directions are before the tail: at least one."""
+        return max(1, math.floor(self.tail_share * rank))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,17 @@ class FlexLoraOptions(Section):
         return self
 
 
+class HetLoraOptions(Section):
+    """HetLoRA's self-pruning: `pruning` is the share of its directions that a client goes on with.
+
+    1 prunes nothing. `penalty` is lambda, what the product of the norms of the others counts in
+    the loss.
+    """
+
+    pruning: Annotated[float, Field(gt=0, le=1)] = 1.0
+    penalty: Annotated[float, Field(ge=0)] = 0.0
+
+
 class LoraFairOptions(Section):
     """LoRA-FAIR: `ridge` is lambda, what the squared norm of the correction of B counts."""
 
@@ -87,6 +98,7 @@ class AdaptiveOptions(Section):
 
 OPTIONS: Mapping[str, type[Section]] = {
     "flexlora": FlexLoraOptions,
+    "hetlora": HetLoraOptions,
     "lora_fair": LoraFairOptions,
     "florist": FloristOptions,
     "fedmomentum": FedMomentumOptions,

@@ -63,7 +63,7 @@ A complete method, short rather than fast: the mean of the clients' changes is i
 Legend: G modules, C clients, O out, I in, R rank.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -71,7 +71,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial, Problem
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
+from fedllm.lora.factors import Adapter, FactorBlock, Factors, ModuleShape
 from fedllm.methods.local_task import LocalTask, Recipient
 from fedllm.storage.records import ModuleDiagnostics
 
@@ -89,11 +89,16 @@ class StatePart:
 
 @dataclass(frozen=True, kw_only=True)
 class UsedClients:
-    """The clients whose updates a round uses: ids and weights, in the order of the cohort."""
+    """The clients whose updates a round uses, in the order of the cohort.
+
+    Of each: its id, its weight, the rank of every module, and what it told (`client_notes`).
+    """
 
     round: int
     clients: Sequence[str]
     weights: Sequence[float]
+    ranks: Sequence[Mapping[str, int]] = ()
+    notes: Sequence[StateNotes] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +204,33 @@ class Method(Protocol):
         del module, trained
         return {}
 
-    def sent(self, *, module: str, trained: Factors) -> Factors:
+    def client_notes(self, *, trained: Adapter, received: Callable[[], Adapter]) -> StateNotes:
+        """Return what a client tells beside its factors, as JSON holds it.
+
+        Args:
+            trained: its factors after training.
+            received: returns those that it began with.
+        """
+        del trained, received
+        return {}
+
+    def sent(self, *, module: str, trained: Factors, notes: StateNotes) -> Factors:
         """Return what a client sends of the factors that it trained, in their shapes."""
-        del module
+        del module, notes
         return trained
+
+    def assign(
+        self, *, notes: StateNotes, client: str, ranks: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Return the rank of every module that a client trains from the next round on.
+
+        Args:
+            notes: the JSON part of the state after the round.
+            client: its id.
+            ranks: those of its tier; no rank may be higher.
+        """
+        del notes, client
+        return ranks
 
     def local_task(self, round_number: int) -> LocalTask:
         """Return what the clients of a round train."""

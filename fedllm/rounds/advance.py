@@ -116,7 +116,10 @@ def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
         state_sha256=before.sha256,
         base_change=before.base_change,
         ranks={tier: dict(ranks) for tier, ranks in federation.ranks.items()},
-        clients=federation.cohort(number),
+        clients=[
+            client.model_copy(update={"ranks": before.assigned.get(client.id)})
+            for client in federation.cohort(number)
+        ],
         enough=federation.enough,
         layout=federation.prepared.layout,
     )

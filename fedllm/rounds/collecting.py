@@ -270,6 +270,7 @@ def _collected(update: PublishedUpdate, tier: str) -> CollectedUpdate:
         file=update.file,
         sha256=update.sha256,
         weight=float(update.record.rows),
+        notes=update.record.notes,
     )
 
 

@@ -33,7 +33,7 @@ def clients_record(
             _trained(
                 client,
                 scan.published[client.id],
-                sizes[client.tier],
+                _sizes_of(client.ranks, prepared) if client.ranks else sizes[client.tier],
                 used=client.id in used,
                 left_out=collection.failed.get(client.id, ""),
             )

@@ -88,13 +88,14 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
     modules = federation.prepared.modules
     sides = {name: (m.out_features, m.in_features) for name, m in modules.items()}
     tiers = run.observations.tiers_of(cohort)
+    own = {client.id: client.ranks for client in cohort.clients if client.ranks}
 
     def problem(update: PublishedUpdate) -> str | None:
         client = update.record.client
         tier = tiers.get(client)
         if tier is None:
             return "it is not in the cohort"
-        ranks = cohort.ranks[tier]
+        ranks = own.get(client) or cohort.ranks[tier]
         expected = Expected(
             ranks=ranks,
             sides=sides,

@@ -83,6 +83,7 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
         rank=federation.largest_ranks,
         sha256=writer.sha256,
         base_change=output.base_change,
+        assigned=_assigned(method, federation, notes),
         seconds=time.perf_counter() - started,
         clients=done.clients,
         device=", ".join(map(str, devices)),
@@ -104,7 +105,7 @@ def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]
     modules = {
         module: ModuleRanks(
             shape=_shape(federation, module),
-            clients=tuple(cohort.ranks[client.tier][module] for client in cohort.clients),
+            clients=tuple(cohort.ranks_of(client)[module] for client in cohort.clients),
             received=tuple(sorted({ranks[module] for ranks in cohort.ranks.values()})),
         )
         for module in federation.prepared.modules
@@ -183,7 +184,14 @@ class _Collected:
 
     def next_notes(self, method: Method) -> StateNotes:
         clients = [update.client for update in self.collection.updates]
-        used = UsedClients(round=self.paths.number, clients=clients, weights=self.weights)
+        ranks = {client.id: self.cohort.ranks_of(client) for client in self.cohort.clients}
+        used = UsedClients(
+            round=self.paths.number,
+            clients=clients,
+            weights=self.weights,
+            ranks=[ranks[client] for client in clients],
+            notes=[update.notes for update in self.collection.updates],
+        )
         return method.next_notes(notes_of(self.before), used)
 
 
@@ -249,6 +257,19 @@ def _private_round(
         total=float(cohort_size(config.clients, len(federation.roles.train))),
         noise_std=config.privacy.noise_multiplier * clip_norm,
     )
+
+
+def _assigned(
+    method: Method, federation: Federation, notes: StateNotes
+) -> dict[str, dict[str, int]]:
+    """Return the ranks of the clients whose method gives them others than their tier has."""
+    found: dict[str, dict[str, int]] = {}
+    for client in federation.clients:
+        of_tier = federation.ranks[federation.tiers[client]]
+        ranks = method.assign(notes=notes, client=client, ranks=of_tier)
+        if ranks != of_tier:
+            found[client] = dict(ranks)
+    return found
 
 
 def _planned_tensors(method: Method, federation: Federation) -> dict[str, TensorSpec]:

@@ -200,11 +200,12 @@ class CoordinatorJobRecord(Record):
 
 
 class CohortClient(Record):
-    """A client of a round."""
+    """A client of a round; `ranks` are its own, where its method gave it others than its tier."""
 
     id: str
     tier: str
     cost: float
+    ranks: dict[str, int] | None = None
 
 
 class CohortRecord(Record):
@@ -225,6 +226,10 @@ class CohortRecord(Record):
     clients: list[CohortClient]
     enough: int | None = None
     layout: LayoutRecord | None = _LAYOUT
+
+    def ranks_of(self, client: CohortClient) -> dict[str, int]:
+        """Return the rank of every module that a client trains."""
+        return client.ranks or self.ranks[client.tier]
 
 
 class BundleRecord(Record):
@@ -473,7 +478,10 @@ class ReceivedRecord(Record):
 
 
 class UpdateRecord(TrainingStats):
-    """The record that a client sends with its tensors; `group` are the clients trained with it."""
+    """The record that a client sends with its tensors; `group` are the clients trained with it.
+
+    `notes` are what a method lets its clients tell beside their numbers.
+    """
 
     run_id: str
     round: int
@@ -485,6 +493,7 @@ class UpdateRecord(TrainingStats):
     kind: Literal["lora", "sparse"] = "lora"
     base_fingerprint: str
     base_change: str | None = None
+    notes: dict[str, Any] = {}
     norms: dict[str, tuple[float, float]] = {}
     scales: dict[str, float] = {}
     group: list[str] = []
@@ -519,6 +528,7 @@ class CollectedUpdate(Record):
     sha256: str
     weight: float
     clipped: dict[str, float] = {}
+    notes: dict[str, Any] = {}
 
 
 class TierMix(Record):
@@ -624,6 +634,8 @@ class AggregateRecord(Record):
     """The record of a complete aggregation.
 
     `base_change` is the SHA-256 of the change of the base that the state holds; null: none.
+    `assigned` has the ranks of the clients, by module, whose method gives them others than their
+    tier has.
     """
 
     round: int
@@ -631,6 +643,7 @@ class AggregateRecord(Record):
     rank: dict[str, int]
     sha256: str
     base_change: str | None = None
+    assigned: dict[str, dict[str, int]] = {}
     seconds: float
     clients: int
     device: str

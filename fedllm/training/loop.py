@@ -27,6 +27,7 @@ from fedllm.training.optimizers import build_optimizer
 from fedllm.training.progress import Progress, restore, tensors_of
 from fedllm.training.step_plan import Draws, plan_steps, rate_factor
 
+_SMALLEST = 1e-30
 Snapshot = Callable[[], Progress]
 StepHook = Callable[[int, Snapshot], None]
 
@@ -270,7 +271,7 @@ class Loop:
     def _update(self, factor: float) -> None:
         training = self._settings.training
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self._add_proximal(gradients)
+        self.add_terms(gradients)
         norm = nn.utils.get_total_norm(gradients).to(self.device)
         self._gradient_norms.append(norm)
         if training.clip_norm is not None:
@@ -280,8 +281,16 @@ class Loop:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def _add_proximal(self, gradients: Sequence[Tensor]) -> None:
-        """Add the gradient of mu / 2 |theta - theta_received|^2, if the client side has mu."""
+    def add_terms(self, gradients: Sequence[Tensor]) -> None:
+        """Add the gradients of the terms that client side and method add to the loss.
+
+        They are mu / 2 |theta - theta_received|^2, and the penalty of the last directions. The
+        gradients are those of the trained parameters.
+        """
+        task = self._settings.task
+        if task.tail_penalty:
+            assert task.trained == "AB", "a penalty is of both factors"
+            _add_tail_penalty(self.installed, gradients, task)
         if self._received:
             assert len(gradients) == len(self._received), "a factor without a gradient"
             moved = torch._foreach_sub([p.detach() for p in self._parameters], self._received)
@@ -293,6 +302,20 @@ class Loop:
         losses: list[float] = torch.stack(self._losses).tolist() if self._losses else []
         self.step_seconds += time.perf_counter() - begun
         return [*self._earlier_losses, *losses]
+
+
+def _add_tail_penalty(installed: Installed, gradients: Sequence[Tensor], task: LocalTask) -> None:
+    """Add the gradient of lambda |B[:, k:]| |A[k:]| of every module."""
+    count = len(installed.modules)
+    for a, b, of_a, of_b in zip(
+        installed.a, installed.b, gradients[:count], gradients[count:], strict=True
+    ):
+        begin = task.leading(a.shape[0])
+        a_tail, b_tail = a.detach()[begin:], b.detach()[:, begin:]
+        a_norm, b_norm = a_tail.norm(), b_tail.norm()
+        # of |x| at x = 0: zero, one of its subgradients
+        of_a[begin:] += task.tail_penalty * b_norm * a_tail / a_norm.clamp(min=_SMALLEST)
+        of_b[:, begin:] += task.tail_penalty * a_norm * b_tail / b_norm.clamp(min=_SMALLEST)
 
 
 def reseed(seed: int, device: torch.device) -> None:

@@ -121,7 +121,7 @@ class ZeroLoop(Loop):
             torch._foreach_add_(gradients, torch.autograd.grad(loss, self._parameters))
             total += loss.detach()
         if dist.get_rank() == 0:  # gradients are summed over the processes
-            self._add_proximal(gradients)
+            self.add_terms(gradients)
         if self._slots.is_divided:
             self._keep_up(number, most_passes - len(passes))
         dist.all_reduce(total)

@@ -123,19 +123,31 @@ class ClientRound:
     def received(self, client: str) -> Adapter:
         """Return the adapter from which a client starts; a small one is kept for its tier."""
         tier = self.tiers[client]
-        if tier in self._adapters:
+        if tier in self._adapters and client not in self._own_ranks:
             adapter = self._adapters[tier]
             self._received[client] = received_record(adapter, self.settings.task.trained)
             return adapter
         to = Recipient(client=client, round=self.cohort.round)
         kept = self.store.read(client, to.round) if self.method.keeps_at_clients else None
-        adapter = received_adapter(self.method, self.state, self.cohort.ranks[tier], to, kept)
+        adapter = received_adapter(self.method, self.state, self._ranks_of(client), to, kept)
         self._received[client] = received_record(adapter, self.settings.task.trained)
-        if adapter_bytes(adapter) <= self.session.kept_bytes and not self.method.per_client:
+        if adapter_bytes(adapter) <= self.session.kept_bytes and not self._is_personal(client):
             self._adapters[tier] = adapter
         else:
             self.state.release()
         return adapter
+
+    @property
+    def _own_ranks(self) -> Mapping[str, Mapping[str, int]]:
+        """The ranks of clients that have others than their tier."""
+        return {client.id: client.ranks for client in self.cohort.clients if client.ranks}
+
+    def _ranks_of(self, client: str) -> Mapping[str, int]:
+        return self._own_ranks.get(client) or self.cohort.ranks[self.tiers[client]]
+
+    def _is_personal(self, client: str) -> bool:
+        """Return whether a client receives what no other one of its tier does."""
+        return self.method.per_client or client in self._own_ranks
 
     def group_of(self, client: str) -> tuple[str, ...]:
         """Return the group of clients with which a client of the cohort trains, itself included."""
@@ -392,8 +404,16 @@ class ClientRound:
         record_of: Callable[[Resumable, TrainResult], UpdateRecord],
     ) -> Trained:
         """Return what a client sends and keeps of its training."""
-        method = self.method
-        sent = {m: method.sent(module=m, trained=own) for m, own in result.adapter.items()}
+        method, client = self.method, training.identity.client
+        notes = (
+            method.client_notes(trained=result.adapter, received=partial(self.received, client))
+            if result.adapter
+            else {}
+        )
+        sent = {
+            module: method.sent(module=module, trained=own, notes=notes)
+            for module, own in result.adapter.items()
+        }
         norms = dict(result.norms)
         for module, own in sent.items():
             if own is not result.adapter[module]:
@@ -402,6 +422,7 @@ class ClientRound:
         if method.keeps_at_clients:
             kept = {m: method.kept(module=m, trained=own) for m, own in result.adapter.items()}
         record = record_of(training, replace(result, norms=norms))
+        record = record.model_copy(update={"notes": dict(notes)})
         return Trained(record=record, adapter=sent, kept=kept)
 
     def _update_record(

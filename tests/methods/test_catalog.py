@@ -87,8 +87,11 @@ def test_a_method_of_ones_own_is_named_by_its_path() -> None:
         ("no.such.module:Class", "cannot import 'no.such.module:Class'"),
         ("fedllm.methods.spectral.flexlora:Nothing", "has no attribute 'Nothing'"),
         (":Class", "cannot import ':Class'"),
-        ("fedllm.methods.local_rules:LocalRule", r"lacks base_delta, .*finish, fold, .*kind"),
-        ("fedllm.methods.catalog:METHODS", "lacks base_delta"),
+        (
+            "fedllm.methods.local_rules:LocalRule",
+            r"lacks assign, base_delta, .*finish, fold, .*kind",
+        ),
+        ("fedllm.methods.catalog:METHODS", "lacks assign, base_delta"),
     ],
 )
 def test_a_method_that_is_none_is_refused_in_one_line(name: str, message: str) -> None:

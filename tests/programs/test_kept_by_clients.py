@@ -38,7 +38,7 @@ def test_two_clients_by_hand() -> None:
         Factors(a_RI=torch.tensor([a]), b_OR=torch.tensor([[b], [b]]), scale=16.0)
         for a, b in (((4.0, 0.0), 5.0), ((0.0, 8.0), 7.0))
     ]
-    sent = [METHOD.sent(module="m", trained=own) for own in trained]
+    sent = [METHOD.sent(module="m", trained=own, notes={}) for own in trained]
     assert all(not own.b_OR.any() for own in sent)
     begun = METHOD.start_module(module="m", shape=ModuleShape(out=2, in_=2), rank=1)
     state = aggregate(METHOD, sent, [1.0, 3.0], [1], before=begun, clients="ab").state
@@ -56,7 +56,7 @@ def test_a_is_that_of_the_factor_mean_in_any_order_and_grouping() -> None:
     trained = [random_factors(seed, out=11, in_=9, rank=3, scale=2.0) for seed in range(4)]
     weights = [1.0, 5.0, 2.0, 4.0]
     mean = aggregate(FactorMean(seed=3, alpha=16.0), trained, weights, [3]).state
-    sent = [METHOD.sent(module="m", trained=own) for own in trained]
+    sent = [METHOD.sent(module="m", trained=own, notes={}) for own in trained]
     for clients, amounts, size in ((sent, weights, 2), (sent[::-1], weights[::-1], 3)):
         found = aggregate(METHOD, clients, amounts, [3], block_clients=size, clients="abcd").state
         torch.testing.assert_close(found["A"], mean["A"], rtol=1e-6, atol=1e-6)

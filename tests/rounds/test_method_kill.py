@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FEWEST = ["training.max_steps=2", "evaluation.every=9", "clients.cohort.count=3"]
 ONE_RANK = ["clients.tiers.large.ranks=2"]
 OPTIONS: dict[str, list[list[str]]] = {
+    "hetlora": [["method.options={pruning: 0.5, penalty: 100.0}", "training.learning_rate=0.05"]],
     "flexlora": [
         ["method.options={truncated: keep, frozen_tail: true}"],
         ["method.server=fedavgm"],

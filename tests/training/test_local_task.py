@@ -191,6 +191,24 @@ def test_a_proximal_training_resumes_to_the_same_bits(slots: AdapterSlots) -> No
     assert same(whole, rest)
 
 
+def test_a_penalty_draws_the_last_directions_to_zero(slots: AdapterSlots) -> None:
+    rate, weight = 0.05, 0.5
+    keys: dict[str, Any] = {"schedule": "constant", "learning_rate": rate, "clip_norm": None}
+    given = settings(rule=SGD, max_steps=1, **keys)
+    free = train(slots, given)
+    task = LocalTask(tail_penalty=weight, tail_share=0.5)  # of rank 3 the last two
+    drawn = train(slots, replace(given, task=task))
+    for module, own in begun(slots).items():
+        a, b = own.a_RI[1:], own.b_OR[:, 1:]
+        expected_a, expected_b = (
+            f.clone() for f in (free.adapter[module].a_RI, free.adapter[module].b_OR)
+        )
+        expected_a[1:] -= rate * weight * b.norm() * a / a.norm()
+        expected_b[:, 1:] -= rate * weight * a.norm() * b / b.norm()
+        torch.testing.assert_close(drawn.adapter[module].a_RI, expected_a, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(drawn.adapter[module].b_OR, expected_b, atol=1e-6, rtol=1e-5)
+
+
 # --- the other engines
 
 

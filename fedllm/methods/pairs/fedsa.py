@@ -16,7 +16,7 @@ from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import Factors
 from fedllm.methods.local_task import Recipient
 from fedllm.methods.pairs.factor_mean import FactorMean
-from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
+from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StateNotes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class FedSa(FactorMean):
         del module
         return {"B": trained.b_OR}
 
-    def sent(self, *, module: str, trained: Factors) -> Factors:
+    def sent(self, *, module: str, trained: Factors, notes: StateNotes) -> Factors:
         """Return A alone: zeros in the place of B."""
-        del module
+        del module, notes
         return replace(trained, b_OR=torch.zeros_like(trained.b_OR))
 
     def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
