@@ -262,11 +262,15 @@ class Loop:
         self.tokens += sum(each.num_tokens for each in passes)
         self.loss_tokens += sum(each.num_targets for each in passes)
         self.computed_tokens += sum(each.computed_tokens for each in passes)
-        lengths = [length_of(self._rows[place]) for place in self._steps[number]]
-        # the last token of a row is only a target
-        self.padded_tokens += len(lengths) * max(1, max(lengths) - 1)
+        self.padded_tokens += self.padded_tokens_of(number)
         self._losses.append(loss)
         self._update(rate_factor(number, self.num_steps, self._settings.training))
+
+    def padded_tokens_of(self, number: int) -> int:
+        """Return the tokens of a step whose rows are padded to the longest of them."""
+        lengths = [length_of(self._rows[place]) for place in self._steps[number]]
+        # the last token of a row is only a target
+        return len(lengths) * max(1, max(lengths) - 1)
 
     def _update(self, factor: float) -> None:
         training = self._settings.training

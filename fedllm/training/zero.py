@@ -111,7 +111,8 @@ class ZeroLoop(Loop):
     def step(self, number: int) -> None:
         """Take one optimizer step; this process computes its share of the rows."""
         passes = self._own_passes(number)
-        tokens, targets, most_passes = self._counts(passes)
+        counts = self._counts(passes)
+        targets = counts.targets
         reseed(self.draws.step(number), self.device)
         begun = perf_counter()
         total = torch.zeros((), device=self.device)
@@ -123,9 +124,11 @@ class ZeroLoop(Loop):
         if dist.get_rank() == 0:  # gradients are summed over the processes
             self.add_terms(gradients)
         if self._slots.is_divided:
-            self._keep_up(number, most_passes - len(passes))
+            self._keep_up(number, counts.most_passes - len(passes))
         dist.all_reduce(total)
-        self.tokens += tokens
+        self.tokens += counts.tokens
+        self.computed_tokens += counts.computed_tokens
+        self.padded_tokens += self.padded_tokens_of(number)
         self.loss_tokens += targets
         self._losses.append(total)
         training = self._settings.training
@@ -153,12 +156,27 @@ class ZeroLoop(Loop):
         return self.passes(number, self._slots.layout, own) if own else []
 
     @staticmethod
-    def _counts(passes: Sequence[Pass]) -> tuple[int, int, int]:
-        """Return tokens and targets of all processes, and the passes of the one with most."""
-        counts = torch.zeros(2 + dist.get_world_size(), dtype=torch.int64)
+    def _counts(passes: Sequence[Pass]) -> "_StepCounts":
+        counts = torch.zeros(3 + dist.get_world_size(), dtype=torch.int64)
         counts[0] = sum(each.num_tokens for each in passes)
         counts[1] = sum(each.num_targets for each in passes)
-        counts[2 + dist.get_rank()] = len(passes)
+        counts[2] = sum(each.computed_tokens for each in passes)
+        counts[3 + dist.get_rank()] = len(passes)
         dist.all_reduce(counts)
-        tokens, targets, *num_passes = counts.tolist()
-        return tokens, targets, max(num_passes)
+        tokens, targets, computed_tokens, *num_passes = counts.tolist()
+        return _StepCounts(
+            tokens=tokens,
+            targets=targets,
+            computed_tokens=computed_tokens,
+            most_passes=max(num_passes),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepCounts:
+    """Counts of a step over all processes, and the passes of the process with most of them."""
+
+    tokens: int
+    targets: int
+    computed_tokens: int
+    most_passes: int

@@ -85,7 +85,8 @@ def test_every_stage_comes_to_what_the_plain_loop_does(
     assert result.stats.losses == pytest.approx(expected.stats.losses, rel=losses)
     if name not in LOSSES:
         assert result.stats.gradient_norms == pytest.approx(expected.stats.gradient_norms, rel=1e-4)
-    for count in ("rows", "steps", "tokens", "loss_tokens"):
+    assert result.stats.computed_tokens > 0
+    for count in ("rows", "steps", "tokens", "loss_tokens", "padded_tokens"):
         assert getattr(result.stats, count) == getattr(expected.stats, count)
 
 
