@@ -1,5 +1,7 @@
 """`fedllm report`: write what a run recorded as one page."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +10,7 @@ import typer
 from fedllm.cli.options import RunOrSweep, existing_run, fresh_folder, say
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.errors import RunDirectoryError, UserError
-from fedllm.storage.publishing.publish import publish_bytes
+from fedllm.storage.publishing.publish import publish_bytes, storage_errors
 
 _FORMATS = ("pdf", "svg")
 
@@ -57,19 +59,28 @@ def report(
     if kind not in _FORMATS:
         raise UserError(f"--format: got {kind!r}, need one of {', '.join(_FORMATS)}")
     require_matplotlib()
-    folders = [fresh_folder(folder) for folder in (figures, tables) if folder]
+    for folder in filter(None, [figures, tables]):
+        fresh_folder(folder)
     page = _page_file(out or default)
     found = sweep_report(run) if sweep else run_report(run, targets)
     publish_bytes(page, report_page(found).encode())
     say(f"{page}: {len(found.charts)} charts, {len(found.tables)} tables")
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
     if figures:
-        for chart in found.charts:
-            save_figure(chart, figures / f"{chart.name}.{kind}")
+        with _writing(figures):
+            for chart in found.charts:
+                save_figure(chart, figures / f"{chart.name}.{kind}")
     if tables:
-        for table in found.tables:
-            (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+        with _writing(tables):
+            for table in found.tables:
+                (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Make a folder; its errors become one line."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 def _page_file(path: Path) -> Path:
