@@ -131,7 +131,7 @@ def test_the_page_of_a_run_can_be_read(
     browser: Any, page_file: Path, size: tuple[int, int], scheme: str
 ) -> None:
     page, complaints = opened(browser, page_file, size, scheme)
-    assert_readable(page, size[0], 18)
+    assert_readable(page, size[0], 19)
     assert complaints == []
     page.close()
 

@@ -58,6 +58,8 @@ def test_metrics_have_the_training_loss_and_what_the_round_took(run: RunPaths) -
     assert rows[2]["bytes_up"] == sum(client.bytes_up for client in clients)
     assert 0 < rows[2]["flops"] < rows[2]["padded_flops"]
     assert rows[2]["server_seconds"] >= rows[2]["aggregate_seconds"]
+    assert rows[2]["aggregation_stage_seconds"] >= rows[2]["aggregate_seconds"] > 0
+    assert rows[2]["training_stage_seconds"] > 0 < rows[2]["evaluation_stage_seconds"]
     assert "training_loss" not in rows[0]
     assert "bytes_up" not in rows[0]
 

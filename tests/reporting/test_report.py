@@ -36,7 +36,7 @@ CHARTS = {
     *("scores-loss", "scores-rouge-l", "scores-exact-match", "categories", "tiers"),
     *("training-loss", "loss-against-bytes", "loss-against-time"),
     *("tiers-memory", "tiers-seconds", "tiers-sent", "spectra", "truncation", "effective-rank"),
-    *("partitions-reach", "partitions-energy-share", "partitions-lost-share", "tasks"),
+    *("partitions-reach", "partitions-energy-share", "partitions-lost-share", "stages", "tasks"),
 }
 
 

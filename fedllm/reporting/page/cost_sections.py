@@ -33,7 +33,11 @@ _UNITS = (("hours", 3600.0), ("minutes", 60.0))
 def cost_section(paths: RunPaths, accounts: Sequence[RoundAccount]) -> PageSection:
     """Return what rounds and tiers took."""
     tiers = _tiers(paths)
-    rows = [dataclasses.asdict(account) for account in accounts]
+    rows = [
+        {key: value for key, value in dataclasses.asdict(account).items() if key != "stages"}
+        | {f"{stage} stage": account.stages.get(stage) for stage in _stages(accounts)}
+        for account in accounts
+    ]
     return PageSection(
         name="cost",
         title="Cost",
@@ -46,7 +50,7 @@ def cost_section(paths: RunPaths, accounts: Sequence[RoundAccount]) -> PageSecti
             if accounts
             else "No cost was recorded yet."
         ),
-        charts=[*_tier_charts(tiers)],
+        charts=[*_tier_charts(tiers), *_stage_chart(accounts)],
         tables=[
             *table_of("tiers-cost", "Per tier", [dataclasses.asdict(tier) for tier in tiers]),
             *table_of("rounds-cost", "Per round", rows),
@@ -77,6 +81,29 @@ def _tier_charts(tiers: Sequence[TierAccount]) -> Iterator[Chart]:
             text=", ".join(f"{label}: {value:.3g} {unit}" for label, value in bars.items()),
             values=bars,
             x_label=unit,
+        )
+
+
+def _stages(accounts: Sequence[RoundAccount]) -> list[str]:
+    return list(dict.fromkeys(stage for account in accounts for stage in account.stages))
+
+
+def _stage_chart(accounts: Sequence[RoundAccount]) -> Iterator[Chart]:
+    stages = _stages(accounts)
+    if stages:
+        yield LineChart(
+            name="stages",
+            title="Time by stage",
+            text="seconds from the submission of a stage's first task to the end of its last one, "
+            "by round",
+            series={
+                stage: [(account.round, account.stages.get(stage)) for account in accounts]
+                for stage in stages
+            },
+            x_label="round",
+            y_label="seconds, waiting included",
+            whole_x=True,
+            from_zero=True,
         )
 
 

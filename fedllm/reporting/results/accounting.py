@@ -1,13 +1,14 @@
 """Accounting of a run: bytes, operations, seconds and memory, by round, tier and client."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedllm.storage.kept_records import ClientsRecord, TrainedClient
+from fedllm.storage.kept_records import ClientsRecord, TasksRecord, TrainedClient
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import AggregateRecord, EvaluationRecord, PreparedRecord, RoundRecord
 
 _BYTES_AT_16_BIT = 2
+_STAGES = {"client": "training", "aggregate": "aggregation", "evaluate": "evaluation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,9 @@ class RoundAccount:
 
     Bytes are those of all clients, as stored and at 16 bit. Operations are None where an engine did
     not count its tokens. `server_seconds` are those of aggregation and evaluation,
-    `allocated_seconds` those of the workers' tasks, idle ones too.
+    `allocated_seconds` those of the workers' tasks, idle ones too. `stages` has the seconds from
+    the submission of the first task to the end of the last one, waiting included, for training,
+    aggregation and evaluation, as far as they are done.
     """
 
     round: int
@@ -32,6 +35,7 @@ class RoundAccount:
     allocated_seconds: float
     gpu_seconds: float
     peak_memory_bytes: int
+    stages: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,19 @@ def round_account(paths: RoundPaths) -> RoundAccount | None:
         allocated_seconds=finished.allocated_seconds if finished else 0.0,
         gpu_seconds=finished.gpu_seconds if finished else 0.0,
         peak_memory_bytes=max((client.peak_memory_bytes for client in clients), default=0),
+        stages=stage_seconds(paths),
     )
+
+
+def stage_seconds(paths: RoundPaths) -> dict[str, float]:
+    """Return the seconds of a finished round's stages, waiting included; empty if unknown."""
+    record = TasksRecord.find(paths.tasks)
+    tasks = record.tasks if record else []
+    return {
+        stage: max(task.ended for task in same) - min(task.submitted for task in same)
+        for kind, stage in _STAGES.items()
+        if (same := [task for task in tasks if task.kind == kind])
+    }
 
 
 def round_accounts(paths: RunPaths, rounds: int) -> list[RoundAccount]:
@@ -98,7 +114,7 @@ def account_metrics(account: RoundAccount) -> dict[str, object]:
             *("bytes_up", "bytes_down", "bytes_up_16bit", "bytes_down_16bit"),
             *("flops", "padded_flops", "client_seconds", "server_seconds", "peak_memory_bytes"),
         )
-    }
+    } | {f"{stage}_stage_seconds": seconds for stage, seconds in account.stages.items()}
 
 
 def tier_accounts(records: Sequence[ClientsRecord], prepared: PreparedRecord) -> list[TierAccount]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import Incomplete
-from fedllm.reporting.results.accounting import TierAccount, tier_accounts
+from fedllm.reporting.results.accounting import TierAccount, stage_seconds, tier_accounts
 from fedllm.reporting.results.metrics import Mean, by_group
 from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus, attempt_work
 from fedllm.reporting.status.failure import Failure, failure_of
@@ -70,10 +70,11 @@ class RoundStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTraining:
-    """How the clients of a round trained, tier by tier."""
+    """How the clients of a round trained, tier by tier; stage -> seconds if it is finished."""
 
     round: int
     tiers: tuple[TierAccount, ...]
+    stages: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +298,8 @@ class StatusReader:
             found = self._records.find(ClientsRecord, paths.clients)
             if found and found.clients and prepared:
                 tiers = tuple(tier_accounts([found], prepared))
-                return RoundTraining(round=found.round, tiers=tiers)
+                stages = stage_seconds(paths)
+                return RoundTraining(round=found.round, tiers=tiers, stages=stages)
         return None
 
     def _results(self, rounds: Sequence[RoundPaths]) -> RunResults | None:

@@ -66,6 +66,9 @@ def _lines(root: Path, status: RunStatus, now: float) -> Iterator[str]:
 def _result_lines(status: RunStatus) -> Iterator[str]:
     if status.training:
         yield _tier_table(status.training)
+        stages = [f"{name} {duration(s)}" for name, s in status.training.stages.items()]
+        if stages:
+            yield f"stages of round {status.training.round}: {', '.join(stages)}"
     if status.results:
         yield _results_table(status.results)
 
