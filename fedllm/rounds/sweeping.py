@@ -60,7 +60,8 @@ class Sweep:
 def drive(sweep: Sweep) -> None:
     """Take every run of a sweep to its end; one that fails does not end the others.
 
-    On one machine one run goes on after the other; with a batch system all side by side.
+    On one machine one run goes on after the other; with a batch system all side by side, once the
+    first has prepared the data and scored the base for all.
 
     Raises:
         RunFailed: some runs failed; all others are done.
@@ -90,7 +91,7 @@ def _open_due(sweep: Sweep) -> bool:
         config = _config(sweep, item)
         if config is None or _is_done(sweep, item.name, config):
             continue
-        if sweep.opened and not traits_of(config).jobs_outlive_coordinator:
+        if sweep.opened and not (_base_is_scored(sweep) and _is_batch(config)):
             break
         _open(sweep, item.name, config)
     return bool(sweep.opened)
@@ -101,6 +102,16 @@ def _config(sweep: Sweep, item: SweepRunRecord) -> Config | None:
     if config is not None:
         sweep.configs[item.name] = config
     return config
+
+
+def _is_batch(config: Config) -> bool:
+    return traits_of(config).jobs_outlive_coordinator
+
+
+def _base_is_scored(sweep: Sweep) -> bool:
+    """Return whether a run has prepared the data and scored the base, which the others share."""
+    runs = (sweep.paths.run(item.name) for item in sweep.record.runs)
+    return any(run.round(0).record.exists() for run in runs)
 
 
 def _is_done(sweep: Sweep, name: str, config: Config) -> bool:
@@ -165,7 +176,7 @@ def _end(sweep: Sweep, name: str, error: FedllmError) -> None:
     sweep.ended[name] = error
     run = sweep.opened.pop(name, None)
     if run is not None:
-        if not traits_of(run.config).jobs_outlive_coordinator:
+        if not _is_batch(run.config):
             cancel_jobs(run.paths, run.config, run.scheduler)
         close_run(run)
     sweep.say(f"{name}: {error}")

@@ -261,6 +261,9 @@ def test_on_a_cluster_runs_go_on_side_by_side_under_one_throttle(tmp_path: Path)
     drive(sweep)
     assert len(done_runs(sweep)) == 4
     assert 4 < batch.most <= 6 and batch.together > 1
+    # the first run prepares the data and scores the base for all
+    scored = next(n for n, line in enumerate(lines) if "runs/a/0: round 0/1: done" in line)
+    assert scored < next(n for n, line in enumerate(lines) if "runs/b/0: prepare" in line)
     for run in runs:
         assert states(tmp_path / "sweep" / run.name) == states(tmp_path / "alone" / run.name)
 
