@@ -374,6 +374,7 @@ class SchedulerSection(Section):
     query_seconds: PositiveFloat = 60.0
     python: str | None = None
     setup: tuple[str, ...] = ()
+    interface: str | None = None
     sbatch: SbatchSection = SbatchSection()
 
     @model_validator(mode="after")

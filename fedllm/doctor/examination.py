@@ -19,6 +19,7 @@ from fedllm.doctor.findings import Finding, Level
 from fedllm.doctor.host_findings import folder_findings, readiness_findings
 from fedllm.doctor.node_findings import NodeRequirements, node_findings
 from fedllm.doctor.node_probe import Probe, ProbeWaits, node_options
+from fedllm.doctor.reach_probe import ReachProbe
 from fedllm.doctor.trials import ProbeResult, installed_versions, nearest_folder, trial_folder
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.classes import asks_for_gpus
@@ -140,8 +141,24 @@ def _on_nodes(
             for probed in pool.map(partial(_probed, request, folder), groups.values(), names):
                 yield from probed.findings
                 results += probed.results
+            yield from _reach(request, kinds, folder)
     except RunDirectoryError as error:
         yield Finding(check="compute nodes", level="not done", found=str(error))
+
+
+def _reach(request: DoctorRequest, kinds: Sequence[JobKind], folder: Path) -> Iterator[Finding]:
+    """Let the processes of a task of every class that has several reach each other."""
+    for kind in kinds:
+        own = folder / uuid.uuid4().hex
+        probe = ReachProbe(
+            section=request.scheduler,
+            flags=kind.flags,
+            folder=own,
+            wait_seconds=request.wait_seconds,
+        )
+        if probe.processes > 1:
+            make_folder(own)
+            yield from probe.findings(kind.name)
 
 
 @dataclass(frozen=True, kw_only=True)

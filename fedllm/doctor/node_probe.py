@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,22 @@ from fedllm.scheduling.slurm.commands import (
 from fedllm.scheduling.slurm.sbatch_flags import Flags, words_of
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publishing.publish import publish_bytes
+from fedllm.storage.records import Record
 
 # Options for batch jobs only, and the size of a task: a probe is one short process.
 _NOT_FOR_PROBES = {
     *("requeue", "no-requeue", "open-mode", "signal", "time", "time-min", "deadline", "hold"),
     *("begin", "kill-on-invalid-dep", "mail-type", "mail-user", "comment", "nice"),
-    *("nodes", "ntasks", "get-user-env", "export-file", "wait-all-nodes", "batch", "verbose"),
+    *(
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "get-user-env",
+        "export-file",
+        "wait-all-nodes",
+        "batch",
+        "verbose",
+    ),
     "export",
 }
 # time to start Python, and to load torch from a slow file system
@@ -45,7 +55,7 @@ _END_SECONDS = 5.0
 _START = "fedllm-probe-starts-on "
 
 _Parsed = TypeVar("_Parsed")
-_Answer = TypeVar("_Answer", NodeRecord, FileDelayRecord)
+_Answer = TypeVar("_Answer", bound=Record)
 
 
 class ProbeFailed(FedllmError):
@@ -87,9 +97,10 @@ class Probe:
             UserError: srun is not installed.
         """
         name = f"fedllm-doctor-{uuid.uuid4().hex[:8]}"
-        with self._started(name) as step:
-            node = self._node(step, name)
-            answer = self._answer(step, node, NodeRecord)
+        words = [*srun_words(self.flags, name, self._answer_seconds), "bash", "-c", self._script()]
+        with running_step(words, self.flags, name) as step:
+            node = node_of(step, name, self.wait_seconds)
+            answer = answer_of(step, node, NodeRecord, self._answer_seconds)
             clock_seconds = answer.clock - time.time()
             if answer.storage_problem:
                 return ProbeResult(node=answer, clock_seconds=clock_seconds)
@@ -97,7 +108,7 @@ class Probe:
             seen_here = seconds_until(paths.node_file.exists, max_seconds=self.visibility_seconds)
             publish_bytes(paths.submitter_file, b"{}")
             step.say("look")
-            seen_there = self._answer(step, node, FileDelayRecord).seconds
+            seen_there = answer_of(step, node, FileDelayRecord, self._answer_seconds).seconds
         return ProbeResult(
             node=answer,
             clock_seconds=clock_seconds,
@@ -109,80 +120,107 @@ class Probe:
     def _answer_seconds(self) -> float:
         return _ANSWER_SECONDS + self.visibility_seconds
 
-    @contextmanager
-    def _started(self, name: str) -> Iterator["_Step"]:
-        words = [*srun_words(self.flags, name, self._answer_seconds), "bash", "-c", self._script()]
-        try:
-            process = subprocess.Popen(
-                words,
-                env=srun_environment(self.flags),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-            )
-        except FileNotFoundError as error:
-            raise UserError("srun: not found; the probe of a compute node needs it") from error
-        step = _Step(process)
-        end_seconds = 0.0
-        try:
-            yield step
-            # a probe that has answered everything ends by itself
-            end_seconds = _END_SECONDS
-        finally:
-            step.end(end_seconds)
-            # a killed srun may leave its allocation
-            with contextlib.suppress(FedllmError, CommandRefused):
-                call(["scancel", "--quiet", f"--name={name}", f"--user={os.getuid()}"])
-
     def _script(self) -> str:
-        python = self.section.python or shlex.quote(sys.executable)
         words = ["-m", "fedllm.programs.probe", str(self.folder)]
         words += [f"--also={path}" for path in self.also if path.exists()]
         words += [f"--patience={self.visibility_seconds}"]
         words += [f"--node-local={self.node_local}"] if self.node_local else []
-        return "\n".join(
-            [
-                f'echo "{_START}{NODE_NAME_IN_SHELL}"',
-                *self.section.setup,
-                # import what a job's program would, not modules of the working directory
-                "export PYTHONSAFEPATH=1",
-                f"exec {python} -u {shlex.join(words)}",
-            ]
+        return script_of(self.section, words)
+
+
+@contextmanager
+def running_step(words: Sequence[str], flags: Flags, name: str) -> Iterator["_Step"]:
+    """Start srun with `words`, for a job `name`; end it with the block.
+
+    Raises:
+        UserError: srun is not installed.
+    """
+    try:
+        process = subprocess.Popen(
+            words,
+            env=srun_environment(flags),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
+    except FileNotFoundError as error:
+        raise UserError("srun: not found; the probe of a compute node needs it") from error
+    step = _Step(process)
+    end_seconds = 0.0
+    try:
+        yield step
+        # a probe that has answered everything ends by itself
+        end_seconds = _END_SECONDS
+    finally:
+        step.end(end_seconds)
+        # a killed srun may leave its allocation
+        with contextlib.suppress(FedllmError, CommandRefused):
+            call(["scancel", "--quiet", f"--name={name}", f"--user={os.getuid()}"])
 
-    def _node(self, step: "_Step", name: str) -> str:
-        """Wait until the probe starts; return its node."""
+
+def script_of(section: SchedulerSection, words: Sequence[str], exports: Sequence[str] = ()) -> str:
+    """Return the script of a probe: it says its node, and runs Python with `words`."""
+    python = section.python or shlex.quote(sys.executable)
+    return "\n".join(
+        [
+            f'echo "{_START}{NODE_NAME_IN_SHELL}"',
+            *exports,
+            *section.setup,
+            # import what a job's program would, not modules of the working directory
+            "export PYTHONSAFEPATH=1",
+            f"exec {python} -u {shlex.join(words)}",
+        ]
+    )
+
+
+def node_of(step: "_Step", name: str, wait_seconds: float) -> str:
+    """Wait until the probe starts; return its node.
+
+    Raises:
+        ProbeWaits: no node in time.
+    """
+    try:
+        return step.find(_started_on, wait_seconds)
+    except TimeoutError as error:
+        seconds = f"{wait_seconds:.0f} s"
+        raise ProbeWaits(f"no node within {seconds} ({_reason(name)})") from error
+
+
+def answer_of(step: "_Step", node: str, kind: type[_Answer], seconds: float) -> _Answer:
+    """Return the next answer of a kind.
+
+    Raises:
+        ProbeFailed: it did not come in time, or the probe ended without it.
+    """
+
+    def parse(line: str) -> _Answer | None:
         try:
-            return step.find(_started_on, self.wait_seconds)
-        except TimeoutError as error:
-            seconds = f"{self.wait_seconds:.0f} s"
-            raise ProbeWaits(f"no node within {seconds} ({_reason(name)})") from error
+            return kind.model_validate_json(line)
+        except ValidationError:
+            return None
 
-    def _answer(self, step: "_Step", node: str, kind: type[_Answer]) -> _Answer:
-        def parse(line: str) -> _Answer | None:
-            try:
-                return kind.model_validate_json(line)
-            except ValidationError:
-                return None
-
-        try:
-            return step.find(parse, self._answer_seconds)
-        except TimeoutError as error:
-            raise ProbeFailed(
-                f"node {node}: no answer within {self._answer_seconds:.0f} s"
-            ) from error
-        except ProbeFailed as error:
-            raise ProbeFailed(f"node {node}: {error}") from error
+    try:
+        return step.find(parse, seconds)
+    except TimeoutError as error:
+        raise ProbeFailed(f"node {node}: no answer within {seconds:.0f} s") from error
+    except ProbeFailed as error:
+        raise ProbeFailed(f"node {node}: {error}") from error
 
 
-def srun_words(flags: Flags, name: str, seconds: float) -> list[str]:
-    """Return the srun command with those flags of sbatch that decide about the node."""
+def srun_words(flags: Flags, name: str, seconds: float, *, alone: bool = True) -> list[str]:
+    """Return the srun command with those flags of sbatch that decide about the node.
+
+    Without `alone` it has the size of a task, else it is one process.
+    """
+    own = {name: flags[name] for name in ("nodes", "ntasks", "ntasks-per-node") if name in flags}
+    size = {"nodes": 1, "ntasks": 1} if alone else own
     chosen = {flag: value for flag, value in flags.items() if flag not in _NOT_FOR_PROBES}
     return [
         "srun",
-        *("--nodes=1", "--ntasks=1", f"--job-name={name}", "--kill-on-bad-exit=1"),
+        *words_of(size),
+        *(f"--job-name={name}", "--kill-on-bad-exit=1"),
         # the time starts with the probe: the wait for a node has its own limit
         f"--time={math.ceil(seconds / 60)}",
         *words_of(chosen),
@@ -272,7 +310,7 @@ class _Step:
         for reader in self._readers:
             reader.join(timeout=_END_SECONDS)
         lines = [line.strip() for line in self._error_lines if line.strip()]
-        own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: "))]
+        own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd"))]
         errors = [line for line in lines if "error: " in line]
         # the message of the node's shell or Python, else that of Slurm
         last = (own or errors or lines)[-1:] or [f"exit status {self._process.wait()}"]

@@ -61,6 +61,23 @@ class FileDelayRecord(Record):
     seconds: float | None
 
 
+class NetworkRecord(Record):
+    """The network of a node: interface -> IPv4 address; `chosen`: that of `scheduler.interface`."""
+
+    node: str
+    interfaces: dict[str, str]
+    chosen: str
+
+
+class ReachRecord(Record):
+    """Processes on `nodes`, in rank order, summed a tensor of so many bytes in so many seconds."""
+
+    nodes: list[str]
+    bytes: int
+    seconds: float
+    backend: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
     """Result of a probe on a compute node.

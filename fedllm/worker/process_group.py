@@ -128,6 +128,7 @@ def connected(
     identity: TaskIdentity,
     *,
     wait_minutes: float,
+    start_seconds: float = START_SECONDS,
     tell: Callable[[ProcessLost], None] = lambda _loss: None,
 ) -> Iterator[Processes]:
     """Connect the processes of a task, and disconnect them at the end.
@@ -135,6 +136,7 @@ def connected(
     Args:
         identity: this process.
         wait_minutes: how long it waits for the others in a step of the training.
+        start_seconds: how long it waits for them to start.
         tell: called at once where another process is lost, from another thread.
 
     Raises:
@@ -145,20 +147,22 @@ def connected(
     if identity.num_processes == 1:
         yield OneProcess()
         return
-    met, store = _meet(identity)
-    watch, in_order = Watch(identity, met, tell), False
+    met, store = _meet(identity, start_seconds)
+    watch, joined, in_order = Watch(identity, met, tell), False, False
     try:
         _join(identity, store, wait_minutes)
+        joined = True
         yield SeveralProcesses(store)
         in_order = True
     except RuntimeError as error:
         if not _is_loss(error):
             raise
         said = str(error).splitlines()[0]
-        loss = watch.explain(timed_out="timed out" in str(error).lower())
+        # who does not come so far has the network to blame, not the others
+        loss = watch.explain(timed_out="timed out" in str(error).lower()) if joined else None
+        what = "lost another one" if joined else "does not reach the others"
         raise loss or ProcessLost(
-            f"{identity.task}: process {identity.rank} of {identity.num_processes} lost another "
-            f"one ({said})",
+            f"{identity.task}: process {identity.rank} of {identity.num_processes} {what} ({said})",
             log=identity.log,
         ) from error
     finally:
@@ -167,16 +171,16 @@ def connected(
             dist.destroy_process_group()
 
 
-def _meet(identity: TaskIdentity) -> tuple[Met, TCPStore]:
+def _meet(identity: TaskIdentity, start_seconds: float) -> tuple[Met, TCPStore]:
     """Find the other processes; return them and their store, which the first one keeps."""
-    timeout = timedelta(seconds=START_SECONDS)
+    timeout = timedelta(seconds=start_seconds)
     if not identity.is_first:
-        met = call_first(identity)
+        met = call_first(identity, start_seconds)
         place = met.host, met.store_port
         return met, TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timeout)
     with listen(identity.rendezvous) as server:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        return receive_others(server, identity, store.port), store
+        return receive_others(server, identity, store.port, start_seconds), store
 
 
 def _join(identity: TaskIdentity, store: TCPStore, wait_minutes: float) -> None:

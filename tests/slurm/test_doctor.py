@@ -1,12 +1,15 @@
 """What is wrong with a cluster or a run's place on it, said before or as soon as it can be."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fedllm.config.models import SchedulerSection
+from fedllm.doctor.reach_probe import ReachProbe
 from tests.cli.commands import fedllm, in_process, one_line
 from tests.slurm.blindness import blind_node
 from tests.slurm.cluster import Cluster
@@ -63,11 +66,27 @@ def test_a_doctor_names_the_directory_and_the_node_that_does_not_see_it(
     assert not list(hidden.iterdir())
 
 
+@pytest.mark.usefixtures("cluster")
+def test_processes_that_do_not_reach_each_other_are_told_which_networks_there_are(
+    tmp_path: Path,
+) -> None:
+    section = SchedulerSection(kind="slurm", interface="ib7")
+    flags = {"nodes": 2, "ntasks": 2, "ntasks-per-node": 1}
+    probe = ReachProbe(section=section, flags=flags, folder=tmp_path, wait_seconds=60.0)
+    (told,) = probe.findings("client large")
+    assert (told.check, told.level) == ("processes of a task (client large)", "fail")
+    assert "ib7" in told.found
+    assert "scheduler.interface: a network that all nodes of a task share (there: " in told.change
+    assert "lo" in told.change
+
+
 @pytest.mark.parametrize("cluster", ["accounting"], indirect=True)
 def test_a_healthy_cluster_has_no_failures_and_nothing_is_left_on_it(
     tiny: Tiny, cluster: Cluster, tmp_path: Path
 ) -> None:
-    done = diagnosis(tiny, tmp_path / "run", f"storage.node_local={tmp_path}")
+    several = ("training.engine=zero", "training.processes=2", "training.nodes=2")
+    own = ("scheduler.interface=lo", f"storage.node_local={tmp_path}")
+    done = diagnosis(tiny, tmp_path / "run", *several, *own)
     found = findings(done)
     assert done.returncode == 0, found
     node = next(name.partition(":")[0] for name in found if name.startswith("node "))
@@ -78,6 +97,10 @@ def test_a_healthy_cluster_has_no_failures_and_nothing_is_left_on_it(
     assert found["accounting"]["found"].startswith("slurmdbd")
     assert found["preemption in low"]["found"].startswith("REQUEUE by partition_prio")
     assert found["sbatch --test-only"]["found"] == "jobs of every kind would be accepted"
+    reach = found["processes of a task (client large, small)"]
+    assert reach["level"] == "ok", reach
+    words = r"2 on n1, n2 reach each other over lo: a sum of 16.0 MiB takes [\d.]+ s \(.*/?, gloo\)"
+    assert re.fullmatch(words, reach["found"]), reach["found"]
     assert not list(tmp_path.iterdir())
     assert not cluster.slurm("squeue", "--noheader", "--states=PENDING,RUNNING")
 

@@ -49,6 +49,7 @@ from fedllm.scheduling.slurm.sbatch_flags import (
 )
 from fedllm.scheduling.slurm.script import (
     exports,
+    interface_lines,
     log_pattern,
     python_words,
     size_flags,
@@ -315,7 +316,11 @@ class SlurmScheduler:
             "wckey": None,
             "stderr_to_stdout": True,
             "array_parallelism": job.parallel or self.section.max_parallel,
-            "setup": [*exports(job, flags), *self.section.setup],
+            "setup": [
+                *exports(job, flags),
+                *(interface_lines(self.section) if job.processes_per_task > 1 else ()),
+                *self.section.setup,
+            ],
             "additional_parameters": {
                 **flags,
                 "output": log_pattern(job.log_folder, _LOG.replace("%t", "0")),

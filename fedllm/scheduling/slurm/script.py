@@ -97,6 +97,14 @@ def exports(job: Job, flags: Flags) -> list[str]:
     ]
 
 
+def interface_lines(section: SchedulerSection) -> list[str]:
+    """Return the lines that export the network interface of several processes."""
+    if section.interface is None:
+        return []
+    name = shlex.quote(section.interface)
+    return [f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}"]
+
+
 def size_flags(size: TaskSize) -> Mapping[str, int]:
     """Return the flags of sbatch for the number of processes and nodes of a task."""
     per_node = {"ntasks-per-node": size.processes // size.nodes} if size.processes > 1 else {}
