@@ -15,6 +15,7 @@ from fedllm.errors import ConfigError, RunDirectoryError, UserError
 from fedllm.rounds.retention import best_round
 from fedllm.storage.own_code import folders_of, is_own, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
+from fedllm.storage.records import RunRecord
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
 ConfigOrSweep = Annotated[
@@ -75,7 +76,7 @@ def configuration(path: Path, overrides: Sequence[str]) -> Config:
     path = configuration_file(path)
     config = load_config(path, overrides)
     if is_own(config.method.name):
-        read_own_code(config.method.name, folders_of(path))
+        read_own_code(config.method.name, [*_recorded_folders(path.parent), *folders_of(path)])
     return config
 
 
@@ -86,6 +87,12 @@ def configuration_file(path: Path) -> Path:
         with contextlib.suppress(UserError):
             return shipped(str(path))
     return path
+
+
+def _recorded_folders(root: Path) -> list[str]:
+    """Return where a run finds its method, if its own `config.yaml` was named."""
+    record = RunRecord.find(RunPaths(root=root).run)
+    return record.own_code.folders if record and record.own_code else []
 
 
 def existing_run(root: Path) -> RunPaths:

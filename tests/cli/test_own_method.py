@@ -56,6 +56,9 @@ def killed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_run_resumes_elsewhere_to_the_same_bits_and_is_exported_and_scored(
     project: Path, killed: Path, tmp_path: Path
 ) -> None:
+    # as the coordinator's job does
+    run_on = fedllm("run", killed / "config.yaml", "--run-dir", killed, cwd=tmp_path)
+    assert run_on.returncode == 0, run_on.stderr
     resumed = fedllm("resume", killed, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     quiet = tmp_path / "quiet"
