@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Partial
-from fedllm.lora.factors import FactorBlock
+from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.protocol import ServerStep
 
 _PRODUCT = "product "  # before the names of the parts of a sum of products
@@ -48,10 +48,22 @@ def times(product: Partial, right_GIR: Tensor) -> Tensor:
     return product["B"] @ (product["A"] @ right_GIR)
 
 
-def dense(products: Sequence[Partial], place: int) -> Tensor:
-    """Return the sum of products (O, I) of the module at `place`, float64."""
-    found = [
-        p["W"][place].double() if "W" in p else p["B"][place].double() @ p["A"][place].double()
-        for p in products
-    ]
-    return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+def dense(
+    products: Sequence[Partial], place: int, *, total: float, less: Factors | None = None
+) -> Tensor:
+    """Return the mean of products (O, I) of the module at `place`, without `less`.
+
+    It is one float32 product: a weight that it is added to holds no more digits.
+    """
+    lefts = [p["B"][place] / total for p in products if "B" in p]
+    rights = [p["A"][place] for p in products if "B" in p]
+    if less is not None:
+        lefts.append(less.b_OR.double() * -less.scale)
+        rights.append(less.a_RI.double())
+    formed = [(p["W"][place] / total).float() for p in products if "W" in p]
+    if not lefts:
+        return torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]
+    product = torch.cat(lefts, 1).float() @ torch.cat(rights).float()
+    for other in formed:
+        product += other
+    return product

@@ -23,4 +23,4 @@ def no_change(shape: ModuleShape) -> ModuleState:
 
 def changed(before: ModuleState, added_OI: Tensor) -> Mapping[str, Tensor]:
     """Return the change of the base with `added_OI` in addition."""
-    return {CHANGE: before[CHANGE].double() + added_OI}
+    return {CHANGE: before[CHANGE] + added_OI.to(before[CHANGE])}

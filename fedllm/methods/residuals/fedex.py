@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial
-from fedllm.lora.factors import FactorBlock, ModuleShape, delta
+from fedllm.lora.factors import FactorBlock, ModuleShape
 from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.products import dense, split, with_product
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
@@ -56,7 +56,7 @@ class FedEx(FactorMean):
             # of the factors as they are carried: the sum is then exact
             rank = step.problem.rank
             pair = self.module_adapter(module=module, state=result.state, rank=rank)
-            residual_OI = dense(products, place) / step.total - delta(pair)
+            residual_OI = dense(products, place, total=step.total, less=pair)
             change = carried(module, changed(before, residual_OI))
             found.append(replace(result, state={**result.state, **change}))
         return found

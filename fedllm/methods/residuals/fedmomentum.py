@@ -24,7 +24,7 @@ from fedllm.methods.options import FedMomentumOptions
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
 from fedllm.methods.refusals import refuse_mixed_ranks
 from fedllm.methods.residuals.base_state import CHANGE, change_part, changed, no_change
-from fedllm.methods.residuals.spectrum import all_directions, cut, leading
+from fedllm.methods.residuals.spectrum import all_directions, between, cut, leading
 from fedllm.methods.spectral.spectral_state import SpectralMethod
 from fedllm.methods.state import carried
 
@@ -89,6 +89,4 @@ class FedMomentum(SpectralMethod):
     def _tail(self, found: Decomposition, rank: int) -> Tensor:
         """Return the components behind the adapter's that go into the base."""
         end = max(rank, leading(found, self.options.energy))
-        triplets = found.spectral
-        u_OR, s_R = triplets.u_OR[:, rank:end].double(), triplets.s_R[rank:end].double()
-        return (u_OR * s_R) @ triplets.vh_RI[rank:end].double()
+        return between(found, rank, end)

@@ -56,7 +56,7 @@ class Flora(PairMethod):
         for block in partials:
             keep(block, products)
         places = range(len(step.modules))
-        merged = [dense(products, place) / step.total for place in places]
+        merged = [dense(products, place, total=step.total) for place in places]
         found = routes.decompose(products, step.problem, total=step.total, start=self.start(step))
         lost = [0.0 for _ in places]
         return [

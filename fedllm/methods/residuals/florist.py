@@ -16,7 +16,7 @@ from fedllm.lora.factors import FactorBlock
 from fedllm.methods.options import FloristOptions
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
 from fedllm.methods.residuals.flora import Flora
-from fedllm.methods.residuals.spectrum import all_directions, cut, leading
+from fedllm.methods.residuals.spectrum import all_directions, between, cut, leading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,12 @@ class Florist(Flora):
         for place, each in enumerate(found):
             count = leading(each, self.options.threshold)
             s_R = each.spectral.s_R.double()
-            u_OR, vh_RI = each.spectral.u_OR.double(), each.spectral.vh_RI.double()
             results.append(
                 self.merged(
                     place,
                     cut(each, step.problem.rank),
                     step,
-                    merged_OI=(u_OR[:, :count] * s_R[:count]) @ vh_RI[:count],
+                    merged_OI=between(each, 0, count),
                     lost=max(0.0, each.total_energy - float(s_R[:count].square().sum())),
                 )
             )

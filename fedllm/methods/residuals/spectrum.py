@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from fedllm.aggregation.route_types import Decomposition, Problem
 from fedllm.lora.spectral import truncate
 
@@ -21,6 +23,13 @@ def cut(found: Decomposition, rank: int) -> Decomposition:
         found.certificate, residual_energy=found.certificate.residual_energy + behind
     )
     return replace(found, spectral=truncate(triplets, rank), certificate=certificate)
+
+
+def between(found: Decomposition, begin: int, end: int) -> Tensor:
+    """Return the sum of the triplets from `begin` to before `end` (O, I), float32."""
+    triplets = found.spectral
+    u_OR = (triplets.u_OR[:, begin:end] * triplets.s_R[begin:end]).float()
+    return u_OR @ triplets.vh_RI[begin:end].float()
 
 
 def leading(found: Decomposition, share: float) -> int:
