@@ -41,7 +41,7 @@ def cancel(
         bool, typer.Option("--jobs-only", help="Leave the coordinator running.")
     ] = False,
 ) -> None:
-    """End the jobs of a run, or of all runs of a sweep, and their coordinator.
+    """End the jobs and coordinators of a run or a sweep.
 
     `fedllm resume` continues them.
     """

@@ -22,7 +22,7 @@ def inspect(
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Show a client's row, its prompt, and the tokens with loss; or show all clients."""
+    """Show a client's row, prompt and tokens, or all clients."""
     if clients == (client is not None):
         raise ConfigError("fedllm inspect: need --client C for one client, or --clients for all")
     loaded = configuration(config, set_ or [])

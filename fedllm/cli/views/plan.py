@@ -62,7 +62,7 @@ def plan(
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Print the jobs, costs and times of a round, or the hours of a sweep. Nothing is submitted."""
+    """Print what a round or a sweep would submit and cost. Nothing is submitted."""
     from fedllm.programs.prepare import prepare as prepare_step
 
     if is_sweep_file(configuration_file(config)):

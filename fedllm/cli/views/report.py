@@ -41,7 +41,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write charts and tables of a run, or of the arms of a sweep, as one HTML page.
+    """Write charts and tables of a run or a sweep as one page.
 
     It may be unfinished or failed. The page needs no network and no other file.
     """

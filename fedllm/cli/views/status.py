@@ -32,7 +32,7 @@ def status(
     ] = False,
     json_: AsJson = False,
 ) -> None:
-    """Show how far a run or a sweep is, and why the tasks of a run wait.
+    """Show how far a run or a sweep is, and why tasks wait.
 
     Progress comes from the files of the run, reasons for waiting from Slurm. Exit code 1: an error
     ended the run.
