@@ -77,8 +77,10 @@ footer { margin-top: 3rem; padding-bottom: 2rem; color: var(--soft); font-size: 
     --series-0: #1f5fc4; --series-1: #b4500a; --series-2: #0f7048; --series-3: #6d45c4;
     --series-4: #b02a63; --series-5: #0a6a7d; --series-6: #74560f; --series-7: #545b66; }
   body { font-size: 11px; }
-  nav, .skip, .csv { display: none; }
+  nav, .skip, .csv, details:not([open]) { display: none; }
   .charts { grid-template-columns: 1fr 1fr; }
+  .charts:has(> :only-child) { grid-template-columns: 1fr; max-width: 24rem; }
+  figure, .facts div { border: 1px solid var(--line); }
   .scroll, pre { overflow: visible; }
   th, td { white-space: normal; }
   pre { white-space: pre-wrap; }
