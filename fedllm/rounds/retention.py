@@ -12,7 +12,7 @@ from fedllm.config.models import Config
 from fedllm.scheduling.log_names import task_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.publishing.publish import storage_errors
-from fedllm.storage.records import EvaluationRecord
+from fedllm.storage.records import EvaluationRecord, StopRecord
 
 _SET_ASIDE = re.compile(r"\.(damaged|replaced|refused)-\d+$")
 # another process removes the same, or a late worker still writes there: the next call retries
@@ -183,8 +183,12 @@ def best_round(paths: RunPaths, config: Config) -> set[int]:
     """Return the evaluated round of the lowest mean loss on dev clients, or on all without dev.
 
     Only evaluations of the same clients and rows are compared: those of the set that most rounds
-    scored. Without an evaluation the result is empty.
+    scored. Without an evaluation the result is empty. A run that was stopped early has recorded its
+    best round.
     """
+    stop = StopRecord.find(paths.stop)
+    if stop and stop.round == config.rounds:
+        return {stop.best_round}
     losses: dict[tuple[tuple[str, int], ...], dict[int, float]] = {}
     for number in range(config.rounds + 1):
         record = EvaluationRecord.find(paths.round(number).evaluation_record)

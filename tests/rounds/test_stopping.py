@@ -56,6 +56,17 @@ def test_a_run_stops_after_so_many_evaluations_without_a_lower_loss(
     assert stop_after(dict(enumerate(losses)), patience, gain) == last
 
 
+def test_the_best_round_is_the_one_that_the_decision_found(tmp_path: Path) -> None:
+    """The last round is scored again on all rows, so as many rounds have one set as the other."""
+    simulation = Scored()
+    keys = {**STOPPING, "stopping__patience": 1, "rounds": 4}
+    complete(tmp_path / "run", simulation, config_of(**keys))
+    paths = RunPaths(root=tmp_path / "run")
+    config = read_config(paths.config)
+    assert config.rounds == 3 and best_round(paths, config) == {2}
+    assert paths.round(2).global_state.exists()
+
+
 @given(st.lists(st.floats(0, 10), min_size=1), st.integers(1, 4))
 def test_later_evaluations_never_change_the_decision(losses: list[float], patience: int) -> None:
     whole = stop_after(dict(enumerate(losses)), patience, 0.0)
@@ -68,9 +79,12 @@ def test_a_run_ends_where_dev_clients_say_and_scores_its_last_round_completely(
     tmp_path: Path,
 ) -> None:
     simulation = Scored()
+    lines = list[str]()
+    simulation.log = lines.append
     complete(tmp_path / "run", simulation, config_of(**STOPPING))
     paths = RunPaths(root=tmp_path / "run")
     assert max(number for number, _ in simulation.trained) == 4
+    assert sum("stopped after round 4" in line for line in lines) == 1
     assert StopRecord.read(paths.stop) == StopRecord(round=4, best_round=2, patience=2)
     config = read_config(paths.config)
     assert config.rounds == 4 and is_done(paths, config)

@@ -14,6 +14,9 @@ from fedllm.storage.paths import backup_name
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import ChangeRecord, EvaluationRecord, RunRecord, StopRecord
 
+# the user has been told in this process that the run stopped
+_SAID = "stopped early"
+
 
 def stop_after(losses: Mapping[int, float], patience: int, min_gain: float) -> int | None:
     """Return the round after which to stop; None: go on.
@@ -77,7 +80,7 @@ def apply_stop(run: Run) -> None:
         return
     if stop.round < run.config.rounds:
         run.observations.last_round = stop.round
-        if run.observations.is_new("stopped early"):
+        if run.observations.is_new(_SAID):
             run.say(
                 f"was stopped after round {stop.round}; to go on: --set stopping.patience=null "
                 f"--set rounds={run.config.rounds}"
@@ -89,6 +92,7 @@ def _stop(run: Run, losses: Mapping[int, float], last: int, patience: int) -> No
     best = min(losses, key=lambda number: losses[number])
     run.publish(StopRecord(round=last, best_round=best, patience=patience), run.paths.stop)
     run.observations.last_round = last
+    run.observations.is_new(_SAID)
     run.say(
         f"stopped after round {last}: the loss of dev clients is lowest in round {best} "
         f"({losses[best]:.3f}); it has not fallen for {patience} evaluations"
