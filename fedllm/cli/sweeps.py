@@ -9,7 +9,7 @@ from fedllm.config.loading import load_changed, result_fingerprint, validate
 from fedllm.config.models import Config
 from fedllm.config.sweep_files import Changes, SweepFile, load_sweep
 from fedllm.errors import RunDirectoryError
-from fedllm.methods.catalog import check_method
+from fedllm.methods.catalog import check_method, private_space
 from fedllm.planning.sweeps.sweep_runs import SweepRun, expand
 from fedllm.rounds.run import Run
 from fedllm.rounds.sweeping import Sweep, drive
@@ -42,6 +42,7 @@ def planned_sweep(path: Path, root: Path) -> tuple[SweepFile, list[SweepRun]]:
         if is_own(config.method.name):
             read_own_code(config.method.name, folders_of(base))
         check_method(config.method)
+        private_space(config)
         refuse_reserved(config.scheduler)
         cache = str(cache_of(config.storage.cache, root).root)
         storage = config.storage.model_copy(update={"cache": cache})

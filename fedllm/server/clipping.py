@@ -47,7 +47,7 @@ def clip_factors(
             received = method.hand_out(
                 module=module,
                 state=state,
-                rank=cohort.ranks[client.tier][module],
+                rank=cohort.ranks_of(client)[module],
                 to=Recipient(client=client.id, round=cohort.round),
             )
             energies[place] += _ENERGIES[space](sent, received, trained)

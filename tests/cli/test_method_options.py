@@ -1,5 +1,6 @@
 """A run with options of its method: killed, resumed, refused with others."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,13 @@ def test_options_of_another_value_or_name_are_one_line(tiny: Tiny, tmp_path: Pat
     arguments += ["--set", "method.name=factor_mean", *KEEP]
     line = one_line(in_process(*arguments))
     assert "method.options.truncated: an option of flexlora; factor_mean has no options" in line
+
+
+def test_plan_prints_what_the_whole_run_says_about_a_client(tiny: Tiny) -> None:
+    private = ["privacy.clip_norm=1", "privacy.noise_multiplier=4", "aggregation.weights=uniform"]
+    keep = ["method.options.truncated=keep"]
+    changes = [word for change in [*private, *keep] for word in ("--set", change)]
+    done = in_process("plan", tiny.config, *changes)
+    assert done.returncode == 0, done.stderr
+    words = r"privacy of a client after 2 rounds: epsilon \d+\.\d\d at delta 1e-05 "
+    assert re.search(words + r"\(fixed cohorts of 4 of 8 clients\)", done.stdout), done.stdout
