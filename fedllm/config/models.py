@@ -141,6 +141,7 @@ class TierSection(Section):
     engine: EngineName | None = None
     processes: PositiveInt | None = None
     nodes: Annotated[PositiveInt | None, Field(json_schema_extra=EXECUTION)] = None
+    memory_gib: Annotated[PositiveFloat | None, Field(json_schema_extra=EXECUTION)] = None
 
 
 def _set_by(tier: TierSection) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Costs of clients: seconds of training, estimated from tokens and sizes, then from rounds."""
+"""Costs of clients: seconds of training, estimated and then measured; memory of a process."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from fedllm.storage.records import ClientRecord, CohortClient, ModuleRecord, Tie
 # Every client costs this much for its adapter, its optimizer and its share of a file.
 SECONDS_PER_CLIENT = 0.05
 _TERA = 1e12
+_DIVIDES_BASE = 3  # the stage of ZeRO
+_WHOLE_LAYERS = 2  # one that computes, and the next one
+_ADAMW = 2
 
 
 def training_cost(client: ClientRecord, training: TrainingSection) -> float:
@@ -51,6 +55,66 @@ def training_operations(model_parameters: int, adapter: int) -> float:
         adapter: number of weights of the adapter.
     """
     return 4.0 * model_parameters + 6.0 * adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessMemory:
+    """Bytes that a process needs at least while it trains; activations come on top.
+
+    Attributes:
+        weights: of the base: its part, and the layers that are whole while they compute.
+        adapter: A and B in float32.
+        gradients: of the adapter, whole in every process before they are summed.
+        optimizer: two numbers for each weight of the adapter (AdamW), and ZeRO's own copy of it.
+    """
+
+    weights: float
+    adapter: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all parts."""
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+
+def process_memory(
+    *,
+    model_parameters: int,
+    bytes_per_weight: int,
+    modules: Mapping[str, ModuleRecord],
+    ranks: Mapping[str, int],
+    processes: int = 1,
+    stage: int | None = None,
+) -> ProcessMemory:
+    """Return the memory of one of the processes that train a client together.
+
+    Args:
+        model_parameters: number of weights of the base.
+        bytes_per_weight: of the base.
+        modules: the target modules.
+        ranks: module -> rank.
+        processes: number of processes.
+        stage: stage of ZeRO; None: every process has everything.
+    """
+    base, adapter = (
+        float(bytes_per_weight * model_parameters),
+        4.0 * adapter_weights(ranks, modules),
+    )
+    weights = base
+    if stage == _DIVIDES_BASE and processes > 1:
+        weights = min(base, base / processes + _WHOLE_LAYERS * base / _num_layers(modules))
+    copies = _ADAMW if stage is None else (_ADAMW + 1) / processes
+    return ProcessMemory(
+        weights=weights, adapter=adapter, gradients=adapter, optimizer=copies * adapter
+    )
+
+
+def _num_layers(modules: Mapping[str, ModuleRecord]) -> int:
+    """Return the number of layers, by the first number in the paths of the target modules."""
+    found = (re.search(r"\.(\d+)\.", name) for name in modules)
+    return max((1 + int(number[1]) for number in found if number), default=1)
 
 
 def seed_costs(

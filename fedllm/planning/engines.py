@@ -54,6 +54,7 @@ class Engine:
         clients_at_once: number of clients that it trains together.
         processes: number of processes of a task that train a client.
         nodes: number of nodes over which they are spread evenly.
+        stage: stage of ZeRO; None: nothing is divided.
         package: package that it needs beside the dependencies of fedllm; None: none.
         divides_base: whether each process holds only a part of the weights of the base.
         layout: the layout of rows that it needs; None: any.
@@ -63,6 +64,7 @@ class Engine:
     clients_at_once: int = 1
     processes: int = 1
     nodes: int = 1
+    stage: int | None = None
     package: str | None = None
     divides_base: bool = False
     layout: str | None = None
@@ -121,6 +123,7 @@ def engine_of(training: TrainingSection) -> Engine:
             name="zero",
             processes=training.processes,
             nodes=training.nodes,
+            stage=training.zero.stage,
             package="deepspeed",
             # a single process would have every part
             divides_base=training.zero.stage == 3 and training.processes > 1,

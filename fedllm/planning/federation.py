@@ -4,9 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
+from fedllm.errors import ConfigError
 from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
 from fedllm.planning.cohorts import cohort_size, draw_cohort
-from fedllm.planning.costs import CostModel, seed_costs, training_cost
+from fedllm.planning.costs import (
+    CostModel,
+    ProcessMemory,
+    process_memory,
+    seed_costs,
+    training_cost,
+)
 from fedllm.planning.engines import ClientGroup, Engine, engine_of, engines_of
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
@@ -14,6 +21,8 @@ from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
 
 # sustained speed of a worker in 10^12 operations a second: with a GPU, without
 TERAFLOPS = {True: 20.0, False: 0.03}
+_BYTES = {"float32": 4, "bfloat16": 2}
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +92,49 @@ class Federation:
         }
 
 
+def memory_of_process(
+    config: Config,
+    prepared: PreparedRecord,
+    ranks: Mapping[str, Mapping[str, int]],
+    tier: str,
+    stage: int | None,
+) -> ProcessMemory:
+    """Return the memory of a process that trains clients of a tier, at a stage of ZeRO."""
+    return process_memory(
+        model_parameters=prepared.model_parameters,
+        bytes_per_weight=_BYTES[config.model.dtype],
+        modules=prepared.modules,
+        ranks=ranks[tier],
+        processes=config.training_of(tier).processes,
+        stage=stage,
+    )
+
+
+def _require_memory(
+    config: Config, prepared: PreparedRecord, ranks: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Refuse tiers whose processes have too little memory for the base and their adapter.
+
+    Raises:
+        ConfigError: one line for each of them.
+    """
+    lines = []
+    for tier, engine in engines_of(config).items():
+        given = config.clients.tiers[tier].memory_gib
+        needed = memory_of_process(config, prepared, ranks, tier, engine.stage).total / _GIB
+        if given is not None and needed > given:
+            what = f"stage {engine.stage}" if engine.stage else "whole weights"
+            lines.append(
+                f"clients.tiers.{tier}.memory_gib: got {given:g}, but a process needs at least "
+                f"{needed:.3g} GiB for a base of {prepared.model_parameters:,} weights (engine "
+                f"{engine.name}, {what}, {engine.processes} in all); need more "
+                "memory, training.zero.stage: 3 with more training.processes, or model.dtype: "
+                "bfloat16"
+            )
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
 def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
     """Plan a federation from a configuration and its prepared data and base.
 
@@ -92,14 +144,15 @@ def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
     clients = {client.id: client for client in prepared.clients}
     roles = split_roles(config.clients, prepared.clients)
     cohort_size(config.clients, len(roles.train))
-    engines = engines_of(config)
+    engines, ranks = engines_of(config), resolve_ranks(config, prepared.modules)
+    _require_memory(config, prepared, ranks)
     return Federation(
         config=config,
         prepared=prepared,
         clients=clients,
         roles=roles,
         tiers=assign_tiers(config.clients, config.seed, list(clients)),
-        ranks=resolve_ranks(config, prepared.modules),
+        ranks=ranks,
         classes=classes_of(config.scheduler.sbatch, engines),
         engines=engines,
     )

@@ -94,7 +94,15 @@ def test_tasks_of_several_processes_are_planned_and_refused_inline(
     changes = options("training.engine=zero", "training.processes=2")
     planned = in_process("plan", tiny.config, *changes, "--set", "scheduler.kind=local")
     assert planned.returncode == 0, planned.stderr
-    assert "processes" in planned.stdout
+    assert "memory of a process at least" in planned.stdout
+    rows = [line.split() for line in planned.stdout.splitlines() if " 3 * " in line]
+    (row,) = (row for row in rows if row[0] == "small")
+    assert row[:6] == ["small", "zero", "3", "*", "1", "2"]
+    small = options("scheduler.kind=local", "clients.tiers.large.memory_gib=1e-6")
+    too_large = in_process("plan", tiny.config, *changes, *small)
+    assert too_large.returncode == 2
+    line = too_large.stderr.splitlines()[-1]
+    assert "clients.tiers.large.memory_gib: got 1e-06, but a process needs" in line
     refused = one_line(in_process("run", tiny.config, "--run-dir", tmp_path / "run", *changes))
     assert "scheduler.kind: inline runs a task in one process" in refused
     over = options("scheduler.kind=local", "training.nodes=2")

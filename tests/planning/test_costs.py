@@ -5,12 +5,16 @@ import pytest
 from fedllm.planning.costs import (
     SECONDS_PER_CLIENT,
     CostModel,
+    ProcessMemory,
     calibrate,
+    process_memory,
     seed_costs,
     training_cost,
 )
 from fedllm.storage.records import CohortClient, TierMix
 from tests.planning.federations import MODULES, client, config_of
+
+Q_PROJ = MODULES["model.layers.0.self_attn.q_proj"]
 
 
 def test_the_cost_of_a_client_is_the_tokens_it_will_compute() -> None:
@@ -62,3 +66,25 @@ def test_nothing_measured_leaves_the_seed() -> None:
     assert calibrate(seeded(), {}) == seeded()
     nobody = TierMix(drawn=2, used=0, tokens=0.0, seconds=0.0)
     assert calibrate(seeded(), {"small": nobody, "gone": nobody}) == seeded()
+
+
+def test_the_memory_of_a_process_follows_from_engine_stage_and_processes() -> None:
+    def memory(**more: int) -> ProcessMemory:
+        return process_memory(
+            model_parameters=1000,
+            bytes_per_weight=2,
+            modules={f"model.layers.{n}.q_proj": Q_PROJ for n in range(10)},
+            ranks={f"model.layers.{n}.q_proj": 1 for n in range(10)},
+            **more,
+        )
+
+    numbers = 10 * (Q_PROJ.out_features + Q_PROJ.in_features)
+    alone = memory()
+    assert (alone.weights, alone.adapter, alone.gradients) == (2000, 4 * numbers, 4 * numbers)
+    assert alone.optimizer == 2 * 4 * numbers
+    assert alone.total == 2000 + 4 * 4 * numbers
+    two = memory(stage=2, processes=4)
+    assert (two.weights, two.optimizer) == (2000, 3 * 4 * numbers / 4)
+    # its quarter, and two of ten layers
+    assert memory(stage=3, processes=4).weights == 500 + 400
+    assert memory(stage=3, processes=1).weights == 2000

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fedllm.config.models import Config
 from fedllm.errors import ConfigError
 from fedllm.planning.evaluation_targets import Target, choose_targets, is_complete, is_evaluated
 from fedllm.planning.federation import plan_federation
@@ -107,3 +108,21 @@ def test_rounds_are_scored_at_the_start_at_every_nth_and_at_the_end() -> None:
     assert [n for n in range(9) if is_evaluated(section, n, 8)] == [0, 3, 6, 8]
     never = config_of(evaluation__every=0).evaluation
     assert not any(is_evaluated(never, n, 8) for n in range(9))
+
+
+def test_a_base_that_does_not_fit_a_tiers_processes_is_refused_with_what_it_needs() -> None:
+    prepared = prepared_of([client(str(n)) for n in range(20)])
+    prepared = prepared.model_copy(update={"model_parameters": 1 << 30})
+
+    def tiers(**large: object) -> Config:
+        tiers = {"small": {"ranks": 2}, "large": {"ranks": 8, "engine": "zero", **large}}
+        return config_of(clients__tiers=tiers, clients__cohort={"count": 2})
+
+    with pytest.raises(ConfigError) as caught:
+        plan_federation(tiers(processes=2, memory_gib=3.5), prepared)
+    assert str(caught.value).startswith(
+        "clients.tiers.large.memory_gib: got 3.5, but a process needs at least 4 GiB for a base of "
+        "1,073,741,824 weights (engine zero, stage 3, 2 in all); need more memory, "
+    )
+    fits = plan_federation(tiers(processes=2, memory_gib=4.5), prepared)
+    assert fits.engines["large"].processes == 2

@@ -13,6 +13,7 @@ from fedllm.planning.federation import TERAFLOPS, Federation
 from fedllm.planning.workers import ClassPlan
 from fedllm.reporting.plan.plan_directions import DirectionsPlan, plan_directions
 from fedllm.reporting.plan.plan_files import FolderPlan, folders_of_round
+from fedllm.reporting.plan.plan_memory import MemoryPlan, plan_memory
 from fedllm.reporting.plan.plan_time import (
     SlotsPlan,
     round_seconds,
@@ -111,6 +112,7 @@ class Geometry:
     folders: tuple[FolderPlan, ...]
     evaluation: EvaluationPlan
     directions: tuple[DirectionsPlan, ...]
+    memory: tuple[MemoryPlan, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,7 @@ def plan_geometry(
         folders=folders,
         evaluation=evaluation,
         directions=plan_directions(federation),
+        memory=plan_memory(federation),
     )
 
 

@@ -14,6 +14,7 @@ def describe_plan(plan: Geometry) -> str:
     return "\n".join(
         [
             _arrays(plan),
+            _memory(plan),
             _jobs(plan),
             "sbatch options as submitted",
             *(f"  {a.worker_class}: {flags_text(a.options)}" for a in plan.arrays),
@@ -54,6 +55,25 @@ def _arrays(plan: Geometry) -> str:
     header = ["class", "tiers", "clients", "bundles", "array tasks", "at once", "arrays"]
     header += ["work each", "time limit", "memory", "nodes", "processes", "CPUs", "GPUs"]
     return text_table("client arrays of a round", header, rows) + "\n"
+
+
+def _memory(plan: Geometry) -> str:
+    rows = [
+        [
+            part.tier,
+            part.engine,
+            "-" if part.stage is None else f"{part.stage}{' *' if part.chosen else ''}",
+            str(part.nodes),
+            str(part.processes),
+            *map(size, (part.weights, part.adapter, part.gradients, part.optimizer, part.total)),
+            "-" if part.memory_gib is None else f"{part.memory_gib:g} GiB",
+        ]
+        for part in plan.memory
+    ]
+    header = ["tier", "engine", "stage", "nodes", "processes", "weights", "adapter", "gradients"]
+    header += ["optimizer", "in all", "memory_gib"]
+    title = "memory of a process at least, without activations (* the stage that is configured)"
+    return text_table(title, header, rows) + "\n"
 
 
 def _jobs(plan: Geometry) -> str:
