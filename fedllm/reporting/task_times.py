@@ -1,21 +1,24 @@
 """When the tasks of a round were submitted, started and ended, from their files."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from fedllm.errors import RunDirectoryError
 from fedllm.storage.kept_records import TaskTimes
 from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of
 from fedllm.storage.records import AggregateRecord, EvaluationRecord, TaskRecord
 
 
 def task_times(paths: RoundPaths) -> list[TaskTimes]:
-    """Return the times of a round's tasks, those of workers first."""
-    workers = [
-        _worker_times(attempt, number, path)
-        for number, attempt in enumerate(attempts_of(paths.attempt), 1)
-        for path in attempt.task_files()
-    ]
+    """Return the times of a round's tasks, those of workers first; a damaged record has none."""
+    workers: list[TaskTimes] = []
+    for number, attempt in enumerate(attempts_of(paths.attempt), 1):
+        for path in attempt.task_files():
+            # times are for people: a record that a killed worker left must not end the run
+            with contextlib.suppress(RunDirectoryError):
+                workers.append(_worker_times(attempt, number, path))
     return [*sorted(workers, key=lambda task: (task.started, task.task)), *_server_times(paths)]
 
 
