@@ -18,6 +18,7 @@ from fedllm.aggregation.route_types import (
     ritz_triplets,
     split_modules,
     transposed,
+    wanted_triplets,
 )
 
 
@@ -38,7 +39,7 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
     tall = w_GOI.mT if wide else w_GOI
     gram = tall.mT @ tall
     values, vectors = torch.linalg.eigh(gram)
-    basis = vectors[..., -min(problem.rank, vectors.shape[-1]) :].flip(-1)
+    basis = vectors[..., -wanted_triplets(problem, values) :].flip(-1)
     narrow_triplets = ritz_triplets(basis, (tall @ basis).mT)
     triplets = narrow_triplets if wide else transposed(narrow_triplets)
     # vector_norm makes no copy of the products

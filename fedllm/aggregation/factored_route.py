@@ -21,6 +21,7 @@ from fedllm.aggregation.route_types import (
     ritz_triplets,
     split_modules,
     transposed,
+    wanted_triplets,
 )
 
 _INDEPENDENT = 1e-2  # the part of a unit column orthogonal to the columns before it
@@ -61,7 +62,7 @@ def decompose(partials: Iterable[Partial], problem: Problem, start: Start) -> li
         # the sum is small beside its parts, and the Gram matrix has their rounding: form the sum
         return dense_route.decompose([{"W": b_GOR @ a_GRI}], problem, Start())
     values_GR, vectors_GRR = torch.linalg.eigh(gram_GRR)
-    kept = min(problem.rank, vectors_GRR.shape[-1])
+    kept = wanted_triplets(problem, values_GR)
     leading_GRK = vectors_GRR[..., -kept:].flip(-1)  # eigh sorts from the smallest
     basis = orthonormal(tall @ (t_GRR.mT @ leading_GRK))
     left_triplets = ritz_triplets(basis, (basis.mT @ tall) @ flat)

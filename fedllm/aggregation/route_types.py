@@ -71,6 +71,8 @@ class Problem:
         in_: columns of the weight.
         stacked_rank: the sum of all clients' ranks.
         rank: how many triplets are wanted.
+        share: more than `rank` triplets are wanted where fewer do not hold this share of the
+            energy; 1: all. Only direct routes find them.
         exact: only direct routes in float64.
         tolerance: the largest relative excess of an iterative route's residual energy.
         partitions: the ranges of directions between the ranks that are trained or received, from
@@ -81,6 +83,7 @@ class Problem:
     in_: int
     stacked_rank: int
     rank: int
+    share: float = 0.0
     exact: bool = False
     tolerance: float = 1e-4
     partitions: tuple[RankPartition, ...] = ()
@@ -107,6 +110,19 @@ class Route:
 
     fold: Callable[[Tensor, Tensor, Tensor], Partial]
     decompose: Callable[[Iterable[Partial], Problem, Start], list[Decomposition]]
+
+
+def wanted_triplets(problem: Problem, values_GN: Tensor) -> int:
+    """Return how many triplets to compute; `values_GN` are their energies, ascending."""
+    count = values_GN.shape[-1]
+    if problem.share >= 1:
+        return count
+    kept = min(problem.rank, count)
+    if not problem.share:
+        return kept
+    energies_GN = values_GN.clamp(min=0.0).flip(-1).cumsum(-1)
+    enough_G = 1 + (energies_GN < problem.share * energies_GN[..., -1:]).sum(-1)
+    return min(count, max(kept, int(enough_G.max())))
 
 
 def ritz_triplets(q_GOK: Tensor, p_GKI: Tensor) -> Spectral:

@@ -39,7 +39,7 @@ _FLOAT32_TOLERANCE = 1e-6  # the smallest relative excess that float32 can certi
 def route_for(problem: Problem) -> str:
     """Return the name of the route, from shapes and configuration alone: a rerun takes the same."""
     narrow = min(problem.out, problem.in_)
-    precise = problem.exact or problem.tolerance < _FLOAT32_TOLERANCE
+    precise = problem.exact or problem.share or problem.tolerance < _FLOAT32_TOLERANCE
     large = narrow >= _LARGE_SIDE and problem.stacked_rank > _MANY_RANKS * narrow
     if large and not precise and width(problem.rank, narrow) <= _MANY_WANTED * narrow:
         return "iterative"

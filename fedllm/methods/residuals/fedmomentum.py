@@ -24,7 +24,7 @@ from fedllm.methods.options import FedMomentumOptions
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
 from fedllm.methods.refusals import refuse_mixed_ranks
 from fedllm.methods.residuals.base_state import CHANGE, change_part, changed, no_change
-from fedllm.methods.residuals.spectrum import all_directions, between, cut, leading
+from fedllm.methods.residuals.spectrum import between, cut, holding, leading
 from fedllm.methods.spectral.spectral_state import SpectralMethod
 from fedllm.methods.state import carried
 
@@ -65,12 +65,12 @@ class FedMomentum(SpectralMethod):
         return replace(whole, a_RI=a_RI, b_OR=state["U"][:, :rank] * root_R)
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
-        """Return sum_i n_i s_i B_i A_i of the block, as the route to all triplets holds it."""
-        return routes.fold(block, all_directions(step.problem))
+        """Return sum_i n_i s_i B_i A_i of the block, as the route to its triplets holds it."""
+        return routes.fold(block, holding(step.problem, self.options.energy))
 
     def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the leading triplets, and the next ones on the change of the base."""
-        whole = all_directions(step.problem)
+        whole = holding(step.problem, self.options.energy)
         start = self.start_of(step)
         found = routes.decompose(partials, whole, total=step.total, start=start)
         rank = step.problem.rank

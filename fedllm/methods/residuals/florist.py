@@ -16,7 +16,7 @@ from fedllm.lora.factors import FactorBlock
 from fedllm.methods.options import FloristOptions
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
 from fedllm.methods.residuals.flora import Flora
-from fedllm.methods.residuals.spectrum import all_directions, between, cut, leading
+from fedllm.methods.residuals.spectrum import between, cut, holding, leading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class Florist(Flora):
     options: FloristOptions = field(default_factory=FloristOptions)
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
-        """Return sum_i n_i s_i B_i A_i of the block, as the route to all triplets holds it."""
-        return routes.fold(block, all_directions(step.problem))
+        """Return sum_i n_i s_i B_i A_i of the block, as the route to its triplets holds it."""
+        return routes.fold(block, holding(step.problem, self.options.threshold))
 
     def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the base with the leading directions of the mean in it."""
-        whole = all_directions(step.problem)
+        whole = holding(step.problem, self.options.threshold)
         found = routes.decompose(partials, whole, total=step.total, start=self.start(step))
         results = []
         for place, each in enumerate(found):

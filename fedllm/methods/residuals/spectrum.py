@@ -1,4 +1,4 @@
-"""All singular directions of a mean of products, and how many of them hold most of it."""
+"""The singular directions of a mean of products that hold a share of its energy."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ from fedllm.aggregation.route_types import Decomposition, Problem
 from fedllm.lora.spectral import truncate
 
 
-def all_directions(problem: Problem) -> Problem:
-    """Return the problem with as many triplets as the sum of products can have."""
-    return replace(problem, rank=min(problem.stacked_rank, problem.out, problem.in_))
+def holding(problem: Problem, share: float) -> Problem:
+    """Return the problem with as many triplets as hold a share of the energy."""
+    return replace(problem, share=share)
 
 
 def cut(found: Decomposition, rank: int) -> Decomposition:
@@ -33,9 +33,10 @@ def between(found: Decomposition, begin: int, end: int) -> Tensor:
 
 
 def leading(found: Decomposition, share: float) -> int:
-    """Return the fewest leading triplets with this share of the energy; at least one."""
+    """Return the fewest leading triplets with this share of all energy; at least one."""
     energies = found.spectral.s_R.double().square()
     if share >= 1:
         return len(energies)
-    wanted = share * float(energies.sum())
+    # rounding of the sum does not ask for one more
+    wanted = share * found.total_energy * (1 - 1e-12)
     return min(len(energies), 1 + int((energies.cumsum(0) < wanted).sum()))
