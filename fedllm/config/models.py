@@ -285,6 +285,12 @@ class TrainingSection(Section):
                 f"training.clients_per_batch: got {self.clients_per_batch}, but {engine} "
                 f"zero trains one client at a time; need 1, or {engine}: plain"
             )
+        if self.smaller_micro_batch and self.processes > 1 and self.zero.stage == 3:
+            yield (
+                "training.smaller_micro_batch: got true, but processes that divide the base "
+                "(training.zero.stage 3) cannot begin again when one of them runs out of memory; "
+                "need false, a smaller training.micro_batch_size, or training.zero.stage: 1 or 2"
+            )
 
 
 class MethodSection(Section):

@@ -51,7 +51,9 @@ class PartitionedTraining:
         optimizer.state.clear()
         self._parameters, self._optimizer = parameters, optimizer
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=nn.ParameterList(parameters), optimizer=optimizer, config=_settings(training)
+            model=nn.ParameterList(parameters),
+            optimizer=optimizer,
+            config=_settings(training, sum(parameter.numel() for parameter in parameters)),
         )
         flattened = self._zero.round_robin_bit16_groups
         assert len(flattened) == 1 and list(map(id, flattened[0])) == list(map(id, parameters))
@@ -206,7 +208,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _settings(training: TrainingSection) -> dict[str, Any]:
+def _settings(training: TrainingSection, num_values: int) -> dict[str, Any]:
     given = for_engine(training.deepspeed)
     zero = given.pop("zero_optimization", {})
     offload = zero.pop("offload_optimizer", {})
@@ -222,7 +224,13 @@ def _settings(training: TrainingSection) -> dict[str, Any]:
         # DeepSpeed's own is compiled at its first use
         "zero_force_ds_cpu_optimizer": False,
         # the base is divided by itself: the engine has the factors alone
-        "zero_optimization": {**zero, "stage": min(2, training.zero.stage)},
+        "zero_optimization": {
+            # by default its buffers have 5 * 10^8 values each, whatever there is to reduce
+            "reduce_bucket_size": num_values,
+            "allgather_bucket_size": num_values,
+            **zero,
+            "stage": min(2, training.zero.stage),
+        },
     }
 
 

@@ -23,6 +23,7 @@ from fedllm.packing.sequences import length_of
 from fedllm.planning.engines import engine_of
 from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
 from fedllm.training.loop import StepHook as LoopHook
+from fedllm.training.out_of_memory import ran_out
 from fedllm.training.partitioned import PartitionedTraining, divide_base, process_group
 from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress, named_tensors
@@ -70,6 +71,12 @@ class Zero(Plain):
             )
         return [result]
 
+    def remedies(self, num_clients: int, micro_batch_size: int) -> Sequence[str]:
+        """Name the keys that make a step smaller; see `Trainer`."""
+        if engine_of(self.settings.training).divides_base and micro_batch_size > 1:
+            return ["a smaller training.micro_batch_size"]
+        return super().remedies(num_clients, micro_batch_size)
+
     def _divided(self, settings: LocalSettings) -> LocalSettings:
         """Divide the base, unless it is; return the settings that train on it."""
         training = settings.training
@@ -115,17 +122,16 @@ class ZeroLoop(Loop):
         targets = counts.targets
         reseed(self.draws.step(number), self.device)
         begun = perf_counter()
-        total = torch.zeros((), device=self.device)
-        gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        for each in passes:
-            loss = self._loss(number, each) / max(1, targets)
-            torch._foreach_add_(gradients, torch.autograd.grad(loss, self._parameters))
-            total += loss.detach()
-        if dist.get_rank() == 0:  # gradients are summed over the processes
-            self.add_terms(gradients)
-        if self._slots.is_divided:
-            self._keep_up(number, counts.most_passes - len(passes))
-        dist.all_reduce(total)
+        try:
+            part, gradients = self._own_part(number, passes, targets)
+            if self._slots.is_divided:
+                self._keep_up(number, counts.most_passes - len(passes))
+        except (RuntimeError, MemoryError) as error:
+            # with a divided base the others wait for this process's part of the weights
+            if self._slots.is_divided or not ran_out(error):
+                raise
+            part, gradients = torch.zeros((), device=self.device), []
+        total = self._summed(part, ran_out=not gradients)
         self.tokens += counts.tokens
         self.computed_tokens += counts.computed_tokens
         self.padded_tokens += self.padded_tokens_of(number)
@@ -135,6 +141,33 @@ class ZeroLoop(Loop):
         rate = training.learning_rate * rate_factor(number, self.num_steps, training)
         self._gradient_norms.append(torch.tensor(self._partitioned.step(gradients, rate)))
         self.step_seconds += perf_counter() - begun
+
+    def _own_part(
+        self, number: int, passes: Sequence[Pass], targets: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return this process's part of a step's loss and gradient."""
+        part = torch.zeros((), device=self.device)
+        gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for each in passes:
+            loss = self._loss(number, each) / max(1, targets)
+            torch._foreach_add_(gradients, torch.autograd.grad(loss, self._parameters))
+            part += loss.detach()
+        if dist.get_rank() == 0:  # gradients are summed over the processes
+            self.add_terms(gradients)
+        return part, gradients
+
+    @staticmethod
+    def _summed(part: Tensor, *, ran_out: bool) -> Tensor:
+        """Return the sum of all processes' parts of a step's loss.
+
+        Raises:
+            MemoryError: one of them ran out of memory; all raise it together.
+        """
+        sums = torch.stack([part, part.new_tensor(float(ran_out))])
+        dist.all_reduce(sums)
+        if sums[1]:
+            raise MemoryError("memory ran out in a process of this task")
+        return sums[0]
 
     def _loss(self, number: int, one: Pass) -> Tensor:
         """Return the sum of the losses of a pass."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedllm.config.loading import result_fingerprint
-from fedllm.config.models import Config
+from fedllm.config.models import Config, TrainingSection
 from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.catalog import local_rule
@@ -113,10 +113,19 @@ class ClientRound:
         """The store of what clients keep."""
         return ClientStore(run=self.paths.run, run_id=self.run_id)
 
+    def training_of(self, client: str) -> TrainingSection:
+        """Return how the clients of a client's tier train.
+
+        Raises:
+            UserError: the client is not in this round's cohort.
+        """
+        if client not in self.tiers:
+            raise UserError(f"{self.paths.cohort}: client {client} is not in this round's cohort")
+        return training_at(self.config.training_of(self.tiers[client]), self.cohort.round)
+
     def trainer_of(self, client: str) -> Trainer:
         """Return the trainer of a client's tier; its first use loads the base model."""
-        training = training_at(self.config.training_of(self.tiers[client]), self.cohort.round)
-        settings = replace(self.settings, training=training)
+        settings = replace(self.settings, training=self.training_of(client))
         change = base_change_of(self.method, self.state, self.cohort.base_change)
         return self.session.trainer(self.config, self.prepared, settings, change)
 
@@ -217,12 +226,10 @@ class ClientRound:
             RunDirectoryError: this process reads other checkpoints than the first one.
             UserError: the trainer needs another number of processes.
         """
-        sizes = [order.micro_batch_size]
         members = [self._member_of(client) for client in order.clients]
         self._require_processes(identity, order.clients[0])
-        trainings = [
-            self._new_training(client, order.clients, sizes[0]) for client in order.clients
-        ]
+        size, sizes = order.micro_batch_size, self._sizes_to_try(members)
+        trainings = [self._new_training(client, order.clients, size) for client in order.clients]
         if any(order.steps):
             visibility_seconds = traits_of(self.config).visibility_seconds
             trainings = read_late_file(
@@ -257,9 +264,9 @@ class ClientRound:
         """Return the micro-batch sizes to try, the next one each time that memory runs out."""
         max_rows = max(len(member.rows) for member in members)
         sizes = list(micro_batch_sizes(self.config.training, max_rows))
-        # where memory runs out in one process, the others would not know
-        num_processes = self.trainer_of(members[0].draws.client).num_processes
-        return sizes if num_processes == 1 else sizes[:1]
+        # processes that wait for weights of one that ran out cannot begin again with it
+        engine = engine_of(self.training_of(members[0].draws.client))
+        return sizes[:1] if engine.divides_base else sizes
 
     def _order_for(self, trainings: Sequence[Resumable], attempt: int) -> Order:
         return Order(

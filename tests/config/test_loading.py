@@ -408,6 +408,12 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
             "training.deepspeed: nowhere.json: no such file; need keys and values of DeepSpeed, or "
             "a JSON or YAML file of them, such as configs/deepspeed/small_buckets.json",
         ),
+        (
+            "training={engine: zero, processes: 2, smaller_micro_batch: true}",
+            "training.smaller_micro_batch: got true, but processes that divide the base "
+            "(training.zero.stage 3) cannot begin again when one of them runs out of memory; need "
+            "false, a smaller training.micro_batch_size, or training.zero.stage: 1 or 2",
+        ),
         ("training.zero.stage=4", "training.zero.stage: got 4, need 1, 2 or 3"),
         (
             "training={engine: zero, processes: 3, nodes: 2}",

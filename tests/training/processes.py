@@ -18,8 +18,14 @@ PATIENCE_SECONDS = 240.0
 _GROUP = ("TEST_RANK", "TEST_PROCESSES", "TEST_PORT")
 
 
-def run_together(module: str, arguments: Sequence[object], *, processes: int, log: Path) -> None:
-    """Run a module of the tests in several processes; raise AssertionError if one fails."""
+def run_together(
+    module: str, arguments: Sequence[object], *, processes: int, log: Path, says: bool = False
+) -> str:
+    """Run a module of the tests in several processes; return what the first one says.
+
+    Raises:
+        AssertionError: one fails, or says anything unless `says`.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     logs = [log.with_name(f"{log.name}.{rank}.log") for rank in range(processes)]
@@ -43,14 +49,21 @@ def run_together(module: str, arguments: Sequence[object], *, processes: int, lo
             process.wait()
     assert not any(ends), "\n".join(path.read_text() for path in logs)
     # nothing was compiled, and MPI was not looked for
-    assert not any(path.read_text() for path in logs), logs[0].read_text()
+    assert says or not any(path.read_text() for path in logs), logs[0].read_text()
+    return logs[0].read_text()
+
+
+def place() -> tuple[int, int, int]:
+    """The rank of this process, the number of processes, and the port where they meet."""
+    rank, processes, port = (int(os.environ[name]) for name in _GROUP)
+    return rank, processes, port
 
 
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:
     """Join the other processes of `run_together`; yield the rank and their number."""
     torch.set_num_threads(1)
-    rank, processes, port = (int(os.environ[name]) for name in _GROUP)
+    rank, processes, port = place()
     if processes > 1:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", port, processes, is_master=rank == 0, timeout=timedelta(minutes=2)

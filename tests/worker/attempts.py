@@ -8,17 +8,25 @@ import torch
 import yaml
 
 from fedllm.config.loading import dump_config, validate
+from fedllm.process.session import Session
+from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.frozen_config import new_run_record
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, encode_client
 from fedllm.storage.records import BundleRecord, RunRecord, SubmissionRecord, UpdateRecord
 from fedllm.storage.tensors import TensorFile
 from fedllm.storage.updates import read_update
+from fedllm.worker.task import WorkerTask
 
 ME = TaskIdentity(task="7_1", node="node-1", log="worker.log")
 OTHER = TaskIdentity(task="7_2", node="node-2", log="other.log")
 
 Update = dict[str, torch.Tensor]
+
+
+def alone(session: Session) -> WorkerTask:
+    """A task of this process alone."""
+    return WorkerTask(identity=ME, worker_class=None, session=session, signals=StopSignals())
 
 
 def untrained(paths: RoundPaths) -> AttemptPaths:

@@ -18,16 +18,21 @@ from fedllm.errors import ProcessLost, UserError
 from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.paths import AttemptPaths, RunPaths
-from fedllm.storage.records import ClaimRecord, ErrorRecord, TaskRecord
+from fedllm.storage.records import ClaimRecord, ErrorRecord, TaskRecord, UpdateRecord
+from fedllm.worker.client_training import ClientRound
 from fedllm.worker.meeting import address_of, call_first, listen, receive_others
 from fedllm.worker.worker import STOPPED
+from tests.training.processes import run_together
 from tests.worker.attempts import (
+    ME,
     assert_same_bits,
     change_config,
+    cohort,
     round_of,
     untrained,
     updates,
 )
+from tests.worker.client_program import LongRows
 from tests.worker.halves import PAUSE
 
 HALVES = Path(__file__).with_name("halves.py")
@@ -197,6 +202,29 @@ def test_a_process_alone_says_who_did_not_come_and_where_they_were_to_meet() -> 
 def test_a_place_to_meet_that_is_missing_is_named(rendezvous: str) -> None:
     with pytest.raises(UserError, match=r"FEDLLM_RENDEZVOUS: got .* set it to HOST:PORT"):
         address_of(rendezvous)
+
+
+@pytest.mark.slow
+def test_where_memory_runs_out_in_one_process_all_begin_again_with_smaller_micro_batches(
+    attempt: AttemptPaths, tmp_path: Path
+) -> None:
+    eight = {"batch_size": 8, "micro_batch_size": None, "max_steps": 2, "epochs": 2}
+    zero = {"engine": "zero", "processes": 2, "zero": {"stage": 2}}
+    change_config(attempt, "training", **eight, **zero, smaller_micro_batch=True)
+    client, out = cohort(attempt)[0], tmp_path / "record"
+    said = run_together(
+        "tests.worker.short_memory", (attempt.root, client, out), processes=2, log=out, says=True
+    )
+    record = UpdateRecord.model_validate_json(out.read_text())
+    message = f"client {client}: memory ran out with micro-batches of 8 rows"
+    assert said.startswith(f"{message}; it is trained again from its start with 4\n")
+    assert said.endswith(f"from its start with {record.micro_batch_size}\n")
+    assert (record.status, record.steps, record.rows) == ("ok", 2, 8)
+
+    change_config(attempt, "training", engine="plain", processes=1, micro_batch_size=1)
+    opened = ClientRound.open(attempt, LongRows())
+    (alone,) = opened.train([client], attempt=1, bundle=0, identity=ME, resume=False)
+    assert record.losses == pytest.approx(alone.record.losses, rel=1e-4)
 
 
 def test_a_trainer_of_one_process_refuses_a_task_of_two_and_says_so_first(
