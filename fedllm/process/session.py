@@ -196,7 +196,8 @@ class Session:
         if engine.divides_base:
             from fedllm.training.partitioned import divide_base
 
-            divide_base(slots, resolve_device(config.training.device))
+            training = config.training
+            divide_base(slots, resolve_device(training.device), training.deepspeed)
         return slots
 
     def trainer(

@@ -3,31 +3,29 @@
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
 from fedllm.errors import ProcessLost
-from fedllm.programs.serve import end_with_parent
+from fedllm.process.parent import end_with_parent
 from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity, process_variables
 from fedllm.scheduling.heap import with_heap_settings
 
 _HOST = "127.0.0.1"
 _GRACE_SECONDS = 30.0
-_COMMAND = (sys.executable, "-c", "from fedllm.cli.main import main; main()")
 
 
 @contextmanager
-def companions(num_processes: int, arguments: Sequence[str]) -> Iterator[TaskIdentity]:
+def companions(num_processes: int, command: Sequence[str]) -> Iterator[TaskIdentity]:
     """Start the other processes of a command; yield the place of this one among them.
 
     In a process that is one of several already, as one that this function started, nothing starts.
 
     Args:
         num_processes: the number of processes, this one included.
-        arguments: the command line of the others, without the name of the program.
+        command: the command line of the others.
 
     Raises:
         ProcessLost: one of them ended early; the message has the last line of its errors.
@@ -43,7 +41,7 @@ def companions(num_processes: int, arguments: Sequence[str]) -> Iterator[TaskIde
     with ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_processes - 1)]
         started = [
-            _start(arguments, process_variables(rank, num_processes, rendezvous), log)
+            _start(command, process_variables(rank, num_processes, rendezvous), log)
             for rank, log in enumerate(logs, 1)
         ]
         stack.callback(_end, started)
@@ -57,10 +55,10 @@ def companions(num_processes: int, arguments: Sequence[str]) -> Iterator[TaskIde
 
 
 def _start(
-    arguments: Sequence[str], variables: dict[str, str], log: IO[bytes]
+    command: Sequence[str], variables: dict[str, str], log: IO[bytes]
 ) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [*_COMMAND, *arguments],
+        command,
         env=with_heap_settings({**os.environ, **variables}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +30,15 @@ class _Call:
     signals: StopSignals | None
     began: float
 
+
+# a program in a process of its own: its name and its arguments follow
+_PROGRAM = (
+    sys.executable,
+    "-c",
+    "import sys; from fedllm.process.session import Session; "
+    "from fedllm.programs.entry_points import run; "
+    "sys.exit(run(sys.argv[1], sys.argv[2:], session=Session()))",
+)
 
 _Step = Callable[[_Call], int]
 
@@ -104,7 +114,6 @@ def _prepare(call: _Call) -> int:
 
 
 def _client(call: _Call) -> int:
-    from fedllm.worker.replay import replay
     from fedllm.worker.worker import work
 
     arguments, session = call.arguments, call.session
@@ -121,8 +130,38 @@ def _client(call: _Call) -> int:
             # an error is looked for where the task works
             on_attempt=lambda later: setattr(arguments, "target", later.root),
         )
-    signals = call.signals or StopSignals()
-    replayed = replay(attempt, arguments.client, arguments.scratch, session, signals)
+    return _replay(call, attempt)
+
+
+def _replay(call: _Call, attempt: AttemptPaths) -> int:
+    """Train a client again in as many processes as it takes, which start here if they did not."""
+    from fedllm.programs.companions import companions
+    from fedllm.worker.following import follow
+    from fedllm.worker.process_group import connected
+    from fedllm.worker.replay import processes_of, replay
+    from fedllm.worker.task import WorkerTask
+
+    client, scratch = call.arguments.client, call.arguments.scratch
+    arguments = [str(attempt.root), "--client", client, "--scratch", str(scratch)]
+    count = processes_of(attempt, client, call.session)
+    wait_minutes = call.session.config(attempt.run).scheduler.hung_minutes
+    with (
+        nullcontext(call.signals) if call.signals else StopSignals() as signals,
+        companions(count, [*_PROGRAM, "client", *arguments]) as identity,
+        connected(identity, wait_minutes=wait_minutes) as processes,
+    ):
+        task = WorkerTask(
+            identity=identity,
+            attempt=attempt,
+            worker_class=None,
+            session=call.session,
+            signals=signals,
+            processes=processes,
+        )
+        if not identity.is_first:
+            return follow(task, saves=False)
+        replayed = replay(task, attempt, client, scratch)
+        processes.dismiss(0)
     sys.stdout.write("\n".join(replayed.lines()) + "\n")
     return 0 if replayed.agrees else 1
 

@@ -5,16 +5,14 @@ It reads a JSON line per job on stdin, `{"id": ..., "program": ..., "argv": [...
 base model and the data stay in memory between jobs. It ends when stdin closes, and with its parent.
 """
 
-import ctypes
 import gc
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-_PR_SET_PDEATHSIG = 1
+from fedllm.process.parent import end_with_parent
 
 
 def main() -> int:
@@ -35,19 +33,6 @@ def main() -> int:
             message = json.loads(line)
             _answer(answers, {"id": message["id"], "exit": _serve(message, session)})
     return 0
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this process with its parent (Linux; elsewhere stdin must do).
-
-    The kernel sends its signal when the thread that started this process ends.
-    """
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # the parent ended before the kernel was asked
-        os._exit(1)
 
 
 def _serve(message: dict[str, Any], session: Any) -> int:

@@ -7,8 +7,12 @@ from fedllm.worker.client_training import ClientRound, Save
 from fedllm.worker.task import WorkerTask
 
 
-def follow(task: WorkerTask) -> int:
+def follow(task: WorkerTask, *, saves: bool = True) -> int:
     """Take part in the training of every group that the first process claims.
+
+    Args:
+        task: the task of this process.
+        saves: whether the first process writes checkpoints; all gather what one holds.
 
     Returns:
         The exit code that the first process ends with.
@@ -18,7 +22,7 @@ def follow(task: WorkerTask) -> int:
     def before_step(step: int, save: Save) -> None:
         del step
         stop, due = task.agree(due=False)
-        if stop or due:
+        if saves and (stop or due):
             save()
         if stop:
             raise StopRequested

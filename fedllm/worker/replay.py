@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.errors import Incomplete
+from fedllm.planning.engines import engine_of
 from fedllm.process.session import Session
-from fedllm.process.signals import StopSignals
-from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.storage.paths import AttemptPaths, encode_client
 from fedllm.storage.records import SubmissionRecord, UpdateRecord
 from fedllm.storage.updates import Origin, UpdateScanner
 from fedllm.worker.client_training import ClientRound, Save
 from fedllm.worker.publisher import write_clients
+from fedllm.worker.task import WorkerTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +45,42 @@ class Replay:
         return [*lines, f"the recorded losses differ: {recorded}", *changed]
 
 
-def replay(
-    attempt: AttemptPaths, client: str, scratch: Path, session: Session, signals: StopSignals
-) -> Replay:
+def processes_of(attempt: AttemptPaths, client: str, session: Session) -> int:
+    """Return the number of processes that train a client.
+
+    Raises:
+        UserError: the client is not in the attempt's round.
+    """
+    opened = ClientRound.open(attempt, session)
+    return engine_of(opened.training_of(client)).processes
+
+
+def replay(task: WorkerTask, attempt: AttemptPaths, client: str, scratch: Path) -> Replay:
     """Train a client again, with its group; write its update to `scratch` and compare its losses.
+
+    The first process of a task calls this, and the others `follow`.
 
     Raises:
         Incomplete: a signal came.
         UserError: the client is not in the attempt's round.
         RunDirectoryError: the state it started from is gone or damaged.
     """
-    opened = ClientRound.open(attempt, session)
+    opened = ClientRound.open(attempt, task.session)
     submission = SubmissionRecord.read(attempt.submission)
     bundles = [bundle.number for bundle in submission.bundles if client in bundle.clients]
 
     def before_step(step: int, save: Save) -> None:
         del save
-        if signals.came:
-            raise Incomplete(f"client {client}: stopped by {signals.name} before step {step}")
+        stop, _ = task.agree(due=False)
+        if stop:
+            raise Incomplete(f"client {client}: stopped by {task.signals.name} before step {step}")
 
     results = opened.train(
         opened.group_of(client),
         attempt=attempt.number,
         bundle=bundles[0] if bundles else 0,
-        identity=TaskEnvironment().identity,
+        identity=task.identity,
+        processes=task.processes,
         before_step=before_step,
         resume=False,
     )

@@ -1,5 +1,7 @@
 """A run whose small clients train alone and whose large ones in two processes, resumed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -42,6 +44,18 @@ def test_tiers_train_with_engines_of_their_own_and_resume_to_the_same_bits(
     processes = {r.client: r.environment.get("processes", "1") for r in records}
     assert processes == {c: {"small": "1", "large": "2"}[tier] for c, tier in tiers.items()}
     assert "environments" not in done.stdout + done.stderr
+
+    client, scratch = next(c for c in tiers if tiers[c] == "large"), tmp_path / "scratch"
+    program = Path(__file__).parents[2] / "jobs" / "client.py"
+    attempt = [str(program), str(paths.attempt(1).root)]
+    again = subprocess.run(
+        [sys.executable, *attempt, "--client", client, "--scratch", str(scratch)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "the losses equal the recorded ones"
 
     process = start(*local(tiny, killed, *options(*TWO)), log=log)
     large = [RunPaths(root=killed).round(1).checkpoint(c) for c in tiers if tiers[c] == "large"]

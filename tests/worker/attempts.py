@@ -24,9 +24,11 @@ OTHER = TaskIdentity(task="7_2", node="node-2", log="other.log")
 Update = dict[str, torch.Tensor]
 
 
-def alone(session: Session) -> WorkerTask:
+def alone(session: Session, attempt: AttemptPaths) -> WorkerTask:
     """A task of this process alone."""
-    return WorkerTask(identity=ME, worker_class=None, session=session, signals=StopSignals())
+    return WorkerTask(
+        identity=ME, attempt=attempt, worker_class=None, session=session, signals=StopSignals()
+    )
 
 
 def untrained(paths: RoundPaths) -> AttemptPaths:

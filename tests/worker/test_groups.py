@@ -14,7 +14,6 @@ from fedllm.config.loading import override_config, read_config
 from fedllm.errors import ConfigError, OutOfMemory
 from fedllm.planning.engines import group_clients
 from fedllm.process.session import Session
-from fedllm.process.signals import StopSignals
 from fedllm.programs.prepare import prepare, prepare_run
 from fedllm.storage.paths import AttemptPaths, CachePaths, RunPaths
 from fedllm.storage.records import (
@@ -32,6 +31,7 @@ from tests.tiny import Tiny, make_tiny
 from tests.worker.attempts import (
     ME,
     OTHER,
+    alone,
     assert_same_bits,
     change_config,
     files,
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_group_is_left_alone(
 def test_a_replay_trains_the_whole_group(done: Path, session: Session, tmp_path: Path) -> None:
     attempt = RunPaths(root=done).round(1).attempt(1)
     client = groups_of(attempt)[1][1]
-    found = replay(attempt, client, tmp_path / "scratch", session, StopSignals())
+    found = replay(alone(session, attempt), attempt, client, tmp_path / "scratch")
     assert found.recorded is not None
     assert found.agrees
     assert found.record.client == client

@@ -16,7 +16,6 @@ import pytest
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import RunDirectoryError, UserError
 from fedllm.process.session import Session, layout_of
-from fedllm.process.signals import StopSignals
 from fedllm.programs.entry_points import run as run_program
 from fedllm.storage.paths import AttemptPaths, RunPaths, shipped
 from fedllm.storage.records import (
@@ -35,6 +34,7 @@ from tests.planning.federations import prepared_of
 from tests.worker.attempts import (
     ME,
     OTHER,
+    alone,
     assert_same_bits,
     change_config,
     cohort,
@@ -323,13 +323,13 @@ def test_a_replay_reproduces_the_recorded_losses(
     assert Path(file.removeprefix("update in ")).is_file()
     assert last == "the losses equal the recorded ones"
     with pytest.raises(UserError, match="client nobody is not in this round's cohort"):
-        replay(attempt, "nobody", tmp_path / "scratch", session, StopSignals())
+        replay(alone(session, attempt), attempt, "nobody", tmp_path / "scratch")
 
 
 def test_a_replay_says_what_differs(attempt: AttemptPaths, done: Path, tmp_path: Path) -> None:
     shutil.copytree(RunPaths(root=done).round(1).updates, round_of(attempt).updates)
     change_config(attempt, "training", precision="bfloat16")
-    found = replay(attempt, cohort(attempt)[0], tmp_path / "scratch", Session(), StopSignals())
+    found = replay(alone(Session(), attempt), attempt, cohort(attempt)[0], tmp_path / "scratch")
     assert not found.agrees
     assert "precision: float32 then, bfloat16 with sums in float32 now" in found.lines()
 

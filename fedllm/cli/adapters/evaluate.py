@@ -1,5 +1,6 @@
 """`fedllm evaluate`: score a run's state or a PEFT adapter."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,7 @@ from fedllm.storage.records import EvaluationRecord
 if TYPE_CHECKING:
     from fedllm.process.session import Session
 
+_FEDLLM = (sys.executable, "-c", "from fedllm.cli.main import main; main()")
 _PEFT_CONFIG = "adapter_config.json"
 
 
@@ -135,7 +137,7 @@ def _in_processes(
 
     engine, session = scoring_engine(engines_of(config)), Session()
     with (
-        companions(engine.processes, arguments) as identity,
+        companions(engine.processes, [*_FEDLLM, *arguments]) as identity,
         scoring_task(session, identity if engine.divides_base else None, config),
     ):
         record = score(session)
