@@ -42,8 +42,9 @@ class Family:
 
     kind: str
     sizes: dict[str, Any]
-    targets: Sequence[str] = ()
+    targets: Sequence[str] | str = ()
     transposed: bool = field(default=False)
+    adapted: frozenset[str] = frozenset({"attention", "mlp"})
 
 
 FAMILIES = [
@@ -63,10 +64,28 @@ FAMILIES = [
     ),
     Family(kind="falcon", sizes=SIZES, targets=FUSED),
     Family(kind="bloom", sizes=SIZES, targets=FUSED),
+    # the matrices of its experts are joined into one tensor, which no adapter fits
+    Family(
+        kind="mixtral",
+        sizes={**LLAMA, "num_local_experts": 4},
+        targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        adapted=frozenset({"attention"}),
+    ),
+    Family(kind="qwen3", sizes={**LLAMA, "head_dim": 8}, targets="all-linear"),
+    Family(kind="gpt_neox", sizes={**SIZES, "intermediate_size": 48}, targets="all-linear"),
+    Family(
+        kind="gemma2",
+        sizes=GEMMA,
+        targets=r".*\.layers\.1\.(self_attn\.(q|v)_proj|mlp\.down_proj)",
+    ),
 ]
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.kind)
+def name_of(family: Family) -> str:
+    return family.kind + (f", {family.targets}" if isinstance(family.targets, str) else "")
+
+
+@pytest.fixture(params=FAMILIES, ids=name_of)
 def family(request: pytest.FixtureRequest) -> Family:
     found: Family = request.param
     return found
@@ -120,7 +139,7 @@ def test_a_round_exports_what_peft_computes_as_the_run_did(
     run = RunPaths(root=root)
     prepared = PreparedRecord.read(run.prepared)
     assert {m.transposed for m in prepared.modules.values()} == {family.transposed}
-    assert {m.kind for m in prepared.modules.values()} == {"attention", "mlp"}
+    assert {m.kind for m in prepared.modules.values()} == family.adapted
     scores = EvaluationRecord.read(run.round(1).evaluation_record).clients
     assert scores
 
