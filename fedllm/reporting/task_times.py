@@ -17,7 +17,7 @@ def task_times(paths: RoundPaths) -> list[TaskTimes]:
     for number, attempt in enumerate(attempts_of(paths.attempt), 1):
         for path in attempt.task_files():
             # times are for people: a record that a killed worker left must not end the run
-            with contextlib.suppress(RunDirectoryError):
+            with contextlib.suppress(RunDirectoryError, FileNotFoundError):
                 workers.append(_worker_times(attempt, number, path))
     return [*sorted(workers, key=lambda task: (task.started, task.task)), *_server_times(paths)]
 

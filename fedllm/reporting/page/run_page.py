@@ -25,6 +25,7 @@ from fedllm.reporting.status.status import FAILED, RunStatus, run_status
 from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.tables import size
 from fedllm.storage.paths import AttemptPaths, RunPaths, attempts_of
+from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import CollectionRecord, ErrorRecord, OutcomeRecord, RunRecord
 
 # the group whose scores stand first: the most telling that was scored
@@ -161,8 +162,8 @@ def _attempt_failures(attempt: AttemptPaths) -> Iterator[tuple[str, str]]:
         why = outcome.cancelled.get(task) if outcome else None
         code = f", exit code {ending.exit_code}" if ending.exit_code else ""
         yield "task ended", why or f"{ending.state}{code}"
-    for path in attempt.task_errors():
-        yield "error in a task", ErrorRecord.read(path).message
+    for error in RecordCache().all(ErrorRecord, attempt.task_errors()):
+        yield "error in a task", error.message
 
 
 def _identity_section(paths: RunPaths, config: Config) -> PageSection:
