@@ -8,7 +8,7 @@ from fedllm.cli.options import configuration_file, say
 from fedllm.config.loading import load_changed, result_fingerprint, validate
 from fedllm.config.models import Config
 from fedllm.config.sweep_files import Changes, SweepFile, load_sweep
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.methods.catalog import check_method, private_space
 from fedllm.planning.sweeps.sweep_runs import SweepRun, expand
 from fedllm.rounds.run import Run
@@ -36,6 +36,8 @@ def planned_sweep(path: Path, root: Path) -> tuple[SweepFile, list[SweepRun]]:
     """
     file = load_sweep(path)
     base = configuration_file(file.base)
+    if not base.is_file():
+        raise ConfigError(f"{path}: base: {file.keys.base}: no such configuration file")
 
     def load(changes: Changes) -> Config:
         config = load_changed(base, changes)

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from fedllm.config.models import WHOLE_LINES, Name, PositiveFloat, PositiveInt, Section
 from fedllm.config.problems import problem_lines
-from fedllm.config.spelling import resolve_scalars
+from fedllm.config.spelling import is_null, resolve_scalars
 from fedllm.config.yaml_text import read_yaml
 from fedllm.errors import ConfigError
 
@@ -125,9 +125,14 @@ def load_sweep(path: Path) -> SweepFile:
     Raises:
         ConfigError: one line per problem, each with key, value and remedy.
     """
+    if path.is_dir():
+        raise ConfigError(
+            f"{path}: a directory, need a sweep file; to continue a sweep: fedllm resume {path}"
+        )
     if not path.is_file():
         raise ConfigError(f"{path}: no such sweep file; `fedllm sweep --example` prints one")
-    raw = read_yaml(path)
+    # a table whose keys are all comments is null
+    raw = {key: value for key, value in read_yaml(path).items() if not is_null(value)}
     resolved = resolve_scalars(raw, SweepSection)
     try:
         keys = SweepSection.model_validate(resolved)
@@ -138,9 +143,9 @@ def load_sweep(path: Path) -> SweepFile:
         path=path,
         keys=keys,
         base=_base_of(path, keys.base),
-        common=raw.get("set") or {},
-        arms={name: changes or {} for name, changes in (raw.get("arms") or {}).items()},
-        grid={key: tuple(values) for key, values in (raw.get("grid") or {}).items()},
+        common=raw.get("set", {}),
+        arms={name: {} if is_null(of) else of for name, of in raw.get("arms", {}).items()},
+        grid={key: tuple(values) for key, values in raw.get("grid", {}).items()},
     )
 
 

@@ -143,6 +143,9 @@ def test_a_bad_sweep_is_refused_before_anything_is_written(tiny: Tiny, tmp_path:
     assert not (tmp_path / "out").exists()
     assert "no such sweep file" in one_line(in_process("sweep", tmp_path / "none.yaml"))
     assert "need a sweep file" in one_line(in_process("sweep"))
+    assert "a directory, need a sweep file; to continue" in one_line(in_process("sweep", tmp_path))
+    lost = sweep_file(tiny, tmp_path, base="lost.yaml")
+    assert "base: lost.yaml: no such configuration file" in one_line(in_process("sweep", lost))
 
 
 def test_the_example_is_a_sweep_file() -> None:

@@ -153,6 +153,15 @@ def test_a_sweep_that_cannot_be_compared_is_refused_in_one_line(
     assert start in refused(runs_of, **keys).splitlines()[0]
 
 
+def test_tables_without_keys_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    path = tmp_path / "sweep.yaml"
+    path.write_text("base: base.yaml\nset:\n  # rounds: 2\ngrid:\narms:\n  a:\n  b: {rounds: 9}\n")
+    file = load_sweep(path)
+    runs = expand(file, lambda changes: load_changed(file.base, changes))
+    assert [(run.arm, run.config.rounds) for run in runs] == [("a", 3), ("b", 9)]
+
+
 def test_arms_that_hold_out_other_clients_are_refused_once_the_data_are_known() -> None:
     one = Roles(train=("a", "b"), dev=("c",), unseen=("d",))
     refuse_leaks({"x": one, "y": one})
