@@ -5,6 +5,7 @@ the next one of a sequence that all know, and the others try the sequence until 
 own task answers. The connections stay open: see `watching`.
 """
 
+import errno
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -73,8 +74,22 @@ def listen(rendezvous: str) -> socket.socket:
     _, first = address_of(rendezvous)
     for port in ports_from(first):
         with suppress(OSError):
-            return socket.create_server(("", port), backlog=1024)
+            return _server(port)
     raise ProcessLost(f"{rendezvous}: none of {_NUM_PORTS} ports from there is free; start again")
+
+
+def _server(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        family = socket.AF_INET6
+        try:
+            return socket.create_server(
+                ("", port), family=family, backlog=1024, dualstack_ipv6=True
+            )
+        except OSError as error:
+            # a kernel that knows IPv6 may have no address of it
+            if error.errno == errno.EADDRINUSE:
+                raise
+    return socket.create_server(("", port), backlog=1024)
 
 
 def receive_others(
@@ -98,14 +113,15 @@ def receive_others(
                 f"{identity.task}: {processes_text(absent, identity.num_processes)} did not "
                 f"come to {identity.rendezvous} within {seconds / 60:g} minutes"
             ) from error
-        said = _line(caller)
-        name, _, rest = said.partition(" ")
+        name, _, rest = _line(caller).partition(" ")
         rank, _, log = rest.partition(" ")
         if name != _name(identity) or not rank.isdigit():
             caller.close()
             continue
-        caller.sendall(f"{_name(identity)} {store_port} {identity.log}\n".encode())
-        connections[int(rank)], logs[int(rank)] = caller, log
+        # who gave up to wait calls again
+        with suppress(OSError):
+            caller.sendall(f"{_name(identity)} {store_port} {identity.log}\n".encode())
+            connections[int(rank)], logs[int(rank)] = caller, log
     return Met(
         connections=connections,
         logs=logs,

@@ -117,6 +117,11 @@ def test_tasks_of_several_processes_are_planned_and_refused_inline(
     assert too_large.returncode == 2
     line = too_large.stderr.splitlines()[-1]
     assert "clients.tiers.large.memory_gib: got 1e-06, but a process needs" in line
+    adds = options("scheduler.kind=local", "method.name=flora")
+    changed = in_process("plan", tiny.config, *changes, *adds)
+    assert changed.returncode == 2
+    line = changed.stderr.splitlines()[-1]
+    assert "training.zero.stage: got 3, which divides the base, but method.name flora" in line
     refused = one_line(in_process("run", tiny.config, "--run-dir", tmp_path / "run", *changes))
     assert "scheduler.kind: inline runs a task in one process" in refused
     over = options("scheduler.kind=local", "training.nodes=2")
