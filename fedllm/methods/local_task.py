@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
-TrainedFactors: TypeAlias = Literal["AB", "A", "B"]
+TrainedFactors: TypeAlias = Literal["AB", "A", "B", "C"]  # C: an r x r core between B and A
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTask:
     """The task of a round: `trained` are the factors that train, the other stays as received.
+
+    Where the core C trains, the change is s B C A with the B and A that were received, and C begins
+    as the identity; the client sends B C in the place of B.
 
     With a `tail_penalty` lambda, lambda |B[:, k:]| |A[k:]| is added to the loss of every step and
     module, k = `leading` of the client's rank: HetLoRA's regulariser of the last directions.

@@ -1,7 +1,7 @@
 """The adapter that a model computes with: its tensors, and which of them train."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from fedllm.methods.local_task import TrainedFactors
 class Installed:
     """The adapter that the model computes with, until the next `install`.
 
-    `trained` are the factors that train. `frozen` is added to them in the passes of a group.
+    `trained` are the factors that train. `frozen` is added to them in the passes of a group. Where
+    `cores` train, B is `received_b` times the core.
     """
 
     modules: tuple[str, ...]
@@ -23,10 +24,12 @@ class Installed:
     b: tuple[nn.Parameter, ...]
     trained: TrainedFactors = "AB"
     frozen: "Installed | None" = None
+    cores: tuple[nn.Parameter, ...] = ()
+    received_b: tuple[Tensor, ...] = ()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters: every A, then every B, in the order of `modules`."""
+        """The trained parameters in the order of `modules`: every A, then every B; or the cores."""
         return [parameter for own in self._factors(self.trained) for parameter in own]
 
     @property
@@ -39,11 +42,34 @@ class Installed:
         for parameter in (*self.a, *self.b):
             parameter.requires_grad_(False)
             parameter.grad = None
-        for parameter in self.parameters:
+        for parameter in (*self.parameters, *(self.b if self.cores else ())):
             parameter.requires_grad_(True)
 
+    def with_cores(self) -> "Installed":
+        """Return the same with a core for every module, the identity, if cores train."""
+        if self.trained != "C":
+            return self
+        eyes = (torch.eye(b.shape[1], device=b.device, dtype=b.dtype) for b in self.b)
+        return replace(
+            self,
+            cores=tuple(nn.Parameter(eye) for eye in eyes),
+            received_b=tuple(b.detach().clone() for b in self.b),
+        )
+
+    def take_gradients(self) -> None:
+        """Give the cores, if they train, the gradients that B has."""
+        for core, received, b in zip(self.cores, self.received_b, self.b, strict=False):
+            assert b.grad is not None, "B has no gradient"
+            core.grad, b.grad = received.T @ b.grad, None
+
+    def follow_cores(self) -> None:
+        """Let B be what the cores, if they train, make of it."""
+        with torch.no_grad():
+            for core, received, b in zip(self.cores, self.received_b, self.b, strict=False):
+                b.copy_(received @ core)
+
     def _factors(self, names: str) -> list[tuple[nn.Parameter, ...]]:
-        return [{"A": self.a, "B": self.b}[name] for name in names]
+        return [{"A": self.a, "B": self.b, "C": self.cores}[name] for name in names]
 
     def factors(self) -> Adapter:
         """Return copies of the factors, float32 on the CPU."""

@@ -125,7 +125,7 @@ class AdapterSlots:
         slot = self._slot(_signature(adapter))
         tail = self._slot(_signature(frozen), frozen=True) if frozen else None
         self._activate(slot, tail)
-        installed = _filled(slot, adapter, trained)
+        installed = _filled(slot, adapter, trained).with_cores()
         if tail:
             for parameter in _filled(tail, frozen, "AB").parameters:
                 parameter.requires_grad_(False)
@@ -149,7 +149,7 @@ class AdapterSlots:
         assert all(tuple(sorted(adapter)) == modules for adapter in adapters), "unequal modules"
         slot = self._group_slot(modules)
         members = [self._copied(slot, adapter, place) for place, adapter in enumerate(adapters)]
-        members = [replace(member, trained=trained) for member in members]
+        members = [replace(member, trained=trained).with_cores() for member in members]
         tails = [_frozen(adapter) for adapter in adapters]
         tail = None
         if any(tails):

@@ -52,6 +52,7 @@ def received_record(adapter: Adapter, trained: TrainedFactors) -> ReceivedRecord
         trained_values=sum(
             (factors.a_RI.numel() if "A" in trained else 0)
             + (factors.b_OR.numel() if "B" in trained else 0)
+            + (factors.rank**2 if "C" in trained else 0)
             for factors in adapter.values()
         ),
     )

@@ -178,6 +178,11 @@ def _check_engine(config: Config, method: Method, layout: LayoutRecord | None) -
         require_installed(engine)
         if refusal := engine.refusal(layout):
             raise ConfigError(refusal)
+        if engine.name == "zero" and method.local_task(1).trained == "C":
+            raise ConfigError(
+                f"training.engine: zero cannot train a core between B and A, which method.name "
+                f"{method.name} asks for; need plain"
+            )
         if engine.divides_base and method.changes_base:
             raise ConfigError(
                 f"training.zero.stage: got 3, which divides the base, but method.name "

@@ -274,6 +274,7 @@ class Loop:
 
     def _update(self, factor: float) -> None:
         training = self._settings.training
+        self.installed.take_gradients()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.add_terms(gradients)
         norm = nn.utils.get_total_norm(gradients).to(self.device)
@@ -284,6 +285,7 @@ class Loop:
             group["lr"] = training.learning_rate * factor
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self.installed.follow_cores()
 
     def add_terms(self, gradients: Sequence[Tensor]) -> None:
         """Add the gradients of the terms that client side and method add to the loss.

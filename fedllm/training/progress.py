@@ -36,6 +36,7 @@ class Progress:
         shapes = {name: t.shape for name, t in self.tensors.items() if name.count("|") == 1}
         asked = {f"{module}|A": f.a_RI.shape for module, f in adapter.items()}
         asked |= {f"{module}|B": f.b_OR.shape for module, f in adapter.items()}
+        asked |= {f"{module}|C": torch.Size((f.rank, f.rank)) for module, f in adapter.items()}
         return shapes == {name: shape for name, shape in asked.items() if name[-1] in trained}
 
 
@@ -68,6 +69,7 @@ def restore(installed: Installed, optimizer: Optimizer, tensors: Mapping[str, Te
     with torch.no_grad():
         for name, parameter in zip(names, installed.parameters, strict=True):
             parameter.copy_(tensors[name])
+    installed.follow_cores()
     groups = optimizer.state_dict()["param_groups"]
     state = {number: parts for number, parts in kept.items() if parts}
     optimizer.load_state_dict({"state": state, "param_groups": groups})

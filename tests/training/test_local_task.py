@@ -105,7 +105,7 @@ def test_after_a_frozen_factor_all_train_again(make: Make) -> None:
     assert same(train(used, settings()), train(fresh, settings()))
 
 
-@pytest.mark.parametrize("trained", ["A", "B"])
+@pytest.mark.parametrize("trained", ["A", "B", "C"])
 def test_a_training_of_one_factor_resumes_to_the_same_bits(
     slots: AdapterSlots, trained: TrainedFactors
 ) -> None:
@@ -129,6 +129,33 @@ def interrupted(slots: AdapterSlots, given: LocalSettings) -> tuple[TrainResult,
     assert kept[0].fits(begun(slots), given.task.trained)
     assert kept[0].fits(begun(slots)) is (given.task.trained == "AB")
     return whole, run(progress=kept[0])
+
+
+# --- a core between B and A
+
+
+def test_a_core_trains_between_the_factors_as_they_were(slots: AdapterSlots) -> None:
+    result = train(slots, settings("C"))
+    for module, own in begun(slots).items():
+        got = result.adapter[module]
+        assert torch.equal(got.a_RI, own.a_RI)
+        # B C: nothing beyond the columns of B
+        core = torch.linalg.lstsq(own.b_OR.double(), got.b_OR.double()).solution
+        torch.testing.assert_close(own.b_OR.double() @ core, got.b_OR.double(), atol=1e-5, rtol=0)
+        assert float((core - torch.eye(len(core))).abs().max()) > 1e-3
+
+
+def test_a_step_of_the_core_is_gradient_descent_on_it(slots: AdapterSlots) -> None:
+    rate = 0.05
+    keys: dict[str, Any] = {"max_steps": 1, "clip_norm": None, "schedule": "constant"}
+    of_b = train(slots, settings("B", SGD, learning_rate=rate, **keys))
+    of_core = train(slots, settings("C", SGD, learning_rate=rate, **keys))
+    for module, own in begun(slots).items():
+        # dL/dC = B^T dL/dB, and dL/dB is what one step of B shows
+        gradient = (own.b_OR - of_b.adapter[module].b_OR) / rate
+        core = torch.eye(own.rank) - rate * own.b_OR.T @ gradient
+        expected = own.b_OR @ core
+        torch.testing.assert_close(of_core.adapter[module].b_OR, expected, atol=1e-6, rtol=1e-4)
 
 
 # --- frozen columns
@@ -219,7 +246,8 @@ def members(adapters: list[Adapter]) -> Iterator[Member]:
 
 
 @pytest.mark.parametrize(
-    ("trained", "mu", "tailed"), [("B", 0.0, False), ("A", 0.3, True), ("AB", 0.3, True)]
+    ("trained", "mu", "tailed"),
+    [("B", 0.0, False), ("A", 0.3, True), ("AB", 0.3, True), ("C", 0.3, True)],
 )
 def test_together_clients_train_as_each_alone(
     slots: AdapterSlots, trained: TrainedFactors, mu: float, tailed: bool
