@@ -110,3 +110,12 @@ def test_plan_prints_what_the_whole_run_says_about_a_client(tiny: Tiny) -> None:
     assert done.returncode == 0, done.stderr
     words = r"privacy of a client after 2 rounds: epsilon \d+\.\d\d at delta 1e-05 "
     assert re.search(words + r"\(fixed cohorts of 4 of 8 clients\)", done.stdout), done.stdout
+
+
+def test_plan_refuses_a_device_that_is_not_here_where_jobs_run_here(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    cache = ["--set", f"storage.cache={tmp_path / 'cache'}"]
+    line = one_line(in_process("plan", tiny.config, *cache, "--set", "training.device=npx"))
+    assert "training.device: got 'npx', need auto, cpu, cuda or cuda:N" in line
+    assert not (tmp_path / "cache").exists()

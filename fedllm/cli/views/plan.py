@@ -27,6 +27,7 @@ from fedllm.errors import ConfigError
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.sweeps.sweep_runs import refuse_leaks
+from fedllm.reporting.method_words import privacy_words
 from fedllm.reporting.plan.plan_text import describe_plan
 from fedllm.reporting.sweeps.sweep_plan import ArmPlan, arm_plan, describe_sweep_plan
 from fedllm.rounds.dispatch.planned import plan_run
@@ -43,11 +44,24 @@ def _privacy(config: Config, prepared: PreparedRecord) -> str:
     from fedllm.server.epsilon import privacy_after
 
     clients = len(plan_federation(config, prepared).roles.train)
-    found = privacy_after(config, clients, config.rounds)
-    return (
-        f"privacy of a client after {config.rounds} rounds: epsilon {found.epsilon:.2f} at delta "
-        f"{found.delta:g} ({found.sampling} cohorts of {found.cohort} of {found.clients} clients)"
-    )
+    return privacy_words(privacy_after(config, clients, config.rounds), config.rounds)
+
+
+def _check_devices(config: Config) -> None:
+    """Refuse devices that are not here, where the jobs would run here.
+
+    Raises:
+        ConfigError: it names the key.
+    """
+    from fedllm.model.device import resolve_devices
+
+    if traits_of(config).jobs_outlive_coordinator:
+        return
+    for section in ("training", "aggregation"):
+        try:
+            resolve_devices(getattr(config, section).device)
+        except ConfigError as error:
+            raise ConfigError(f"{section}.{error}") from error
 
 
 def plan(
@@ -70,6 +84,7 @@ def plan(
         return
     loaded = configuration(config, set_ or [])
     refuse_reserved(loaded.scheduler)
+    _check_devices(loaded)
     if out is not None:
         fresh_folder(out)
     root = execution.default_run_dir(config)

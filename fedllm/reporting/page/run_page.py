@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.reporting.method_words import method_words
 from fedllm.reporting.page.contents import Fact, PageSection, Report, table_of
 from fedllm.reporting.page.cost_sections import cost_section, efficiency_section, task_section
 from fedllm.reporting.page.quality_sections import (
@@ -59,11 +60,10 @@ def run_report(root: Path, targets: Sequence[ScoreTarget] = ()) -> Report:
         _failure_section(paths, status),
         _identity_section(paths, config),
     ]
-    method = config.method
     return Report(
         title=f"Run {root.resolve().name}",
         subtitle=(
-            f"{method.name} + {method.local} · base {config.model.path} · data {config.data.path} "
+            f"{method_words(config)} · base {config.model.path} · data {config.data.path} "
             f"· run {status.run_id}"
         ),
         notices=list(_notices(status)),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from fedllm.config.loading import read_config
 from fedllm.planning.costs import adapter_weights
+from fedllm.reporting.method_words import method_words, privacy_words
 from fedllm.reporting.results.metrics import Mean, by_group, by_tier, mean_scores
 from fedllm.reporting.results.spectra import rank_table, spectra_table
 from fedllm.reporting.tables import number, size, text_table
@@ -46,9 +47,7 @@ def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) 
 def run_summary(paths: RunPaths) -> str:
     """Return the tables that `fedllm run` prints at its end."""
     config = read_config(paths.config)
-    section = config.method
-    options = "".join(f" {name}={value}" for name, value in section.options.items())
-    parts = [f"run {paths.root} ({section.name}{options} + {section.local})"]
+    parts = [f"run {paths.root} ({method_words(config)})"]
     base = EvaluationRecord.find(paths.round(0).evaluation_record)
     last = last_evaluation(paths, config.rounds)
     if base and last and last.round:
@@ -56,6 +55,8 @@ def run_summary(paths: RunPaths) -> str:
     aggregated = AggregateRecord.find(paths.round(config.rounds).aggregate_record)
     if aggregated:
         parts.append(rank_table(aggregated))
+        if aggregated.privacy:
+            parts.append(privacy_words(aggregated.privacy, config.rounds))
     spectra = spectra_table(paths, config.rounds)
     if spectra:
         parts.append(spectra)
