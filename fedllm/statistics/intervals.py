@@ -6,8 +6,11 @@ clusters or few seeds they are too narrow.
 """
 
 import random
+from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fedllm.planning.seeding import seed_of
 
@@ -33,16 +36,16 @@ def cluster_bootstrap(
         clusters: client -> its cluster.
         resamples: the number of samples drawn.
     """
-    sums = _cluster_sums([values], clusters)
-    if len(sums) < 2:
+    sums, counts = _cluster_sums([values], clusters)
+    if len(counts) < 2:
         return None
-    draw = random.Random(seed_of("cluster bootstrap", resamples, len(sums)))
-    parts = [(total[0], count) for total, count in sums]
-    means = []
-    for _ in range(resamples):
-        drawn = draw.choices(parts, k=len(parts))
-        means.append(sum(part[0] for part in drawn) / sum(part[1] for part in drawn))
-    return _percentiles(means)
+    (of_seed,) = sums
+    return _percentiles(
+        [
+            _sum_at(of_seed, drawn) / _sum_at(counts, drawn)
+            for drawn in _samples("clusters", len(counts), resamples)
+        ]
+    )
 
 
 def two_level_bootstrap(
@@ -61,31 +64,42 @@ def two_level_bootstrap(
         clusters: client -> its cluster.
         resamples: the number of samples drawn.
     """
-    sums = _cluster_sums(values, clusters)
-    if len(values) < 2 or len(sums) < 2:
+    sums, counts = _cluster_sums(values, clusters)
+    if len(values) < 2 or len(counts) < 2:
         return None
-    draw = random.Random(seed_of("two-level bootstrap", resamples, len(values), len(sums)))
-    seeds = range(len(values))
     means = []
-    for _ in range(resamples):
-        of_seeds = draw.choices(seeds, k=len(seeds))
-        drawn = draw.choices(sums, k=len(sums))
-        count = sum(part[1] for part in drawn)
-        means.append(sum(part[0][s] for part in drawn for s in of_seeds) / (count * len(seeds)))
+    for seeds, drawn in zip(
+        _samples("seeds", len(values), resamples),
+        _samples("clusters", len(counts), resamples),
+        strict=True,
+    ):
+        times_of_seeds = Counter(seeds).items()
+        total = sum(times * _sum_at(sums[seed], drawn) for seed, times in times_of_seeds)
+        means.append(total / (_sum_at(counts, drawn) * len(values)))
     return _percentiles(means)
 
 
 def _cluster_sums(
     values: Sequence[Mapping[str, float]], clusters: Mapping[str, str]
-) -> list[tuple[list[float], int]]:
-    """Return for every cluster the sum of its clients under every seed, and their number."""
+) -> tuple[list[list[float]], list[int]]:
+    """Return for every seed the sums of all clusters, and the clusters' numbers of clients."""
     members: dict[str, list[str]] = {}
     for client in sorted(values[0]):
         members.setdefault(clusters[client], []).append(client)
-    return [
-        ([sum(of_seed[client] for client in clients) for of_seed in values], len(clients))
-        for _, clients in sorted(members.items())
-    ]
+    ordered = [clients for _, clients in sorted(members.items())]
+    sums = [[sum(map(of_seed.__getitem__, clients)) for clients in ordered] for of_seed in values]
+    return sums, list(map(len, ordered))
+
+
+@lru_cache(maxsize=4)
+def _samples(what: str, count: int, resamples: int) -> list["array[int]"]:
+    """Return the places drawn with replacement in every sample, the same for every contrast."""
+    draw = random.Random(seed_of("bootstrap", what, count))
+    return [array("I", draw.choices(range(count), k=count)) for _ in range(resamples)]
+
+
+def _sum_at(values: Sequence[float], places: Sequence[int]) -> float:
+    return sum(map(values.__getitem__, places))
 
 
 def _percentiles(means: list[float]) -> Interval:
