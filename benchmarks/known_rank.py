@@ -273,11 +273,13 @@ def run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
     return [measured(method, each, rounds) for each in federations]
 
 
-def arms() -> Iterator[Arm]:
+# where clients keep a part of their adapters there is none for all to measure
+MEASURED = [name for name, entry in METHODS.items() if entry.client_state == "none"]
+
+
+def arms(methods: Sequence[str] = MEASURED) -> Iterator[Arm]:
     """Yield every method on every distribution; methods for one rank only once."""
-    # where clients keep a part of their adapters there is none for all to measure
-    names = [name for name, entry in METHODS.items() if entry.client_state == "none"]
-    for strength, name in product(STRENGTHS, names):
+    for strength, name in product(STRENGTHS, methods):
         if METHODS[name].ranks == "one":
             yield Arm(method=name, distribution="uniform", strength=strength)
             continue
@@ -324,10 +326,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=MEASURED, default=MEASURED)
     given = parser.parse_args(arguments)
     started = time.perf_counter()
     every = sorted(
-        arms(), key=lambda arm: (arm.strength, METHODS[arm.method].ranks, arm.distribution)
+        arms(given.methods),
+        key=lambda arm: (arm.strength, METHODS[arm.method].ranks, arm.distribution),
     )
     work = partial(run_arm, seeds=given.seeds, rounds=given.rounds)
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
