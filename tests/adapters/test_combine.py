@@ -214,6 +214,15 @@ def test_every_method_for_mixed_ranks_combines_adapters_of_any_ranks(
         torch.testing.assert_close(one, change, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [n for n, e in METHODS.items() if e.client_state != "none"])
+def test_a_method_whose_clients_keep_a_part_makes_no_adapter(
+    zoo: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    with pytest.raises(AdapterError, match=f"^--method {method}: clients keep a part"):
+        combine([zoo["plain"]], tmp_path / "out", method=method)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", [n for n, e in METHODS.items() if e.base == "changes"])
 def test_a_method_that_changes_the_base_makes_no_adapter(
     zoo: dict[str, Path], tmp_path: Path, method: str
