@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from fedllm.config.models import ModelSection
 from fedllm.config.target_modules import Targets
 from fedllm.errors import ModelError
-from fedllm.model.checkpoint import check_checkpoint, check_shapes
+from fedllm.model.base_files import check_base_files, check_shapes
 from fedllm.model.embedded_base import Report, embedded_base
 from fedllm.model.fingerprint import check_model_folder, fingerprint_model
 from fedllm.model.suitable import suitable_modules
@@ -114,7 +114,7 @@ def describe_base(
     Raises:
         ModelError: the base is no causal language model, or the targets cannot be adapted.
     """
-    check_checkpoint(folder)
+    check_base_files(folder)
     with _as_model_error(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -144,7 +144,7 @@ def load_base(
     Raises:
         ModelError: the base cannot be loaded, or some of its weights are missing.
     """
-    check_checkpoint(path)
+    check_base_files(path)
     fingerprint = fingerprint_model(path)
     asked = _DTYPES[dtype]
     # in the format of the files transformers maps the weights, and copies none

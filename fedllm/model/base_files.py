@@ -22,7 +22,7 @@ _QUANTISED_FILES: Mapping[str, str] = {
 _POINTER = b"version https://git-lfs"
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_base_files(folder: Path) -> None:
     """Raise ModelError if files of a model directory are damaged or hold quantised weights.
 
     Raises:
