@@ -1,5 +1,6 @@
 """Records are read back as they were written, or the error names what is wrong with them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,8 @@ def test_the_layout_keeps_its_name_in_json(kind: type[PreparedRecord | CohortRec
     content = _WITH_LAYOUT[kind]
     record = kind.model_validate_json(content)
     assert record.layout == LayoutRecord(cpu="parts", cuda="flex")
-    assert record.to_bytes().decode() == content
+    # later versions add fields, with their defaults
+    assert json.loads(content).items() <= json.loads(record.to_bytes()).items()
 
 
 def test_keys_of_a_later_version_are_ignored() -> None:
