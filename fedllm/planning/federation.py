@@ -19,7 +19,7 @@ from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.tiers import assign_tiers, resolve_ranks
 from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
 
-# sustained speed of a worker in 10^12 operations a second: with a GPU, without
+# sustained speed of a process in 10^12 operations a second: with a GPU, without
 TERAFLOPS = {True: 20.0, False: 0.03}
 _BYTES = {"float32": 4, "bfloat16": 2}
 _GIB = 1 << 30
@@ -74,11 +74,9 @@ class Federation:
             modules=self.prepared.modules,
             ranks=self.ranks,
             teraflops={
-                tier: self.engines[tier].processes
-                * (
-                    section.worker_teraflops
-                    or TERAFLOPS[asks_for_gpus(tier_options(section.sbatch, tier))]
-                )
+                tier: section.worker_teraflops
+                or self.engines[tier].processes
+                * TERAFLOPS[asks_for_gpus(tier_options(section.sbatch, tier))]
                 for tier in self.ranks
             },
         )

@@ -1,5 +1,7 @@
 """Federation from configuration and data, and the rows that are scored."""
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -126,3 +128,15 @@ def test_a_base_that_does_not_fit_a_tiers_processes_is_refused_with_what_it_need
     )
     fits = plan_federation(tiers(processes=2, memory_gib=4.5), prepared)
     assert fits.engines["large"].processes == 2
+
+
+def test_a_worker_is_expected_to_be_as_fast_as_its_processes_together_unless_told() -> None:
+    tiers = {"one": {"ranks": 2}, "four": {"ranks": 2, "engine": "zero", "processes": 4}}
+
+    def seconds(**more: object) -> Mapping[str, float]:
+        config = config_of(clients__tiers=tiers, clients__cohort={"count": 2}, **more)
+        return plan_federation(config, prepared_of(TEN)).seed_costs().seconds_per_token
+
+    found, told = seconds(), seconds(scheduler__worker_teraflops=1.0)
+    assert found["four"] == pytest.approx(found["one"] / 4)
+    assert told["four"] == told["one"]
