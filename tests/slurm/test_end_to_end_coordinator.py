@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.slurm.runs import (
     settings,
     state_of,
 )
+from tests.tiny import Tiny
 
 pytestmark = pytest.mark.slurm
 
@@ -106,3 +108,22 @@ def script(begun: Begun, cluster: Cluster, root: Path, *changes: str) -> str:
     words += [str(begun.tiny.config), "--run-dir", str(root), *settings(*changes)]
     environment = {**os.environ, "FEDLLM_PYTHON": shlex.quote(sys.executable)}
     return cluster.slurm(*words, environment=environment).strip()
+
+
+def test_a_class_beside_the_configuration_is_found_by_all_jobs_of_a_run_submitted_elsewhere(
+    tiny: Tiny, cluster: Cluster, tmp_path: Path
+) -> None:
+    project, away, root = tmp_path / "project", tmp_path / "away", tmp_path / "run"
+    for folder in (project, away):
+        folder.mkdir()
+    source = "from fedllm.methods.spectral.flexlora import FlexLora\nclass Mine(FlexLora): ...\n"
+    (project / "mine_on_slurm.py").write_text(source, encoding="utf-8")
+    config = shutil.copy(tiny.config, project)
+    changes = ("rounds=1", "evaluation.every=0", "scheduler.clients_per_bundle=4")
+    own = "method.name=mine_on_slurm:Mine"
+    words = settings(*ON_CLUSTER, *changes, own)
+    done = fedllm("submit", config, "--run-dir", root, *words, cwd=away)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.removeprefix("coordinator job ").partition(";")[0]
+    until(lambda: state_of(cluster, job) in {"", "COMPLETED", "FAILED"}, seconds=PATIENCE_SECONDS)
+    assert RunPaths(root=root).round(1).record.exists(), logs(root)
