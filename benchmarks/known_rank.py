@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
+from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta
 from fedllm.methods.catalog import METHODS, build_method
 from fedllm.methods.local_task import LocalTask, Recipient
@@ -257,7 +258,14 @@ def measured(method: Method, federation: Federation, rounds: int) -> Measured:
 
 
 def run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
-    """Run all seeds of an arm, round by round side by side."""
+    """Run all seeds of an arm, round by round side by side; nothing if one of them diverges."""
+    try:
+        return _run_arm(arm, seeds, rounds)
+    except AdapterError:  # values that are not finite
+        return []
+
+
+def _run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
     torch.set_num_threads(1)
     method = build_method(
         arm.method, seed=0, alpha=1.0, scaling="proportional", options=dict(arm.options)
@@ -306,9 +314,12 @@ def rows_of(arm: Arm, found: Sequence[Measured]) -> Iterator[list[str]]:
     """Yield a row of the table; before a distribution's first method what is possible at best."""
     one = METHODS[arm.method].ranks == "one"
     ranks = f"all rank {min(RANKS)}" if one else arm.distribution
-    if arm.label == "flexlora" or arm.method == "factor_mean":
+    if found and (arm.label == "flexlora" or arm.method == "factor_mean"):
         best = ([each.best_deployed for each in found], [each.best_largest for each in found])
         yield [ranks, "(the optimum's own)", *map(interval, best), "", ""]
+    if not found:
+        yield [ranks, arm.label, "diverges", "", "", ""]
+        return
     shown = [number for number in SHOWN_ROUNDS if number in found[0].beyond]
     yield [
         ranks,

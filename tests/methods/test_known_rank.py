@@ -68,3 +68,7 @@ def test_the_interval_holds_the_mean() -> None:
     )
     assert mean == pytest.approx(2.0)
     assert 1.0 <= low <= mean <= high <= 3.0
+
+
+def test_an_arm_that_diverges_says_so() -> None:
+    assert list(rows_of(UNIFORM, [])) == [["uniform", "flexlora", "diverges", "", "", ""]]
