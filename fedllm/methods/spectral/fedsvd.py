@@ -2,7 +2,7 @@
 
 Lee et al., https://arxiv.org/abs/2505.12805: B = sum_i p_i B_i with the A that all received,
 U S V^T = SVD(B A), and the next round begins with A = V_r^T, B = U_r S_r. The rows of A are
-orthonormal, and nothing is lost: B A has rank r.
+orthonormal, and nothing is lost: B A has rank r. What the rows of A span stays as it was drawn.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
