@@ -159,13 +159,19 @@ def divide_base(
     if device.type == "cpu":
         give_back_large_blocks(_LARGE_BLOCK_BYTES)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    # weights and modules are numbered on and on in a process, which may have divided a base before,
+    # and compared with the numbers of processes that have not; modules by an argument's default
+    Init.param_id = 0
+    offload = parameter_offload.DeepSpeedZeRoOffload
+    (module_numbers,) = offload._register_deepspeed_module.__defaults__
+    module_numbers[0] = 0
     divided = Init(config_dict_or_path=config, dtype=torch.float32)
     for weight in base.unread.take(base.model, device):
         # by `Init(module=...)` the first process would send all that the others have read
         divided._convert_to_deepspeed_param(weight)
         weight.partition()  # type: ignore[attr-defined]
     layer = _layer_numel(base.model)
-    parameter_offload.DeepSpeedZeRoOffload(
+    offload(
         base.model,
         timers=NoopTimer(),
         ds_config=config,

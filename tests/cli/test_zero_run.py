@@ -72,6 +72,25 @@ def test_tiers_train_with_engines_of_their_own_and_resume_to_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_killed_process_is_named_and_another_one_goes_on_with_the_one_that_is_left(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    root, log = tmp_path / "run", tmp_path / "log"
+    zero = ("training.engine=zero", "training.processes=2", "training.max_steps=20")
+    more = ("training.checkpoint_every_minutes=1e-9", "training.epochs=9", "evaluation.every=0")
+    short = ("rounds=1", "clients.cohort.count=1", "scheduler.workers=1")
+    process = start(*local(tiny, root, *options(*zero, *more, *short)), log=log)
+    paths = RunPaths(root=root).round(1)
+    wait_until(lambda: list(paths.checkpoints.rglob("*.safetensors")), 200)
+    max(workers_of(process.pid), key=lambda worker: worker.create_time()).kill()
+    assert process.wait(200) == 0, log.read_text()
+    assert "process 1 of 2 ended first; log " in log.read_text()
+    # the process that is left has divided a base before, the new one has not
+    assert paths.attempt(2).root.exists()
+    assert not paths.attempt(3).root.exists()
+
+
+@pytest.mark.slow
 def test_processes_that_divide_the_base_score_together_as_one_does(
     tiny: Tiny, tmp_path: Path
 ) -> None:
