@@ -19,8 +19,8 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "quantisation": ("none", "8-bit", "4-bit (NF4)"),
     "method": ("that keeps the base", "that changes the base", "one's own"),
 }
-"""The dimensions. `together` is `training.clients_per_batch` above 1; `precision` holds for
-`model.dtype` and `training.precision`."""
+"""The dimensions. `together` is `training.clients_per_batch` above 1; `precision` is
+`training.precision`, and with the plain engine also `model.dtype`."""
 
 
 @dataclass(frozen=True, kw_only=True)
