@@ -19,8 +19,8 @@ def cohort_size(section: ClientsSection, num_trainable: int) -> int:
     With Poisson sampling it is the expected number.
 
     Raises:
-        ConfigError: `clients.cohort.count` is above the number of clients that can train, or a
-            Poisson cohort could be empty.
+        ConfigError: `clients.cohort.count` is above the number of clients that can train, a Poisson
+            cohort could be empty, or `clients.quorum` is above the cohort.
     """
     if not num_trainable:
         raise ConfigError("clients: none can train; lower clients.dev and clients.unseen")
@@ -35,6 +35,11 @@ def cohort_size(section: ClientsSection, num_trainable: int) -> int:
         raise ConfigError(
             f"clients.cohort.sampling: poisson expects {size} clients a round, which may be none; "
             f"need at least {_SMALLEST_POISSON}, or fixed"
+        )
+    if isinstance(section.quorum, int) and section.quorum > size:
+        raise ConfigError(
+            f"clients.quorum: got {section.quorum}, a round draws {size} clients; lower it, or "
+            "give `all` or a share"
         )
     return size
 
@@ -66,7 +71,7 @@ def quorum_size(quorum: int | float | str, cohort: int) -> int:
     if quorum == "all":
         return cohort
     if isinstance(quorum, int):
-        return min(quorum, cohort)
+        return min(quorum, cohort)  # a Poisson cohort may be smaller
     assert isinstance(quorum, float)
     return max(1, math.ceil(quorum * cohort - 1e-9))
 

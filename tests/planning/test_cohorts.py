@@ -65,6 +65,12 @@ def test_a_cohort_above_the_trainable_clients_is_an_error_with_both_numbers() ->
         cohort_size(section, 7)
 
 
+def test_a_quorum_above_the_cohort_is_an_error_with_both_numbers() -> None:
+    section = config_of(clients__cohort={"count": 2}, clients__quorum=3).clients
+    with pytest.raises(ConfigError, match=r"clients.quorum: got 3, a round draws 2 clients"):
+        cohort_size(section, 7)
+
+
 def test_no_trainable_client_is_an_error_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="none can train; lower clients"):
         cohort_size(HALF, 0)
