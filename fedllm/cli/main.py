@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 
 import typer
 
@@ -16,6 +17,7 @@ from fedllm.cli.control.resume import resume
 from fedllm.cli.control.run import run as run_command
 from fedllm.cli.control.submit import submit
 from fedllm.cli.control.sweep import sweep
+from fedllm.cli.options import say
 from fedllm.cli.views.compare import compare
 from fedllm.cli.views.doctor import doctor
 from fedllm.cli.views.inspect import inspect
@@ -23,6 +25,7 @@ from fedllm.cli.views.logs import logs
 from fedllm.cli.views.methods import methods
 from fedllm.cli.views.plan import plan
 from fedllm.cli.views.report import report
+from fedllm.cli.views.schema import schema
 from fedllm.cli.views.status import status
 from fedllm.errors import FedllmError
 
@@ -40,9 +43,18 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        say(f"fedllm {version('fedllm')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    _version: bool = typer.Option(
+        False, "--version", help="Show the version.", callback=_say_version, is_eager=True
+    ),
 ) -> None:
     if debug:
         os.environ["FEDLLM_DEBUG"] = "1"
@@ -53,7 +65,7 @@ app.command("run")(run_command)
 for command in (
     *(resume, submit, sweep, prepare, advance, cancel),
     *(status, report, compare, logs, plan, doctor, prune),
-    *(methods, inspect, evaluate, aggregate, export),
+    *(methods, schema, inspect, evaluate, aggregate, export),
 ):
     app.command()(command)
 
