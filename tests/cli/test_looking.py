@@ -90,6 +90,8 @@ def test_watching_on_a_terminal_redraws_and_ends_orderly_by_ctrl_c(training: Run
         stdout=theirs,
         stderr=theirs,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
+        # a shell starts its background jobs, and so these tests, with Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(theirs)
     shown = bytearray()

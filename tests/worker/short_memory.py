@@ -31,7 +31,7 @@ def main(attempt: Path, client: str, out: Path) -> None:
     def before_step(step: int, _save: Save) -> None:
         # everything is loaded by now
         if rank == 1 and step == 0 and resource.getrlimit(resource.RLIMIT_AS) == unlimited:
-            limit_memory(110)
+            limit_memory(60)
 
     with connected(identity, wait_minutes=2) as group:
         if rank:
