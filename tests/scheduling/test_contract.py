@@ -81,11 +81,12 @@ def test_a_job_is_found_by_its_name_where_jobs_outlive_who_submitted_them(site: 
 @EVERYWHERE
 def test_capacity_room_and_limits_agree(site: Site) -> None:
     scheduler = site.scheduler
+    # tasks of an earlier test may just be ending
+    until(scheduler, lambda: scheduler.capacity({}).free_tasks == scheduler.room({}))
     found, limits = scheduler.capacity({}), scheduler.limits({})
     assert found.free_slots >= 1
     assert found.free_slots <= found.max_parallel or found.resident
     assert found.largest_array >= 1
-    assert found.free_tasks == scheduler.room({})
     assert found.resident is not site.is_batch
     assert bool(limits.problem) is not site.is_batch
     assert limits.max_submitted == (MAX_TASKS if site.is_batch else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.rounds.simulation import states
-from tests.slurm.cluster import Cluster, is_installed, running
+from tests.slurm.cluster import Cluster, is_installed, running, until
 from tests.slurm.runs import Begun
 from tests.slurm.workplace import Workplace
 from tests.tiny import Tiny
@@ -70,6 +70,8 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     kind = getattr(request, "param", "plain")
     chosen: Cluster = request.getfixturevalue(f"{kind}_cluster")
     monkeypatch.setenv("SLURM_CONF", str(chosen.conf))
+    # a node that an earlier test has crashed may not be back yet
+    until(lambda: "down" not in chosen.slurm("sinfo", "--noheader", "--format=%T"))
     yield chosen
     chosen.slurm("scancel", "--full", f"--user={os.getuid()}")
 
