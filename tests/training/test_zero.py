@@ -1,5 +1,6 @@
 """What several processes make of a client with DeepSpeed ZeRO is what the plain loop does."""
 
+import fcntl
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,13 +32,19 @@ class Expected:
 
 
 @pytest.fixture(scope="module")
-def found(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Found]:
+def found(
+    tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, testrun_uid: str
+) -> Mapping[int, Found]:
     """What one process, two and four found; the four also go on where the two stopped."""
-    folder = tmp_path_factory.mktemp("zero")
-    return {
-        n: trained_by(n, tiny.model, folder / str(n), folder / "2" if n == 4 else None)
-        for n in (1, 2, 4)
-    }
+    # once for all processes of pytest: it takes a minute
+    folder = tmp_path_factory.getbasetemp().parent / f"zero-{testrun_uid}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return {
+            n: trained_by(n, tiny.model, folder / str(n), folder / "2" if n == 4 else None)
+            for n in (1, 2, 4)
+        }
 
 
 @pytest.fixture(scope="module")
