@@ -50,7 +50,8 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: as `weight_shards`.
     """
     shards = weight_shards(folder)
-    return shards if shards in ([], [folder / _WEIGHTS]) else [folder / _INDEX, *shards]
+    is_indexed = shards and shards != [folder / _WEIGHTS]
+    return [folder / _INDEX, *shards] if is_indexed else shards
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
