@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from fedllm.config.loading import load_config, read_config
-from fedllm.config.models import Config
+from fedllm.config.models import Config, is_own
 from fedllm.errors import ConfigError, RunDirectoryError, UserError
 from fedllm.rounds.retention import best_round
-from fedllm.storage.own_code import folders_of, is_own, read_own_code
+from fedllm.storage.own_code import folders_of, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.records import RunRecord
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from fedllm.cli import execution
 from fedllm.cli.options import configuration_file, say
 from fedllm.config.loading import load_changed, result_fingerprint, validate
-from fedllm.config.models import Config
+from fedllm.config.models import Config, is_own
 from fedllm.config.sweep_files import Changes, SweepFile, load_sweep
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.methods.catalog import check_method, private_space
@@ -17,7 +17,7 @@ from fedllm.scheduling.schedulers import make_scheduler
 from fedllm.scheduling.shared_scheduler import SchedulerPool
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.own_code import folders_of, is_own, read_own_code
+from fedllm.storage.own_code import folders_of, read_own_code
 from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.sweep_records import SweepRecord, SweepRunRecord

@@ -307,6 +307,11 @@ class MethodSection(Section):
     server_options: MethodOptions = {}
 
 
+def is_own(name: str) -> bool:
+    """Return whether `method.name` names a class of the user's own, as `package.module:Class`."""
+    return ":" in name
+
+
 class AggregationSection(Section):
     """Aggregation: on which devices, how exactly, and after which checks of the updates."""
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 
-from fedllm.config.models import Config
+from fedllm.config.models import Config, is_own
 from fedllm.errors import ConfigError
 
 SCALES: Mapping[str, Callable[[float, int], float]] = {
@@ -38,7 +38,7 @@ def client_scales(config: Config, ranks: Mapping[str, int]) -> dict[str, float] 
     Returns:
         Module -> scale; None for a user's own method, which may choose other scales.
     """
-    if ":" in config.method.name:
+    if is_own(config.method.name):
         return None
     lora = config.lora
     return {

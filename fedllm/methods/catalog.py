@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from fedllm.config.models import Config, MethodSection, Section
+from fedllm.config.models import Config, MethodSection, Section, is_own
 from fedllm.errors import ConfigError
 from fedllm.methods.local_rules import LOCAL_RULES, LocalRule
 from fedllm.methods.options import (
@@ -174,7 +174,7 @@ def check_names(name: str, local: str) -> None:
             f"method.name: got {name!r}, which is a value of method.local; the server side of "
             "FedAvg and FedIT is factor_mean"
         )
-    if name not in METHODS and ":" not in name:
+    if name not in METHODS and not is_own(name):
         own = " or your own as package.module:Class"
         raise ConfigError(f"method.name: got {name!r}{_nearest(name, METHODS)}{own}")
     local_rule(local)

@@ -1,11 +1,11 @@
 """The method of a run, whose source must be what the run began with."""
 
-from fedllm.config.models import Config
+from fedllm.config.models import Config, is_own
 from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
 from fedllm.process.late_files import read_late_file
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.own_code import import_from, is_own, read_own_code, refuse_changed
+from fedllm.storage.own_code import import_from, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 

@@ -14,7 +14,7 @@ from fedllm.config.loading import (
     read_config,
     result_fingerprint,
 )
-from fedllm.config.models import Config
+from fedllm.config.models import Config, is_own
 from fedllm.errors import ConfigError, FedllmError, RunDirectoryError
 from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
@@ -22,7 +22,7 @@ from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
 from fedllm.storage.frozen_config import changes_of, key_values, new_run_record, refuse_edits
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
-from fedllm.storage.own_code import changed_modules, is_own, read_own_code, refuse_changed
+from fedllm.storage.own_code import changed_modules, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
 from fedllm.storage.publishing.publish import publish_bytes

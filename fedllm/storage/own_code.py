@@ -20,11 +20,6 @@ from fedllm.storage.records import OwnCodeRecord
 _OURS = "fedllm"
 
 
-def is_own(name: str) -> bool:
-    """Return whether `method.name` names a class of the user's own."""
-    return ":" in name
-
-
 def folders_of(config_or_run: Path) -> list[str]:
     """Return where classes of one's own are looked for: the configuration's folder, and this."""
     path = config_or_run.resolve()

@@ -15,12 +15,12 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.cli.progress_bar import modules_done
-from fedllm.config.models import Config
+from fedllm.config.models import Config, is_own
 from fedllm.config.spelling import resolve_scalars
 from fedllm.config.yaml_text import parse_yaml
 from fedllm.errors import AdapterError, ConfigError
 from fedllm.reporting.tables import rank_span
-from fedllm.storage.own_code import is_own, read_own_code
+from fedllm.storage.own_code import read_own_code
 
 if TYPE_CHECKING:
     from fedllm.server.combine import (

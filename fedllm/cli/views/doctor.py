@@ -9,13 +9,12 @@ import typer
 
 from fedllm.cli.execution import default_run_dir
 from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
-from fedllm.config.models import SchedulerSection, StorageSection
+from fedllm.config.models import SchedulerSection, StorageSection, is_own
 from fedllm.doctor.examination import DoctorRequest, examine
 from fedllm.doctor.findings import Finding, describe_findings
 from fedllm.errors import ConfigError
 from fedllm.methods.catalog import check_method, method_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
-from fedllm.storage.own_code import is_own
 
 
 def doctor(
