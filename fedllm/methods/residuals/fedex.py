@@ -7,40 +7,24 @@ clients' models.
 Legend: O out, I in, R rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
 from fedllm.aggregation.route_types import Partial
-from fedllm.lora.factors import FactorBlock, ModuleShape
+from fedllm.lora.factors import FactorBlock
 from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.products import dense, split, with_product
-from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
-from fedllm.methods.residuals.base_state import CHANGE, change_part, changed, no_change
+from fedllm.methods.protocol import ModuleAggregate, ServerStep
+from fedllm.methods.residuals.base_state import ChangesBase, changed
 from fedllm.methods.state import carried
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedEx(FactorMean):
+class FedEx(ChangesBase, FactorMean):
     """The means of A and of B, and the rest of the mean of products in the base."""
 
     name: ClassVar[str] = "fedex"
-    changes_base: ClassVar[bool] = True
-
-    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
-        """Return the shapes of A, B and the change of the base."""
-        return {**super().parts(shape, rank), **change_part(shape)}
-
-    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
-        """Return no change yet: the seeded A, and B and the change of the base zero."""
-        start = super().start_module(module=module, shape=shape, rank=rank)
-        return {**start, **no_change(shape)}
-
-    def base_delta(self, state: ModuleState) -> Tensor | None:
-        """Return the residuals of all rounds."""
-        return state[CHANGE]
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i A_i, sum_i n_i B_i and the block's weighted sum of products."""

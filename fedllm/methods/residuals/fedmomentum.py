@@ -19,42 +19,28 @@ from torch import Tensor
 
 from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Decomposition, Partial
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
+from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.options import FedMomentumOptions
-from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
+from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 from fedllm.methods.refusals import refuse_mixed_ranks
-from fedllm.methods.residuals.base_state import CHANGE, change_part, changed, no_change
+from fedllm.methods.residuals.base_state import ChangesBase, changed
 from fedllm.methods.residuals.spectrum import between, cut, holding, leading
 from fedllm.methods.spectral.spectral_state import SpectralMethod
 from fedllm.methods.state import carried
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedMomentum(SpectralMethod):
+class FedMomentum(ChangesBase, SpectralMethod):
     """The SVD of the mean of products, its tail in the base."""
 
     name: ClassVar[str] = "fedmomentum"
-    changes_base: ClassVar[bool] = True
     options_class: ClassVar[type[FedMomentumOptions]] = FedMomentumOptions
 
     options: FedMomentumOptions = field(default_factory=FedMomentumOptions)
 
-    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
-        """Return the shapes of U, S, Vh and the change of the base."""
-        return {**super().parts(shape, rank), **change_part(shape)}
-
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return a reason where two tiers' ranks differ: all clients have one adapter."""
         return refuse_mixed_ranks(self.name, tier_ranks)
-
-    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
-        """Return no change yet, neither of the adapter nor of the base."""
-        start = super().start_module(module=module, shape=shape, rank=rank)
-        return {**start, **no_change(shape)}
-
-    def base_delta(self, state: ModuleState) -> Tensor | None:
-        """Return the tails of all rounds."""
-        return state[CHANGE]
 
     def module_adapter(self, *, module: str, state: ModuleState, rank: int) -> Factors:
         """Return the adapter of the state, S split evenly between A and B."""

@@ -7,7 +7,7 @@ W_0 <- W_0 + sum_i p_i s_i B_i A_i, and every client begins the next round with 
 Legend: G modules, O out, I in, R rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,31 +20,17 @@ from fedllm.lora.factors import FactorBlock, ModuleShape, initial_a
 from fedllm.methods.diagnostics import diagnose, held_partitions, partition_qualities
 from fedllm.methods.pairs.pair_state import PairMethod
 from fedllm.methods.products import dense, keep
-from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StatePart
-from fedllm.methods.residuals.base_state import CHANGE, change_part, changed, no_change
+from fedllm.methods.protocol import ModuleAggregate, ServerStep
+from fedllm.methods.residuals.base_state import ChangesBase, changed
 from fedllm.methods.state import carried
 from fedllm.planning.seeding import seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flora(PairMethod):
+class Flora(ChangesBase, PairMethod):
     """The mean of products, merged into the base; new adapters every round."""
 
     name: ClassVar[str] = "flora"
-    changes_base: ClassVar[bool] = True
-
-    def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
-        """Return the shapes of A, B and the change of the base."""
-        return {**super().parts(shape, rank), **change_part(shape)}
-
-    def start_module(self, *, module: str, shape: ModuleShape, rank: int) -> ModuleState:
-        """Return no change yet: the seeded A, and B and the change of the base zero."""
-        start = super().start_module(module=module, shape=shape, rank=rank)
-        return {**start, **no_change(shape)}
-
-    def base_delta(self, state: ModuleState) -> Tensor | None:
-        """Return the merged updates of all rounds."""
-        return state[CHANGE]
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i s_i B_i A_i of the block, as the problem's route holds it."""
