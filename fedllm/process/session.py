@@ -15,7 +15,7 @@ from fedllm.errors import ModelError, UserError
 from fedllm.model.device import resolve_device
 from fedllm.planning.engines import engine_of, engines_of, scoring_engine
 from fedllm.process.log import say
-from fedllm.storage.frozen_config import frozen_config
+from fedllm.storage.frozen_config import FrozenConfigReader
 from fedllm.storage.paths import CachePaths, RunPaths
 from fedllm.storage.publishing.publish import Version, version_of
 from fedllm.storage.publishing.staging import staged_folder
@@ -72,7 +72,7 @@ class Session:
         self._base: tuple[_BaseKey, Base] | None = None
         self._slots: tuple[_SlotsKey, AdapterSlots] | None = None
         self._data: tuple[str, TokenizedClients] | None = None
-        self._config: tuple[tuple[Path, Version], Config] | None = None
+        self._configs = FrozenConfigReader()
         self._prepared: tuple[tuple[Path, Version], PreparedRecord] | None = None
         self._near: dict[str, str] = {}
 
@@ -233,12 +233,7 @@ class Session:
 
     def config(self, run: RunPaths) -> Config:
         """Return a run's configuration, read again if the file changed; see `frozen_config`."""
-        if not run.config.is_file():
-            return frozen_config(run)  # raises the right error
-        version = run.config, version_of(run.config)
-        if self._config is None or self._config[0] != version:
-            self._config = version, frozen_config(run)
-        return self._config[1]
+        return self._configs.read(run)
 
     def prepared(self, path: Path) -> PreparedRecord:
         """Return the record of prepare, read again if the file changed.

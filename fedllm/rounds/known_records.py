@@ -10,9 +10,8 @@ from pathlib import Path
 from fedllm.config.models import Config
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.frozen_config import frozen_config
+from fedllm.storage.frozen_config import FrozenConfigReader
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.publishing.publish import Version, version_of
 from fedllm.storage.record_cache import AnyRecord, RecordCache
 from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord
 from fedllm.storage.updates import Origin, PublishedUpdate, UpdateScanner
@@ -34,7 +33,7 @@ class KnownRecords:
         self._federation: Federation | None = None
         self._scanner: tuple[int, UpdateScanner] | None = None
         self._first_seen: dict[Path, float] = {}
-        self._config_version: Version | None = None
+        self._configs = FrozenConfigReader()
 
     def refuse_edits(self) -> None:
         """Require the result keys that the run was begun with, if `config.yaml` changed.
@@ -42,10 +41,7 @@ class KnownRecords:
         Raises:
             RunDirectoryError: somebody changed one; the message names it.
         """
-        version = version_of(self._paths.config)
-        if version != self._config_version:
-            frozen_config(self._paths)
-            self._config_version = version
+        self._configs.read(self._paths)
 
     def read(self, kind: type[AnyRecord], path: Path) -> AnyRecord:
         """Read a record; read it again only if its file changed.

@@ -6,12 +6,14 @@ keys and the value of every key, so that an edit is found before anything is com
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedllm.config.loading import flatten, read_config, result_fingerprint
 from fedllm.config.models import Config
 from fedllm.errors import RunDirectoryError
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.publishing.publish import Version, version_of
 from fedllm.storage.records import OwnCodeRecord, RunRecord
 
 
@@ -75,6 +77,22 @@ def frozen_config(paths: RunPaths) -> Config:
     if record is not None:
         refuse_edits(paths, record, config)
     return config
+
+
+class FrozenConfigReader:
+    """Reader of runs' frozen configurations; the last is read again only if its file changed."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Path, Version, Config] | None = None
+
+    def read(self, run: RunPaths) -> Config:
+        """Return the configuration of a run; the errors are those of `frozen_config`."""
+        if not run.config.is_file():
+            return frozen_config(run)  # raises the right error
+        version = version_of(run.config)
+        if self._last is None or self._last[:2] != (run.config, version):
+            self._last = run.config, version, frozen_config(run)
+        return self._last[2]
 
 
 def refuse_edits(paths: RunPaths, record: RunRecord, config: Config) -> None:
