@@ -31,7 +31,7 @@ class FedEx(ChangesBase, FactorMean):
         return with_product(super().fold(block, step), block, step)
 
     def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
-        """Return the means, and the residual on the change of the base; diagnostics are A's B's."""
+        """Return the means, and the residual in the change of the base; diagnostics are of B A."""
         products: list[Partial] = []
         results = super().finish(split(partials, products), step)
         found = []
