@@ -70,10 +70,15 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     kind = getattr(request, "param", "plain")
     chosen: Cluster = request.getfixturevalue(f"{kind}_cluster")
     monkeypatch.setenv("SLURM_CONF", str(chosen.conf))
-    # a node that an earlier test has crashed may not be back yet
-    until(lambda: "down" not in chosen.slurm("sinfo", "--noheader", "--format=%T"))
+    # after a crash of a node or a restart of slurmctld, nodes may not have answered yet
+    until(lambda: _nodes_are_up(chosen))
     yield chosen
     chosen.slurm("scancel", "--full", f"--user={os.getuid()}")
+
+
+def _nodes_are_up(cluster: Cluster) -> bool:
+    states = cluster.slurm("sinfo", "--noheader", "--format=%T")
+    return not any(word in states for word in ("down", "unknown", "*"))
 
 
 @pytest.fixture
