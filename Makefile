@@ -27,7 +27,7 @@ BROWSERS := chromium-headless-shell chromium google-chrome
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check test test-slurm test-browser test-portable chaos coverage bench smollm2 \
+.PHONY: help venv quickstart check reference test test-slurm test-browser test-portable chaos coverage bench smollm2 \
   slurm-packages browser-package
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
@@ -37,6 +37,7 @@ help:
 	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
+	@echo "make reference       write the tables of docs/ and the schema that follow from the code"
 	@echo "make coverage        the tests again, with branch coverage; fails below the floor"
 	@echo "make bench           the benchmarks of docs/benchmarks.md, with the model and data of"
 	@echo "                     FEDLLM_MODEL and FEDLLM_DATA"
@@ -123,6 +124,12 @@ check-format:
 	$(call verdict,format,.venv/bin/ruff format --check)
 check-spelling:
 	$(call verdict,spelling,git ls-files -z --cached --others --exclude-standard | xargs -0 .venv/bin/codespell)
+
+# --- documentation
+
+# what pages and the editors' schema take from the code
+reference: .venv/.package
+	@.venv/bin/python docs/reference.py
 
 # --- tests
 

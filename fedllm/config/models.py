@@ -54,9 +54,19 @@ class ModelSection(Section):
     """Base model (a directory, a hub name or `embedded`), and an adapter to start from."""
 
     path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
+    """A Hugging Face model directory, a hub name, or `embedded`: a small model that fedllm
+    makes. The content is fingerprinted: the same model at another path is fine, another model
+    is not."""
     revision: str | None = None
+    """Branch, tag or commit of a hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Format of the base's matrices in memory. Adapters are float32. See [number
+    formats](training.md#number-formats) for the format of each computation."""
     adapter: str | None = None
+    """Folder of a PEFT adapter to start from, of any rank. It must be for this base and adapt
+    only modules of `lora.target_modules`. The state before round 1 is its change, at the
+    largest ranks of `clients.tiers` (the log reports how much of the change they keep); with
+    `factor_mean` its rank must be that of all tiers. Its content is fingerprinted."""
 
 
 class LoraSection(Section):
@@ -71,9 +81,15 @@ class LoraSection(Section):
         "up_proj",
         "down_proj",
     )
+    """Linear layers that get an adapter, read as in PEFT. See [Which layers](#which-layers)."""
     alpha: PositiveFloat = 16.0
+    """Scale of an update, with `lora.scaling`."""
     scaling: Literal["fixed", "proportional", "rslora"] = "fixed"
+    """Scale: alpha / rank; 2 at every rank (alpha = 2 rank); alpha / √rank. With `fixed`, high
+    ranks learn more slowly at the same learning rate."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout of the adapter's input, drawn per row and position, but once for a prefix that
+    rows share: see [training.md](training.md#dropout)."""
 
     @field_validator("target_modules")
     @classmethod
@@ -87,21 +103,33 @@ class ColumnsSection(Section):
     """Column names of the user's data; `category` and `instruction` may be absent."""
 
     client: str | None = "client_id"
+    """Column that names the client of a row; text or numbers. `null`: there is none, with
+    `data.partition`."""
     category: str | None = "category"
+    """Column by which held-out clients are stratified; `null`: there is none."""
     instruction: str | None = "instruction"
+    """Column of the instruction; `null`: there is none."""
     input: str | None = "input"
+    """Column of the input; `null`: there is none."""
     output: str = "output"
+    """Column of the answer: text, or a list of references, of which the first is trained."""
 
 
 class PartitionSection(Section):
     """Partition: clients for data without clients, or other clients than the data's."""
 
     kind: Literal["column", "iid", "dirichlet", "pathological", "quantity"] = "column"
+    """Where clients come from: the column, or a draw ([partitions](data.md#partitions))."""
     clients: PositiveInt | None = None
+    """Number of clients of a draw; not for `column`."""
     alpha: PositiveFloat = 0.5
+    """Of `dirichlet` and `quantity`: the smaller, the more clients differ."""
     categories: PositiveInt = 2
+    """Of `pathological`: categories of a client."""
     min_rows: PositiveInt = 2
+    """Training rows that every client of a draw has at least; it is drawn again until they have."""
     seed: int = 0
+    """Seed of the draw."""
 
     @model_validator(mode="after")
     def _has_clients(self) -> "PartitionSection":
@@ -114,16 +142,29 @@ class DataSection(Section):
     """Data: the rows, how they become tokens, and which tokens have a loss."""
 
     path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
+    """A folder of `train`, `validation` and `test` files, one file, a folder that `datasets`
+    saved, a hub name, or `embedded`: [data.md](data.md) has the kinds of files and their names."""
     revision: str | None = None
+    """Branch, tag or commit of a hub name."""
     format: RowFormat = "auto"
+    """Format of the rows ([data.md](data.md#formats-of-rows)); `auto` finds it from the columns."""
     columns: ColumnsSection = ColumnsSection()
     partition: PartitionSection = PartitionSection()
     template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    """Prompt around instruction and input: Alpaca's; the tokenizer's own template; or none,
+    directly followed by the answer. See [prompts](#prompts)."""
     loss_on: Literal["answer", "all"] = "answer"
+    """Tokens that have a loss: those of the answer (of all answers of a conversation), or also
+    those of the prompt."""
     cutoff_tokens: PositiveInt = 512
+    """Maximum length of a row. If a row is longer, a conversation first loses its oldest turns;
+    then the input is cut at its end, then the instruction, then the answer."""
     test_fraction: Fraction = 0.1
+    """Share of each client's rows that becomes its test split if the data have none."""
     embedded_clients: Annotated[int, Field(ge=12)] = 16
+    """Number of clients of `embedded`."""
     embedded_rows: Annotated[int, Field(ge=20)] = 96
+    """Number of rows of each client of `embedded`."""
 
     @model_validator(mode="after")
     def _has_clients(self) -> "DataSection":
@@ -137,11 +178,25 @@ class TierSection(Section):
     """A class of clients: its ranks, its share of the clients, and how it trains if otherwise."""
 
     ranks: RankSpec
+    """One rank for all modules, or a table of ranks by `attention` and `mlp`, by module name
+    (`q_proj`) or by full path; the most specific entry wins."""
     share: Annotated[float, Field(ge=0)] | None = None
+    """Share of the clients, met exactly (largest remainder). Without any share, all tiers have
+    equal shares."""
     engine: EngineName | None = None
+    """Engine of this tier's clients, where it is another than `training.engine`: small clients
+    train alone, large ones in several processes."""
     processes: PositiveInt | None = None
+    """Processes that train a client of this tier together; `null`: 1 where the tier says
+    `engine: plain`, else `training.processes`."""
     nodes: Annotated[PositiveInt | None, Field(json_schema_extra=EXECUTION)] = None
+    """Nodes over which these processes are spread; `null`: 1 where the tier says `engine:
+    plain`, else `training.nodes`."""
     memory_gib: Annotated[PositiveFloat | None, Field(json_schema_extra=EXECUTION)] = None
+    """Memory of one process that trains this tier's clients, in GiB: of its GPU, or its share
+    of the node. A base that does not fit beside adapter, gradients and optimizer is refused
+    before anything is submitted; activations are not counted. `fedllm plan` prints what a
+    process needs at least, by stage."""
 
 
 def _set_by(tier: TierSection) -> dict[str, Any]:
@@ -153,8 +208,13 @@ class CohortSection(Section):
     """Cohort size: how many clients train in a round."""
 
     count: PositiveInt | None = None
+    """Number of clients in a round. Give this or `fraction`."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the trainable clients in a round. With `--set`, each of the two replaces the
+    other."""
     sampling: Literal["fixed", "poisson"] = "fixed"
+    """A cohort of one size, or each client by itself with the share that gives this size on
+    average (at least 28, so that no cohort is empty)."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "CohortSection":
@@ -167,28 +227,51 @@ class HeldOutSection(Section):
     """Clients that may become dev or unseen: `column` modulo `modulo` equals `equals`."""
 
     column: str
+    """The table form: an integer column of the data..."""
     modulo: PositiveInt
+    """... taken modulo this ..."""
     equals: NonNegativeInt
+    """... has to equal this."""
 
 
 class ClientsSection(Section):
     """Clients: their tiers, how many train in a round, and which never train."""
 
     tiers: Annotated[dict[Name, TierSection], Field(min_length=1)]
+    """The classes of clients, at least one, with names that you choose. Their order is part of
+    the draw."""
     distribution: Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal"] | None = (
         None
     )
+    """Shares of four tiers by name, instead of `share`: 25/25/25/25, 80/5/5/10, 5/5/10/80,
+    5.7/44.3/44.3/5.7."""
     assign: dict[Name, Name] = {}
+    """Client and tier of clients with a fixed tier; the tiers of all others are drawn."""
     tier_seed: int | None = None
+    """Seed of the draw of tiers; `null`: `seed`."""
     cohort: CohortSection = CohortSection(fraction=0.05)
     quorum: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Literal["all"] = "all"
+    """Number of valid updates that a round needs, as count or share of the cohort; with fewer
+    the run ends with exit code 1. An update with values that are not finite is not valid: its
+    client is left out and named."""
     over_sample: Annotated[float, Field(ge=0)] = 0.0
+    """Share of clients drawn beyond the cohort's size. The round goes on as soon as enough
+    clients for the cohort's size have valid updates. The tiers of these clients are reported."""
     deadline_minutes: PositiveFloat | None = None
+    """After this time of training, a round that meets the quorum goes on without the other
+    clients."""
     ranks_above_module: Literal["error", "cap"] = "error"
+    """A rank above a module's smaller side is refused (`error`), or lowered to that side
+    (`cap`)."""
     split_seed: int = 0
+    """Seed of the draw of dev and unseen clients, and of evaluation subsets."""
     dev: NonNegativeInt = 0
+    """Number of clients that never train and choose the best round."""
     unseen: NonNegativeInt = 0
+    """Number of clients that never train and are only scored."""
     held_out_from: Literal["all"] | str | tuple[Name, ...] | HeldOutSection = "all"
+    """Clients from which dev and unseen are drawn: all, a list of ids, a file of them, or a
+    table. The file has one id per line; spaces around an id and empty lines are ignored."""
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> "ClientsSection":
@@ -219,36 +302,82 @@ class ZeroSection(Section):
     """What DeepSpeed ZeRO divides among the processes that train a client."""
 
     stage: Literal[1, 2, 3] = 3
+    """What the processes divide: `1` what the optimizer keeps, `2` the summed gradients too,
+    `3` the weights of the base too."""
     offload: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the optimizer's state in the host's memory and updates there."""
 
 
 class TrainingSection(Section):
     """Local training of one client in one round."""
 
     engine: EngineName = "plain"
+    """`zero` trains a client in several processes with DeepSpeed ZeRO ([several
+    processes](training.md#several-processes)); it needs the extra `fedllm[deepspeed]`."""
     processes: PositiveInt = 1
+    """Processes of a worker that train a client together, at most one for each row of an
+    optimizer step; more than one needs `training.engine: zero`, and `scheduler.kind: local` or
+    `slurm`."""
     nodes: Annotated[PositiveInt, Field(json_schema_extra=EXECUTION)] = 1
+    """Nodes over which the processes are spread evenly; more than one needs `scheduler.kind:
+    slurm`. sbatch options of memory (`mem`) and `gpus-per-node` are per node, `cpus-per-task`
+    and `gpus-per-task` per process."""
     zero: ZeroSection = ZeroSection()
     deepspeed: dict[str, Any] = {}
+    """Further keys of DeepSpeed, such as bucket sizes ([keys](training.md#several-processes)),
+    or the path of a JSON or YAML file of them, whose content the run keeps. Keys that follow
+    from keys of fedllm may be `auto`; another value is refused."""
     epochs: PositiveInt = 1
+    """Passes over the client's rows."""
     max_steps: PositiveInt | None = None
+    """Maximum number of optimizer steps of a client in a round."""
     batch_size: PositiveInt = 4
+    """Rows of an optimizer step."""
     micro_batch_size: PositiveInt | None = None
+    """Rows in memory at once (gradients are accumulated); `null`: the whole batch."""
     micro_batch_tokens: PositiveInt | None = None
+    """Tokens computed at once, including a shared prefix. A step with more tokens is divided
+    further, so memory no longer depends on the rows' lengths. With `flex` on a GPU they are
+    filled up to a multiple of 128; if clients train together, each member has the limit for
+    itself. The longest row of a client that trains has to fit; `null`: the limit of the layout
+    ([how rows are computed](training.md))."""
     smaller_micro_batch: bool = False
+    """If memory runs out, train the client again from its start with half the micro-batch, down
+    to one row, instead of ending with an error. The size is recorded with its update. Processes
+    that divide the base (stage 3) refuse it."""
     clients_per_batch: PositiveInt = 1
+    """Number of clients of similar rank that train together, each with its own adapter and
+    optimizer, in one pass over the base."""
     learning_rate: PositiveFloat = 1e-3
+    """Learning rate at the top of the schedule. Tune it per method: ranks and optimizers differ."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Schedule of the learning rate over the client's own steps of the round; all but
+    `constant` end at zero."""
     warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise at the start of the schedule."""
     cut_rounds: tuple[PositiveInt, ...] = ()
+    """From each of these rounds on, the learning rate is multiplied by `cut_factor`."""
     cut_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What the learning rate is multiplied by at each of `cut_rounds`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of the optimizer."""
     clip_norm: PositiveFloat | None = 1.0
+    """Maximum norm of a step's gradient; `null`: no maximum."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Format of the products with the base's weights, in training and evaluation. Adapters,
+    sums with them and the optimizer are float32 ([number formats](training.md#number-formats))."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Layers keep only their input and are computed again in the backward pass: less memory for
+    more time, the same bits. `true`: all; `auto`: as many as it takes to keep a pass within a
+    [budget](training.md#memory)."""
     threads: PositiveInt = 1
+    """CPU threads of a worker. A result key, because it changes rounding."""
     device: Annotated[str, Field(json_schema_extra=EXECUTION)] = "auto"
+    """`auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:N`."""
     checkpoint_every_minutes: Annotated[PositiveFloat, Field(json_schema_extra=EXECUTION)] = 10.0
+    """How often a worker publishes its finished clients and saves the client in training, which
+    can then continue at that step. It does so on a warning signal too. Finished clients are
+    also published at the end of a bundle."""
 
     @model_validator(mode="after")
     def _processes_fit(self) -> "TrainingSection":
@@ -300,11 +429,17 @@ class MethodSection(Section):
     """
 
     name: str = "flexlora"
+    """Server side: how updates become the next state. See [methods.md](methods.md)."""
     local: str = "fedit"
+    """Client side: how a client trains, and with which optimizer (AdamW, or SGD)."""
     options: MethodOptions = {}
+    """The server side's own options: see [methods.md](methods.md#server-side)."""
     local_options: MethodOptions = {}
+    """The client side's own options: see [methods.md](methods.md#client-side)."""
     server: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    """The server's optimizer: see [methods.md](methods.md#the-servers-optimizer)."""
     server_options: MethodOptions = {}
+    """The options of the server's optimizer."""
 
 
 def is_own(name: str) -> bool:
@@ -316,13 +451,24 @@ class AggregationSection(Section):
     """Aggregation: on which devices, how exactly, and after which checks of the updates."""
 
     device: Annotated[str | tuple[str, ...], Field(json_schema_extra=EXECUTION)] = "auto"
+    """As `training.device`; the modules are distributed over a list of devices, such as
+    `[cuda:0, cuda:1]`."""
     threads: PositiveInt = 1
+    """CPU threads of the aggregation."""
     exact: bool = False
+    """Use only direct decompositions in float64."""
     tolerance: PositiveFloat = 1e-4
+    """How much more energy an iterative decomposition may leave out than the best triplets do,
+    as a share of what the best leave out."""
     block_clients: PositiveInt = 32
+    """Number of clients in a block; updates are summed block by block, in the cohort's order."""
     weights: Literal["rows", "uniform"] = "rows"
+    """What a client weighs: the rows that it trained on, or as much as any other."""
     outliers: Literal["keep", "clip", "reject"] = "keep"
+    """What to do with a client whose change of a module is more than `outlier_factor` times the
+    median."""
     outlier_factor: Annotated[float, Field(gt=1)] = 10.0
+    """From how many times the median on a client is an outlier: see `outliers`."""
 
     @model_validator(mode="after")
     def _devices_are_named(self) -> "AggregationSection":
@@ -338,55 +484,105 @@ class PrivacySection(Section):
     """Differential privacy of whole clients: what bounds a client's change, and how much noise."""
 
     clip_norm: PositiveFloat | None = None
+    """The largest norm of a client's change over all modules; `null`: clients are not private."""
     noise_multiplier: PositiveFloat = 1.0
+    """Standard deviation of the noise on the sum of changes, in units of `clip_norm`."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """The delta at which epsilon is stated."""
 
 
 class EvaluationSection(Section):
     """Evaluation: which clients are scored, when (`every: 0` is never), and on how many rows."""
 
     every: NonNegativeInt = 1
+    """Number of rounds from one evaluation to the next; the base and the last round are always
+    evaluated. `0`: never."""
     clients: PositiveInt | None = None
+    """Maximum number of clients of each group (trained, dev, unseen): a fixed seeded subset."""
     rows_per_client: PositiveInt | None = None
+    """Maximum number of test rows of each client: a fixed seeded subset."""
     complete_at_end: bool = True
+    """Score all clients and rows at the base and after the last round, regardless of the two
+    limits."""
     max_new_tokens: PositiveInt = 128
+    """Maximum length of a generated answer."""
     batch_size: PositiveInt = 16
+    """Number of rows scored at once."""
     keep_answers: Annotated[NonNegativeInt, Field(json_schema_extra=EXECUTION)] = 2
+    """Number of scored rows per client whose generated answers are kept, in
+    `evaluation/answers.json`."""
 
 
 class SbatchSection(Section):
     """sbatch options, by job kind; `tiers` overrides `client` for the tiers it names."""
 
     default: SbatchOptions = {}
+    """sbatch options of every job, by their long names or their letters: `{account: me, time:
+    60}`."""
     prepare: SbatchOptions = {}
+    """sbatch options of prepare; they override the default."""
     coordinator: SbatchOptions = {}
+    """sbatch options of the coordinator (`fedllm submit`)."""
     client: SbatchOptions = {}
+    """sbatch options of the workers that train."""
     aggregate: SbatchOptions = {}
+    """sbatch options of the aggregation."""
     evaluate: SbatchOptions = {}
+    """sbatch options of the evaluation."""
     tiers: dict[Name, SbatchOptions] = {}
+    """sbatch options of one tier's workers; they override `client`. Tiers with equal options
+    and equal engines share an array."""
 
 
 class SchedulerSection(Section):
     """Scheduler: where and how jobs run. No key here changes a result."""
 
     kind: Literal["inline", "local", "slurm"] = "local"
+    """In the coordinator itself, in local worker processes, or as Slurm job arrays."""
     workers: PositiveInt = 2
+    """Number of processes of `local`."""
     max_parallel: PositiveInt = 64
+    """Maximum number of array tasks of `slurm` that run at once."""
     target_minutes: PositiveFloat = 30.0
+    """Work that an array task should have when slots are scarce."""
     worker_minutes_min: PositiveFloat = 5.0
+    """Minimum work of an array task when slots are free: more tasks start only if each has at
+    least this much work."""
     worker_teraflops: PositiveFloat | None = None
+    """Sustained speed of a worker, for estimates before anything is measured; `null`: for each
+    of its processes 20 with a GPU, 0.03 without."""
     clients_per_bundle: PositiveInt | Literal["auto"] = "auto"
+    """Clients that a worker claims at once; `auto` makes bundles smaller towards the end. A
+    group of `training.clients_per_batch` stays whole."""
     clients_per_task: PositiveInt | Literal["auto"] = "auto"
+    """A number: bundles of that many clients, and one array task for each bundle; 1 is one task
+    per client. A group of `training.clients_per_batch` stays whole."""
     linger_minutes: Annotated[float, Field(ge=0)] = 0.0
+    """How long a worker without work waits for the next round before it ends."""
     coordinator: Literal["resident", "chained"] = "resident"
+    """`fedllm submit` starts one small job for the whole run, or a chain of short jobs."""
     max_attempts: PositiveInt = 3
+    """Number of consecutive attempts without any progress after which the run ends."""
     hung_minutes: PositiveFloat = 60.0
+    """A running worker is ended if its progress record does not change for this time; other
+    workers train its clients. The processes of one worker wait three quarters of it for each
+    other."""
     node_failures: PositiveInt = 3
+    """Number of failed tasks in a round after which a node is excluded."""
     poll_seconds: PositiveFloat = 10.0
+    """Time between two scans of the run directory; in a long round it grows to a hundredth of
+    the training time so far, up to `query_seconds`."""
     query_seconds: PositiveFloat = 60.0
+    """Minimum time between two queries to Slurm."""
     python: str | None = None
+    """Command that runs Python in a job, for example `apptainer exec image.sif python`; `null`:
+    the Python that runs fedllm."""
     setup: tuple[str, ...] = ()
+    """Shell lines that run before Python, for example `module load cuda`."""
     interface: str | None = None
+    """Network interface over which the processes of a task reach each other (`ib0`): jobs of
+    several processes start with it in `GLOO_SOCKET_IFNAME` and `NCCL_SOCKET_IFNAME`. `null`:
+    that of the host name. `fedllm doctor` tells whether it works and how fast it is."""
     sbatch: SbatchSection = SbatchSection()
 
     @model_validator(mode="after")
@@ -406,26 +602,42 @@ class StorageSection(Section):
     """Storage: the shared cache, and what is kept of a run."""
 
     cache: str | None = None
+    """Folder of fetched models, tokenised data and the embedded base, which runs share; `null`:
+    `$FEDLLM_CACHE`, else `.fedllm-cache` beside the run directories."""
     visibility_seconds: Annotated[float, Field(ge=0)] = 90.0
+    """With Slurm: how long a file that a record names may take to appear (NFS caches) before it
+    counts as damaged."""
     keep_states: PositiveInt = 2
+    """Number of last rounds whose server states are kept; the best round's state is always kept."""
     keep_every: PositiveInt = 10
+    """The state of every such round is kept too (10: every tenth). Updates are removed once the
+    next round is aggregated."""
     keep_logs: PositiveInt = 20
+    """Number of rounds whose logs, claims and progress records are kept."""
     node_local: str | None = None
+    """A folder on every node's own disk, to which base model and data are copied once per node.
+    `$TMPDIR` and similar variables are expanded on the node."""
     group: str | None = None
+    """Unix group that may read and write the run directory."""
 
 
 class StoppingSection(Section):
     """Early stopping: after so many evaluations without a lower loss of dev clients."""
 
     patience: PositiveInt | None = None
+    """End the run after so many evaluations in a row without a lower mean loss of dev clients;
+    `null`: never. Needs `clients.dev`."""
     min_gain: Annotated[float, Field(ge=0)] = 0.0
+    """How much lower the loss has to be."""
 
 
 class Config(Section):
     """A whole experiment."""
 
     seed: int = 0
+    """Seed of everything random: cohorts, tiers, row order, dropout, initial A."""
     rounds: Annotated[PositiveInt, Field(json_schema_extra={"kind": "may grow"})] = 3
+    """Number of training rounds. Round 0 is the state before training."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()

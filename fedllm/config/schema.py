@@ -4,10 +4,13 @@ An editor that reads it completes keys and marks wrong ones. It says less than l
 what depends on several keys is no part of it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+from fedllm.config import models
 from fedllm.config.loading import ENVIRONMENT
 from fedllm.config.models import Config
+from fedllm.config.reference import meanings, plain
 
 
 def config_schema() -> dict[str, Any]:
@@ -22,10 +25,8 @@ def config_schema() -> dict[str, Any]:
             for name in (section, key):
                 if name in required.get("required", []):
                     required["required"].remove(name)
-    for part in (schema, *schema["$defs"].values()):
-        for name, value in part.get("properties", {}).items():
-            if "$ref" in value:
-                part["properties"][name] = {"anyOf": [value, {"type": "null"}]}
+    for name, part in {Config.__name__: schema, **schema["$defs"]}.items():
+        _complete(part, meanings(vars(models)[name]))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -33,3 +34,12 @@ def _section(schema: dict[str, Any], name: str) -> dict[str, Any]:
     reference = schema["properties"][name]["$ref"]
     section: dict[str, Any] = schema["$defs"][reference.rpartition("/")[2]]
     return section
+
+
+def _complete(part: dict[str, Any], texts: Mapping[str, str]) -> None:
+    """Let the sections of a part be empty, and say what its keys mean."""
+    for name, value in part.get("properties", {}).items():
+        if "$ref" in value:
+            part["properties"][name] = {"anyOf": [value, {"type": "null"}]}
+        if name in texts:
+            part["properties"][name]["description"] = plain(texts[name])

@@ -35,7 +35,8 @@ class MethodEntry:
 
     `ranks` says whether clients of different ranks work together: `any`, or `one` for all; `base`
     whether the method changes the weights of the base, `client_state` what clients keep between
-    their rounds, `private` what it averages of private clients, if it can have them.
+    their rounds, `private` what it averages of private clients, if it can have them; `bytes_up` and
+    `bytes_down` what a client sends and receives in a round.
     """
 
     path: str
@@ -45,6 +46,8 @@ class MethodEntry:
     private: PrivateSpace | None = None
     base: Literal["stays", "changes"] = "stays"
     client_state: str = "none"
+    bytes_up: str = "its adapter"
+    bytes_down: str = "its adapter"
 
 
 # by import path, so that a coordinator knows the names without loading torch
@@ -119,6 +122,8 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="the mean of A, every client keeps its own B",
         paper="https://arxiv.org/abs/2410.01463",
         client_state="B",
+        bytes_up="A",
+        bytes_down="A",
     ),
     "fslora": MethodEntry(
         path="fedllm.methods.pairs.fslora:FsLora",
@@ -131,6 +136,7 @@ METHODS: Mapping[str, MethodEntry] = {
         ranks="any",
         summary="clients train some rank-one parts beside the frozen others, a mean of each part",
         paper="https://arxiv.org/abs/2602.16936",
+        bytes_down="R (O + I)",
     ),
     "flora": MethodEntry(
         path="fedllm.methods.residuals.flora:Flora",
@@ -138,6 +144,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="the mean of products goes into the base every round, adapters start anew",
         paper="https://arxiv.org/abs/2409.05976",
         base="changes",
+        bytes_down="all adapters",
     ),
     "florist": MethodEntry(
         path="fedllm.methods.residuals.florist:Florist",
@@ -145,6 +152,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="as flora, of the mean only the leading directions",
         paper="https://arxiv.org/abs/2506.09199",
         base="changes",
+        bytes_down="k (O + I)",
     ),
     "fedex": MethodEntry(
         path="fedllm.methods.residuals.fedex:FedEx",
@@ -152,6 +160,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="as factor_mean, what it misses of the mean of products goes into the base",
         paper="https://arxiv.org/abs/2410.09432",
         base="changes",
+        bytes_down="all adapters",
     ),
     "fedmomentum": MethodEntry(
         path="fedllm.methods.residuals.fedmomentum:FedMomentum",
@@ -159,7 +168,15 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="SVD of the mean: the first directions to the adapter, the next into the base",
         paper="https://arxiv.org/abs/2603.08014",
         base="changes",
+        bytes_down="k (O + I)",
     ),
+}
+
+
+# key -> the words that its value is chosen from, beside the user's own
+KEY_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "method.name": tuple(METHODS),
+    "method.local": tuple(LOCAL_RULES),
 }
 
 

@@ -24,14 +24,13 @@ class NoOptions(Section):
 
 
 class FlexLoraOptions(Section):
-    """FlexLoRA: `truncated` says what becomes of the directions that a client did not receive.
-
-    `drop` counts them as zero, as the paper does; `keep` counts them as unchanged. `frozen_tail`
-    hands them out too, as a part that does not train.
-    """
+    """FlexLoRA: what becomes of the directions that a client did not receive."""
 
     truncated: Literal["drop", "keep"] = "drop"
+    """Directions that a client did not receive count as zero, as in the paper (`drop`), or as
+    unchanged (`keep`)."""
     frozen_tail: bool = False
+    """Clients also receive the directions beyond their rank, frozen. Needs `truncated: keep`."""
 
     @model_validator(mode="after")
     def _tail_is_kept(self) -> "FlexLoraOptions":
@@ -45,55 +44,64 @@ class FlexLoraOptions(Section):
 
 
 class HetLoraOptions(Section):
-    """HetLoRA's self-pruning: `pruning` is the share of its directions that a client goes on with.
-
-    1 prunes nothing. `penalty` is lambda, what the product of the norms of the others counts in
-    the loss.
-    """
+    """HetLoRA's self-pruning: with how many of its directions a client goes on."""
 
     pruning: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Gamma: the share of its directions that a client goes on with; 1 prunes nothing."""
     penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Lambda: what the product of the norms of the other directions counts in the loss."""
 
 
 class LoraFairOptions(Section):
-    """LoRA-FAIR: `ridge` is lambda, what the squared norm of the correction of B counts."""
+    """LoRA-FAIR's correction of B."""
 
     ridge: Annotated[float, Field(gt=0)] = 0.01
+    """Lambda: what the squared norm of the correction of B counts."""
 
 
 class FloristOptions(Section):
-    """FLoRIST: `threshold` is the share of a module's energy that the kept directions hold."""
+    """FLoRIST: how many directions are kept."""
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """The share of a module's energy that the kept directions hold."""
 
 
 class FedMomentumOptions(Section):
-    """FedMomentum: `energy` is the share that adapter and base together keep of a mean."""
+    """FedMomentum: how many directions go into the base."""
 
     energy: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """The share of a mean's energy that adapter and base together keep."""
 
 
 class FedProxOptions(Section):
-    """FedProx: `mu` weighs the proximal term, `optimizer` is that of the clients."""
+    """FedProx: the proximal term of a client's loss."""
 
     mu: Annotated[float, Field(ge=0)] = 0.01
+    """µ: what the term counts."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer of the clients."""
 
 
 class FedAvgMOptions(Section):
-    """FedAvgM: `momentum` is beta, `learning_rate` what the change of a round counts."""
+    """FedAvgM: a movement that goes on from round to round."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """β: what remains of the last movement."""
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """η: what the change of a round counts."""
 
 
 class AdaptiveOptions(Section):
     """FedAdam and FedYogi: the rate, how slowly the moments follow, and what bounds the rate."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """η: the size of a step."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """What remains of the mean change."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """What remains of the mean squared change (`fedadam`), or how slowly it follows (`fedyogi`)."""
     tau: Annotated[float, Field(gt=0)] = 1e-3
+    """Added to the root of the mean squared change."""
 
 
 OPTIONS: Mapping[str, type[Section]] = {

@@ -21,7 +21,7 @@ def problems(raw: Any) -> list[str]:
 
 def test_the_shipped_schema_is_that_of_the_models() -> None:
     shipped_schema = json.loads(shipped("configs/schema.json").read_text())
-    assert shipped_schema == config_schema(), "write `fedllm schema` to configs/schema.json"
+    assert shipped_schema == config_schema(), "write it: make reference"
     jsonschema.Draft202012Validator.check_schema(shipped_schema)
 
 
