@@ -15,7 +15,7 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
 from fedllm.errors import AdapterError
+from fedllm.lora.entries import entries_of, entry_places, with_entries
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta
 from fedllm.methods.catalog import METHODS, build_method
 from fedllm.methods.local_task import LocalTask, Recipient
@@ -148,6 +149,8 @@ def trained(
         frozen = [factors.frozen for factors in received if factors.frozen]
         left = [torch.cat([t, -f.scale * f.b_OR], 1) for t, f in zip(left, frozen, strict=True)]
         right = [torch.cat([t, f.a_RI]) for t, f in zip(right, frozen, strict=True)]
+    if task.entries_seed is not None:
+        return _trained_entries(received, left, right, task.entries_seed)
     a, b = torch.stack([f.a_RI for f in received]), torch.stack([f.b_OR for f in received])
     tall, flat, scale = torch.stack(list(left)), torch.stack(list(right)), received[0].scale
     for _ in range(STEPS):
@@ -156,6 +159,22 @@ def trained(
         a = a - LEARNING_RATE * of_a if "A" in task.trained else a
         b = b - LEARNING_RATE * of_b if "B" in task.trained else b
     return [Factors(a_RI=x, b_OR=y, scale=scale) for x, y in zip(a, b, strict=True)]
+
+
+def _trained_entries(
+    received: Sequence[Factors], left: Sequence[Tensor], right: Sequence[Tensor], seed: int
+) -> list[Factors]:
+    """Return what clients send that train entries of W: gradient descent on |D - T|^2 / 2."""
+    places = entry_places(seed=seed, shape=SHAPE, rank=received[0].rank)
+    sent = []
+    for tall, flat, got in zip(left, right, received, strict=True):
+        target = (tall @ flat).flatten()[places]
+        entries = with_entries(got.a_RI, got.b_OR, places).flatten()
+        for _ in range(STEPS):
+            entries[places] -= LEARNING_RATE * (entries[places] - target)
+        a_RI, b_OR = entries_of(entries.view(SIDE, SIDE), places, got.rank)
+        sent.append(replace(got, a_RI=a_RI, b_OR=b_OR, frozen=None))
+    return sent
 
 
 def train_round(

@@ -61,6 +61,16 @@ def fold_columns(
     return route.fold(b_GOR, a_GRI, coefficients_GR.to(a_GRI.device))
 
 
+def formed(problem: Problem) -> Problem:
+    """Return the problem of a sum that has no factors of fewer columns than the narrow side."""
+    return replace(problem, stacked_rank=max(problem.stacked_rank, problem.out, problem.in_))
+
+
+def fold_formed(w_GOI: Tensor, problem: Problem) -> Partial:
+    """Return a sum that is formed as a partial result; `problem` is as `formed` returns it."""
+    return {"W": w_GOI.float() if route_for(problem) == "iterative" else w_GOI.double()}
+
+
 def decompose(
     partials: Iterable[Partial], problem: Problem, *, total: float, start: Start | None = None
 ) -> list[Decomposition]:

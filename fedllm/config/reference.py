@@ -60,8 +60,15 @@ def plain(meaning: str) -> str:
 
 
 def meanings(section: type[BaseModel]) -> Mapping[str, str]:
-    """Return field -> the text below it in the source of its class, on one line."""
-    return _texts_of(section.__module__).get(section.__name__, {})
+    """Return field -> the text below it in the source of its class, on one line.
+
+    The fields of the classes that it extends have theirs there.
+    """
+    found: dict[str, str] = {}
+    for each in reversed(section.__mro__):
+        if issubclass(each, BaseModel) and each is not BaseModel:
+            found |= _texts_of(each.__module__).get(each.__name__, {})
+    return found
 
 
 @functools.cache

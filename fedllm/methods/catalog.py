@@ -138,6 +138,13 @@ METHODS: Mapping[str, MethodEntry] = {
         paper="https://arxiv.org/abs/2602.16936",
         bytes_down="R (O + I)",
     ),
+    "slora": MethodEntry(
+        path="fedllm.methods.spectral.slora:SLora",
+        ranks="any",
+        summary="first some entries of the weights train, their SVD starts flexlora",
+        paper="https://arxiv.org/abs/2308.06522",
+        base="changes",
+    ),
     "flora": MethodEntry(
         path="fedllm.methods.residuals.flora:Flora",
         ranks="any",
@@ -219,6 +226,11 @@ def local_rule(local: str, options: Mapping[str, Any] | None = None) -> LocalRul
         ConfigError: no such rule, with the valid names and the nearest one; or options that it
             does not have.
     """
+    if local in METHODS:
+        raise ConfigError(
+            f"method.local: got {local!r}, which is a value of method.name; need one of "
+            f"{', '.join(LOCAL_RULES)}"
+        )
     if local not in LOCAL_RULES:
         raise ConfigError(f"method.local: got {local!r}{_nearest(local, LOCAL_RULES)}")
     model = LOCAL_OPTIONS.get(local, NoOptions)

@@ -24,9 +24,13 @@ class LocalTask:
 
     With a `tail_penalty` lambda, lambda |B[:, k:]| |A[k:]| is added to the loss of every step and
     module, k = `leading` of the client's rank: HetLoRA's regulariser of the last directions.
+
+    With an `entries_seed` the values of A and B are no factors: they belong to as many entries of
+    the weight, drawn from that seed (`lora.entries`), and both train, without scale and dropout.
     """
 
     trained: TrainedFactors = "AB"
+    entries_seed: int | None = None
     tail_penalty: float = 0.0
     tail_share: float = 1.0
 

@@ -43,6 +43,13 @@ class FlexLoraOptions(Section):
         return self
 
 
+class SLoraOptions(FlexLoraOptions):
+    """SLoRA: how long entries of the weights train; the others are FlexLoRA's, after that."""
+
+    sparse_rounds: Annotated[int, Field(ge=1)] = 5
+    """The number of rounds in which entries of the weights train."""
+
+
 class HetLoraOptions(Section):
     """HetLoRA's self-pruning: with how many of its directions a client goes on."""
 
@@ -106,6 +113,7 @@ class AdaptiveOptions(Section):
 
 OPTIONS: Mapping[str, type[Section]] = {
     "flexlora": FlexLoraOptions,
+    "slora": SLoraOptions,
     "hetlora": HetLoraOptions,
     "lora_fair": LoraFairOptions,
     "florist": FloristOptions,

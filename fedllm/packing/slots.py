@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -15,13 +16,15 @@ from torch import nn
 
 from fedllm.config.target_modules import Targets
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Adapter, Factors
-from fedllm.methods.local_task import TrainedFactors
+from fedllm.lora.entries import entry_places
+from fedllm.lora.factors import Adapter, Factors, ModuleShape
+from fedllm.methods.local_task import LocalTask
 from fedllm.model.base import Base
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.packing.adapter_product import LeanFactor
 from fedllm.packing.base_change import BaseChange, ChangeableWeights
+from fedllm.packing.entry_product import EntryProduct, PassedOn
 from fedllm.packing.gated_mlp import save_mlp_memory
 from fedllm.packing.installed import Installed
 from fedllm.packing.layout_check import set_layout
@@ -31,8 +34,8 @@ from fedllm.packing.row_dropout import RowDropout, RowSeeds
 from fedllm.packing.stacked_adapters import ClientLengths, StackedA, StackedB
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
-_GROUP = "group"  # the name of the PEFT adapter that several clients share
-_GROUP_FROZEN = "group_frozen"  # and of the one of their frozen factors
+_Kind = Literal["factors", "frozen", "entries"]  # what the values of a slot are
+_AS_RECEIVED = LocalTask()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +64,9 @@ class AdapterSlots:
     """The slots of one base model: room for one adapter, or one group of adapters, at a time.
 
     There is one PEFT adapter per distinct set of ranks: `c0`, `c1`, ... `install` copies A, B and
-    scale into it, so that memory does not grow with the number of clients. Frozen factors have
-    adapters of their own, `f0`, `f1`, ... Only the installed adapter requires gradients. The base
-    stays frozen. `layout` is one of `packing.layout_check`.
+    scale into it, so that memory does not grow with the number of clients. Frozen factors and
+    entries of weights have adapters of their own. Only the installed adapter requires gradients.
+    The base stays frozen. `layout` is one of `packing.layout_check`.
     `is_divided` says whether this process has only a part of the weights, and others the rest.
     """
 
@@ -88,11 +91,10 @@ class AdapterSlots:
             base.model, {name: found.transposed for name, found in self._modules.items()}
         )
         self.client_lengths = ClientLengths()
-        self._slots: dict[_Signature, _Slot] = {}
-        self._frozen_slots: dict[_Signature, _Slot] = {}
-        self._group: _GroupSlot | None = None
-        self._group_tail: _GroupSlot | None = None
+        self._slots: dict[tuple[_Kind, _Signature], _Slot] = {}
+        self._groups: dict[_Kind, _GroupSlot] = {}
         self._members_in_layers: list[int] = []  # ids of the members whose factors the layers hold
+        self._group_seed: int | None = None  # of the entries that the group trains, if it does
         self._active: tuple[_Slot | _GroupSlot, ...] = ()
         self._recomputation = Recomputation(base.model)
         self.model.requires_grad_(False)
@@ -110,30 +112,32 @@ class AdapterSlots:
         assert change is None or not self.is_divided, "a divided base cannot change"
         self._weights.put_on(change)
 
-    def install(self, adapter: Adapter, *, trained: TrainedFactors = "AB") -> Installed:
+    def install(self, adapter: Adapter, task: LocalTask = _AS_RECEIVED) -> Installed:
         """Install an adapter: copy its values, and let the model compute with it.
 
         Args:
             adapter: by module; frozen factors are added to those that train.
-            trained: the factors that train; the others stay.
+            task: which factors train, the others stay; or that the values are entries of weights.
 
         Raises:
             AdapterError: a module is no target, or a factor does not have its module's shape.
         """
         self._check(adapter)
         frozen = _frozen(adapter)
-        slot = self._slot(_signature(adapter))
-        tail = self._slot(_signature(frozen), frozen=True) if frozen else None
+        slot = self._slot(_signature(adapter), _kind_of(task))
+        tail = self._slot(_signature(frozen), "frozen") if frozen else None
         self._activate(slot, tail)
-        installed = _filled(slot, adapter, trained).with_cores()
+        installed = replace(_filled(slot, adapter), trained=task.trained).with_cores()
+        if task.entries_seed is not None:
+            self._fill_entries(slot, [installed], task.entries_seed)
         if tail:
-            for parameter in _filled(tail, frozen, "AB").parameters:
+            for parameter in _filled(tail, frozen).parameters:
                 parameter.requires_grad_(False)
         installed.begin()
         return installed
 
     def install_group(
-        self, adapters: Sequence[Adapter], *, trained: TrainedFactors = "AB"
+        self, adapters: Sequence[Adapter], task: LocalTask = _AS_RECEIVED
     ) -> list[Installed]:
         """Install the adapters of a group; `use_members` says whose tokens each pass computes.
 
@@ -147,18 +151,19 @@ class AdapterSlots:
             self._check(adapter)
         modules = tuple(sorted(adapters[0]))
         assert all(tuple(sorted(adapter)) == modules for adapter in adapters), "unequal modules"
-        slot = self._group_slot(modules)
+        slot = self._group_slot(modules, _kind_of(task))
         members = [self._copied(slot, adapter, place) for place, adapter in enumerate(adapters)]
-        members = [replace(member, trained=trained).with_cores() for member in members]
+        members = [replace(member, trained=task.trained).with_cores() for member in members]
         tails = [_frozen(adapter) for adapter in adapters]
         tail = None
         if any(tails):
-            tail = self._group_slot(modules, frozen=True)
+            tail = self._group_slot(modules, "frozen")
             tails = [_frozen(adapter, or_empty=True) for adapter in adapters]
             copies = [self._copied(tail, own, place) for place, own in enumerate(tails)]
             members = [replace(m, frozen=own) for m, own in zip(members, copies, strict=True)]
         self._activate(slot, tail)
         self._members_in_layers = []
+        self._group_seed = task.entries_seed
         for member in members:
             member.begin()
         return members
@@ -170,15 +175,19 @@ class AdapterSlots:
             members: all or some of the installed group.
             lengths: number of tokens of each of these members.
         """
-        assert self._group is not None and self._active[:1] == (self._group,), "no group installed"
+        slot, *tail = self._active
+        assert isinstance(slot, _GroupSlot), "no group installed"
         self.client_lengths.enter(lengths)
         ids = [id(member) for member in members]
         if self._members_in_layers == ids:
             return
         self._members_in_layers = ids
-        _fill_stacks(self._group, members)
-        if self._group_tail is not None and len(self._active) > 1:
-            _fill_stacks(self._group_tail, [m.frozen for m in members if m.frozen])
+        if self._group_seed is None:
+            _fill_stacks(slot, members)
+        else:
+            self._fill_entries(slot, members, self._group_seed)
+        for each in tail:
+            _fill_stacks(each, [m.frozen for m in members if m.frozen])
 
     def train(self, *, recompute: Recompute = False) -> None:
         """Set the model to training: dropout is on."""
@@ -210,16 +219,37 @@ class AdapterSlots:
     def _leaves(self) -> list[str]:
         return sorted({module.rpartition(".")[2] for module in self._modules})
 
-    def _slot(self, signature: _Signature, *, frozen: bool = False) -> _Slot:
-        slots = self._frozen_slots if frozen else self._slots
-        slot = slots.get(signature)
+    def _slot(self, signature: _Signature, kind: _Kind) -> _Slot:
+        slot = self._slots.get((kind, signature))
         if slot is None:
             # PEFT loses the layers of a name like "0" and refuses dots
-            name = f"{'f' if frozen else 'c'}{len(slots)}"
-            slot = slots[signature] = self._inject(name, dict(signature), frozen=frozen)
-            for layer in slot.layers.values():
-                _join_dropout(layer, name)
+            name = f"c{len(self._slots)}"
+            slot = self._slots[kind, signature] = self._inject(name, dict(signature), kind)
+            for module, layer in slot.layers.items():
+                if kind == "entries":
+                    layer.lora_A[name] = PassedOn(slot.a[module])
+                    layer.lora_B[name] = EntryProduct()
+                else:
+                    _join_dropout(layer, name)
         return slot
+
+    def _fill_entries(
+        self, slot: "_Slot | _GroupSlot", members: Sequence[Installed], seed: int
+    ) -> None:
+        """Put the values that some clients train, and their entries, into the layers of a slot."""
+        for number, module in enumerate(members[0].modules):
+            layer, target = slot.layers[module], self._modules[module]
+            shape = ModuleShape(out=target.out_features, in_=target.in_features)
+            layer.scaling[slot.name] = 1.0
+            pairs = [(member.a[number], member.b[number]) for member in members]
+            product = layer.lora_B[slot.name]
+            assert isinstance(product, EntryProduct)
+            product.fill(
+                [
+                    (a, b, entry_places(seed=seed, shape=shape, rank=len(a)).to(self.device))
+                    for a, b in pairs
+                ]
+            )
 
     def _activate(self, slot: "_Slot | _GroupSlot", tail: "_Slot | _GroupSlot | None") -> None:
         """Let the model compute with a slot, and with frozen factors in addition."""
@@ -230,18 +260,21 @@ class AdapterSlots:
                     module.set_adapter([each.name for each in active])
             self._active = active
 
-    def _group_slot(self, modules: Sequence[str], *, frozen: bool = False) -> _GroupSlot:
-        """Return the slot of groups: its layers have stacked factors instead of PEFT's."""
-        slot = self._group_tail if frozen else self._group
+    def _group_slot(self, modules: Sequence[str], kind: _Kind) -> _GroupSlot:
+        """Return the slot of groups: its layers have those of several clients instead of PEFT's."""
+        slot = self._groups.get(kind)
         if slot is None:
-            name = _GROUP_FROZEN if frozen else _GROUP
-            layers = self._inject(name, dict.fromkeys(modules, 1), frozen=frozen).layers
+            name = f"group_{kind}"
+            layers = self._inject(name, dict.fromkeys(modules, 1), kind).layers
             for layer in layers.values():
-                layer.lora_A[name] = StackedA(self.client_lengths)
-                layer.lora_B[name] = StackedB(self.client_lengths)
+                if kind == "entries":
+                    layer.lora_A[name] = PassedOn(_weight(layer.lora_A[name]))
+                    layer.lora_B[name] = EntryProduct(self.client_lengths)
+                else:
+                    layer.lora_A[name] = StackedA(self.client_lengths)
+                    layer.lora_B[name] = StackedB(self.client_lengths)
                 layer.scaling[name] = 1.0
-            slot = _GroupSlot(name=name, layers=layers, pool={})
-            self._group, self._group_tail = (self._group, slot) if frozen else (slot, None)
+            slot = self._groups[kind] = _GroupSlot(name=name, layers=layers, pool={})
         assert set(slot.layers) == set(modules), "groups of unequal modules"
         return slot
 
@@ -265,7 +298,7 @@ class AdapterSlots:
             b=tuple(b for _, b in pairs.values()),
         )
 
-    def _inject(self, name: str, ranks: Mapping[str, int], *, frozen: bool = False) -> _Slot:
+    def _inject(self, name: str, ranks: Mapping[str, int], kind: _Kind) -> _Slot:
         config = LoraConfig(
             target_modules=list(ranks),
             # PEFT takes these keys as regular expressions
@@ -286,8 +319,9 @@ class AdapterSlots:
             # trained in float32 in any format of the base
             make_float32_factor(layer.lora_A[name])
             make_float32_factor(layer.lora_B[name])
-            # what is frozen belongs to the model that a client adapts: nothing of it is dropped
-            if self._dropout and not frozen:
+            # what is frozen belongs to the model that a client adapts: nothing of it is dropped;
+            # entries of weights have no product whose input could be
+            if self._dropout and kind == "factors":
                 layer.lora_dropout[name] = RowDropout(self._dropout, module=module, rows=self.rows)
         self.model.train(self.model.training)
         return _Slot(
@@ -326,7 +360,11 @@ def _frozen(adapter: Adapter, *, or_empty: bool = False) -> Adapter:
     }
 
 
-def _filled(slot: _Slot, adapter: Adapter, trained: TrainedFactors) -> Installed:
+def _kind_of(task: LocalTask) -> _Kind:
+    return "factors" if task.entries_seed is None else "entries"
+
+
+def _filled(slot: _Slot, adapter: Adapter) -> Installed:
     """Copy an adapter into its slot."""
     modules = tuple(sorted(adapter))
     with torch.no_grad():
@@ -340,11 +378,10 @@ def _filled(slot: _Slot, adapter: Adapter, trained: TrainedFactors) -> Installed
         scales={module: adapter[module].scale for module in modules},
         a=tuple(slot.a[module] for module in modules),
         b=tuple(slot.b[module] for module in modules),
-        trained=trained,
     )
 
 
-def _fill_stacks(slot: _GroupSlot, members: Sequence[Installed]) -> None:
+def _fill_stacks(slot: "_Slot | _GroupSlot", members: Sequence[Installed]) -> None:
     """Put the factors of some members of a group into the layers of a slot."""
     for number, module in enumerate(members[0].modules):
         layer = slot.layers[module]

@@ -87,7 +87,7 @@ def train_client(
         before_step: called with the step's number, from 0, and a function that returns the
             progress as it is; what it raises ends the training.
     """
-    installed = slots.install(adapter, trained=settings.task.trained)
+    installed = slots.install(adapter, settings.task)
     loop = Loop(slots, installed, rows, settings, draws)
     return loop.run(progress, before_step)
 

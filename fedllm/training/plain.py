@@ -42,7 +42,7 @@ class Plain:
         """Train the only member; see `Trainer`."""
         (member,) = members
         settings = with_micro_batches(self.settings, micro_batch_size)
-        installed = self.slots.install(member.received(), trained=settings.task.trained)
+        installed = self.slots.install(member.received(), settings.task)
         loop = Loop(self.slots, installed, member.rows, settings, member.draws)
         result = loop.run(
             member.progress, lambda step, snapshot: before_step(step, lambda: [snapshot()])

@@ -71,9 +71,7 @@ class _Group:
         assert slots.layout == GROUP_LAYOUT, (
             f"rows are {slots.layout}: clients cannot train together"
         )
-        installed = slots.install_group(
-            [member.received() for member in members], trained=settings.task.trained
-        )
+        installed = slots.install_group([member.received() for member in members], settings.task)
         self._loops = [
             Loop(slots, own, member.rows, settings, member.draws)
             for own, member in zip(installed, members, strict=True)

@@ -64,7 +64,7 @@ class Zero(Plain):
             assert dist.get_world_size() == self.num_processes, "another number of processes"
             if engine_of(settings.training).divides_base:
                 settings = self._divided(settings)
-            installed = self.slots.install(member.received(), trained=settings.task.trained)
+            installed = self.slots.install(member.received(), settings.task)
             loop = ZeroLoop(self.slots, installed, member.rows, settings, member.draws)
             result = loop.run(
                 member.progress, lambda step, snapshot: before_step(step, lambda: [snapshot()])

@@ -161,7 +161,7 @@ def test_what_is_not_finite_stays_with_its_client(slots: AdapterSlots, base: Bas
 
 def test_groups_of_any_ranks_share_their_tensors(slots: AdapterSlots, base: Base) -> None:
     def total() -> int:
-        pool = slots._group.pool if slots._group else {}
+        pool = slots._groups["factors"].pool if slots._groups else {}
         return sum(a.numel() + b.numel() for a, b in pool.values())
 
     orders = [(2, 3), (3, 2), (3, 3), (2, 2)]

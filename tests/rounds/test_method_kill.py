@@ -19,6 +19,7 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["method.server=fedavgm"],
     ],
     "factor_mean": [["method.server=fedyogi"]],
+    "slora": [["method.options.sparse_rounds=1"]],
     "ffa": [["privacy.clip_norm=0.1", "aggregation.weights=uniform"]],
 }
 

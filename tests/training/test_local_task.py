@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fedllm.config.models import TrainingSection
-from fedllm.lora.factors import Adapter, delta
+from fedllm.lora.entries import entry_places, with_entries
+from fedllm.lora.factors import Adapter, Factors, delta
 from fedllm.methods.local_rules import LOCAL_RULES, LocalRule
 from fedllm.methods.local_task import LocalTask, TrainedFactors
 from fedllm.model.base import load_base
@@ -246,13 +247,19 @@ def members(adapters: list[Adapter]) -> Iterator[Member]:
 
 
 @pytest.mark.parametrize(
-    ("trained", "mu", "tailed"),
-    [("B", 0.0, False), ("A", 0.3, True), ("AB", 0.3, True), ("C", 0.3, True)],
+    ("task", "mu", "tailed"),
+    [
+        (LocalTask(trained="B"), 0.0, False),
+        (LocalTask(trained="A"), 0.3, True),
+        (LocalTask(), 0.3, True),
+        (LocalTask(trained="C"), 0.3, True),
+        (LocalTask(entries_seed=5), 0.3, True),
+    ],
 )
 def test_together_clients_train_as_each_alone(
-    slots: AdapterSlots, trained: TrainedFactors, mu: float, tailed: bool
+    slots: AdapterSlots, task: LocalTask, mu: float, tailed: bool
 ) -> None:
-    given = settings(trained, replace(SGD, mu=mu))
+    given = replace(settings(rule=replace(SGD, mu=mu)), task=task)
     whole, tail = begun(slots), with_tail(slots)
     # one of them has no frozen columns
     adapters = [tail, whole] if tailed else [whole, whole]
@@ -265,3 +272,68 @@ def test_together_clients_train_as_each_alone(
         for module, own in alone.adapter.items():
             torch.testing.assert_close(result.adapter[module].a_RI, own.a_RI, atol=2e-5, rtol=0)
             torch.testing.assert_close(result.adapter[module].b_OR, own.b_OR, atol=2e-5, rtol=0)
+
+
+# --- entries of the weights
+
+ENTRIES = LocalTask(entries_seed=5)
+
+
+def zeros(slots: AdapterSlots) -> Adapter:
+    return {
+        m: replace(f, a_RI=torch.zeros_like(f.a_RI), b_OR=torch.zeros_like(f.b_OR))
+        for m, f in start(slots).items()
+    }
+
+
+def entries(own: Factors) -> torch.Tensor:
+    places = entry_places(seed=5, shape=own.shape, rank=own.rank)
+    return with_entries(own.a_RI, own.b_OR, places)
+
+
+def test_a_step_of_entries_is_gradient_descent_on_the_weights(make: Make) -> None:
+    rate = 0.05
+    keys: dict[str, Any] = {"max_steps": 1, "clip_norm": None, "schedule": "constant"}
+    given = settings(rule=SGD, learning_rate=rate, **keys)
+    slots = make(dropout=0.3)  # entries have none
+    sparse = train(slots, replace(given, task=ENTRIES), zeros(slots))
+    plain = make()
+    # the gradient of a whole weight: what one step of B shows where A is the identity
+    whole = {
+        m: Factors(a_RI=torch.eye(f.shape.in_), b_OR=torch.zeros(f.shape.out, f.shape.in_), scale=1)
+        for m, f in start(plain).items()
+    }
+    dense = train(plain, replace(given, task=LocalTask(trained="B")), whole)
+    assert sparse.stats.losses == pytest.approx(dense.stats.losses, abs=1e-6)
+    for module, own in sparse.adapter.items():
+        places = entry_places(seed=5, shape=own.shape, rank=own.rank)
+        expected = torch.zeros(own.shape.out * own.shape.in_)
+        expected[places] = dense.adapter[module].b_OR.flatten()[places]
+        assert expected.any()
+        torch.testing.assert_close(entries(own).flatten(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_entries_count_as_the_base(slots: AdapterSlots, make: Make) -> None:
+    given = replace(settings(rule=SGD, max_steps=1), task=ENTRIES)
+    adapter = begun(slots)  # entries that are not zero
+    other = make()
+    for module, own in adapter.items():
+        layer = other.model.get_submodule(module)
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data += entries(own)
+    beside, inside = train(slots, given, adapter), train(other, given, zeros(other))
+    assert beside.stats.losses == pytest.approx(inside.stats.losses, abs=2e-5)
+    for module, own in beside.adapter.items():
+        moved = entries(own) - entries(adapter[module])
+        torch.testing.assert_close(moved, entries(inside.adapter[module]), atol=2e-5, rtol=0)
+
+
+def test_after_entries_factors_train_again(make: Make) -> None:
+    fresh, used = make(), make()
+    train(used, replace(settings(), task=ENTRIES))
+    assert same(train(used, settings()), train(fresh, settings()))
+
+
+def test_a_training_of_entries_resumes_to_the_same_bits(slots: AdapterSlots) -> None:
+    whole, rest = interrupted(slots, replace(settings(), task=ENTRIES))
+    assert same(whole, rest)

@@ -97,19 +97,8 @@ class PairMethod(Method):
                 f"{self.name} cannot hold an adapter of rank {largest} in a state of rank "
                 f"{problem.rank}: ask for {largest}, or use flexlora"
             )
-        a_GRI = block.a_GRI.new_zeros(len(block.a_GRI), problem.rank, problem.in_, dtype=_SUMS)
-        b_GOR = block.b_GOR.new_zeros(len(block.b_GOR), problem.out, problem.rank, dtype=_SUMS)
-        weights_GC = weights_GC.to(a_GRI.device)
-        scaled_GC = weights_GC * block.scales_GC.to(a_GRI.device) / self.scale(problem.rank)
-        end = 0
-        for client, rank in enumerate(block.ranks):
-            begin, end = end, end + rank
-            if rank:
-                a_GRI[:, :rank] += weights_GC[:, client, None, None] * block.a_GRI[:, begin:end]
-                b_GOR[:, :, :rank] += (
-                    scaled_GC[:, client, None, None] * block.b_GOR[:, :, begin:end]
-                )
-        return {"A": a_GRI, "B": b_GOR}
+        scaled_GC = weights_GC * block.scales_GC / self.scale(problem.rank)
+        return padded_sums(block, problem.rank, of_a_GC=weights_GC, of_b_GC=scaled_GC)
 
     def aggregate_of(
         self,
@@ -192,6 +181,20 @@ class PairMethod(Method):
         a_RI, b_OR = pair["A"][begin:end].double(), pair["B"][:, begin:end].double()
         energy = float(((b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)).sum())
         return max(0.0, energy) * self.scale(pair["A"].shape[0]) ** 2
+
+
+def padded_sums(block: FactorBlock, rank: int, *, of_a_GC: Tensor, of_b_GC: Tensor) -> Partial:
+    """Return sum_i v_i A_i and sum_i w_i B_i of a block, float64, padded with zeros to `rank`."""
+    a_GRI = block.a_GRI.new_zeros(len(block.a_GRI), rank, block.a_GRI.shape[2], dtype=_SUMS)
+    b_GOR = block.b_GOR.new_zeros(*block.b_GOR.shape[:2], rank, dtype=_SUMS)
+    of_a_GC, of_b_GC = of_a_GC.to(a_GRI.device), of_b_GC.to(a_GRI.device)
+    end = 0
+    for client, own in enumerate(block.ranks):
+        begin, end = end, end + own
+        if own:
+            a_GRI[:, :own] += of_a_GC[:, client, None, None] * block.a_GRI[:, begin:end]
+            b_GOR[:, :, :own] += of_b_GC[:, client, None, None] * block.b_GOR[:, :, begin:end]
+    return {"A": a_GRI, "B": b_GOR}
 
 
 def summed(partials: Iterable[Partial]) -> dict[str, Tensor]:
