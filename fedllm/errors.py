@@ -13,7 +13,8 @@ FedllmError
 │   ├── OutOfMemory: a client's training needs more than there is
 │   └── ProcessLost: another process of the same task ended, or does not answer
 └── Incomplete (exit 3): `fedllm resume` will go on
-    └── StorageFull: no space or quota left
+    ├── StorageFull: no space or quota left
+    └── Stopped: a signal, such as Ctrl-C, stopped the coordinator
 """
 
 from collections.abc import Mapping
@@ -95,3 +96,7 @@ class Incomplete(FedllmError):
 
 class StorageFull(Incomplete):
     """No space or quota is left where the run writes."""
+
+
+class Stopped(Incomplete):
+    """A signal stopped the coordinator."""

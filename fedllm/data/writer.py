@@ -1,8 +1,7 @@
 """Writer of the cache of tokens; it works block by block to limit memory."""
 
-import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,17 +11,18 @@ import pyarrow as pa
 
 from fedllm.data.cache import INDEX, TARGETS, CacheIndex, IndexedClient, SplitRows
 from fedllm.data.columns import INTEGER_PREFIX, rows_by_client
+from fedllm.data.files.splits import TEST, TRAIN
 from fedllm.data.tokenize import EncodedRow, RowEncoder
 from fedllm.data.turns import TURNS, TextRow, Turn
+from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.publishing.folders import publishing_folder
 
 # version of the files' content, part of the folder's fingerprint: raise it with any change
-FORMAT = 2
+FORMAT = 3
 # rows tokenised at a time: 20 to 60 MiB as Python objects
 _BLOCK_ROWS = 2048
-_REPORT_SECONDS = 10.0
-
-Report = Callable[[str], None]
+# no run reads rows of another split
+_TOKENISED = (TRAIN, TEST)
 
 
 @dataclass(kw_only=True)
@@ -51,21 +51,37 @@ class _ClientTally:
 
 
 def write_clients(
-    folder: Path, tables: dict[str, pa.Table], encoder: RowEncoder, report: Report
+    folder: Path, tables: dict[str, pa.Table], encoder: RowEncoder, count: Count = uncounted
 ) -> None:
     """Tokenise tables of canonical columns, one per split, and publish them as `folder`.
 
-    Every table is removed from `tables` when it is needed, so that its memory can be freed.
+    Validation rows are not tokenised: no run reads them. Every table is removed from `tables` when
+    it is needed, so that its memory can be freed.
     """
     with publishing_folder(folder) as beside:
         tallies: dict[str, _ClientTally] = {}
+        progress = _Rows(count=count, total=sum(len(tables[s]) for s in _TOKENISED if s in tables))
         for split in list(tables):
             rows = _SplitOfClients(split, tables, tallies)
             rows.describe()
-            rows.write(beside / f"{split}.arrow", encoder, report)
+            if split in _TOKENISED:
+                rows.write(beside / f"{split}.arrow", encoder, progress)
         clients = [tallies[client].indexed(client) for client in sorted(tallies)]
         index = CacheIndex(clients=clients, answer_form=encoder.answer_form)
         (beside / INDEX).write_bytes(index.to_bytes())
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """Progress over the rows of all splits."""
+
+    count: Count
+    total: int
+    done: int = 0
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        self.count("rows tokenised", self.done, self.total)
 
 
 class _SplitOfClients:
@@ -97,7 +113,7 @@ class _SplitOfClients:
         for tally, low, high in zip(self._tallies, lowest, highest, strict=True):
             tally.integers.setdefault(name.removeprefix(INTEGER_PREFIX), set()).update((low, high))
 
-    def write(self, file: Path, encoder: RowEncoder, report: Report) -> None:
+    def write(self, file: Path, encoder: RowEncoder, progress: _Rows) -> None:
         """Tokenise all rows into `file`, and count the dropped and cut ones."""
         ids = pa.list_(pa.uint16() if encoder.fits_16_bits else pa.int32())
         references = pa.list_(pa.large_string())
@@ -106,7 +122,6 @@ class _SplitOfClients:
         )
         owners = np.repeat(np.arange(len(self._sizes)), self._sizes)
         kept = np.zeros(len(self._sizes), dtype=np.int64)
-        reported = time.monotonic()
         # a Python file, because its errors tell when the disk is full
         with file.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for start in range(0, len(owners), _BLOCK_ROWS):
@@ -117,10 +132,7 @@ class _SplitOfClients:
                 keep = np.array([bool(row.answer_ids) for row in encoded])
                 kept += np.bincount(owners[block][keep], minlength=len(kept))
                 writer.write_batch(_batch(schema, encoded, table["references"], keep))
-                if time.monotonic() - reported > _REPORT_SECONDS:
-                    reported = time.monotonic()
-                    done = start + len(encoded)
-                    report(f"tokenised {done:,} of {len(owners):,} {self._split} rows")
+                progress.add(len(encoded))
         self._set_positions(kept)
 
     def _count(self, owners: Sequence[int], encoded: Sequence[EncodedRow]) -> None:

@@ -1,6 +1,6 @@
 """Answers generated in padded batches: greedy decoding by transformers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -12,19 +12,27 @@ from fedllm.config.models import EvaluationSection
 from fedllm.data.cache import BARE_ANSWERS, AnswerForm
 from fedllm.packing.slots import AdapterSlots
 
+# called with a number of rows that were scored now
+Scored = Callable[[int], None]
+
+
+def ignore_scored(rows: int) -> None:
+    """Count no rows."""
+
 
 def generate_answers(
     slots: AdapterSlots,
     prompts: Sequence[Sequence[int]],
     section: EvaluationSection,
     form: AnswerForm = BARE_ANSWERS,
+    scored: Scored = ignore_scored,
 ) -> list[str]:
     """Return the model's answers as stripped text, in the order of the prompts.
 
     Decoding is greedy. An answer has at most `max_new_tokens` tokens and ends where trained
     answers end. The model's own generation configuration, such as penalties, is ignored. Prompts
     of similar length share a batch and are padded on the left. The answer to a prompt without
-    tokens is empty.
+    tokens is empty. `scored` is called with the number of further rows after every batch.
     """
     slots.evaluate()
     config = _config(slots, section, form)
@@ -38,6 +46,7 @@ def generate_answers(
             written = output[:, batch["input_ids"].shape[1] :].tolist()
             for place, text in zip(places, answer_texts(slots, written, form), strict=True):
                 answers[place] = text
+            scored(len(places))
     return answers
 
 

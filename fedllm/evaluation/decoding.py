@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from fedllm.evaluation.answers import Scored, ignore_scored
 from fedllm.evaluation.reading import compute_pass, plan_passes
 from fedllm.model.memory import give_back_freed
 from fedllm.packing.batches import TokenRow
@@ -45,6 +46,7 @@ def answer_clients(
     batch_size: int,
     max_tokens: int,
     ends: Collection[int],
+    scored: Scored = ignore_scored,
 ) -> list[RowAnswer]:
     """Return the loss and the greedy answer of every row, client after client.
 
@@ -58,6 +60,7 @@ def answer_clients(
         batch_size: maximum number of rows in a pass and in a step.
         max_tokens: maximum number of tokens of an answer.
         ends: tokens that end an answer.
+        scored: called with the number of further rows after every pass.
     """
     slots.evaluate()
     batch = _DecodingBatch(slots, max_tokens=max_tokens, ends=ends)
@@ -69,6 +72,7 @@ def answer_clients(
             cache = DynamicCache()
             output = compute_pass(slots, groups, layout, cache)
             losses |= output.losses
+            scored(len(output.losses))
             rows = [
                 _DecodedRow(keys, output.first_tokens[place])
                 for place, keys in output.prompt_keys.items()

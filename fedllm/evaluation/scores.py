@@ -7,7 +7,13 @@ from typing import Protocol
 
 from fedllm.config.models import EvaluationSection
 from fedllm.data.cache import BARE_ANSWERS, AnswerForm
-from fedllm.evaluation.answers import answer_texts, end_tokens, generate_answers
+from fedllm.evaluation.answers import (
+    Scored,
+    answer_texts,
+    end_tokens,
+    generate_answers,
+    ignore_scored,
+)
 from fedllm.evaluation.decoding import answer_clients
 from fedllm.evaluation.reading import answer_losses, num_targets, padded_losses
 from fedllm.evaluation.text_scores import exact_match, rouge_l
@@ -42,14 +48,16 @@ def score_rows(
     clients: Sequence[Sequence[ScoredRow]],
     section: EvaluationSection,
     form: AnswerForm = BARE_ANSWERS,
+    scored: Scored = ignore_scored,
 ) -> list[list[RowScores]]:
     """Return the scores of every row of every client, with the installed adapter or with none.
 
     Rows are computed together in the layout of `slots`. The rows of a client share their common
     prefix if that layout allows it. Only the last answer of a conversation is scored. `form` is
-    the text around the answers that were trained.
+    the text around the answers that were trained. `scored` is called with the number of further
+    rows, pass by pass.
     """
-    losses, answers = _SCORERS[slots.layout](slots, clients, section, form)
+    losses, answers = _SCORERS[slots.layout](slots, clients, section, form, scored)
     rows = [row for client in clients for row in client]
     scores = iter(
         RowScores(
@@ -76,7 +84,11 @@ def mean_scores(rows: Sequence[RowScores]) -> Scores:
 
 
 def _score_shared(
-    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
+    slots: AdapterSlots,
+    clients: _Clients,
+    section: EvaluationSection,
+    form: AnswerForm,
+    scored: Scored,
 ) -> tuple[list[float], list[str]]:
     answered = answer_clients(
         slots,
@@ -85,6 +97,7 @@ def _score_shared(
         batch_size=section.batch_size,
         max_tokens=section.max_new_tokens,
         ends=end_tokens(slots, form),
+        scored=scored,
     )
     return [row.loss for row in answered], answer_texts(
         slots, [row.tokens for row in answered], form
@@ -92,30 +105,43 @@ def _score_shared(
 
 
 def _score_packed(
-    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
+    slots: AdapterSlots,
+    clients: _Clients,
+    section: EvaluationSection,
+    form: AnswerForm,
+    scored: Scored,
 ) -> tuple[list[float], list[str]]:
     losses = answer_losses(slots, clients, layout="packed", batch_size=section.batch_size)
-    return losses, _generated(slots, clients, section, form)
+    return losses, _generated(slots, clients, section, form, scored)
 
 
 def _score_padded(
-    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
+    slots: AdapterSlots,
+    clients: _Clients,
+    section: EvaluationSection,
+    form: AnswerForm,
+    scored: Scored,
 ) -> tuple[list[float], list[str]]:
     rows = [row for client in clients for row in client]
     losses = padded_losses(slots, rows, section.batch_size)
-    return losses, _generated(slots, clients, section, form)
+    return losses, _generated(slots, clients, section, form, scored)
 
 
 def _generated(
-    slots: AdapterSlots, clients: _Clients, section: EvaluationSection, form: AnswerForm
+    slots: AdapterSlots,
+    clients: _Clients,
+    section: EvaluationSection,
+    form: AnswerForm,
+    scored: Scored,
 ) -> list[str]:
     prompts = [row.prompt_ids for client in clients for row in client]
-    return generate_answers(slots, prompts, section, form)
+    return generate_answers(slots, prompts, section, form, scored)
 
 
 # per layout: the summed loss of every row's answer, and the answer that the model writes
 _Scorer = Callable[
-    [AdapterSlots, _Clients, EvaluationSection, AnswerForm], tuple[list[float], list[str]]
+    [AdapterSlots, _Clients, EvaluationSection, AnswerForm, Scored],
+    tuple[list[float], list[str]],
 ]
 _SCORERS: Mapping[str, _Scorer] = {
     "parts": _score_shared,

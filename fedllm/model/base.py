@@ -24,6 +24,7 @@ from fedllm.model.unread_weights import UnreadWeights, stored_format
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.model.weight_files import weight_shards
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
+from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publishing.folders import publishing_folder
 from fedllm.storage.records import ModuleRecord
@@ -82,7 +83,9 @@ class BaseDescription:
     config: Any
 
 
-def locate_base(section: ModelSection, cache: CachePaths, report: Report) -> Path:
+def locate_base(
+    section: ModelSection, cache: CachePaths, report: Report, count: Count = uncounted
+) -> Path:
     """Return the directory of a base; make it or fetch it into the cache if needed.
 
     A base that was fetched from the hub stays the same; another `model.revision` gets another
@@ -92,7 +95,7 @@ def locate_base(section: ModelSection, cache: CachePaths, report: Report) -> Pat
         ModelError: there is no such directory, and the hub has no such model or is unreachable.
     """
     if section.path == EMBEDDED:
-        return embedded_base(cache, report)
+        return embedded_base(cache, report, count=count)
     folder = Path(section.path).expanduser()
     if not folder.exists() and is_hub_name(section.path):
         folder = _fetch(section.path, section.revision, cache, report)

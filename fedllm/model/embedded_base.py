@@ -7,7 +7,6 @@ number of steps is too small for the model to learn to copy its input.
 
 import dataclasses
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from transformers.utils import logging
 from fedllm.model.embedded_text import build_tokenizer, document
 from fedllm.model.saving import save_pretrained
 from fedllm.storage.fingerprints import fingerprint_values
+from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publishing.folders import publishing_folder
 
 Report = Callable[[str], None]
-_REPORT_SECONDS = 10.0
 _SAMPLE_DOCUMENTS = 200
 
 
@@ -55,7 +54,13 @@ class Recipe:
     seed: int = 0
 
 
-def embedded_base(cache: CachePaths, report: Report, recipe: Recipe | None = None) -> Path:
+def embedded_base(
+    cache: CachePaths,
+    report: Report,
+    recipe: Recipe | None = None,
+    *,
+    count: Count = uncounted,
+) -> Path:
     """Return the folder of the embedded base; pre-train it if the cache has none."""
     recipe = recipe or Recipe()
     folder = cache.model(f"embedded-{_fingerprint(recipe)[:16]}")
@@ -64,19 +69,18 @@ def embedded_base(cache: CachePaths, report: Report, recipe: Recipe | None = Non
         logging.disable_progress_bar()
         with publishing_folder(folder) as beside:
             tokenizer = build_tokenizer()
-            save_pretrained(pretrain(recipe, tokenizer, report), tokenizer, beside)
+            save_pretrained(pretrain(recipe, tokenizer, count), tokenizer, beside)
     return folder
 
 
 def pretrain(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report: Report
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, count: Count = uncounted
 ) -> LlamaForCausalLM:
     """Return the pre-trained base; on one machine it depends only on the recipe."""
     with _isolated(recipe):
         model = LlamaForCausalLM(_config(recipe, tokenizer))
         optimizers = _optimizers(model, recipe)
         schedules = [LambdaLR(o, lambda step: _rate_factor(step, recipe)) for o in optimizers]
-        begun = reported = time.monotonic()
         for step, ids_NT in enumerate(_batches(recipe, tokenizer)):
             loss = _loss(model, ids_NT)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -85,12 +89,7 @@ def pretrain(
                 optimizer.step()
                 schedule.step()
             model.zero_grad()
-            if time.monotonic() - reported > _REPORT_SECONDS or step == recipe.steps - 1:
-                reported = time.monotonic()
-                report(
-                    f"embedded base: step {step + 1} of {recipe.steps}, loss {loss.item():.2f}, "
-                    f"{reported - begun:.0f} s"
-                )
+            count("steps of the embedded base's pre-training", step + 1, recipe.steps)
     return model.eval()
 
 

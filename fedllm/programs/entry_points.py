@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from fedllm.errors import BadUpdate, FedllmError, ProcessLost, UserError
+from fedllm.errors import BadUpdate, FedllmError, ProcessLost, Stopped, UserError
 from fedllm.model.memory import give_back_freed
 from fedllm.process.log import say
+from fedllm.process.meter import Meter
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskEnvironment
@@ -76,6 +77,8 @@ def run(
         TaskEnvironment().require_planned_processes()
         call = _Call(arguments=arguments, session=session, signals=signals, began=began)
         return _STEPS[program](call)
+    except Stopped:
+        raise  # it runs in the coordinator's process, whose end it is
     except FedllmError as error:
         say(f"error: {error}")
         _record(program, arguments, error, error.exit_code)
@@ -109,7 +112,7 @@ def _prepare(call: _Call) -> int:
 
     paths = RunPaths(root=call.arguments.target)
     _share(paths, call.session)
-    prepare_run(paths)
+    prepare_run(paths, _meter(call).count)
     return 0
 
 
@@ -171,7 +174,7 @@ def _aggregate(call: _Call) -> int:
 
     paths = RoundPaths(root=call.arguments.target)
     _share(paths.run, call.session)
-    aggregate_round(paths)
+    aggregate_round(paths, _meter(call).count)
     return 0
 
 
@@ -180,8 +183,15 @@ def _evaluate(call: _Call) -> int:
 
     paths = RoundPaths(root=call.arguments.target)
     _share(paths.run, call.session)
-    evaluate_round(paths, call.session, TaskEnvironment().identity)
+    evaluate_round(paths, call.session, TaskEnvironment().identity, _meter(call).count)
     return 0
+
+
+def _meter(call: _Call) -> Meter:
+    """Return the meter of a job; only the first process of a task writes its record."""
+    job, identity = call.arguments.job, TaskEnvironment().identity
+    is_shown = job is not None and identity.is_first
+    return Meter(JobPaths(root=job.resolve()).progress if is_shown else None)
 
 
 def _share(run: RunPaths, session: Session) -> None:

@@ -26,7 +26,7 @@ from fedllm.process.state_adapters import adapter_of, base_change_of, received_a
 from fedllm.programs.scoring import Keep, all_agree, keep_nothing, score_targets, scoring_task
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.storage.fingerprints import fingerprint_values, sha256_of
-from fedllm.storage.kept_records import AnswersRecord, KeptAnswer
+from fedllm.storage.kept_records import AnswersRecord, Count, KeptAnswer, uncounted
 from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths, cache_of
 from fedllm.storage.records import (
     AggregateRecord,
@@ -45,6 +45,19 @@ _Ranks = Mapping[str, int]
 _PROMPT_LETTERS = 600
 
 
+@dataclass(kw_only=True)
+class _Rows:
+    """Progress over the rows of an evaluation."""
+
+    count: Count
+    total: int = 0
+    done: int = 0
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        self.count("rows scored", self.done, self.total)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
     """A scorer of one server state; clients of equal ranks share an adapter and batches."""
@@ -58,9 +71,10 @@ class Scorer:
     round: int
     store: ClientStore
     cache: CachePaths
+    progress: "_Rows"
 
     @classmethod
-    def open(cls, paths: RoundPaths, session: Session) -> "Scorer":
+    def open(cls, paths: RoundPaths, session: Session, count: Count = uncounted) -> "Scorer":
         """Open the server state of a round.
 
         Raises:
@@ -82,6 +96,7 @@ class Scorer:
             round=paths.number,
             store=ClientStore(run=run, run_id=RunRecord.read(run.run).run_id),
             cache=cache_of(config.storage.cache, run.root),
+            progress=_Rows(count=count),
         )
 
     def score(
@@ -94,7 +109,9 @@ class Scorer:
         begun = time.perf_counter()
         config = self.federation.config
         targets = choose_targets(config, self.federation.prepared, targets_round)
+        self.progress.total = sum(len(target.rows) for target in targets)
         if round_number or config.model.adapter:
+            self.progress.total += sum(len(target.rows) for target in self._smaller(targets))
             deployed = self.as_deployed(targets, keep)
             largest = self.at_largest_rank(targets, deployed)
         else:
@@ -168,12 +185,14 @@ class Scorer:
         self, targets: Sequence[Target], deployed: Mapping[str, Scores]
     ) -> dict[str, Scores]:
         """Return every client's scores at the largest ranks; clients that have them keep theirs."""
-        largest = self.federation.largest_ranks
-        ranks = self.federation.ranks
-        smaller = [target for target in targets if ranks[target.tier] != largest]
+        return {**deployed, **self.at(self.federation.largest_ranks, self._smaller(targets))}
+
+    def _smaller(self, targets: Sequence[Target]) -> list[Target]:
+        """Return the clients that are scored at the largest ranks too."""
         if self.method.keeps_at_clients:
-            smaller = []  # a client has its own adapter, at its own rank
-        return {**deployed, **self.at(largest, smaller)}
+            return []  # a client has its own adapter, at its own rank
+        largest, ranks = self.federation.largest_ranks, self.federation.ranks
+        return [target for target in targets if ranks[target.tier] != largest]
 
     def _of_client(self, target: Target, keep: Keep) -> dict[str, Scores]:
         """Return the scores of a client with what it kept until the state's round."""
@@ -183,7 +202,7 @@ class Scorer:
         kept = self.store.read(target.client, after)
         self.slots.install(received_adapter(self.method, self.state, ranks, to, kept))
         self.state.release()
-        return score_targets(self.slots, self.data, [target], self.federation.config, keep)
+        return self._scores([target], keep)
 
     def at(
         self, ranks: _Ranks, targets: Sequence[Target], keep: Keep = keep_nothing
@@ -194,7 +213,11 @@ class Scorer:
         # the model has a copy of the adapter: the pages of the state can go
         self.slots.install(adapter_of(self.method, self.state, ranks))
         self.state.release()
-        return score_targets(self.slots, self.data, targets, self.federation.config, keep)
+        return self._scores(targets, keep)
+
+    def _scores(self, targets: Sequence[Target], keep: Keep) -> dict[str, Scores]:
+        config, progress = self.federation.config, self.progress
+        return score_targets(self.slots, self.data, targets, config, keep, progress.add)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +258,10 @@ class AnswerKeeper:
 
 
 def evaluate_round(
-    paths: RoundPaths, session: Session, identity: TaskIdentity | None = None
+    paths: RoundPaths,
+    session: Session,
+    identity: TaskIdentity | None = None,
+    count: Count = uncounted,
 ) -> EvaluationRecord:
     """Score a round's state on the clients that the configuration chooses; publish the record.
 
@@ -244,12 +270,13 @@ def evaluate_round(
         session: the loaded base model and data.
         identity: the task, whose processes score together, and whose first one publishes; None:
             this process alone.
+        count: called with the number of rows that are scored, and of all.
 
     Raises:
         RunDirectoryError: the state is missing or damaged.
     """
     with scoring_task(session, identity, session.config(paths.run)):
-        scorer = Scorer.open(paths, session)
+        scorer = Scorer.open(paths, session, count)
         keeper = AnswerKeeper(scorer=scorer)
         record = scorer.score(paths.number, paths.number, keeper)
     if identity is None or identity.is_first:
@@ -260,7 +287,11 @@ def evaluate_round(
 
 
 def evaluate_state(
-    run: RunPaths, round_number: int, rank: int | None, session: Session
+    run: RunPaths,
+    round_number: int,
+    rank: int | None,
+    session: Session,
+    count: Count = uncounted,
 ) -> EvaluationRecord:
     """Score any round's state on the clients and rows of the last round's evaluation.
 
@@ -270,11 +301,12 @@ def evaluate_state(
         rank: the rank of all clients and modules, at most that of the state; None: each client's
             own. With a rank both scores of the record are the same.
         session: the loaded base model and data.
+        count: called with the number of rows that are scored, and of all.
 
     Raises:
         RunDirectoryError: the state is missing, pruned or damaged.
     """
-    scorer = Scorer.open(run.round(round_number), session)
+    scorer = Scorer.open(run.round(round_number), session, count)
     last = scorer.federation.config.rounds
     if rank is None:
         return scorer.score(round_number, last)
@@ -282,6 +314,7 @@ def evaluate_state(
     ranks = {module: min(rank, largest[module]) for module in largest}
     begun = time.perf_counter()
     targets = choose_targets(scorer.federation.config, scorer.federation.prepared, last)
+    scorer.progress.total = sum(len(target.rows) for target in targets)
     scores = scorer.at(ranks, targets)
     return _record(
         targets, scores, scores, round_number=round_number, sha256=scorer.sha256, begun=begun
@@ -289,7 +322,11 @@ def evaluate_state(
 
 
 def evaluate_adapter(
-    folder: Path, config: Config, prepared: PreparedRecord, session: Session
+    folder: Path,
+    config: Config,
+    prepared: PreparedRecord,
+    session: Session,
+    count: Count = uncounted,
 ) -> EvaluationRecord:
     """Score a PEFT adapter folder, with its own rank, on what a run's last round evaluates.
 
@@ -298,6 +335,7 @@ def evaluate_adapter(
         config: base model, data and clients.
         prepared: the record of `prepare` for `config`.
         session: the loaded base model and data.
+        count: called with the number of rows that are scored, and of all.
 
     Raises:
         AdapterError: it cannot be read, or belongs to another base model.
@@ -312,7 +350,9 @@ def evaluate_adapter(
     slots = session.scoring_slots(config.model_copy(update={"lora": lora}), prepared)
     adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
     slots.install(adapter)
-    scores = score_targets(slots, session.data(prepared.data_path), targets, config)
+    progress = _Rows(count=count, total=sum(len(target.rows) for target in targets))
+    data = session.data(prepared.data_path)
+    scores = score_targets(slots, data, targets, config, scored=progress.add)
     sha256 = sha256_of(folder / TENSORS)
     return _record(targets, scores, scores, round_number=0, sha256=sha256, begun=begun)
 

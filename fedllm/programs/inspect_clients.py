@@ -14,6 +14,7 @@ from fedllm.data.readers import open_source
 from fedllm.planning.federation import plan_federation
 from fedllm.programs.prepare import prepare
 from fedllm.reporting.tables import number, text_table
+from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import CachePaths
 
 _MOST_SHOWN = 60
@@ -51,13 +52,15 @@ class ClientsInspection:
         return dataclasses.asdict(self)
 
 
-def inspect_clients(config: Config, cache: CachePaths) -> ClientsInspection:
+def inspect_clients(
+    config: Config, cache: CachePaths, count: Count = uncounted
+) -> ClientsInspection:
     """Return the clients of a configuration, as prepare finds them.
 
     Raises:
         FedllmError: model, data and configuration do not fit together.
     """
-    prepared = prepare(config, cache)
+    prepared = prepare(config, cache, count=count)
     federation = plan_federation(config, prepared)
     tables = open_source(config.data, cache, config.clients.split_seed).read()
     categories = _categories_of(tables)

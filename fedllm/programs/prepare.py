@@ -31,6 +31,7 @@ from fedllm.server.epsilon import require_accountant
 from fedllm.server.starting_adapter import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.frozen_config import frozen_config
+from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import CachePaths, RunPaths, cache_of
 from fedllm.storage.records import ClientRecord, CohortRecord, LayoutRecord, PreparedRecord
 from fedllm.training.trainers import require_installed
@@ -40,7 +41,7 @@ Report = Callable[[str], None]
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
-def prepare_run(run: RunPaths) -> PreparedRecord:
+def prepare_run(run: RunPaths, count: Count = uncounted) -> PreparedRecord:
     """Prepare what a run's configuration names and publish `prepared.json`.
 
     A run that has begun keeps its layout of rows.
@@ -53,7 +54,7 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     first = CohortRecord.find(run.round(1).cohort)
     cache = cache_of(config.storage.cache, run.root)
     method = method_of_run(run, config)
-    base, prepared = _describe(config, method, cache, say, begun=first is not None)
+    base, prepared = _describe(config, method, cache, say, count, begun=first is not None)
     layout = (
         _best_layout(config, base) if first is None else _begun_layout(first, config, base, run)
     )
@@ -66,7 +67,9 @@ def prepare_run(run: RunPaths) -> PreparedRecord:
     return prepared
 
 
-def prepare(config: Config, cache: CachePaths, report: Report = say) -> PreparedRecord:
+def prepare(
+    config: Config, cache: CachePaths, report: Report = say, count: Count = uncounted
+) -> PreparedRecord:
     """Prepare base and data: bring them into the cache if they are not there, and describe them.
 
     The same configuration, data and cache give the same record, to the byte.
@@ -79,7 +82,7 @@ def prepare(config: Config, cache: CachePaths, report: Report = say) -> Prepared
         DataError: the data are missing or not as described.
     """
     method = method_of(config)
-    base, prepared = _describe(config, method, cache, report)
+    base, prepared = _describe(config, method, cache, report, count)
     tier_ranks = list(resolve_ranks(config, base.modules).values())
     refuse_ranks(method, prepared, tier_ranks, config.aggregation)
     layout = _best_layout(config, base)
@@ -99,10 +102,16 @@ def describe_layout(layout: LayoutRecord | None) -> str:
 
 
 def _describe(
-    config: Config, method: Method, cache: CachePaths, report: Report, *, begun: bool = False
+    config: Config,
+    method: Method,
+    cache: CachePaths,
+    report: Report,
+    count: Count,
+    *,
+    begun: bool = False,
 ) -> tuple[BaseDescription, PreparedRecord]:
     """Describe base and data; the record has no layout of rows yet."""
-    path = locate_base(config.model, cache, report)
+    path = locate_base(config.model, cache, report, count)
     notes: list[str] = []
     base = describe_base(path, config.lora.target_modules, say=notes.append, begun=begun)
     # what needs the base alone, before the data are tokenised
@@ -110,7 +119,7 @@ def _describe(
         raise ConfigError(refusal)
     tokenizer, rows = load_tokenizer(path), base.embedded_tokens
     beyond = check_tokens(path, tokenizer, rows, begun=begun)
-    folder = _tokenise(config, base.path, cache, report)
+    folder = _tokenise(config, base.path, cache, report, count)
     data = TokenizedClients.open(folder)
     if tokens_beyond(tokenizer, rows):
         check_rows(path, tokenizer, rows, data.largest_token())
@@ -240,7 +249,7 @@ def held_out_candidates(section: ClientsSection, clients: Sequence[IndexedClient
     return set(chosen)
 
 
-def _tokenise(config: Config, base: Path, cache: CachePaths, report: Report) -> Path:
+def _tokenise(config: Config, base: Path, cache: CachePaths, report: Report, count: Count) -> Path:
     source = open_source(config.data, cache, config.clients.split_seed)
     key = fingerprint_values(
         FORMAT,
@@ -253,7 +262,7 @@ def _tokenise(config: Config, base: Path, cache: CachePaths, report: Report) -> 
     folder = cache.data(key)
     if not folder.is_dir():
         encoder = row_encoder(config.data, load_tokenizer(base))
-        write_clients(folder, source.read(), encoder, report)
+        write_clients(folder, source.read(), encoder, count)
         give_back_freed()  # the same process may train next
     for note in source.notes:
         report(note)
@@ -266,7 +275,6 @@ def _record(client: IndexedClient, data: TokenizedClients, candidate: bool) -> C
         category=client.category,
         held_out_candidate=candidate,
         train_rows=client.num_rows("train"),
-        validation_rows=client.num_rows("validation"),
         test_rows=client.num_rows("test"),
         dropped_rows=client.dropped_rows,
         truncated_rows=client.cut_prompts + client.cut_answers,

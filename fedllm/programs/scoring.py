@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from fedllm.config.models import Config
 from fedllm.data.cache import TokenizedClients
+from fedllm.evaluation.answers import Scored, ignore_scored
 from fedllm.evaluation.lockstep import lockstep
 from fedllm.evaluation.scores import RowScores, mean_scores, score_rows
 from fedllm.packing.precision import precision
@@ -55,24 +56,31 @@ def score_targets(
     targets: Sequence[Target],
     config: Config,
     keep: Keep = keep_nothing,
+    scored: Scored = ignore_scored,
 ) -> dict[str, Scores]:
     """Return the scores of every target's rows with the installed adapter.
 
-    Forward passes use `training.precision`, as in training. `keep` is called with every target.
+    Forward passes use `training.precision`, as in training. `keep` is called with every target,
+    `scored` with the number of further rows: pass by pass, or
+    once by processes that divide the base.
     Processes that divide the base divide the targets too; all of them return all scores.
     """
     places = list(range(len(targets)))
     if slots.is_divided:
-        scores = _score_together(slots, data, targets, config)
+        scores = _score_together(slots, data, targets, config, scored)
     else:
-        scores = _score(slots, data, targets, config, places)
+        scores = _score(slots, data, targets, config, places, scored)
     for place, target in enumerate(targets):
         keep(target, scores[place])
     return {target.client: mean_scores(scores[place]) for place, target in enumerate(targets)}
 
 
 def _score_together(
-    slots: AdapterSlots, data: TokenizedClients, targets: Sequence[Target], config: Config
+    slots: AdapterSlots,
+    data: TokenizedClients,
+    targets: Sequence[Target],
+    config: Config,
+    scored: Scored,
 ) -> Mapping[int, Sequence[RowScores]]:
     tokens = [
         sum(map(length_of, (data.rows(target.client, "test")[index] for index in target.rows)))
@@ -80,9 +88,10 @@ def _score_together(
     ]
     places = divide_rows(tokens, dist.get_world_size())[dist.get_rank()]
     with lockstep(slots):
-        own = _score(slots, data, targets, config, places)
+        own = _score(slots, data, targets, config, places, ignore_scored)
     parts: list[Mapping[int, Sequence[RowScores]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, own)
+    scored(sum(len(rows) for part in parts for rows in part.values()))
     return {place: rows for part in parts for place, rows in part.items()}
 
 
@@ -92,6 +101,7 @@ def _score(
     targets: Sequence[Target],
     config: Config,
     places: Sequence[int],
+    scored: Scored,
 ) -> Mapping[int, Sequence[RowScores]]:
     """Return the scores of the rows of some targets, by the place of the target."""
     if not places:
@@ -101,5 +111,5 @@ def _score(
         test = data.rows(targets[place].client, "test")
         clients.append([test[index] for index in targets[place].rows])
     with precision(config.training.precision, slots.device):
-        scores = score_rows(slots, clients, config.evaluation, data.answer_form)
+        scores = score_rows(slots, clients, config.evaluation, data.answer_form, scored)
     return dict(zip(places, scores, strict=True))

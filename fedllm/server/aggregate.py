@@ -37,6 +37,7 @@ from fedllm.server.epsilon import privacy_after
 from fedllm.server.pipeline import Pipeline
 from fedllm.server.starting_adapter import start_states
 from fedllm.storage.frozen_config import frozen_config
+from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -49,7 +50,7 @@ from fedllm.storage.records import (
 from fedllm.storage.tensors import TensorFile, TensorSpec, TensorWriter, digest_of, writing_tensors
 
 
-def aggregate_round(paths: RoundPaths) -> AggregateRecord:
+def aggregate_round(paths: RoundPaths, count: Count = uncounted) -> AggregateRecord:
     """Aggregate a round into its server state; publish the state, and its record last.
 
     Round 0 is the state before training: no change of the base, or that of `model.adapter`.
@@ -71,7 +72,10 @@ def aggregate_round(paths: RoundPaths) -> AggregateRecord:
     notes = collected.next_notes(method) if collected else method.start_notes()
     metadata = metadata_of_state(config.method.name, notes)
     with writing_tensors(paths.global_state, planned, metadata) as writer:
-        output = _Output(method=method, writer=writer, modules={}, changes={})
+        total = len(federation.prepared.modules)
+        output = _Output(
+            method=method, writer=writer, modules={}, changes={}, total=total, count=count
+        )
         if collected:
             done = _aggregate(collected, federation, method, devices, output, notes)
         else:
@@ -127,10 +131,13 @@ class _Output:
     writer: TensorWriter
     modules: dict[str, ModuleDiagnostics]
     changes: dict[str, str]
+    total: int
+    count: Count
 
     def take(self, module: str, result: ModuleAggregate) -> None:
         self.write(module, result.state)
         self.modules[module] = result.diagnostics
+        self.count("modules aggregated", len(self.modules), self.total)
 
     def write(self, module: str, state: ModuleState) -> None:
         for part, tensor in state.items():

@@ -1,12 +1,62 @@
 """Records that outlive the updates and tasks of a round: small, and never pruned."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
 from fedllm.storage.records import Record
 
 MOST_LOSSES = 32
+
+# what is counted (`rows tokenised`), how many are done, and of how many
+Count = Callable[[str, int, int], None]
+
+
+def uncounted(what: str, done: int, total: int) -> None:
+    """Count nothing."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 36:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+class ProgressRecord(Record):
+    """Progress of a job that runs: of `total` things `done` are, after `seconds` of this work."""
+
+    what: str
+    done: int
+    total: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """How many are done in a second."""
+        return self.done / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def left_seconds(self) -> float | None:
+        """The seconds until all are done; None: not known yet."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+    @property
+    def text(self) -> str:
+        """The progress in words: the share, the rate and the time left."""
+        parts = [f"{self.what}: {self.done:,} of {self.total:,}"]
+        if self.left_seconds is not None and self.done < self.total:
+            rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+            parts += [f"{rate} a second", f"{duration(self.left_seconds)} left"]
+        elif self.done == self.total:
+            parts.append(duration(self.seconds))
+        return ", ".join(parts)
 
 
 class TrainedClient(Record):

@@ -35,6 +35,12 @@ def backup_name(path: Path, word: str) -> Path:
     return free
 
 
+def shown_path(path: Path) -> str:
+    """Return a path as people read it: relative to the working directory if it is inside."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def encode_client(client: str) -> str:
     """Return a file name for a client id: the id where it is plain, else `~` and a readable code.
 
@@ -86,6 +92,11 @@ class JobPaths:
     def error(self) -> Path:
         """The reason why the job stopped, written by the job itself if it can."""
         return self.root / "error.json"
+
+    @property
+    def progress(self) -> Path:
+        """How far the job is, written by it now and then."""
+        return self.root / "progress.json"
 
     @property
     def outcome(self) -> Path:

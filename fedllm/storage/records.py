@@ -99,7 +99,6 @@ class ClientRecord(Record):
     category: str = ""
     held_out_candidate: bool = True
     train_rows: int
-    validation_rows: int = 0
     test_rows: int = 0
     dropped_rows: int = 0
     truncated_rows: int = 0

@@ -13,7 +13,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fedllm.cli.main import run
-from fedllm.cli.progress_bar import ProgressLines
 from tests.adapters.mounting import mounted
 from tests.adapters.peft_folders import deltas
 
@@ -74,17 +73,6 @@ def test_a_value_that_is_not_finite_is_told_where_another_adapter_lacks_the_modu
     said = refused(capsys, "aggregate", *folders, "--out", out)
     assert f"{folder}: {name} holds nan at [3, 1]" in said
     assert not out.exists()
-
-
-def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = ProgressLines(pause_seconds=0.0)
-    lines.report(0, 6)
-    lines.report(4, 6)
-    seldom = ProgressLines(pause_seconds=60.0)
-    seldom.report(5, 6)
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err == "0 of 6 modules after 0 s\n4 of 6 modules after 0 s\n"
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(zoo: dict[str, Path], out: Path) -> None:

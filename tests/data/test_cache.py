@@ -47,7 +47,7 @@ def raw(client: object, number: int, output: str = "") -> dict[str, object]:
 
 def written(folder: Path, **splits: list[dict[str, object]]) -> TokenizedClients:
     tables = {split: table(rows) for split, rows in splits.items()}
-    write_clients(folder, tables, ENCODER, lambda _line: None)
+    write_clients(folder, tables, ENCODER)
     return TokenizedClients.open(folder)
 
 

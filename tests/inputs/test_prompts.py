@@ -273,7 +273,7 @@ def test_the_cache_keeps_what_carries_loss_and_how_answers_end(tmp_path: Any) ->
     turns = [[{"role": role, "content": text} for role, text in CONVERSATION]]
     table = pa.table({**columns, "references": [["two of them"]], "turns": turns})
     encoder = RowEncoder(tokenizer, template="chat", cutoff_tokens=600)
-    write_clients(tmp_path / "key", {"train": table}, encoder, lambda _line: None)
+    write_clients(tmp_path / "key", {"train": table}, encoder)
     data = TokenizedClients.open(tmp_path / "key")
     (found,) = data.rows("a", "train")
     (expected,) = encoded(tokenizer, talk(*CONVERSATION))

@@ -37,7 +37,7 @@ def test_it_is_a_base_like_any_other(made: Path) -> None:
 def test_the_same_recipe_gives_the_same_weights(made: Path) -> None:
     torch.manual_seed(99)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    again = pretrain(SHORT, build_tokenizer(), lambda _line: None).state_dict()
+    again = pretrain(SHORT, build_tokenizer()).state_dict()
     first = load_base(made, dtype="float32", device="cpu").model.state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
     assert torch.get_num_threads() == threads
@@ -46,12 +46,17 @@ def test_the_same_recipe_gives_the_same_weights(made: Path) -> None:
 
 def test_it_is_made_once_and_reports_its_progress(tmp_path: Path) -> None:
     lines: list[str] = []
+    counted: list[tuple[str, int, int]] = []
     cache = CachePaths(root=tmp_path)
-    first = embedded_base(cache, lines.append, SHORT)
-    assert "step 6 of 6" in lines[-1]
+
+    def count(what: str, done: int, total: int) -> None:
+        counted.append((what, done, total))
+
+    first = embedded_base(cache, lines.append, SHORT, count=count)
+    assert [(done, total) for _, done, total in counted] == [(n, 6) for n in range(1, 7)]
     num_lines = len(lines)
-    assert embedded_base(cache, lines.append, SHORT) == first
-    assert len(lines) == num_lines
+    assert embedded_base(cache, lines.append, SHORT, count=count) == first
+    assert (len(lines), len(counted)) == (num_lines, 6)
     assert embedded_base(cache, lines.append, Recipe(**{**vars(SHORT), "seed": 1})) != first
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
-from fedllm.cli.progress_bar import modules_done
+from fedllm.cli.progress_bar import progress_bar
 from fedllm.config.models import Config, is_own
 from fedllm.config.spelling import resolve_scalars
 from fedllm.config.yaml_text import parse_yaml
@@ -113,8 +114,8 @@ def aggregate(
         base=base,
         allow_missing=allow_missing,
     )
-    with modules_done() as report:
-        combined = combine_adapters(request, report=report)
+    with progress_bar() as count:
+        combined = combine_adapters(request, report=partial(count, "modules"))
     if json_:
         say_json(_combined_json(request, combined))
     else:

@@ -17,10 +17,12 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.cli.progress_bar import progress_bar
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.planning.engines import engines_of, scoring_engine
+from fedllm.storage.kept_records import Count
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.records import EvaluationRecord
 
@@ -110,7 +112,7 @@ def _score_run(
     return _in_processes(
         read_config(paths.config),
         arguments,
-        lambda session: evaluate_state(paths, number, rank, session),
+        lambda session, count: evaluate_state(paths, number, rank, session, count),
     )
 
 
@@ -119,16 +121,20 @@ def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> Eval
     from fedllm.programs.prepare import prepare
 
     loaded = configuration(config, overrides)
-    prepared = prepare(loaded, cache_of(loaded.storage.cache, execution.default_run_dir(config)))
+    cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
+    with progress_bar() as count:
+        prepared = prepare(loaded, cache, count=count)
     arguments = ["evaluate", str(folder), "--config", str(config)]
     arguments += [word for override in overrides for word in ("--set", override)]
     return _in_processes(
-        loaded, arguments, lambda session: evaluate_adapter(folder, loaded, prepared, session)
+        loaded,
+        arguments,
+        lambda session, count: evaluate_adapter(folder, loaded, prepared, session, count),
     )
 
 
 def _in_processes(
-    config: Config, arguments: Sequence[str], score: Callable[["Session"], EvaluationRecord]
+    config: Config, arguments: Sequence[str], score: Callable[["Session", Count], EvaluationRecord]
 ) -> EvaluationRecord | None:
     """Score in as many processes of this host as divide the base; the first one has the record."""
     from fedllm.process.session import Session
@@ -137,8 +143,9 @@ def _in_processes(
 
     engine, session = scoring_engine(engines_of(config)), Session()
     with (
+        progress_bar() as count,
         companions(engine.processes, [*_FEDLLM, *arguments]) as identity,
         scoring_task(session, identity if engine.divides_base else None, config),
     ):
-        record = score(session)
+        record = score(session, count)
     return record if identity.is_first else None

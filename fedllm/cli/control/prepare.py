@@ -9,6 +9,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.cli.progress_bar import progress_bar
 from fedllm.storage.paths import cache_of
 
 
@@ -22,7 +23,8 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
 
     loaded = configuration(config, set_ or [])
     cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
-    prepared = prepare_step(loaded, cache)
+    with progress_bar() as count:
+        prepared = prepare_step(loaded, cache, count=count)
     if json_:
         say_json(prepared.model_dump(mode="json", by_alias=True))
         return

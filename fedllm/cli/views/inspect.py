@@ -6,6 +6,7 @@ import typer
 
 from fedllm.cli import execution
 from fedllm.cli.options import AsJson, ConfigFile, Overrides, configuration, say, say_json
+from fedllm.cli.progress_bar import progress_bar
 from fedllm.errors import ConfigError
 from fedllm.storage.paths import cache_of
 
@@ -30,7 +31,8 @@ def inspect(
     if client is None:
         from fedllm.programs.inspect_clients import describe_clients, inspect_clients
 
-        partition = inspect_clients(loaded, cache)
+        with progress_bar() as count:
+            partition = inspect_clients(loaded, cache, count)
         if json_:
             say_json(partition.as_dict())
         else:

@@ -20,6 +20,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.cli.progress_bar import progress_bar
 from fedllm.cli.sweeps import default_sweep_dir, planned_sweep
 from fedllm.config.models import Config
 from fedllm.config.sweep_files import is_sweep_file
@@ -88,7 +89,8 @@ def plan(
     if out is not None:
         fresh_folder(out)
     root = execution.default_run_dir(config)
-    prepared = prepare_step(loaded, cache_of(loaded.storage.cache, root))
+    with progress_bar() as count:
+        prepared = prepare_step(loaded, cache_of(loaded.storage.cache, root), count=count)
     run = RunPaths(root=root.resolve())
     with closing(execution.make_scheduler(run, loaded)) as scheduler:
         planned = plan_run(loaded, prepared, run, scheduler, slots=slots)
@@ -123,7 +125,8 @@ def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
     ):
         members = list(of_arm)
         config, paths = members[0].config, SweepPaths(root=root.resolve()).run(members[0].name)
-        prepared = prepare_step(config, cache_of(config.storage.cache, paths.root))
+        with progress_bar() as count:
+            prepared = prepare_step(config, cache_of(config.storage.cache, paths.root), count=count)
         roles[arm] = split_roles(config.clients, prepared.clients)
         with closing(execution.make_scheduler(paths, config)) as scheduler:
             geometry = plan_run(config, prepared, paths, scheduler).geometry

@@ -18,8 +18,7 @@ from fedllm.reporting.page.quality_sections import CLIENTS
 from fedllm.reporting.results.accounting import RoundAccount, TierAccount, tier_accounts
 from fedllm.reporting.results.cost_to_target import ScoreTarget, cost_to_target
 from fedllm.reporting.results.run_rows import Row, rounds_of
-from fedllm.reporting.status.status_text import duration
-from fedllm.storage.kept_records import ClientsRecord
+from fedllm.storage.kept_records import ClientsRecord, duration
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import PreparedRecord
 

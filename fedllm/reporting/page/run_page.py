@@ -23,8 +23,8 @@ from fedllm.reporting.results.accounting import RoundAccount, round_accounts
 from fedllm.reporting.results.cost_to_target import ScoreTarget
 from fedllm.reporting.results.run_rows import Row, rounds_of
 from fedllm.reporting.status.status import FAILED, RunStatus, run_status
-from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.tables import size
+from fedllm.storage.kept_records import duration
 from fedllm.storage.paths import AttemptPaths, RunPaths, attempts_of
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import CollectionRecord, ErrorRecord, OutcomeRecord, RunRecord

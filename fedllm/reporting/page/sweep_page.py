@@ -31,8 +31,8 @@ from fedllm.reporting.page.contents import (
 )
 from fedllm.reporting.page.quality_sections import CLIENTS
 from fedllm.reporting.results.run_rows import Row
-from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.sweeps.sweep_status import SweepStatus, sweep_status
+from fedllm.storage.kept_records import duration
 from fedllm.storage.paths import SweepPaths
 from fedllm.storage.sweep_records import SweepRecord
 

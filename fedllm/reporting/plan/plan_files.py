@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedllm.planning.federation import Federation
 from fedllm.reporting.results.summary import update_bytes
-from fedllm.storage.paths import RunPaths
+from fedllm.storage.paths import JobPaths, RunPaths
 from fedllm.storage.records import CohortClient, ModuleRecord, SubmissionRecord
 
 _FLOAT32_BYTES = 4
@@ -86,10 +86,14 @@ def folders_of_round(
             logs,
             total=len(cohort) * _LOG_LINE_BYTES + len(tasks) * _LOG_BYTES,
         ),
-        _folder("aggregate", [*state, *(jobs[0].submission, jobs[0].jobs)], total=state_bytes),
-        _folder("evaluation", [*scores, *(jobs[1].submission, jobs[1].jobs)], _RECORDS_BYTES),
+        _folder("aggregate", [*state, *_of_job(jobs[0])], total=state_bytes),
+        _folder("evaluation", [*scores, *_of_job(jobs[1])], _RECORDS_BYTES),
         _folder("records", own, total=len(cohort) * _CLIENT_BYTES + _RECORDS_BYTES),
     )
+
+
+def _of_job(job: JobPaths) -> tuple[Path, ...]:
+    return job.submission, job.jobs, job.progress
 
 
 def _folder(

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from fedllm.planning.sbatch_spelling import by_flag
 from fedllm.reporting.plan.plan import Geometry, QueueLimits
-from fedllm.reporting.status.status_text import duration
-from fedllm.reporting.tables import number, size, text_table
+from fedllm.reporting.tables import counted, number, size, text_table
 from fedllm.reporting.usage import Options
+from fedllm.storage.kept_records import duration
 
 
 def describe_plan(plan: Geometry) -> str:
@@ -115,11 +115,12 @@ def queue_line(plan: Geometry) -> str:
     """Return one line with the limits of the queue and what they mean for the arrays."""
     arrays = sum(array.arrays for array in plan.arrays)
     if sum(plan.waves) < plan.tasks:
-        return f"{_limits(plan.room)}: no room for any of the {plan.tasks} tasks now"
+        return f"{_limits(plan.room)}: no room for any of {counted(plan.tasks, 'task')} now"
     if len(plan.waves) > 1:
         sent = f"{plan.tasks} tasks go out in {len(plan.waves)} waves of up to {max(plan.waves)}"
     else:
-        sent = f"{plan.tasks} tasks go out at once, in {arrays} array{'s' * (arrays != 1)}"
+        go = "task goes" if plan.tasks == 1 else "tasks go"
+        sent = f"{plan.tasks} {go} out at once, in {counted(arrays, 'array')}"
     return f"{_limits(plan.room)}: {sent}"
 
 
@@ -142,8 +143,8 @@ def _limits(limits: QueueLimits) -> str:
 
 def _costs(plan: Geometry) -> Iterator[str]:
     yield (
-        f"{plan.cohort} of {plan.trainable_clients} clients a round, {plan.rounds} rounds, about "
-        f"{plan.tokens:,.0f} training tokens a round"
+        f"{plan.cohort} of {plan.trainable_clients} clients a round, "
+        f"{counted(plan.rounds, 'round')}, about {plan.tokens:,.0f} training tokens a round"
     )
     yield (
         f"a round trains for about {duration(60 * plan.round_minutes)}, "
@@ -152,7 +153,7 @@ def _costs(plan: Geometry) -> Iterator[str]:
     )
     yield f"job starts: {plan.job_starts_per_minute:.1f} a minute"
     yield _hours("a round", plan, 1)
-    yield _hours(f"{plan.rounds} rounds", plan, plan.rounds)
+    yield _hours(counted(plan.rounds, "round"), plan, plan.rounds)
     scored = plan.evaluation
     yield (
         f"evaluation: {scored.times} in all, the base's and the last of {scored.clients} clients, "

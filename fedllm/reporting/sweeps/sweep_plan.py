@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedllm.reporting.plan.plan import Geometry
-from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.tables import number, text_table
+from fedllm.storage.kept_records import duration
 
 
 @dataclass(frozen=True, kw_only=True)

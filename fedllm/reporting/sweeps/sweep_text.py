@@ -3,10 +3,10 @@
 import shlex
 from collections import Counter
 
-from fedllm.reporting.status.status_text import duration
 from fedllm.reporting.sweeps.sweep_status import SweepRunStatus, SweepStatus
 from fedllm.reporting.sweeps.tuned_rates import rates_table
 from fedllm.reporting.tables import text_table
+from fedllm.storage.kept_records import duration
 
 
 def sweep_headline(status: SweepStatus) -> str:
