@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from fedllm.cli.live_run import live_run
 from fedllm.cli.options import configuration, existing_run, say
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
@@ -48,13 +49,16 @@ def start(
     unattended: bool = False,
 ) -> Path:
     """Run a configuration to its end, or continue where it stopped; return the run directory."""
-    return start_config(
-        configuration(config_file, overrides),
-        run_dir or default_run_dir(config_file),
-        take_over=take_over,
-        unattended=unattended,
-        code_folders=folders_of(config_file),
-    )
+    config, root = configuration(config_file, overrides), run_dir or default_run_dir(config_file)
+    with live_run(root) as say_line:
+        return start_config(
+            config,
+            root,
+            take_over=take_over,
+            unattended=unattended,
+            code_folders=folders_of(config_file),
+            say_line=say_line,
+        )
 
 
 def start_config(
@@ -64,6 +68,7 @@ def start_config(
     take_over: bool = False,
     unattended: bool = False,
     code_folders: Sequence[str] | None = None,
+    say_line: Callable[[str], None] = say,
 ) -> Path:
     """Run a validated configuration as `start` does.
 
@@ -73,6 +78,7 @@ def start_config(
         take_over: the user knows that the present coordinator ended.
         unattended: no person started it.
         code_folders: where a method of one's own is looked for; None: the working directory.
+        say_line: prints a line.
     """
     is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     run = open_for_coordination(
@@ -81,6 +87,7 @@ def start_config(
         take_over=take_over,
         unattended=unattended,
         code_folders=code_folders,
+        say_line=say_line,
     )
     try:
         coordinate(run)
@@ -97,7 +104,9 @@ def start_config(
 def resume(root: Path, overrides: Sequence[str] = (), *, take_over: bool = False) -> None:
     """Continue a run to its end."""
     existing_run(root)
-    coordinate(open_for_coordination(root, resumed_config(root, overrides), take_over=take_over))
+    config = resumed_config(root, overrides)
+    with live_run(root) as say_line:
+        coordinate(open_for_coordination(root, config, take_over=take_over, say_line=say_line))
 
 
 def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) -> tuple[Path, str]:

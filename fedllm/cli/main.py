@@ -17,7 +17,7 @@ from fedllm.cli.control.resume import resume
 from fedllm.cli.control.run import run as run_command
 from fedllm.cli.control.submit import submit
 from fedllm.cli.control.sweep import sweep
-from fedllm.cli.options import say
+from fedllm.cli.options import folded, relative_paths, say
 from fedllm.cli.views.compare import compare
 from fedllm.cli.views.doctor import doctor
 from fedllm.cli.views.inspect import inspect
@@ -28,6 +28,7 @@ from fedllm.cli.views.report import report
 from fedllm.cli.views.schema import schema
 from fedllm.cli.views.status import status
 from fedllm.errors import FedllmError
+from fedllm.reporting.tables import terminal_columns
 
 app = typer.Typer(
     name="fedllm",
@@ -108,5 +109,5 @@ def _interrupted() -> int:
 
 
 def _print_error(message: str) -> None:
-    for line in message.splitlines() or [""]:
-        sys.stderr.write(f"fedllm: {line}\n")
+    for line in relative_paths(message).splitlines() or [""]:
+        sys.stderr.write(folded(f"fedllm: {line}", terminal_columns(sys.stderr)) + "\n")

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,10 @@ import typer
 from fedllm.config.loading import load_config, read_config
 from fedllm.config.models import Config, is_own
 from fedllm.errors import ConfigError, RunDirectoryError, UserError
+from fedllm.reporting.results.summary import run_summary
+from fedllm.reporting.tables import terminal_columns
 from fedllm.rounds.retention import best_round
+from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.storage.own_code import folders_of, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.records import RunRecord
@@ -54,15 +59,39 @@ OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or 
 
 
 def say(line: str) -> None:
-    """Print a line at once; letters that the terminal cannot show are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    """Print lines at once; letters that the terminal cannot show are escaped.
+
+    On a terminal, text that is too wide folds between words; tables fit already.
+    """
+    line = folded(line, terminal_columns())
+    sys.stdout.write(_shown(line) + "\n")
     sys.stdout.flush()
+
+
+def _shown(text: str) -> str:
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def relative_paths(text: str) -> str:
+    """Return a text for people with its paths relative to where they stand.
+
+    A job's log keeps them whole: who reads it stands elsewhere.
+    """
+    return text if TaskEnvironment().job else text.replace(f"{Path.cwd()}{os.sep}", "")
+
+
+def folded(text: str, width: int) -> str:
+    """Return lines of at most `width` columns, folded between words; longer words stay whole."""
+    lines = text.split("\n")
+    fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join("\n".join(fold.wrap(line)) if len(line) > width else line for line in lines)
 
 
 def say_json(value: Any) -> None:
     """Print a value as JSON."""
-    say(json.dumps(value, indent=1, ensure_ascii=False))
+    sys.stdout.write(_shown(json.dumps(value, indent=1, ensure_ascii=False)) + "\n")
+    sys.stdout.flush()
 
 
 def configuration(path: Path, overrides: Sequence[str]) -> Config:
@@ -126,6 +155,13 @@ def chosen_round(paths: RunPaths, given: str | None) -> int | None:
     if not best:
         raise ConfigError("--round best: no round is evaluated yet; give a number, or resume")
     return min(best)
+
+
+def summary_of(root: Path) -> str:
+    """Return what a run prints at its end."""
+    paths = existing_run(root)
+    config = read_config(paths.config)
+    return run_summary(paths, best_round(paths, config) if config.clients.dev else ())
 
 
 def fresh_folder(folder: Path) -> Path:

@@ -11,7 +11,8 @@ from typing import Self
 # USR2 is the default: NCCL may catch USR1.
 WARNINGS = (signal.SIGUSR2, signal.SIGUSR1)
 # TERM: `scancel`, preemption without a warning signal, a local coordinator that closes.
-_HANDLED = (signal.SIGTERM, *WARNINGS)
+# INT: Ctrl-C where a worker runs in the terminal; a second one ends it at once.
+_HANDLED = (signal.SIGTERM, signal.SIGINT, *WARNINGS)
 
 
 class StopSignals:
@@ -74,6 +75,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if number == signal.SIGINT and number in self._all:
+            raise KeyboardInterrupt
         self._all.add(number)
         if self.received is None:
             self.received = number

@@ -33,7 +33,9 @@ def advance(run: Run) -> bool:
         if not may_start(run, number) or not advance_round(run, federation, number):
             break
         evaluate(run, number)
-    return finish_rounds(run)
+        # before the next round begins: people read the lines in this order
+        finish_rounds(run, number)
+    return finish_rounds(run, run.last_round)
 
 
 def prepare(run: Run) -> Federation | None:

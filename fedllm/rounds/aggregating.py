@@ -39,6 +39,9 @@ def evaluate(run: Run, number: int) -> None:
     if not is_evaluated(run.config.evaluation, number, run.last_round):
         return
     paths = run.paths.round(number)
+    if not paths.evaluation_record.exists() and not paths.evaluation_job(1).submission.exists():
+        what = "the adapter" if number else "the base alone, to compare with"
+        run.say(f"round {number}/{run.config.rounds}: scoring {what}")
     run_single_job(
         run,
         kind="evaluate",

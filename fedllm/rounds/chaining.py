@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from fedllm.config.models import Config
-from fedllm.errors import LeaseError, RunFailed, UserError
+from fedllm.errors import LeaseError, RunFailed, Stopped, UserError
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.coordinate import (
     LONGEST_WAIT_SECONDS,
@@ -18,7 +18,6 @@ from fedllm.rounds.coordinate import (
     stopping_on_signals,
 )
 from fedllm.rounds.dispatch.in_flight import InFlight
-from fedllm.rounds.failing import Stopped
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable, TaskState

@@ -6,6 +6,8 @@ from statistics import median_high
 from fedllm.errors import RunFailed
 from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.engines import engines_of
+from fedllm.reporting.status.same_reasons import reason_line, same_reasons
+from fedllm.reporting.tables import counted
 from fedllm.rounds.keeping import clients_record
 from fedllm.rounds.outliers import CheckedUpdates, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
@@ -156,7 +158,7 @@ def tier_mix(cohort: CohortRecord, scan: Scan, used: set[str]) -> dict[str, Tier
 def _describe(collection: CollectionRecord) -> str:
     drawn = sum(mix.drawn for mix in collection.tiers.values())
     if len(collection.updates) == drawn:
-        return f"all {drawn} clients"
+        return f"all {counted(drawn, 'client')}"
     mix = ", ".join(f"{tier} {m.used}/{m.drawn}" for tier, m in collection.tiers.items())
     return f"{len(collection.updates)} of {drawn} clients ({mix})"
 
@@ -278,7 +280,8 @@ def _require_quorum(run: Run, cohort: CohortRecord, valid: int, failed: dict[str
     needed = quorum_of(run.config.clients, cohort)
     if valid >= needed:
         return
-    reasons = "; ".join(f"{client}: {why}" for client, why in list(failed.items())[:3])
+    same = list(same_reasons(failed).items())[:3]
+    reasons = "; ".join(reason_line(reason, clients) for reason, clients in same)
     raise RunFailed(
         f"round {cohort.round}: {valid} of {len(cohort.clients)} clients have a valid update, "
         f"clients.quorum needs {needed}; {reasons}"

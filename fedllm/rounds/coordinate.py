@@ -1,19 +1,23 @@
 """Coordinator: advance a run until it is done, or until it must wait for jobs."""
 
 import gc
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fedllm.errors import FedllmError, Stopped
 from fedllm.planning.backoff import Backoff
 from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
 from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight
-from fedllm.rounds.failing import Stopped, recorded_failure
+from fedllm.rounds.failing import recorded_failure
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
+from fedllm.scheduling.traits import traits_of
+from fedllm.storage.paths import shown_path
 
 LONGEST_WAIT_SECONDS = 300.0
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
@@ -31,6 +35,8 @@ def coordinate(run: Run) -> None:
             with recorded_failure(run):
                 redo_damaged_state(run)
                 _advance_to_the_end(run)
+        except Stopped as stopped:
+            raise _explained(run, stopped) from stopped
         finally:
             close_run(run)
 
@@ -78,6 +84,27 @@ def _advance_to_the_end(run: Run) -> None:
         run.scheduler.wait(pause_seconds(run))
 
 
+def _explained(run: Run, stopped: Stopped) -> Stopped:
+    """Say what is being finished; return the error with what goes on, and how to go on."""
+    name = shlex.quote(shown_path(run.paths.root))
+    resume = f"go on with: fedllm resume {name}"
+    if not traits_of(run.config).jobs_outlive_coordinator:
+        run.say(
+            f"{stopped}: workers publish the clients that they have finished, in at most half a "
+            "minute; Ctrl-C again ends them at once"
+        )
+        return Stopped(f"{stopped}, and nothing is lost; {resume}")
+    return Stopped(f"{stopped}; {_left_in_queue(run)} (fedllm cancel {name} ends them); {resume}")
+
+
+def _left_in_queue(run: Run) -> str:
+    try:
+        tasks = len(find_in_flight(run).tasks)
+    except FedllmError:
+        return "jobs may go on without the coordinator"
+    return f"{tasks} {'task goes' if tasks == 1 else 'tasks go'} on without the coordinator"
+
+
 @contextmanager
 def _rare_garbage_collection() -> Iterator[None]:
     """Run the garbage collector rarely: the records of thousands of clients live for a round."""
@@ -108,15 +135,19 @@ def _log_trouble(run: Run, before: str | None) -> str | None:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Raise Stopped on the first SIGTERM or Ctrl-C; ignore later ones, so that it ends in order."""
+    """Raise Stopped on SIGTERM, Ctrl-C and a second Ctrl-C; ignore all later ones."""
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        received.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if received != [signal.SIGINT]:
+            # it ends in order, as soon as it can
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         name = signal.Signals(number).name
-        for other in handled:
-            signal.signal(other, signal.SIG_IGN)
-        raise Stopped(f"stopped by {name}; `fedllm resume` goes on")
+        raise Stopped(f"stopped by {'Ctrl-C' if number == signal.SIGINT else name}")
 
     handled = (signal.SIGTERM, signal.SIGINT)
+    received: list[int] = []
     before: dict[int, Callable[..., object] | int | None] = {}
     for number in handled:
         before[number] = signal.signal(number, stop)

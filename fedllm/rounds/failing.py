@@ -3,17 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 
-from fedllm.errors import FedllmError, Incomplete, LeaseError
+from fedllm.errors import FedllmError, LeaseError, Stopped
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 from fedllm.storage.kept_records import FailureRecord
 
 # another coordinator goes on, or this one asks again later
 _NO_FAILURE = (LeaseError, SchedulerFull, SchedulerUnreachable)
-
-
-class Stopped(Incomplete):
-    """A signal stopped the coordinator."""
 
 
 @contextlib.contextmanager

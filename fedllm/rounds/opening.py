@@ -98,12 +98,14 @@ def open_run(
 
 def close_run(run: Run) -> None:
     """Close a run: end the scheduler's processes and release the lease."""
-    run.scheduler.close()
     try:
-        run.lease.release()
-    except FedllmError as error:
-        # for example a full disk; the first error that it caused is the one to raise
-        run.say(f"the lease was not released: {error}")
+        run.scheduler.close()
+    finally:
+        try:
+            run.lease.release()
+        except FedllmError as error:
+            # for example a full disk; the first error that it caused is the one to raise
+            run.say(f"the lease was not released: {error}")
 
 
 def versions() -> dict[str, str]:

@@ -185,14 +185,24 @@ class LocalScheduler:
             time.sleep(seconds)
 
     def close(self) -> None:
-        """End the workers; a busy worker may first publish what it has finished."""
+        """End the workers; a busy worker may first publish what it has finished.
+
+        An exception while it waits for them, such as that of a second Ctrl-C, kills them.
+        """
+        try:
+            self._end_all(self.grace_seconds)
+        except BaseException:
+            self._end_all(0.0)
+            raise
+
+    def _end_all(self, grace_seconds: float) -> None:
         processes = [process for worker in self._pool for process in worker.processes]
         for process in processes:
             process.popen.terminate()
             # the pipe is broken where the worker has died with a line unread
             with contextlib.suppress(BrokenPipeError):
                 process.inbox.close()
-        deadline = time.monotonic() + self.grace_seconds
+        deadline = time.monotonic() + grace_seconds
         for process in processes:
             try:
                 process.popen.wait(max(0.0, deadline - time.monotonic()))

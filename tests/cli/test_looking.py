@@ -58,7 +58,7 @@ def test_status_as_json_has_names_that_scripts_can_rely_on(training: RunPaths) -
     assert found.keys() == {
         *("run_id", "state", "coordinator", "rounds", "rounds_done", "prepared", "current"),
         *("evaluating", "recent", "estimate", "task_hours", "gpu_hours", "array_efficiency"),
-        *("queue", "training", "results", "failure"),
+        *("queue", "training", "results", "failure", "jobs", "history"),
     }
     assert found["current"]["tasks"][0]["log"] == "/logs/worker"
     assert found["current"]["pace"].keys() >= {"clients_per_minute", "tokens_per_second"}

@@ -37,6 +37,18 @@ def test_a_request_to_end_counts_after_a_warning() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert (signals.name, signals.only_warned) == ("SIGINT", False)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_signal_while_python_still_imports_is_noted(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", shipped("jobs/client.py"), str(tmp_path / "01")],

@@ -1,13 +1,16 @@
 """A resident coordinator logs what it waits for; a chained one knows when to look again."""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedllm.errors import Stopped
 from fedllm.rounds.advance import advance
-from fedllm.rounds.coordinate import advance_while_possible, coordinate
+from fedllm.rounds.coordinate import advance_while_possible, coordinate, stopping_on_signals
 from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight
 from fedllm.scheduling.seam import Job, SchedulerUnreachable
 from fedllm.storage.lease import Lease
@@ -118,6 +121,41 @@ def test_tasks_that_found_no_room_are_waited_for_too(tmp_path: Path) -> None:
     full = HandMoved(Simulation(), max_tasks=0)
     none = advance_while_possible(hand_moved(tmp_path / "full", full))
     assert none == InFlight(tasks=(), waits_for_room=True)
+
+
+def test_ctrl_c_raises_once_and_once_more_and_is_ignored_from_then_on() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stopping_on_signals():
+        for _ in range(2):
+            with pytest.raises(Stopped, match="stopped by Ctrl-C"):
+                os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_after_a_request_to_end_ctrl_c_is_ignored() -> None:
+    with stopping_on_signals():
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class Interrupted(HandMoved):
+    """Scheduler whose user presses Ctrl-C while it waits for its tasks."""
+
+    def wait(self, seconds: float) -> None:  # noqa: ARG002
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stopped_coordinator_says_what_is_finished_and_how_to_go_on(tmp_path: Path) -> None:
+    lines: list[str] = []
+    run = hand_moved(tmp_path, Interrupted(Simulation()), lines)
+    with pytest.raises(Stopped, match=rf"nothing is lost; go on with: fedllm resume {tmp_path}"):
+        coordinate(run)
+    assert lines[-1].startswith("stopped by Ctrl-C: workers publish the clients")
+    # its lease is free
+    Lease.acquire(paths_of(tmp_path))
 
 
 def test_a_silent_scheduler_is_called_again_with_growing_pauses(tmp_path: Path) -> None:

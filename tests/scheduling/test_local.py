@@ -228,6 +228,25 @@ def test_closing_ends_all_workers_also_those_that_will_not(tmp_path: Path) -> No
     scheduler.close()
 
 
+def test_a_second_ctrl_c_while_it_waits_for_workers_kills_them(tmp_path: Path) -> None:
+    scheduler = LocalScheduler(workers=1, log_folder=tmp_path / "logs", serve=WORKER)
+    (task,) = scheduler.submit(job(tmp_path, "stubborn"))
+    running = pid_of(tmp_path, task)
+    time.sleep(0.1)
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.close()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not is_running(running)
+
+
 def test_a_log_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file")
     scheduler = LocalScheduler(workers=1, log_folder=tmp_path / "logs", serve=WORKER)

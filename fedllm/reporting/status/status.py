@@ -11,6 +11,8 @@ from fedllm.reporting.results.accounting import TierAccount, stage_seconds, tier
 from fedllm.reporting.results.metrics import Mean, by_group
 from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus, attempt_work
 from fedllm.reporting.status.failure import Failure, failure_of
+from fedllm.reporting.status.history import NO_HISTORY, History, history_of
+from fedllm.reporting.status.job_progress import JobProgress, job_progress
 from fedllm.reporting.status.pace import Estimate, Pace, estimate, pace_of, recent_paces, written_at
 from fedllm.reporting.status.published import UpdateSummaries, UpdateSummary
 from fedllm.reporting.status.queue import (
@@ -93,7 +95,8 @@ class RunStatus:
 
     `state` is done, running, waiting (for its coordinator's job to start), stopped, failed (ended
     by an error, `failure`) or unknown (its coordinator's state cannot be known from here).
-    `training` is that of the newest collected round, `results` are those of a run that is done.
+    `jobs` are those that run, `training` is that of the newest collected round, `results` are those
+    of a run that is done.
     """
 
     run_id: str
@@ -104,6 +107,8 @@ class RunStatus:
     prepared: bool
     current: RoundStatus | None
     evaluating: tuple[int, ...] = ()
+    jobs: tuple[JobProgress, ...] = ()
+    history: History = NO_HISTORY
     recent: tuple[Pace, ...] = ()
     training: RoundTraining | None = None
     results: RunResults | None = None
@@ -167,8 +172,8 @@ class StatusReader:
         training = round_status if round_status and round_status.step == "train" else None
         usage = self._usage(rounds, done)
         failure = None
+        unfinished = [r for r in rounds if r.number not in done]
         if state == "stopped" and current is not None:
-            unfinished = [r for r in rounds if r.number not in done]
             failure = failure_of(self._paths, config, lease, unfinished)
         if failure and failure.exit_code != Incomplete.exit_code:
             state = FAILED
@@ -181,6 +186,8 @@ class StatusReader:
             prepared=prepared,
             current=round_status,
             evaluating=tuple(_evaluating(rounds, done)),
+            jobs=tuple(job_progress(self._records, self._paths, unfinished)),
+            history=history_of(self._records, rounds),
             recent=tuple(recent),
             training=self._training(rounds),
             failure=failure,

@@ -9,8 +9,17 @@ from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus
 from fedllm.reporting.status.failure import Failure
 from fedllm.reporting.status.pace import Estimate, Pace
 from fedllm.reporting.status.queue import QueueStatus
-from fedllm.reporting.status.status import RoundStatus, RoundTraining, RunResults, RunStatus
+from fedllm.reporting.status.same_reasons import reason_line, same_reasons
+from fedllm.reporting.status.status import (
+    FailedClient,
+    RoundStatus,
+    RoundTraining,
+    RunResults,
+    RunStatus,
+)
 from fedllm.reporting.tables import size, text_table
+from fedllm.storage.kept_records import duration
+from fedllm.storage.paths import shown_path
 from fedllm.storage.records import training_text
 
 _MAX_TASKS = 24
@@ -103,14 +112,21 @@ def _round_lines(current: RoundStatus) -> Iterator[str]:
         yield f"  {_speed(current.pace)}, for {duration(current.pace.seconds)}"
     for attempt in current.attempts:
         yield from _attempt_lines(attempt)
-    for failed in current.failed[:_MAX_FAILED]:
-        place = f" on {failed.node}" if failed.node else ""
-        log = f" (log {failed.log})" if failed.log else ""
-        yield f"  failed {failed.client}{place}: {failed.reason}{log}"
-    if len(current.failed) > _MAX_FAILED:
-        yield f"  ... and {len(current.failed) - _MAX_FAILED} more failed; --json has all"
+    yield from _failed_lines(current.failed)
     if current.tasks:
         yield _task_table(current.tasks)
+
+
+def _failed_lines(failed: tuple[FailedClient, ...]) -> Iterator[str]:
+    by_client = {each.client: each for each in failed}
+    reasons = same_reasons({each.client: each.reason for each in failed})
+    for reason, clients in list(reasons.items())[:_MAX_FAILED]:
+        first = by_client[clients[0]]
+        place = f" on {first.node}" if first.node and len(clients) == 1 else ""
+        log = f" (log {shown_path(Path(first.log))})" if first.log else ""
+        yield f"  failed{place} {reason_line(reason, clients)}{log}"
+    if len(reasons) > _MAX_FAILED:
+        yield f"  ... and {len(reasons) - _MAX_FAILED} other reasons; --json has all"
 
 
 def _attempt_lines(attempt: AttemptStatus) -> Iterator[str]:
@@ -123,7 +139,7 @@ def _attempt_lines(attempt: AttemptStatus) -> Iterator[str]:
     )
     for ending in attempt.endings:
         place = f" on {', '.join(ending.nodes)}" if ending.nodes else ""
-        log = f" (log {ending.log})" if ending.log else ""
+        log = f" (log {shown_path(Path(ending.log))})" if ending.log else ""
         yield f"    {ending.tasks} ended {ending.state}{place}{log}"
     for why, tasks in attempt.cancelled.items():
         yield f"    {tasks} ended by fedllm: {why}"
@@ -144,7 +160,7 @@ def _task_table(tasks: tuple[TaskStatus, ...]) -> str:
             str(task.clients_done),
             str(task.held),
             duration(task.seconds) if task.seconds else "",
-            task.log,
+            shown_path(Path(task.log)) if task.log else "",
         ]
         for task in tasks[:_MAX_TASKS]
     ]
@@ -241,16 +257,3 @@ def _end_line(estimate: Estimate, now: float, *, running: bool) -> str:
         return f"work left: {duration(estimate.seconds)} ({estimate.how})"
     clock_time = time.strftime("%a %H:%M", time.localtime(now + estimate.seconds))
     return f"estimated end: in {duration(estimate.seconds)}, {clock_time} ({estimate.how})"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in its two largest units."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 36:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

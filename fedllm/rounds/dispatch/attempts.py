@@ -9,6 +9,7 @@ from fedllm.planning.engines import ClientGroup, engine_of
 from fedllm.planning.federation import Federation
 from fedllm.planning.sbatch_spelling import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
+from fedllm.reporting.tables import counted
 from fedllm.rounds.dispatch.idle_workers import find_idle_workers
 from fedllm.rounds.dispatch.submissions import array_name, submit
 from fedllm.rounds.dispatch.waves import next_wave
@@ -145,7 +146,8 @@ def _describe(plan: SubmissionRecord, clients: int, number: int) -> str:
     workers = sum(record.tasks for record in plan.workers.values())
     sent = sum(array.tasks for array in plan.arrays)
     lines = (
-        f"{clients} clients in {len(plan.bundles)} bundles for {workers} workers",
+        f"{counted(clients, 'client')} in {counted(len(plan.bundles), 'bundle')} for "
+        f"{counted(workers, 'worker')}",
         f"{len(plan.adopted)} idle ones taken over" if plan.adopted else "",
         f"{sent} submitted now, the others as limits allow" if sent < workers else "",
         f"attempt {number}" if number > 1 else "",

@@ -16,11 +16,11 @@ from fedllm.storage.records import (
 from fedllm.storage.updates import update_files
 
 
-def finish_rounds(run: Run) -> bool:
-    """Finish every round whose state and evaluation exist; return whether all rounds are done."""
+def finish_rounds(run: Run, last: int) -> bool:
+    """Finish the rounds up to `last` whose state and evaluation exist; return whether all are."""
     done = True
     finished = False
-    for number in range(run.observations.done, run.last_round + 1):
+    for number in range(run.observations.done, last + 1):
         if run.paths.round(number).record.exists():
             # all rounds before it are done too: they need no second look
             run.observations.done += run.observations.done == number
