@@ -12,7 +12,8 @@ from fedllm.reporting.results.summary import (
     last_evaluation,
     run_summary,
     score_table,
-    scores_by_tier,
+    scores_by_group,
+    spectra_text,
     update_bytes,
 )
 from fedllm.storage.paths import RunPaths
@@ -53,9 +54,15 @@ def test_a_mean_counts_every_client_once() -> None:
         "train": 1.5,
         "dev": 6.0,
     }
-    assert scores_by_tier(found)["all"].loss == 3.0
+    names = {name: m.loss for name, m in scores_by_group(found.clients).items()}
+    assert names == {
+        "dev clients": 6.0,
+        "training clients": 1.5,
+        "training clients, large": 2.0,
+        "training clients, small": 1.0,
+    }
     assert mean_scores([]) is None
-    assert scores_by_tier(evaluation(1, {})) == {}
+    assert scores_by_group([]) == {}
 
 
 def test_the_headline_names_every_group() -> None:
@@ -108,16 +115,32 @@ def test_the_last_evaluation_is_the_newest_there_is(tmp_path: Path) -> None:
     assert found.round == 1
 
 
-def test_a_run_ends_with_scores_ranks_bytes_and_what_to_try_next(tmp_path: Path) -> None:
-    text = run_summary(finished(tmp_path, {"a": 1.0, "b": 2.0}))
-    lines = text.splitlines()
-    assert "scores as deployed, base -> round 1 (mean over clients)" in lines
+def test_a_run_ends_with_whether_it_helped_where_the_adapter_is_and_what_next(
+    tmp_path: Path,
+) -> None:
+    paths = finished(tmp_path, {"a": 1.0, "b": 2.0, "d": 10.0})
+    paths.round(1).global_state.touch()
+    lines = run_summary(paths, best={0}).splitlines()
+    verdict = "base -> round 1: answer loss lower for"
+    assert lines[2] == f"dev clients, {verdict} 0 of 1; Rouge-L higher for 1, lower for 0"
+    assert lines[3] == f"training clients, {verdict} 2 of 2; Rouge-L higher for 0, lower for 2"
+    row = "training clients 2 9.000 -> 1.500 -7.500 ± 0.707"
+    assert any(" ".join(line.split()).startswith(row) for line in lines)
     assert any(line.split()[:4] == ["small", "1", "9.000", "->"] for line in lines)
+    assert f"adapter: round 1, in {paths.round(1).global_state}" in lines
+    assert any("dev clients are better in round 0: add --round best" in line for line in lines)
+    assert any(line.startswith(f"  fedllm export {tmp_path} --out adapter") for line in lines)
+
+
+def test_the_spectra_are_shown_on_request(tmp_path: Path) -> None:
+    paths = begin(tmp_path / "begun")
+    assert spectra_text(paths) == "no round was aggregated yet"
+    text = spectra_text(finished(tmp_path / "run", {"a": 1.0, "b": 2.0}))
+    lines = text.splitlines()
     assert any(line.split() == ["2", "1", "75.00", "%", "0.5000"] for line in lines)
     assert "how the aggregated update spreads" in text
     assert any(line.split() == ["1", "1.50", "25.00", "%", "-"] for line in lines)
     assert "what a client sends per round" in text
-    assert f"fedllm resume {tmp_path} --set rounds=3" in text
 
 
 def test_a_tier_that_was_not_scored_at_the_start_is_shown_without_an_arrow(
@@ -132,15 +155,15 @@ def test_a_tier_that_was_not_scored_at_the_start_is_shown_without_an_arrow(
 def test_a_run_without_evaluations_has_no_table_of_scores(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     text = run_summary(paths)
-    assert text.splitlines()[0] == f"run {tmp_path} (flexlora + fedit)"
+    assert text.splitlines()[0] == f"run {tmp_path} (flexlora + fedit), 3 rounds"
     assert "scores" not in text
-    assert "energy" not in text
+    assert "not known: evaluation.every is 0, or no round was evaluated" in text
 
 
 def test_the_summary_names_the_options_of_the_method(tmp_path: Path) -> None:
     paths = begin(tmp_path, method__options={"truncated": "keep"})
     first = run_summary(paths).splitlines()[0]
-    assert first == f"run {tmp_path} (flexlora truncated=keep + fedit)"
+    assert first == f"run {tmp_path} (flexlora truncated=keep + fedit), 3 rounds"
 
 
 def test_scores_of_a_state_are_shown_by_tier_and_group() -> None:
@@ -148,18 +171,16 @@ def test_scores_of_a_state_are_shown_by_tier_and_group() -> None:
         line.split()
         for line in score_table("round 2", evaluation(2, {"a": 1.0, "d": 3.0})).splitlines()
     ]
-    assert ["all", "2", "2.000", "0.200", "0.500"] in rows
-    assert ["dev", "1", "3.000", "0.300", "0.500"] in rows
+    assert ["training", "clients", "1", "1.000", "0.100", "0.500"] in rows
+    assert ["dev", "clients", "1", "3.000", "0.300", "0.500"] in rows
 
 
 # --- comparison
 
 
-def test_runs_are_compared_on_the_clients_that_all_have_scored_in_the_tiers_of_the_last(
-    tmp_path: Path,
-) -> None:
+def test_runs_are_compared_on_the_clients_that_all_have_scored(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0, "only one": 100.0})
-    two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0, "only two": 100.0}, {"a": "x", "b": "y"})
+    two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0, "only two": 100.0})
     loss = compare({"one": one.root, "two": two.root}).split("\n\n")[0]
     text = compare({"one": one.root, "two": two.root})
     assert "how the last aggregated update spreads" in text
@@ -167,11 +188,19 @@ def test_runs_are_compared_on_the_clients_that_all_have_scored_in_the_tiers_of_t
     assert ["one", "1.50", "25.00", "%", "-"] in spread
     assert ["two", "1.50", "25.00", "%", "-"] in spread
     assert [line.split() for line in loss.splitlines()[1:]] == [
-        ["tier", "base", "one", "two"],
-        ["x", "9.000", "1.000", "3.000"],
-        ["y", "9.000", "2.000", "4.000"],
-        ["all", "9.000", "1.500", "3.500"],
+        ["clients", "base", "one", "two"],
+        ["training", "clients", "9.000", "1.500", "3.500"],
+        ["training", "clients,", "large", "9.000", "2.000", "4.000"],
+        ["training", "clients,", "small", "9.000", "1.000", "3.000"],
     ]
+
+
+def test_clients_of_other_tiers_have_no_means_by_tier(tmp_path: Path) -> None:
+    one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0})
+    two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0}, {"a": "x", "b": "y"})
+    loss = compare({"one": one.root, "two": two.root}).split("\n\n")[0].splitlines()
+    assert loss[0].endswith("the runs have other tiers, so there is none by tier")
+    assert [line.split()[0] for line in loss[1:]] == ["clients", "training"]
 
 
 def test_an_unfinished_run_is_compared_by_its_last_state(tmp_path: Path) -> None:

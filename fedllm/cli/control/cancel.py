@@ -19,6 +19,7 @@ from fedllm.cli.sweeps import existing_sweep
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.planning.backoff import Backoff
+from fedllm.reporting.tables import counted
 from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.dispatch.in_flight import is_done
 from fedllm.scheduling.slurm.coordinator_job import (
@@ -66,7 +67,7 @@ def _cancel_run(paths: RunPaths, *, jobs_only: bool) -> None:
         ended = cancel_jobs(paths, config, scheduler)
     finally:
         scheduler.close()
-    say(f"{ended} tasks cancelled" if ended else "no task was running")
+    say(f"{counted(ended, 'task')} cancelled" if ended else "no task was running")
 
 
 def _end_jobs(paths: RunPaths, config: Config) -> Iterator[str]:

@@ -6,12 +6,11 @@ from fedllm.cli.options import (
     Overrides,
     RunOrSweep,
     TakeOver,
-    existing_run,
     say,
+    summary_of,
 )
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.errors import ConfigError
-from fedllm.reporting.results.summary import run_summary
 
 
 def resume(run: RunOrSweep, set_: Overrides = None, take_over: TakeOver = False) -> None:
@@ -25,4 +24,4 @@ def resume(run: RunOrSweep, set_: Overrides = None, take_over: TakeOver = False)
         finish(sweep, take_over=take_over)
         return
     execution.resume(run, set_ or [], take_over=take_over)
-    say(run_summary(existing_run(run)))
+    say(summary_of(run))

@@ -10,10 +10,9 @@ from fedllm.cli.options import (
     Overrides,
     RunDir,
     TakeOver,
-    existing_run,
     say,
+    summary_of,
 )
-from fedllm.reporting.results.summary import run_summary
 
 
 def run(
@@ -25,4 +24,4 @@ def run(
 ) -> None:
     """Run a configuration to its end. Run it again to continue where it stopped."""
     root = execution.start(config, set_ or [], run_dir, take_over=take_over, unattended=unattended)
-    say(run_summary(existing_run(root)))
+    say(summary_of(root))

@@ -16,6 +16,7 @@ from fedllm.cli.options import (
 )
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.errors import RunFailed
+from fedllm.reporting.results.summary import spectra_text
 from fedllm.reporting.status.status import FAILED, StatusReader
 from fedllm.reporting.status.status_text import headline, status_text
 from fedllm.reporting.sweeps.sweep_status import SweepStatus, sweep_status
@@ -30,6 +31,9 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Repeat until the run is done, or until Ctrl-C.")
     ] = False,
+    spectra: Annotated[
+        bool, typer.Option("--spectra", help="Show what adapters of each rank keep.")
+    ] = False,
     json_: AsJson = False,
 ) -> None:
     """Show how far a run or a sweep is, and why tasks wait.
@@ -43,6 +47,9 @@ def status(
         _show_sweep(sweep, watch=watch, json_=json_)
         return
     paths = existing_run(run)
+    if spectra:
+        say(spectra_text(paths))
+        return
     reader = StatusReader(
         paths, gone=cached_holder_check(paths), ask=scheduler_query(paths), advice=advice
     )

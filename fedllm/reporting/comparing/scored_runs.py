@@ -193,6 +193,7 @@ class _TestData:
 
     root: Path
     fingerprint: str
+    round: int | None
     scored: frozenset[tuple[str, str, int]]
     categories: Mapping[str, str]
 
@@ -204,11 +205,18 @@ def _same_test_data(
     found = _TestData(
         root=candidate.root,
         fingerprint=prepared.data_fingerprint,
+        round=_chosen_last_round(candidate, evaluations),
         scored=frozenset((c.client, c.group, c.as_deployed.rows) for c in evaluations[0].clients),
         categories={client.id: client.category for client in prepared.clients},
     )
     if first is None:
         return found
+    if None not in {first.round, found.round} and first.round != found.round:
+        raise RunDirectoryError(
+            f"{candidate.root}: its last evaluation is that of round {found.round}, in "
+            f"{first.root} it is that of round {first.round}; compare runs of as many rounds: "
+            f"fedllm resume RUN --set rounds={max(first.round or 0, found.round or 0)}"
+        )
     for what, was, now in (
         (
             "data, tokenizer, data.template or data.cutoff_tokens",
@@ -223,6 +231,15 @@ def _same_test_data(
                 "data, clients.split_seed and evaluation"
             )
     return first
+
+
+def _chosen_last_round(
+    candidate: _Candidate, evaluations: Sequence[EvaluationRecord]
+) -> int | None:
+    """Return a run's last evaluated round; None if a sweep's file or early stopping chose it."""
+    if candidate.from_sweep or candidate.config.stopping.patience is not None:
+        return None
+    return max(evaluation.round for evaluation in evaluations)
 
 
 def _scored(

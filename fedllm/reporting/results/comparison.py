@@ -1,20 +1,22 @@
 """Comparison of the last rounds of runs on the same clients, side by side, tier by tier."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm.config.loading import read_config
 from fedllm.errors import RunDirectoryError
+from fedllm.reporting.results.gains import GROUPS
 from fedllm.reporting.results.spectra import last_spectra_table, rank_table
 from fedllm.reporting.results.summary import (
     bytes_table,
     last_evaluation,
-    scores_by_tier,
+    scores_by_group,
 )
 from fedllm.reporting.tables import number, text_table
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
+    ClientScores,
     CohortRecord,
     EvaluationRecord,
     PreparedRecord,
@@ -25,9 +27,10 @@ _SCORES = (("answer loss", "loss"), ("Rouge-L", "rouge_l"), ("exact match", "exa
 
 
 def compare(runs: Mapping[str, Path]) -> str:
-    """Return the base and the last evaluation of several runs, per tier of the last run.
+    """Return the base and the last evaluation of several runs, per group of clients and tier.
 
-    Only clients that were scored in all runs count; the base is that of the first run.
+    Only clients that were scored in all runs count; the base is that of the first run. If a client
+    has not the same tier in all runs, there are no means by tier.
 
     Raises:
         RunDirectoryError: a run has no evaluation of its base or of its last round, or no client
@@ -44,20 +47,23 @@ def compare(runs: Mapping[str, Path]) -> str:
             )
         evaluations.setdefault(_BASE, base)
         evaluations[name] = last
-    tiers = _tiers_of_all(list(evaluations.values()))
-    if not tiers:
+    clients = _of_all(evaluations)
+    if not clients[_BASE]:
         raise RunDirectoryError(
             f"{', '.join(map(str, runs.values()))}: no client was scored in all of them; compare "
             "runs of the same data, clients.split_seed and evaluation"
         )
-    columns = {name: scores_by_tier(_in_tiers(e, tiers)) for name, e in evaluations.items()}
+    columns = {name: scores_by_group(scored) for name, scored in clients.items()}
+    note = "" if _same_tiers(clients) else "; the runs have other tiers, so there is none by tier"
+    shown = set.intersection(*(set(means) for means in columns.values()))
     tables = [
         text_table(
-            f"{title} per tier, on test rows of the same clients",
-            ["tier", *columns],
+            f"{title} on test rows of the same clients{note}",
+            ["clients", *columns],
             [
-                [tier, *(number(getattr(means[tier], key)) for means in columns.values())]
-                for tier in columns[_BASE]
+                [name, *(number(getattr(means[name], key)) for means in columns.values())]
+                for name in columns[_BASE]
+                if name in shown and (not note or name in GROUPS.values())
             ],
         )
         for title, key in _SCORES
@@ -65,21 +71,19 @@ def compare(runs: Mapping[str, Path]) -> str:
     return "\n\n".join([*tables, *_last_tables(runs)])
 
 
-def _tiers_of_all(evaluations: Sequence[EvaluationRecord]) -> dict[str, str]:
-    """Return client -> tier in the last evaluation, for the clients that all evaluations scored."""
-    scored = [{client.client for client in evaluation.clients} for evaluation in evaluations]
+def _of_all(evaluations: Mapping[str, EvaluationRecord]) -> dict[str, list[ClientScores]]:
+    """Return the clients of each evaluation that all evaluations scored."""
+    scored = [{client.client for client in each.clients} for each in evaluations.values()]
     in_all = set.intersection(*scored)
-    return {c.client: c.tier for c in evaluations[-1].clients if c.client in in_all}
+    return {
+        name: [client for client in each.clients if client.client in in_all]
+        for name, each in evaluations.items()
+    }
 
 
-def _in_tiers(evaluation: EvaluationRecord, tiers: Mapping[str, str]) -> EvaluationRecord:
-    """Return the evaluation with its clients in the tiers of another run."""
-    clients = [
-        client.model_copy(update={"tier": tiers[client.client]})
-        for client in evaluation.clients
-        if client.client in tiers
-    ]
-    return evaluation.model_copy(update={"clients": clients})
+def _same_tiers(clients: Mapping[str, list[ClientScores]]) -> bool:
+    tiers = [{client.client: client.tier for client in scored} for scored in clients.values()]
+    return all(each == tiers[0] for each in tiers)
 
 
 def _last_tables(runs: Mapping[str, Path]) -> list[str]:

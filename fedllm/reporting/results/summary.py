@@ -1,17 +1,19 @@
 """Summary of a run as tables, from its records."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from fedllm.config.loading import read_config
 from fedllm.planning.costs import adapter_weights
 from fedllm.reporting.method_words import method_words, privacy_words
-from fedllm.reporting.results.metrics import Mean, by_group, by_tier, mean_scores
+from fedllm.reporting.results.gains import GROUPS, gains_by_group, gains_table, verdicts
+from fedllm.reporting.results.metrics import Mean, by_tier, mean_scores
 from fedllm.reporting.results.spectra import rank_table, spectra_table
-from fedllm.reporting.tables import number, size, text_table
-from fedllm.storage.paths import RunPaths
+from fedllm.reporting.tables import counted, number, size, text_table
+from fedllm.storage.paths import RunPaths, shown_path
 from fedllm.storage.records import (
     AggregateRecord,
+    ClientScores,
     CohortRecord,
     EvaluationRecord,
     ModuleRecord,
@@ -20,14 +22,22 @@ from fedllm.storage.records import (
 )
 
 _FLOAT32_BYTES = 4
-ALL = "all"
 
 
-def scores_by_tier(evaluation: EvaluationRecord) -> dict[str, Mean]:
-    """Return the mean scores as deployed per tier, and over all clients as `all`."""
-    means = by_tier(evaluation.clients)
-    everyone = mean_scores(client.as_deployed for client in evaluation.clients)
-    return {**means, ALL: everyone} if everyone else means
+def scores_by_group(clients: Sequence[ClientScores]) -> dict[str, Mean]:
+    """Return the mean scores as deployed of each group of clients, and of its tiers.
+
+    Trained, dev and unseen clients are never in one mean.
+    """
+    means: dict[str, Mean] = {}
+    for group, name in GROUPS.items():
+        members = [client for client in clients if client.group == group]
+        tiers = by_tier(members)
+        if whole := mean_scores(client.as_deployed for client in members):
+            means[name] = whole
+        if len(tiers) > 1:
+            means |= {f"{name}, {tier}": mean for tier, mean in tiers.items()}
+    return means
 
 
 def last_evaluation(paths: RunPaths, rounds: int) -> EvaluationRecord | None:
@@ -44,60 +54,64 @@ def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) 
     return _FLOAT32_BYTES * adapter_weights(ranks, modules)
 
 
-def run_summary(paths: RunPaths) -> str:
-    """Return the tables that `fedllm run` prints at its end."""
+def run_summary(paths: RunPaths, best: Collection[int] = ()) -> str:
+    """Return what `fedllm run` prints at its end: did it help, where is the adapter, what next.
+
+    `best` is the round in which dev clients are best, if it is known.
+    """
     config = read_config(paths.config)
-    parts = [f"run {paths.root} ({method_words(config)})"]
+    root = shlex.quote(shown_path(paths.root))
+    parts = [f"run {root} ({method_words(config)}), {counted(config.rounds, 'round')}"]
     base = EvaluationRecord.find(paths.round(0).evaluation_record)
     last = last_evaluation(paths, config.rounds)
     if base and last and last.round:
-        parts.append(_scores_table(base, last, first="start" if config.model.adapter else "base"))
+        first = "start" if config.model.adapter else "base"
+        gains = gains_by_group(base, last)
+        parts.append("\n".join(verdicts(gains, first=first, last=last.round)))
+        parts.append(gains_table(gains, first=first, last=last.round))
+    else:
+        parts.append("did it help? not known: evaluation.every is 0, or no round was evaluated")
     aggregated = AggregateRecord.find(paths.round(config.rounds).aggregate_record)
-    if aggregated:
-        parts.append(rank_table(aggregated))
-        if aggregated.privacy:
-            parts.append(privacy_words(aggregated.privacy, config.rounds))
-    spectra = spectra_table(paths, config.rounds)
-    if spectra:
-        parts.append(spectra)
-    cohort = CohortRecord.find(paths.round(config.rounds).cohort)
-    prepared = PreparedRecord.find(paths.prepared)
-    if cohort and prepared:
-        parts.append(bytes_table(cohort, prepared))
-    root = shlex.quote(str(paths.root))
+    if aggregated and aggregated.privacy:
+        parts.append(privacy_words(aggregated.privacy, config.rounds))
     stop = StopRecord.find(paths.stop)
     if stop and stop.round == config.rounds:
         parts.append(
-            f"stopped after round {stop.round}: dev clients are best in round {stop.best_round}; "
-            f"fedllm export {root} --round best --out adapter"
+            f"stopped after round {stop.round}: dev clients are best in round {stop.best_round}"
         )
-    parts.append(
-        f"next: fedllm export {root} --out adapter    "
-        f"fedllm report {root}    fedllm resume {root} --set rounds={config.rounds + 2}"
-    )
-    return "\n\n".join(parts)
+    parts.append("\n".join(_next_lines(paths, root, best)))
+    return "\n\n".join(filter(None, parts))
 
 
-def _scores_table(base: EvaluationRecord, last: EvaluationRecord, *, first: str) -> str:
-    before, after = scores_by_tier(base), scores_by_tier(last)
-    rows = [
-        [
-            tier,
-            str(after[tier].clients),
-            *_arrow(before.get(tier), after[tier]),
-        ]
-        for tier in after
-    ]
-    title = f"scores as deployed, {first} -> round {last.round} (mean over clients)"
-    return text_table(title, ["tier", "clients", "answer loss", "Rouge-L", "exact match"], rows)
+def _next_lines(paths: RunPaths, root: str, best: Collection[int]) -> Iterator[str]:
+    state = paths.newest_state()
+    if state is None:
+        return
+    yield f"adapter: round {state.number}, in {shown_path(state.global_state)}"
+    if best and min(best) != state.number:
+        yield (
+            f"  dev clients are better in round {min(best)}: add --round best to export, and to "
+            "evaluate"
+        )
+    yield "next:"
+    yield f"  fedllm export {root} --out adapter    an adapter for PEFT, vLLM and others"
+    yield f"  fedllm report {root}    a page with curves, tiers, costs and answers"
+    yield f"  fedllm status {root} --spectra    what adapters of each rank keep of the update"
 
 
-def _arrow(before: Mean | None, after: Mean) -> list[str]:
-    names = ("loss", "rouge_l", "exact_match")
-    return [
-        (f"{number(getattr(before, name))} -> " if before else "") + number(getattr(after, name))
-        for name in names
-    ]
+def spectra_text(paths: RunPaths) -> str:
+    """Return how the aggregated updates spread, and what each rank keeps and sends."""
+    config = read_config(paths.config)
+    state = paths.newest_state()
+    record = AggregateRecord.find(state.aggregate_record) if state else None
+    if state is None or record is None or not record.modules:
+        return "no round was aggregated yet"
+    parts = [rank_table(record), spectra_table(paths, config.rounds)]
+    cohort = CohortRecord.find(state.cohort)
+    prepared = PreparedRecord.find(paths.prepared)
+    if cohort and prepared:
+        parts.append(bytes_table(cohort, prepared))
+    return "\n\n".join(filter(None, parts))
 
 
 def bytes_table(cohort: CohortRecord, prepared: PreparedRecord) -> str:
@@ -115,11 +129,10 @@ def _span(ranks: Mapping[str, int]) -> str:
 
 
 def score_table(title: str, record: EvaluationRecord) -> str:
-    """Return a table of one evaluation, per tier and group."""
-    groups = {**scores_by_tier(record), **by_group(record.clients)}
+    """Return a table of one evaluation, per group of clients and tier."""
     rows = [
         [name, str(m.clients), number(m.loss), number(m.rouge_l), number(m.exact_match)]
-        for name, m in groups.items()
+        for name, m in scores_by_group(record.clients).items()
     ]
-    header = ["tier or group", "clients", "answer loss", "Rouge-L", "exact match"]
+    header = ["clients", "number", "answer loss", "Rouge-L", "exact match"]
     return text_table(f"{title}, mean over clients", header, rows)
