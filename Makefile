@@ -1,4 +1,4 @@
-# make venv | quickstart | check | test | test-slurm | test-browser | test-portable | chaos | coverage | bench | smollm2 | slurm-packages
+# make venv | quickstart | check | docs | reference | test | test-slurm | test-browser | test-portable | chaos | coverage | bench | smollm2 | slurm-packages
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -25,18 +25,20 @@ AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUC
 # the first of these is used; else Debian's is installed
 BROWSERS := chromium-headless-shell chromium google-chrome
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
+SITE := build/docs
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check reference test test-slurm test-browser test-portable chaos coverage bench smollm2 \
+.PHONY: help venv quickstart check reference docs test test-slurm test-browser test-portable chaos coverage bench smollm2 \
   slurm-packages browser-package
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
 	@echo "make test            install what the tests need and run them, but those of Slurm"
 	@echo "make test-slurm      the tests on a real Slurm, whose packages it installs (root)"
-	@echo "make test-browser    the report page in a headless browser, which it installs (root, Debian)"
+	@echo "make test-browser    report page and documentation in a browser, which it installs (root, Debian)"
 	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
+	@echo "make docs            the documentation as a site with search, in build/docs"
 	@echo "make reference       write the tables of docs/ and the schema that follow from the code"
 	@echo "make coverage        the tests again, with branch coverage; fails below the floor"
 	@echo "make bench           the benchmarks of docs/benchmarks.md, with the model and data of"
@@ -78,6 +80,11 @@ venv: .venv/.package
 .venv/.browser: .venv/.test
 	@echo "venv: what drives a browser"
 	@$(PIP) -e ".[browser]"
+	@touch $@
+
+.venv/.docs: .venv/.package
+	@echo "venv: what builds the documentation"
+	@$(PIP) -e ".[docs]"
 	@touch $@
 
 .venv/.dev: .venv/.package
@@ -131,6 +138,15 @@ check-spelling:
 reference: .venv/.package
 	@.venv/bin/python docs/reference.py
 
+# the site; what its pages take from the code is read anew every time
+docs: .venv/.docs
+	@rm -rf $(SITE)
+	@.venv/bin/sphinx-build -q -E -W --keep-going -b html -c docs . $(SITE)
+	@echo "docs: $(SITE)/index.html"
+
+$(SITE)/index.html:
+	@$(MAKE) --no-print-directory docs
+
 # --- tests
 
 test: .venv/.test
@@ -140,7 +156,7 @@ test: .venv/.test
 test-slurm: .venv/.test slurm-packages
 	@.venv/bin/python -m pytest -m slurm -n $(SLURM_TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
 
-test-browser: .venv/.browser browser-package
+test-browser: .venv/.browser browser-package $(SITE)/index.html
 	@.venv/bin/python -m pytest -m browser tests/browser $(PYTEST_OPTIONS)
 
 # roundings of another processor: what holds here has to hold there (about 3 minutes)

@@ -89,7 +89,7 @@ class LoraSection(Section):
     ranks learn more slowly at the same learning rate."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout of the adapter's input, drawn per row and position, but once for a prefix that
-    rows share: see [training.md](training.md#dropout)."""
+    rows share: see [training](training.md#dropout)."""
 
     @field_validator("target_modules")
     @classmethod
@@ -143,11 +143,11 @@ class DataSection(Section):
 
     path: Annotated[str, Field(json_schema_extra=EXECUTION)] = "embedded"
     """A folder of `train`, `validation` and `test` files, one file, a folder that `datasets`
-    saved, a hub name, or `embedded`: [data.md](data.md) has the kinds of files and their names."""
+    saved, a hub name, or `embedded`: [data](data.md) has the kinds of files and their names."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     format: RowFormat = "auto"
-    """Format of the rows ([data.md](data.md#formats-of-rows)); `auto` finds it from the columns."""
+    """Format of the rows ([data](data.md#formats-of-rows)); `auto` finds it from the columns."""
     columns: ColumnsSection = ColumnsSection()
     partition: PartitionSection = PartitionSection()
     template: Literal["alpaca", "chat", "plain"] = "alpaca"
@@ -429,15 +429,15 @@ class MethodSection(Section):
     """
 
     name: str = "flexlora"
-    """Server side: how updates become the next state. See [methods.md](methods.md)."""
+    """Server side: how updates become the next state. See [methods](methods.md)."""
     local: str = "fedit"
     """Client side: how a client trains, and with which optimizer (AdamW, or SGD)."""
     options: MethodOptions = {}
-    """The server side's own options: see [methods.md](methods.md#server-side)."""
+    """The server side's own options: see [methods](methods.md#server-side)."""
     local_options: MethodOptions = {}
-    """The client side's own options: see [methods.md](methods.md#client-side)."""
+    """The client side's own options: see [methods](methods.md#client-side)."""
     server: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
-    """The server's optimizer: see [methods.md](methods.md#the-servers-optimizer)."""
+    """The server's optimizer: see [methods](methods.md#the-servers-optimizer)."""
     server_options: MethodOptions = {}
     """The options of the server's optimizer."""
 

@@ -24,6 +24,7 @@ from fedllm.config.models import Config
 from fedllm.config.problems import is_section
 
 REQUIRED = "required"
+MAY_GROW = "may grow"
 _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 _NOUNS: Mapping[Any, str] = {int: "integer", float: "number", str: "text", Any: "value"}
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")

@@ -1,49 +1,18 @@
 """The report page as a reader meets it: in a browser, from a file, light and dark, on a phone."""
 
-import importlib.util
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.browser.reading import DESK, PHONE, assert_contrast, open_page
 from tests.cli.commands import in_process
 from tests.reporting.sweeps import sweep_of
 
 pytestmark = pytest.mark.browser
 
-BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
-PHONE, DESK, WIDE = (390, 844), (1100, 900), (1600, 900)
-# text of a ratio below these is hard to read (WCAG 2.2, 1.4.3)
-SMALL_TEXT, LARGE_TEXT = 4.5, 3.0
+WIDE = (1600, 900)
 
-# every drawn piece of text: its words, its contrast with what is behind it, and whether it is large
-CONTRASTS = """() => {
-  const rgb = text => (text.match(/[0-9.]+/g) || []).map(Number);
-  const part = v => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
-  const light = c => 0.2126 * part(c[0]) + 0.7152 * part(c[1]) + 0.0722 * part(c[2]);
-  const behind = node => {
-    for (let at = node; at; at = at.parentElement) {
-      const colour = rgb(getComputedStyle(at).backgroundColor);
-      if (colour.length === 3 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const told = [];
-  for (const node of document.querySelectorAll('body *')) {
-    const own = [...node.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
-    if (!own || ['title', 'desc', 'style'].includes(node.localName)) continue;
-    const style = getComputedStyle(node);
-    const colour = rgb(node.ownerSVGElement ? style.fill : style.color);
-    const [a, b] = [light(colour), light(behind(node))].sort((x, y) => y - x);
-    const size = parseFloat(style.fontSize);
-    const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
-    told.push([node.textContent.trim().slice(0, 40), (a + 0.05) / (b + 0.05), large]);
-  }
-  return told;
-}"""
 # per chart: title, size, number of marks and texts, texts outside, the smallest letters in pixels
 CHARTS = """() => [...document.querySelectorAll('figure svg')].map(svg => {
   const box = svg.getBoundingClientRect();
@@ -71,50 +40,16 @@ def page_file(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium of this machine."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None or importlib.util.find_spec("playwright") is None:
-        missing = "no headless Chromium, or no playwright: make test-browser installs them"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 def opened(browser: Any, path: Path, size: tuple[int, int], scheme: str) -> tuple[Any, list[str]]:
     """Open the page from its file; what the browser complains of comes with it."""
-    width, height = size
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: complaints.extend(_foreign(request.url)))
-    page.goto(path.as_uri())
-    return page, complaints
-
-
-def _foreign(url: str) -> list[str]:
-    return [] if url.startswith(("file:", "data:")) else [f"asks for {url}"]
+    return open_page(browser, path.as_uri(), size, scheme)
 
 
 def assert_readable(page: Any, width: int, num_charts: int) -> None:
     """Check contrast, that nothing scrolls sideways, and that every chart is drawn in its place."""
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    contrasts = page.evaluate(CONTRASTS)
-    assert len(contrasts) > 100
-    assert not [
-        (words, ratio)
-        for words, ratio, large in contrasts
-        if ratio < (LARGE_TEXT if large else SMALL_TEXT)
-    ]
+    assert_contrast(page, 100)
     charts = page.evaluate(CHARTS)
     assert len(charts) == num_charts
     for title, chart_width, height, marks, texts, outside, smallest in charts:
