@@ -9,6 +9,7 @@ PARTITION_TIME = "7-00:00:00"
 NODE_MEMORY_MIB = 128 << 10
 
 _FLAGS = {"--noheader", "--array", "--parsable2", "--allocations", "--duplicates", "--quiet"}
+_FLAGS |= {"--allusers"}
 
 
 def directives(text: str) -> dict[str, str]:

@@ -292,6 +292,10 @@ class SimulatedSlurm:
     def _scontrol(self, words: list[str]) -> str:
         if words == ["show", "config"]:
             return answers.configuration(max_array_size=self.max_array_size)
+        if words[:3] == ["--oneliner", "show", "job"]:
+            if int(words[3]) not in self.arrays:
+                raise CommandRefused("slurm_load_jobs error: Invalid job id specified")
+            return f"JobId={words[3]}\n"
         assert words == ["--all", "--oneliner", "show", "partition"], words
         return answers.partition()
 

@@ -1,5 +1,6 @@
 """The `fedllm` command: it collects the commands and turns errors into one line."""
 
+import contextlib
 import os
 import sys
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from fedllm.cli.views.schema import schema
 from fedllm.cli.views.status import status
 from fedllm.errors import FedllmError
 from fedllm.reporting.tables import terminal_columns
+from fedllm.storage.publishing.publish import as_error
 
 app = typer.Typer(
     name="fedllm",
@@ -76,7 +78,14 @@ _SIGINT_CODE = 130  # what typer makes of Ctrl-C
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # what a full disk or a closed pipe did not take must not change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -88,19 +97,26 @@ def run(arguments: list[str]) -> int:
         return 2
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except FedllmError as error:
-        if os.environ.get("FEDLLM_DEBUG"):
-            raise
-        _print_error(str(error))
-        return error.exit_code
+    except BrokenPipeError:
+        # nobody reads the output any more, as behind `| head`
+        return 0
     except Exception as error:
         if os.environ.get("FEDLLM_DEBUG"):
             raise
-        _print_error(f"{type(error).__name__}: {error} (a bug? `fedllm --debug ...` shows where)")
-        return 1
+        return _failed(error)
     if result == _SIGINT_CODE:
         return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    """Print an error in one line and return its exit code."""
+    known = as_error(error) if isinstance(error, OSError) else error
+    if isinstance(known, FedllmError):
+        _print_error(str(known))
+        return known.exit_code
+    _print_error(f"{type(error).__name__}: {error} (a bug? `fedllm --debug ...` shows where)")
+    return 1
 
 
 def _interrupted() -> int:
@@ -109,5 +125,6 @@ def _interrupted() -> int:
 
 
 def _print_error(message: str) -> None:
-    for line in relative_paths(message).splitlines() or [""]:
-        sys.stderr.write(folded(f"fedllm: {line}", terminal_columns(sys.stderr)) + "\n")
+    with contextlib.suppress(OSError):
+        for line in relative_paths(message).splitlines() or [""]:
+            sys.stderr.write(folded(f"fedllm: {line}", terminal_columns(sys.stderr)) + "\n")

@@ -8,9 +8,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from fedllm.config.models import StorageSection
 from fedllm.errors import BadUpdate, FedllmError, ProcessLost, Stopped, UserError
 from fedllm.model.memory import give_back_freed
 from fedllm.process.log import say
@@ -18,7 +20,9 @@ from fedllm.process.meter import Meter
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskEnvironment
+from fedllm.scheduling.patience import Patience
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths
+from fedllm.storage.publishing.publish import as_error
 from fedllm.storage.records import ErrorRecord
 
 
@@ -76,7 +80,7 @@ def run(
         arguments = _parse(program, argv)
         TaskEnvironment().require_planned_processes()
         call = _Call(arguments=arguments, session=session, signals=signals, began=began)
-        return _STEPS[program](call)
+        return _outlasting_file_servers(program, call)
     except Stopped:
         raise  # it runs in the coordinator's process, whose end it is
     except FedllmError as error:
@@ -84,11 +88,25 @@ def run(
         _record(program, arguments, error, error.exit_code)
         return error.exit_code
     except Exception as error:
-        say(traceback.format_exc().rstrip())
-        _record(program, arguments, error, FedllmError.exit_code)
-        return FedllmError.exit_code
+        known = as_error(error) if isinstance(error, OSError) else None
+        say(f"error: {known}" if known else traceback.format_exc().rstrip())
+        exit_code = (known or FedllmError).exit_code
+        _record(program, arguments, known or error, exit_code)
+        return exit_code
     finally:
         give_back_freed()  # the next program of this process needs memory of other sizes
+
+
+def _outlasting_file_servers(program: str, call: _Call) -> int:
+    """Run a program; begin again, as a requeued task does, once a file server answers again.
+
+    A task of several processes ends instead: the others wait for this one. So does a preparation:
+    what it may not read is the user's to change.
+    """
+    step = partial(_STEPS[program], call)
+    if program == "prepare" or TaskEnvironment().identity.num_processes > 1:
+        return step()
+    return Patience(seconds=StorageSection().visibility_seconds, say=say).retry(step)
 
 
 def _parse(program: str, argv: Sequence[str]) -> argparse.Namespace:

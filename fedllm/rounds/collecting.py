@@ -12,7 +12,7 @@ from fedllm.rounds.keeping import clients_record
 from fedllm.rounds.outliers import CheckedUpdates, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
-from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of, backup_name
+from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of, backup_name, names_in
 from fedllm.storage.records import (
     CohortRecord,
     CollectedUpdate,
@@ -62,7 +62,9 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
         updates=updates,
         failed=failed,
         missing=[c.id for c in cohort.clients if c.id not in scan.published],
-        replaces=len(list(paths.root.glob(f"{paths.collection.name}.replaced-*"))),
+        replaces=sum(
+            name.startswith(f"{paths.collection.name}.replaced-") for name in names_in(paths.root)
+        ),
         environments=environments,
         tiers=tier_mix(cohort, scan, {update.client for update in updates}),
         startup_seconds=_startup_seconds(paths),
@@ -218,10 +220,13 @@ def _bad_clients(run: Run, paths: RoundPaths) -> dict[str, str]:
     """Return client -> problem of the updates that stopped an aggregation of the round."""
     attempts = paths.aggregate_attempts
     places: dict[int, str] = {}
-    for path in sorted(
-        attempts.parent.glob(f"{attempts.name}*/*/{JobPaths(root=attempts).error.name}")
-    ):
-        places |= run.known_records.read(ErrorRecord, path).bad_places
+    for folder in sorted(names_in(attempts.parent)):
+        if not folder.startswith(attempts.name):
+            continue
+        for name in sorted(names_in(attempts.parent / folder)):
+            job = JobPaths(root=attempts.parent / folder / name)
+            error = run.known_records.find(ErrorRecord, job.error)
+            places |= error.bad_places if error else {}
     if not places:
         return {}
     clients = run.known_records.read(CohortRecord, paths.cohort).clients

@@ -12,14 +12,16 @@ from fedllm.planning.backoff import Backoff
 from fedllm.rounds.advance import advance
 from fedllm.rounds.aggregating import redo_damaged_state
 from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight
-from fedllm.rounds.failing import recorded_failure
+from fedllm.rounds.failing import ASKED_AGAIN, recorded_failure
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
+from fedllm.scheduling.patience import Patience
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import shown_path
 
 LONGEST_WAIT_SECONDS = 300.0
+# times `storage.visibility_seconds`: how long the file system may refuse before the run stops
+PATIENCE = 5
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 
@@ -33,7 +35,6 @@ def coordinate(run: Run) -> None:
     with stopping_on_signals(), _rare_garbage_collection():
         try:
             with recorded_failure(run):
-                redo_damaged_state(run)
                 _advance_to_the_end(run)
         except Stopped as stopped:
             raise _explained(run, stopped) from stopped
@@ -57,10 +58,16 @@ def advance_while_possible(run: Run) -> InFlight | None:
         close_run(run)
 
 
+def patience_of(run: Run) -> Patience:
+    """Return the patience with the run's file system; trying again changes nothing."""
+    return Patience(seconds=PATIENCE * run.config.storage.visibility_seconds, say=run.say)
+
+
 def _advance_until_jobs(run: Run) -> InFlight | None:
-    redo_damaged_state(run)
-    while not advance(run):
-        in_flight = find_in_flight(run)
+    patience = patience_of(run)
+    patience.retry(lambda: redo_damaged_state(run))
+    while not patience.retry(lambda: advance(run)):
+        in_flight = patience.retry(lambda: find_in_flight(run))
         if in_flight.waits_for_room or (in_flight.tasks and not run.known_records.is_waiting):
             return in_flight
         run.scheduler.wait(run.config.scheduler.poll_seconds)
@@ -69,12 +76,14 @@ def _advance_until_jobs(run: Run) -> InFlight | None:
 
 def _advance_to_the_end(run: Run) -> None:
     pause = Backoff(run.config.scheduler.poll_seconds, max_seconds=LONGEST_WAIT_SECONDS)
+    patience = patience_of(run)
+    patience.retry(lambda: redo_damaged_state(run))
     trouble: str | None = None
     while True:
         try:
-            if advance(run):
+            if patience.retry(lambda: advance(run)):
                 return
-        except (SchedulerUnreachable, SchedulerFull) as error:
+        except ASKED_AGAIN as error:
             run.say(f"{error}; asking again in {pause.seconds:.0f} s")
             run.scheduler.wait(pause.seconds)
             pause.fail()

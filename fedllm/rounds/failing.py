@@ -8,8 +8,10 @@ from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 from fedllm.storage.kept_records import FailureRecord
 
+# the scheduler answers, or has room, later
+ASKED_AGAIN = (SchedulerFull, SchedulerUnreachable)
 # another coordinator goes on, or this one asks again later
-_NO_FAILURE = (LeaseError, SchedulerFull, SchedulerUnreachable)
+_NO_FAILURE = (LeaseError, *ASKED_AGAIN)
 
 
 @contextlib.contextmanager

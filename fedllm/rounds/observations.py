@@ -68,6 +68,10 @@ class Observations:
         """Return whether this is the first call for a subject."""
         return self.is_due(subject, math.inf)
 
+    def restart_silence(self, task: str) -> None:
+        """Count the silence of a task anew: it could not write a heartbeat."""
+        self._unchanged.pop(task, None)
+
     def silent_seconds(self, task: str, heartbeat: object) -> float:
         """Return the seconds since the heartbeat of a task was first seen with this value."""
         now = time.monotonic()

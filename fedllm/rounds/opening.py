@@ -171,6 +171,8 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
     if paths.round(1).cohort.exists():
         frozen = [str(change) for change in changes if change.kind == "result"]
         if frozen:
+            # an edit of the run's own file is put back there; another configuration is another run
+            refuse_edits(paths, record, read_config(paths.config))
             raise RunDirectoryError(
                 f"{paths.root}: a run of another configuration: {', '.join(frozen)}; these keys "
                 "are frozen, choose another --run-dir"

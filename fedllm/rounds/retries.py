@@ -8,6 +8,7 @@ from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
 from fedllm.rounds.collecting import replaced_clients
 from fedllm.rounds.dispatch.attempts import start_attempt
+from fedllm.rounds.dispatch.cancelling import end_tasks
 from fedllm.rounds.dispatch.idle_workers import busy_tasks
 from fedllm.rounds.dispatch.submissions import error_of, find_unrecorded, is_since_start
 from fedllm.rounds.dispatch.waves import send_waves
@@ -161,8 +162,7 @@ def _cancel_surplus(
         )
     surplus = waiting + (running if late and not run.config.scheduler.linger_minutes else [])
     if surplus:
-        run.lease.check()
-        run.scheduler.cancel(surplus)
+        end_tasks(run, surplus)
 
 
 def _missing(cohort: CohortRecord, scan: Scan) -> list[CohortClient]:

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
-from fedllm.errors import Incomplete, UserError
+from fedllm.errors import Incomplete, RunFailed, UserError
 from fedllm.planning.capacity import ONE_PROCESS as ONE_PROCESS
 from fedllm.planning.capacity import Capacity as Capacity
 from fedllm.planning.capacity import Limits as Limits
@@ -29,6 +29,10 @@ class SchedulerFull(Incomplete):
     """The limits on submitted jobs leave no room now; the job was not submitted."""
 
 
+class CancelRefused(RunFailed):
+    """The scheduler refused to end tasks, which run on; they may be another user's."""
+
+
 class SubmissionUnknown(UserError):
     """A job may or may not have been submitted; it is looked up by name and not sent again."""
 
@@ -41,10 +45,14 @@ class SubmissionUnknown(UserError):
 
 
 class TaskState(Enum):
-    """The state of a task as far as the scheduler knows it."""
+    """The state of a task as far as the scheduler knows it.
+
+    A suspended task stands still until the scheduler or an admin lets it go on.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
+    SUSPENDED = "suspended"
     GONE = "gone"
     UNKNOWN = "unknown"
 
@@ -139,7 +147,12 @@ class Scheduler(Protocol):
         """Return why states are unknown now, in one sentence; None: they are known."""
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """End tasks; tasks that are gone are ignored."""
+        """End tasks; tasks that are gone are ignored.
+
+        Raises:
+            CancelRefused: some may not be ended by this user.
+            SchedulerUnreachable: the scheduler does not answer now.
+        """
 
     def wait(self, seconds: float) -> None:
         """Wait until something may have happened, at most `seconds`."""

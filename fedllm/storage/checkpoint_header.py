@@ -1,7 +1,10 @@
 """Header of a checkpoint: the identity and the progress of a client's training. No torch here."""
 
-from pydantic import AliasChoices, Field
+from pathlib import Path
 
+from pydantic import AliasChoices, Field, ValidationError
+
+from fedllm.storage.checked import DamagedUpdateError, read_checked_header
 from fedllm.storage.records import Record, TrainingStats
 
 
@@ -34,3 +37,16 @@ class CheckpointRecord(TrainingStats):
     steps: int = Field(validation_alias=AliasChoices("steps", "step"))
     resumed_at: list[int]
     environments: list[dict[str, str]]
+
+
+def steps_of_checkpoint(path: Path) -> int:
+    """Return the optimizer steps of a checkpoint; 0 if it is gone, or not whole.
+
+    Its tensors stay unread.
+    """
+    try:
+        with path.open("rb") as file:
+            header = read_checked_header(file)
+        return CheckpointRecord.model_validate_json(header.records).steps
+    except (FileNotFoundError, DamagedUpdateError, ValidationError):
+        return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.errors import LeaseError
-from fedllm.storage.paths import RunPaths
+from fedllm.storage.paths import RunPaths, names_in
 from fedllm.storage.records import LeaseRecord
 
 HolderIsGone = Callable[[LeaseRecord], bool | None]
@@ -121,7 +121,7 @@ class Lease:
 def current_lease(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
     """Return the number and record of the present lease, or (0, None)."""
     for folder in paths.lease_folders():
-        names = [p.name.removesuffix(".json") for p in folder.glob("*.json")]
+        names = [n.removesuffix(".json") for n in names_in(folder) if n.endswith(".json")]
         if numbers := [int(name) for name in names if name.isdigit()]:
             return max(numbers), LeaseRecord.read(paths.lease(max(numbers)))
     return 0, None

@@ -405,8 +405,8 @@ class OutcomeRecord(Record):
     """The outcome of an attempt once none of its tasks is left; written before the next one.
 
     `endings` has only the tasks that failed, `cancelled` the reasons why the coordinator ended
-    some. `checkpoints` has the times, in ns, when the unfinished clients' files were written;
-    `progressed` tells whether they changed.
+    some. `checkpoints` has the optimizer steps of unfinished clients, by the names of their files;
+    `progressed` tells whether there are more than after the attempt before.
     """
 
     endings: dict[str, EndingRecord] = {}

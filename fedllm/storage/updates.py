@@ -1,7 +1,6 @@
 """Published updates, read without torch: header, layout, checksum, shapes."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from fedllm.storage.checked import (
     read_and_check,
     read_checked_header,
 )
-from fedllm.storage.paths import RoundPaths, encode_client
+from fedllm.storage.paths import RoundPaths, encode_client, names_in
 from fedllm.storage.records import CohortRecord, UpdateRecord
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -310,7 +309,7 @@ class UpdateScanner:
         same = last.modified_ns == modified_ns
         if same and last.listed - last.since >= _MTIME_SECONDS:
             return set()
-        names = frozenset(_names(last.path))
+        names = frozenset(names_in(last.path))
         listing = self._folders[prefix] = _Folder(
             path=last.path,
             names=names,
@@ -354,20 +353,12 @@ class UpdateScanner:
 
 def update_files(paths: RoundPaths) -> list[str]:
     """Return the names of a round's published updates, relative to their folder, sorted."""
-    entries = _names(paths.updates)
+    entries = names_in(paths.updates)
     shards = [name for name in entries if name.isdigit()]
     names = [name for name in entries if _is_update(name)]
     for folder in shards:
-        names += [f"{folder}/{n}" for n in _names(paths.updates / folder) if _is_update(n)]
+        names += [f"{folder}/{n}" for n in names_in(paths.updates / folder) if _is_update(n)]
     return sorted(names)
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        # names alone: making paths takes ten times as long, and coordinators list all the time
-        return os.listdir(folder)  # noqa: PTH208
-    except FileNotFoundError:
-        return []
 
 
 def _is_update(name: str) -> bool:

@@ -323,6 +323,22 @@ def test_an_attempt_shows_its_waves_and_why_tasks_ended(tmp_path: Path) -> None:
     assert "nodes left out: n1" in text
 
 
+def test_suspended_tasks_are_neither_running_nor_gone(tmp_path: Path) -> None:
+    paths = begin(tmp_path)
+    prepare(paths)
+    finish(paths, 0)
+    draw(paths, 1)
+    jobs(paths, 1, ["7_0"])
+    claim(paths, 1, 1, 0, task="7_0")
+    note(paths, 1, "7_0", state="training", client=CLIENTS[0])
+    found = read(paths, states={"7_0": "suspended"})
+    assert found.queue
+    assert [(array.running, array.suspended) for array in found.queue.arrays] == [(0, 1)]
+    assert found.current
+    assert [task.state for task in found.current.tasks] == ["suspended"]
+    assert "1 suspended: an admin, or a job that preempts them" in status_text(tmp_path, found)
+
+
 def test_reasons_to_wait_are_counted_and_come_with_advice(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     prepare(paths)

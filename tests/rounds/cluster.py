@@ -9,6 +9,7 @@ from fedllm.rounds.opening import open_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import (
     ONE_PROCESS,
+    CancelRefused,
     Capacity,
     Ending,
     Job,
@@ -36,6 +37,7 @@ class HandMoved:
         self.alive: dict[str, tuple[Job, TaskState]] = {}
         self.ended: dict[str, Ending] = {}
         self.cancelled: list[str] = []
+        self.foreign: set[str] = set()
         self.finds = 0
         self._numbers = itertools.count(1)
 
@@ -77,9 +79,9 @@ class HandMoved:
         """The arrays of workers."""
         return [job for job in self.jobs if job.program == "client"]
 
-    def start(self, *ids: str) -> None:
-        """Set tasks to running; they do nothing yet."""
-        self.alive |= {id_: (self.alive[id_][0], TaskState.RUNNING) for id_ in ids}
+    def start(self, *ids: str, state: TaskState = TaskState.RUNNING) -> None:
+        """Set tasks to running, or to another state; they do nothing yet."""
+        self.alive |= {id_: (self.alive[id_][0], state) for id_ in ids}
 
     def note(
         self, task: str, state: str, worker_class: str = "small", clients: Sequence[str] = ()
@@ -132,6 +134,8 @@ class HandMoved:
         del jobs
 
     def cancel(self, ids: Sequence[str]) -> None:
+        if refused := self.foreign & {*ids}:
+            raise CancelRefused(f"scancel: {', '.join(sorted(refused))}: permission denied")
         self.cancelled += ids
         for id_ in ids:
             if self.alive.pop(id_, None):

@@ -1,18 +1,22 @@
 """A resident coordinator logs what it waits for; a chained one knows when to look again."""
 
+import errno
+import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedllm.errors import Stopped
+from fedllm.errors import Incomplete, Stopped, StorageFull
 from fedllm.rounds.advance import advance
 from fedllm.rounds.coordinate import advance_while_possible, coordinate, stopping_on_signals
-from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight
-from fedllm.scheduling.seam import Job, SchedulerUnreachable
+from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight, is_done
+from fedllm.rounds.run import Run
+from fedllm.scheduling.seam import Job, SchedulerUnreachable, TaskState
+from fedllm.storage.kept_records import FailureRecord
 from fedllm.storage.lease import Lease
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
 from tests.rounds.simulation import Simulation
@@ -172,3 +176,47 @@ def test_a_silent_scheduler_is_logged_once_and_so_is_its_return(tmp_path: Path) 
     coordinate(hand_moved(tmp_path, cluster, heard))
     lines = [line for line in heard if "answer" in line]
     assert lines == ["no answer; until then tasks count as running", "the scheduler answers again"]
+
+
+class OnBadStorage(HandMoved):
+    """Scheduler whose coordinator meets an error of the file system at some of its looks."""
+
+    def __init__(self, errors: Iterator[Exception | None]) -> None:
+        super().__init__(Simulation())
+        self.errors = errors
+
+    def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
+        error = next(self.errors, None)
+        if error:
+            raise error
+        self.work(*self.alive)
+        return super().states(ids)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT])
+def test_what_the_file_system_refuses_for_a_while_is_asked_again(code: int, tmp_path: Path) -> None:
+    say: list[str] = []
+    cluster = OnBadStorage(iter([None, OSError(code, os.strerror(code), "rounds/0001"), None]))
+    run = hand_moved(tmp_path, cluster, say)
+    coordinate(run)
+    reason = os.strerror(code).lower()
+    assert f"rounds/0001: {reason}; trying again in 0.5 s" in say
+    assert is_done(run.paths, run.config)
+
+
+@pytest.mark.parametrize("ends", [coordinate, advance_while_possible])
+def test_a_file_system_that_keeps_refusing_ends_the_run_as_incomplete(
+    ends: Callable[[Run], object], tmp_path: Path
+) -> None:
+    error = OSError(errno.EROFS, "Read-only file system", "rounds/0001")
+    run = hand_moved(tmp_path, OnBadStorage(itertools.repeat(error)), storage__visibility_seconds=0)
+    with pytest.raises(Incomplete, match="rounds/0001: read-only file system, for 0 s; see to"):
+        ends(run)
+    failure = FailureRecord.read(run.paths.failure(run.lease.number))
+    assert failure.exit_code == Incomplete.exit_code
+
+
+def test_a_full_disk_is_not_waited_for(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StorageFull, match="no space left on device; make space"):
+        coordinate(hand_moved(tmp_path, OnBadStorage(itertools.repeat(error))))

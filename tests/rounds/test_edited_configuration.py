@@ -49,6 +49,17 @@ def test_a_result_key_is_refused_by_name_and_nothing_changes(
     assert {path: path.read_bytes() for path in content} == content
 
 
+def test_an_edited_key_is_to_be_put_back_and_another_configuration_is_another_run(
+    run: RunPaths,
+) -> None:
+    other = config_of(seed=4)
+    with pytest.raises(RunDirectoryError, match="choose another --run-dir"):
+        opened(run.root, Simulation(), other)
+    edit(run, "seed: 3", "seed: 4")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml: .*put them back"):
+        opened(run.root, Simulation(), resumed_config(run.root, []))
+
+
 def test_a_coordinator_at_work_refuses_it(tmp_path: Path) -> None:
     paths = RunPaths(root=tmp_path / "run")
     simulation = Simulation()

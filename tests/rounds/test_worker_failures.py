@@ -12,7 +12,8 @@ from fedllm.rounds.advance import advance
 from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import Ending, SchedulerUnreachable
+from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
+from fedllm.storage.checkpoint_header import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.records import (
     ClaimRecord,
@@ -21,6 +22,7 @@ from fedllm.storage.records import (
     OutcomeRecord,
     SubmissionRecord,
 )
+from fedllm.storage.tensors import Checkpoint, publish_checkpoint
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
 from tests.rounds.simulation import Simulation
 
@@ -95,6 +97,44 @@ def test_a_silent_worker_whose_cancellation_failed_is_cancelled_later(
             advance(run)
     assert not advance(run)
     assert cluster.cancelled == [silent]
+
+
+def test_the_silence_of_a_suspended_worker_begins_when_it_goes_on(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__hung_minutes=NOW)
+    assert not advance(run)
+    task = next(iter(cluster.alive))
+    cluster.start(task)
+    cluster.note(task, "training")
+    assert not advance(run)
+    cluster.start(task, state=TaskState.SUSPENDED)
+    for _ in range(3):
+        assert not advance(run)
+    cluster.start(task)
+    # the first look after it went on
+    assert not advance(run)
+    assert cluster.cancelled == []
+    assert not advance(run)
+    assert cluster.cancelled == [task]
+
+
+def test_a_task_that_another_user_owns_is_named_and_the_run_goes_on(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    say: list[str] = []
+    run = hand_moved(tmp_path, cluster, say, scheduler__hung_minutes=NOW)
+    assert not advance(run)
+    silent, *others = cluster.alive
+    cluster.foreign = {silent}
+    cluster.start(silent)
+    for _ in range(4):
+        assert not advance(run)
+    assert [line for line in say if "permission denied" in line] == [
+        f"scancel: {silent}: permission denied; the run goes on"
+    ]
+    cluster.work(silent, *others)
+    assert advance(run)
 
 
 def test_a_silent_worker_that_was_taken_over_is_cancelled_too(
@@ -295,18 +335,43 @@ def test_preemption_beside_unneeded_tasks_does_not_count_but_silence_does(
         advance(run)
 
 
-def test_a_newer_checkpoint_is_progress(tmp_path: Path, cluster: HandMoved) -> None:
-    run = hand_moved(tmp_path, cluster, scheduler__max_attempts=1)
+def write_checkpoint(tmp_path: Path, steps: int) -> None:
+    identity = CheckpointIdentity(
+        run_id="run",
+        result_fingerprint="",
+        round=1,
+        client="a",
+        base_fingerprint="",
+        data_fingerprint="",
+        state_sha256="",
+    )
+    stats = {"tokens": 1, "loss_tokens": 1, "losses": [1.0] * steps, "seconds": 1.0}
+    record = CheckpointRecord.model_validate(
+        {
+            **stats,
+            **{"identity": identity, "steps": steps, "step_seconds": 1.0},
+            **{"peak_memory_bytes": 1, "micro_batch_size": 1, "resumed_at": []},
+            "environments": [],
+        }
+    )
+    path = paths_of(tmp_path).round(1).checkpoint("a")
+    publish_checkpoint(path, Checkpoint(record=record, tensors={}))
+
+
+def test_a_checkpoint_of_more_steps_is_progress_and_one_written_again_is_none(
+    tmp_path: Path, cluster: HandMoved
+) -> None:
+    run = hand_moved(tmp_path, cluster, scheduler__max_attempts=2)
     assert not advance(run)
-    checkpoint = paths_of(tmp_path).round(1).checkpoint("a")
-    checkpoint.parent.mkdir()
-    checkpoint.write_bytes(b"step 1")
-    lose(run, cluster, "TIMEOUT")
-    checkpoint.unlink()
-    checkpoint.write_bytes(b"step 2")
-    lose(run, cluster, "TIMEOUT")
-    cluster.end("TIMEOUT", *cluster.alive)
-    with pytest.raises(RunFailed, match="after 3 attempts"):
+    for steps in (1, 2, 3):
+        write_checkpoint(tmp_path, steps)
+        lose(run, cluster, "FAILED")
+    for steps in (2, 3):
+        write_checkpoint(tmp_path, steps)
+        cluster.end("FAILED", *cluster.alive)
+        if steps == 2:
+            assert not advance(run)
+    with pytest.raises(RunFailed, match="after 5 attempts"):
         advance(run)
 
 

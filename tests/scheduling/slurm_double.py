@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from fedllm.scheduling.slurm.command_output import MARK
+from fedllm.scheduling.slurm.commands import CommandRefused
 
 # Output of a development cluster of two nodes, with accounts, a QOS and one running job.
 CONFIG = """Configuration data as of 2026-11-21T09:43:10
@@ -48,6 +49,9 @@ ANSWERS: Mapping[str, str | Exception] = {
     "sacctmgr --noheader --parsable2 show user": USERS,
     "sacctmgr --noheader --parsable2 show assoc": ACCOUNTS,
     "sacctmgr --noheader --parsable2 show qos": QOS,
+    "scontrol --oneliner show job": CommandRefused(
+        "slurm_load_jobs error: Invalid job id specified"
+    ),
     "sinfo": NODES,
     "squeue": QUEUE,
     "sacct ": "",

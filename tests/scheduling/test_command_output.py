@@ -196,9 +196,10 @@ def test_a_coordinator_that_may_exist_unseen_is_not_submitted_again(
     ("words", "state"),
     [
         ("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT", "waiting"),
-        ("CONFIGURING RUNNING SIGNALING STAGE_OUT STOPPED SUSPENDED COMPLETING", "running"),
+        ("CONFIGURING RUNNING SIGNALING STAGE_OUT COMPLETING", "running"),
+        ("STOPPED SUSPENDED", "suspended"),
     ],
 )
-def test_what_waits_and_what_runs_has_not_ended(words: str, state: str) -> None:
+def test_what_waits_runs_or_stands_still_has_not_ended(words: str, state: str) -> None:
     assert {state_in_queue(word).value for word in words.split()} == {state}
     assert not any(map(has_ended, words.split()))

@@ -13,7 +13,10 @@ from fedllm.scheduling.slurm.commands import CommandRefused, InstalledCommands
 from fedllm.scheduling.slurm.executor import SlurmScheduler
 from tests.scheduling.slurm_double import Answering
 
-LISTED = f"{MARK}7_0|RUNNING|lab|normal|low|None\n{MARK}7_1|PENDING|lab|normal|low|Priority\n"
+LISTED = (
+    f"{MARK}7_0|RUNNING|lab|normal|low|None\n{MARK}7_1|PENDING|lab|normal|low|Priority\n"
+    f"{MARK}7_2|COMPLETED|lab|normal|low|None\n"
+)
 AWAY = SchedulerUnreachable("squeue: Unable to contact slurm controller (connect failure)")
 
 

@@ -17,13 +17,14 @@ from fedllm.config.models import (
 from fedllm.errors import ConfigError, LeaseError
 from fedllm.scheduling.seam import TaskState
 from fedllm.scheduling.slurm.coordinator_job import (
+    LinkStart,
+    after_all,
+    after_any,
     cancel_job,
     coordinator_jobs,
     holder_is_gone,
     job_is_gone,
-    start_after,
-    start_after_any,
-    start_later,
+    start_link,
     submit_coordinator,
 )
 from fedllm.storage.lease import boot_id, process_start_time
@@ -152,17 +153,17 @@ def test_a_link_starts_after_all_arrays_or_after_one_or_later_if_it_has_not_yet(
     held = sbatch("--hold", "--job-name=link", "--wrap=true")
     other = sbatch("--hold", "--array=0-1", "--wrap=true")
     link = sbatch("--dependency=singleton", "--job-name=link", "--wrap=sleep 60")
-    start_after(link, [held, other])
+    assert start_link(link, LinkStart(dependency=after_all([held, other])))
     expected = f"afterany:{held}(unfulfilled),afterany:{other}_*(unfulfilled),singleton"
     assert asked("%E").startswith(expected)
-    start_after_any(link, [held, other], minutes_after=(held, 7))
+    assert start_link(link, LinkStart(dependency=after_any([held, other], minutes_after=(held, 7))))
     assert f"afterany:{other}_*(unfulfilled)?after:{held}+7(unfulfilled)" in asked("%E")
     cluster.slurm("scontrol", "release", other)
     until(lambda: asked("%T") == "RUNNING")
     # it runs already
-    start_later(link, 60)
+    assert start_link(link, LinkStart(dependency="singleton", seconds=60))
     later = sbatch("--dependency=singleton", "--wrap=true")
-    start_later(later, 60)
+    assert start_link(later, LinkStart(dependency="singleton", seconds=60))
     link = later
     until(lambda: asked("%r") == "BeginTime")
 

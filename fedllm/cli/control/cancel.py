@@ -22,6 +22,7 @@ from fedllm.planning.backoff import Backoff
 from fedllm.reporting.tables import counted
 from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.dispatch.in_flight import is_done
+from fedllm.scheduling.seam import CancelRefused
 from fedllm.scheduling.slurm.coordinator_job import (
     cancel_job,
     coordinator_jobs,
@@ -30,7 +31,7 @@ from fedllm.scheduling.slurm.coordinator_job import (
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.lease import current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import RunRecord
+from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 from fedllm.storage.sweep_records import SweepRecord
 
 _MAX_PAUSE_SECONDS = 30.0
@@ -59,15 +60,33 @@ def cancel(
 
 def _cancel_run(paths: RunPaths, *, jobs_only: bool) -> None:
     config = read_config(paths.config)
-    if not jobs_only:
-        lines = [*_end_jobs(paths, config), *_end_holder(paths)]
-        say("\n".join(lines) or "no coordinator is running")
+    refusals = [] if jobs_only else _end_coordinator(paths, config)
     scheduler = execution.make_scheduler(paths, config)
     try:
         ended = cancel_jobs(paths, config, scheduler)
+        say(f"{counted(ended, 'task')} cancelled" if ended else "no task was running")
+    except CancelRefused as error:
+        refusals.append(error)
     finally:
         scheduler.close()
-    say(f"{counted(ended, 'task')} cancelled" if ended else "no task was running")
+    if refusals:
+        raise CancelRefused("\n".join(map(str, refusals)))
+
+
+def _end_coordinator(paths: RunPaths, config: Config) -> list[CancelRefused]:
+    """End the coordinator; return the refusals to end its jobs or its process."""
+    refusals: list[CancelRefused] = []
+    is_any = False
+    for end in (partial(_end_jobs, paths, config), partial(_end_holder, paths)):
+        try:
+            for line in end():
+                is_any = True
+                say(line)
+        except CancelRefused as error:
+            refusals.append(error)
+    if not is_any and not refusals:
+        say("no coordinator is running")
+    return refusals
 
 
 def _end_jobs(paths: RunPaths, config: Config) -> Iterator[str]:
@@ -75,6 +94,10 @@ def _end_jobs(paths: RunPaths, config: Config) -> Iterator[str]:
     if not traits_of(config).jobs_outlive_coordinator:
         return
     run_id = RunRecord.read(paths.run).run_id
+    submitted = CoordinatorJobRecord.find(paths.coordinator_job)
+    # squeue may leave it out: it is asked for by its id
+    if submitted and not coordinator_jobs(run_id) and job_is_gone(submitted.job) is False:
+        yield _end_job(submitted.job)
     while jobs := list(coordinator_jobs(run_id)):
         # the last one first: a successor starts when its predecessor ends
         for job in reversed(jobs):
@@ -100,7 +123,13 @@ def _end_holder(paths: RunPaths) -> Iterator[str]:
     if gone is None:
         yield f"coordinator {number} is on {holder.host}, pid {holder.pid}: end it there"
     elif not gone:
-        os.kill(holder.pid, signal.SIGTERM)
+        try:
+            os.kill(holder.pid, signal.SIGTERM)
+        except PermissionError as error:
+            raise CancelRefused(
+                f"coordinator {number} (pid {holder.pid}) is another user's process: "
+                "its owner or an admin has to end it"
+            ) from error
         _await_end(partial(process_is_gone, holder))
         yield f"coordinator {number} (pid {holder.pid}) told to stop"
 

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from fedllm.reporting.status.queue import SUSPENDED
 from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import (
@@ -22,8 +23,9 @@ GONE = "gone"
 class TaskStatus:
     """A task at work, from its last record: `seconds` since its start, `held` unpublished clients.
 
-    `state` is starting, training or lingering; it is gone if the task ended before it published the
-    held clients. `clients` are in training together, `client` is the first of them.
+    `state` is starting, training or lingering; suspended if the scheduler says so; gone if the task
+    ended before it published the held clients. `clients` are in training together, `client` is the
+    first of them.
     """
 
     task: str
@@ -171,7 +173,9 @@ def _tasks(
         gone = states.get(task) == GONE
         if not unpublished and (gone or record is None or record.state == "ended"):
             continue
-        state = record.state if record else "starting"
+        state: str = record.state if record else "starting"
+        if states.get(task) == SUSPENDED:
+            state = SUSPENDED
         tasks.append(
             TaskStatus(
                 task=task,

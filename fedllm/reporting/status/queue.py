@@ -4,12 +4,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-WAITING, RUNNING = "waiting", "running"
+WAITING, RUNNING, SUSPENDED = "waiting", "running", "suspended"
+# what makes a task stand still, as Slurm does not say who did it
+WHO_SUSPENDS = "an admin, or a job that preempts them, suspended them; `scontrol resume` ends it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerAnswers:
-    """States of tasks from the scheduler (waiting, running, gone or unknown), and why they wait.
+    """States of tasks from the scheduler, and why they wait.
+
+    A state is waiting, running, suspended, gone or unknown.
 
     `problem` says why the scheduler does not answer.
     """
@@ -33,12 +37,13 @@ class ReasonStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayStatus:
-    """An array with tasks that wait or run."""
+    """An array with tasks that wait, run or are suspended."""
 
     name: str
     tasks: int
     waiting: int
     running: int
+    suspended: int = 0
     reasons: tuple[ReasonStatus, ...]
 
 
@@ -53,7 +58,7 @@ class QueueStatus:
 def queue_status(
     jobs: Mapping[str, Sequence[str]], answers: SchedulerAnswers, advice: Callable[[str], str]
 ) -> QueueStatus:
-    """Return the arrays that have tasks that wait or run.
+    """Return the arrays that have tasks that wait, run or are suspended.
 
     Args:
         jobs: array -> task ids.
@@ -61,7 +66,7 @@ def queue_status(
         advice: returns what would help against a reason to wait.
     """
     arrays = (_array(name, ids, answers, advice) for name, ids in jobs.items())
-    alive = tuple(array for array in arrays if array.waiting or array.running)
+    alive = tuple(array for array in arrays if array.waiting or array.running or array.suspended)
     return QueueStatus(problem=answers.problem, arrays=alive)
 
 
@@ -75,6 +80,7 @@ def _array(
         tasks=len(ids),
         waiting=states[WAITING],
         running=states[RUNNING],
+        suspended=states[SUSPENDED],
         reasons=tuple(
             ReasonStatus(reason=reason, tasks=tasks, advice=advice(reason))
             for reason, tasks in reasons.most_common()

@@ -17,6 +17,7 @@ from fedllm.reporting.status.pace import Estimate, Pace, estimate, pace_of, rece
 from fedllm.reporting.status.published import UpdateSummaries, UpdateSummary
 from fedllm.reporting.status.queue import (
     RUNNING,
+    SUSPENDED,
     WAITING,
     AskScheduler,
     QueueStatus,
@@ -93,10 +94,10 @@ class RunResults:
 class RunStatus:
     """The status of a run.
 
-    `state` is done, running, waiting (for its coordinator's job to start), stopped, failed (ended
-    by an error, `failure`) or unknown (its coordinator's state cannot be known from here).
-    `jobs` are those that run, `training` is that of the newest collected round, `results` are those
-    of a run that is done.
+    `state` is done, running, waiting (for its coordinator's job to start), suspended (its
+    coordinator's job is), stopped, failed (ended by an error, `failure`) or unknown (its
+    coordinator's state cannot be known from here). `jobs` are those that run, `training` is that of
+    the newest collected round, `results` are those of a run that is done.
     """
 
     run_id: str
@@ -246,7 +247,7 @@ class StatusReader:
         # a job that gave its lease back may wait to continue, for example after a preemption
         if job is None or (holder is not None and holds and holder.slurm_job == job):
             return state, where
-        if answers.states.get(job) not in {WAITING, RUNNING}:
+        if answers.states.get(job) not in {WAITING, RUNNING, SUSPENDED}:
             return state, where
         reason = f" ({answers.reasons[job]})" if job in answers.reasons else ""
         word = f"Slurm job {job} {answers.states[job]}{reason}"
@@ -257,8 +258,8 @@ class StatusReader:
     def _holder_state(self, holder: LeaseRecord, answers: SchedulerAnswers) -> str:
         # Slurm has just answered: do not ask again
         listed = answers.states.get(holder.slurm_job or "")
-        if listed in {WAITING, RUNNING}:
-            return RUNNING if listed == RUNNING else WAITING
+        if listed in {WAITING, RUNNING, SUSPENDED}:
+            return listed
         no_answer = holder.slurm_job is not None and bool(answers.problem)
         gone = None if no_answer else self._gone(holder)
         return {True: "stopped", False: RUNNING, None: "unknown"}[gone]

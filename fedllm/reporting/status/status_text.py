@@ -8,7 +8,7 @@ from pathlib import Path
 from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus
 from fedllm.reporting.status.failure import Failure
 from fedllm.reporting.status.pace import Estimate, Pace
-from fedllm.reporting.status.queue import QueueStatus
+from fedllm.reporting.status.queue import WHO_SUSPENDS, QueueStatus
 from fedllm.reporting.status.same_reasons import reason_line, same_reasons
 from fedllm.reporting.status.status import (
     FailedClient,
@@ -175,6 +175,8 @@ def _queue_lines(queue: QueueStatus) -> Iterator[str]:
         yield f"queue: {queue.problem}; the rest is from the run's files"
     for array in queue.arrays:
         yield f"{array.name}: {array.running} running, {array.waiting} waiting"
+        if array.suspended:
+            yield f"  {array.suspended} suspended: {WHO_SUSPENDS}"
         for reason in array.reasons:
             advice = f": {reason.advice}" if reason.advice else ""
             yield f"  {reason.tasks} wait for {reason.reason}{advice}"

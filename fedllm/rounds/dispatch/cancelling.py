@@ -1,16 +1,36 @@
-"""Cancel exactly the jobs of one run."""
+"""Cancel exactly the jobs of one run, or tasks that it does not need."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedllm.config.models import Config
 from fedllm.rounds.dispatch.submissions import active_tasks, task_ids
-from fedllm.scheduling.seam import Scheduler
+from fedllm.rounds.run import Run
+from fedllm.scheduling.seam import CancelRefused, Scheduler
 from fedllm.storage.paths import JobPaths, RunPaths, attempts_of
 from fedllm.storage.records import JobsRecord, SubmissionRecord
 
 
+def end_tasks(run: Run, tasks: Sequence[str]) -> bool:
+    """End tasks that the run does not need; say so and return False if the scheduler refuses.
+
+    Another member of the group may own them. They find nothing to do, so the run goes on.
+    """
+    run.lease.check()
+    try:
+        run.scheduler.cancel(tasks)
+    except CancelRefused as error:
+        if run.observations.is_new(("refused", *tasks)):
+            run.say(f"{error}; the run goes on")
+        return False
+    return True
+
+
 def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
-    """Cancel every task of the run that has not ended; return their number."""
+    """Cancel every task of the run that has not ended; return their number.
+
+    Raises:
+        CancelRefused: some are another user's.
+    """
     ids: dict[str, None] = {}
     for job in _submissions(paths, config):
         plan = SubmissionRecord.read(job.submission)

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedllm.config.models import SbatchOptions
 from fedllm.errors import Incomplete, OutOfMemory, ProcessLost
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
+from fedllm.rounds.dispatch.cancelling import end_tasks
 from fedllm.rounds.dispatch.idle_workers import all_tasks
 from fedllm.rounds.dispatch.submissions import (
     is_since_start,
@@ -18,6 +19,7 @@ from fedllm.rounds.dispatch.waves import has_unclaimed_bundles
 from fedllm.rounds.run import Run
 from fedllm.scheduling.endings import exit_status, reason_of
 from fedllm.scheduling.seam import Ending, EndReason, TaskState
+from fedllm.storage.checkpoint_header import steps_of_checkpoint
 from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of
 from fedllm.storage.records import (
     ClaimRecord,
@@ -39,7 +41,8 @@ _MAX_ERRORS = 3
 def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
     """Cancel running tasks whose heartbeat has not changed for `scheduler.hung_minutes`.
 
-    Time is measured on this coordinator's own clock. Workers that were taken over are watched
+    Time is measured on this coordinator's own clock. While a task is suspended it stands still,
+    and begins anew when the task goes on. Workers that were taken over are watched
     too; idle workers are not, as they write no heartbeat.
 
     Raises:
@@ -50,6 +53,8 @@ def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         return
     ids = all_tasks(run, attempt)
     states = run.scheduler.states(ids) if ids else {}
+    for task in (task for task, state in states.items() if state is TaskState.SUSPENDED):
+        run.observations.restart_silence(task)
     running = [task for task, state in states.items() if state is TaskState.RUNNING]
     for task in [task for task in running if task not in run.observations.cancelled]:
         path = attempt.task(task)
@@ -61,10 +66,9 @@ def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
         if record and record.client:
             doing = f"client {training_text(record.client, record.clients)}, step {record.step}"
         why = f"no progress for {silent_seconds / 60:.1f} minutes ({doing})"
-        run.lease.check()
-        run.scheduler.cancel([task])
-        run.observations.cancelled[task] = why
-        run.say(f"{task}: {why}; cancelled, its clients train elsewhere")
+        if end_tasks(run, [task]):
+            run.observations.cancelled[task] = why
+            run.say(f"{task}: {why}; cancelled, its clients train elsewhere")
 
 
 def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
@@ -87,8 +91,7 @@ def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
         holders = {ClaimRecord.read(path).task for path in attempt.claim_files()}
         run.observations.holders[attempt.root] = holders
     if idle := [task for task in waiting if task not in holders]:
-        run.lease.check()
-        run.scheduler.cancel(idle)
+        end_tasks(run, idle)
 
 
 def waiting_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[str]]:
@@ -113,9 +116,13 @@ def close_attempt(run: Run, attempt: AttemptPaths) -> OutcomeRecord:
         if attempt.number > 1
         else {}
     )
-    checkpoints = {p.name: _modified_ns(p) for p in paths.checkpoint_files()}
+    now = {path.name: steps_of_checkpoint(path) for path in paths.checkpoint_files()}
     outcome = record_outcome(
-        run, attempt, checkpoints=checkpoints, progressed=bool(checkpoints.items() - before.items())
+        run,
+        attempt,
+        # a checkpoint that was written again, of no later step, is no progress
+        checkpoints={name: max(steps, before.get(name, 0)) for name, steps in now.items()},
+        progressed=any(steps > before.get(name, 0) for name, steps in now.items()),
     )
     for line in _describe_endings(attempt, outcome):
         run.say(line)

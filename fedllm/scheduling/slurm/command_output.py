@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fedllm.scheduling.seam import SchedulerUnreachable
+
 # Every line that we have squeue print begins with this. Text before it, and lines without it, come
 # from elsewhere.
 MARK = "fedllm-answer:"
@@ -39,10 +41,21 @@ def submitted_job(output: str) -> SubmittedJob | None:
     return SubmittedJob(job=job, cluster=cluster)
 
 
-def marked_lines(output: str) -> list[str]:
-    """Return the text behind the mark, of every line that has one."""
-    parts = (line.partition(MARK) for line in output.splitlines())
-    return [rest for _, mark, rest in parts if mark]
+def marked_lines(output: str, *, columns: int = 1) -> list[str]:
+    """Return the text behind the mark, of every line that has one.
+
+    Raises:
+        SchedulerUnreachable: a line ends too early, or has less than `columns` between `|`: the
+            answer was cut, and lines may be missing.
+    """
+    *lines, unfinished = output.split("\n")
+    parts = (line.rstrip("\r").partition(MARK) for line in lines)
+    found = [rest for _, mark, rest in parts if mark]
+    cut = [line for line in found if line.count("|") < columns - 1]
+    if cut or MARK in unfinished:
+        shown = excerpt(cut[0] if cut else unfinished.partition(MARK)[2])
+        raise SchedulerUnreachable(f"squeue: its answer was cut at `{shown}`")
+    return found
 
 
 def rows_of(output: str, count: int) -> Iterator[list[str]]:

@@ -6,13 +6,14 @@ may run into:
 
     sbatch FILE                                        `Submitted batch job 7`, `7`, `7;cluster`
     sbatch --test-only --OPTION=VALUE ... --array=0-0 --wrap=true      exit status alone
-    squeue --noheader --array --user=UID ...           one line per array task
-        -o MARK%i|%T|%a|%q|%P|%r                       `7_3|PENDING|lab|normal|low|Priority`
-        -t all -o MARK%i|%j                            `7_3|name`, ended ones too
-        -t all --jobs=7,8 -O UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|
+    squeue --noheader --array -t all ...               one line per array task, ended ones too
+        --user=UID or --jobs=7,8 -o QUEUE_COLUMNS      `7_3|PENDING|lab|normal|low|Priority`
+        -o MARK%i|%j                                   `7_3|name`
+        --jobs=7,8 -O UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|
     sacct --noheader --parsable2 --allocations --starttime now-7days ...
-        --name=NAME --user=UID -o User,JobID,JobName   `me|7_3|name` or `me|7_[4-9%2]|name`
+        --name=NAME --allusers -o User,JobID,JobName   `me|7_3|name` or `me|7_[4-9%2]|name`
         --duplicates --jobs=7,8 -o User,JobID,State,ExitCode,NodeList
+    scontrol --oneliner show job 7                     exit status; whether it knows the id
     scancel --quiet 7_[0,1,4]
     scontrol show config                               `MaxArraySize            = 1001`, once
     scontrol --all --oneliner show partition           `PartitionName=low ... MaxTime=UNLIMITED`
@@ -23,6 +24,7 @@ may run into:
         qos
 """
 
+import errno
 import os
 import subprocess
 import time
@@ -76,6 +78,8 @@ _NO_ROOM = (
     "unable to create job record",
     "resource temporarily unavailable",
 )
+# no process can be started now
+_NO_PROCESS = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 _NO_CLUSTER = ("configuration source", "unable to process configuration file")
 
 
@@ -191,6 +195,11 @@ def call(
             f"{words[0]}: not found; scheduler.kind slurm needs Slurm's commands in PATH, "
             "scheduler.kind local does not"
         ) from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        if error.errno in _NO_PROCESS:
+            raise SchedulerUnreachable(f"{words[0]}: {reason}") from error
+        raise UserError(f"{words[0]}: cannot be started here ({reason})") from error
     except subprocess.TimeoutExpired as error:
         # without room sbatch tries again for minutes
         output = bytes(error.stderr or b"").decode(errors="replace")
@@ -205,14 +214,14 @@ def call(
 
 
 def squeue(*words: str, commands: Commands | None = None) -> str:
-    """Return squeue's output about this user's jobs, one line per array task.
+    """Return squeue's output, one line per array task of any user, ended ones too.
 
     Raises:
         SchedulerUnreachable: slurmctld does not answer now.
         CommandRefused: squeue knows none of the jobs.
     """
     run = (commands or InstalledCommands()).call
-    return run(["squeue", "--noheader", "--array", f"--user={os.getuid()}", *words])
+    return run(["squeue", "--noheader", "--array", "-t", "all", *words])
 
 
 def unknown_submission(name: str, output: str) -> str:

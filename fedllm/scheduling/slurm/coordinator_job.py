@@ -1,10 +1,9 @@
 """The coordinator as a Slurm job: one job that requeues itself, or a chain of short jobs."""
 
-import contextlib
-import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedllm.config.models import Config, SchedulerSection
 from fedllm.errors import ConfigError, LeaseError, UserError
@@ -19,7 +18,7 @@ from fedllm.scheduling.seam import (
     TaskState,
 )
 from fedllm.scheduling.slurm.check import job_problems
-from fedllm.scheduling.slurm.command_output import MARK, marked_lines, submitted_job
+from fedllm.scheduling.slurm.command_output import submitted_job
 from fedllm.scheduling.slurm.commands import (
     CommandRefused,
     InstalledCommands,
@@ -28,6 +27,7 @@ from fedllm.scheduling.slurm.commands import (
     unknown_submission,
 )
 from fedllm.scheduling.slurm.free_capacity import Surveyor
+from fedllm.scheduling.slurm.notation import arrays_of
 from fedllm.scheduling.slurm.sbatch_flags import (
     Flags,
     refusal,
@@ -36,7 +36,7 @@ from fedllm.scheduling.slurm.sbatch_flags import (
     words_of,
 )
 from fedllm.scheduling.slurm.script import log_pattern, python_words
-from fedllm.scheduling.slurm.states import state_in_queue
+from fedllm.scheduling.slurm.squeue import QUEUE_COLUMNS, cancel, read_answer, states_by_id
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publishing.publish import publish_bytes, storage_errors
@@ -44,6 +44,35 @@ from fedllm.storage.records import CoordinatorJobRecord, DoubtRecord, LeaseRecor
 
 _SCRIPTS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}
 _OPTION = re.compile(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkStart:
+    """When a link of the chain starts: after its `dependency`, and not before some seconds."""
+
+    dependency: str
+    seconds: int = 0
+
+    def options(self) -> list[str]:
+        """Return the options of sbatch."""
+        begin = [f"--begin=now+{self.seconds}"] if self.seconds else []
+        return [f"--dependency={self.dependency}", *begin]
+
+    def change(self) -> str:
+        """Return the change for `scontrol update` of a link that waits for its predecessor."""
+        return f"StartTime=now+{self.seconds}" if self.seconds else f"dependency={self.dependency}"
+
+
+def after_all(jobs: Sequence[str]) -> str:
+    """Return the dependency of a link that starts after all jobs have ended."""
+    return f"afterany:{':'.join(jobs)},singleton"
+
+
+def after_any(arrays: Sequence[str], *, minutes_after: tuple[str, int]) -> str:
+    """Return the dependency of a link that starts after an array, or minutes after a job began."""
+    # no `singleton`: with `?` any one condition is enough, and it would be one of them
+    other, minutes = minutes_after
+    return "?".join([*(f"afterany:{array}" for array in arrays), f"after:{other}+{minutes}"])
 
 
 def coordinator_flags(section: SchedulerSection) -> Flags:
@@ -101,16 +130,16 @@ def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
 
 
 def submit_link(
-    paths: RunPaths, config: Config, run_id: str, *, after: str | None = None, lost: int = 0
+    paths: RunPaths, config: Config, run_id: str, *, start: LinkStart | None = None, lost: int = 0
 ) -> str:
-    """Submit a link of the chain, which starts after job `after` has ended; return its id.
+    """Submit a link of the chain; return its id.
 
     Raises:
         ConfigError: sbatch refuses an option; the message names its key.
         SchedulerFull: limits on submitted jobs leave no room now.
         SchedulerUnreachable: slurmctld does not answer.
     """
-    options = [f"--dependency=afterany:{after},singleton"] if after else []
+    options = start.options() if start else []
     job = _submit(
         paths, config, run_id, "chain", *options, log="chain.log", words=[str(paths.root)]
     )
@@ -141,54 +170,26 @@ def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
     Raises:
         SchedulerUnreachable: slurmctld does not answer now.
     """
-    words = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={_name(run_id)}"]
+    words = ["squeue", "--noheader", f"--name={_name(run_id)}"]
     try:
-        lines = marked_lines(call([*words, "-o", f"{MARK}%i|%T"]))
+        states = read_answer(call([*words, "-o", QUEUE_COLUMNS])).states
     except CommandRefused as error:
         raise SchedulerUnreachable(f"squeue: {error}") from error
-    jobs = {}
-    for line in lines:
-        job, _, state = line.partition("|")
-        jobs[job] = state_in_queue(state)
-    return dict(sorted(jobs.items(), key=lambda item: int(item[0].partition("_")[0])))
+    return {job: states[job] for job in sorted(states, key=lambda job: int(arrays_of([job])[0]))}
 
 
-def start_after(job: str, arrays: Sequence[str]) -> None:
-    """Let a waiting link start after all arrays have ended.
+def start_link(job: str, start: LinkStart) -> bool:
+    """Change when a waiting link starts; return False if Slurm refuses and the link still waits.
 
     Raises:
         SchedulerUnreachable: slurmctld does not answer.
     """
-    _update(job, f"dependency=afterany:{':'.join(arrays)},singleton")
-
-
-def start_after_any(job: str, arrays: Sequence[str], *, minutes_after: tuple[str, int]) -> None:
-    """Let a waiting link start after an array has ended, or some minutes after a job began.
-
-    `minutes_after` is that job and the minutes.
-
-    Raises:
-        SchedulerUnreachable: slurmctld does not answer.
-    """
-    # no `singleton`: with `?` any one condition is enough, and it would be one of them
-    other, minutes = minutes_after
-    ended = [f"afterany:{array}" for array in arrays]
-    _update(job, f"dependency={'?'.join([*ended, f'after:{other}+{minutes}'])}")
-
-
-def start_later(job: str, seconds: float) -> None:
-    """Let a waiting link start after its predecessor has ended, but not before `seconds`.
-
-    Raises:
-        SchedulerUnreachable: slurmctld does not answer.
-    """
-    _update(job, f"StartTime=now+{max(1, round(seconds))}")
-
-
-def _update(job: str, change: str) -> None:
-    # Slurm refuses if the job has started or ended meanwhile: then no delay is needed
-    with contextlib.suppress(CommandRefused):
-        call(["scontrol", "update", f"jobid={job}", change])
+    try:
+        call(["scontrol", "update", f"jobid={job}", start.change()])
+    except CommandRefused:
+        # it may have started or ended meanwhile: then no delay is needed
+        return states_by_id([job], InstalledCommands()).states[job] is not TaskState.WAITING
+    return True
 
 
 def _name(run_id: str) -> str:
@@ -221,15 +222,21 @@ def _submit(
         str(file),
         *words,
     ]
+    before = coordinator_jobs(run_id)
     try:
         output = call(command, environment=clean_environment(configured=flags))
     except CommandRefused as error:
         if says_no_room(str(error)):
             raise SchedulerFull(f"sbatch: {error}") from error
+        # a plugin or wrapper may fail after Slurm took the job
+        if jobs := _new_jobs(run_id, before):
+            return jobs[-1]
         raise refusal(str(error), flags, sbatch=section.sbatch, program="coordinator") from error
     answer = submitted_job(output)
     return (
-        _find_submitted(paths, run_id, output) if answer is None or answer.cluster else answer.job
+        _find_submitted(paths, run_id, before, output)
+        if answer is None or answer.cluster
+        else answer.job
     )
 
 
@@ -255,9 +262,15 @@ def coordinator_script(name: str, section: SchedulerSection) -> str:
     return "".join([*lines[: last + 1], "\n", *exports, *lines[last + 1 :]])
 
 
-def _find_submitted(paths: RunPaths, run_id: str, output: str) -> str:
+def _new_jobs(run_id: str, before: Collection[str]) -> list[str]:
+    """Return the coordinator's jobs in the queue that were not there before, oldest first."""
+    own = TaskEnvironment().job
+    return [job for job in coordinator_jobs(run_id) if job != own and job not in before]
+
+
+def _find_submitted(paths: RunPaths, run_id: str, before: Collection[str], output: str) -> str:
     """Return the coordinator's job that was just submitted, by its name in the queue."""
-    jobs = [job for job in coordinator_jobs(run_id) if job != TaskEnvironment().job]
+    jobs = _new_jobs(run_id, before)
     if not jobs:
         unknown = SubmissionUnknown(unknown_submission(_name(run_id), output))
         DoubtRecord(name=_name(run_id), said=str(unknown)).publish(paths.coordinator_in_doubt)
@@ -268,11 +281,10 @@ def _find_submitted(paths: RunPaths, run_id: str, output: str) -> str:
 def job_is_gone(job: str) -> bool | None:
     """Say whether a job of any user neither waits nor runs; None: this host cannot tell."""
     try:
-        return not marked_lines(call(["squeue", "--noheader", f"--jobs={job}", "-o", f"{MARK}%T"]))
-    except CommandRefused as error:
-        return True if "invalid job id" in str(error).lower() else None
-    except (SchedulerUnreachable, UserError):
+        state = states_by_id([job], InstalledCommands()).states[job]
+    except UserError:
         return None
+    return {TaskState.GONE: True, TaskState.UNKNOWN: None}.get(state, False)
 
 
 def holder_is_gone(holder: LeaseRecord) -> bool | None:
@@ -292,7 +304,7 @@ def cancel_job(job: str) -> None:
     """End a coordinator's job; a job that is gone is ignored.
 
     Raises:
+        CancelRefused: it is another user's.
         SchedulerUnreachable: slurmctld does not answer now.
     """
-    with contextlib.suppress(CommandRefused):
-        call(["scancel", "--quiet", job])
+    cancel([job], InstalledCommands())

@@ -226,7 +226,11 @@ class SlurmScheduler:
         try:
             output = executor.send(self._command(job, flags))
         except CommandRefused as error:
-            if self._is_full(str(error), job):
+            has_room = not says_no_room(str(error))
+            # a plugin or wrapper may fail after Slurm took the array
+            if has_room and (taken := self._queue.find(job.name)):
+                return taken
+            if not has_room or self._is_full(str(error), job):
                 raise SchedulerFull(f"sbatch: {error}") from error
             sbatch = self.section.sbatch
             raise refusal(str(error), flags, sbatch=sbatch, program=job.program) from error

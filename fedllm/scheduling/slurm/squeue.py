@@ -1,24 +1,40 @@
 """Slurm's queue of our tasks: few queries, cached answers. Records, not Slurm, say what is done."""
 
-import contextlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedllm.planning.backoff import Backoff
-from fedllm.scheduling.seam import Ending, SchedulerUnreachable, TaskState
+from fedllm.scheduling.seam import CancelRefused, Ending, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm.command_output import MARK, marked_lines, rows_of
 from fedllm.scheduling.slurm.commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm.limits import Place
-from fedllm.scheduling.slurm.notation import expressions, named, whole_arrays
+from fedllm.scheduling.slurm.notation import arrays_of, expressions, named, whole_arrays
 from fedllm.scheduling.slurm.states import state_in_queue
 from fedllm.scheduling.slurm.task_endings import Endings
 
 _MAX_PAUSE = 8  # times `query_seconds`
+_COLUMNS = ("%i", "%T", "%a", "%q", "%P", "%r")
+QUEUE_COLUMNS = f"{MARK}{'|'.join(_COLUMNS)}"
+_UNKNOWN_JOB = "invalid job id"
+_NOT_ALLOWED = ("permission denied", "not permitted", "access denied", "privilege")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A listing of squeue: the state of every listed task, why it waits, and its place."""
+
+    states: Mapping[str, TaskState]
+    reasons: Mapping[str, str]
+    places: Counter[Place]
 
 
 class Queue:
-    """The queue of this user's tasks, from Slurm's cached answers.
+    """The queue of tasks, from Slurm's cached answers.
+
+    One query lists this user's tasks. Tasks that it does not list may be another user's, or Slurm
+    may have forgotten them: they are gone only if Slurm says so when asked by their ids.
 
     Args:
         query_seconds: the minimum time between two queries of states; each failure doubles it.
@@ -29,10 +45,11 @@ class Queue:
         self._commands = commands
         self._pause = Backoff(query_seconds, max_seconds=_MAX_PAUSE * query_seconds)
         self._next_query = float("-inf")
-        self._listed: dict[str, TaskState] | None = None
+        self._answer: Listing | None = None
         self._submitted_since: set[str] = set()
-        self._waiting_for: dict[str, str] = {}
-        self._places: Counter[Place] = Counter()
+        self._asked_by_id: dict[str, TaskState] = {}
+        self._reasons_by_id: dict[str, str] = {}
+        self._gone: set[str] = set()
         self._last_states: tuple[list[str], dict[str, TaskState]] = [], {}
         self._trouble: str | None = None
         self._ended = Endings(query_seconds=query_seconds, commands=commands)
@@ -45,17 +62,20 @@ class Queue:
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
         """Return the state of every task.
 
-        It is UNKNOWN, never GONE, before Slurm's first answer and after a query that failed.
+        It is UNKNOWN, never GONE, before Slurm's first answer, after a query that failed, and for
+        tasks that Slurm neither lists nor declares ended or unknown.
         """
         self._ask_if_due()
-        if self._listed is None:
+        if self._answer is None:
             return dict.fromkeys(ids, TaskState.UNKNOWN)
         requested = [*ids]
         # callers ask about the same tasks again and again; the answer changes once a minute
         if requested != self._last_states[0]:
-            known = {**dict.fromkeys(self._submitted_since, TaskState.WAITING), **self._listed}
-            gone = TaskState.GONE
-            self._last_states = requested, {task: known.get(task, gone) for task in requested}
+            listed = self._answer.states
+            known = {**dict.fromkeys(self._submitted_since, TaskState.WAITING), **listed}
+            self._ask_about({task for task in requested if task not in known})
+            known = {**dict.fromkeys(self._gone, TaskState.GONE), **self._asked_by_id, **known}
+            self._last_states = requested, {task: known[task] for task in requested}
         return dict(self._last_states[1])
 
     def queued(self, *, fresh: bool = False) -> Counter[Place] | None:
@@ -66,51 +86,51 @@ class Queue:
         if fresh:
             self._next_query = float("-inf")
         self._ask_if_due()
-        if self._listed is None:
+        if self._answer is None:
             return None
-        unplaced = len(self._submitted_since - self._listed.keys())
-        return self._places + Counter({Place(): unplaced})
+        unplaced = len(self._submitted_since - self._answer.states.keys())
+        return self._answer.places + Counter({Place(): unplaced})
 
     def trouble(self) -> str | None:
         """Return why states are unknown now; None: they are known."""
         return self._trouble
 
     def _ask_if_due(self) -> None:
-        now = self._commands.monotonic()
-        if now < self._next_query:
+        if self._commands.monotonic() < self._next_query:
             return
         try:
-            output = squeue("-o", f"{MARK}%i|%T|%a|%q|%P|%r", commands=self._commands)
+            output = squeue(f"--user={os.getuid()}", "-o", QUEUE_COLUMNS, commands=self._commands)
+            answer = read_answer(output)
         except (SchedulerUnreachable, CommandRefused) as error:
             self._pause.fail()
-            self._listed = None
+            self._answer = None
             self._trouble = (
                 f"Slurm does not answer ({error}); asking again in {self._pause.seconds:.0f} s"
             )
         else:
             self._pause.succeed()
             self._trouble = None
-            self._read(marked_lines(output))
+            self._answer = answer
+            self._submitted_since.clear()
+        self._last_states = [], {}
+        self._asked_by_id, self._reasons_by_id = {}, {}
         self._next_query = self._commands.monotonic() + self._pause.seconds
 
-    def _read(self, lines: Sequence[str]) -> None:
-        self._submitted_since.clear()
-        self._last_states = [], {}
-        self._waiting_for = {}
-        self._places.clear()
-        # most lines differ only in the task
-        tasks_by_rest: dict[str, list[str]] = defaultdict(list)
-        for line in lines:
-            task, _, rest = line.partition("|")
-            tasks_by_rest[rest].append(task)
-        self._listed = {}
-        for rest, tasks in tasks_by_rest.items():
-            state, account, qos, partition, reason = rest.split("|", 4)
-            known = state_in_queue(state)
-            self._listed |= dict.fromkeys(tasks, known)
-            self._places[Place(account=account, qos=qos, partition=partition)] += len(tasks)
-            if known is TaskState.WAITING:
-                self._waiting_for |= dict.fromkeys(tasks, reason)
+    def _ask_about(self, absent: set[str]) -> None:
+        """Ask by their ids for tasks that the last answer did not list, once for each answer."""
+        asked = absent - self._gone - self._asked_by_id.keys()
+        if not asked:
+            return
+        found = states_by_id(asked, self._commands)
+        self._asked_by_id |= found.states
+        self._reasons_by_id |= found.reasons
+        self._gone |= {task for task, state in found.states.items() if state is TaskState.GONE}
+        doubtful = [task for task, state in found.states.items() if state is TaskState.UNKNOWN]
+        if doubtful:
+            self._trouble = (
+                f"Slurm neither lists job {', '.join(arrays_of(doubtful))} nor says that it ended; "
+                f"asking again in {self._pause.seconds:.0f} s"
+            )
 
     def find(self, name: str) -> list[str] | None:
         """Return the tasks of the arrays named `name`, or None if Slurm knows of none.
@@ -121,13 +141,15 @@ class Queue:
         Raises:
             SchedulerUnreachable: slurmctld does not answer now.
         """
+        # Slurm splits the names that it is given at commas
+        who = f"--user={os.getuid()}" if "," in name else f"--name={name}"
         try:
-            output = squeue("-t", "all", "-o", f"{MARK}%i|%j", commands=self._commands)
+            output = squeue(who, "-o", f"{MARK}%i|%j", commands=self._commands)
         except CommandRefused as error:
             raise SchedulerUnreachable(f"squeue: {error}") from error
-        listed = named(name, marked_lines(output))
+        listed = named(name, marked_lines(output, columns=2))
         if not listed:
-            words = (f"--name={name}", f"--user={os.getuid()}", "-o", "User,JobID,JobName")
+            words = (f"--name={name}", "--allusers", "-o", "User,JobID,JobName")
             output = self._ended.accounting(*words)
             listed = named(name, (f"{id_}|{other}" for _, id_, other in rows_of(output, 3)))
         ids = whole_arrays(listed)
@@ -140,16 +162,97 @@ class Queue:
 
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
         """Return why tasks wait, from the last answer about states."""
-        return {task: self._waiting_for[task] for task in ids if task in self._waiting_for}
+        reasons = {**(self._answer.reasons if self._answer else {}), **self._reasons_by_id}
+        return {task: reasons[task] for task in ids if task in reasons}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks; tasks that are gone are ignored.
 
         Raises:
+            CancelRefused: some are another user's.
             SchedulerUnreachable: slurmctld does not answer now.
         """
-        if not ids:
-            return
-        # Slurm refuses if a task ended meanwhile; a caller that must be sure asks for states
-        with contextlib.suppress(CommandRefused):
-            self._commands.call(["scancel", "--quiet", *expressions(ids)])
+        if ids:
+            cancel(expressions(ids), self._commands)
+
+
+def cancel(jobs: Sequence[str], commands: Commands) -> None:
+    """End jobs with scancel; jobs that are gone are ignored.
+
+    Raises:
+        CancelRefused: some are another user's.
+        SchedulerUnreachable: slurmctld does not answer now.
+    """
+    try:
+        commands.call(["scancel", "--quiet", *jobs])
+    except CommandRefused as error:
+        # it also refuses if a task ended meanwhile; a caller that must be sure asks for states
+        if any(text in str(error).lower() for text in _NOT_ALLOWED):
+            raise CancelRefused(
+                f"scancel: {error}: their owner or an admin has to end {', '.join(jobs)}"
+            ) from error
+
+
+def states_by_id(ids: Iterable[str], commands: Commands) -> Listing:
+    """Ask Slurm for tasks or jobs of any user by their ids.
+
+    A task is GONE if squeue lists it as ended or lists others of its array only, or if Slurm does
+    not know its id. It is UNKNOWN if squeue says nothing and scontrol does not confirm it.
+    """
+    wanted = [*ids]
+    arrays = arrays_of(wanted)
+    answer = Listing(states={}, reasons={}, places=Counter())
+    try:
+        words = (f"--jobs={','.join(arrays)}", "-o", QUEUE_COLUMNS)
+        answer = read_answer(squeue(*words, commands=commands))
+        listed = set(arrays_of(answer.states))
+        gone = {array for array in arrays if array in listed or _is_forgotten(array, commands)}
+    except CommandRefused as error:
+        # only the query of a single id is refused for it
+        gone = {*arrays} if _UNKNOWN_JOB in str(error).lower() else set()
+    except SchedulerUnreachable:
+        gone = set()
+    states = {
+        id_: TaskState.GONE if id_.partition("_")[0] in gone else TaskState.UNKNOWN
+        for id_ in wanted
+    }
+    states |= {id_: state for id_, state in answer.states.items() if id_ in states}
+    return Listing(states=states, reasons=answer.reasons, places=answer.places)
+
+
+def _is_forgotten(job: str, commands: Commands) -> bool:
+    """Say whether Slurm knows no such job: an empty answer of squeue does not say so.
+
+    Raises:
+        SchedulerUnreachable: slurmctld does not answer now.
+    """
+    try:
+        commands.call(["scontrol", "--oneliner", "show", "job", job])
+    except CommandRefused as error:
+        return _UNKNOWN_JOB in str(error).lower()
+    return False
+
+
+def read_answer(output: str) -> Listing:
+    """Read squeue's lines of QUEUE_COLUMNS.
+
+    Raises:
+        SchedulerUnreachable: the answer was cut.
+    """
+    # most lines differ only in the task
+    tasks_by_rest: dict[str, list[str]] = defaultdict(list)
+    for line in marked_lines(output, columns=len(_COLUMNS)):
+        task, _, rest = line.partition("|")
+        tasks_by_rest[rest].append(task)
+    states: dict[str, TaskState] = {}
+    reasons: dict[str, str] = {}
+    places: Counter[Place] = Counter()
+    for rest, tasks in tasks_by_rest.items():
+        word, account, qos, partition, reason = rest.split("|", len(_COLUMNS) - 2)
+        state = state_in_queue(word)
+        states |= dict.fromkeys(tasks, state)
+        if state is not TaskState.GONE:
+            places[Place(account=account, qos=qos, partition=partition)] += len(tasks)
+        if state is TaskState.WAITING:
+            reasons |= dict.fromkeys(tasks, reason)
+    return Listing(states=states, reasons=reasons, places=places)

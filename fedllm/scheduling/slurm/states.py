@@ -3,6 +3,7 @@
 from fedllm.scheduling.seam import EndReason, TaskState
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_SUSPENDED = {"SUSPENDED", "STOPPED"}
 _ENDED_WELL = "COMPLETED"
 # the other final states, and why such a job ended
 END_REASONS = {
@@ -18,11 +19,15 @@ END_REASONS = {
 
 
 def state_in_queue(word: str) -> TaskState:
-    """Return the state of a job that squeue lists among those that have not ended.
+    """Return the state of a job that squeue lists.
 
-    A job that does not wait counts as running: Slurm has several words for one that starts, runs,
-    gets a signal or ends.
+    A job that neither waits nor stands still nor ended counts as running: Slurm has several words
+    for one that starts, runs, gets a signal or ends.
     """
+    if has_ended(word):
+        return TaskState.GONE
+    if word in _SUSPENDED:
+        return TaskState.SUSPENDED
     return TaskState.WAITING if word in _WAITING else TaskState.RUNNING
 
 

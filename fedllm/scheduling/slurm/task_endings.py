@@ -74,7 +74,7 @@ class Endings:
     def _in_queue(self, arrays: str) -> dict[str, Ending]:
         columns = "UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|"
         try:
-            output = squeue("-t", "all", f"--jobs={arrays}", "-O", columns, commands=self._commands)
+            output = squeue(f"--jobs={arrays}", "-O", columns, commands=self._commands)
         except SchedulerUnreachable:
             self._pause.fail()
             return {}

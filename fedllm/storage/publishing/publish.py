@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from fedllm.errors import Incomplete, RunDirectoryError, StorageFull
+from fedllm.errors import FedllmError, Incomplete, RunDirectoryError, StorageFull, UserError
 
 Version: TypeAlias = tuple[int, int, int, int]
 
@@ -24,7 +24,18 @@ _REFUSED = {
     errno.ENAMETOOLONG,
 }
 # a disk or file server in trouble
-_NO_ANSWER = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+_NO_ANSWER = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.EREMOTEIO,
+}
+# in the midst of a run these come and go too: a remount, a file server that lost its users
+_COMES_AND_GOES = _NO_ANSWER | {errno.EACCES, errno.EROFS}
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -66,7 +77,52 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _error_code(error: Exception) -> int:
+def storage_trouble(error: BaseException) -> str | None:
+    """Return what the file system answered in the midst of a run, if that may be over later.
+
+    Any error of the system that no code foresaw counts, but for a missing file; of those that were
+    turned into one line, the ones that a disk or file server answers for a while.
+    """
+    is_answer = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    if is_answer and full_storage(error) is None:
+        return _described(error)
+    cause = error.__cause__
+    if cause is None or _error_code(cause) not in _COMES_AND_GOES:
+        return None
+    return _described(cause)
+
+
+def as_error(error: OSError) -> FedllmError | None:
+    """Return an error of the system that nobody foresaw, as one line with its exit code.
+
+    None: it is not the system's, but that of a library.
+    """
+    code = error.errno
+    if code is None:
+        return None
+    if full := full_storage(error):
+        return StorageFull(f"{full}; make space, then go on")
+    if code in _NO_ANSWER or code == errno.EROFS:
+        return Incomplete(f"{_described(error)}; see to the disk or file server, then go on")
+    return UserError(f"{_described(error)}; see to its place and its permissions")
+
+
+def full_storage(error: BaseException) -> str | None:
+    """Return what the file system answered if no space or quota is left."""
+    for each in (error, error.__cause__):
+        if each is not None and _error_code(each) in _FULL:
+            return _described(each)
+    return None
+
+
+def _described(error: BaseException) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    reason = (error.strerror or str(error)).lower()
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _error_code(error: BaseException) -> int:
     """Return the system's error number, 0 if there is none."""
     if isinstance(error, OSError):
         return error.errno or 0
