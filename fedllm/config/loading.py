@@ -24,6 +24,7 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "method.options": {},
     "method.local_options": {},
     "clients.cohort.sampling": "fixed",
+    "clients.cohort.tiers": None,
     "aggregation.weights": "rows",
     "privacy.clip_norm": None,
     "privacy.noise_multiplier": 1.0,

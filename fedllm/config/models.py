@@ -215,6 +215,8 @@ class CohortSection(Section):
     sampling: Literal["fixed", "poisson"] = "fixed"
     """A cohort of one size, or each client by itself with the share that gives this size on
     average (at least 28, so that no cohort is empty)."""
+    tiers: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Only clients of these tiers are drawn; the others are scored. `null`: all tiers."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "CohortSection":
@@ -275,7 +277,9 @@ class ClientsSection(Section):
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> "ClientsSection":
-        _raise_lines([*self._share_problems(), *self._assign_problems()])
+        _raise_lines(
+            [*self._share_problems(), *self._assign_problems(), *self._cohort_problems()]
+        )
         return self
 
     def _share_problems(self) -> Iterator[str]:
@@ -290,6 +294,12 @@ class ClientsSection(Section):
             yield f"clients.tiers.{without[0]}.share: missing; give all tiers one, or none"
         elif with_share and not any(tier.share for tier in self.tiers.values()):
             yield "clients.tiers: all shares are 0; give at least one tier a share"
+
+    def _cohort_problems(self) -> Iterator[str]:
+        names = ", ".join(self.tiers)
+        for tier in self.cohort.tiers or ():
+            if tier not in self.tiers:
+                yield f"clients.cohort.tiers: got {tier!r}, need some of {names}"
 
     def _assign_problems(self) -> Iterator[str]:
         names = ", ".join(self.tiers)

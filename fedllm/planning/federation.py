@@ -38,13 +38,21 @@ class Federation:
     classes: Mapping[str, str]
     engines: Mapping[str, Engine]
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The clients that a cohort is drawn from: those that train, of `clients.cohort.tiers`."""
+        among = self.config.clients.cohort.tiers
+        if among is None:
+            return self.roles.train
+        return tuple(client for client in self.roles.train if self.tiers[client] in among)
+
     def cohort(self, round_number: int) -> list[CohortClient]:
         """Draw a round's clients in canonical order, with their expected cost in tokens."""
         drawn = draw_cohort(
             self.config.clients,
             seed=self.config.seed,
             round_number=round_number,
-            trainable=self.roles.train,
+            trainable=self.trainable,
         )
         return [
             CohortClient(
@@ -64,7 +72,7 @@ class Federation:
         """The number of valid updates that complete a round; None: the whole cohort's."""
         if not self.config.clients.over_sample:
             return None
-        return cohort_size(self.config.clients, len(self.roles.train))
+        return cohort_size(self.config.clients, len(self.trainable))
 
     def seed_costs(self) -> CostModel:
         """Return the costs before any round was measured."""
@@ -141,10 +149,9 @@ def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
     """
     clients = {client.id: client for client in prepared.clients}
     roles = split_roles(config.clients, prepared.clients)
-    cohort_size(config.clients, len(roles.train))
     engines, ranks = engines_of(config), resolve_ranks(config, prepared.modules)
     _require_memory(config, prepared, ranks)
-    return Federation(
+    federation = Federation(
         config=config,
         prepared=prepared,
         clients=clients,
@@ -154,3 +161,5 @@ def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
         classes=classes_of(config.scheduler.sbatch, engines),
         engines=engines,
     )
+    cohort_size(config.clients, len(federation.trainable))
+    return federation

@@ -261,7 +261,7 @@ def _private_round(
     return _PrivateRound(
         weights=clip_factors(method, space, updates, collected.cohort, before, clip_norm),
         # not how many took part: that would tell of a client who did
-        total=float(cohort_size(config.clients, len(federation.roles.train))),
+        total=float(cohort_size(config.clients, len(federation.trainable))),
         noise_std=config.privacy.noise_multiplier * clip_norm,
     )
 
@@ -290,7 +290,7 @@ def _planned_tensors(method: Method, federation: Federation) -> dict[str, Tensor
 def _privacy(federation: Federation, rounds: int) -> PrivacyRecord | None:
     if not rounds or federation.config.privacy.clip_norm is None:
         return None
-    return privacy_after(federation.config, len(federation.roles.train), rounds)
+    return privacy_after(federation.config, len(federation.trainable), rounds)
 
 
 def _shape(federation: Federation, module: str) -> ModuleShape:

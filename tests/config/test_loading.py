@@ -466,6 +466,10 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
         ),
         ("clients.assign={x: tiny}", "clients.assign.x: got 'tiny', need one of small, large"),
         (
+            "clients.cohort={count: 1, tiers: [tiny]}",
+            "clients.cohort.tiers: got 'tiny', need some of small, large",
+        ),
+        (
             "clients.distribution=normal",
             "clients.distribution: normal needs four tiers without `share`, got 2 tiers, "
             "0 with a share",

@@ -38,6 +38,18 @@ def test_a_federation_knows_the_largest_rank_of_every_module() -> None:
     assert federation.classes == {"a": "a", "b": "a"}
 
 
+def test_a_cohort_of_some_tiers_has_clients_of_these_alone() -> None:
+    tiers = {"small": {"ranks": 2, "share": 60}, "large": {"ranks": 4, "share": 40}}
+    config = config_of(clients__tiers=tiers, clients__cohort={"count": 3, "tiers": ["large"]})
+    federation = plan_federation(config, prepared_of(TEN))
+    drawn = [client for number in range(1, 9) for client in federation.cohort(number)]
+    assert {client.tier for client in drawn} == {"large"}
+    assert len({client.id for client in drawn}) == 4
+    with pytest.raises(ConfigError, match="only 4 clients can train"):
+        five = config_of(clients__tiers=tiers, clients__cohort={"count": 5, "tiers": ["large"]})
+        plan_federation(five, prepared_of(TEN))
+
+
 def test_a_configuration_that_does_not_fit_the_data_is_refused() -> None:
     with pytest.raises(ConfigError, match="only 10 clients can train"):
         plan_federation(config_of(clients__cohort={"count": 11}), prepared_of(TEN))

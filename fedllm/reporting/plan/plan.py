@@ -162,7 +162,7 @@ def plan_geometry(
     starts = tasks + 1 + evaluation.times / config.rounds
     return Geometry(
         rounds=config.rounds,
-        trainable_clients=len(federation.roles.train),
+        trainable_clients=len(federation.trainable),
         cohort=len(cohort),
         tokens=sum(client.cost for client in cohort),
         arrays=arrays,
