@@ -125,6 +125,13 @@ METHODS: Mapping[str, MethodEntry] = {
         bytes_up="A",
         bytes_down="A",
     ),
+    "local_only": MethodEntry(
+        path="fedllm.methods.pairs.local_only:LocalOnly",
+        ranks="any",
+        summary="no federation: every client goes on with its own adapter",
+        paper="https://arxiv.org/abs/1602.05629",
+        client_state="all",
+    ),
     "fslora": MethodEntry(
         path="fedllm.methods.pairs.fslora:FsLora",
         ranks="any",
