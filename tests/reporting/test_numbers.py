@@ -7,7 +7,15 @@ import pytest
 
 from fedllm.errors import RunDirectoryError
 from fedllm.reporting.results.comparison import compare
-from fedllm.reporting.results.metrics import by_group, by_tier, headline, mean_scores, write_metrics
+from fedllm.reporting.results.metrics import (
+    Mean,
+    by_group,
+    by_tier,
+    headline,
+    mean_scores,
+    other_means,
+    write_metrics,
+)
 from fedllm.reporting.results.summary import (
     last_evaluation,
     run_summary,
@@ -25,6 +33,7 @@ from fedllm.storage.records import (
 from tests.planning.federations import MODULES
 from tests.reporting.runs import aggregated, begin, draw, evaluation, module, prepare
 
+NOTHING = Mean(clients=0, loss=0.0, rouge_l=0.0, exact_match=0.0)
 TIERS = {"a": "small", "b": "large", "d": "large"}
 
 
@@ -63,6 +72,22 @@ def test_a_mean_counts_every_client_once() -> None:
     }
     assert mean_scores([]) is None
     assert scores_by_group([]) == {}
+
+
+def test_other_means_count_rows_or_categories_once() -> None:
+    found = evaluation(1, {"a": 1.0, "b": 2.0, "d": 6.0}, TIERS)
+    rows = {"a": 1, "b": 2, "d": 5}
+    clients = [
+        c.model_copy(
+            update={"as_deployed": c.as_deployed.model_copy(update={"rows": rows[c.client]})}
+        )
+        for c in found.clients
+    ]
+    means = other_means(clients, {"a": "x", "b": "x", "d": "y"})
+    # (1 * 1 + 2 * 2 + 5 * 6) / 8, ((1 + 2) / 2 + 6) / 2
+    assert (means["row_weighted"] or NOTHING).loss == 4.375
+    assert (means["category_mean"] or NOTHING).loss == 3.75
+    assert set(other_means([], {}).values()) == {None}
 
 
 def test_the_headline_names_every_group() -> None:

@@ -58,10 +58,12 @@ def evaluate(
     if json_:
         say_json(record.model_dump(mode="json"))
         return
+    from fedllm.reporting.results.metrics import categories_of
     from fedllm.reporting.results.summary import score_table
 
     of_run = (target / "run.json").exists()
-    say(score_table(f"{target}, round {record.round}" if of_run else str(target), record))
+    title = f"{target}, round {record.round}" if of_run else str(target)
+    say(score_table(title, record, categories_of(RunPaths(root=target)) if of_run else None))
 
 
 def _score(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.reporting.results.accounting import account_metrics, round_account
@@ -14,6 +14,7 @@ from fedllm.storage.records import (
     ClientScores,
     CollectionRecord,
     EvaluationRecord,
+    PreparedRecord,
     RoundRecord,
     Scores,
 )
@@ -42,6 +43,58 @@ def mean_scores(scores: Iterable[Scores]) -> Mean | None:
         rouge_l=sum(s.rouge_l for s in all_scores) / len(all_scores),
         exact_match=sum(s.exact_match for s in all_scores) / len(all_scores),
     )
+
+
+def row_weighted(scores: Iterable[Scores]) -> Mean | None:
+    """Return the mean over clients by their scored rows, as FlexLoRA (2402.11505) reports it."""
+    all_scores = list(scores)
+    rows = sum(s.rows for s in all_scores)
+    if not rows:
+        return None
+    return Mean(
+        clients=len(all_scores),
+        loss=sum(s.rows * s.loss for s in all_scores) / rows,
+        rouge_l=sum(s.rows * s.rouge_l for s in all_scores) / rows,
+        exact_match=sum(s.rows * s.exact_match for s in all_scores) / rows,
+    )
+
+
+def category_mean(clients: Iterable[ClientScores], categories: Mapping[str, str]) -> Mean | None:
+    """Return the mean of the categories' means as deployed; each category counts once.
+
+    Args:
+        clients: the scored clients.
+        categories: client -> category; clients that it lacks share one.
+    """
+    groups: dict[str, list[Scores]] = {}
+    for client in clients:
+        groups.setdefault(categories.get(client.client, ""), []).append(client.as_deployed)
+    means = [mean for mean in map(mean_scores, groups.values()) if mean]
+    if not means:
+        return None
+    return Mean(
+        clients=sum(mean.clients for mean in means),
+        loss=sum(mean.loss for mean in means) / len(means),
+        rouge_l=sum(mean.rouge_l for mean in means) / len(means),
+        exact_match=sum(mean.exact_match for mean in means) / len(means),
+    )
+
+
+def other_means(
+    clients: Sequence[ClientScores], categories: Mapping[str, str]
+) -> dict[str, Mean | None]:
+    """Return the means beside that over clients as deployed, by the suffix of their metrics."""
+    return {
+        "row_weighted": row_weighted(client.as_deployed for client in clients),
+        "category_mean": category_mean(clients, categories),
+        "at_largest_rank": mean_scores(client.at_largest_rank for client in clients),
+    }
+
+
+def categories_of(paths: RunPaths) -> Mapping[str, str]:
+    """Return client -> category of a run; empty before its data is prepared."""
+    prepared = PreparedRecord.find(paths.prepared)
+    return {client.id: client.category for client in prepared.clients} if prepared else {}
 
 
 def by_tier(clients: Iterable[ClientScores]) -> dict[str, Mean]:
@@ -83,6 +136,7 @@ def write_metrics(paths: RunPaths) -> None:
 def metric_rows(paths: RunPaths) -> list[dict[str, object]]:
     """Return the metrics of every finished round, by name."""
     rows = []
+    categories = categories_of(paths)
     # backups of round folders have other names
     numbers = sorted(int(p.name) for p in paths.rounds.glob("*") if p.name.isdigit())
     for number in numbers:
@@ -104,12 +158,26 @@ def metric_rows(paths: RunPaths) -> list[dict[str, object]]:
         evaluation = EvaluationRecord.find(round_paths.evaluation_record)
         if evaluation:
             row["evaluation_complete"] = evaluation.complete
-            for group, mean in by_group(evaluation.clients).items():
-                row |= {f"{group}_loss": mean.loss, f"{group}_rouge_l": mean.rouge_l}
-                row[f"{group}_exact_match"] = mean.exact_match
+            row |= _evaluation_metrics(evaluation, categories)
         # some readers of JSON do not know NaN
         rows.append({key: None if _is_not_finite(value) else value for key, value in row.items()})
     return rows
+
+
+def _evaluation_metrics(
+    evaluation: EvaluationRecord, categories: Mapping[str, str]
+) -> dict[str, object]:
+    """Return the mean scores of every group of clients, in every way of averaging them."""
+    row: dict[str, object] = {}
+    for group, mean in by_group(evaluation.clients).items():
+        members = [client for client in evaluation.clients if client.group == group]
+        means = {group: mean}
+        for suffix, other in other_means(members, categories).items():
+            means |= {f"{group}_{suffix}": other} if other else {}
+        for name, each in means.items():
+            row |= {f"{name}_loss": each.loss, f"{name}_rouge_l": each.rouge_l}
+            row[f"{name}_exact_match"] = each.exact_match
+    return row
 
 
 def _is_not_finite(value: object) -> bool:

@@ -4,10 +4,10 @@ A value that is not known is None, in every row of the same table. Rounds are th
 record, so an unfinished run has rows too.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from fedllm.reporting.results.metrics import mean_scores
+from fedllm.reporting.results.metrics import categories_of, mean_scores
 from fedllm.reporting.task_times import task_times
 from fedllm.storage.kept_records import AnswersRecord, ClientsRecord, TasksRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
@@ -41,7 +41,7 @@ def client_rows(paths: RunPaths) -> list[Row]:
     `training_...` and other fields without a prefix are of its training, `test_...` its scores as
     deployed, `test_..._at_largest_rank` those with the largest adapter.
     """
-    categories = _categories(paths)
+    categories = categories_of(paths)
     rows: dict[tuple[int, str], Row] = {}
     for each in rounds_of(paths):
         for client, values in _training(each):
@@ -81,11 +81,6 @@ def _both_scores(scores: ClientScores) -> Row:
     }
 
 
-def _categories(paths: RunPaths) -> Mapping[str, str]:
-    prepared = PreparedRecord.find(paths.prepared)
-    return {client.id: client.category for client in prepared.clients} if prepared else {}
-
-
 def group_rows(paths: RunPaths) -> list[Row]:
     """Return mean scores as deployed per round and group of clients: train, dev, unseen."""
     return _mean_rows(paths, ("group",), lambda client: (client.group,))
@@ -101,7 +96,7 @@ def category_rows(paths: RunPaths) -> list[Row]:
 
     Clients without a category have the category "".
     """
-    categories = _categories(paths)
+    categories = categories_of(paths)
     names = ("group", "category")
     return _mean_rows(
         paths, names, lambda client: (client.group, categories.get(client.client, ""))

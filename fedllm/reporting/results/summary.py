@@ -7,7 +7,7 @@ from fedllm.config.loading import read_config
 from fedllm.planning.costs import adapter_weights
 from fedllm.reporting.method_words import method_words, privacy_words
 from fedllm.reporting.results.gains import GROUPS, gains_by_group, gains_table, verdicts
-from fedllm.reporting.results.metrics import Mean, by_tier, mean_scores
+from fedllm.reporting.results.metrics import Mean, by_tier, mean_scores, other_means
 from fedllm.reporting.results.spectra import rank_table, spectra_table
 from fedllm.reporting.tables import counted, number, size, text_table
 from fedllm.storage.paths import RunPaths, shown_path
@@ -128,11 +128,25 @@ def _span(ranks: Mapping[str, int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def score_table(title: str, record: EvaluationRecord) -> str:
-    """Return a table of one evaluation, per group of clients and tier."""
+def score_table(
+    title: str, record: EvaluationRecord, categories: Mapping[str, str] | None = None
+) -> str:
+    """Return a table of one evaluation, per group of clients and tier, and in other ways.
+
+    Args:
+        title: what was scored.
+        record: the evaluation.
+        categories: client -> category; None: not known.
+    """
+    groups = dict(scores_by_group(record.clients))
+    for group, words in GROUPS.items():
+        members = [client for client in record.clients if client.group == group]
+        for name, mean in other_means(members, categories or {}).items():
+            if mean and (categories or name != "category_mean"):
+                groups[f"{words}, {name.replace('_', ' ')}"] = mean
     rows = [
         [name, str(m.clients), number(m.loss), number(m.rouge_l), number(m.exact_match)]
-        for name, m in scores_by_group(record.clients).items()
+        for name, m in groups.items()
     ]
     header = ["clients", "number", "answer loss", "Rouge-L", "exact match"]
     return text_table(f"{title}, mean over clients", header, rows)
