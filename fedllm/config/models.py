@@ -277,9 +277,7 @@ class ClientsSection(Section):
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> "ClientsSection":
-        _raise_lines(
-            [*self._share_problems(), *self._assign_problems(), *self._cohort_problems()]
-        )
+        _raise_lines([*self._share_problems(), *self._assign_problems(), *self._cohort_problems()])
         return self
 
     def _share_problems(self) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Local only: no client learns from another one.
 
-The baseline that a federation has to beat (McMahan et al., https://arxiv.org/abs/1602.05629, call it
-training on local data alone). Every client keeps its whole adapter and sends zeros; the state stays
-what it was before the first round, so a client that never trained is scored with the untouched base.
+The baseline that a federation has to beat (McMahan et al., https://arxiv.org/abs/1602.05629, train
+on local data alone). Every client keeps its whole adapter and sends zeros; the state stays what it
+was before the first round, so a client that never trained is scored with the untouched base.
 """
 
 from collections.abc import Iterable
