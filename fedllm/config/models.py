@@ -8,10 +8,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from fedllm.config.deepspeed_keys import deepspeed_problems
+from fedllm.config.spelling import misread
 from fedllm.config.target_modules import target_problem
 
 EXECUTION: dict[str, Any] = {"kind": "execution"}
@@ -25,8 +33,8 @@ _OF_ENGINES: Mapping[str | None, Mapping[str, int]] = {"plain": {"processes": 1,
 
 
 Name = str  # of a client or a tier; may look like a number or a boolean (see `spelling`)
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -42,12 +50,28 @@ def _raise_lines(lines: Sequence[str]) -> None:
         raise PydanticCustomError(WHOLE_LINES, "{lines}", {"lines": "\n".join(lines)})
 
 
+def _require_devices(key: str, names: Sequence[str]) -> None:
+    problems = [f"got {name!r}" for name in names if not _DEVICE.fullmatch(name)]
+    if not names:
+        problems = ["got an empty list, need at least one"]
+    _raise_lines([f"{key}: {p}; need auto, cpu, cuda or cuda:N" for p in problems])
+
+
 class Section(BaseModel):
     """A group of keys; unknown ones are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic or the system would read as something else, or not at all."""
+        assert info.field_name is not None
+        if problem := misread(value, cls.model_fields[info.field_name].annotation):
+            raise ValueError(problem)
+        return value
 
 
 class ModelSection(Section):
@@ -161,7 +185,7 @@ class DataSection(Section):
     then the input is cut at its end, then the instruction, then the answer."""
     test_fraction: Fraction = 0.1
     """Share of each client's rows that becomes its test split if the data have none."""
-    embedded_clients: Annotated[int, Field(ge=12)] = 16
+    embedded_clients: Annotated[int, Field(ge=12, le=100_000)] = 16
     """Number of clients of `embedded`."""
     embedded_rows: Annotated[int, Field(ge=20)] = 96
     """Number of rows of each client of `embedded`."""
@@ -388,6 +412,11 @@ class TrainingSection(Section):
     also published at the end of a bundle."""
 
     @model_validator(mode="after")
+    def _device_is_named(self) -> "TrainingSection":
+        _require_devices("training.device", (self.device,))
+        return self
+
+    @model_validator(mode="after")
     def _processes_fit(self) -> "TrainingSection":
         _raise_lines(list(self.process_problems({})))
         return self
@@ -480,11 +509,9 @@ class AggregationSection(Section):
 
     @model_validator(mode="after")
     def _devices_are_named(self) -> "AggregationSection":
-        names = (self.device,) if isinstance(self.device, str) else self.device
-        problems = [f"got {name!r}" for name in names if not _DEVICE.fullmatch(name)]
-        if not names:
-            problems = ["got an empty list, need at least one"]
-        _raise_lines([f"aggregation.device: {p}; need auto, cpu, cuda or cuda:N" for p in problems])
+        _require_devices(
+            "aggregation.device", (self.device,) if isinstance(self.device, str) else self.device
+        )
         return self
 
 
@@ -547,7 +574,7 @@ class SchedulerSection(Section):
 
     kind: Literal["inline", "local", "slurm"] = "local"
     """In the coordinator itself, in local worker processes, or as Slurm job arrays."""
-    workers: PositiveInt = 2
+    workers: Annotated[PositiveInt, Field(le=10_000)] = 2
     """Number of processes of `local`."""
     max_parallel: PositiveInt = 64
     """Maximum number of array tasks of `slurm` that run at once."""
@@ -644,7 +671,7 @@ class Config(Section):
 
     seed: int = 0
     """Seed of everything random: cohorts, tiers, row order, dropout, initial A."""
-    rounds: Annotated[PositiveInt, Field(json_schema_extra={"kind": "may grow"})] = 3
+    rounds: Annotated[PositiveInt, Field(le=100_000, json_schema_extra={"kind": "may grow"})] = 3
     """Number of training rounds. Round 0 is the state before training."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()

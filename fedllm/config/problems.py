@@ -30,6 +30,9 @@ _NEEDS = {
     "too_short": "at least one",
 }
 
+_MAX_LINES = 40
+_MAX_LETTERS = 200
+
 _Problem = Mapping[str, Any]
 
 
@@ -51,12 +54,22 @@ def problem_lines(
     for problem in error.errors():
         key = ".".join(_key_parts(problem["loc"], problem["type"], raw))
         by_key.setdefault(key, []).append(problem)
-    for key, problems in by_key.items():
-        # pydantic reports every member of a union that does not fit; the deepest key helps most
-        if not any(other.startswith(f"{key}.") for other in by_key):
-            unknown = problems[0]["type"] == "extra_forbidden"
-            guess = _suggestion(key, model, prefix) if unknown else ""
-            yield _line(f"{prefix}{key}", problems, guess)
+    above = {parent for key in by_key for parent in _parents(key)}
+    # pydantic reports every member of a union that does not fit; the deepest key helps most
+    deepest = [key for key in by_key if key not in above]
+    for key in deepest[:_MAX_LINES]:
+        problems = by_key[key]
+        unknown = problems[0]["type"] == "extra_forbidden"
+        guess = _suggestion(key, model, prefix) if unknown else ""
+        yield _line(f"{prefix}{key}", problems, guess)
+    if len(deepest) > _MAX_LINES:
+        yield f"... and {len(deepest) - _MAX_LINES:,} more problems"
+
+
+def _parents(key: str) -> Iterator[str]:
+    """Yield the dotted keys above a key."""
+    parts = key.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -85,12 +98,30 @@ def _line(key: str, problems: Sequence[_Problem], guess: str) -> str:
         return f"{key}: unknown key{guess}"
     if kind == "missing":
         return f"{key}: missing; add it"
+    value = _Shown(value)
     if kind in _LIMITS:
         sign, name = _LIMITS[kind]
         return f"{key}: got {value}, need {sign} {problem['ctx'][name]}"
     if kind == "value_error":
         return f"{key}: got {value!r}, {problem['msg'].removeprefix('Value error, ')}"
     return f"{key}: got {value!r}, need {' or '.join(dict.fromkeys(map(_need, problems)))}"
+
+
+class _Shown:
+    """A wrong value, in a length that people read."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return self._short(str(self._value))
+
+    def __repr__(self) -> str:
+        return self._short(repr(self._value))
+
+    @staticmethod
+    def _short(text: str) -> str:
+        return text if len(text) <= _MAX_LETTERS else f"{text[:_MAX_LETTERS]}..."
 
 
 def _need(problem: _Problem) -> str:

@@ -4,6 +4,7 @@ YAML itself decides by the spelling whether a value is a boolean, a number, null
 the type that the key expects decides: an id, a name or a path keeps its spelling.
 """
 
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ _NAME_OPTIONS = (
     *("account", "partition", "qos", "reservation", "constraint", "prefer", "nodelist", "exclude"),
     *("clusters", "licenses", "job-name", "comment", "wckey", "mcs-label", "mail-user"),
 )
+
+
+# zero bytes, and halves of UTF-16 pairs, which YAML can spell: no system takes them
+_UNUSABLE = re.compile("[\\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,26 @@ def resolve_scalars(raw: Any, expected: Any = Any) -> Any:
         item = next((get_args(type_)[0] for type_ in types_ if get_origin(type_) is tuple), Any)
         return [_resolve_member(value, item) for value in raw]
     return raw
+
+
+def misread(value: Any, expected: Any) -> str | None:
+    """Return why a value is not what its key expects although pydantic would take it.
+
+    A boolean is no number. A text without a zero byte or half a character can be a path.
+    """
+    types_ = list(_types_of(expected))
+    if isinstance(value, bool):
+        is_number = (int in types_ or float in types_) and bool not in types_
+        return "need a number" if is_number else None
+    if isinstance(value, str):
+        return "need text without zero bytes" if _UNUSABLE.search(value) else None
+    if isinstance(value, Mapping):
+        tables = [get_args(type_)[1] for type_ in types_ if get_origin(type_) is dict]
+        return next(filter(None, (misread(v, t) for t in tables for v in value.values())), None)
+    if isinstance(value, list | tuple):
+        items = [get_args(type_)[0] for type_ in types_ if get_origin(type_) is tuple]
+        return next(filter(None, (misread(v, t) for t in items for v in value)), None)
+    return None
 
 
 def is_null(raw: Any) -> bool:

@@ -16,6 +16,8 @@ _INT = re.compile(r"^([-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"
 )
+# aliases counted as often as they are used; a configuration of a thousand tiers has less
+_MAX_VALUES = 20_000
 _REPLACED_TAGS = (":int", ":float", ":timestamp")
 _RESOLVERS = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_REPLACED_TAGS)]
@@ -37,14 +39,35 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = _RESOLVERS
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._values: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node; refuse one whose aliases stand for too many values."""
+        node = super().compose_node(parent, index)
+        if node is not None and id(node) not in self._values:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            each = [part for pair in parts for part in (pair if type(pair) is tuple else (pair,))]
+            # a node that contains itself is not counted yet: it is refused later
+            count = 1 + sum(self._values.get(id(part), 0) for part in each)
+            if max(count, len(self._values)) >= _MAX_VALUES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {_MAX_VALUES:,} values", node.start_mark
+                )
+            self._values[id(node)] = count
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for position, (key, _) in enumerate(node.value):
+        seen: set[str] = set()
+        for key, _ in node.value:
             # a key of merged defaults (`<<: *base`) may be given again
-            if isinstance(key, yaml.ScalarNode) and key.value in keys[:position]:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key `{key.value}` is given twice", key.start_mark
                 )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
         self.flatten_mapping(node)
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):

@@ -25,6 +25,7 @@ from fedllm.cli.sweeps import default_sweep_dir, planned_sweep
 from fedllm.config.models import Config
 from fedllm.config.sweep_files import is_sweep_file
 from fedllm.errors import ConfigError
+from fedllm.methods.catalog import check_method, private_space
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.sweeps.sweep_runs import refuse_leaks
@@ -36,6 +37,7 @@ from fedllm.scheduling.log_names import script_of
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
+from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import PreparedRecord
 
@@ -46,6 +48,19 @@ def _privacy(config: Config, prepared: PreparedRecord) -> str:
 
     clients = len(plan_federation(config, prepared).roles.train)
     return privacy_words(privacy_after(config, clients, config.rounds), config.rounds)
+
+
+def _refuse_what_runs_refuse(config: Config) -> None:
+    """Refuse what `fedllm run` would refuse at once, before anything is loaded.
+
+    Raises:
+        ConfigError: it names the key.
+    """
+    refuse_reserved(config.scheduler)
+    check_method(config.method)
+    private_space(config)
+    if config.storage.group:
+        group_number(config.storage.group)
 
 
 def _check_devices(config: Config) -> None:
@@ -78,13 +93,14 @@ def plan(
     json_: AsJson = False,
 ) -> None:
     """Print what a round or a sweep would submit and cost. Nothing is submitted."""
-    from fedllm.programs.prepare import prepare as prepare_step
-
     if is_sweep_file(configuration_file(config)):
         _plan_sweep(configuration_file(config), json_=json_, others=(out, slots, set_))
         return
     loaded = configuration(config, set_ or [])
-    refuse_reserved(loaded.scheduler)
+    _refuse_what_runs_refuse(loaded)
+    # imported late: a wrong configuration is refused before the compute side is loaded
+    from fedllm.programs.prepare import prepare as prepare_step
+
     _check_devices(loaded)
     if out is not None:
         fresh_folder(out)
