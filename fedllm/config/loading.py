@@ -25,6 +25,7 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "method.local_options": {},
     "clients.cohort.sampling": "fixed",
     "clients.cohort.tiers": None,
+    "clients.unseen_categories": [],
     "aggregation.weights": "rows",
     "privacy.clip_norm": None,
     "privacy.noise_multiplier": 1.0,

@@ -299,6 +299,10 @@ class ClientsSection(Section):
     """Clients from which dev and unseen are drawn: all, a list of ids, a file of them, or a
     table. The file has one id per line; spaces around an id and empty lines are ignored."""
 
+    unseen_categories: tuple[Name, ...] = ()
+    """Categories whose clients never train; all of them with test rows are scored, as a group of
+    their own beside `unseen`."""
+
     @model_validator(mode="after")
     def _tiers_fit(self) -> "ClientsSection":
         _raise_lines([*self._share_problems(), *self._assign_problems(), *self._cohort_problems()])

@@ -3,16 +3,15 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from fedllm.config.models import Config, EvaluationSection
-from fedllm.planning.roles import split_roles
+from fedllm.planning.roles import GROUPS, split_roles
 from fedllm.planning.seeding import seed_of
 from fedllm.planning.tiers import assign_tiers
-from fedllm.storage.records import ClientRecord, PreparedRecord
+from fedllm.storage.records import ClientRecord, Group, PreparedRecord
 
 T = TypeVar("T")
-Group = Literal["train", "dev", "unseen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +47,7 @@ def choose_targets(config: Config, prepared: PreparedRecord, round_number: int) 
     by_id = {client.id: client for client in prepared.clients}
     tiers = assign_tiers(config.clients, config.seed, list(by_id))
     roles = split_roles(config.clients, prepared.clients)
-    groups: Mapping[Group, tuple[str, ...]] = {
-        "train": roles.train,
-        "dev": roles.dev,
-        "unseen": roles.unseen,
-    }
+    groups: Mapping[Group, tuple[str, ...]] = {name: getattr(roles, name) for name in GROUPS}
     seed = config.clients.split_seed
     targets: list[Target] = []
     for group, ids in groups.items():

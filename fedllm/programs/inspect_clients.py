@@ -12,6 +12,7 @@ import pyarrow as pa
 from fedllm.config.models import Config
 from fedllm.data.readers import open_source
 from fedllm.planning.federation import plan_federation
+from fedllm.planning.roles import GROUPS
 from fedllm.programs.prepare import prepare
 from fedllm.reporting.tables import number, text_table
 from fedllm.storage.kept_records import Count, uncounted
@@ -65,11 +66,7 @@ def inspect_clients(
     tables = open_source(config.data, cache, config.clients.split_seed).read()
     categories = _categories_of(tables)
     total = sum(categories.values(), Counter[str]())
-    roles = {
-        client: role
-        for role in ("train", "dev", "unseen")
-        for client in getattr(federation.roles, role)
-    }
+    roles = {client: role for role in GROUPS for client in getattr(federation.roles, role)}
     return ClientsInspection(
         kind=config.data.partition.kind,
         clients=tuple(

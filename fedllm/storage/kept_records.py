@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
-from fedllm.storage.records import Record
+from fedllm.storage.records import Group, Record
 
 MOST_LOSSES = 32
 
@@ -119,7 +119,7 @@ class KeptAnswer(Record):
     """
 
     client: str
-    group: Literal["train", "dev", "unseen"]
+    group: Group
     tier: str
     row: int
     prompt: str

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.storage.publishing.publish import publish_bytes, publish_once
 
+# a role of clients in scores: who trains, who chooses the best round, who is only scored
+Group = Literal["train", "dev", "unseen", "new_category"]
+
 
 class Record(BaseModel):
     """A frozen record that is published atomically."""
@@ -664,7 +667,7 @@ class ClientScores(Record):
     """Scores of one client at its own rank and at the largest."""
 
     client: str
-    group: Literal["train", "dev", "unseen"]
+    group: Group
     tier: str
     as_deployed: Scores
     at_largest_rank: Scores

@@ -40,6 +40,17 @@ def test_roles_are_disjoint_exact_and_only_of_clients_with_the_rows_they_need(
     assert all(list(ids) == sorted(ids) for ids in (roles.train, roles.dev, roles.unseen))
 
 
+def test_all_clients_of_unseen_categories_are_a_group_of_their_own() -> None:
+    clients = [client(str(n), category="abc"[n % 3], test=n % 5) for n in range(30)]
+    config = config_of(clients__dev=3, clients__unseen=4, clients__unseen_categories=["b"])
+    roles = split_roles(config.clients, clients)
+    new = {c.id: c for c in clients if c.category == "b"}
+    assert set(roles.new_category) == {id_ for id_, c in new.items() if c.test_rows}
+    assert not new.keys() & {*roles.train, *roles.dev, *roles.unseen}
+    with pytest.raises(ConfigError, match=r"no client of 'd'; the data has 3 categories: a, b, c$"):
+        split_roles(config_of(clients__unseen_categories=["d"]).clients, clients)
+
+
 @given(clients=client_lists(min_size=5), data=st.data())
 def test_dev_and_unseen_are_within_one_of_every_categorys_share(
     clients: list[ClientRecord], data: st.DataObject

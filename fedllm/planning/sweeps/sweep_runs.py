@@ -24,6 +24,7 @@ _SPLIT_KEYS = (
     *("data.path", "data.revision", "data.format", "data.columns", "data.partition"),
     *("data.test_fraction", "data.embedded_clients", "data.embedded_rows"),
     *("clients.split_seed", "clients.dev", "clients.unseen", "clients.held_out_from"),
+    "clients.unseen_categories",
 )
 
 

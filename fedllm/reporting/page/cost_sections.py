@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
+from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.page.contents import (
     BarChart,
     Chart,
@@ -14,7 +15,6 @@ from fedllm.reporting.page.contents import (
     TaskChart,
     table_of,
 )
-from fedllm.reporting.page.quality_sections import CLIENTS
 from fedllm.reporting.results.accounting import RoundAccount, TierAccount, tier_accounts
 from fedllm.reporting.results.cost_to_target import ScoreTarget, cost_to_target
 from fedllm.reporting.results.run_rows import Row, rounds_of
@@ -174,8 +174,8 @@ def _against(
     return LineChart(
         name=f"loss-against-{name}",
         title=f"Answer loss against {name}",
-        text=f"answer loss of {CLIENTS[group]} after {label}, one point per evaluated round",
-        series={CLIENTS[group]: points},
+        text=f"answer loss of {GROUP_WORDS[group]} after {label}, one point per evaluated round",
+        series={GROUP_WORDS[group]: points},
         x_label=label,
         y_label="answer loss",
     )
@@ -196,7 +196,7 @@ def target_rows(paths: RunPaths, targets: Sequence[ScoreTarget], rounds: int) ->
         cost = cost_to_target(paths, rounds, target)
         rows.append(
             {
-                "clients": CLIENTS[target.group] if target.group else "all clients",
+                "clients": GROUP_WORDS[target.group] if target.group else "all clients",
                 "target": f"{target.metric} {target.value:.4g}",
                 "rounds": cost.round if cost else "not reached",
                 "reached": cost.value if cost else None,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.page.contents import (
     ChangeChart,
     Chart,
@@ -15,7 +16,6 @@ from fedllm.reporting.results import run_rows
 from fedllm.reporting.results.run_rows import Row
 from fedllm.storage.paths import RunPaths
 
-CLIENTS = {"train": "training clients", "dev": "dev clients", "unseen": "unseen clients"}
 _SCORES = {"test_loss": "answer loss", "test_rouge_l": "Rouge-L", "test_exact_match": "exact match"}
 _MAX_CHANGES = 30
 _EXAMPLES = 6
@@ -30,7 +30,7 @@ def score_section(groups: Sequence[Row]) -> PageSection:
             title=f"{name[0].upper()}{name[1:]} on test rows",
             text=f"{name} after each evaluated round, one line per group of clients: "
             + _ends(groups, key),
-            series=by_label(groups, key, lambda row: CLIENTS[row["group"]]),
+            series=by_label(groups, key, lambda row: GROUP_WORDS[row["group"]]),
             x_label="round",
             y_label=name,
             whole_x=True,
@@ -171,7 +171,7 @@ def _change_section(
     changes = {label: (first.get(label), loss) for label, loss in last.items()}
     order = sorted(changes, key=lambda label: (changes[label][0] or 0.0) - changes[label][1])
     best = list(reversed(order))
-    about = f"{CLIENTS[group]}, round {mine[0]['round']} and round {mine[-1]['round']}"
+    about = f"{GROUP_WORDS[group]}, round {mine[0]['round']} and round {mine[-1]['round']}"
     hidden = len(best) - _MAX_CHANGES
     chart = ChangeChart(
         name=name,
@@ -247,7 +247,7 @@ def distinct(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
 
 def _ends(rows: Sequence[Row], key: str) -> str:
     """Return the first and last value of every group, in words."""
-    series = by_label(rows, key, lambda row: CLIENTS[row["group"]])
+    series = by_label(rows, key, lambda row: GROUP_WORDS[row["group"]])
     return ", ".join(
         f"{label} {_arrow(points[0][1], points[-1][1])}" for label, points in series.items()
     )

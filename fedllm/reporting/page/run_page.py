@@ -6,11 +6,11 @@ from pathlib import Path
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.method_words import method_words
 from fedllm.reporting.page.contents import Fact, PageSection, Report, table_of
 from fedllm.reporting.page.cost_sections import cost_section, efficiency_section, task_section
 from fedllm.reporting.page.quality_sections import (
-    CLIENTS,
     answer_section,
     category_section,
     score_section,
@@ -96,7 +96,7 @@ def _facts(
     if len(mine) > 1:
         for key, name in (("test_loss", "answer loss"), ("test_rouge_l", "Rouge-L")):
             yield Fact(
-                label=f"{name}, {CLIENTS[group]}",
+                label=f"{name}, {GROUP_WORDS[group]}",
                 value=f"{mine[0][key]:.3f} → {mine[-1][key]:.3f}",
                 note=f"round {mine[0]['round']} → {mine[-1]['round']}",
             )

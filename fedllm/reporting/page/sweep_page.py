@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedllm.config.loading import validate
 from fedllm.errors import FedllmError
+from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.comparing.comparison_tables import Comparison, comparison_of
 from fedllm.reporting.comparing.questions import Answer
 from fedllm.reporting.comparing.scored_runs import read_scored_arms
@@ -29,7 +30,6 @@ from fedllm.reporting.page.contents import (
     Report,
     table_of,
 )
-from fedllm.reporting.page.quality_sections import CLIENTS
 from fedllm.reporting.results.run_rows import Row
 from fedllm.reporting.sweeps.sweep_status import SweepStatus, sweep_status
 from fedllm.storage.kept_records import duration
@@ -105,7 +105,7 @@ def _score_section(paths: SweepPaths, record: SweepRecord, group: str) -> PageSe
         spent = _spent(paths, record, f"{group}_{metric}")
         if not spent:
             continue
-        charts.append(_curves(spent, metric, f"{name}, {CLIENTS[group]}"))
+        charts.append(_curves(spent, metric, f"{name}, {GROUP_WORDS[group]}"))
         rows += [
             {"arm": arm, "score": name, "round": number, "seeds": len(values)}
             | {"mean": statistics.fmean(values), "least": min(values), "most": max(values)}

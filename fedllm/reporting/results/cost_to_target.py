@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedllm.errors import UserError
+from fedllm.planning.roles import GROUPS
 from fedllm.reporting.results.accounting import round_accounts
 from fedllm.reporting.results.metrics import mean_scores
 from fedllm.storage.paths import RunPaths
@@ -12,9 +13,6 @@ from fedllm.storage.records import EvaluationRecord
 
 # metric -> is more of it better
 TARGETS = {"loss": False, "rouge_l": True, "exact_match": True}
-
-
-GROUPS = ("train", "dev", "unseen")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
+from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.results.metrics import Mean, mean_scores
 from fedllm.reporting.tables import number, text_table
 from fedllm.storage.records import ClientScores, EvaluationRecord, Scores
 
-GROUPS = {"unseen": "unseen clients", "dev": "dev clients", "train": "training clients"}
+# the most telling first
+GROUPS = {group: GROUP_WORDS[group] for group in ("unseen", "new_category", "dev", "train")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.results.accounting import account_metrics, round_account
 from fedllm.reporting.results.spectra import metrics_of
 from fedllm.storage.paths import RunPaths
@@ -18,8 +19,6 @@ from fedllm.storage.records import (
     RoundRecord,
     Scores,
 )
-
-_CLIENTS = {"train": "training clients", "dev": "dev clients", "unseen": "unseen clients"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def headline(evaluation: EvaluationRecord | None) -> str:
     if evaluation is None:
         return ""
     parts = [
-        f"{_CLIENTS[group]} loss {mean.loss:.3f} Rouge-L {mean.rouge_l:.3f} "
+        f"{GROUP_WORDS[group]} loss {mean.loss:.3f} Rouge-L {mean.rouge_l:.3f} "
         f"exact {mean.exact_match:.3f}"
         for group, mean in by_group(evaluation.clients).items()
     ]

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.status.history import NO_HISTORY, History, sparkline
 from fedllm.reporting.status.status import RoundStatus, RunStatus
 from fedllm.storage.kept_records import duration
 
 _LABEL = 11
 _BAR = 20
-_GROUPS = {"train": "training clients", "dev": "dev clients", "unseen": "unseen clients"}
 _STEPS = {"prepare": "prepare", "aggregate": "aggregate", "evaluate": "score"}
 
 
@@ -82,7 +82,7 @@ def _history_lines(history: History) -> Iterator[LiveLine]:
         trend = _trend([each.loss for _, each in rounds])
         where = "base" if number == 0 else f"round {number}"
         words = (f"loss {mean.loss:.3f}{trend}", f"Rouge-L {mean.rouge_l:.3f}", where)
-        yield LiveLine(label="scores", words=(f"{_GROUPS[group]} {words[0]}", *words[1:]))
+        yield LiveLine(label="scores", words=(f"{GROUP_WORDS[group]} {words[0]}", *words[1:]))
 
 
 def _trend(values: Sequence[float]) -> str:
