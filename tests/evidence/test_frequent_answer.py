@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from examples.frequent_answer import most_frequent, score
+from benchmarks.evidence.frequent_answer import most_frequent, score
 from fedllm.data.cache import Row
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import EvaluationRecord

@@ -1,6 +1,6 @@
 """A small federation of Natural Instructions: clients with short answers in English.
 
-    python examples/short_answers.py NATURAL_INSTRUCTIONS FOLDER
+    python benchmarks/evidence/short_answers.py NATURAL_INSTRUCTIONS FOLDER
 
 Reads train.parquet, validation.parquet and test.parquet and writes the same files with fewer
 clients: Latin letters throughout, answers of at most four words on average, at most 600 characters

@@ -1,6 +1,6 @@
 """What is it worth to answer without reading? Each client's most frequent answer, on its test rows.
 
-    python examples/frequent_answer.py RUN
+    python benchmarks/evidence/frequent_answer.py RUN
 
 Scores the clients and rows of the run's last evaluation. The answer is the most frequent one of the
 client's own training rows (of equal ones, the first), so even an unseen client gets one: a bound

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "short_answers.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "evidence" / "short_answers.py"
 
 
 def write_source(folder: Path) -> None:
