@@ -70,6 +70,7 @@ def answer_clients(
         for groups in plan_passes(clients, layout=layout, batch_size=batch_size):
             # without the model's configuration no layer drops keys that a shorter row needs
             cache = DynamicCache()
+            give_back_freed()  # passes differ in size, so they cannot reuse each other's memory
             output = compute_pass(slots, groups, layout, cache)
             losses |= output.losses
             scored(len(output.losses))
@@ -150,6 +151,9 @@ class _DecodingBatch:
 
     def _step(self) -> None:
         """Write one more token of every row, then remove the finished rows."""
+        grew = [layer.reserve(self._width + 1) for layer in self._layers]
+        if any(grew):
+            give_back_freed()
         gaps_N1 = torch.tensor(self._gaps, device=self._device).unsqueeze(1)
         positions_W = torch.arange(self._width + 1, device=self._device)
         last_N1 = torch.tensor([row.tokens[-1:] for row in self.rows], device=self._device)
@@ -200,14 +204,22 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
         self._set_views(*keys_NHWD.shape[::2])
         return not before or before[0] is not self._buffers[0]
 
+    def reserve(self, width: int) -> bool:
+        """Make room for `width` positions; return whether the buffers grew."""
+        if width <= self._buffers[0].shape[2]:
+            return False
+        rows, positions = self.keys.shape[0], self.keys.shape[2]
+        self._buffers = [_buffered(x, None, width) for x in (self.keys, self.values)]
+        self._set_views(rows, positions)
+        return True
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values (N, H, tokens, D) and return all."""
         start = self.keys.shape[2]
         stop = start + key_states.shape[2]
-        if stop > self._buffers[0].shape[2]:
-            self._buffers = [_buffered(x, None, stop) for x in (self.keys, self.values)]
+        self.reserve(stop)
         rows = len(key_states)
         for buffer_XHYD, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer_XHYD[:rows, :, start:stop] = new
