@@ -32,6 +32,7 @@ from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.storage.own_code import folders_of
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.records import RunRecord
 
 
@@ -130,7 +131,7 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
     try:
         if not run.paths.prepared.exists():
             # the coordinator would find these problems too, but report them only in its log
-            check_jobs(run)
+            check_jobs(run.scheduler, run.config, run.paths)
     finally:
         close_run(run)
     return root, submit_coordinator(run.paths, config, run.record.run_id)
@@ -183,10 +184,7 @@ def open_for_coordination(
         ConfigError: options of sbatch that only fedllm sets, or a method that is not there.
         RunDirectoryError: it cannot be used, or Slurm cannot take its path.
     """
-    check_method(config.method)
-    private_space(config)
-    refuse_reserved(config.scheduler)
-    check_log_path(config, RunPaths(root=root.resolve()))
+    check_before_run(config, root)
     return open_run(
         root,
         config,
@@ -197,6 +195,22 @@ def open_for_coordination(
         unattended=unattended,
         code_folders=folders_of(root) if code_folders is None else code_folders,
     )
+
+
+def check_before_run(config: Config, root: Path) -> None:
+    """Refuse what no run could start with, without a look at base, data or scheduler.
+
+    Raises:
+        ConfigError: options of sbatch that only fedllm sets, a method that is not there, or one
+            that is not for private clients.
+        RunDirectoryError: Slurm cannot take the path of the run directory.
+    """
+    check_method(config.method)
+    private_space(config)
+    refuse_reserved(config.scheduler)
+    check_log_path(config, RunPaths(root=root.resolve()))
+    if config.storage.group:
+        group_number(config.storage.group)
 
 
 def make_scheduler(paths: RunPaths, config: Config) -> Scheduler:

@@ -42,7 +42,7 @@ def prepare(run: Run) -> Federation | None:
     """Prepare model and data in a job; return the federation, or None until they are prepared."""
     is_new = not run.paths.prepared.exists()
     if not run.paths.prepare_job(1).submission.exists():
-        check_jobs(run)
+        check_jobs(run.scheduler, run.config, run.paths)
         section = run.config
         run.say(
             f"prepare: model {section.model.path}, data {section.data.path}; "

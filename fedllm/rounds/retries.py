@@ -160,9 +160,10 @@ def _cancel_surplus(
             f"round {cohort.round}: goes on with {scan.valid} of {len(cohort.clients)} clients; "
             f"{len(running)} tasks were running"
         )
-    surplus = waiting + (running if late and not run.config.scheduler.linger_minutes else [])
-    if surplus:
-        end_tasks(run, surplus)
+    ends_running = late and not run.config.scheduler.linger_minutes
+    if surplus := waiting + (running if ends_running else []):
+        # otherwise one that started meanwhile finds nothing to do and ends by itself
+        end_tasks(run, surplus, only_waiting=not ends_running)
 
 
 def _missing(cohort: CohortRecord, scan: Scan) -> list[CohortClient]:

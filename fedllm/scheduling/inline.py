@@ -89,7 +89,7 @@ class InlineScheduler:
         """Return None: the states of tasks are always known."""
         return None
 
-    def cancel(self, ids: Sequence[str]) -> None:
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
         """Do nothing: no task is running."""
 
     def wait(self, seconds: float) -> None:

@@ -169,11 +169,12 @@ class LocalScheduler:
         """Return None: the states of tasks are always known."""
         return None
 
-    def cancel(self, ids: Sequence[str]) -> None:
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
         """Forget waiting tasks and end the workers of running ones."""
         cancelled = set(ids)
         self._queue = deque(task for task in self._queue if task.id not in cancelled)
-        for worker in [w for w in self._pool if w.task and w.task.id in cancelled]:
+        running = [] if only_waiting else [w for w in self._pool if w.task]
+        for worker in [w for w in running if w.task and w.task.id in cancelled]:
             self._kill(worker.processes)
         self._dispatch()
 

@@ -146,8 +146,8 @@ class Scheduler(Protocol):
     def trouble(self) -> str | None:
         """Return why states are unknown now, in one sentence; None: they are known."""
 
-    def cancel(self, ids: Sequence[str]) -> None:
-        """End tasks; tasks that are gone are ignored.
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
+        """End tasks, or only those of them that still wait; tasks that are gone are ignored.
 
         Raises:
             CancelRefused: some may not be ended by this user.

@@ -140,9 +140,9 @@ class SharedScheduler:
         """Return why states are unknown now; None: they are known."""
         return self.inner.trouble()
 
-    def cancel(self, ids: Sequence[str]) -> None:
-        """End tasks."""
-        self.inner.cancel(ids)
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
+        """End tasks, or only those that still wait."""
+        self.inner.cancel(ids, only_waiting=only_waiting)
 
     def wait(self, seconds: float) -> None:
         """Wait until something may have happened."""

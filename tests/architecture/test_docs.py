@@ -16,6 +16,7 @@ from fedllm.config.loading import flatten
 from fedllm.config.models import Config
 from fedllm.config.reference import key_entries, option_entries
 from fedllm.methods.options import LOCAL_OPTIONS, OPTIONS, SERVER_OPTIONS
+from fedllm.reporting.plan.idle_resources import resource_warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -72,7 +73,8 @@ def test_every_configuration_on_the_page_for_admins_is_valid() -> None:
     for block in blocks:
         given = yaml.safe_load(block)
         given.setdefault("clients", {})["tiers"] = {"NAME": {"ranks": 1}}
-        Config.model_validate(given)
+        # no job is slower than its partition allows, and nothing is charged for nothing
+        assert resource_warnings(Config.model_validate(given)) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -105,7 +105,7 @@ class ChainCoordinator(JobCoordinator):
         paths = RunPaths(root=self.command.root)
         # looked at first: a link may end between the two
         done = paths.round(self.rounds).record.exists()
-        name = f"fedllm-{RunRecord.read(paths.run).run_id}-coordinator"
+        name = f"coordinator-fedllm-{RunRecord.read(paths.run).run_id}"
         if self.command.cluster.slurm("squeue", "-h", f"--name={name}", "-o", "%i").strip():
             return None
         return "0" if done else "no link left"

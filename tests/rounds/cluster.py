@@ -133,9 +133,11 @@ class HandMoved:
     def check(self, jobs: Sequence[Job]) -> None:
         del jobs
 
-    def cancel(self, ids: Sequence[str]) -> None:
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
         if refused := self.foreign & {*ids}:
             raise CancelRefused(f"scancel: {', '.join(sorted(refused))}: permission denied")
+        waiting = {id_ for id_, (_, state) in self.alive.items() if state is TaskState.WAITING}
+        ids = [id_ for id_ in ids if not only_waiting or id_ in waiting]
         self.cancelled += ids
         for id_ in ids:
             if self.alive.pop(id_, None):

@@ -99,8 +99,11 @@ def test_the_sbatch_files_are_those_of_all_jobs_and_the_options_are_read_from_th
     found = plan_in(tmp_path, config, Scripts(section=config.scheduler))
     assert found.geometry.room.problem == "no scheduler"
     names = [script.job.name for script in found.scripts]
-    assert [name.split("-", 2)[2] for name in names] == [
-        *("r0001-a01-small-0", "r0000-prepare-01", "r0001-aggregate-01", "r0001-evaluate-01"),
+    assert names == [
+        "r01-train-fedllm-plan-a01-small-0",
+        "r00-prepare-fedllm-plan-a01",
+        "r01-aggregate-fedllm-plan-a01",
+        "r01-evaluate-fedllm-plan-a01",
     ]
     assert all(script.text.startswith("#!") for script in found.scripts)
     (array,) = found.geometry.arrays

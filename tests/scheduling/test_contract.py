@@ -106,6 +106,17 @@ def test_waiting_and_running_tasks_have_their_own_states(site: Site) -> None:
 
 
 @CONCURRENT
+def test_tasks_that_started_meanwhile_are_left_alone_on_request(site: Site) -> None:
+    scheduler = site.scheduler
+    ids = scheduler.submit(site.job("surplus", tasks=4, stays=True))
+    until_running(scheduler, ids[:2])
+    scheduler.cancel(ids, only_waiting=True)
+    until_gone(scheduler, ids[2:])
+    assert set(scheduler.states(ids[:2]).values()) == {TaskState.RUNNING}
+    scheduler.cancel(ids)
+
+
+@CONCURRENT
 def test_cancelling_ends_what_is_named_and_nothing_else(site: Site) -> None:
     scheduler = site.scheduler
     ids = scheduler.submit(site.job("cancelled", tasks=4, stays=True))

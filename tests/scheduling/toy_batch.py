@@ -113,9 +113,11 @@ class ToyBatch:
     def trouble(self) -> str | None:
         return None
 
-    def cancel(self, ids: Sequence[str]) -> None:
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
+        states = self.states(ids)
         for id_ in ids:
-            self.end(id_, EndReason.CANCELLED)
+            if not only_waiting or states[id_] is TaskState.WAITING:
+                self.end(id_, EndReason.CANCELLED)
 
     def wait(self, seconds: float) -> None:
         with self._change:

@@ -1,5 +1,6 @@
 """Runs of the tiny federation on a development cluster, and what they leave."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,12 +56,20 @@ class Begun:
 
 
 def arrays(cluster: Cluster, root: Path, name: str = "") -> dict[str, set[str]]:
-    """Return the arrays of a run that Slurm knows of, ended ones too: name -> ids."""
+    """Return the arrays of a run that Slurm knows of, ended ones too: name -> ids.
+
+    Those of a step if `name` is its beginning, such as `r0002-a01-` or `r0002-aggregate`.
+    """
     found: dict[str, set[str]] = {}
-    prefix = f"fedllm-{RunRecord.read(RunPaths(root=root).run).run_id}-{name}"
+    run_id = RunRecord.read(RunPaths(root=root).run).run_id
+    pattern = re.compile(rf"r(\d+)-(\w+)-fedllm-{run_id}-(.*)")
     for line in cluster.slurm("squeue", "-h", "-t", "all", "-o", "%F|%j").splitlines():
         id_, _, listed = line.partition("|")
-        if listed.startswith(prefix) and not listed.endswith("-coordinator"):
+        matched = pattern.fullmatch(listed)
+        if matched is None:
+            continue
+        step = "" if matched[2] == "train" else f"{matched[2]}-"
+        if f"r{int(matched[1]):04d}-{step}{matched[3]}".startswith(name):
             found.setdefault(listed, set()).add(id_)
     return found
 

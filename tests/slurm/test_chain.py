@@ -39,7 +39,7 @@ def submit(root: Path, *changes: str, path: str = os.environ["PATH"]) -> None:
 
 def links(cluster: Cluster, root: Path, *states: str) -> list[str]:
     """Return the links of a run's chain that are in such a state, the oldest first."""
-    name = f"fedllm-{RunRecord.read(RunPaths(root=root).run).run_id}-coordinator"
+    name = f"coordinator-fedllm-{RunRecord.read(RunPaths(root=root).run).run_id}"
     words = ("squeue", "-h", f"--name={name}", f"--states={','.join(states) or 'all'}")
     return sorted(cluster.slurm(*words, "-o", "%i").split(), key=int)
 
@@ -102,7 +102,7 @@ def test_links_killed_first_last_and_in_between_are_followed_by_one_that_goes_on
         # its successor is submitted, and not recorded
         ("first", "sbatch", "afterany:", '"$REAL" "$@"; kill -9 $PPID'),
         # its arrays are submitted, and not recorded
-        ("second", "sbatch", "fedllm-*-r0002-a01", '"$REAL" "$@"; kill -9 $PPID'),
+        ("second", "sbatch", "r02-train-fedllm-*-a01", '"$REAL" "$@"; kill -9 $PPID'),
         # its arrays are recorded, its successor waits for itself alone
         ("third", "scontrol", "dependency=afterany:", "kill -9 $PPID"),
         ("fourth", "scontrol", "dependency=afterany:", f"echo {AWAY} >&2; exit 1"),

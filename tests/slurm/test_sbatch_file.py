@@ -28,7 +28,7 @@ def text_of(
 ) -> list[str]:
     section = SchedulerSection(python="/env/bin/python", **scheduler)
     job = Job(
-        name="fedllm-x-r0001-a01-small-0",
+        name="r01-train-fedllm-x-a01-small-0",
         program=program,
         argv=("/run/rounds/0001/attempts/01", "--class", "small"),
         tasks=tasks,
@@ -44,9 +44,9 @@ def test_the_file_runs_our_program_as_a_throttled_array_with_everything_explicit
     lines = text_of({"cpus_per_task": 2, "partition": "low"}, max_parallel=2)
     assert [line for line in lines if line.startswith("#SBATCH")] == [
         "#SBATCH --array=0-2%2",
-        "#SBATCH --comment='fedllm client: fedllm-x-r0001-a01-small-0'",
+        "#SBATCH --comment='fedllm client: r01-train-fedllm-x-a01-small-0'",
         "#SBATCH --cpus-per-task=2",
-        "#SBATCH --job-name=fedllm-x-r0001-a01-small-0",
+        "#SBATCH --job-name=r01-train-fedllm-x-a01-small-0",
         "#SBATCH --nodes=1",
         "#SBATCH --ntasks=1",
         "#SBATCH --open-mode=append",

@@ -199,7 +199,7 @@ def test_a_chain_goes_through_noise_an_odd_folder_and_an_empty_environment(
     words = settings("rounds=2", *ON_CLUSTER, *changes)
     done = fedllm("submit", root, *words, PATH=path)
     assert done.returncode == 0, done.stderr
-    name = f"fedllm-{RunRecord.read(RunPaths(root=root).run).run_id}-coordinator"
+    name = f"coordinator-fedllm-{RunRecord.read(RunPaths(root=root).run).run_id}"
     there = ("squeue", "-h", f"--name={name}")
     until(lambda: not cluster.slurm(*there), seconds=PATIENCE_SECONDS)
     assert states(root) == undisturbed, (root / "logs" / "chain.log").read_text()

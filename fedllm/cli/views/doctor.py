@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fedllm.cli.execution import default_run_dir
+from fedllm.cli.execution import check_before_run, default_run_dir
 from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
 from fedllm.config.models import SchedulerSection, StorageSection, is_own
 from fedllm.doctor.examination import DoctorRequest, examine
 from fedllm.doctor.findings import Finding, describe_findings
-from fedllm.errors import ConfigError
-from fedllm.methods.catalog import check_method, method_of
-from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
+from fedllm.errors import UserError
+from fedllm.methods.catalog import method_of
 
 
 def doctor(
@@ -53,13 +52,12 @@ def _request(
     else:
         try:
             loaded = configuration(file, overrides)
-            check_method(loaded.method)
+            check_before_run(loaded, run_dir or default_run_dir(file))
             if is_own(loaded.method.name):
                 method_of(loaded)
-            refuse_reserved(loaded.scheduler)
             config = loaded
             findings.append(Finding(check="configuration", level="ok", found=f"{file} is valid"))
-        except ConfigError as error:
+        except UserError as error:
             findings += [
                 Finding(check="configuration", level="fail", found=line)
                 for line in str(error).splitlines()

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -25,19 +25,20 @@ from fedllm.cli.sweeps import default_sweep_dir, planned_sweep
 from fedllm.config.models import Config
 from fedllm.config.sweep_files import is_sweep_file
 from fedllm.errors import ConfigError
-from fedllm.methods.catalog import check_method, private_space
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.sweeps.sweep_runs import refuse_leaks
 from fedllm.reporting.method_words import privacy_words
+from fedllm.reporting.plan.idle_resources import resource_warnings
+from fedllm.reporting.plan.plan import Geometry
 from fedllm.reporting.plan.plan_text import describe_plan
 from fedllm.reporting.sweeps.sweep_plan import ArmPlan, arm_plan, describe_sweep_plan
 from fedllm.rounds.dispatch.planned import plan_run
+from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.scheduling.log_names import script_of
-from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
+from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
-from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import PreparedRecord
 
@@ -48,19 +49,6 @@ def _privacy(config: Config, prepared: PreparedRecord) -> str:
 
     clients = len(plan_federation(config, prepared).roles.train)
     return privacy_words(privacy_after(config, clients, config.rounds), config.rounds)
-
-
-def _refuse_what_runs_refuse(config: Config) -> None:
-    """Refuse what `fedllm run` would refuse at once, before anything is loaded.
-
-    Raises:
-        ConfigError: it names the key.
-    """
-    refuse_reserved(config.scheduler)
-    check_method(config.method)
-    private_space(config)
-    if config.storage.group:
-        group_number(config.storage.group)
 
 
 def _check_devices(config: Config) -> None:
@@ -96,26 +84,26 @@ def plan(
     if is_sweep_file(configuration_file(config)):
         _plan_sweep(configuration_file(config), json_=json_, others=(out, slots, set_))
         return
-    loaded = configuration(config, set_ or [])
-    _refuse_what_runs_refuse(loaded)
+    loaded, root = configuration(config, set_ or []), execution.default_run_dir(config)
+    execution.check_before_run(loaded, root)
     # imported late: a wrong configuration is refused before the compute side is loaded
     from fedllm.programs.prepare import prepare as prepare_step
 
     _check_devices(loaded)
     if out is not None:
         fresh_folder(out)
-    root = execution.default_run_dir(config)
     with progress_bar() as count:
         prepared = prepare_step(loaded, cache_of(loaded.storage.cache, root), count=count)
     run = RunPaths(root=root.resolve())
     with closing(execution.make_scheduler(run, loaded)) as scheduler:
+        # a plan is made without a cluster too
+        with suppress(SchedulerUnreachable):
+            check_jobs(scheduler, loaded, run)
         planned = plan_run(loaded, prepared, run, scheduler, slots=slots)
     if json_:
         say_json(dataclasses.asdict(planned.geometry))
     else:
-        say(describe_plan(planned.geometry))
-        if loaded.privacy.clip_norm is not None:
-            say(_privacy(loaded, prepared))
+        _describe(planned.geometry, loaded, prepared)
     if out is None:
         return
     for script in planned.scripts:
@@ -123,6 +111,15 @@ def plan(
         publish_bytes(file, script.text.encode())
         if not json_:
             say(f"wrote {file}")
+
+
+def _describe(geometry: Geometry, config: Config, prepared: PreparedRecord) -> None:
+    say(describe_plan(geometry))
+    if config.privacy.clip_norm is not None:
+        say(_privacy(config, prepared))
+    if traits_of(config).jobs_outlive_coordinator:
+        for line in resource_warnings(config):
+            say(f"warning: {line}")
 
 
 def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:

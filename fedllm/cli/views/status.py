@@ -15,6 +15,7 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.cli.sweeps import existing_sweep
+from fedllm.config.loading import read_config
 from fedllm.errors import RunFailed
 from fedllm.reporting.results.summary import spectra_text
 from fedllm.reporting.status.status import FAILED, StatusReader
@@ -23,6 +24,7 @@ from fedllm.reporting.sweeps.sweep_status import SweepStatus, sweep_status
 from fedllm.reporting.sweeps.sweep_text import sweep_headline, sweep_status_text
 from fedllm.scheduling.slurm.coordinator_job import holder_is_gone
 from fedllm.scheduling.slurm.wait_reasons import advice
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import SweepPaths
 
 
@@ -51,7 +53,11 @@ def status(
         say(spectra_text(paths))
         return
     reader = StatusReader(
-        paths, gone=cached_holder_check(paths), ask=scheduler_query(paths), advice=advice
+        paths,
+        gone=cached_holder_check(paths),
+        ask=scheduler_query(paths),
+        advice=advice,
+        end_with_coordinator=not traits_of(read_config(paths.config)).jobs_outlive_coordinator,
     )
     if watch:
         follow(reader.read, lambda found: status_text(run, found), headline)

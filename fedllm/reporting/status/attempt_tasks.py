@@ -76,7 +76,12 @@ class AttemptWork:
 
 
 def attempt_work(
-    records: RecordCache, paths: RoundPaths, published: Collection[str], states: Mapping[str, str]
+    records: RecordCache,
+    paths: RoundPaths,
+    published: Collection[str],
+    states: Mapping[str, str],
+    *,
+    all_gone: bool = False,
 ) -> AttemptWork:
     """Read the status of a round's attempts.
 
@@ -85,6 +90,7 @@ def attempt_work(
         paths: the round.
         published: clients that have an update.
         states: the scheduler's states of tasks, as far as known.
+        all_gone: whether the tasks ended with their coordinator.
     """
     attempts: list[AttemptStatus] = []
     last: tuple[AttemptPaths, SubmissionRecord, list[ClaimRecord]] | None = None
@@ -98,7 +104,8 @@ def attempt_work(
         return AttemptWork(attempts=(), tasks=(), claimed=0)
     attempt, plan, claims = last
     held = _unpublished_clients(plan, claims, published)
-    tasks = _tasks(records, attempt, held, claims, states)
+    known = dict.fromkeys(held, GONE) if all_gone else states
+    tasks = _tasks(records, attempt, held, claims, known)
     return AttemptWork(
         attempts=tuple(attempts),
         tasks=tuple(tasks),

@@ -10,6 +10,11 @@ from fedllm.storage.kept_records import duration
 
 _LABEL = 11
 _BAR = 20
+_WAITS = {
+    "state": "makes the state before training",
+    "aggregate": "aggregates",
+    "evaluate": "scores",
+}
 _STEPS = {"prepare": "prepare", "aggregate": "aggregate", "evaluate": "score"}
 
 
@@ -41,13 +46,19 @@ def live_lines(status: RunStatus) -> list[LiveLine]:
         lines.insert(0, _round_line(current))
     if not status.prepared and not lines:
         lines.append(LiveLine(label="prepare", words=("a worker starts",)))
+    if status.prepared and not lines and current and current.step in _WAITS:
+        lines.append(LiveLine(label=f"round {current.round}", words=(_WAITS[current.step],)))
     if status.prepared:
         lines.append(_run_line(status))
     return [*lines, *_history_lines(status.history)]
 
 
 def _round_line(current: RoundStatus) -> LiveLine:
-    words = [f"{current.published} of {current.cohort} clients", f"{current.claimed} at work"]
+    begun = current.claimed or current.published
+    words = [
+        f"{current.published} of {current.cohort} clients",
+        f"{current.claimed} at work" if begun else "workers start",
+    ]
     pace = current.pace
     if pace and current.published:
         left = pace.training_seconds * (current.cohort / current.published - 1)

@@ -129,6 +129,7 @@ class StatusReader:
         gone: says whether the coordinator ended.
         ask: asks the scheduler about tasks; None if there is no scheduler.
         advice: returns what would help against a reason to wait.
+        end_with_coordinator: whether the run's tasks end with its coordinator.
         now: returns the time in seconds since the epoch.
     """
 
@@ -139,12 +140,14 @@ class StatusReader:
         gone: HolderIsGone = process_is_gone,
         ask: AskScheduler | None = None,
         advice: Callable[[str], str] = lambda _reason: "",
+        end_with_coordinator: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._paths = paths
         self._gone = gone
         self._ask = ask
         self._advice = advice
+        self._end_with_coordinator = end_with_coordinator
         self._now = now
         self._records = RecordCache()
         self._config: tuple[float | None, Config] | None = None
@@ -167,7 +170,8 @@ class StatusReader:
         state, coordinator = self._coordinator(lease, holder, answers)
         round_status = None
         if prepared and current is not None:
-            round_status = self._round(self._paths.round(current), run, answers)
+            all_gone = state == "stopped" and self._end_with_coordinator
+            round_status = self._round(self._paths.round(current), run, answers, all_gone=all_gone)
         stateless = [r for r in rounds[1:] if not r.aggregate_record.exists()]
         recent = recent_paces(self._records, self._paths, config.rounds - len(stateless))
         training = round_status if round_status and round_status.step == "train" else None
@@ -264,14 +268,16 @@ class StatusReader:
         gone = None if no_answer else self._gone(holder)
         return {True: "stopped", False: RUNNING, None: "unknown"}[gone]
 
-    def _round(self, paths: RoundPaths, run: RunRecord, answers: SchedulerAnswers) -> RoundStatus:
+    def _round(
+        self, paths: RoundPaths, run: RunRecord, answers: SchedulerAnswers, *, all_gone: bool
+    ) -> RoundStatus:
         cohort = self._records.find(CohortRecord, paths.cohort)
         if cohort is None:
             return RoundStatus(round=paths.number, step="cohort" if paths.number else "state")
         if paths.number not in self._summaries:
             self._summaries = {paths.number: UpdateSummaries(paths, Origin.of(run.run_id, cohort))}
         sent = self._summaries[paths.number].read()
-        work = attempt_work(self._records, paths, sent, answers.states)
+        work = attempt_work(self._records, paths, sent, answers.states, all_gone=all_gone)
         step = _step(paths)
         return RoundStatus(
             round=paths.number,

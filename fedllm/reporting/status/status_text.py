@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus
+from fedllm.reporting.status.attempt_tasks import GONE, AttemptStatus, TaskStatus
 from fedllm.reporting.status.failure import Failure
 from fedllm.reporting.status.pace import Estimate, Pace
 from fedllm.reporting.status.queue import WHO_SUSPENDS, QueueStatus
@@ -17,7 +17,7 @@ from fedllm.reporting.status.status import (
     RunResults,
     RunStatus,
 )
-from fedllm.reporting.tables import size, text_table
+from fedllm.reporting.tables import counted, size, text_table
 from fedllm.storage.kept_records import duration
 from fedllm.storage.paths import shown_path
 from fedllm.storage.records import training_text
@@ -113,8 +113,13 @@ def _round_lines(current: RoundStatus) -> Iterator[str]:
     for attempt in current.attempts:
         yield from _attempt_lines(attempt)
     yield from _failed_lines(current.failed)
-    if current.tasks:
-        yield _task_table(current.tasks)
+    gone = [task for task in current.tasks if task.state == GONE]
+    if gone:
+        held = counted(sum(task.held for task in gone), "client")
+        tasks = counted(len(gone), "task")
+        yield f"  {tasks} ended before all was published; to train again: {held}"
+    if at_work := tuple(task for task in current.tasks if task.state != GONE):
+        yield _task_table(at_work)
 
 
 def _failed_lines(failed: tuple[FailedClient, ...]) -> Iterator[str]:

@@ -70,7 +70,7 @@ def start_attempt(
         for c in classes
     }
     plan = SubmissionRecord(
-        token=array_name(run, cohort.round, f"a{number:02d}"),
+        token=array_name(run.record.run_id, cohort.round, "train", f"a{number:02d}"),
         lease=run.lease.number,
         kind="client",
         command=[str(paths.attempt(number).root)],

@@ -10,14 +10,16 @@ from fedllm.storage.paths import JobPaths, RunPaths, attempts_of
 from fedllm.storage.records import JobsRecord, SubmissionRecord
 
 
-def end_tasks(run: Run, tasks: Sequence[str]) -> bool:
+def end_tasks(run: Run, tasks: Sequence[str], *, only_waiting: bool = False) -> bool:
     """End tasks that the run does not need; say so and return False if the scheduler refuses.
+
+    Those that started since the scheduler's last answer are left alone if `only_waiting`.
 
     Another member of the group may own them. They find nothing to do, so the run goes on.
     """
     run.lease.check()
     try:
-        run.scheduler.cancel(tasks)
+        run.scheduler.cancel(tasks, only_waiting=only_waiting)
     except CancelRefused as error:
         if run.observations.is_new(("refused", *tasks)):
             run.say(f"{error}; the run goes on")

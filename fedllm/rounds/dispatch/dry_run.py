@@ -10,7 +10,7 @@ from fedllm.planning.classes import tier_options
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
-from fedllm.rounds.dispatch.submissions import SingleProgram, job_of, single_array
+from fedllm.rounds.dispatch.submissions import SingleProgram, array_name, job_of, single_array
 from fedllm.rounds.dispatch.waves import arrays_within
 from fedllm.scheduling.log_names import files_of
 from fedllm.scheduling.seam import Job
@@ -75,7 +75,7 @@ def plan_first_round(
         section=config.scheduler,
     )
     plan = SubmissionRecord(
-        token=f"fedllm-{_RUN_ID}-r0001-a01",
+        token=array_name(_RUN_ID, 1, "train", "a01"),
         lease=0,
         kind="client",
         command=[str(run.round(1).attempt(1).root)],
@@ -127,7 +127,7 @@ def dry_run_jobs(dry_run: DryRun, run: RunPaths) -> list[Job]:
         ("evaluate", first.root, first.evaluation_job(1), 1),
     )
     for kind, root, folder, number in steps:
-        token = f"fedllm-{_RUN_ID}-r{number:04d}-{kind}-01"
+        token = array_name(_RUN_ID, number, kind, "a01")
         plan = SubmissionRecord(
             token=token,
             lease=0,

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from fedllm.config.models import Config
 from fedllm.planning.classes import classes_of, job_options, tier_options
 from fedllm.planning.engines import engines_of, job_size
 from fedllm.planning.sbatch_spelling import by_flag
-from fedllm.rounds.run import Run
-from fedllm.scheduling.seam import Job, Option
+from fedllm.scheduling.seam import Job, Option, Scheduler
+from fedllm.storage.paths import RunPaths
 
 _SINGLE: tuple[Literal["prepare", "aggregate", "evaluate"], ...] = (
     "prepare",
@@ -16,7 +17,7 @@ _SINGLE: tuple[Literal["prepare", "aggregate", "evaluate"], ...] = (
 )
 
 
-def check_jobs(run: Run) -> None:
+def check_jobs(scheduler: Scheduler, config: Config, paths: RunPaths) -> None:
     """Check one job of every kind with the scheduler; nothing is submitted.
 
     Raises:
@@ -24,13 +25,12 @@ def check_jobs(run: Run) -> None:
             problem.
         SchedulerUnreachable: the scheduler does not answer.
     """
-    run.scheduler.check(list(_jobs(run)))
+    scheduler.check(list(_jobs(config, paths)))
 
 
-def _jobs(run: Run) -> Iterator[Job]:
-    section = run.config.scheduler.sbatch
-    logs = run.paths.logs(0)
-    engines = engines_of(run.config)
+def _jobs(config: Config, paths: RunPaths) -> Iterator[Job]:
+    section, logs = config.scheduler.sbatch, paths.logs(0)
+    engines = engines_of(config)
     for kind in _SINGLE:
         size = job_size(kind, engines)
         yield Job(

@@ -195,9 +195,12 @@ def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:
     )
 
 
-def array_name(run: Run, round_number: int, step: str) -> str:
-    """Return the array's name from run, round and `step`, which names attempt, class and number."""
-    return f"fedllm-{run.record.run_id}-r{round_number:04d}-{step}"
+def array_name(run_id: str, round_number: int, step: str, attempt: str) -> str:
+    """Return the name of a submission: round and step first, since squeue cuts names.
+
+    Its arrays append their class and number.
+    """
+    return f"r{round_number:02d}-{step}-fedllm-{run_id}-{attempt}"
 
 
 def run_single_job(
@@ -248,7 +251,7 @@ def _submit_single(
     run: Run, kind: SingleProgram, paths: JobPaths, target: Path, round_number: int
 ) -> None:
     """Plan and submit a job of one task; `paths` belong to this attempt."""
-    token = array_name(run, round_number, f"{kind}-{int(paths.root.name):02d}")
+    token = array_name(run.record.run_id, round_number, kind, f"a{int(paths.root.name):02d}")
     plan = SubmissionRecord(
         token=token,
         lease=run.lease.number,

@@ -91,7 +91,7 @@ def cancel_queued_tasks(run: Run, attempt: AttemptPaths) -> None:
         holders = {ClaimRecord.read(path).task for path in attempt.claim_files()}
         run.observations.holders[attempt.root] = holders
     if idle := [task for task in waiting if task not in holders]:
-        end_tasks(run, idle)
+        end_tasks(run, idle, only_waiting=True)
 
 
 def waiting_and_running(run: Run, attempt: AttemptPaths) -> tuple[list[str], list[str]]:

@@ -14,7 +14,7 @@ may run into:
         --name=NAME --allusers -o User,JobID,JobName   `me|7_3|name` or `me|7_[4-9%2]|name`
         --duplicates --jobs=7,8 -o User,JobID,State,ExitCode,NodeList
     scontrol --oneliner show job 7                     exit status; whether it knows the id
-    scancel --quiet 7_[0,1,4]
+    scancel --quiet [--state=PENDING] 7_[0,1,4]
     scontrol show config                               `MaxArraySize            = 1001`, once
     scontrol --all --oneliner show partition           `PartitionName=low ... MaxTime=UNLIMITED`
     sinfo --noheader --Node --partition=low -O ...     nodes.NODE_COLUMNS, each `NAME:|`

@@ -170,7 +170,9 @@ def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
     Raises:
         SchedulerUnreachable: slurmctld does not answer now.
     """
-    words = ["squeue", "--noheader", f"--name={_name(run_id)}"]
+    # the second name is that of earlier versions
+    names = f"{_name(run_id)},fedllm-{run_id}-coordinator"
+    words = ["squeue", "--noheader", f"--name={names}"]
     try:
         states = read_answer(call([*words, "-o", QUEUE_COLUMNS])).states
     except CommandRefused as error:
@@ -193,7 +195,7 @@ def start_link(job: str, start: LinkStart) -> bool:
 
 
 def _name(run_id: str) -> str:
-    return f"fedllm-{run_id}-coordinator"
+    return f"coordinator-fedllm-{run_id}"
 
 
 def _submit(

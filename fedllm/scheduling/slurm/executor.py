@@ -286,13 +286,13 @@ class SlurmScheduler:
         """Return why states are unknown now: Slurm did not answer the last query."""
         return self._queue.trouble()
 
-    def cancel(self, ids: Sequence[str]) -> None:
-        """End tasks; tasks that are gone are ignored.
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
+        """End tasks, or only those that still wait; tasks that are gone are ignored.
 
         Raises:
             SchedulerUnreachable: slurmctld does not answer.
         """
-        self._queue.cancel(ids)
+        self._queue.cancel(ids, only_waiting=only_waiting)
 
     def wait(self, seconds: float) -> None:
         """Sleep for `seconds`; the caller then looks for records."""

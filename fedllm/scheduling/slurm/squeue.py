@@ -165,26 +165,28 @@ class Queue:
         reasons = {**(self._answer.reasons if self._answer else {}), **self._reasons_by_id}
         return {task: reasons[task] for task in ids if task in reasons}
 
-    def cancel(self, ids: Sequence[str]) -> None:
-        """End tasks; tasks that are gone are ignored.
+    def cancel(self, ids: Sequence[str], *, only_waiting: bool = False) -> None:
+        """End tasks, or only those that still wait; tasks that are gone are ignored.
 
         Raises:
             CancelRefused: some are another user's.
             SchedulerUnreachable: slurmctld does not answer now.
         """
         if ids:
-            cancel(expressions(ids), self._commands)
+            cancel(expressions(ids), self._commands, only_waiting=only_waiting)
 
 
-def cancel(jobs: Sequence[str], commands: Commands) -> None:
-    """End jobs with scancel; jobs that are gone are ignored.
+def cancel(jobs: Sequence[str], commands: Commands, *, only_waiting: bool = False) -> None:
+    """End jobs with scancel, or only those that still wait; jobs that are gone are ignored.
 
     Raises:
         CancelRefused: some are another user's.
         SchedulerUnreachable: slurmctld does not answer now.
     """
     try:
-        commands.call(["scancel", "--quiet", *jobs])
+        # Slurm knows better than the last answer which of them started meanwhile
+        states = ["--state=PENDING"] if only_waiting else []
+        commands.call(["scancel", "--quiet", *states, *jobs])
     except CommandRefused as error:
         # it also refuses if a task ended meanwhile; a caller that must be sure asks for states
         if any(text in str(error).lower() for text in _NOT_ALLOWED):
