@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 # workers and coordinators that tests start inherit these
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Give the session a cache of its own, so that no test reads or fills that of the user."""
+    folder = tempfile.TemporaryDirectory(prefix="fedllm-cache-")
+    session.config.add_cleanup(folder.cleanup)
+    os.environ["XDG_CACHE_HOME"] = folder.name
+
 
 # a busy machine is no failure, and CI says the same of the same commit
 settings.register_profile("fedllm", deadline=None, derandomize=bool(os.environ.get("CI")))

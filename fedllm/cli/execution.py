@@ -7,7 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from fedllm.cli.live_run import live_run
-from fedllm.cli.options import configuration, existing_run, say
+from fedllm.cli.options import configuration, default_run_dir, existing_run, say
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
 from fedllm.methods.catalog import check_method, private_space
@@ -34,11 +34,6 @@ from fedllm.storage.own_code import folders_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.records import RunRecord
-
-
-def default_run_dir(config_file: Path) -> Path:
-    """Return `runs/<name of the configuration>`, so that the same command resumes the run."""
-    return Path("runs") / config_file.stem
 
 
 def start(

@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(arguments or ["--help"], standalone_mode=False, prog_name="fedllm")
     except typer.TyperException as error:
-        _print_error(error.format_message())
+        _print_error(_set_with_a_blank(arguments) or error.format_message())
         return 2
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
@@ -117,6 +117,14 @@ def _failed(error: Exception) -> int:
         return known.exit_code
     _print_error(f"{type(error).__name__}: {error} (a bug? `fedllm --debug ...` shows where)")
     return 1
+
+
+def _set_with_a_blank(arguments: list[str]) -> str:
+    """Return what to write instead of `--set KEY VALUE`; empty: it was not written so."""
+    for option, key, value in zip(arguments, arguments[1:], arguments[2:], strict=False):
+        if option == "--set" and "=" not in key and not value.startswith("-"):
+            return f"--set {key} {value}: write it without a blank: --set {key}={value}"
+    return ""
 
 
 def _interrupted() -> int:

@@ -22,6 +22,8 @@ from fedllm.storage.own_code import folders_of, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.records import RunRecord
 
+RUNS = Path("runs")
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
 ConfigOrSweep = Annotated[
     Path, typer.Argument(metavar="CONFIG|SWEEP.yaml", help="A configuration, or a sweep file.")
@@ -111,6 +113,12 @@ def configuration(path: Path, overrides: Sequence[str]) -> Config:
 
 def configuration_file(path: Path) -> Path:
     """Return a configuration's file: one shipped with fedllm is found from any directory."""
+    run = RunPaths(root=path)
+    if run.run.is_file():
+        raise ConfigError(
+            f"{path}: a run directory, but this command needs a configuration; that of the run is "
+            f"{run.config}; to go on with the run: fedllm resume {path}"
+        )
     if not path.exists() and not path.is_absolute():
         # `configs/quickstart.yaml`, if fedllm was installed from a wheel
         with contextlib.suppress(UserError):
@@ -124,6 +132,11 @@ def _recorded_folders(root: Path) -> list[str]:
     return record.own_code.folders if record and record.own_code else []
 
 
+def default_run_dir(config_file: Path) -> Path:
+    """Return `runs/<name of the configuration>`, so that the same command resumes the run."""
+    return RUNS / config_file.stem
+
+
 def existing_run(root: Path) -> RunPaths:
     """Return the paths of a run.
 
@@ -131,6 +144,12 @@ def existing_run(root: Path) -> RunPaths:
         RunDirectoryError: there is no run.
     """
     paths = RunPaths(root=root.resolve())
+    if root.is_file():
+        run = default_run_dir(root)
+        found = "its run is" if run.exists() else "`fedllm run` starts its run, in"
+        raise RunDirectoryError(
+            f"{root}: a file, this command needs a run directory; {found} {run}"
+        )
     if not paths.run.exists():
         raise RunDirectoryError(
             f"{root}: no run here (no run.json); `fedllm run CONFIG --run-dir {root}` starts one"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedllm.cli import execution
-from fedllm.cli.options import configuration_file, say
+from fedllm.cli.options import configuration_file, default_run_dir, say
 from fedllm.config.loading import load_changed, result_fingerprint, validate
 from fedllm.config.models import Config, is_own
 from fedllm.config.sweep_files import Changes, SweepFile, load_sweep
@@ -16,16 +16,16 @@ from fedllm.rounds.sweeping import Sweep, drive
 from fedllm.scheduling.schedulers import make_scheduler
 from fedllm.scheduling.shared_scheduler import SchedulerPool
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
-from fedllm.scheduling.traits import traits_of
+from fedllm.scheduling.traits import cache_for, traits_of
 from fedllm.storage.own_code import folders_of, read_own_code
-from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
+from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.sweep_records import SweepRecord, SweepRunRecord
 
 
 def default_sweep_dir(file: Path) -> Path:
     """Return `runs/<name of the sweep>`, where its runs share the cache of other runs."""
-    return execution.default_run_dir(file)
+    return default_run_dir(file)
 
 
 def planned_sweep(path: Path, root: Path) -> tuple[SweepFile, list[SweepRun]]:
@@ -46,7 +46,7 @@ def planned_sweep(path: Path, root: Path) -> tuple[SweepFile, list[SweepRun]]:
         check_method(config.method)
         private_space(config)
         refuse_reserved(config.scheduler)
-        cache = str(cache_of(config.storage.cache, root).root)
+        cache = str(cache_for(config, root).root)
         storage = config.storage.model_copy(update={"cache": cache})
         return config.model_copy(update={"storage": storage})
 

@@ -642,7 +642,8 @@ class StorageSection(Section):
 
     cache: str | None = None
     """Folder of fetched models, tokenised data and the embedded base, which runs share; `null`:
-    `$FEDLLM_CACHE`, else `.fedllm-cache` beside the run directories."""
+    `$FEDLLM_CACHE`, else the user's (`$XDG_CACHE_HOME/fedllm`); with `scheduler.kind: slurm`,
+    `.fedllm-cache` beside the run directories, which nodes share."""
     visibility_seconds: Annotated[float, Field(ge=0)] = 90.0
     """With Slurm: how long a file that a record names may take to appear (NFS caches) before it
     counts as damaged."""

@@ -27,8 +27,8 @@ from fedllm.planning.engines import Engine, engines_of
 from fedllm.scheduling.slurm.commands import InstalledCommands
 from fedllm.scheduling.slurm.free_capacity import Surveyor
 from fedllm.scheduling.slurm.script import log_pattern
-from fedllm.scheduling.traits import traits_of
-from fedllm.storage.paths import RunPaths, cache_of, shipped
+from fedllm.scheduling.traits import shared_cache, traits_of
+from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publishing.publish import make_folder
 
 # longer than a doctor runs, so that each query is sent to Slurm once
@@ -207,7 +207,7 @@ def _probed(request: DoctorRequest, folder: Path, kinds: Sequence[JobKind], name
 def _paths_for_jobs(request: DoctorRequest) -> Iterator[Path]:
     """Yield the paths that jobs read besides the run directory."""
     yield shipped("jobs")
-    yield cache_of(request.storage.cache, request.root).root
+    yield shared_cache(request.storage, request.scheduler, request.root).root
     if request.config is not None:
         for path in (request.config.model.path, request.config.data.path):
             yield Path(path).expanduser().absolute()

@@ -14,6 +14,7 @@ from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.federation import plan_federation
 from fedllm.reporting.results.summary import update_bytes
 from fedllm.reporting.tables import size
+from fedllm.scheduling.traits import cache_for
 from fedllm.storage.hub import hub_key, is_hub_name
 from fedllm.storage.paths import RunPaths, cache_of
 from fedllm.storage.publishing.permissions import group_number
@@ -38,7 +39,7 @@ def folder_findings(
         seen_from: hosts whose probes saw them.
     """
     parents = {nearest_folder(root): "runs"}
-    cache = nearest_folder(cache_of(storage.cache, root).root)
+    cache = nearest_folder(cache_of(storage.cache, root, beside_runs=on_cluster).root)
     parents[cache] = f"{parents[cache]} and cache" if cache in parents else "cache"
     for parent, name in parents.items():
         yield _writability(f"storage of {name}", parent)
@@ -125,7 +126,7 @@ def _group(parent: Path, group: str | None) -> Finding:
 
 def readiness_findings(config: Config, root: Path) -> Iterator[Finding]:
     """Yield whether base and data are here, and whether a run would need the network."""
-    cache = cache_of(config.storage.cache, root)
+    cache = cache_for(config, root)
     prepared = _prepared(root)
     if prepared is not None:
         record = prepared[1]

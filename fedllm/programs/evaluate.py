@@ -25,9 +25,10 @@ from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of, base_change_of, received_adapter
 from fedllm.programs.scoring import Keep, all_agree, keep_nothing, score_targets, scoring_task
 from fedllm.scheduling.environment import TaskIdentity
+from fedllm.scheduling.traits import cache_for
 from fedllm.storage.fingerprints import fingerprint_values, sha256_of
 from fedllm.storage.kept_records import AnswersRecord, Count, KeptAnswer, uncounted
-from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths, cache_of
+from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
     BaseRow,
@@ -95,7 +96,7 @@ class Scorer:
             sha256=record.sha256,
             round=paths.number,
             store=ClientStore(run=run, run_id=RunRecord.read(run.run).run_id),
-            cache=cache_of(config.storage.cache, run.root),
+            cache=cache_for(config, run.root),
             progress=_Rows(count=count),
         )
 

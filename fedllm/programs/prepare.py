@@ -27,12 +27,13 @@ from fedllm.planning.roles import split_roles
 from fedllm.planning.tiers import resolve_ranks
 from fedllm.process.log import say
 from fedllm.process.run_method import method_of_run
+from fedllm.scheduling.traits import cache_for
 from fedllm.server.epsilon import require_accountant
 from fedllm.server.starting_adapter import describe_start, refuse_ranks
 from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.kept_records import Count, uncounted
-from fedllm.storage.paths import CachePaths, RunPaths, cache_of
+from fedllm.storage.paths import CachePaths, RunPaths
 from fedllm.storage.records import ClientRecord, CohortRecord, LayoutRecord, PreparedRecord
 from fedllm.training.trainers import require_installed
 
@@ -52,7 +53,7 @@ def prepare_run(run: RunPaths, count: Count = uncounted) -> PreparedRecord:
     """
     config = frozen_config(run)
     first = CohortRecord.find(run.round(1).cohort)
-    cache = cache_of(config.storage.cache, run.root)
+    cache = cache_for(config, run.root)
     method = method_of_run(run, config)
     base, prepared = _describe(config, method, cache, say, count, begun=first is not None)
     layout = (
@@ -129,6 +130,7 @@ def _describe(
     clients = list(data.clients.values())
     candidates = held_out_candidates(config.clients, clients)
     records = [_record(client, data, client.id in candidates) for client in clients]
+    notes += _require_rows(config, records, report)
     _check_budget(config, records)
     prepared = PreparedRecord(
         model_fingerprint=base.fingerprint,
@@ -143,6 +145,26 @@ def _describe(
     )
     start = describe_start(config, base.path, prepared)
     return base, prepared.model_copy(update={"start": start})
+
+
+def _require_rows(config: Config, records: Sequence[ClientRecord], report: Report) -> Sequence[str]:
+    """Refuse data without a row to train; return a note if a single client trains.
+
+    Raises:
+        DataError: it names the column of the answers.
+    """
+    trainable = sum(record.train_rows > 0 for record in records)
+    if not trainable:
+        dropped = sum(record.dropped_rows for record in records)
+        raise DataError(
+            f"data.path: {config.data.path}: no row to train: {dropped} rows have an empty answer; "
+            f"data.columns.output is {config.data.columns.output!r}, name the column of the answers"
+        )
+    if trainable > 1:
+        return ()
+    note = "one client trains: its update is the new state, so nothing is federated"
+    report(note)
+    return (note,)
 
 
 def _best_layout(config: Config, base: BaseDescription) -> LayoutRecord:

@@ -14,6 +14,7 @@ from fedllm.rounds.ending.finishing import finish_rounds
 from fedllm.rounds.ending.stopping import apply_stop, may_start
 from fedllm.rounds.retries import train
 from fedllm.rounds.run import Run
+from fedllm.scheduling.traits import cache_for
 from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord
 
 
@@ -45,8 +46,8 @@ def prepare(run: Run) -> Federation | None:
         check_jobs(run.scheduler, run.config, run.paths)
         section = run.config
         run.say(
-            f"prepare: model {section.model.path}, data {section.data.path}; "
-            f"progress in {run.paths.logs(0)}"
+            f"prepare: model {section.model.path}, data {section.data.path}; cache "
+            f"{cache_for(section, run.paths.root).root}; log in {run.paths.logs(0)}"
         )
     run_single_job(
         run,

@@ -100,7 +100,7 @@ def _explained(run: Run, stopped: Stopped) -> Stopped:
     if not traits_of(run.config).jobs_outlive_coordinator:
         run.say(
             f"{stopped}: workers publish the clients that they have finished, in at most half a "
-            "minute; Ctrl-C again ends them at once"
+            f"minute{'; Ctrl-C again ends them at once' if 'Ctrl-C' in str(stopped) else ''}"
         )
         return Stopped(f"{stopped}, and nothing is lost; {resume}")
     return Stopped(f"{stopped}; {_left_in_queue(run)} (fedllm cancel {name} ends them); {resume}")

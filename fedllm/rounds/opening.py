@@ -28,6 +28,9 @@ from fedllm.storage.publishing.permissions import share_with_group
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import ChangeRecord, OwnCodeRecord, RunRecord
 
+# keys of another configuration that an error names
+_NAMED_KEYS = 5
+
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "submitit", "datasets", "safetensors")
 
 
@@ -174,8 +177,9 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
             # an edit of the run's own file is put back there; another configuration is another run
             refuse_edits(paths, record, read_config(paths.config))
             raise RunDirectoryError(
-                f"{paths.root}: a run of another configuration: {', '.join(frozen)}; these keys "
-                "are frozen, choose another --run-dir"
+                f"{paths.root}: a run of another configuration: {', '.join(frozen[:_NAMED_KEYS])}"
+                f"{_more(len(frozen) - _NAMED_KEYS)}; these keys are frozen, choose another "
+                "--run-dir"
             )
         refuse_edits(paths, record, config)
     for change in changes:
@@ -185,6 +189,10 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
                 f"{change.after}; to go on with it as it is: fedllm resume {paths.root} "
                 f"--set rounds={change.before}"
             )
+
+
+def _more(keys: int) -> str:
+    return f" and {keys} more" if keys > 0 else ""
 
 
 def _reconcile(

@@ -1,8 +1,10 @@
 """Differences between the kinds of scheduler that the rest of the code has to know."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from fedllm.config.models import Config
+from fedllm.config.models import Config, SchedulerSection, StorageSection
+from fedllm.storage.paths import CachePaths, cache_of
 
 _CLUSTERS = frozenset({"slurm"})
 
@@ -44,3 +46,15 @@ def traits_of(config: Config) -> Traits:
         tasks_start_anew=False,
         jobs_outlive_coordinator=False,
     )
+
+
+def cache_for(config: Config, run_root: Path) -> CachePaths:
+    """Return the cache of a run."""
+    return shared_cache(config.storage, config.scheduler, run_root)
+
+
+def shared_cache(
+    storage: StorageSection, scheduler: SchedulerSection, run_root: Path
+) -> CachePaths:
+    """Return the cache; the jobs of a cluster have it beside the runs, which all nodes share."""
+    return cache_of(storage.cache, run_root, beside_runs=scheduler.kind in _CLUSTERS)

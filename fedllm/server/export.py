@@ -1,5 +1,6 @@
 """Export of a server state for other programs: in PEFT's format, or merged into a model."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,20 @@ from fedllm.methods.protocol import Method
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.state_adapters import adapter_of
+from fedllm.reporting.method_words import method_words
+from fedllm.server.model_card import CARD, CardFacts, model_card
 from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.hub import hub_key
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.outputs import filling_folder
-from fedllm.storage.records import AggregateRecord, PreparedRecord
+from fedllm.storage.records import AggregateRecord, EvaluationRecord, PreparedRecord
 from fedllm.storage.tensors import TensorFile
 
 _MODEL_CONFIG = "config.json"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,8 @@ class ServerState:
     method: Method
     file: TensorFile
     ranks: Mapping[str, int]
+    base_scores: EvaluationRecord | None = None
+    scores: EvaluationRecord | None = None
 
     @property
     def base_model(self) -> str:
@@ -94,11 +103,13 @@ def open_state(run: RunPaths, round_number: int | None) -> ServerState:
         method=method_of_run(run, config),
         file=file,
         ranks=AggregateRecord.read(paths.aggregate_record).rank,
+        base_scores=EvaluationRecord.find(run.round(0).evaluation_record) if number else None,
+        scores=EvaluationRecord.find(paths.evaluation_record),
     )
 
 
 def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) -> Exported:
-    """Write a state's adapter in PEFT's format.
+    """Write a state's adapter in PEFT's format, with the tokenizer and a model card.
 
     Args:
         state: an opened server state.
@@ -125,13 +136,15 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
     with filling_folder(out, last=CONFIG) as folder:
         adapter = adapter_of(state.method, state.file, ranks)
         write_peft_adapter(folder, adapter, about=about)
+        _copy_tokenizer(Path(state.prepared.model_path), folder)
+        _write_card(state, folder, ranks, merged=False)
     return Exported(round=state.round, ranks=ranks, base_model=state.base_model)
 
 
 def export_model(
     state: ServerState, out: Path, *, rank: int | None = None, dtype: str | None = None
 ) -> Merged:
-    """Write the base with a state's adapter merged into it, and its tokenizer.
+    """Write the base with a state's adapter merged into it, its tokenizer and a model card.
 
     Args:
         state: an opened server state.
@@ -161,6 +174,7 @@ def export_model(
             rounding += merge(base.model, module, change, dtype=stored)
         narrow(base.model, stored)
         save_model(base, folder)
+        _write_card(state, folder, ranks, merged=True)
     return Merged(
         round=state.round,
         ranks=ranks,
@@ -169,6 +183,30 @@ def export_model(
         survived=rounding.survived,
         unchanged_share=rounding.unchanged_share,
     )
+
+
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+def _write_card(
+    state: ServerState, folder: Path, ranks: Mapping[str, int], *, merged: bool
+) -> None:
+    trainable = [client for client in state.prepared.clients if client.train_rows]
+    facts = CardFacts(
+        base_model=state.base_model,
+        method=method_words(state.config),
+        round=state.round,
+        ranks=ranks,
+        clients=len(trainable),
+        rows=sum(client.train_rows for client in trainable),
+        merged=merged,
+        base=state.base_scores,
+        scores=state.scores,
+    )
+    (folder / CARD).write_text(model_card(facts), encoding="utf-8")
 
 
 def _ranks(state: ServerState, requested: int | None) -> dict[str, int]:

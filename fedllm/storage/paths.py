@@ -523,8 +523,18 @@ class CachePaths:
         return self.root / "scores" / f"{key}.json"
 
 
-def cache_of(configured: str | None, run_root: Path) -> CachePaths:
-    """Return the cache: `storage.cache`, else `$FEDLLM_CACHE`, else beside the run directories."""
+def cache_of(configured: str | None, run_root: Path, *, beside_runs: bool = False) -> CachePaths:
+    """Return the cache: `storage.cache`, else `$FEDLLM_CACHE`, else the user's own.
+
+    That is `fedllm` below `$XDG_CACHE_HOME` or `~/.cache`. `beside_runs` takes a folder beside the
+    run directories instead, as does a cache that an earlier version made there.
+    """
     chosen = configured or os.environ.get("FEDLLM_CACHE")
-    root = Path(chosen).expanduser() if chosen else run_root.resolve().parent / ".fedllm-cache"
+    beside = run_root.resolve().parent / ".fedllm-cache"
+    if chosen:
+        root = Path(chosen).expanduser()
+    elif beside_runs or beside.is_dir():
+        root = beside
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedllm"
     return CachePaths(root=root.resolve())

@@ -149,7 +149,7 @@ def test_a_run_ends_with_whether_it_helped_where_the_adapter_is_and_what_next(
     verdict = "base -> round 1: answer loss lower for"
     assert lines[2] == f"dev clients, {verdict} 0 of 1; Rouge-L higher for 1, lower for 0"
     assert lines[3] == f"training clients, {verdict} 2 of 2; Rouge-L higher for 0, lower for 2"
-    row = "training clients 2 9.000 -> 1.500 -7.500 ± 0.707"
+    row = "training 2 9.000 -> 1.500 -7.500 ± 0.707"
     assert any(" ".join(line.split()).startswith(row) for line in lines)
     assert any(line.split()[:4] == ["small", "1", "9.000", "->"] for line in lines)
     assert f"adapter: round 1, in {paths.round(1).global_state}" in lines

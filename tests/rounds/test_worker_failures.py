@@ -88,7 +88,7 @@ def test_a_silent_worker_whose_cancellation_failed_is_cancelled_later(
     cluster.note(silent, "training")
     assert not advance(run)
 
-    def unreachable(ids: Sequence[str]) -> None:
+    def unreachable(ids: Sequence[str], **_only: bool) -> None:
         raise SchedulerUnreachable(f"scancel {ids}: no answer")
 
     with monkeypatch.context() as away:

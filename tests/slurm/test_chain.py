@@ -230,7 +230,7 @@ def test_a_link_keeps_one_successor_and_waits_until_no_other_runs(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     def named(*words: str) -> str:
-        name = "--job-name=fedllm-ab12-coordinator"
+        name = "--job-name=coordinator-fedllm-ab12"
         return cluster.slurm("sbatch", "--parsable", "--output=/dev/null", name, *words).strip()
 
     def end_the_other(_seconds: float) -> None:

@@ -86,7 +86,7 @@ def test_a_submitted_coordinator_runs_the_resolved_configuration_and_starts_agai
     expected = f"set up: run {run_root}/config.yaml --run-dir {run_root}"
     until(lambda: calls(run_root) == [expected])
     asked = cluster.slurm("squeue", "-h", "-o", "%j|%P|%l")
-    assert asked.strip() == "fedllm-ab12-coordinator|high|30:00"
+    assert asked.strip() == "coordinator-fedllm-ab12|high|30:00"
     assert job_is_gone(job) is False
     assert coordinator_jobs("ab12") == {job: TaskState.RUNNING}
     assert coordinator_jobs("ab1") == {}

@@ -116,12 +116,21 @@ def test_shipped_files_are_found_and_a_missing_one_is_named() -> None:
         shipped("jobs/nothing.py")
 
 
-def test_the_cache_is_where_it_is_configured_else_where_the_environment_says_else_beside_runs(
+def test_the_cache_is_where_it_is_configured_else_where_the_environment_says_else_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "a"
     monkeypatch.delenv("FEDLLM_CACHE", raising=False)
-    assert cache_of(None, run).root == tmp_path / "runs" / ".fedllm-cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    beside = tmp_path / "runs" / ".fedllm-cache"
+    assert cache_of(None, run).root == tmp_path / "user" / "fedllm"
+    assert cache_of(None, run, beside_runs=True).root == beside
+    # one of an earlier version is used further
+    beside.mkdir(parents=True)
+    assert cache_of(None, run).root == beside
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_of(None, tmp_path / "new" / "a").root == tmp_path / "home" / ".cache" / "fedllm"
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "shared"))
     assert cache_of(None, run).root == tmp_path / "shared"
     cache = cache_of(str(tmp_path / "mine"), run)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedllm.cli import execution
 from fedllm.cli.options import (
     AsJson,
     Overrides,
     RoundNumber,
     chosen_round,
     configuration,
+    default_run_dir,
     say,
     say_json,
 )
@@ -22,8 +22,9 @@ from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.planning.engines import engines_of, scoring_engine
+from fedllm.scheduling.traits import cache_for
 from fedllm.storage.kept_records import Count
-from fedllm.storage.paths import RunPaths, cache_of
+from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import EvaluationRecord
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> Eval
     from fedllm.programs.prepare import prepare
 
     loaded = configuration(config, overrides)
-    cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
+    cache = cache_for(loaded, default_run_dir(config))
     with progress_bar() as count:
         prepared = prepare(loaded, cache, count=count)
     arguments = ["evaluate", str(folder), "--config", str(config)]

@@ -48,13 +48,22 @@ def export(
             help="With --merge: float32, bfloat16 or float16. Default: as the run's base.",
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub", metavar="OWNER/NAME", help="Upload it, as a private repository."
+        ),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Write a run's state as a PEFT adapter, or as a merged model."""
     from fedllm.server.export import Merged, export_adapter, export_model, open_state
+    from fedllm.server.hub_upload import push_folder, require_repository
 
     if dtype and not merge:
         raise AdapterError("--dtype: is for --merge, an adapter is float32; leave it out")
+    if push_to_hub is not None:
+        require_repository(push_to_hub)
     paths, folder = existing_run(run), fresh_folder(out)
     # deepspeed, where it is installed, logs to stdout when transformers saves a model
     with redirect_stdout(sys.stderr):
@@ -64,8 +73,9 @@ def export(
             if merge
             else export_adapter(state, folder, rank=rank)
         )
+    pushed = push_folder(push_to_hub, folder) if push_to_hub is not None else None
     if json_:
-        say_json(_exported_json(out, exported))
+        say_json(_exported_json(out, exported) | ({"pushed": pushed} if pushed else {}))
         return
     what = "model, the adapter merged" if merge else "PEFT adapter"
     line = (
@@ -73,6 +83,8 @@ def export(
         f"in {len(exported.ranks)} modules of {exported.base_model}"
     )
     say(line + _survival(exported) if isinstance(exported, Merged) else line)
+    if pushed:
+        say(f"uploaded to {pushed}")
 
 
 def _survival(merged: "Merged") -> str:

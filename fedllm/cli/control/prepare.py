@@ -1,16 +1,16 @@
 """`fedllm prepare`: fetch, fingerprint and tokenise what a run needs."""
 
-from fedllm.cli import execution
 from fedllm.cli.options import (
     AsJson,
     ConfigFile,
     Overrides,
     configuration,
+    default_run_dir,
     say,
     say_json,
 )
 from fedllm.cli.progress_bar import progress_bar
-from fedllm.storage.paths import cache_of
+from fedllm.scheduling.traits import cache_for
 
 
 def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -> None:
@@ -22,12 +22,13 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     from fedllm.programs.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
-    cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
+    cache = cache_for(loaded, default_run_dir(config))
     with progress_bar() as count:
         prepared = prepare_step(loaded, cache, count=count)
     if json_:
         say_json(prepared.model_dump(mode="json", by_alias=True))
         return
+    say(f"cache {cache.root}")
     rows = sum(client.train_rows for client in prepared.clients)
     trainable = sum(client.train_rows > 0 for client in prepared.clients)
     say(f"model {prepared.model_path} ({prepared.model_parameters:,} parameters)")

@@ -7,8 +7,16 @@ from typing import Annotated
 
 import typer
 
-from fedllm.cli.execution import check_before_run, default_run_dir
-from fedllm.cli.options import AsJson, Overrides, RunDir, configuration, say, say_json
+from fedllm.cli.execution import check_before_run
+from fedllm.cli.options import (
+    AsJson,
+    Overrides,
+    RunDir,
+    configuration,
+    default_run_dir,
+    say,
+    say_json,
+)
 from fedllm.config.models import SchedulerSection, StorageSection, is_own
 from fedllm.doctor.examination import DoctorRequest, examine
 from fedllm.doctor.findings import Finding, describe_findings

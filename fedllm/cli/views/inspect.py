@@ -4,11 +4,18 @@ from typing import Annotated
 
 import typer
 
-from fedllm.cli import execution
-from fedllm.cli.options import AsJson, ConfigFile, Overrides, configuration, say, say_json
+from fedllm.cli.options import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    configuration,
+    default_run_dir,
+    say,
+    say_json,
+)
 from fedllm.cli.progress_bar import progress_bar
 from fedllm.errors import ConfigError
-from fedllm.storage.paths import cache_of
+from fedllm.scheduling.traits import cache_for
 
 
 def inspect(
@@ -27,7 +34,7 @@ def inspect(
     if clients == (client is not None):
         raise ConfigError("fedllm inspect: need --client C for one client, or --clients for all")
     loaded = configuration(config, set_ or [])
-    cache = cache_of(loaded.storage.cache, execution.default_run_dir(config))
+    cache = cache_for(loaded, default_run_dir(config))
     if client is None:
         from fedllm.programs.inspect_clients import describe_clients, inspect_clients
 

@@ -16,6 +16,7 @@ from fedllm.cli.options import (
     Overrides,
     configuration,
     configuration_file,
+    default_run_dir,
     fresh_folder,
     say,
     say_json,
@@ -37,8 +38,8 @@ from fedllm.rounds.dispatch.planned import plan_run
 from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.scheduling.log_names import script_of
 from fedllm.scheduling.seam import SchedulerUnreachable
-from fedllm.scheduling.traits import traits_of
-from fedllm.storage.paths import RunPaths, SweepPaths, cache_of
+from fedllm.scheduling.traits import cache_for, traits_of
+from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import PreparedRecord
 
@@ -84,7 +85,7 @@ def plan(
     if is_sweep_file(configuration_file(config)):
         _plan_sweep(configuration_file(config), json_=json_, others=(out, slots, set_))
         return
-    loaded, root = configuration(config, set_ or []), execution.default_run_dir(config)
+    loaded, root = configuration(config, set_ or []), default_run_dir(config)
     execution.check_before_run(loaded, root)
     # imported late: a wrong configuration is refused before the compute side is loaded
     from fedllm.programs.prepare import prepare as prepare_step
@@ -93,7 +94,7 @@ def plan(
     if out is not None:
         fresh_folder(out)
     with progress_bar() as count:
-        prepared = prepare_step(loaded, cache_of(loaded.storage.cache, root), count=count)
+        prepared = prepare_step(loaded, cache_for(loaded, root), count=count)
     run = RunPaths(root=root.resolve())
     with closing(execution.make_scheduler(run, loaded)) as scheduler:
         # a plan is made without a cluster too
@@ -139,7 +140,7 @@ def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
         members = list(of_arm)
         config, paths = members[0].config, SweepPaths(root=root.resolve()).run(members[0].name)
         with progress_bar() as count:
-            prepared = prepare_step(config, cache_of(config.storage.cache, paths.root), count=count)
+            prepared = prepare_step(config, cache_for(config, paths.root), count=count)
         roles[arm] = split_roles(config.clients, prepared.clients)
         with closing(execution.make_scheduler(paths, config)) as scheduler:
             geometry = plan_run(config, prepared, paths, scheduler).geometry

@@ -1,6 +1,7 @@
 """`fedllm status`: show how far a run is."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,8 +9,8 @@ import typer
 from fedllm.cli.asking import cached_holder_check, scheduler_query
 from fedllm.cli.live_status import watch as follow
 from fedllm.cli.options import (
+    RUNS,
     AsJson,
-    RunOrSweep,
     existing_run,
     say,
     say_json,
@@ -25,11 +26,16 @@ from fedllm.reporting.sweeps.sweep_text import sweep_headline, sweep_status_text
 from fedllm.scheduling.slurm.coordinator_job import holder_is_gone
 from fedllm.scheduling.slurm.wait_reasons import advice
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.paths import SweepPaths
+from fedllm.storage.paths import RunPaths, SweepPaths
 
 
 def status(
-    run: RunOrSweep,
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN|SWEEP", help="A run or a sweep. Default: list those below runs/."
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Repeat until the run is done, or until Ctrl-C.")
     ] = False,
@@ -45,6 +51,9 @@ def status(
     """
     if watch and json_:
         raise typer.BadParameter("--watch is for people: leave out --json")
+    if run is None:
+        say(_all_runs())
+        return
     if sweep := existing_sweep(run):
         _show_sweep(sweep, watch=watch, json_=json_)
         return
@@ -69,6 +78,20 @@ def status(
         say(status_text(run, found))
     if found.state == FAILED:
         raise typer.Exit(RunFailed.exit_code)
+
+
+def _all_runs() -> str:
+    """Return a line for each run and sweep below `runs/`, the newest last."""
+    folders = [path for path in RUNS.glob("*") if path.is_dir()]
+    lines = []
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
+        paths = RunPaths(root=folder.resolve())
+        if sweep := existing_sweep(folder):
+            lines.append(f"{folder}: {sweep_headline(sweep_status(sweep, holder_is_gone))}")
+        elif paths.run.exists():
+            reader = StatusReader(paths, gone=cached_holder_check(paths))
+            lines.append(f"{folder}: {headline(reader.read())}")
+    return "\n".join(lines) or f"no run below {RUNS}/; start one with: fedllm run CONFIG"
 
 
 def _show_sweep(paths: SweepPaths, *, watch: bool, json_: bool) -> None:

@@ -88,7 +88,7 @@ def gains_table(gains: dict[str, list[Gain]], *, first: str, last: int) -> str:
     """Return the means before and after, with the change and its deviation over clients."""
     rows = [
         [
-            gain.name,
+            gain.name.removesuffix(" clients"),
             str(gain.after.clients),
             _arrow(gain, "loss"),
             _change(gain.loss_changes),

@@ -149,7 +149,11 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError as error:
+        # a file system such as /proc takes no folders
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)) from error
     sync_folder(folder.parent)
 
 
