@@ -1,6 +1,7 @@
 """Wiring of a run: configuration, scheduler and, for the inline one, the compute side."""
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,6 +12,8 @@ from fedllm.cli.options import configuration, default_run_dir, existing_run, say
 from fedllm.config.models import Config
 from fedllm.errors import LeaseError, UserError
 from fedllm.methods.catalog import check_method, private_space
+from fedllm.planning.classes import JobKind, job_options
+from fedllm.reporting.plan.plan_text import flags_text
 from fedllm.rounds.chaining import take_link, this_link
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.dispatch.in_flight import is_done
@@ -18,7 +21,7 @@ from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.rounds.opening import close_run, open_run, resumed_config
 from fedllm.rounds.run import Run
 from fedllm.scheduling import schedulers
-from fedllm.scheduling.environment import become_task
+from fedllm.scheduling.environment import TaskEnvironment, become_task
 from fedllm.scheduling.inline import Execute
 from fedllm.scheduling.schedulers import check_log_path
 from fedllm.scheduling.seam import Scheduler, SubmissionUnknown
@@ -30,6 +33,7 @@ from fedllm.scheduling.slurm.coordinator_job import (
 )
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.slurm.script import log_pattern
+from fedllm.scheduling.traits import traits_of
 from fedllm.storage.own_code import folders_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.permissions import group_number
@@ -206,6 +210,19 @@ def check_before_run(config: Config, root: Path) -> None:
     check_log_path(config, RunPaths(root=root.resolve()))
     if config.storage.group:
         group_number(config.storage.group)
+
+
+def say_where(config: Config, kind: JobKind, command: str) -> None:
+    """Say on stderr that a command computes on this host, and how a job of Slurm would do it.
+
+    It is said where jobs run on a cluster and this process is in none: on a login node.
+    """
+    if not traits_of(config).jobs_outlive_coordinator or TaskEnvironment().job is not None:
+        return
+    options = job_options(config.scheduler.sbatch, kind)
+    flags = flags_text(options) if options else ""
+    words = " ".join(filter(None, ["srun", flags, command]))
+    sys.stderr.write(f"computing on this host, {TaskEnvironment().node}; as a job: {words}\n")
 
 
 def make_scheduler(paths: RunPaths, config: Config) -> Scheduler:

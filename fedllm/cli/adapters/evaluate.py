@@ -1,5 +1,6 @@
 """`fedllm evaluate`: score a run's state or a PEFT adapter."""
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedllm.cli import execution
 from fedllm.cli.options import (
     AsJson,
     Overrides,
@@ -112,8 +114,10 @@ def _score_run(
 
     arguments = ["evaluate", str(paths.root), "--round", str(number)]
     arguments += [] if rank is None else ["--rank", str(rank)]
+    run_config = read_config(paths.config)
+    execution.say_where(run_config, "evaluate", f"fedllm {shlex.join(arguments)}")
     return _in_processes(
-        read_config(paths.config),
+        run_config,
         arguments,
         lambda session, count: evaluate_state(paths, number, rank, session, count),
     )

@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +41,7 @@ from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.scheduling.log_names import script_of
 from fedllm.scheduling.seam import SchedulerUnreachable
 from fedllm.scheduling.traits import cache_for, traits_of
+from fedllm.storage.kept_records import Count
 from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import PreparedRecord
@@ -94,7 +97,8 @@ def plan(
     if out is not None:
         fresh_folder(out)
     with progress_bar() as count:
-        prepared = prepare_step(loaded, cache_for(loaded, root), count=count)
+        here = _AnnouncedWork(count, loaded, f"fedllm prepare {shlex.quote(str(config))}")
+        prepared = prepare_step(loaded, cache_for(loaded, root), count=here)
     run = RunPaths(root=root.resolve())
     with closing(execution.make_scheduler(run, loaded)) as scheduler:
         # a plan is made without a cluster too
@@ -112,6 +116,22 @@ def plan(
         publish_bytes(file, script.text.encode())
         if not json_:
             say(f"wrote {file}")
+
+
+class _AnnouncedWork:
+    """Count that first says where the work is done: on a login node a job may be wanted."""
+
+    def __init__(self, count: Count, config: Config, command: str) -> None:
+        self._count = count
+        self._announce = partial(execution.say_where, config, "prepare", command)
+        self._is_said = False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Count, as the wrapped function does."""
+        if not self._is_said:
+            self._is_said = True
+            self._announce()
+        self._count(what, done, total)
 
 
 def _describe(geometry: Geometry, config: Config, prepared: PreparedRecord) -> None:
