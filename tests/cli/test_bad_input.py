@@ -1,5 +1,6 @@
 """Bad input gets one line that names the thing and the remedy, and loses nothing."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -66,12 +67,43 @@ def test_a_run_directory_of_another_configuration_is_refused(tiny: Tiny, tmp_pat
         in_process("run", tiny.config, "--run-dir", root, "--set", "training.max_steps=4")
     )
     assert "training.max_steps (3 in the run, now 4)" in line
+    keys = ("seed=9", "lora.alpha=3", "training.batch_size=3", "training.epochs=2")
+    more = ("training.max_steps=4", "training.clip_norm=2", "training.warmup_steps=1")
+    words = [word for key in (*keys, *more) for word in ("--set", key)]
+    line = one_line(in_process("run", tiny.config, "--run-dir", root, *words))
+    assert line.count(" in the run, now ") == 5
+    assert " and 2 more; these keys are frozen" in line
+    # a run directory where a configuration is wanted, and the reverse
+    line = one_line(in_process("run", root))
+    assert f"{root}: a run directory" in line
+    assert f"to go on with the run: fedllm resume {root}" in line
+    line = one_line(in_process("status", tiny.config))
+    assert "this command needs a run directory; `fedllm run` starts its run, in runs/tiny" in line
 
 
 def test_a_missing_configuration_or_run_is_one_line(tmp_path: Path) -> None:
     assert "no such configuration file" in one_line(in_process("run", tmp_path / "no.yaml"))
     assert "no run here" in one_line(in_process("resume", tmp_path))
     assert "no run here" in one_line(in_process("status", tmp_path / "nothing"))
+
+
+def test_a_key_that_is_set_with_a_blank_is_one_line_with_the_right_words(tiny: Tiny) -> None:
+    line = one_line(in_process("run", tiny.config, "--set", "rounds", "5"))
+    assert line.endswith("--set rounds 5: write it without a blank: --set rounds=5")
+
+
+def test_a_folder_that_takes_no_files_is_one_line(tiny: Tiny) -> None:
+    line = one_line(in_process("run", tiny.config, "--run-dir", "/proc/run"))
+    assert "/proc/run" in line
+    assert "cannot be written" in line
+
+
+def test_answers_that_are_all_empty_are_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in tiny.data.read_text(encoding="utf-8").splitlines()]
+    data = tmp_path / "empty.jsonl"
+    data.write_text("".join(json.dumps({**row, "output": ""}) + "\n" for row in rows))
+    line = one_line(in_process("plan", tiny.config, "--set", f"data.path={data}"))
+    assert f"data.path: {data}: no row to train: 200 rows have an empty answer" in line
 
 
 def test_a_configuration_without_paths_names_the_keys(tiny: Tiny, tmp_path: Path) -> None:

@@ -52,6 +52,17 @@ def test_status_names_tasks_failures_and_how_to_go_on(training: RunPaths) -> Non
     assert lines[-1] == f"go on with: fedllm resume {training.root}"
 
 
+def test_status_without_a_run_lists_those_below_runs(
+    training: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(training.root.parent)
+    assert in_process("status").stdout == "no run below runs/; start one with: fedllm run CONFIG\n"
+    Path("runs").mkdir()
+    training.root.rename(Path("runs") / "mine")
+    shown = in_process("status").stdout
+    assert shown.startswith("runs/mine: run run: stopped, 0 of 1 rounds done; round 1: train; ")
+
+
 def test_status_as_json_has_names_that_scripts_can_rely_on(training: RunPaths) -> None:
     found = json.loads(in_process("status", training.root, "--json").stdout)
     assert found.keys() == {
