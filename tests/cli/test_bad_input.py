@@ -102,7 +102,10 @@ def test_answers_that_are_all_empty_are_one_line(tiny: Tiny, tmp_path: Path) -> 
     rows = [json.loads(line) for line in tiny.data.read_text(encoding="utf-8").splitlines()]
     data = tmp_path / "empty.jsonl"
     data.write_text("".join(json.dumps({**row, "output": ""}) + "\n" for row in rows))
-    line = one_line(in_process("plan", tiny.config, "--set", f"data.path={data}"))
+    done = in_process("plan", tiny.config, "--set", f"data.path={data}")
+    assert done.returncode == 2
+    # above it stands how the file is read
+    line = done.stderr.splitlines()[-1]
     assert f"data.path: {data}: no row to train: 200 rows have an empty answer" in line
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import shlex
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,7 @@ from fedllm.cli.progress_bar import progress_bar
 from fedllm.cli.sweeps import default_sweep_dir, planned_sweep
 from fedllm.config.models import Config
 from fedllm.config.sweep_files import is_sweep_file
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, UserError
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.sweeps.sweep_runs import refuse_leaks
@@ -39,7 +39,7 @@ from fedllm.reporting.sweeps.sweep_plan import ArmPlan, arm_plan, describe_sweep
 from fedllm.rounds.dispatch.planned import plan_run
 from fedllm.rounds.dispatch.preflight import check_jobs
 from fedllm.scheduling.log_names import script_of
-from fedllm.scheduling.seam import SchedulerUnreachable
+from fedllm.scheduling.seam import Scheduler, SchedulerUnreachable
 from fedllm.scheduling.traits import cache_for, traits_of
 from fedllm.storage.kept_records import Count
 from fedllm.storage.paths import RunPaths, SweepPaths
@@ -101,9 +101,7 @@ def plan(
         prepared = prepare_step(loaded, cache_for(loaded, root), count=here)
     run = RunPaths(root=root.resolve())
     with closing(execution.make_scheduler(run, loaded)) as scheduler:
-        # a plan is made without a cluster too
-        with suppress(SchedulerUnreachable):
-            check_jobs(scheduler, loaded, run)
+        _check_jobs(scheduler, loaded, run)
         planned = plan_run(loaded, prepared, run, scheduler, slots=slots)
     if json_:
         say_json(dataclasses.asdict(planned.geometry))
@@ -116,6 +114,21 @@ def plan(
         publish_bytes(file, script.text.encode())
         if not json_:
             say(f"wrote {file}")
+
+
+def _check_jobs(scheduler: Scheduler, config: Config, run: RunPaths) -> None:
+    """Refuse jobs that a scheduler refuses; a plan is made where none answers too.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    try:
+        check_jobs(scheduler, config, run)
+    except ConfigError:
+        raise
+    except (SchedulerUnreachable, UserError):
+        # the plan says that limits are unknown
+        return
 
 
 class _AnnouncedWork:
