@@ -77,6 +77,11 @@ venv: .venv/.package
 	@$(PIP) -e ".[test]"
 	@touch $@
 
+.venv/.report: .venv/.package
+	@echo "venv: what draws the report page"
+	@$(PIP) -e ".[report]"
+	@touch $@
+
 .venv/.browser: .venv/.test
 	@echo "venv: what drives a browser"
 	@$(PIP) -e ".[browser]"
@@ -94,17 +99,12 @@ venv: .venv/.package
 
 # --- the example
 
-# the bucket effect: every client at the rank of the smallest tier, A and B averaged separately
-SMALLEST := method.name=factor_mean $(foreach tier,tiny small wide large,clients.tiers.$(tier).ranks=2)
-
-quickstart: venv
-	@.venv/bin/fedllm run configs/quickstart.yaml --run-dir runs/quickstart-smallest \
-	  $(foreach change,$(SMALLEST),--set $(change))
-	@.venv/bin/fedllm run configs/quickstart.yaml
-	@.venv/bin/fedllm compare "smallest rank=runs/quickstart-smallest" "FlexLoRA=runs/quickstart"
-	@echo; echo "next: .venv/bin/fedllm inspect configs/quickstart.yaml --client reverse-letters"; \
+quickstart: .venv/.report
+	@.venv/bin/python examples/quickstart.py
+	@echo; echo "next: .venv/bin/fedllm compare smallest=runs/quickstart-smallest FlexLoRA=runs/quickstart"; \
+	echo "      .venv/bin/fedllm inspect configs/quickstart.yaml --client ana"; \
 	echo "      .venv/bin/fedllm export runs/quickstart --rank 4 --out adapters/rank-4"; \
-	echo "      .venv/bin/fedllm resume runs/quickstart --set rounds=12"
+	echo "      .venv/bin/fedllm resume runs/quickstart --set rounds=16"
 
 # --- checks: independent of each other, the longest first
 

@@ -188,7 +188,7 @@ class DataSection(Section):
     embedded_clients: Annotated[int, Field(ge=12, le=100_000)] = 16
     """Number of clients of `embedded`."""
     embedded_rows: Annotated[int, Field(ge=20)] = 96
-    """Number of rows of each client of `embedded`."""
+    """Number of rows of each client of `embedded`, at most 196."""
 
     @model_validator(mode="after")
     def _has_clients(self) -> "DataSection":

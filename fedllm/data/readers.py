@@ -17,7 +17,6 @@ import pyarrow as pa
 from fedllm.config.models import ColumnsSection, DataSection
 from fedllm.data.blocks import RowBlock, row_number
 from fedllm.data.columns import canonical_block, columns_to_read, split_rows
-from fedllm.data.embedded_clients import embedded_rows
 from fedllm.data.files.csv_rows import peek_csv, read_csv
 from fedllm.data.files.json_objects import peek_json, read_json
 from fedllm.data.files.parquet_rows import nested_columns, peek_parquet, read_parquet
@@ -25,6 +24,7 @@ from fedllm.data.files.splits import TEST, TRAIN, VALIDATION, kind_of, shorten_f
 from fedllm.data.huggingface import fetch_dataset, is_saved_dataset, read_saved_dataset
 from fedllm.data.partitions import COLUMN, partition_tables
 from fedllm.data.row_formats import RowColumns, detect_format, row_columns, shorten_names
+from fedllm.embedded.embedded_clients import embedded_rows
 from fedllm.errors import DataError
 from fedllm.storage.fingerprints import fingerprint_files, fingerprint_values
 from fedllm.storage.paths import CachePaths

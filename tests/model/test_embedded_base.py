@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.config.models import LoraSection
-from fedllm.data.embedded_clients import TASKS
+from fedllm.embedded.embedded_clients import QUESTIONS
+from fedllm.embedded.embedded_text import build_tokenizer, document
 from fedllm.model.base import describe_base, load_base
 from fedllm.model.embedded_base import Recipe, embedded_base, pretrain
-from fedllm.model.embedded_text import build_tokenizer, document
 from fedllm.storage.paths import CachePaths
 
 SHORT = Recipe(steps=6, rows=4, window=48, hidden=32, intermediate=48)
@@ -60,8 +60,9 @@ def test_it_is_made_once_and_reports_its_progress(tmp_path: Path) -> None:
     assert embedded_base(cache, lines.append, Recipe(**{**vars(SHORT), "seed": 1})) != first
 
 
-def test_a_letter_is_a_token_and_a_format_word_too() -> None:
+def test_a_letter_is_a_token_and_a_known_word_too() -> None:
     tokenizer = build_tokenizer()
+    assert tokenizer.tokenize("France") == ["France"]
     assert tokenizer.tokenize("gim lok") == ["g", "i", "m", "Ġl", "o", "k"]
     assert tokenizer.tokenize("### Response:") == ["###", "ĠResponse", ":"]
 
@@ -72,8 +73,8 @@ def test_every_text_survives(text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_no_task_of_the_embedded_clients_is_in_its_text() -> None:
+def test_no_question_of_the_embedded_clients_is_in_its_text() -> None:
     draw = random.Random(0)
-    text = "\n".join(document(draw, n / 500) for n in range(500))
+    text = "\n".join("".join(document(draw)) for _ in range(500))
     assert "### Instruction:" in text
-    assert not any(task.instruction in text for task in TASKS)
+    assert not any(question in text for question in QUESTIONS.values())
