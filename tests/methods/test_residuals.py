@@ -6,17 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.aggregation import routes
-from fedllm.aggregation.route_types import Problem
+from fedllm.aggregation.route_types import Problem, Start
 from fedllm.lora.factors import Factors, ModuleShape, delta
 from fedllm.methods.options import FedMomentumOptions, FloristOptions
 from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.protocol import Method, ModuleState
+from fedllm.methods.residuals import held_energy
 from fedllm.methods.residuals.fedex import FedEx
 from fedllm.methods.residuals.fedmomentum import FedMomentum
 from fedllm.methods.residuals.flora import Flora
 from fedllm.methods.residuals.florist import Florist
-from fedllm.methods.residuals.spectrum import holding, leading
 from fedllm.methods.spectral.flexlora import FlexLora
 from tests.lora.adapters import dense_sum, random_factors
 from tests.methods.aggregating import aggregate, block_of, can_train
@@ -151,19 +150,21 @@ def test_mixed_ranks_are_refused_where_all_share_an_adapter(method: Method) -> N
     assert FLORA.refuse([{"m": 2}, {"m": 4}]) is None
 
 
-@pytest.mark.parametrize("shape", [(11, 9), (40, 30)], ids=["dense", "factored"])
+@pytest.mark.parametrize("shape", [(11, 9), (9, 11), (40, 30)], ids=["tall", "wide", "factored"])
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999, 1.0])
 def test_the_fewest_triplets_that_hold_a_share_are_found(
     shape: tuple[int, int], share: float
 ) -> None:
     sent = [random_factors(s, out=shape[0], in_=shape[1], rank=3, scale=2.0) for s in range(4)]
-    problem = holding(Problem(out=shape[0], in_=shape[1], stacked_rank=12, rank=1), share)
-    block = block_of(sent, [1.0, 2.0, 3.0, 4.0])
-    (found,) = routes.decompose([routes.fold(block, problem)], problem, total=10.0)
-    s = torch.linalg.svdvals(dense_sum(sent, [0.1, 0.2, 0.3, 0.4]))
+    problem = Problem(out=shape[0], in_=shape[1], stacked_rank=12, rank=2)
+    partial = held_energy.fold(block_of(sent, [1.0, 2.0, 3.0, 4.0]), problem, share)
+    (found,) = held_energy.hold([partial], problem, share, total=10.0, start=Start())
+    dense = dense_sum(sent, [0.1, 0.2, 0.3, 0.4])
+    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
     energies = s.square().cumsum(0) / s.square().sum()
-    fewest = 1 + int((energies < share * (1 - 1e-9)).sum())
-    assert leading(found, share) == (len(found.spectral.s_R) if share == 1 else fewest)
-    assert len(found.spectral.s_R) >= min(fewest, 9)
-    count = len(found.spectral.s_R)
-    torch.testing.assert_close(found.spectral.s_R, s[:count], atol=1e-6, rtol=1e-6)
+    count = min(len(s), 1 + int((energies < share * (1 - 1e-9)).sum()))
+    best = (u[:, :count] * s[:count]) @ vh[:count]
+    torch.testing.assert_close(found.held_OI.double(), best, atol=1e-5, rtol=1e-5)
+    assert found.energy == pytest.approx(float(s[:count].square().sum()), rel=1e-6)
+    torch.testing.assert_close(found.leading.spectral.s_R.double(), s[:2], atol=1e-5, rtol=1e-6)
+    assert found.leading.total_energy == pytest.approx(float(s.square().sum()), rel=1e-6)

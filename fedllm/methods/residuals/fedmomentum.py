@@ -17,14 +17,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.aggregation import routes
-from fedllm.aggregation.route_types import Decomposition, Partial
+from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock, Factors
 from fedllm.methods.options import FedMomentumOptions
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 from fedllm.methods.refusals import refuse_mixed_ranks
+from fedllm.methods.residuals import held_energy
 from fedllm.methods.residuals.base_state import ChangesBase, changed
-from fedllm.methods.residuals.spectrum import between, cut, holding, leading
+from fedllm.methods.residuals.held_energy import Held
 from fedllm.methods.spectral.spectral_state import SpectralMethod
 from fedllm.methods.state import carried
 
@@ -52,27 +52,29 @@ class FedMomentum(ChangesBase, SpectralMethod):
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i s_i B_i A_i of the block, as the route to its triplets holds it."""
-        return routes.fold(block, holding(step.problem, self.options.energy))
+        return held_energy.fold(block, step.problem, self.options.energy)
 
     def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the leading triplets, and the next ones on the change of the base."""
-        whole = holding(step.problem, self.options.energy)
-        start = self.start_of(step)
-        found = routes.decompose(partials, whole, total=step.total, start=start)
-        rank = step.problem.rank
-        kept = [cut(each, rank) for each in found]
-        results = self.aggregates(kept, step, untrained=lambda part: part.weight / step.total)
+        share, start = self.options.energy, self.start_of(step)
+        found = held_energy.hold(partials, step.problem, share, total=step.total, start=start)
+        results = self.aggregates(
+            [each.leading for each in found], step, untrained=lambda part: part.weight / step.total
+        )
         return [
             replace(
                 result,
-                state={**result.state, **carried(module, changed(before, self._tail(each, rank)))},
+                state={**result.state, **carried(module, changed(before, _tail(each)))},
             )
             for module, before, each, result in zip(
                 step.modules, step.before, found, results, strict=True
             )
         ]
 
-    def _tail(self, found: Decomposition, rank: int) -> Tensor:
-        """Return the components behind the adapter's that go into the base."""
-        end = max(rank, leading(found, self.options.energy))
-        return between(found, rank, end)
+
+def _tail(found: Held) -> Tensor:
+    """Return the components behind the adapter's that go into the base; zero if there are none."""
+    triplets = found.leading.spectral
+    if found.energy <= float(triplets.s_R.double().square().sum()):
+        return torch.zeros_like(found.held_OI)
+    return found.held_OI - ((triplets.u_OR * triplets.s_R) @ triplets.vh_RI).float()

@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.options import FloristOptions
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
+from fedllm.methods.residuals import held_energy
 from fedllm.methods.residuals.flora import Flora
-from fedllm.methods.residuals.spectrum import between, cut, holding, leading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +29,20 @@ class Florist(Flora):
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i s_i B_i A_i of the block, as the route to its triplets holds it."""
-        return routes.fold(block, holding(step.problem, self.options.threshold))
+        return held_energy.fold(block, step.problem, self.options.threshold)
 
     def finish(self, partials: Iterable[Partial], step: ServerStep) -> list[ModuleAggregate]:
         """Return the base with the leading directions of the mean in it."""
-        whole = holding(step.problem, self.options.threshold)
-        found = routes.decompose(partials, whole, total=step.total, start=self.start(step))
-        results = []
-        for place, each in enumerate(found):
-            count = leading(each, self.options.threshold)
-            s_R = each.spectral.s_R.double()
-            results.append(
-                self.merged(
-                    place,
-                    cut(each, step.problem.rank),
-                    step,
-                    merged_OI=between(each, 0, count),
-                    lost=max(0.0, each.total_energy - float(s_R[:count].square().sum())),
-                )
+        share = self.options.threshold
+        start = self.start(step)
+        found = held_energy.hold(partials, step.problem, share, total=step.total, start=start)
+        return [
+            self.merged(
+                place,
+                each.leading,
+                step,
+                merged_OI=each.held_OI,
+                lost=max(0.0, each.leading.total_energy - each.energy),
             )
-        return results
+            for place, each in enumerate(found)
+        ]

@@ -35,6 +35,7 @@ from fedllm.methods.spectral.flexlora import FlexLora
 from fedllm.methods.state import carried
 from fedllm.methods.weights import direction_weights
 
+_ROUGH = 1.0  # of triplets that are only recorded
 _ENTRIES = ("entries_A", "entries_B")  # the values of the entries, in the shapes of A and B
 
 
@@ -98,10 +99,11 @@ class SLora(FlexLora):
                 for entries, state in zip(moved, step.before, strict=True)
             ]
         )
-        formed = routes.formed(problem)
+        is_last = step.round == self.options.sparse_rounds
+        formed = routes.formed(problem if is_last else replace(problem, tolerance=_ROUGH))
         folded = routes.fold_formed(whole_GOI, formed)
         found = routes.decompose([folded], formed, total=1.0, start=self.start_of(step))
-        if step.round == self.options.sparse_rounds:
+        if is_last:
             results = self.aggregates(found, step, untrained=lambda _part: 1.0)
             return [_without_entries(each, shape) for each in results]
         return [self._in_base(place, moved[place], each, step) for place, each in enumerate(found)]
