@@ -126,7 +126,7 @@ def blocks_of(places: Sequence[int], block_clients: int) -> list[tuple[int, ...]
 def _largest_block(ranks: Sequence[int], block_clients: int) -> int:
     """Return the largest stacked rank of a block."""
     begins = range(0, len(ranks), block_clients)
-    return max(sum(ranks[begin : begin + block_clients]) for begin in begins)
+    return max((sum(ranks[begin : begin + block_clients]) for begin in begins), default=0)
 
 
 def _bytes_of_module(problem: Problem, block_rank: int) -> int:

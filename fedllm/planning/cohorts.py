@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from fedllm.config.models import ClientsSection
+from fedllm.config.models import ClientsSection, Config
 from fedllm.errors import ConfigError
 from fedllm.planning.seeding import seed_of
 from fedllm.storage.records import CohortRecord
@@ -19,8 +19,8 @@ def cohort_size(section: ClientsSection, num_trainable: int) -> int:
     With Poisson sampling it is the expected number.
 
     Raises:
-        ConfigError: `clients.cohort.count` is above the number of clients that can train, a Poisson
-            cohort could be empty, or `clients.quorum` is above the cohort.
+        ConfigError: `clients.cohort.count` is above the number of clients that can train, or
+            `clients.quorum` is above the cohort.
     """
     if not num_trainable:
         raise ConfigError("clients: none can train; lower clients.dev and clients.unseen")
@@ -31,17 +31,28 @@ def cohort_size(section: ClientsSection, num_trainable: int) -> int:
             "lower it"
         )
     size = cohort.count or max(1, round((cohort.fraction or 0.0) * num_trainable))
-    if cohort.sampling == "poisson" and size < _SMALLEST_POISSON:
-        raise ConfigError(
-            f"clients.cohort.sampling: poisson expects {size} clients a round, which may be none; "
-            f"need at least {_SMALLEST_POISSON}, or fixed"
-        )
     if isinstance(section.quorum, int) and section.quorum > size:
         raise ConfigError(
             f"clients.quorum: got {section.quorum}, a round draws {size} clients; lower it, or "
             "give `all` or a share"
         )
     return size
+
+
+def refuse_empty_cohorts(config: Config, size: int) -> None:
+    """Refuse cohorts of this expected size that may be empty, where nothing follows from none.
+
+    Private clients may be none: the noise alone moves the state then.
+
+    Raises:
+        ConfigError: a Poisson cohort could be empty.
+    """
+    is_poisson = config.clients.cohort.sampling == "poisson"
+    if is_poisson and config.privacy.clip_norm is None and size < _SMALLEST_POISSON:
+        raise ConfigError(
+            f"clients.cohort.sampling: poisson expects {size} clients a round, which may be none; "
+            f"need at least {_SMALLEST_POISSON}, fixed, or privacy.clip_norm"
+        )
 
 
 def draw_cohort(

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError
-from fedllm.planning.cohorts import cohort_size, draw_cohort, quorum_size
+from fedllm.planning.cohorts import (
+    cohort_size,
+    draw_cohort,
+    quorum_size,
+    refuse_empty_cohorts,
+)
 from tests.planning.federations import config_of
 
 IDS = st.lists(st.text(max_size=5), min_size=1, max_size=40, unique=True)
@@ -112,8 +117,14 @@ def test_a_poisson_cohort_has_the_expected_size_on_average_and_clients_come_by_t
 
 
 def test_a_poisson_cohort_that_could_be_empty_is_refused() -> None:
-    section = config_of(clients__cohort={"count": 27, "sampling": "poisson"}).clients
+    cohort = {"count": 27, "sampling": "poisson"}
+    config = config_of(clients__cohort=cohort)
     with pytest.raises(ConfigError, match=r"sampling: poisson expects 27 clients .* at least 28"):
-        cohort_size(section, 100)
+        refuse_empty_cohorts(config, 27)
+    refuse_empty_cohorts(config, 28)
+    private = config_of(
+        clients__cohort=cohort, privacy__clip_norm=1.0, aggregation__weights="uniform"
+    )
+    refuse_empty_cohorts(private, 1)
     with pytest.raises(ConfigError, match=r"over_sample: got 0.5, but a Poisson cohort has no"):
         config_of(clients__cohort={"count": 30, "sampling": "poisson"}, clients__over_sample=0.5)

@@ -19,7 +19,7 @@ from fedllm.server.clipping import factor_energy, product_energy
 from fedllm.server.epsilon import privacy_after
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.publishing.publish import publish_bytes
-from fedllm.storage.records import AggregateRecord, RunRecord
+from fedllm.storage.records import AggregateRecord, CohortRecord, CollectionRecord, RunRecord
 from tests.lora.adapters import random_factors
 from tests.methods.aggregating import aggregate
 from tests.server.collection import MODULES, RANKS, make_round, sent
@@ -96,6 +96,22 @@ def test_a_clients_change_over_all_modules_has_at_most_the_clipping_norm(tmp_pat
         u, s, vh = torch.linalg.svd(mean)
         best = (u[:, :5] * s[:5]) @ vh[:5]
         torch.testing.assert_close(change(paths, module), best, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_a_cohort_without_clients_moves_the_state_by_the_noise(tmp_path: Path, method: str) -> None:
+    paths = private_round(tmp_path / "a", method, clip_norm=1.0, noise=0.5)
+    aggregate_round(paths)
+    CohortRecord.read(paths.cohort).model_copy(update={"clients": []}).publish(paths.cohort)
+    CollectionRecord(round=1, lease=1, updates=[]).publish(paths.collection)
+    record = aggregate_round(paths)
+    assert (record.clients, record.privacy is None) == (0, False)
+    found = change(paths, "a.q")
+    assert found.any() and torch.isfinite(found).all()
+    if method == "flexlora":
+        for module, (out, in_) in MODULES.items():
+            expected = out * in_ * (0.5 / CLIENTS) ** 2  # of normal numbers of that deviation
+            assert record.modules[module].total_energy == pytest.approx(expected, rel=0.5)
 
 
 def test_the_norm_of_a_change_of_two_by_hand() -> None:
