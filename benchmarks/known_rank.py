@@ -40,6 +40,8 @@ RANKS = (2, 8, 8, 32)
 CLIENTS, COHORT, STEPS = 40, 8, 5
 # for all methods: with scales of 2 a step on B makes up for 4 x 0.2 of what is missing
 LEARNING_RATE = 0.2
+# a sketch of r of R directions counts each R / r times, and so does the gradient of A
+STEP_SHARES = {"fslora": lambda rank, largest: rank / largest}
 STRENGTHS = (0.5, 2.0)
 SHOWN_ROUNDS = (1, 10, 30)
 SHAPE = ModuleShape(out=SIDE, in_=SIDE)
@@ -136,45 +138,59 @@ def trained(
     right: Sequence[Tensor],
     task: LocalTask,
     changes: Sequence[Tensor | None],
+    rate: float = LEARNING_RATE,
 ) -> list[Factors]:
     """Return what clients of one rank send: gradient descent on |s B A - T|^2 / 2, all at once.
 
     `task` says which factors train. Frozen factors, and changes of the base, are taken off the
     target.
     """
-    if changes[0] is not None:
-        left = [torch.cat([t, -d], 1) for t, d in zip(left, changes, strict=True) if d is not None]
-        right = [torch.cat([t, torch.eye(SIDE)]) for t in right]
-    if received[0].frozen is not None:
-        frozen = [factors.frozen for factors in received if factors.frozen]
-        left = [torch.cat([t, -f.scale * f.b_OR], 1) for t, f in zip(left, frozen, strict=True)]
-        right = [torch.cat([t, f.a_RI]) for t, f in zip(right, frozen, strict=True)]
+    tall, flat = _targets(received, left, right, changes)
     if task.entries_seed is not None:
-        return _trained_entries(received, left, right, task.entries_seed)
+        return _trained_entries(received, tall if flat is None else tall @ flat, task.entries_seed)
     a, b = torch.stack([f.a_RI for f in received]), torch.stack([f.b_OR for f in received])
-    tall, flat, scale = torch.stack(list(left)), torch.stack(list(right)), received[0].scale
+    scale = received[0].scale
     for _ in range(STEPS):
-        of_b = scale * (scale * b @ (a @ a.mT) - tall @ (flat @ a.mT))
-        of_a = scale * (scale * (b.mT @ b) @ a - (b.mT @ tall) @ flat)
-        a = a - LEARNING_RATE * of_a if "A" in task.trained else a
-        b = b - LEARNING_RATE * of_b if "B" in task.trained else b
+        flat_a = a.mT if flat is None else flat @ a.mT
+        b_target = b.mT @ tall if flat is None else (b.mT @ tall) @ flat
+        of_b = scale * (scale * b @ (a @ a.mT) - tall @ flat_a)
+        of_a = scale * (scale * (b.mT @ b) @ a - b_target)
+        a = a - rate * of_a if "A" in task.trained else a
+        b = b - rate * of_b if "B" in task.trained else b
     return [Factors(a_RI=x, b_OR=y, scale=scale) for x, y in zip(a, b, strict=True)]
 
 
-def _trained_entries(
-    received: Sequence[Factors], left: Sequence[Tensor], right: Sequence[Tensor], seed: int
-) -> list[Factors]:
+def _targets(
+    received: Sequence[Factors],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    changes: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor | None]:
+    """Return the targets as products of two matrices, or (None) as they are."""
+    frozen = [factors.frozen for factors in received if factors.frozen]
+    if frozen:
+        left = [torch.cat([t, -f.scale * f.b_OR], 1) for t, f in zip(left, frozen, strict=True)]
+        right = [torch.cat([t, f.a_RI]) for t, f in zip(right, frozen, strict=True)]
+    tall, flat = torch.stack(list(left)), torch.stack(list(right))
+    changed = [change for change in changes if change is not None]
+    return (tall @ flat - torch.stack(changed), None) if changed else (tall, flat)
+
+
+def _trained_entries(received: Sequence[Factors], targets: Tensor, seed: int) -> list[Factors]:
     """Return what clients send that train entries of W: gradient descent on |D - T|^2 / 2."""
     places = entry_places(seed=seed, shape=SHAPE, rank=received[0].rank)
     sent = []
-    for tall, flat, got in zip(left, right, received, strict=True):
-        target = (tall @ flat).flatten()[places]
+    for target, got in zip(targets, received, strict=True):
         entries = with_entries(got.a_RI, got.b_OR, places).flatten()
         for _ in range(STEPS):
-            entries[places] -= LEARNING_RATE * (entries[places] - target)
+            entries[places] -= LEARNING_RATE * (entries[places] - target.flatten()[places])
         a_RI, b_OR = entries_of(entries.view(SIDE, SIDE), places, got.rank)
         sent.append(replace(got, a_RI=a_RI, b_OR=b_OR, frozen=None))
     return sent
+
+
+def _whole(_rank: int, _largest: int) -> float:
+    return 1.0
 
 
 def train_round(
@@ -199,7 +215,10 @@ def train_round(
         left = [federations[place].left[client] for place, client in members]
         right = [federations[place].right for place, _ in members]
         changes = [method.base_delta(federations[place].state) for place, _ in members]
-        updates = trained(received, left, right, method.local_task(number), changes)
+        rate = LEARNING_RATE * STEP_SHARES.get(method.name, _whole)(
+            rank, max(federations[members[0][0]].ranks)
+        )
+        updates = trained(received, left, right, method.local_task(number), changes, rate)
         for (place, client), got, update in zip(members, received, updates, strict=True):
             sent[place][client] = update
             federations[place].bytes_sent += got.num_bytes + update.num_bytes  # down and up
