@@ -7,7 +7,7 @@ frozen part (`Factors.frozen`); whole factors are frozen here.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,11 @@ class LocalTask:
 class Recipient:
     """The client that receives an adapter, and the round that it trains in.
 
-    `kept` is what the client itself kept of the module from its last round, by name.
+    `kept` is what the client itself kept of the module from its last round, by name; `notes` is
+    what it kept beside, as JSON holds it.
     """
 
     client: str
     round: int
     kept: "Mapping[str, Tensor]" = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)

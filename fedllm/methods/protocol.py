@@ -204,6 +204,18 @@ class Method(Protocol):
         del module, trained
         return {}
 
+    def kept_notes(self, *, before: StateNotes, trained: Adapter) -> StateNotes:
+        """Return what a client keeps beside the tensors, as JSON holds it: counters, for example.
+
+        It is `to.notes` of the client's next `hand_out`, where `keeps_at_clients`.
+
+        Args:
+            before: what it kept from its last round; empty at first.
+            trained: its factors after training.
+        """
+        del before, trained
+        return {}
+
     def client_notes(self, *, trained: Adapter, received: Callable[[], Adapter]) -> StateNotes:
         """Return what a client tells beside its factors, as JSON holds it.
 

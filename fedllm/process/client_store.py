@@ -5,18 +5,24 @@ the present one. So a client that trains a round again begins from the same.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from fedllm.errors import RunDirectoryError
-from fedllm.methods.protocol import ModuleState
+from fedllm.methods.protocol import ModuleState, StateNotes
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import KeptRecord
 from fedllm.storage.tensors import publish_kept, read_kept
 
-Kept = Mapping[str, ModuleState]  # module -> name -> tensor
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a client keeps: tensors by module and name, and what JSON holds."""
+
+    tensors: Mapping[str, ModuleState] = field(default_factory=dict)
+    notes: StateNotes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class ClientStore:
             if number < before
         ]
         if not files:
-            return {}
+            return Kept()
         _, path = max(files)
         try:
             record, tensors = read_kept(path)
@@ -53,14 +59,18 @@ class ClientStore:
         for name, tensor in tensors.items():
             module, _, part = name.rpartition("|")
             kept.setdefault(module, {})[part] = tensor
-        return kept
+        return Kept(tensors=kept, notes=record.notes)
 
     def publish(self, client: str, round_number: int, kept: Kept) -> None:
         """Write what a client keeps of a round."""
         named = {
-            f"{module}|{part}": t for module, parts in kept.items() for part, t in parts.items()
+            f"{module}|{part}": tensor
+            for module, parts in kept.tensors.items()
+            for part, tensor in parts.items()
         }
         path = self.run.client_store(client, round_number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = KeptRecord(run_id=self.run_id, client=client, round=round_number)
+        record = KeptRecord(
+            run_id=self.run_id, client=client, round=round_number, notes=dict(kept.notes)
+        )
         publish_kept(path, record, named)

@@ -27,18 +27,19 @@ def received_adapter(
     state: TensorFile,
     ranks: Mapping[str, int],
     to: Recipient,
-    kept: Kept | None = None,
+    kept: Kept,
 ) -> Adapter:
     """Return what a client with `ranks` receives, read from a state file module by module.
 
     `kept` is what the client kept from its last round.
     """
+    to = replace(to, notes=kept.notes)
     return {
         module: method.hand_out(
             module=module,
             state=state.module(module),
             rank=rank,
-            to=replace(to, kept=kept.get(module, {})) if kept else to,
+            to=replace(to, kept=kept.tensors.get(module, {})),
         )
         for module, rank in ranks.items()
     }

@@ -510,11 +510,12 @@ class UpdateRecord(TrainingStats):
 
 
 class KeptRecord(Record):
-    """What a client keeps of the training of a round, beside its tensors."""
+    """What a client keeps of the training of a round, beside its tensors: `notes` are its JSON."""
 
     run_id: str
     client: str
     round: int
+    notes: dict[str, Any] = {}
 
 
 class CollectedUpdate(Record):

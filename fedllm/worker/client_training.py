@@ -10,7 +10,7 @@ from fedllm.errors import DataError, OutOfMemory, RunDirectoryError, UserError
 from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.methods.catalog import local_rule
 from fedllm.methods.local_task import Recipient
-from fedllm.methods.protocol import Method
+from fedllm.methods.protocol import Method, StateNotes
 from fedllm.planning.engines import engine_of
 from fedllm.process.client_store import ClientStore, Kept
 from fedllm.process.late_files import read_late_file
@@ -44,11 +44,11 @@ Save = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained client: its record, what it sends, and what it keeps; both empty if it failed."""
+    """A trained client: its record, what it sends, and what it keeps; nothing if it failed."""
 
     record: UpdateRecord
     adapter: Adapter
-    kept: Kept = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ class ClientRound:
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _received: dict[str, ReceivedRecord] = field(default_factory=dict)
+    _kept_notes: dict[str, StateNotes] = field(default_factory=dict)
 
     @classmethod
     def open(cls, attempt: AttemptPaths, session: Session) -> "ClientRound":
@@ -137,7 +138,8 @@ class ClientRound:
             self._received[client] = received_record(adapter, self.settings.task.trained)
             return adapter
         to = Recipient(client=client, round=self.cohort.round)
-        kept = self.store.read(client, to.round) if self.method.keeps_at_clients else None
+        kept = self.store.read(client, to.round) if self.method.keeps_at_clients else Kept()
+        self._kept_notes[client] = kept.notes
         adapter = received_adapter(self.method, self.state, self._ranks_of(client), to, kept)
         self._received[client] = received_record(adapter, self.settings.task.trained)
         if adapter_bytes(adapter) <= self.session.kept_bytes and not self._is_personal(client):
@@ -425,12 +427,19 @@ class ClientRound:
         for module, own in sent.items():
             if own is not result.adapter[module]:
                 norms[module] = (float(own.a_RI.norm()), float(own.b_OR.norm()))
-        kept: Kept = {}
-        if method.keeps_at_clients:
-            kept = {m: method.kept(module=m, trained=own) for m, own in result.adapter.items()}
         record = record_of(training, replace(result, norms=norms))
         record = record.model_copy(update={"notes": dict(notes)})
-        return Trained(record=record, adapter=sent, kept=kept)
+        return Trained(record=record, adapter=sent, kept=self._kept(client, result.adapter))
+
+    def _kept(self, client: str, trained: Adapter) -> Kept | None:
+        """Return what a client keeps of its training; None: its method keeps nothing."""
+        method = self.method
+        if not (method.keeps_at_clients and trained):
+            return None
+        return Kept(
+            tensors={m: method.kept(module=m, trained=own) for m, own in trained.items()},
+            notes=method.kept_notes(before=self._kept_notes[client], trained=trained),
+        )
 
     def _update_record(
         self,

@@ -76,7 +76,7 @@ class Publisher:
 
     def _write(self, path: Path, clients: Sequence[Trained], finished: Sequence[str]) -> None:
         for trained in clients:
-            if trained.kept:
+            if trained.kept is not None:
                 # before the update: whoever is published has kept what it keeps
                 number = self._round.cohort.round
                 self._round.store.publish(trained.record.client, number, trained.kept)

@@ -101,7 +101,7 @@ def test_every_client_goes_on_with_its_own_b(run: RunPaths) -> None:
         adapter = received_adapter(state.method, state.file, state.ranks, to, kept)
         for module, own in adapter.items():
             assert own.b_OR.any()
-            assert torch.equal(own.b_OR, kept[module]["B"])
+            assert torch.equal(own.b_OR, kept.tensors[module]["B"])
             assert torch.equal(own.a_RI, state.file.module(module)["A"])
         found.append(next(iter(adapter.values())).b_OR)
     assert not any(torch.equal(found[0], other) for other in found[1:])
@@ -127,6 +127,21 @@ def test_a_client_is_scored_with_its_own_b(run: RunPaths) -> None:
         changed = scores.as_deployed.loss != pytest.approx(before, abs=1e-6)
         assert changed == (scores.client in trained)
     assert any(scores.client not in trained for scores in record.clients)
+
+
+def test_clients_keep_json_beside_their_tensors(tiny: Tiny, tmp_path: Path) -> None:
+    method = "method.name=tests.programs.counting:Counting"
+    run = RunPaths(root=start(tiny.config, [*OPTIONS, method], tmp_path / "run"))
+    record, state = RunRecord.read(run.run), open_state(run, None)
+    store = ClientStore(run=run, run_id=record.run_id)
+    counts = {client: len(rounds) for client, rounds in trained_clients(run).items()}
+    assert 2 in counts.values()
+    for client, count in counts.items():
+        kept = store.read(client, 4)
+        assert kept.notes == {"rounds": count, "modules": len(state.ranks)}
+        to = Recipient(client=client, round=4)
+        adapter = received_adapter(state.method, state.file, state.ranks, to, kept)
+        assert all(bool(own.b_OR.any()) == (count != 2) for own in adapter.values())
 
 
 def test_there_is_no_adapter_for_all(run: RunPaths, tmp_path: Path) -> None:
