@@ -26,6 +26,8 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "clients.cohort.sampling": "fixed",
     "clients.cohort.tiers": None,
     "clients.unseen_categories": [],
+    "clients.ranks": "tiers",
+    "clients.fit_ranks": [2, 4, 8, 16, 32, 64],
     "aggregation.weights": "rows",
     "privacy.clip_norm": None,
     "privacy.noise_multiplier": 1.0,

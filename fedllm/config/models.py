@@ -201,9 +201,10 @@ class DataSection(Section):
 class TierSection(Section):
     """A class of clients: its ranks, its share of the clients, and how it trains if otherwise."""
 
-    ranks: RankSpec
+    ranks: RankSpec | None = None
     """One rank for all modules, or a table of ranks by `attention` and `mlp`, by module name
-    (`q_proj`) or by full path; the most specific entry wins."""
+    (`q_proj`) or by full path; the most specific entry wins. `null`, with `clients.ranks: fit`:
+    what fits into `memory_gib`."""
     share: Annotated[float, Field(ge=0)] | None = None
     """Share of the clients, met exactly (largest remainder). Without any share, all tiers have
     equal shares."""
@@ -238,7 +239,7 @@ class CohortSection(Section):
     other."""
     sampling: Literal["fixed", "poisson"] = "fixed"
     """A cohort of one size, or each client by itself with the share that gives this size on
-    average (at least 28, so that no cohort is empty)."""
+    average. Without `privacy.clip_norm` that has to be 28 at least, so that no cohort is empty."""
     tiers: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Only clients of these tiers are drawn; the others are scored. `null`: all tiers."""
 
@@ -275,6 +276,13 @@ class ClientsSection(Section):
     """Client and tier of clients with a fixed tier; the tiers of all others are drawn."""
     tier_seed: int | None = None
     """Seed of the draw of tiers; `null`: `seed`."""
+    ranks: Literal["tiers", "fit"] = "tiers"
+    """Ranks of the tiers: each says its own, or (`fit`) those without `ranks` get the largest of
+    `clients.fit_ranks` whose predicted peak memory fits into their `memory_gib`. `prepare` trains
+    two steps in a process of its own to predict it; the choice is recorded, and frozen with the
+    first round."""
+    fit_ranks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 4, 8, 16, 32, 64)
+    """The ranks among which `clients.ranks: fit` chooses, one for all modules of a tier."""
     cohort: CohortSection = CohortSection(fraction=0.05)
     quorum: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Literal["all"] = "all"
     """Number of valid updates that a round needs, as count or share of the cohort; with fewer
@@ -305,8 +313,30 @@ class ClientsSection(Section):
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> "ClientsSection":
-        _raise_lines([*self._share_problems(), *self._assign_problems(), *self._cohort_problems()])
+        _raise_lines(
+            [
+                *self._share_problems(),
+                *self._assign_problems(),
+                *self._cohort_problems(),
+                *self._rank_problems(),
+            ]
+        )
         return self
+
+    @property
+    def fitted_tiers(self) -> tuple[str, ...]:
+        """The tiers whose rank follows from their memory."""
+        return tuple(name for name, tier in self.tiers.items() if tier.ranks is None)
+
+    def _rank_problems(self) -> Iterator[str]:
+        for name in self.fitted_tiers:
+            key = f"clients.tiers.{name}"
+            if self.ranks == "tiers":
+                yield f"{key}.ranks: missing; give a rank, or clients.ranks: fit and memory_gib"
+            elif self.tiers[name].memory_gib is None:
+                yield f"{key}.memory_gib: missing; clients.ranks: fit chooses a rank for it"
+        if self.ranks == "fit" and not self.fitted_tiers:
+            yield "clients.ranks: got fit, but all tiers have ranks; remove theirs, or set tiers"
 
     def _share_problems(self) -> Iterator[str]:
         with_share = [name for name, tier in self.tiers.items() if tier.share is not None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError
 from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
-from fedllm.planning.cohorts import cohort_size, draw_cohort
+from fedllm.planning.cohorts import cohort_size, draw_cohort, refuse_empty_cohorts
 from fedllm.planning.costs import (
     CostModel,
     ProcessMemory,
@@ -98,6 +98,11 @@ class Federation:
         }
 
 
+def tier_ranks(config: Config, prepared: PreparedRecord) -> dict[str, dict[str, int]]:
+    """Return tier -> module -> rank of a prepared run; the errors are those of `resolve_ranks`."""
+    return resolve_ranks(config, prepared.modules, prepared.fitted_ranks)
+
+
 def memory_of_process(
     config: Config,
     prepared: PreparedRecord,
@@ -149,7 +154,7 @@ def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
     """
     clients = {client.id: client for client in prepared.clients}
     roles = split_roles(config.clients, prepared.clients)
-    engines, ranks = engines_of(config), resolve_ranks(config, prepared.modules)
+    engines, ranks = engines_of(config), tier_ranks(config, prepared)
     _require_memory(config, prepared, ranks)
     federation = Federation(
         config=config,
@@ -161,5 +166,5 @@ def plan_federation(config: Config, prepared: PreparedRecord) -> Federation:
         classes=classes_of(config.scheduler.sbatch, engines),
         engines=engines,
     )
-    cohort_size(config.clients, len(federation.trainable))
+    refuse_empty_cohorts(config, cohort_size(config.clients, len(federation.trainable)))
     return federation

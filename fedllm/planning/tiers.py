@@ -1,14 +1,20 @@
-"""Tiers of clients, and the rank of every module in a tier."""
+"""Tiers of clients, and the rank of every module in a tier: given, or what fits into memory."""
 
 import random
 from collections.abc import Mapping, Sequence
 
 from fedllm.config.models import ClientsSection, Config, RankSpec
 from fedllm.errors import ConfigError
+from fedllm.planning.costs import adapter_weights
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.seeding import seed_of
-from fedllm.storage.records import ModuleRecord
+from fedllm.storage.records import FittedRecord, ModuleRecord
 
+_GIB = 1 << 30
+_NUMBER_BYTES = 4
+# of each number of an adapter: in the server's state, received, trained, its gradient, and sent
+_COPIES = 5
+_MOMENTS = {"adamw": 2, "sgd": 0}
 # FlexLoRA (arXiv 2402.11505), the resource distributions over types 1 to 4
 DISTRIBUTIONS = {
     "uniform": (25.0, 25.0, 25.0, 25.0),
@@ -54,8 +60,15 @@ def assign_tiers(section: ClientsSection, seed: int, ids: Sequence[str]) -> dict
     return assigned
 
 
-def resolve_ranks(config: Config, modules: Mapping[str, ModuleRecord]) -> dict[str, dict[str, int]]:
+def resolve_ranks(
+    config: Config, modules: Mapping[str, ModuleRecord], fitted: Mapping[str, int] | None = None
+) -> dict[str, dict[str, int]]:
     """Return tier -> module -> rank.
+
+    Args:
+        config: the configuration.
+        modules: the target modules.
+        fitted: the ranks of the tiers that have none in the configuration.
 
     Raises:
         ConfigError: a tier leaves modules without a rank, names modules that do not exist, or
@@ -66,9 +79,10 @@ def resolve_ranks(config: Config, modules: Mapping[str, ModuleRecord]) -> dict[s
     for name, tier in config.clients.tiers.items():
         key = f"clients.tiers.{name}.ranks"
         resolved[name] = {}
-        problems += _unused_names(key, tier.ranks, modules)
+        spec = (fitted or {})[name] if tier.ranks is None else tier.ranks
+        problems += _unused_names(key, spec, modules)
         for path, module in modules.items():
-            rank = _rank_of(tier.ranks, path, module)
+            rank = _rank_of(spec, path, module)
             if rank is None:
                 problems.append(f"{key}: no rank for {path} ({module.kind}); add one")
                 break
@@ -100,3 +114,80 @@ def _unused_names(key: str, spec: RankSpec, modules: Mapping[str, ModuleRecord])
     return [
         f"{key}.{name}: no such module; need one of {shown}" for name in spec if name not in valid
     ]
+
+
+def candidate_ranks(config: Config, modules: Mapping[str, ModuleRecord]) -> list[int]:
+    """Return the ranks of `clients.fit_ranks` that all modules take, ascending.
+
+    Raises:
+        ConfigError: they take none of them.
+    """
+    ranks = sorted(set(config.clients.fit_ranks))
+    side = min(min(module.out_features, module.in_features) for module in modules.values())
+    found = [rank for rank in ranks if rank <= side or config.clients.ranks_above_module == "cap"]
+    if not found:
+        raise ConfigError(
+            f"clients.fit_ranks: got {', '.join(map(str, ranks))}, but the smallest module takes "
+            f"at most {side}; add smaller ranks, or set clients.ranks_above_module: cap"
+        )
+    return found
+
+
+def predicted_bytes(
+    measured_bytes: int,
+    *,
+    ranks: Sequence[int],
+    modules: Mapping[str, ModuleRecord],
+    optimizer: str,
+) -> dict[int, int]:
+    """Return the peak memory of a process that trains clients of a rank, by rank.
+
+    Args:
+        measured_bytes: the peak at the first of `ranks`.
+        ranks: each for all modules, at most up to a module's smaller side.
+        modules: the target modules.
+        optimizer: of the clients.
+    """
+    each = _NUMBER_BYTES * (_COPIES + _MOMENTS[optimizer])
+    numbers = [adapter_weights(_of_modules(rank, modules), modules) for rank in ranks]
+    return {
+        rank: measured_bytes + each * (number - numbers[0])
+        for rank, number in zip(ranks, numbers, strict=True)
+    }
+
+
+def fitted(
+    tier: str, memory_gib: float, measured: int, predicted: Mapping[int, int]
+) -> FittedRecord:
+    """Return the largest rank whose predicted peak fits.
+
+    Args:
+        tier: its name, for the message.
+        memory_gib: what it has.
+        measured: the peak at the smallest rank.
+        predicted: the peak by rank, ascending.
+
+    Raises:
+        ConfigError: not even the smallest one fits.
+    """
+    fits = [rank for rank, peak in predicted.items() if peak <= memory_gib * _GIB]
+    smallest = min(predicted)
+    if not fits:
+        raise ConfigError(
+            f"clients.tiers.{tier}.memory_gib: got {memory_gib:g}, but a process that trains at "
+            f"rank {smallest}, the smallest of clients.fit_ranks, needs "
+            f"{predicted[smallest] / _GIB:.3g} GiB; need more memory, "
+            "training.gradient_checkpointing: true, or a smaller training.micro_batch_size"
+        )
+    return FittedRecord(
+        rank=max(fits),
+        measured_rank=smallest,
+        measured_bytes=measured,
+        predicted_bytes=dict(predicted),
+    )
+
+
+def _of_modules(rank: int, modules: Mapping[str, ModuleRecord]) -> dict[str, int]:
+    return {
+        name: min(rank, module.out_features, module.in_features) for name, module in modules.items()
+    }

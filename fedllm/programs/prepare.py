@@ -1,7 +1,7 @@
 """The prepare job: fetch the base, tokenise the data, index the clients. Later jobs run offline."""
 
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.packing.attention import SHARED
 from fedllm.packing.layout_check import find_layout, is_still_valid
 from fedllm.planning.engines import engines_of
-from fedllm.planning.federation import plan_federation
+from fedllm.planning.federation import plan_federation, tier_ranks
 from fedllm.planning.roles import split_roles
 from fedllm.planning.tiers import resolve_ranks
 from fedllm.process.log import say
 from fedllm.process.run_method import method_of_run
+from fedllm.programs.memory_trial import first_adapter, fit_ranks
 from fedllm.scheduling.traits import cache_for
 from fedllm.server.epsilon import require_accountant
 from fedllm.server.starting_adapter import describe_start, refuse_ranks
@@ -34,7 +35,13 @@ from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import CachePaths, RunPaths
-from fedllm.storage.records import ClientRecord, CohortRecord, LayoutRecord, PreparedRecord
+from fedllm.storage.records import (
+    ClientRecord,
+    CohortRecord,
+    FittedRecord,
+    LayoutRecord,
+    PreparedRecord,
+)
 from fedllm.training.trainers import require_installed
 
 Report = Callable[[str], None]
@@ -59,11 +66,13 @@ def prepare_run(run: RunPaths, count: Count = uncounted) -> PreparedRecord:
     layout = (
         _best_layout(config, base) if first is None else _begun_layout(first, config, base, run)
     )
-    federation = plan_federation(config, prepared)
-    refuse_ranks(method, prepared, list(federation.ranks.values()), config.aggregation)
     _check_engine(config, method, layout)
-    say(describe_layout(layout))
     prepared = prepared.model_copy(update={"layout": layout})
+    prepared = _with_fitted_ranks(config, prepared, first)
+    ranks = plan_federation(config, prepared).ranks
+    _refuse_ranks(config, method, prepared, list(ranks.values()))
+    prepared = _with_kept_bytes(method, prepared, ranks)
+    say(describe_layout(layout))
     prepared.publish(run.prepared)
     return prepared
 
@@ -84,11 +93,12 @@ def prepare(
     """
     method = method_of(config)
     base, prepared = _describe(config, method, cache, report, count)
-    tier_ranks = list(resolve_ranks(config, base.modules).values())
-    refuse_ranks(method, prepared, tier_ranks, config.aggregation)
     layout = _best_layout(config, base)
     _check_engine(config, method, layout)
-    return prepared.model_copy(update={"layout": layout})
+    prepared = _with_fitted_ranks(config, prepared.model_copy(update={"layout": layout}), None)
+    ranks = tier_ranks(config, prepared)
+    _refuse_ranks(config, method, prepared, list(ranks.values()))
+    return _with_kept_bytes(method, prepared, ranks)
 
 
 def describe_layout(layout: LayoutRecord | None) -> str:
@@ -116,8 +126,8 @@ def _describe(
     notes: list[str] = []
     base = describe_base(path, config.lora.target_modules, say=notes.append, begun=begun)
     # what needs the base alone, before the data are tokenised
-    if refusal := method.refuse(list(resolve_ranks(config, base.modules).values())):
-        raise ConfigError(refusal)
+    if not config.clients.fitted_tiers:
+        _refuse_mix(method, list(resolve_ranks(config, base.modules).values()))
     tokenizer, rows = load_tokenizer(path), base.embedded_tokens
     beyond = check_tokens(path, tokenizer, rows, begun=begun)
     folder = _tokenise(config, base.path, cache, report, count)
@@ -165,6 +175,55 @@ def _require_rows(config: Config, records: Sequence[ClientRecord], report: Repor
     note = "one client trains: its update is the new state, so nothing is federated"
     report(note)
     return (note,)
+
+
+def _with_fitted_ranks(
+    config: Config, prepared: PreparedRecord, first: CohortRecord | None
+) -> PreparedRecord:
+    """Return the record with the ranks that fit into memory; those of a run that has begun stay."""
+    if not config.clients.fitted_tiers:
+        return prepared
+    if first is None:
+        say("clients.ranks: fit: measuring the memory of a training")
+        found = fit_ranks(config, prepared)
+    else:
+        kept = {tier: max(first.ranks[tier].values()) for tier in config.clients.fitted_tiers}
+        found = {tier: FittedRecord(rank=rank) for tier, rank in kept.items()}
+    for tier, record in found.items():
+        say(f"tier {tier}: rank {record.rank}")
+    return prepared.model_copy(update={"fitted": found})
+
+
+def _with_kept_bytes(
+    method: Method, prepared: PreparedRecord, ranks: Mapping[str, Mapping[str, int]]
+) -> PreparedRecord:
+    """Return the record with what a client of each tier keeps, as its method says of the start."""
+    if not method.keeps_at_clients:
+        return prepared
+    found = {}
+    for tier, of_modules in ranks.items():
+        kept = [
+            method.kept(module=module, trained=first_adapter(method, module, record, rank))
+            for module, rank in of_modules.items()
+            for record in [prepared.modules[module]]
+        ]
+        found[tier] = sum(part.nbytes for parts in kept for part in parts.values())
+    return prepared.model_copy(update={"kept_bytes": found})
+
+
+def _refuse_ranks(
+    config: Config,
+    method: Method,
+    prepared: PreparedRecord,
+    ranks: Sequence[Mapping[str, int]],
+) -> None:
+    _refuse_mix(method, ranks)
+    refuse_ranks(method, prepared, ranks, config.aggregation)
+
+
+def _refuse_mix(method: Method, ranks: Sequence[Mapping[str, int]]) -> None:
+    if refusal := method.refuse(ranks):
+        raise ConfigError(refusal)
 
 
 def _best_layout(config: Config, base: BaseDescription) -> LayoutRecord:

@@ -117,12 +117,26 @@ class StartRecord(Record):
     fingerprint: str
 
 
+class FittedRecord(Record):
+    """The rank that fits into a tier's memory: what was measured, and what follows from it.
+
+    `measured_bytes` is the peak of a process that trained at `measured_rank`, `predicted_bytes`
+    that of a worker by rank. Once a run has begun, its preparation measures nothing more.
+    """
+
+    rank: int
+    measured_rank: int | None = None
+    measured_bytes: int | None = None
+    predicted_bytes: dict[int, int] = {}
+
+
 class PreparedRecord(Record):
     """The result of prepare: everything a coordinator needs to know about model and data.
 
     A run prepared by a version without layouts has none, and continues with padded rows. `notes`
     tells the user about the base; a note is no error. `tokenizer_fingerprint` is unknown for runs
-    of earlier versions.
+    of earlier versions. `fitted` are the tiers whose rank follows from their memory, `kept_bytes`
+    what each client of a tier keeps between its rounds, where the method lets it keep anything.
     """
 
     model_fingerprint: str
@@ -136,6 +150,13 @@ class PreparedRecord(Record):
     layout: LayoutRecord | None = _LAYOUT
     notes: list[str] = []
     start: StartRecord | None = None
+    fitted: dict[str, FittedRecord] = {}
+    kept_bytes: dict[str, int] = {}
+
+    @property
+    def fitted_ranks(self) -> dict[str, int]:
+        """The ranks of the tiers that fit into their memory."""
+        return {tier: record.rank for tier, record in self.fitted.items()}
 
 
 class ChangeRecord(Record):

@@ -227,7 +227,7 @@ def test_options_of_the_method_are_given_to_it(
     method = ["--method", "lora_fair"]
     for option, words in {
         "ridg=1": "method.options.ridg: unknown option; did you mean `method.options.ridge`?",
-        "truncated=keep": "method.options.truncated: an option of flexlora; lora_fair has ridge",
+        "truncated=keep": "truncated: an option of flexlora, slora; lora_fair has ridge",
         "ridge=0": "method.options.ridge: got 0, need > 0",
         "ridge": "--option ridge: need NAME=VALUE, for example truncated=keep",
     }.items():

@@ -63,6 +63,7 @@ def test_a_killed_run_that_keeps_directions_resumes_to_the_same_bits(
             ["privacy.clip_norm=1", "aggregation.weights=uniform", "method.name=rbla"],
             "privacy.clip_norm: what one client changes is not bounded with method.name rbla",
         ),
+        (["method.local=slora"], "method.local: got 'slora', which is a value of method.name"),
         (["method.options.ridge=1"], "method.options.ridge: an option of lora_fair; flexlora has"),
     ],
 )
@@ -99,7 +100,9 @@ def test_options_of_another_value_or_name_are_one_line(tiny: Tiny, tmp_path: Pat
         assert found.returncode == 2
     arguments += ["--set", "method.name=factor_mean", *KEEP]
     line = one_line(in_process(*arguments))
-    assert "method.options.truncated: an option of flexlora; factor_mean has no options" in line
+    assert (
+        "method.options.truncated: an option of flexlora, slora; factor_mean has no options" in line
+    )
 
 
 def test_plan_prints_what_the_whole_run_says_about_a_client(tiny: Tiny) -> None:

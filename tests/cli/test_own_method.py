@@ -108,7 +108,7 @@ def test_a_changed_source_is_named_and_nothing_goes_on(
         ("method.options.equals=true", "unknown option; did you mean `method.options.equal`?"),
         (
             "method.options.truncated=keep",
-            "an option of flexlora; my_methods:MeanOfProducts has equal",
+            "an option of flexlora, slora; my_methods:MeanOfProducts has equal",
         ),
     ],
 )

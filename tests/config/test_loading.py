@@ -449,7 +449,10 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
         ("lora.target_modules=[]", "lora.target_modules: got [], need at least one name"),
         ("evaluation=[1]", "evaluation: got [1], need keys and values"),
         ("clients.tiers={}", "clients.tiers: got {}, need at least one"),
-        ("clients.tiers.a.share=1", "clients.tiers.a.ranks: missing; add it"),
+        (
+            "clients.tiers.a.share=1",
+            "clients.tiers.a.ranks: missing; give a rank, or clients.ranks: fit and memory_gib",
+        ),
         ("model.path=[3]", "model.path: got [3], need a text"),
         (
             "scheduler.kind=sge",

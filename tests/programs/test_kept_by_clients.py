@@ -17,7 +17,7 @@ from fedllm.process.state_adapters import received_adapter
 from fedllm.programs.evaluate import evaluate_state
 from fedllm.server.export import export_adapter, export_model, open_state
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import CohortRecord, RunRecord
+from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord
 from fedllm.storage.tensors import TensorFile
 from fedllm.storage.updates import read_update
 from tests.lora.adapters import random_factors
@@ -76,6 +76,12 @@ def trained_clients(run: RunPaths) -> dict[str, list[int]]:
         for client in CohortRecord.read(run.round(number).cohort).clients:
             found.setdefault(client.id, []).append(number)
     return found
+
+
+def test_the_preparation_tells_what_each_client_keeps(run: RunPaths) -> None:
+    stores = [path.stat().st_size for path in run.client_stores.rglob("*.safetensors")]
+    for kept in PreparedRecord.read(run.prepared).kept_bytes.values():
+        assert kept < min(stores) <= max(stores) < kept + 4000
 
 
 def test_no_b_leaves_its_client(run: RunPaths) -> None:

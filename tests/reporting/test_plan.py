@@ -13,7 +13,7 @@ from fedllm.reporting.plan.plan_text import describe_plan, flags_text, queue_lin
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of, of_task
 from fedllm.rounds.dispatch.dry_run import plan_first_round
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import ClientRecord, PreparedRecord
+from fedllm.storage.records import ClientRecord, FittedRecord, PreparedRecord
 from tests.planning.federations import client, config_of, prepared_of
 from tests.rounds.simulation import Simulation, complete
 from tests.rounds.simulation import config_of as simulated_config
@@ -30,9 +30,10 @@ def geometry(
     slots: tuple[int, ...] = (),
     room: QueueLimits | None = None,
     options: RealOptions | None = None,
+    **recorded: object,
 ) -> Geometry:
     prepared = prepared_of([heavy(str(n)) for n in range(clients)])
-    prepared = prepared.model_copy(update={"model_parameters": 1_000_000_000})
+    prepared = prepared.model_copy(update={"model_parameters": 1_000_000_000, **recorded})
     dry_run = plan_first_round(config, prepared, RunPaths(root=Path("/run")), lambda *_: capacity)
     return plan_geometry(
         dry_run.federation,
@@ -198,6 +199,28 @@ def test_evaluations_are_counted_and_estimated() -> None:
     assert found.seconds > 2 * 200 * 128 * 2e9 / 1e11
     never = geometry(slurm_of(evaluation__every=0)).evaluation
     assert (never.times, never.clients, never.seconds) == (0, 0, 0.0)
+
+
+def test_what_clients_keep_is_a_folder_of_the_plan() -> None:
+    kept = {"small": 1000, "large": 50_000}
+    plan = geometry(slurm_of(), kept_bytes=kept)
+    (folder,) = [each for each in plan.folders if each.folder == "clients"]
+    assert folder.files == 80
+    # the tiers have equal shares: 40 of each in a cohort, more or less
+    large = round((folder.bytes - 80 * 3000) / 49_000)
+    assert 25 < large < 55
+    assert folder.bytes == 80 * 2000 + large * 50_000 + (80 - large) * 1000
+    without = geometry(slurm_of())
+    assert "clients" not in [each.folder for each in without.folders]
+    assert plan.bytes == without.bytes + folder.bytes
+
+
+def test_a_plan_shows_the_predicted_peak_of_a_rank_that_was_chosen() -> None:
+    fitted = FittedRecord(rank=8, predicted_bytes={2: 1 << 30, 8: 3 << 29})
+    text = describe_plan(geometry(slurm_of(), fitted={"large": fitted}))
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if " plain " in line}
+    assert rows["large"][-2:] == ["1.5", "GiB"]
+    assert rows["small"][-1] == "-"
 
 
 def test_a_plan_shows_all_options_that_are_set() -> None:

@@ -1,7 +1,7 @@
 """Files that a round writes, counted with the same paths that the round will use."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from fedllm.storage.records import CohortClient, ModuleRecord, SubmissionRecord
 _FLOAT32_BYTES = 4
 # measured on runs: a claim, a progress record, a client's line in plan, cohort and collection
 _CLAIM_BYTES, _TASK_BYTES, _CLIENT_BYTES, _RECORDS_BYTES = 250, 500, 1800, 4096
+# the header of what a client keeps
+_KEPT_BYTES = 2000
 # a client's line in a log, and the other lines of its task
 _LOG_LINE_BYTES, _LOG_BYTES = 100, 2000
 # an update's record, and per module its norms, scales, places and checksums of two tensors
@@ -67,6 +69,7 @@ def folders_of_round(
     own += [attempt.submission, attempt.jobs]
     state_bytes = _state_bytes(federation.largest_ranks, modules)
     return (
+        *_kept_by_clients(federation, run, cohort),
         _folder("claims", [attempt.claim(b.number) for b in plan.bundles], _CLAIM_BYTES),
         _folder("tasks", [attempt.task(name) for name in tasks], _TASK_BYTES),
         _folder(
@@ -94,6 +97,20 @@ def folders_of_round(
 
 def _of_job(job: JobPaths) -> tuple[Path, ...]:
     return job.submission, job.jobs, job.progress
+
+
+def _kept_by_clients(
+    federation: Federation, run: RunPaths, cohort: Sequence[CohortClient]
+) -> Iterator[FolderPlan]:
+    """Yield the store of what clients keep, if their method lets them keep anything."""
+    kept = federation.prepared.kept_bytes
+    if kept:
+        yield _folder(
+            run.client_stores.name,
+            [run.client_store(client.id, 1) for client in cohort],
+            total=sum(kept[client.tier] + _KEPT_BYTES for client in cohort),
+            note="of each client what a kept state needs stays after the round",
+        )
 
 
 def _folder(

@@ -13,7 +13,8 @@ class MemoryPlan:
     """What a process of a tier needs at least, in bytes; `chosen`: it is configured so.
 
     `stage` None: the engine divides nothing. `memory_gib` is what the tier says it has; None: it
-    does not say.
+    does not say. `peak` is the predicted peak at the rank that was chosen for it; None: the
+    configuration gives the rank.
     """
 
     tier: str
@@ -28,6 +29,7 @@ class MemoryPlan:
     optimizer: float
     total: float
     memory_gib: float | None
+    peak: float | None = None
 
 
 def plan_memory(federation: Federation) -> tuple[MemoryPlan, ...]:
@@ -37,6 +39,8 @@ def plan_memory(federation: Federation) -> tuple[MemoryPlan, ...]:
 
 def _rows(federation: Federation, tier: str) -> Iterator[MemoryPlan]:
     engine, config = federation.engines[tier], federation.config
+    fitted = federation.prepared.fitted.get(tier)
+    peak = fitted.predicted_bytes.get(fitted.rank) if fitted else None
     for stage in _STAGES if engine.stage else (None,):
         memory = memory_of_process(config, federation.prepared, federation.ranks, tier, stage)
         yield MemoryPlan(
@@ -52,4 +56,5 @@ def _rows(federation: Federation, tier: str) -> Iterator[MemoryPlan]:
             optimizer=memory.optimizer,
             total=memory.total,
             memory_gib=config.clients.tiers[tier].memory_gib,
+            peak=peak,
         )

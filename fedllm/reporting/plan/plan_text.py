@@ -67,11 +67,12 @@ def _memory(plan: Geometry) -> str:
             str(part.processes),
             *map(size, (part.weights, part.adapter, part.gradients, part.optimizer, part.total)),
             "-" if part.memory_gib is None else f"{part.memory_gib:g} GiB",
+            "-" if part.peak is None else size(part.peak),
         ]
         for part in plan.memory
     ]
     header = ["tier", "engine", "stage", "nodes", "processes", "weights", "adapter", "gradients"]
-    header += ["optimizer", "in all", "memory_gib"]
+    header += ["optimizer", "in all", "memory_gib", "predicted peak"]
     title = "memory of a process at least, without activations (* the stage that is configured)"
     return text_table(title, header, rows) + "\n"
 
