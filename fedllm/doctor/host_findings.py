@@ -88,7 +88,10 @@ def _free_space(root: Path) -> Finding:
     config, record = prepared
     federation = plan_federation(config, record)
     cohort = federation.cohort(1)
-    updates = sum(update_bytes(federation.ranks[client.tier], record.modules) for client in cohort)
+    updates = sum(
+        update_bytes(federation.ranks[client.tier], record.modules, record.sent)
+        for client in cohort
+    )
     found += f"; a round publishes updates of {size(updates)}"
     if free < _SPACE_FACTOR * updates:
         change = "make space, choose another --run-dir, or lower storage.keep_states"

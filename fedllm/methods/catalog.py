@@ -102,6 +102,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="A is frozen, the mean of B: nothing is lost in aggregation",
         paper="https://arxiv.org/abs/2403.12313",
         private="factors",
+        bytes_up="B",
     ),
     "rolora": MethodEntry(
         path="fedllm.methods.pairs.rolora:RoLora",
@@ -109,12 +110,14 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="clients train B in odd rounds and A in even ones, the mean of that factor",
         paper="https://arxiv.org/abs/2409.02346",
         private="factors",
+        bytes_up="B or A",
     ),
     "fedsvd": MethodEntry(
         path="fedllm.methods.spectral.fedsvd:FedSvd",
         ranks="one",
         summary="clients train B alone, an SVD of the product gives them a new A",
         paper="https://arxiv.org/abs/2505.12805",
+        bytes_up="B",
     ),
     "fedsa": MethodEntry(
         path="fedllm.methods.pairs.fedsa:FedSa",

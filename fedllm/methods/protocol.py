@@ -72,11 +72,13 @@ from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial, Problem
 from fedllm.lora.factors import Adapter, FactorBlock, Factors, ModuleShape
-from fedllm.methods.local_task import LocalTask, Recipient
-from fedllm.storage.records import ModuleDiagnostics
+from fedllm.methods.local_task import LocalTask, Recipient, TrainedFactors
+from fedllm.storage.records import ModuleDiagnostics, SentFactors
 
 ModuleState: TypeAlias = Mapping[str, Tensor]  # part -> tensor: one module of the server's state
 StateNotes: TypeAlias = Mapping[str, Any]  # the JSON part of the server's state
+# a trained core is in B
+_SENT: Mapping[TrainedFactors, SentFactors] = {"AB": "AB", "A": "A", "B": "B", "C": "B"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +227,13 @@ class Method(Protocol):
         """
         del trained, received
         return {}
+
+    def sent_factors(self, round_number: int) -> SentFactors:
+        """Return which factors the clients of a round send.
+
+        The others count as those of `module_adapter`, of the state before the round.
+        """
+        return _SENT[self.local_task(round_number).trained]
 
     def sent(self, *, module: str, trained: Factors, notes: StateNotes) -> Factors:
         """Return what a client sends of the factors that it trained, in their shapes."""

@@ -71,7 +71,7 @@ def prepare_run(run: RunPaths, count: Count = uncounted) -> PreparedRecord:
     prepared = _with_fitted_ranks(config, prepared, first)
     ranks = plan_federation(config, prepared).ranks
     _refuse_ranks(config, method, prepared, list(ranks.values()))
-    prepared = _with_kept_bytes(method, prepared, ranks)
+    prepared = _with_exchange(method, prepared, ranks)
     say(describe_layout(layout))
     prepared.publish(run.prepared)
     return prepared
@@ -98,7 +98,7 @@ def prepare(
     prepared = _with_fitted_ranks(config, prepared.model_copy(update={"layout": layout}), None)
     ranks = tier_ranks(config, prepared)
     _refuse_ranks(config, method, prepared, list(ranks.values()))
-    return _with_kept_bytes(method, prepared, ranks)
+    return _with_exchange(method, prepared, ranks)
 
 
 def describe_layout(layout: LayoutRecord | None) -> str:
@@ -194,10 +194,11 @@ def _with_fitted_ranks(
     return prepared.model_copy(update={"fitted": found})
 
 
-def _with_kept_bytes(
+def _with_exchange(
     method: Method, prepared: PreparedRecord, ranks: Mapping[str, Mapping[str, int]]
 ) -> PreparedRecord:
-    """Return the record with what a client of each tier keeps, as its method says of the start."""
+    """Return the record with what clients send in the first round, and keep after it."""
+    prepared = prepared.model_copy(update={"sent": method.sent_factors(1)})
     if not method.keeps_at_clients:
         return prepared
     found = {}

@@ -125,6 +125,7 @@ def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
         ],
         enough=federation.enough,
         layout=federation.prepared.layout,
+        sent=before.sent_next,
     )
     run.publish(cohort, paths.cohort)
     return cohort

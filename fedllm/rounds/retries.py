@@ -102,6 +102,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
             sides=sides,
             max_rows=federation.clients[client].train_rows,
             scales=client_scales(run.config, ranks),
+            sent=cohort.sent,
         )
         return update_problem(update, expected)
 

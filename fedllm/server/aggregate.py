@@ -3,7 +3,9 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -15,7 +17,7 @@ from fedllm.aggregation.groups import (
     with_weights,
 )
 from fedllm.errors import ConfigError
-from fedllm.lora.factors import ModuleShape
+from fedllm.lora.factors import Factors, ModuleShape
 from fedllm.methods.catalog import private_space
 from fedllm.methods.protocol import (
     Method,
@@ -88,6 +90,7 @@ def aggregate_round(paths: RoundPaths, count: Count = uncounted) -> AggregateRec
         sha256=writer.sha256,
         base_change=output.base_change,
         assigned=_assigned(method, federation, notes),
+        sent_next=method.sent_factors(paths.number + 1),
         seconds=time.perf_counter() - started,
         clients=done.clients,
         device=", ".join(map(str, devices)),
@@ -219,6 +222,7 @@ def _aggregate(
         collected.weights,
         traits_of(federation.config).visibility_seconds,
     )
+    updates = replace(updates, received=_received(method, collected))
     with collected.before as before:
         private = _private_round(collected, federation, method, updates)
         weights = private.weights if private else updates.weights
@@ -264,6 +268,20 @@ def _private_round(
         total=float(cohort_size(config.clients, len(federation.trainable))),
         noise_std=config.privacy.noise_multiplier * clip_norm,
     )
+
+
+def _received(method: Method, collected: _Collected) -> Callable[[int, str], Factors]:
+    """Return what gives a client's adapter before its training, by its place and the module."""
+
+    @lru_cache(maxsize=64)
+    def adapter(module: str, rank: int) -> Factors:
+        return method.module_adapter(
+            module=module, state=collected.before.module(module), rank=rank
+        )
+
+    cohort = collected.cohort
+    ranks = [cohort.ranks_of(client) for client in cohort.clients]
+    return lambda place, module: adapter(module, ranks[place][module])
 
 
 def _assigned(

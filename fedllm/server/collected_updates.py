@@ -1,7 +1,7 @@
 """Updates of a frozen collection, as the aggregation reads them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import BadUpdate
+from fedllm.lora.factors import Factors
 from fedllm.process.late_files import read_late_file
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import CohortRecord, CollectedUpdate, CollectionRecord
@@ -19,13 +20,21 @@ from fedllm.storage.tensors import UpdateFile
 _NORM_TOLERANCE = 0.01
 
 
+def _nothing(_client: int, module: str) -> Factors:
+    raise AssertionError(f"{module}: a factor was not sent, and nobody says what was received")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CollectedUpdates:
-    """The updates of a collection and their weights, by the clients' places in the cohort."""
+    """The updates of a collection and their weights, by the clients' places in the cohort.
+
+    `received` returns the adapter with which a client began, by its place and the module.
+    """
 
     updates: Mapping[int, CollectedUpdate]
     weights: Mapping[int, float]
     files: Mapping[str, UpdateFile]
+    received: Callable[[int, str], Factors] = _nothing
 
     @classmethod
     def open(
@@ -59,9 +68,20 @@ class CollectedUpdates:
         )
 
     def factors(self, client: int, module: str) -> tuple[Tensor, Tensor]:
-        """Return A (R, I) and B (O, R) as they lie in the file."""
+        """Return A (R, I) and B (O, R) as they lie in the file.
+
+        A factor that the client did not send is the one that it received.
+        """
         update, file = self._locate(client)
-        return file.view(update.client, module, "A"), file.view(update.client, module, "B")
+        found = {
+            part: file.view(update.client, module, part)
+            for part in "AB"
+            if file.has(update.client, module, part)
+        }
+        if len(found) < len("AB"):
+            received = self.received(client, module)
+            found = {"A": received.a_RI, "B": received.b_OR, **found}
+        return found["A"], found["B"]
 
     def check(self, client: int, module: str, part: str, values: Tensor) -> None:
         """Check A or B against its digest, and a copy of it against its recorded norm.
@@ -71,6 +91,8 @@ class CollectedUpdates:
             BadUpdate: the client recorded another norm than that of its tensor.
         """
         update, file = self._locate(client)
+        if not file.has(update.client, module, part):
+            return
         file.check(update.client, module, part)
         recorded, norm = file.norm(update.client, module, part), _norm(values)
         # values that are not finite are found, and told, where the block is used

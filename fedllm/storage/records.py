@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -117,6 +117,9 @@ class StartRecord(Record):
     fingerprint: str
 
 
+SentFactors: TypeAlias = Literal["AB", "A", "B"]  # the factors that a client sends
+
+
 class FittedRecord(Record):
     """The rank that fits into a tier's memory: what was measured, and what follows from it.
 
@@ -136,7 +139,8 @@ class PreparedRecord(Record):
     A run prepared by a version without layouts has none, and continues with padded rows. `notes`
     tells the user about the base; a note is no error. `tokenizer_fingerprint` is unknown for runs
     of earlier versions. `fitted` are the tiers whose rank follows from their memory, `kept_bytes`
-    what each client of a tier keeps between its rounds, where the method lets it keep anything.
+    what each client of a tier keeps between its rounds, where the method lets it keep anything,
+    `sent` the factors that clients of the first round send.
     """
 
     model_fingerprint: str
@@ -152,6 +156,7 @@ class PreparedRecord(Record):
     start: StartRecord | None = None
     fitted: dict[str, FittedRecord] = {}
     kept_bytes: dict[str, int] = {}
+    sent: SentFactors = "AB"
 
     @property
     def fitted_ranks(self) -> dict[str, int]:
@@ -237,6 +242,7 @@ class CohortRecord(Record):
     `base_change` is the SHA-256 of the change of the base that goes with the state, null if its
     method leaves the base as it is. `enough` valid updates complete the round; null: all. `cost` of
     a client is in tokens. `layout` comes from prepare; that of the first round holds for the run.
+    `sent` are the factors in an update; the others are as the client received them.
     """
 
     round: int
@@ -249,6 +255,7 @@ class CohortRecord(Record):
     clients: list[CohortClient]
     enough: int | None = None
     layout: LayoutRecord | None = _LAYOUT
+    sent: SentFactors = "AB"
 
     def ranks_of(self, client: CohortClient) -> dict[str, int]:
         """Return the rank of every module that a client trains."""
@@ -659,7 +666,7 @@ class AggregateRecord(Record):
 
     `base_change` is the SHA-256 of the change of the base that the state holds; null: none.
     `assigned` has the ranks of the clients, by module, whose method gives them others than their
-    tier has.
+    tier has, `sent_next` the factors that clients of the next round send.
     """
 
     round: int
@@ -668,6 +675,7 @@ class AggregateRecord(Record):
     sha256: str
     base_change: str | None = None
     assigned: dict[str, dict[str, int]] = {}
+    sent_next: SentFactors = "AB"
     seconds: float
     clients: int
     device: str

@@ -32,7 +32,7 @@ from fedllm.storage.checkpoint_header import CheckpointRecord
 from fedllm.storage.paths import encode_client
 from fedllm.storage.publishing.placing import HashedFile, PlacedFile, placing, placing_checked
 from fedllm.storage.publishing.publish import version_of
-from fedllm.storage.records import KeptRecord, UpdateRecord
+from fedllm.storage.records import KeptRecord, SentFactors, UpdateRecord
 from fedllm.storage.updates import PublishedUpdate, records_text, tensor_name, updates_in
 
 _DTYPES = {
@@ -309,6 +309,10 @@ class UpdateFile:
         """Return the scale of a module in a client's training."""
         return self._clients[client].scales[module]
 
+    def has(self, client: str, module: str, factor: str) -> bool:
+        """Return whether the client sent a factor of a module."""
+        return f"{module}|{factor}" in self._clients[client].kinds
+
     def norm(self, client: str, module: str, factor: str) -> float:
         """Return the Frobenius norm of a factor as the client recorded it."""
         kind, _ = self._location(client, module, factor)
@@ -344,6 +348,7 @@ def publish_update(
     path: Path,
     records: Sequence[UpdateRecord],
     tensors: Mapping[str, Mapping[str, tuple[torch.Tensor, torch.Tensor]]],
+    sent: SentFactors = "AB",
 ) -> None:
     """Publish the finished clients of a bundle as one file, with their records in its header.
 
@@ -351,12 +356,14 @@ def publish_update(
         path: `updates/<attempt>-<bundle>-<part>.safetensors`.
         records: one per client; a failed client has a record and no tensors.
         tensors: client -> module -> (A (R, I), B (O, R)).
+        sent: which of the two are written.
     """
     named = {
         tensor_name(client, module, factor): value
         for client, modules in tensors.items()
         for module, pair in modules.items()
         for factor, value in zip("AB", pair, strict=True)
+        if factor in sent
     }
     _publish_checked(path, records_text(records), named)
 

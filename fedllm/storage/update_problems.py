@@ -22,12 +22,14 @@ class Expected:
         sides: (out, in) of each module.
         max_rows: the client's training rows.
         scales: the scale of each module; None: a user's own method decides it.
+        sent: the factors that it has.
     """
 
     ranks: Mapping[str, int]
     sides: Mapping[str, tuple[int, int]]
     max_rows: int
     scales: Mapping[str, float] | None = None
+    sent: str = "AB"
 
 
 def update_problem(update: PublishedUpdate, expected: Expected) -> str | None:
@@ -41,23 +43,19 @@ def update_problem(update: PublishedUpdate, expected: Expected) -> str | None:
     if record.status == "failed":
         return None
     return (
-        _shape_problem(update, expected.ranks, expected.sides)
+        _shape_problem(update, expected)
         or _scale_problem(record, expected)
         or _norm_problem(record, expected.ranks)
     )
 
 
-def _shape_problem(
-    update: PublishedUpdate,
-    ranks: Mapping[str, int],
-    sides: Mapping[str, tuple[int, int]],
-) -> str | None:
+def _shape_problem(update: PublishedUpdate, expected: Expected) -> str | None:
     """Say what is wrong with the shapes of an update that did not fail, or None."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for module, rank in ranks.items():
-        out_features, in_features = sides[module]
-        shapes[f"{module}|A"] = (rank, in_features)
-        shapes[f"{module}|B"] = (out_features, rank)
+    for module, rank in expected.ranks.items():
+        out_features, in_features = expected.sides[module]
+        of_module = {"A": (rank, in_features), "B": (out_features, rank)}
+        shapes |= {f"{module}|{factor}": of_module[factor] for factor in expected.sent}
     for name, shape in shapes.items():
         if update.shapes.get(name) != shape:
             return f"{name.replace('|', ' ')} has shape {update.shapes.get(name)}, need {shape}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedllm.lora.factors import Adapter, adapter_bytes
-from fedllm.storage.records import UpdateRecord
+from fedllm.storage.records import SentFactors, UpdateRecord
 from fedllm.storage.tensors import publish_update
 from fedllm.storage.update_reader import UpdateReader
 from fedllm.storage.updates import Origin, read_records
@@ -80,7 +80,7 @@ class Publisher:
                 # before the update: whoever is published has kept what it keeps
                 number = self._round.cohort.round
                 self._round.store.publish(trained.record.client, number, trained.kept)
-        write_clients(path, clients)
+        write_clients(path, clients, self._round.cohort.sent)
         for client in finished:
             # written by this start of the task, by an earlier one, or by another task
             self._round.discard_checkpoint(client)
@@ -91,12 +91,13 @@ def published_clients(opened: ClientRound) -> UpdateReader[UpdateRecord]:
     return UpdateReader(opened.paths, Origin.of(opened.run_id, opened.cohort), read_records)
 
 
-def write_clients(path: Path, clients: Sequence[Trained]) -> None:
-    """Publish finished clients as one file."""
+def write_clients(path: Path, clients: Sequence[Trained], sent: SentFactors) -> None:
+    """Publish finished clients as one file, with the factors that are `sent`."""
     publish_update(
         path,
         [client.record for client in clients],
         {client.record.client: _factor_pairs(client.adapter) for client in clients},
+        sent,
     )
 
 

@@ -86,7 +86,7 @@ def replay(task: WorkerTask, attempt: AttemptPaths, client: str, scratch: Path) 
     )
     (trained,) = (result for result in results if result.record.client == client)
     file = scratch / f"{encode_client(client)}.safetensors"
-    write_clients(file, [trained])
+    write_clients(file, [trained], opened.cohort.sent)
     scanner = UpdateScanner(
         round=opened.paths,
         origin=Origin.of(opened.run_id, opened.cohort),

@@ -97,3 +97,13 @@ def test_a_missing_module_is_named(paths: RoundPaths) -> None:
     publish_update(path, [record_of("a")], {"a": tensors_of("a", {"layers.0.q_proj": 2})})
     (update,) = read_update(path)
     assert update_problem(update, EXPECTED) == "layers.0.up_proj A has shape None, need (3, 4)"
+
+
+def test_a_factor_that_was_not_to_be_sent_is_named(paths: RoundPaths) -> None:
+    one = replace(EXPECTED, sent="B")
+    assert problem_of(paths, one) == "layers.0.q_proj A is unexpected"
+    path = paths.update(attempt=1, bundle=1, part=0)
+    publish_update(path, [record_of("a")], {"a": tensors_of("a", RANKS)}, "B")
+    (update,) = read_update(path)
+    assert update_problem(update, one) is None
+    assert update_problem(update, EXPECTED) == "layers.0.q_proj A has shape None, need (2, 6)"

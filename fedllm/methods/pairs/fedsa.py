@@ -17,6 +17,7 @@ from fedllm.lora.factors import Factors
 from fedllm.methods.local_task import Recipient
 from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep, StateNotes
+from fedllm.storage.records import SentFactors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,13 @@ class FedSa(FactorMean):
         del module
         return {"B": trained.b_OR}
 
+    def sent_factors(self, round_number: int) -> SentFactors:
+        """Return A alone."""
+        del round_number
+        return "A"
+
     def sent(self, *, module: str, trained: Factors, notes: StateNotes) -> Factors:
-        """Return A alone: zeros in the place of B."""
+        """Return zeros in the place of B: its norm stays with the client too."""
         del module, notes
         return replace(trained, b_OR=torch.zeros_like(trained.b_OR))
 

@@ -181,7 +181,8 @@ def plan_geometry(
             federation, cohort, capacities, {c.worker_class: c.options for c in classes}, slots
         ),
         update_bytes=sum(
-            update_bytes(federation.ranks[client.tier], prepared.modules) for client in cohort
+            update_bytes(federation.ranks[client.tier], prepared.modules, prepared.sent)
+            for client in cohort
         ),
         bytes=sum(folder.bytes for folder in folders),
         files=sum(folder.files for folder in folders),

@@ -55,7 +55,8 @@ def folders_of_round(
         for number, array in enumerate(plan.arrays, 1)
         for task in range(array.tasks)
     ]
-    sent = sum(update_bytes(federation.ranks[client.tier], modules) for client in cohort)
+    factors = federation.prepared.sent
+    sent = sum(update_bytes(federation.ranks[client.tier], modules, factors) for client in cohort)
     parts = [paths.update(attempt=1, bundle=b.number, part=0) for b in plan.bundles]
     at_once = min(len(cohort), sum(workers.parallel for workers in plan.workers.values()))
     # an adapter and, for AdamW, its two moments

@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from fedllm.config.loading import read_config
-from fedllm.planning.costs import adapter_weights
 from fedllm.reporting.method_words import method_words, privacy_words
 from fedllm.reporting.results.gains import GROUPS, gains_by_group, gains_table, verdicts
 from fedllm.reporting.results.metrics import Mean, by_tier, mean_scores, other_means
@@ -18,6 +17,7 @@ from fedllm.storage.records import (
     EvaluationRecord,
     ModuleRecord,
     PreparedRecord,
+    SentFactors,
     StopRecord,
 )
 
@@ -49,9 +49,14 @@ def last_evaluation(paths: RunPaths, rounds: int) -> EvaluationRecord | None:
     return None
 
 
-def update_bytes(ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord]) -> int:
-    """Return the bytes that a client sends (and receives) per round: A and B in float32."""
-    return _FLOAT32_BYTES * adapter_weights(ranks, modules)
+def update_bytes(
+    ranks: Mapping[str, int], modules: Mapping[str, ModuleRecord], sent: SentFactors = "AB"
+) -> int:
+    """Return the bytes of the factors that a client sends per round, in float32."""
+    sides = {name: {"A": m.in_features, "B": m.out_features} for name, m in modules.items()}
+    return _FLOAT32_BYTES * sum(
+        rank * sides[name][factor] for name, rank in ranks.items() for factor in sent
+    )
 
 
 def run_summary(paths: RunPaths, best: Collection[int] = ()) -> str:
@@ -117,7 +122,7 @@ def spectra_text(paths: RunPaths) -> str:
 def bytes_table(cohort: CohortRecord, prepared: PreparedRecord) -> str:
     """Return a table of the bytes that a client of each tier sends per round."""
     rows = [
-        [tier, _span(ranks), size(update_bytes(ranks, prepared.modules))]
+        [tier, _span(ranks), size(update_bytes(ranks, prepared.modules, cohort.sent))]
         for tier, ranks in cohort.ranks.items()
     ]
     return text_table("what a client sends per round", ["tier", "ranks", "bytes"], rows)
