@@ -252,7 +252,7 @@ def aggregate(
     )
     (result,) = method.finish([method.fold(block, step) for block in blocks], step)
     federation.state = result.state
-    if method.changes_base:
+    if method.base_delta(federation.state) is not None:
         # the factors of what goes into the base, at most, to each client
         rank = min(SIDE, sum(update.rank for update in sent.values()))
         federation.bytes_sent += len(sent) * rank * 2 * SIDE * 4
