@@ -125,7 +125,17 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
             f"{state.config.method.name} changes the base too, which an adapter cannot hold; "
             "use --merge"
         )
-    about = PeftDescription(
+    with filling_folder(out, last=CONFIG) as folder:
+        adapter = adapter_of(state.method, state.file, ranks)
+        write_peft_adapter(folder, adapter, about=describe(state, ranks))
+        _copy_tokenizer(Path(state.prepared.model_path), folder)
+        _write_card(state, folder, ranks, merged=False)
+    return Exported(round=state.round, ranks=ranks, base_model=state.base_model)
+
+
+def describe(state: ServerState, ranks: Mapping[str, int]) -> PeftDescription:
+    """Return what PEFT's configuration says of an adapter of these modules."""
+    return PeftDescription(
         base_model=state.base_model,
         revision=state.config.model.revision,
         targets={"target_modules": _target_modules(state.config, list(ranks))},
@@ -133,12 +143,6 @@ def export_adapter(state: ServerState, out: Path, *, rank: int | None = None) ->
         fan_in_fan_out=any(state.prepared.modules[module].transposed for module in ranks),
         dropout=state.config.lora.dropout,
     )
-    with filling_folder(out, last=CONFIG) as folder:
-        adapter = adapter_of(state.method, state.file, ranks)
-        write_peft_adapter(folder, adapter, about=about)
-        _copy_tokenizer(Path(state.prepared.model_path), folder)
-        _write_card(state, folder, ranks, merged=False)
-    return Exported(round=state.round, ranks=ranks, base_model=state.base_model)
 
 
 def export_model(

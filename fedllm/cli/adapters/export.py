@@ -54,25 +54,35 @@ def export(
             "--push-to-hub", metavar="OWNER/NAME", help="Upload it, as a private repository."
         ),
     ] = None,
+    client: Annotated[
+        str | None,
+        typer.Option(
+            "--client", metavar="C", help="The adapter that this client trained in the round."
+        ),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Write a run's state as a PEFT adapter, or as a merged model."""
+    from fedllm.server.client_export import export_client
     from fedllm.server.export import Merged, export_adapter, export_model, open_state
     from fedllm.server.hub_upload import push_folder, require_repository
 
     if dtype and not merge:
         raise AdapterError("--dtype: is for --merge, an adapter is float32; leave it out")
+    if client and (merge or rank):
+        raise AdapterError("--client: writes its adapter as it is; leave out --merge and --rank")
     if push_to_hub is not None:
         require_repository(push_to_hub)
     paths, folder = existing_run(run), fresh_folder(out)
     # deepspeed, where it is installed, logs to stdout when transformers saves a model
     with redirect_stdout(sys.stderr):
-        state = open_state(paths, chosen_round(paths, round_))
-        exported = (
-            export_model(state, folder, rank=rank, dtype=dtype)
-            if merge
-            else export_adapter(state, folder, rank=rank)
-        )
+        number = chosen_round(paths, round_)
+        if client:
+            exported = export_client(paths, number, client, folder)
+        elif merge:
+            exported = export_model(open_state(paths, number), folder, rank=rank, dtype=dtype)
+        else:
+            exported = export_adapter(open_state(paths, number), folder, rank=rank)
     pushed = push_folder(push_to_hub, folder) if push_to_hub is not None else None
     if json_:
         say_json(_exported_json(out, exported) | ({"pushed": pushed} if pushed else {}))
