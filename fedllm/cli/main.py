@@ -12,6 +12,7 @@ from fedllm.cli.adapters.evaluate import evaluate
 from fedllm.cli.adapters.export import export
 from fedllm.cli.control.advance import advance
 from fedllm.cli.control.cancel import cancel
+from fedllm.cli.control.init import init
 from fedllm.cli.control.prepare import prepare
 from fedllm.cli.control.prune import prune
 from fedllm.cli.control.resume import resume
@@ -38,7 +39,6 @@ app = typer.Typer(
         "Fine-tune one language model with clients of different LoRA ranks, round by round, on "
         "this machine or as Slurm job arrays.\n\nStart with: fedllm run configs/quickstart.yaml"
     ),
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -63,6 +63,7 @@ def _options(
         os.environ["FEDLLM_DEBUG"] = "1"
 
 
+app.command()(init)
 app.command("run")(run_command)
 # in the order of `fedllm --help`
 for command in (

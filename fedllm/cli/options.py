@@ -11,6 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fedllm.cli.completion import (
+    complete_configs,
+    complete_configs_and_runs,
+    complete_keys,
+    complete_runs,
+)
 from fedllm.config.loading import load_config, read_config
 from fedllm.config.models import Config, is_own
 from fedllm.errors import ConfigError, RunDirectoryError, UserError
@@ -24,21 +30,46 @@ from fedllm.storage.records import RunRecord
 
 RUNS = Path("runs")
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="A configuration file.", autocompletion=complete_configs),
+]
 ConfigOrSweep = Annotated[
-    Path, typer.Argument(metavar="CONFIG|SWEEP.yaml", help="A configuration, or a sweep file.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG|SWEEP.yaml",
+        help="A configuration, or a sweep file.",
+        autocompletion=complete_configs,
+    ),
 ]
 ConfigOrRun = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG|RUN", help="A configuration, or a run directory to continue."),
+    typer.Argument(
+        metavar="CONFIG|RUN",
+        help="A configuration, or a run directory to continue.",
+        autocompletion=complete_configs_and_runs,
+    ),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run directory.", autocompletion=complete_runs),
+]
 RunOrSweep = Annotated[
-    Path, typer.Argument(metavar="RUN|SWEEP", help="The directory of a run or of a sweep.")
+    Path,
+    typer.Argument(
+        metavar="RUN|SWEEP",
+        help="The directory of a run or of a sweep.",
+        autocompletion=complete_runs,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as --set rounds=5."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key, such as --set rounds=5.",
+        autocompletion=complete_keys,
+    ),
 ]
 RunDir = Annotated[
     Path | None,

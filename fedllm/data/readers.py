@@ -123,6 +123,16 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
     )
 
 
+def columns_of(section: DataSection, cache: CachePaths) -> list[str]:
+    """Return the columns of the data, as the first rows of all its files have them.
+
+    Raises:
+        DataError: there are no data, or they cannot be read.
+    """
+    peeks = (part.peek() or () for part in _find_raw(section, cache).parts)
+    return list(dict.fromkeys(chain.from_iterable(peeks)))
+
+
 def _one_format(
     section: DataSection, source: _RawSource, peeks: Sequence[Peek], column_section: ColumnsSection
 ) -> str:

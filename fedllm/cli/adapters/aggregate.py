@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedllm.cli.completion import complete_methods
 from fedllm.cli.options import (
     AsJson,
     OutFolder,
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
         RequestedRank,
     )
 
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="M",
+        help="Method that combines the adapters.",
+        autocompletion=complete_methods,
+    ),
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="An option of the method."),
@@ -57,9 +67,7 @@ def aggregate(
             help="Rank of the result; full: no loss. Default: the largest of each module.",
         ),
     ] = None,
-    method: Annotated[
-        str, typer.Option("--method", metavar="M", help="Method that combines the adapters.")
-    ] = "flexlora",
+    method: MethodName = "flexlora",
     options: MethodOptions = None,
     device: Annotated[
         str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")

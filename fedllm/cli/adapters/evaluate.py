@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedllm.cli import execution
+from fedllm.cli.completion import complete_runs
 from fedllm.cli.options import (
     AsJson,
     Overrides,
@@ -38,7 +39,12 @@ _PEFT_CONFIG = "adapter_config.json"
 
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or a PEFT adapter.")
+        Path,
+        typer.Argument(
+            metavar="RUN|ADAPTER",
+            help="A run directory, or a PEFT adapter.",
+            autocompletion=complete_runs,
+        ),
     ],
     round_: RoundNumber = None,
     rank: Annotated[

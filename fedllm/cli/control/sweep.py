@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fedllm.cli import sweeps
+from fedllm.cli.completion import complete_configs
 from fedllm.cli.options import TakeOver, configuration_file, say
 from fedllm.errors import ConfigError
 from fedllm.reporting.sweeps.sweep_status import sweep_status
@@ -16,7 +17,10 @@ _EXAMPLE = "configs/sweeps/example.yaml"
 
 
 def sweep(
-    file: Annotated[Path | None, typer.Argument(metavar="SWEEP.yaml", help="A sweep file.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="SWEEP.yaml", help="A sweep file.", autocompletion=complete_configs),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder. Default: runs/<name of the file>."),

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fedllm.cli.completion import complete_runs
 from fedllm.cli.options import AsJson, say, say_json
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.reporting.comparing.comparison_tables import comparison_of, comparison_text
@@ -17,7 +18,11 @@ from fedllm.storage.sweep_records import SweepRecord
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN|NAME=RUN|SWEEP...", help="Runs, named or not, and sweeps."),
+        typer.Argument(
+            metavar="RUN|NAME=RUN|SWEEP...",
+            help="Runs, named or not, and sweeps.",
+            autocompletion=complete_runs,
+        ),
     ],
     last: Annotated[
         int | None,
