@@ -107,10 +107,10 @@ class LoraSection(Section):
     )
     """Linear layers that get an adapter, read as in PEFT. See [Which layers](#which-layers)."""
     alpha: PositiveFloat = 16.0
-    """Scale of an update, with `lora.scaling`."""
+    """Alpha, from which `lora.scaling` makes the scale of an update."""
     scaling: Literal["fixed", "proportional", "rslora"] = "fixed"
-    """Scale: alpha / rank; 2 at every rank (alpha = 2 rank); alpha / √rank. With `fixed`, high
-    ranks learn more slowly at the same learning rate."""
+    """Scale of an update: alpha / rank (`fixed`), 2 at every rank (`proportional`), or
+    alpha / √rank (`rslora`). With `fixed`, high ranks learn more slowly at one learning rate."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout of the adapter's input, drawn per row and position, but once for a prefix that
     rows share: see [training](training.md#dropout)."""
@@ -130,7 +130,8 @@ class ColumnsSection(Section):
     """Column that names the client of a row; text or numbers. `null`: there is none, with
     `data.partition`."""
     category: str | None = "category"
-    """Column by which held-out clients are stratified; `null`: there is none."""
+    """Column of the category: dev and unseen clients are drawn from all categories alike, and
+    scores are given by category. `null`: there is none."""
     instruction: str | None = "instruction"
     """Column of the instruction; `null`: there is none."""
     input: str | None = "input"
@@ -254,11 +255,11 @@ class HeldOutSection(Section):
     """Clients that may become dev or unseen: `column` modulo `modulo` equals `equals`."""
 
     column: str
-    """The table form: an integer column of the data..."""
+    """Of the table: an integer column of the data."""
     modulo: PositiveInt
-    """... taken modulo this ..."""
+    """Of the table: what the values of the column are divided by."""
     equals: NonNegativeInt
-    """... has to equal this."""
+    """Of the table: the remainder that a client must leave to be held out."""
 
 
 class ClientsSection(Section):
@@ -529,8 +530,8 @@ class AggregationSection(Section):
     exact: bool = False
     """Use only direct decompositions in float64."""
     tolerance: PositiveFloat = 1e-4
-    """How much more energy an iterative decomposition may leave out than the best triplets do,
-    as a share of what the best leave out."""
+    """How much more energy an iterative decomposition may leave out than an exact one, as a share
+    of what the exact one leaves out."""
     block_clients: PositiveInt = 32
     """Number of clients in a block; updates are summed block by block, in the cohort's order."""
     weights: Literal["rows", "uniform"] = "rows"
@@ -539,7 +540,7 @@ class AggregationSection(Section):
     """What to do with a client whose change of a module is more than `outlier_factor` times the
     median."""
     outlier_factor: Annotated[float, Field(gt=1)] = 10.0
-    """From how many times the median on a client is an outlier: see `outliers`."""
+    """How many times the median make a client an outlier (`outliers`)."""
 
     @model_validator(mode="after")
     def _devices_are_named(self) -> "AggregationSection":

@@ -130,7 +130,7 @@ def stack(factors: Iterable[Factors], weights: Sequence[float]) -> Stacked:
     assert len(items) == len(weights), f"{len(items)} adapters, {len(weights)} weights"
     shapes = sorted({(item.shape.out, item.shape.in_) for item in items})
     if len(shapes) != 1:
-        raise AdapterError(f"adapters to combine must change one shape of weight, got {shapes}")
+        raise AdapterError(f"adapters to combine must be for weights of one shape, got {shapes}")
     signed: list[float] = []
     for item, weight in zip(items, weights, strict=True):
         product = weight * item.scale

@@ -38,7 +38,7 @@ def total_of(weights: Sequence[float]) -> float:
             f"{len(weights)} weights sum to more than a number holds: divide all by the largest"
         ) from error
     if total == 0:
-        raise DataError(f"all {len(weights)} weights are zero: at least one must be above")
+        raise DataError(f"all {len(weights)} weights are zero: give at least one a weight above 0")
     return total
 
 

@@ -188,5 +188,5 @@ def test_at_one_rank_they_are_the_factor_mean(method: DrawnParts) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=of)
 def test_any_ranks_up_to_the_states_are_taken(method: DrawnParts) -> None:
     assert method.refuse([{"m": 2}, {"m": 4}]) is None
-    with pytest.raises(AdapterError, match="rank 7 asked of a state of rank 6"):
+    with pytest.raises(AdapterError, match="got rank 7, the state has 6"):
         received(method, state(), 7, "a")

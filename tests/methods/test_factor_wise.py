@@ -127,7 +127,7 @@ def test_a_client_receives_a_prefix_of_the_state_at_its_own_scale(method: PairMe
         assert got.scale == 16.0 / rank
         prefix = Factors(a_RI=whole.a_RI[:rank], b_OR=whole.b_OR[:, :rank], scale=whole.scale)
         torch.testing.assert_close(delta(got), delta(prefix), rtol=1e-6, atol=1e-6)
-    with pytest.raises(AdapterError, match=r"^m: rank 7 asked of a state of rank 6"):
+    with pytest.raises(AdapterError, match=r"^m: got rank 7, the state has 6"):
         method.module_adapter(module="m", state=state, rank=7)
 
 

@@ -131,7 +131,7 @@ def test_a_sum_beyond_float32_is_refused_by_module() -> None:
 
 def test_more_than_the_state_holds_is_refused_by_module() -> None:
     state = METHOD.start_module(module="m", shape=SHAPE, rank=3)
-    with pytest.raises(AdapterError, match=r"^m: rank 4 asked of a state of rank 3"):
+    with pytest.raises(AdapterError, match=r"^m: got rank 4, the state has 3"):
         received(state, 4)
 
 

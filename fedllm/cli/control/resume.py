@@ -14,7 +14,10 @@ from fedllm.errors import ConfigError
 
 
 def resume(run: RunOrSweep, set_: Overrides = None, take_over: TakeOver = False) -> None:
-    """Continue a run or a sweep to its end. Of a run, execution keys may change, `rounds` grow."""
+    """Continue a run or a sweep to its end.
+
+    Keys of a run that decide no result may change with --set, and `rounds` may grow.
+    """
     if sweep := existing_sweep(run):
         if set_:
             raise ConfigError(

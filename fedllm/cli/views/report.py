@@ -55,7 +55,7 @@ def report(
     default = sweep.report if sweep else existing_run(run).report
     targets = [target_of(text) for text in target or []]
     if sweep and targets:
-        raise UserError("--target: of a run; the arms of a sweep stand at equal spending")
+        raise UserError("--target: is for a run; arms of a sweep are compared at equal spending")
     if kind not in _FORMATS:
         raise UserError(f"--format: got {kind!r}, need one of {', '.join(_FORMATS)}")
     require_matplotlib()

@@ -65,7 +65,7 @@ class PairMethod(Method):
         """Return the first `rank` directions; B is divided by what the client's scale adds."""
         held = state["A"].shape[0]
         if rank > held:
-            raise AdapterError(f"{module}: rank {rank} asked of a state of rank {held}: ask less")
+            raise AdapterError(f"{module}: got rank {rank}, the state has {held}: choose less")
         scale = self.scale(rank)
         b_OR = state["B"][:, :rank] * (self.scale(held) / scale)
         return Factors(a_RI=state["A"][:rank], b_OR=b_OR, scale=scale)

@@ -71,7 +71,7 @@ class SpectralMethod(Method):
         spectral = _spectral(state)
         if rank > spectral.rank:
             raise AdapterError(
-                f"{module}: rank {rank} asked of a state of rank {spectral.rank}: ask for less"
+                f"{module}: got rank {rank}, the state has {spectral.rank}: choose less"
             )
         scale = scale_of(alpha=self.alpha, scaling=self.scaling, rank=rank)
         return to_factors(spectral, rank=rank, scale=scale)
