@@ -18,11 +18,13 @@ def main(argv: Sequence[str]) -> int:
     """
     with StopSignals() as signals:
         from fedllm.process.clock import process_seconds
+        from fedllm.process.renewal import ANEW, begin_anew
         from fedllm.process.session import Session
         from fedllm.programs.entry_points import run
 
         began = time.monotonic() - process_seconds()
-        return run("client", argv, session=Session(), signals=signals, began=began)
+        code = run("client", argv, session=Session(), signals=signals, began=began)
+        return code if code != ANEW else begin_anew(sys.orig_argv[1:], signals=signals)
 
 
 if __name__ == "__main__":

@@ -373,6 +373,9 @@ class ZeroSection(Section):
     `3` the weights of the base too."""
     offload: Literal["none", "cpu"] = "none"
     """`cpu` keeps the optimizer's state in the host's memory and updates there."""
+    restart_after_clients: Annotated[PositiveInt, Field(json_schema_extra=EXECUTION)] = 200
+    """After so many clients the processes of a task end, and new ones take their place within the
+    task: memory that libraries never free is bounded. A single process stays."""
 
 
 class TrainingSection(Section):

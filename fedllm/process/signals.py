@@ -49,6 +49,16 @@ class StopSignals:
                 self._heard.add(number)
                 self.received = self.received or number
 
+    def leave_to_next(self) -> None:
+        """Leave the signals that came, and those to come, to the program that replaces this one.
+
+        They wait until that one notes signals.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        for number in self._all:
+            # to this thread: another one would take it, and end with this program
+            signal.pthread_kill(threading.get_ident(), number)
+
     @property
     def name(self) -> str:
         """The name of the signal that came first."""
@@ -58,6 +68,8 @@ class StopSignals:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _HANDLED}
+            # those that the process before this one left
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         return self
 
     def __exit__(

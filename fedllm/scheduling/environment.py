@@ -2,11 +2,14 @@
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedllm.errors import UserError
 from fedllm.storage.lease import process_start_time
+
+_RENEWED_AT = "FEDLLM_RENEWED_AT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,9 @@ class TaskIdentity:
 
     A task may have several processes. This one has rank `rank` of `num_processes`, and
     `local_rank` among the processes of its node. They meet at `rendezvous` (host:port), which is
-    empty for a task of one process. `restarts` counts how often the task was requeued.
+    empty for a task of one process. `restarts` counts how often the task was requeued. `renewed_at`
+    is when this process replaced the one that took up the task, of `time.monotonic`; None: it took
+    up the task itself.
     """
 
     task: str
@@ -30,6 +35,7 @@ class TaskIdentity:
     local_rank: int = 0
     rendezvous: str = ""
     restarts: str = ""
+    renewed_at: float | None = None
 
     @property
     def is_first(self) -> bool:
@@ -43,7 +49,8 @@ class TaskEnvironment:
 
     Slurm sets its own. fedllm sets `FEDLLM_TASK`, `FEDLLM_LOG`, `FEDLLM_PROCESSES` and
     `FEDLLM_RENDEZVOUS`: the script of a task exports them. A process that runs task after task
-    sets them itself, with its `FEDLLM_RANK` and `FEDLLM_LOCAL_RANK`.
+    sets them itself, with its `FEDLLM_RANK` and `FEDLLM_LOCAL_RANK`. A process that replaces itself
+    sets `FEDLLM_RENEWED_AT`.
     """
 
     variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -65,6 +72,7 @@ class TaskEnvironment:
             local_rank=self._rank("LOCAL_"),
             rendezvous=self.variables.get("FEDLLM_RENDEZVOUS", ""),
             restarts=self.variables.get("SLURM_RESTART_COUNT", ""),
+            renewed_at=_moment(self.variables.get(_RENEWED_AT, "")),
         )
 
     @property
@@ -160,12 +168,18 @@ class TaskEnvironment:
 
 def become_task(task: str, log: str) -> None:
     """Set in this process's environment the task that it works on from now on, and its log."""
+    os.environ.pop(_RENEWED_AT, None)
     os.environ.update(task_variables(task, log))
 
 
 def task_variables(task: str, log: str) -> dict[str, str]:
     """Return the environment variables that name a task and its log."""
     return {"FEDLLM_TASK": task, "FEDLLM_LOG": log}
+
+
+def renewal_variables() -> dict[str, str]:
+    """Return the environment variables of a process that replaces this one now, in its task."""
+    return {_RENEWED_AT: repr(time.monotonic())}
 
 
 def process_variables(rank: int, count: int, rendezvous: str) -> dict[str, str]:
@@ -182,6 +196,13 @@ def _log(pattern: str, rank: int) -> str:
     """Return the log of a process: its rank replaces `%t` in the name of the file, as in srun."""
     folder, slash, name = pattern.rpartition("/")
     return f"{folder}{slash}{name.replace('%t', str(rank))}"
+
+
+def _moment(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _local_task() -> str:

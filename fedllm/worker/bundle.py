@@ -63,7 +63,7 @@ class BundleTraining:
         The finished clients are published even where an error ends the training.
 
         Returns:
-            True if the bundle is done; False if a signal came first.
+            True if the bundle is done; False if a signal came first, or the processes are used up.
         """
         bundle, published = claimed.bundle, self._published_clients(claimed)
         try:
@@ -71,7 +71,7 @@ class BundleTraining:
                 missing = [c for c in group if c in bundle.clients and c not in published]
                 if not missing:
                     continue
-                if self.task.signals.came:
+                if self.task.signals.came or self.task.is_used_up:
                     return False
                 if is_over(self.attempt):
                     break
@@ -113,6 +113,7 @@ class BundleTraining:
                 before_step=before_step,
             )
         self.task.stepped = True
+        self.task.clients_trained += len(group)
         for trained in results:
             if trained.record.client in missing:
                 say(_summary(trained.record))

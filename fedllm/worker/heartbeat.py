@@ -25,7 +25,7 @@ class Heartbeat:
         began: when its time for this attempt began to count, idle time included.
         startup_began: when it took up this attempt; later than `began` if it was idle before.
         every_seconds: how often it writes while it trains.
-        earlier: the record of the task's earlier start, if it was requeued.
+        earlier: the record of the task's earlier start, or of the processes that these replace.
     """
 
     attempt: AttemptPaths
@@ -35,6 +35,7 @@ class Heartbeat:
     startup_began: float
     every_seconds: float = _EVERY_SECONDS
     earlier: TaskRecord | None = None
+    _goes_on: bool = False  # in the start of the task of which `earlier` tells
     _clients_done: int = 0
     _clients: list[str] = field(default_factory=list)
     _step: int = 0
@@ -57,7 +58,7 @@ class Heartbeat:
 
         `first` is when the task began its first attempt: a task that was idle took this one up now.
         """
-        return cls(
+        opened = cls(
             attempt=attempt,
             identity=identity,
             worker_class=worker_class,
@@ -65,6 +66,16 @@ class Heartbeat:
             startup_began=began if began == first else time.monotonic(),
             earlier=TaskRecord.find(attempt.task(identity.task)),
         )
+        if opened.earlier is not None and identity.renewed_at is not None:
+            opened._go_on(opened.earlier, identity.renewed_at)
+        return opened
+
+    def _go_on(self, earlier: TaskRecord, since: float) -> None:
+        """Go on with a record of this start of the task, whose processes new ones replaced."""
+        self.began = since - earlier.allocated_seconds
+        self._startup_seconds = earlier.startup_seconds
+        self._busy_seconds = earlier.busy_seconds
+        self._goes_on = True
 
     @contextmanager
     def clients(self, names: Sequence[str], count: int) -> Iterator[None]:
@@ -88,7 +99,7 @@ class Heartbeat:
     def write(self, state: State) -> None:
         """Publish the record; every record differs from the one before, if only in its seconds."""
         now = self._written_at = time.monotonic()
-        before = self.earlier
+        before, is_start = self.earlier, not self._goes_on
         clients = self._clients if state == "training" else []
         startup = (
             now - self.startup_began if self._startup_seconds is None else self._startup_seconds
@@ -105,9 +116,11 @@ class Heartbeat:
             startup_seconds=round(startup, 3),
             busy_seconds=round(self._busy_now(), 3),
             allocated_seconds=round(now - self.began, 3),
-            starts=before.starts + 1 if before else 1,
-            earlier_busy_seconds=_total_seconds(before, "busy_seconds"),
-            earlier_allocated_seconds=_total_seconds(before, "allocated_seconds"),
+            starts=(before.starts if before else 0) + is_start,
+            earlier_busy_seconds=_seconds_before(before, "busy_seconds", with_own=is_start),
+            earlier_allocated_seconds=_seconds_before(
+                before, "allocated_seconds", with_own=is_start
+            ),
         ).publish(self.attempt.task(self.identity.task))
 
     def _busy_now(self) -> float:
@@ -115,9 +128,10 @@ class Heartbeat:
         return self._busy_seconds + running
 
 
-def _total_seconds(record: TaskRecord | None, name: str) -> float:
-    """Return the seconds of all starts of the task, up to that of `record`."""
+def _seconds_before(record: TaskRecord | None, name: str, *, with_own: bool) -> float:
+    """Return the seconds of all starts of the task before that of `record`, or up to it."""
     if record is None:
         return 0.0
-    total: float = getattr(record, name) + getattr(record, f"earlier_{name}")
-    return round(total, 3)
+    own: float = getattr(record, name) if with_own else 0.0
+    earlier: float = getattr(record, f"earlier_{name}")
+    return round(own + earlier, 3)

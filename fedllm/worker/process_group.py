@@ -20,6 +20,8 @@ from fedllm.worker.watching import Watch
 
 # time to wait for the first process's next order: it may have nothing to do for long
 _ORDER_TIMEOUT = timedelta(days=30)
+# time for the others to read that they are dismissed
+_DISMISSAL_TIMEOUT = timedelta(minutes=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,11 @@ class SeveralProcesses:
         self._send(asdict(order))
 
     def dismiss(self, exit_code: int) -> None:
-        """Send an exit code to the other processes."""
+        """Send an exit code to the other processes; return once they have it."""
         self._send(exit_code)
+        # they read it from this process
+        others = range(1, dist.get_world_size())
+        self._store.wait([_seen_by(rank) for rank in others], _DISMISSAL_TIMEOUT)
 
     def receive(self) -> Order | int:
         """Receive the next order or the exit code from the first process."""
@@ -111,6 +116,7 @@ class SeveralProcesses:
         self._store.wait([key], _ORDER_TIMEOUT)
         message = json.loads(self._store.get(key))
         if isinstance(message, int):
+            self._store.set(_seen_by(dist.get_rank()), "")
             return message
         tuples = {name: tuple(message[name]) for name in ("clients", "steps")}
         return Order(**{**message, **tuples})
@@ -121,6 +127,10 @@ class SeveralProcesses:
     def _next_key(self) -> str:
         self._orders += 1
         return f"order/{self._orders}"
+
+
+def _seen_by(rank: int) -> str:
+    return f"dismissal/{rank}"
 
 
 @contextmanager

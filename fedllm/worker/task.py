@@ -26,6 +26,7 @@ class WorkerTask:
         processes: the processes of the task.
         array: the Slurm array of the task; None: unknown.
         stepped: whether this start of the task took a training step.
+        clients_trained: how many clients its processes have trained, since they began.
         attempt: the attempt on which it works now.
         on_attempt: called with every further attempt on which it works.
     """
@@ -39,7 +40,21 @@ class WorkerTask:
     processes: Processes = field(default_factory=OneProcess)
     array: ArrayRecord | None = None
     stepped: bool = False
+    clients_trained: int = 0
     on_attempt: Callable[[AttemptPaths], None] = lambda _attempt: None
+
+    def __post_init__(self) -> None:
+        """Know that processes which replace others go on after steps."""
+        self.stepped |= self.identity.renewed_at is not None
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether its processes have trained as many clients as they may: new ones go on.
+
+        A single process forms no group with others, and stays.
+        """
+        most = self.session.config(self.attempt.run).training.zero.restart_after_clients
+        return self.identity.num_processes > 1 and self.clients_trained >= most
 
     def go_on(self, attempt: AttemptPaths) -> None:
         """Work on another attempt from now on."""

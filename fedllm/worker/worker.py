@@ -9,6 +9,7 @@ from fedllm.config.models import Config
 from fedllm.errors import FedllmError, ProcessLost, UserError
 from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
+from fedllm.process.renewal import ANEW
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity
@@ -54,7 +55,9 @@ def work(
         on_attempt: called with every later attempt that it begins to work on.
 
     Returns:
-        The exit code: 0, or `STOPPED` after a signal that left work undone.
+        The exit code: 0, or `STOPPED` after a signal that left work undone; or `ANEW`: all
+        processes of the task are to begin anew, since they have trained as many clients as they
+        may.
 
     Raises:
         FedllmError: the attempt cannot be worked on, for example a damaged server state.
@@ -111,6 +114,10 @@ def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:
         worker.work()
         if task.signals.came:
             return _stop(worker)
+        if worker.is_to_begin_anew:
+            name, count = task.identity.task, task.clients_trained
+            say(f"{name}: new processes go on, after {count} clients")
+            return ANEW
         if not worker.stays_idle:
             return 0
         since = time.monotonic()
@@ -184,14 +191,26 @@ class Worker:
         signals = self.task.signals
         with ExitStack() as stack:
             training: BundleTraining | None = None
-            while not (signals.came or is_over(self.attempt)) and (
+            while not (signals.came or self.task.is_used_up or is_over(self.attempt)) and (
                 claimed := self.claims.next(self._seconds_left())
             ):
                 if training is None:
                     opened = BundleTraining.open(self.task, self.attempt, self.heartbeat, claimed)
                     training = stack.enter_context(closing(opened))
                 self.is_unfinished = not training.train(claimed)
-        self.note("lingering" if self.stays_idle and not signals.came else "ended")
+        self.note(self._state_after())
+
+    @property
+    def is_to_begin_anew(self) -> bool:
+        """Whether new processes of this task are to go on with what is left."""
+        return self.task.is_used_up and self.has_work_left
+
+    def _state_after(self) -> State:
+        if self.task.signals.came:
+            return "ended"
+        if self.is_to_begin_anew:
+            return "starting"
+        return "lingering" if self.stays_idle else "ended"
 
     def note(self, state: State) -> None:
         """Write the task's record."""

@@ -19,7 +19,7 @@ TWO = (
     "clients.tiers.large.engine=zero",
     "clients.tiers.large.processes=2",
     "training.checkpoint_every_minutes=1e-9",
-    "clients.cohort.count=3",
+    "clients.cohort.count=4",
     "scheduler.workers=1",
     "rounds=1",
     "evaluation.every=0",
@@ -67,8 +67,13 @@ def test_tiers_train_with_engines_of_their_own_and_resume_to_the_same_bits(
     psutil.wait_procs(workers, timeout=30)
     assert not any(worker.is_running() for worker in workers)
     assert set(states(killed)) == {"0000"}
-    assert fedllm("resume", killed).returncode == 0
+    # every client in processes of its own: an execution key changes no bit
+    resumed = fedllm("resume", killed, *options("training.zero.restart_after_clients=1"))
+    assert resumed.returncode == 0, resumed.stderr
     assert states(killed) == states(undisturbed)
+    logs = "".join(path.read_text() for path in (killed / "logs").rglob("*.log"))
+    assert "new processes go on, after 1 clients" in logs
+    assert not RunPaths(root=killed).round(1).attempt(2).task_errors()
 
 
 @pytest.mark.slow

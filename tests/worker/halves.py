@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fedllm.packing.slots import AdapterSlots
+from fedllm.process.renewal import ANEW, begin_anew
 from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.programs.entry_points import run
@@ -102,4 +103,5 @@ class Halves:
 if __name__ == "__main__":
     with StopSignals() as noted:
         session = Session(trainers={"plain": Halves})
-        sys.exit(run("client", sys.argv[1:], session=session, signals=noted))
+        code = run("client", sys.argv[1:], session=session, signals=noted)
+        sys.exit(code if code != ANEW else begin_anew(sys.orig_argv[1:], signals=noted))

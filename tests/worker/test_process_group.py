@@ -155,6 +155,25 @@ def test_a_signal_stops_both_between_two_steps_and_the_task_goes_on_with_the_sam
 
 
 @pytest.mark.slow
+def test_new_processes_take_the_place_of_old_ones_and_go_on_to_the_same_bits(
+    attempt: AttemptPaths, halved: AttemptPaths
+) -> None:
+    prepared(attempt)
+    change_config(attempt, "training", zero={"restart_after_clients": 2})
+    paths = round_of(attempt)
+    with worker(attempt) as processes:
+        assert ended(processes) == [0, 0], log_of(attempt, 0) + log_of(attempt, 1)
+    assert log_of(attempt, 0).count(f"{TASK}: new processes go on, after 2 clients") == 1
+    assert_same_bits(paths, halved.run.root)
+    (record,) = map(TaskRecord.read, attempt.tasks.rglob("*.json"))
+    assert (record.starts, record.clients_done) == (1, len(updates(paths)))
+    assert record.earlier_allocated_seconds == 0
+    assert record.startup_seconds + record.busy_seconds < record.allocated_seconds
+    assert log_of(attempt, 1) == ""
+    assert not attempt.task_errors()
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_which_names_its_log(
     attempt: AttemptPaths,
 ) -> None:
