@@ -10,7 +10,12 @@ from typing import IO
 
 from fedllm.errors import ProcessLost
 from fedllm.process.parent import end_with_parent
-from fedllm.scheduling.environment import TaskEnvironment, TaskIdentity, process_variables
+from fedllm.scheduling.environment import (
+    TaskEnvironment,
+    TaskIdentity,
+    process_variables,
+    task_variables,
+)
 from fedllm.scheduling.heap import with_heap_settings
 
 _HOST = "127.0.0.1"
@@ -38,14 +43,16 @@ def companions(num_processes: int, command: Sequence[str]) -> Iterator[TaskIdent
         return
     with socket.create_server((_HOST, 0)) as server:
         rendezvous = f"{_HOST}:{server.getsockname()[1]}"
+    # outside a job each process would be a task of its own, and they would never meet
+    task = task_variables(identity.task, identity.log)
     with ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_processes - 1)]
         started = [
-            _start(command, process_variables(rank, num_processes, rendezvous), log)
+            _start(command, process_variables(rank, num_processes, rendezvous) | task, log)
             for rank, log in enumerate(logs, 1)
         ]
         stack.callback(_end, started)
-        own = process_variables(0, num_processes, rendezvous)
+        own = process_variables(0, num_processes, rendezvous) | task
         try:
             yield TaskEnvironment(variables={**os.environ, **own}).identity
             for process in started:
