@@ -21,6 +21,7 @@ ENVIRONMENT = {"model.path": "FEDLLM_MODEL", "data.path": "FEDLLM_DATA"}
 _REMOVED_KEYS = (("aggregation", "fold_ahead"),)
 # result keys of later versions: at these values a run keeps the fingerprint that it began with
 _ADDED_KEYS: Mapping[str, Any] = {
+    "model.quantization": "none",
     "method.options": {},
     "method.local_options": {},
     "clients.cohort.sampling": "fixed",

@@ -86,6 +86,10 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Format of the base's matrices in memory. Adapters are float32. See [number
     formats](training.md#number-formats) for the format of each computation."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Bits of the base's linear layers, which are quantised when a worker loads the base:
+    `nf4` (QLoRA, 4.1 bits a weight) or `int8` (8 bits, a scale for each row). It needs the
+    extra `fedllm[quantization]`; see [quantised bases](training.md#quantised-bases)."""
     adapter: str | None = None
     """Folder of a PEFT adapter to start from, of any rank. It must be for this base and adapt
     only modules of `lora.target_modules`. The state before round 1 is its change, at the

@@ -32,6 +32,11 @@ _NEEDS = {
 
 _MAX_LINES = 40
 _MAX_LETTERS = 200
+# what users know from elsewhere and look for here -> why there is no such key, and what to do
+_ABSENT = {
+    "training.compile": "no such key: packed passes differ in length and parts from step to step, "
+    "so that torch.compile compiles again until it gives up (its recompile limit); remove it"
+}
 
 _Problem = Mapping[str, Any]
 
@@ -95,7 +100,7 @@ def _line(key: str, problems: Sequence[_Problem], guess: str) -> str:
     if kind == WHOLE_LINES:
         return str(problem["msg"])
     if kind == "extra_forbidden":
-        return f"{key}: unknown key{guess}"
+        return f"{key}: {_ABSENT.get(key) or f'unknown key{guess}'}"
     if kind == "missing":
         return f"{key}: missing; add it"
     value = _Shown(value)

@@ -20,7 +20,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "method": ("that keeps the base", "that changes the base", "one's own"),
 }
 """The dimensions. `together` is `training.clients_per_batch` above 1; `precision` is
-`training.precision`, and with the plain engine also `model.dtype`."""
+`training.precision` and of `model.dtype`; `quantisation` is `model.quantization`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +49,13 @@ class Rule:
 _ONE_RANK = "clients.tiers.large.ranks=2"
 _GPUS = ("1 GPU", "several GPUs")
 _SEVERAL = ("several CPU processes", "several GPUs")
+_IN_BITS = ("8-bit", "4-bit (NF4)")
+_QUANTISED = "inputs/test_quantised.py"
 _ZERO = ("zero below stage 3", "zero stage 3")
 _EVERY_METHOD = "rounds/test_method_engines.py::test_every_method_trains_alike_on_every_engine"
 _ZERO_TEST = "training/test_zero.py::test_every_stage_comes_to_what_the_plain_loop_does"
 
 RULES = (
-    Rule(
-        where={"quantisation": ("8-bit", "4-bit (NF4)")},
-        state="refused",
-        tests=("inputs/test_bases.py::test_quantised_weights_are_refused_by_their_kind",),
-        message="is quantised",
-    ),
     Rule(
         where={"precision": ("float16",)},
         state="refused",
@@ -79,6 +75,18 @@ RULES = (
         refused=("training={engine: zero, processes: 2, clients_per_batch: 2}",),
     ),
     Rule(
+        where={"engine": ("zero stage 3",), "quantisation": _IN_BITS},
+        state="refused",
+        message="divides the base weight by weight",
+        refused=("training={engine: zero, processes: 2}", "model.quantization=nf4"),
+    ),
+    Rule(
+        where={"quantisation": _IN_BITS, "method": ("that changes the base",)},
+        state="refused",
+        message="changes the base, whose weights are then no longer those bits",
+        refused=("model.quantization=int8", "method.name=fedex", _ONE_RANK),
+    ),
+    Rule(
         where={"engine": ("zero stage 3",), "method": ("that changes the base",)},
         state="refused",
         message="divides the base, but method.name",
@@ -86,6 +94,32 @@ RULES = (
     ),
     Rule(where={"devices": _GPUS}, state="untested"),
     Rule(where={"method": ("one's own",)}, state="untested"),
+    Rule(
+        where={
+            "devices": ("several CPU processes",),
+            "precision": ("float32",),
+            "quantisation": ("4-bit (NF4)",),
+        },
+        state="tested",
+        tests=(_ZERO_TEST,),
+    ),
+    Rule(
+        where={"devices": ("several CPU processes",), "quantisation": _IN_BITS},
+        state="untested",
+    ),
+    Rule(
+        where={"precision": ("float32",), "quantisation": _IN_BITS},
+        state="tested",
+        tests=(f"{_QUANTISED}::test_every_engine_trains_alike_on_a_quantised_base",),
+    ),
+    Rule(
+        where={"engine": ("plain",), "quantisation": _IN_BITS},
+        state="tested",
+        tests=(
+            f"{_QUANTISED}::test_bfloat16_products_learn_what_float32_does_on_a_quantised_base",
+        ),
+    ),
+    Rule(where={"quantisation": _IN_BITS}, state="untested"),
     Rule(
         where={"engine": ("plain",)},
         state="tested",
@@ -140,7 +174,7 @@ FEATURES = (
         name="`torch.compile`",
         engines=VALUES["engine"],
         state="refused",
-        message="training.compile",
+        message="training.compile: no such key",
         refused=("training.compile=true",),
     ),
 )

@@ -18,9 +18,10 @@ from fedllm.errors import ModelError
 from fedllm.model.base_files import check_base_files, check_shapes
 from fedllm.model.embedded_base import Report, embedded_base
 from fedllm.model.fingerprint import check_model_folder, fingerprint_model
+from fedllm.model.quantised import KINDS, quantisation_text, quantise
 from fedllm.model.suitable import suitable_modules
 from fedllm.model.targets import adaptable_modules
-from fedllm.model.unread_weights import UnreadWeights, stored_format
+from fedllm.model.unread_weights import UnreadWeights, set_format, stored_format
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.model.weight_files import weight_shards
 from fedllm.storage.hub import first_line, hub_key, is_hub_name
@@ -53,6 +54,7 @@ class Base:
         fingerprint: the hash of its directory's content.
         modules: all that can have an adapter.
         unread: its weights where they are not in memory yet, but in its files; None: they are.
+        quantisation: what the bits of its linear layers depend on; empty: they are not quantised.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Base:
     fingerprint: str
     modules: dict[str, ModuleRecord]
     unread: UnreadWeights | None = None
+    quantisation: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class BaseDescription:
         path: the directory.
         fingerprint: the hash of its content.
         parameters: number of parameters.
+        linear_parameters: those of linear layers but for the output head, which can be quantised.
         modules: the modules that get an adapter.
         embedded_tokens: number of tokens that the base has an embedding for.
         config: the configuration of transformers.
@@ -78,6 +82,7 @@ class BaseDescription:
     path: Path
     fingerprint: str
     parameters: int
+    linear_parameters: int
     modules: dict[str, ModuleRecord]
     embedded_tokens: int
     config: Any
@@ -123,10 +128,12 @@ def describe_base(
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     check_shapes(folder, model)
     modules = suitable_modules(model, config, targets, say=say, begun=begun)
+    linear = adaptable_modules(model)
     return BaseDescription(
         path=folder,
         fingerprint=fingerprint_model(folder),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linear_parameters=sum(m.out_features * m.in_features for m in linear.values()),
         modules=modules,
         embedded_tokens=embedded_tokens(model),
         config=config,
@@ -134,7 +141,12 @@ def describe_base(
 
 
 def load_base(
-    path: Path, *, dtype: str, device: str | torch.device, to_divide: bool = False
+    path: Path,
+    *,
+    dtype: str,
+    device: str | torch.device,
+    to_divide: bool = False,
+    quantization: str = "none",
 ) -> Base:
     """Load a base from its directory, without network.
 
@@ -143,16 +155,23 @@ def load_base(
         dtype: `model.dtype`.
         device: where it computes.
         to_divide: leave the weights in its files; `training.partitioned.divide_base` reads them.
+        quantization: `model.quantization`; of a base that is not to be divided.
 
     Raises:
+        ConfigError: what quantises the base is not installed.
         ModelError: the base cannot be loaded, or some of its weights are missing.
     """
     check_base_files(path)
     fingerprint = fingerprint_model(path)
-    asked = _DTYPES[dtype]
+    asked, is_quantised = _DTYPES[dtype], quantization in KINDS
+    assert not (to_divide and is_quantised), "what is quantised is not divided"
     # in the format of the files transformers maps the weights, and copies none
-    model = _load_model(path, (to_divide and stored_format(weight_shards(path))) or asked)
+    mapped = to_divide or is_quantised
+    model = _load_model(path, (mapped and stored_format(weight_shards(path))) or asked)
     unread = UnreadWeights.of(model, asked) if to_divide else None
+    if is_quantised:
+        quantise(model, quantization, device)
+        set_format(model, asked)
     if unread is None:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
@@ -162,6 +181,7 @@ def load_base(
         fingerprint=fingerprint,
         modules=adaptable_modules(model),
         unread=unread,
+        quantisation=quantisation_text(quantization) if is_quantised else "",
     )
 
 

@@ -74,7 +74,8 @@ def _in_bits(section: Mapping[str, Any]) -> bool:
 def _is_quantised(folder: Path, kind: str) -> ModelError:
     return ModelError(
         f"model.path: {folder} is quantised ({kind}); adapters are trained on whole weights here: "
-        "give the directory of the model that is not quantised (float32, bfloat16 or float16)"
+        "give the directory of the model that is not quantised (float32, bfloat16 or float16), "
+        "which model.quantization can quantise"
     )
 
 

@@ -108,13 +108,11 @@ def _last_parts(path: str, count: int) -> str:
 
 
 def _record(path: str, module: nn.Linear | Conv1D) -> ModuleRecord:
-    rows, columns = module.weight.shape
     transposed = isinstance(module, Conv1D)
+    # a quantised linear layer has another shape of weight
+    size = module.weight.shape if transposed else (module.in_features, module.out_features)
     return ModuleRecord(
-        out_features=columns if transposed else rows,
-        in_features=rows if transposed else columns,
-        kind=kind_of(path),
-        transposed=transposed,
+        out_features=size[1], in_features=size[0], kind=kind_of(path), transposed=transposed
     )
 
 

@@ -34,12 +34,10 @@ class UnreadWeights:
 
         Until the weights are divided the model computes NaN.
         """
-        causal: Any = model
-        kept = causal._keep_in_fp32_modules_strict or ()
         stored = {}
         for name, weight in model.named_parameters():
             stored[name] = weight.data
-            own = torch.float32 if any(part in name for part in kept) else dtype
+            own = _format_of(model, name, dtype)
             weight.data = torch.full((), math.nan, dtype=own).expand(weight.shape)
         return cls(stored=stored)
 
@@ -57,6 +55,20 @@ class UnreadWeights:
             read = buffers[weight.dtype][: weight.numel()].view(weight.shape)
             weight.data = read.copy_(self.stored.pop(name))
             yield weight
+
+
+def set_format(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights of a model that are no whole numbers to format `dtype`."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(_format_of(model, name, dtype))
+
+
+def _format_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the format of a weight in a model of `dtype`: some are float32 in all."""
+    causal: Any = model
+    kept = causal._keep_in_fp32_modules_strict or ()
+    return torch.float32 if any(part in name for part in kept) else dtype
 
 
 def stored_format(shards: Iterable[Path]) -> torch.dtype | None:

@@ -91,7 +91,8 @@ def _computes_the_same(mlp: Any) -> bool:
     """Say whether a class's forward pass gives the bits of the formula, for one input."""
     weight_FI = mlp.gate_proj.weight
     draws = torch.Generator().manual_seed(0)
-    x_TI = torch.randn(1, 2, weight_FI.shape[1], generator=draws)
-    x_TI = x_TI.to(weight_FI.device, weight_FI.dtype)
+    x_TI = torch.randn(1, 2, mlp.gate_proj.in_features, generator=draws).to(weight_FI.device)
+    if weight_FI.is_floating_point():
+        x_TI = x_TI.to(weight_FI.dtype)
     with torch.no_grad():
         return torch.equal(type(mlp).forward(mlp, x_TI), _forward(mlp, x_TI))

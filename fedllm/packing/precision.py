@@ -11,6 +11,9 @@ weight:
     bfloat16     bfloat16            bfloat16                                      float32
     bfloat16     float32             float32, a layer's weights widened at use     float32
 
+The weight of a quantised layer is computed in float32 from its bits, and rounded at use for a
+product in bfloat16.
+
 "The rest" has two exceptions. Logits have the format of the product. Layers of a bfloat16 base
 that hold matrices and are neither linear nor embeddings (fused experts, convolutions) compute in
 bfloat16. On a GPU, bfloat16 is torch's autocast, which computes attention in bfloat16 too, since
@@ -28,6 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from fedllm.model.quantised import Int8Linear, Nf4Linear, QuantisedLinear
 
 # whether linear layers of the base compute in bfloat16
 _BFLOAT16_PRODUCTS = ContextVar("_BFLOAT16_PRODUCTS", default=False)
@@ -127,7 +132,37 @@ class _BaseConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types
         return _product(self, x, self.weight.t(), super().forward)
 
 
-_BASE_LAYERS: dict[type, type] = {nn.Linear: _BaseLinear, Conv1D: _BaseConv1D}
+class _BaseInBits:
+    """A quantised linear layer of a frozen base; beside its class in `model.quantised`."""
+
+    returns_float32 = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        is_bfloat16 = _BFLOAT16_PRODUCTS.get() or torch.is_autocast_enabled(x.device.type)
+        with in_float32(x.device):
+            product: Tensor = _BitsProduct.apply(  # type: ignore[no-untyped-call]
+                x, layer, torch.bfloat16 if is_bfloat16 else torch.float32
+            )
+            if layer.bias is not None:
+                product = product + layer.bias.to(product.dtype)
+        return product.float()
+
+
+class _BaseNf4Linear(_BaseInBits, Nf4Linear):
+    """A linear layer of a frozen base in 4 bits."""
+
+
+class _BaseInt8Linear(_BaseInBits, Int8Linear):
+    """A linear layer of a frozen base in 8 bits."""
+
+
+_BASE_LAYERS: dict[type, type] = {
+    nn.Linear: _BaseLinear,
+    Conv1D: _BaseConv1D,
+    Nf4Linear: _BaseNf4Linear,
+    Int8Linear: _BaseInt8Linear,
+}
 
 
 def _product(layer: Any, x: Tensor, weight_OI: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
@@ -158,6 +193,21 @@ class _Float32Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight_OI,) = ctx.saved_tensors
         return grad @ weight_OI.float(), None
+
+
+class _BitsProduct(torch.autograd.Function):
+    """Product x W^T with the W that a layer's bits stand for; no W is saved for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear, dtype: torch.dtype) -> Tensor:
+        ctx.layer, ctx.dtype, ctx.of = layer, dtype, x.dtype
+        return nn.functional.linear(x.to(dtype), layer.whole_weight().to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight_OI = ctx.layer.whole_weight().to(ctx.dtype)
+        return (grad.to(ctx.dtype) @ weight_OI).to(ctx.of), None, None
 
 
 def _float32_output(_layer: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedllm.config.target_modules import Targets
@@ -20,6 +18,7 @@ from fedllm.lora.entries import entry_places
 from fedllm.lora.factors import Adapter, Factors, ModuleShape
 from fedllm.methods.local_task import LocalTask
 from fedllm.model.base import Base
+from fedllm.model.quantised import absent
 from fedllm.model.targets import find_modules
 from fedllm.model.vocabulary import embedded_tokens
 from fedllm.packing.adapter_product import LeanFactor
@@ -32,6 +31,13 @@ from fedllm.packing.precision import keep_sums_in_float32, make_float32_factor
 from fedllm.packing.recompute import Recomputation, Recompute
 from fedllm.packing.row_dropout import RowDropout, RowSeeds
 from fedllm.packing.stacked_adapters import ClientLengths, StackedA, StackedB
+
+# PEFT would import it, in seconds and with the compiler of torch, for its own quantised layers;
+# those of `model.quantised` are ordinary ones to PEFT
+_UNUSED = "bitsandbytes"
+with absent(_UNUSED):
+    from peft import LoraConfig, import_utils, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
 _Signature = tuple[tuple[str, int], ...]  # (module, rank), sorted
 _Kind = Literal["factors", "frozen", "entries"]  # what the values of a slot are
@@ -313,7 +319,7 @@ class AdapterSlots:
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             # a base may store weights both ways: PEFT handles each module right
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-            inject_adapter_in_model(config, self.model, adapter_name=name)
+            _put_layers(config, self.model, name)
         layers = {module: self._layer(module) for module in ranks}
         for module, layer in layers.items():
             # trained in float32 in any format of the base
@@ -400,6 +406,18 @@ def _join_dropout(layer: LoraLayer, name: str) -> None:
     own = dropout if isinstance(dropout, RowDropout) else None
     layer.lora_A[name] = LeanFactor(factor, own).train(dropout.training)
     layer.lora_dropout[name] = nn.Identity()
+
+
+def _put_layers(config: LoraConfig, model: nn.Module, name: str) -> None:
+    """Put PEFT's layers of a new adapter into a model."""
+    # PEFT remembers what it found
+    known = import_utils.is_bnb_available, import_utils.is_bnb_4bit_available
+    for each in known:
+        each.cache_clear()
+    with absent(_UNUSED):
+        inject_adapter_in_model(config, model, adapter_name=name)
+    for each in known:
+        each.cache_clear()
 
 
 def _weight(linear: nn.Module) -> nn.Parameter:

@@ -81,8 +81,7 @@ class ProcessMemory:
 
 def process_memory(
     *,
-    model_parameters: int,
-    bytes_per_weight: int,
+    base_bytes: float,
     modules: Mapping[str, ModuleRecord],
     ranks: Mapping[str, int],
     processes: int = 1,
@@ -91,17 +90,13 @@ def process_memory(
     """Return the memory of one of the processes that train a client together.
 
     Args:
-        model_parameters: number of weights of the base.
-        bytes_per_weight: of the base.
+        base_bytes: of all weights of the base.
         modules: the target modules.
         ranks: module -> rank.
         processes: number of processes.
         stage: stage of ZeRO; None: every process has everything.
     """
-    base, adapter = (
-        float(bytes_per_weight * model_parameters),
-        4.0 * adapter_weights(ranks, modules),
-    )
+    base, adapter = base_bytes, 4.0 * adapter_weights(ranks, modules)
     weights = base
     if stage == _DIVIDES_BASE and processes > 1:
         weights = min(base, base / processes + _WHOLE_LAYERS * base / _num_layers(modules))

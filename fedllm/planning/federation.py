@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedllm.config.models import Config
+from fedllm.config.models import Config, ModelSection
 from fedllm.errors import ConfigError
 from fedllm.planning.classes import asks_for_gpus, classes_of, tier_options
 from fedllm.planning.cohorts import cohort_size, draw_cohort, refuse_empty_cohorts
@@ -21,7 +21,9 @@ from fedllm.storage.records import ClientRecord, CohortClient, PreparedRecord
 
 # sustained speed of a process in 10^12 operations a second: with a GPU, without
 TERAFLOPS = {True: 20.0, False: 0.03}
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES = {"float32": 4.0, "bfloat16": 2.0}
+# of a weight of a quantised layer: 4 bits and, for each block of 64, a scale of 8 bits; or 8 bits
+_QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}
 _GIB = 1 << 30
 
 
@@ -112,13 +114,20 @@ def memory_of_process(
 ) -> ProcessMemory:
     """Return the memory of a process that trains clients of a tier, at a stage of ZeRO."""
     return process_memory(
-        model_parameters=prepared.model_parameters,
-        bytes_per_weight=_BYTES[config.model.dtype],
+        base_bytes=base_bytes(config.model, prepared),
         modules=prepared.modules,
         ranks=ranks[tier],
         processes=config.training_of(tier).processes,
         stage=stage,
     )
+
+
+def base_bytes(section: ModelSection, prepared: PreparedRecord) -> float:
+    """Return the bytes of a base's weights in the formats in which it is loaded."""
+    own = _BYTES[section.dtype]
+    quantised = _QUANTISED_BYTES.get(section.quantization, own)
+    linear = prepared.linear_parameters
+    return own * (prepared.model_parameters - linear) + quantised * linear
 
 
 def _require_memory(
@@ -139,8 +148,8 @@ def _require_memory(
                 f"clients.tiers.{tier}.memory_gib: got {given:g}, but a process needs at least "
                 f"{needed:.3g} GiB for a base of {prepared.model_parameters:,} weights (engine "
                 f"{engine.name}, {what}, {engine.processes} in all); need more "
-                "memory, training.zero.stage: 3 with more training.processes, or model.dtype: "
-                "bfloat16"
+                "memory, training.zero.stage: 3 with more training.processes, model.dtype: "
+                "bfloat16, or model.quantization: nf4"
             )
     if lines:
         raise ConfigError("\n".join(lines))

@@ -36,6 +36,7 @@ class _BaseKey:
     dtype: str
     device: str
     to_divide: bool = False
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,22 +93,23 @@ class Session:
                 if problem:
                     say(problem)
 
-    def base(
-        self, path: str, *, dtype: str, device: str, threads: int, to_divide: bool = False
-    ) -> "Base":
-        """Return the base model of `path`, loaded by the first call; set the number of threads."""
+    def _loaded(self, key: _BaseKey, threads: int) -> "Base":
+        """Return a base model, loaded by the first call; set the number of threads."""
         # an earlier step of this process may have set another number
         torch.set_num_threads(threads)
-        key = _BaseKey(path=path, dtype=dtype, device=device, to_divide=to_divide)
         if self._base is None or self._base[0] != key:
             from fedllm.model.base import load_base
 
             # free the old model before the new one takes memory
             self._base = self._slots = None
-            self._base = (
-                key,
-                load_base(Path(path), dtype=dtype, device=device, to_divide=to_divide),
+            loaded = load_base(
+                Path(key.path),
+                dtype=key.dtype,
+                device=key.device,
+                to_divide=key.to_divide,
+                quantization=key.quantization,
             )
+            self._base = key, loaded
         return self._base[1]
 
     def slots(
@@ -133,7 +135,13 @@ class Session:
         device = str(resolve_device(config.training.device))
         path = self._near.get(prepared.model_path, prepared.model_path)
         key = _SlotsKey(
-            base=_BaseKey(path=path, dtype=config.model.dtype, device=device, to_divide=to_divide),
+            base=_BaseKey(
+                path=path,
+                dtype=config.model.dtype,
+                device=device,
+                to_divide=to_divide,
+                quantization=config.model.quantization,
+            ),
             fingerprint=prepared.model_fingerprint,
             target_modules=config.lora.target_modules,
             dropout=config.lora.dropout,
@@ -142,13 +150,7 @@ class Session:
         if self._slots is not None and self._slots[0] != key:
             # the old slots have changed the model's layers: load a clean one
             self._base = self._slots = None
-        base = self.base(
-            path,
-            dtype=config.model.dtype,
-            device=device,
-            threads=config.training.threads,
-            to_divide=to_divide,
-        )
+        base = self._loaded(key.base, config.training.threads)
         remedy = "restore it" if path == prepared.model_path else "remove this copy of it"
         if base.fingerprint != prepared.model_fingerprint:
             raise ModelError(

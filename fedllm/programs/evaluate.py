@@ -165,7 +165,7 @@ class Scorer:
             [(target.client, target.rows) for target in targets],
             [section.max_new_tokens, section.batch_size],
             [config.model.dtype, self.slots.layout],
-            environment(config.training, str(self.slots.device)),
+            environment(config.training, str(self.slots.device), self.slots.base.quantisation),
             scoring_engine(engines_of(config)).processes,
         )
 

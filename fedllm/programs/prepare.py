@@ -18,6 +18,7 @@ from fedllm.methods.protocol import Method
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
 from fedllm.model.fingerprint import fingerprint_tokenizer
 from fedllm.model.memory import give_back_freed
+from fedllm.model.quantised import require_quantiser
 from fedllm.model.vocabulary import check_rows, check_tokens, tokens_beyond
 from fedllm.packing.attention import SHARED
 from fedllm.packing.layout_check import find_layout, is_still_valid
@@ -149,6 +150,7 @@ def _describe(
         data_fingerprint=folder.name,
         data_path=str(folder),
         model_parameters=base.parameters,
+        linear_parameters=base.linear_parameters,
         modules=base.modules,
         clients=records,
         notes=notes,
@@ -265,6 +267,7 @@ def _begun_layout(
 def _check_engine(config: Config, method: Method, layout: LayoutRecord | None) -> None:
     """Refuse an engine that is not installed, or cannot train with this layout of rows."""
     require_accountant(config)
+    _check_quantisation(config, method)
     for engine in engines_of(config).values():
         require_installed(engine)
         if refusal := engine.refusal(layout):
@@ -279,6 +282,25 @@ def _check_engine(config: Config, method: Method, layout: LayoutRecord | None) -
                 f"training.zero.stage: got 3, which divides the base, but method.name "
                 f"{method.name} changes the base; need 1 or 2, or a method whose base stays"
             )
+
+
+def _check_quantisation(config: Config, method: Method) -> None:
+    """Refuse to quantise a base that changes or is divided, or without the package."""
+    kind = config.model.quantization
+    if kind == "none":
+        return
+    require_quantiser(kind)
+    got = f"model.quantization: got {kind}"
+    if method.changes_base:
+        raise ConfigError(
+            f"{got}, but method.name {config.method.name} changes the base, whose weights are then "
+            "no longer those bits; need none, or a method whose base stays"
+        )
+    if any(engine.divides_base for engine in engines_of(config).values()):
+        raise ConfigError(
+            f"{got}, but training.zero.stage 3 divides the base weight by weight, not bits and "
+            "their scales; need training.zero.stage: 1 or 2, or none"
+        )
 
 
 def _rows_apart(config: Config) -> bool:

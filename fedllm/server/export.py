@@ -163,6 +163,7 @@ def export_model(
     # transformers takes seconds to import: an adapter is written without it
     from fedllm.adapters.merging import Rounding, merge, narrow, plain_lines_in_a_log, save_model
     from fedllm.model.base import load_base
+    from fedllm.model.quantised import dequantise
 
     plain_lines_in_a_log()
     ranks = _ranks(state, rank)
@@ -171,9 +172,12 @@ def export_model(
     path = Path(state.prepared.model_path)
     rounding = Rounding()
     with filling_folder(out, last=_MODEL_CONFIG) as folder:
-        base = load_base(path, dtype=state.config.model.dtype, device="cpu")
+        section = state.config.model
+        base = load_base(path, dtype=section.dtype, device="cpu", quantization=section.quantization)
         if base.fingerprint != state.prepared.model_fingerprint:
             raise ModelError(f"{path}: not the model that the run trained on; restore it")
+        # the adapter was trained beside the weights that the bits stand for
+        dequantise(base.model)
         for module, change in _changes(state, ranks):
             rounding += merge(base.model, module, change, dtype=stored)
         narrow(base.model, stored)

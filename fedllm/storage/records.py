@@ -137,10 +137,11 @@ class PreparedRecord(Record):
     """The result of prepare: everything a coordinator needs to know about model and data.
 
     A run prepared by a version without layouts has none, and continues with padded rows. `notes`
-    tells the user about the base; a note is no error. `tokenizer_fingerprint` is unknown for runs
-    of earlier versions. `fitted` are the tiers whose rank follows from their memory, `kept_bytes`
-    what each client of a tier keeps between its rounds, where the method lets it keep anything,
-    `sent` the factors that clients of the first round send.
+    tells the user about the base; a note is no error. `linear_parameters` is the number of weights
+    that can be quantised. It and `tokenizer_fingerprint` are unknown for runs of earlier versions.
+    `fitted` are the tiers whose rank follows from their memory, `kept_bytes` what each client of a
+    tier keeps between its rounds, where the method lets it keep anything, `sent` the factors that
+    clients of the first round send.
     """
 
     model_fingerprint: str
@@ -149,6 +150,7 @@ class PreparedRecord(Record):
     data_fingerprint: str
     data_path: str
     model_parameters: int
+    linear_parameters: int = 0
     modules: dict[str, ModuleRecord]
     clients: list[ClientRecord]
     layout: LayoutRecord | None = _LAYOUT

@@ -30,7 +30,8 @@ class Plain:
     @property
     def environment(self) -> Mapping[str, str]:
         """Versions, processor, threads, precision and device."""
-        return environment(self.settings.training, str(self.slots.device))
+        base = self.slots.base
+        return environment(self.settings.training, str(self.slots.device), base.quantisation)
 
     def train(
         self,

@@ -14,14 +14,21 @@ _PACKAGES = ("torch", "transformers", "peft")
 _PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16 with sums in float32"}
 
 
-def environment(training: TrainingSection, device: str) -> dict[str, str]:
-    """Return what must be equal for updates to be bit-identical."""
+def environment(training: TrainingSection, device: str, quantisation: str = "") -> dict[str, str]:
+    """Return what must be equal for updates to be bit-identical.
+
+    Args:
+        training: how clients train.
+        device: where.
+        quantisation: of the base; see `model.base.Base`.
+    """
     return {
         **_versions(),
         "processor": processor(),
         "threads": str(training.threads),
         "precision": _PRECISIONS[training.precision],
         "device": _device_name(device),
+        **({"quantisation": quantisation} if quantisation else {}),
     }
 
 

@@ -71,8 +71,7 @@ def test_nothing_measured_leaves_the_seed() -> None:
 def test_the_memory_of_a_process_follows_from_engine_stage_and_processes() -> None:
     def memory(**more: int) -> ProcessMemory:
         return process_memory(
-            model_parameters=1000,
-            bytes_per_weight=2,
+            base_bytes=2000,
             modules={f"model.layers.{n}.q_proj": Q_PROJ for n in range(10)},
             ranks={f"model.layers.{n}.q_proj": 1 for n in range(10)},
             **more,

@@ -64,7 +64,7 @@ def start(slots: AdapterSlots, rank: int = 3) -> Adapter:
     for name, module in slots.model.named_modules():
         inner = getattr(module, "base_layer", module)
         if name.rpartition(".")[2] in TARGETS:
-            out, in_ = inner.weight.shape
+            out, in_ = inner.out_features, inner.in_features
             found[name] = Factors(
                 a_RI=torch.randn(rank, in_, generator=draws),
                 b_OR=torch.zeros(out, rank),

@@ -52,6 +52,13 @@ class Case:
     trained: TrainedFactors = "AB"
     mu: float = 0.0
     frozen_rank: int = 0
+    dtype: str = "float32"
+    quantization: str = "none"
+
+    @property
+    def base(self) -> tuple[object, ...]:
+        """What cases of one base have in common."""
+        return self.layout, self.dropout, self.dtype, self.quantization
 
     def settings(self, **more: object) -> LocalSettings:
         section = {"batch_size": 5, "weight_decay": 0.01, **self.changes, **more}
@@ -70,7 +77,13 @@ class Case:
         return Member(received=lambda: adapter, rows=rows_of(0), draws=draws)
 
     def slots(self, model: Path, *, to_divide: bool = False) -> AdapterSlots:
-        base = load_base(model, dtype="float32", device="cpu", to_divide=to_divide)
+        base = load_base(
+            model,
+            dtype=self.dtype,
+            device="cpu",
+            to_divide=to_divide,
+            quantization=self.quantization,
+        )
         return AdapterSlots(base, target_modules=TARGETS, dropout=self.dropout, layout=self.layout)
 
 
@@ -83,6 +96,11 @@ CASES = {
     "small passes": Case(rule="fedavg", changes={**SHORT, "micro_batch_size": 1}),
     "all layers kept": Case(rule="fedit", changes={**SHORT, "gradient_checkpointing": False}),
     "bfloat16": Case(rule="fedit", changes={**SHORT, "precision": "bfloat16"}),
+    "bfloat16 base": Case(rule="fedavg", dtype="bfloat16", changes=SHORT),
+    "bfloat16 base and products": Case(
+        rule="fedit", dtype="bfloat16", changes={**SHORT, "precision": "bfloat16"}
+    ),
+    "4 bits": Case(rule="fedavg", quantization="nf4", changes=SHORT),
     "dropout": Case(rule="fedavg", dropout=0.3, changes=SHORT),
     "dropout, padded": Case(rule="fedavg", dropout=0.3, layout="padded", changes=SHORT),
     "B beside frozen columns, drawn back": Case(
@@ -91,16 +109,18 @@ CASES = {
 }
 """What is trained in every way."""
 
-BRIEF = [name for name, case in CASES.items() if case.changes["max_steps"] < 50]
+WHOLE = [name for name, case in CASES.items() if case.quantization == "none"]
+BRIEF = [name for name in WHOLE if CASES[name].changes["max_steps"] < 50]
 VARIANTS = [
     (processes, name, stage, offload)
     for processes, stage, offload, names in (
-        (1, 1, "none", [*CASES]),
+        (1, 1, "none", WHOLE),
         (1, 2, "none", BRIEF),
         (2, 1, "none", [*CASES]),
+        (2, 2, "none", ["4 bits"]),
         (2, 2, "none", BRIEF),
         (2, 2, "cpu", BRIEF),
-        (2, 3, "none", [*CASES]),
+        (2, 3, "none", WHOLE),
         (4, 1, "none", BRIEF),
         (4, 2, "none", ["SGD", *BRIEF]),
         (4, 3, "none", ["AdamW", *BRIEF]),
@@ -182,10 +202,13 @@ def copied(progress: Progress) -> Progress:
 
 def train_all(model: Path, processes: int, earlier: Path | None) -> dict[object, object]:
     found: dict[object, object] = {}
-    for layout, dropout in dict.fromkeys((c.layout, c.dropout) for c in CASES.values()):
-        cases = {n: c for n, c in CASES.items() if (c.layout, c.dropout) == (layout, dropout)}
+    own = {name: CASES[name] for count, name, *_ in VARIANTS if count == processes}
+    for base in dict.fromkeys(case.base for case in own.values()):
+        cases = {name: case for name, case in own.items() if case.base == base}
         any_case = next(iter(cases.values()))
-        whole, divided = (any_case.slots(model, to_divide=divided) for divided in (False, True))
+        whole = any_case.slots(model)
+        is_divided = any_case.quantization == "none"
+        divided = any_case.slots(model, to_divide=True) if is_divided else whole
         for name, case in cases.items():
             member = case.member(whole)
             for stage, offload in (v[2:] for v in VARIANTS if v[:2] == (processes, name)):
