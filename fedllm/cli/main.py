@@ -29,6 +29,7 @@ from fedllm.cli.views.plan import plan
 from fedllm.cli.views.report import report
 from fedllm.cli.views.schema import schema
 from fedllm.cli.views.status import status
+from fedllm.cli.views.verify import verify
 from fedllm.errors import FedllmError
 from fedllm.reporting.tables import terminal_columns
 from fedllm.storage.publishing.publish import as_error
@@ -68,7 +69,7 @@ app.command("run")(run_command)
 # in the order of `fedllm --help`
 for command in (
     *(resume, submit, sweep, prepare, advance, cancel),
-    *(status, report, compare, logs, plan, doctor, prune),
+    *(status, verify, report, compare, logs, plan, doctor, prune),
     *(methods, schema, inspect, evaluate, aggregate, export),
 ):
     app.command()(command)

@@ -168,8 +168,8 @@ def _describe(collection: CollectionRecord) -> str:
 def _startup_seconds(paths: RoundPaths) -> float | None:
     """Return the median seconds that a round's workers needed before they trained, if known."""
     attempts = attempts_of(paths.attempt)
-    records = [TaskRecord.read(path) for attempt in attempts for path in attempt.task_files()]
-    known = [record.startup_seconds for record in records if record.startup_seconds]
+    records = [TaskRecord.glance(path) for attempt in attempts for path in attempt.task_files()]
+    known = [record.startup_seconds for record in records if record and record.startup_seconds]
     return median_high(known) if known else None
 
 

@@ -56,6 +56,10 @@ class KnownRecords:
         """Read a record as `read` does, or return None if its step is not complete."""
         return self._records.find(kind, path)
 
+    def glance(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+        """Read a record that only informs; return None if it does not exist or is damaged."""
+        return self._records.glance(kind, path)
+
     def federation(self, prepared: PreparedRecord) -> Federation:
         """Return the federation of the run, computed once.
 

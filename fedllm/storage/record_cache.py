@@ -40,6 +40,13 @@ class RecordCache:
         except FileNotFoundError:
             return None
 
+    def glance(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+        """Read a record that only informs; return None if it does not exist or is damaged."""
+        try:
+            return self.find(kind, path)
+        except RunDirectoryError:
+            return None
+
     def all(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
         """Read many records and return those that can be read; a damaged one is left out."""
         records = []

@@ -52,8 +52,16 @@ class Record(BaseModel):
             where = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
             raise RunDirectoryError(
                 f"{path}: damaged record ({where}: {error.errors()[0]['msg']}); "
-                "restore it, or remove it so that the step is done again"
+                "restore it from a backup; `fedllm verify RUN` says what can be made again"
             ) from error
+
+    @classmethod
+    def glance(cls, path: Path) -> Self | None:
+        """Read a record that only informs; return None if it does not exist or is damaged."""
+        try:
+            return cls.read(path)
+        except (FileNotFoundError, RunDirectoryError):
+            return None
 
     @classmethod
     def find(cls, path: Path) -> Self | None:

@@ -64,7 +64,7 @@ class Heartbeat:
             worker_class=worker_class,
             began=began,
             startup_began=began if began == first else time.monotonic(),
-            earlier=TaskRecord.find(attempt.task(identity.task)),
+            earlier=TaskRecord.glance(attempt.task(identity.task)),
         )
         if opened.earlier is not None and identity.renewed_at is not None:
             opened._go_on(opened.earlier, identity.renewed_at)

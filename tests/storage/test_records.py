@@ -95,7 +95,9 @@ def test_a_damaged_record_is_named_with_what_to_do(
     path = tmp_path / "007.json"
     path.write_bytes(content)
     for read in (ClaimRecord.read, ClaimRecord.find):
-        with pytest.raises(RunDirectoryError, match="restore it, or remove it") as caught:
+        with pytest.raises(
+            RunDirectoryError, match="restore it from a backup; `fedllm verify RUN`"
+        ) as caught:
             read(path)
         assert str(caught.value).startswith(f"{path}: damaged record")
         assert words in str(caught.value)

@@ -21,7 +21,7 @@ def find_idle_workers(
     records = {
         record.task: record
         for attempt in attempts
-        for record in map(TaskRecord.read, attempt.task_files())
+        for record in filter(None, map(TaskRecord.glance, attempt.task_files()))
     }
     running = set(_running(run, [task for a in attempts for task in all_tasks(run, a)]))
     for task, record in sorted(records.items()):
@@ -48,7 +48,7 @@ def busy_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
 
 
 def _is_idle(run: Run, attempt: AttemptPaths, task: str, state: TaskState) -> bool:
-    record = run.known_records.find(TaskRecord, attempt.task(task))
+    record = run.known_records.glance(TaskRecord, attempt.task(task))
     return state is TaskState.RUNNING and record is not None and record.state == "lingering"
 
 

@@ -59,7 +59,7 @@ def cancel_silent_workers(run: Run, attempt: AttemptPaths) -> None:
     for task in [task for task in running if task not in run.observations.cancelled]:
         path = attempt.task(task)
         silent_seconds = run.observations.silent_seconds(task, _modified_ns(path))
-        record = TaskRecord.find(path) if silent_seconds >= hung_seconds else None
+        record = TaskRecord.glance(path) if silent_seconds >= hung_seconds else None
         if silent_seconds < hung_seconds or (record and record.state == "lingering"):
             continue
         doing = "no client started"
@@ -199,7 +199,8 @@ def _is_nodes_fault(ending: Ending) -> bool:
 
 def _nodes(attempt: AttemptPaths) -> set[str]:
     """Return the nodes on which workers of an attempt started."""
-    return {TaskRecord.read(path).node for path in attempt.task_files()}
+    records = map(TaskRecord.glance, attempt.task_files())
+    return {record.node for record in records if record}
 
 
 def memory_factor(run: Run, paths: RoundPaths, attempts: int, worker_class: str) -> float:
@@ -246,7 +247,7 @@ def _ran_out_of_memory(run: Run, attempt: AttemptPaths, worker_class: str) -> bo
     mine = [a for a in plan.arrays if a.worker_class == worker_class]
     tasks = {task for array in mine if jobs for task in jobs.ids.get(array.name, [])}
     for task in plan.adopted:
-        record = run.known_records.find(TaskRecord, attempt.task(task))
+        record = run.known_records.glance(TaskRecord, attempt.task(task))
         if record and record.worker_class == worker_class:
             tasks.add(task)
     ended = [reason_of(endings[task]) for task in tasks if task in endings]
