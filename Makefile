@@ -1,4 +1,4 @@
-# make venv | quickstart | check | docs | reference | test | test-slurm | test-browser | test-portable | chaos | coverage | bench | smollm2 | slurm-packages
+# make venv | quickstart | check | docs | reference | test | test-slurm | test-browser | test-portable | fuzz | chaos | coverage | bench | smollm2 | slurm-packages
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -19,6 +19,8 @@ SLURM_TEST_JOBS ?= 4
 PARALLEL := --dist worksteal --durations=20
 # what `make chaos` does to a run, and when
 SEED ?= 1
+# how many inputs `make fuzz` tries
+N ?= 2000
 # what computes and takes minutes at most; and what asks libraries for AVX2 only
 MATHS := $(addprefix tests/,lora aggregation methods evaluation)
 AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
@@ -28,7 +30,7 @@ SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
 SITE := build/docs
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check reference docs test test-slurm test-browser test-portable chaos coverage bench smollm2 \
+.PHONY: help venv quickstart check reference docs test test-slurm test-browser test-portable chaos fuzz coverage bench smollm2 \
   slurm-packages browser-package
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
@@ -36,6 +38,7 @@ help:
 	@echo "make test-slurm      the tests on a real Slurm, whose packages it installs (root)"
 	@echo "make test-browser    report page and documentation in a browser, which it installs (root, Debian)"
 	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
+	@echo "make fuzz N=2000     bad inputs of every kind; N=100000 for a night"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
 	@echo "make docs            the documentation as a site with search, in build/docs"
@@ -162,6 +165,10 @@ test-browser: .venv/.browser browser-package $(SITE)/index.html
 # roundings of another processor: what holds here has to hold there (about 3 minutes)
 test-portable: .venv/.test
 	@$(AVX2_ONLY) OMP_NUM_THREADS=2 .venv/bin/python -m pytest -m "not slow" $(MATHS) $(PYTEST_OPTIONS)
+
+# inputs that nobody meant: configurations, data, bases, adapters, updates, records
+fuzz: .venv/.test
+	@FUZZ_N=$(N) .venv/bin/python -m pytest tests/security --durations=6 $(PYTEST_OPTIONS)
 
 # a campaign may be silent for minutes: it has its own patience
 chaos: .venv/.test slurm-packages
