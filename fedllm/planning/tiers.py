@@ -12,8 +12,8 @@ from fedllm.storage.records import FittedRecord, ModuleRecord
 
 _GIB = 1 << 30
 _NUMBER_BYTES = 4
-# of each number of an adapter: in the server's state, received, trained, its gradient, and sent
-_COPIES = 5
+# of each number of an adapter at the peak: trained, and its gradient
+_COPIES = 2
 _MOMENTS = {"adamw": 2, "sgd": 0}
 # FlexLoRA (arXiv 2402.11505), the resource distributions over types 1 to 4
 DISTRIBUTIONS = {
