@@ -320,6 +320,7 @@ def method_of(config: Config) -> "Method":
     Raises:
         ConfigError: no such method, or one that cannot be made from these settings.
     """
+    check_method(config.method)
     private_space(config)
     return build_method(
         config.method.name,
