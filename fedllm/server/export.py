@@ -15,6 +15,7 @@ from fedllm.config.target_modules import is_target
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
 from fedllm.lora.factors import delta
 from fedllm.methods.protocol import Method
+from fedllm.planning.roles import split_roles
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.state_adapters import adapter_of
@@ -202,7 +203,8 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
 def _write_card(
     state: ServerState, folder: Path, ranks: Mapping[str, int], *, merged: bool
 ) -> None:
-    trainable = [client for client in state.prepared.clients if client.train_rows]
+    train = set(split_roles(state.config.clients, state.prepared.clients).train)
+    trainable = [client for client in state.prepared.clients if client.id in train]
     facts = CardFacts(
         base_model=state.base_model,
         method=method_words(state.config),

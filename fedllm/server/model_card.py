@@ -22,7 +22,7 @@ class CardFacts:
         method: the method in words.
         round: the round of the state.
         ranks: the rank of every module.
-        clients: the number of clients that could train.
+        clients: the number of clients that may train; dev and unseen clients do not.
         rows: the number of their training rows.
         merged: whether the export is the whole model.
         base: the scores before training; None: not known.

@@ -48,6 +48,7 @@ def make_run(
     raw["lora"] = {"scaling": scaling, "alpha": 10.0, "dropout": 0.1}
     raw["method"] = {"name": method}
     raw["model"]["dtype"] = dtype
+    raw["clients"] |= {"dev": 0, "unseen": 0}  # it has no clients
     config = validate(raw)
     publish_bytes(paths.config, dump_config(config).encode())
     RunRecord(run_id="r", result_fingerprint=result_fingerprint(config), versions={}).publish(
