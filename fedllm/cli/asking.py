@@ -12,13 +12,19 @@ from fedllm.scheduling.slurm.coordinator_job import holder_is_gone
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.lease import HolderIsGone
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import LeaseRecord
+from fedllm.storage.records import LeaseRecord, RunRecord
+from fedllm.storage.trust.place import is_here
 
 
 def scheduler_query(paths: RunPaths) -> AskScheduler | None:
-    """Return the query of a run's scheduler; None where only its coordinator knows its tasks."""
+    """Return the query of a run's scheduler; None where only its coordinator knows its tasks.
+
+    The tasks that a copied directory names are not its own.
+    """
     config = read_config(paths.config)
     if not traits_of(config).jobs_outlive_coordinator:
+        return None
+    if not is_here(RunRecord.read(paths.run).place, paths.root):
         return None
     scheduler = execution.make_scheduler(paths, config)
     return _SchedulerQuery(scheduler, config.scheduler.query_seconds)

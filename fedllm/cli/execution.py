@@ -38,6 +38,7 @@ from fedllm.storage.own_code import folders_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.records import RunRecord
+from fedllm.storage.trust.place import is_here
 
 
 def start(
@@ -122,7 +123,7 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
     refuse_reserved(config.scheduler)
     log_pattern(paths.all_logs, "")
     record = RunRecord.find(paths.run)
-    if record:
+    if record and is_here(record.place, paths.root):
         # before we take the lease: a link that starts meanwhile would find it taken
         refuse_second_coordinator(paths, record.run_id)
     check_coordinator(config.scheduler)

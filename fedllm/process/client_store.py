@@ -13,7 +13,7 @@ from fedllm.errors import RunDirectoryError
 from fedllm.methods.protocol import ModuleState, StateNotes
 from fedllm.storage.checked import DamagedUpdateError
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import KeptRecord
+from fedllm.storage.records import KeptRecord, RunRecord
 from fedllm.storage.tensors import publish_kept, read_kept
 
 
@@ -29,8 +29,8 @@ class Kept:
 class ClientStore:
     """The store of a run."""
 
-    run: RunPaths
-    run_id: str
+    paths: RunPaths
+    run: RunRecord
 
     def read(self, client: str, before: int) -> Kept:
         """Return what a client kept of its last round before `before`; nothing at first.
@@ -40,7 +40,7 @@ class ClientStore:
         """
         files = [
             (number, path)
-            for of_client in self.run.client_store_files(client).values()
+            for of_client in self.paths.client_store_files(client).values()
             for number, path in of_client.items()
             if number < before
         ]
@@ -53,7 +53,8 @@ class ClientStore:
             raise RunDirectoryError(
                 f"{path}: cannot be read ({error}); restore it: client {client} trains on with it"
             ) from error
-        if (record.run_id, record.client) != (self.run_id, client):
+        is_own = record.run_id in (self.run.run_id, *self.run.earlier_ids)
+        if not is_own or record.client != client:
             raise RunDirectoryError(f"{path}: of another run or client; restore that of {client}")
         kept: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -68,9 +69,9 @@ class ClientStore:
             for module, parts in kept.tensors.items()
             for part, tensor in parts.items()
         }
-        path = self.run.client_store(client, round_number)
+        path = self.paths.client_store(client, round_number)
         path.parent.mkdir(parents=True, exist_ok=True)
         record = KeptRecord(
-            run_id=self.run_id, client=client, round=round_number, notes=dict(kept.notes)
+            run_id=self.run.run_id, client=client, round=round_number, notes=dict(kept.notes)
         )
         publish_kept(path, record, named)

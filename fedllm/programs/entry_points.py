@@ -234,7 +234,7 @@ _DESCRIPTIONS = {
 
 
 def _attempt_number(attempt: Path) -> int:
-    if not attempt.name.isdigit():
+    if not attempt.name.isdecimal():
         raise UserError(f"{attempt}: not an attempt; need RUN/rounds/NNNN/attempts/NN")
     return int(attempt.name)
 

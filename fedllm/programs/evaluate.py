@@ -95,7 +95,7 @@ class Scorer:
             data=session.data(prepared.data_path),
             sha256=record.sha256,
             round=paths.number,
-            store=ClientStore(run=run, run_id=RunRecord.read(run.run).run_id),
+            store=ClientStore(paths=run, run=RunRecord.read(run.run)),
             cache=cache_for(config, run.root),
             progress=_Rows(count=count),
         )

@@ -127,5 +127,5 @@ def draw(run: Run, federation: Federation, number: int) -> CohortRecord:
         layout=federation.prepared.layout,
         sent=before.sent_next,
     )
-    run.publish(cohort, paths.cohort)
+    run.freeze(cohort, paths.cohort)
     return cohort

@@ -73,7 +73,7 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
     _log_collection(run, collection, scan, checked.rejected)
     prepared = run.known_records.read(PreparedRecord, run.paths.prepared)
     run.publish(clients_record(cohort, prepared, scan, collection), paths.clients)
-    run.publish(collection, paths.collection)
+    run.freeze(collection, paths.collection)
     return collection
 
 

@@ -79,7 +79,7 @@ class KnownRecords:
             self._records.clear()
             scanner = UpdateScanner(
                 round=self._paths.round(cohort.round),
-                origin=Origin.of(self._record.run_id, cohort),
+                origin=Origin.of(self._record, cohort),
                 problem=problem,
             )
             self._scanner = (cohort.round, scanner)

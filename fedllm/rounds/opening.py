@@ -1,8 +1,5 @@
 """Opening of a run directory: create a new run, or go on with an existing one."""
 
-import hashlib
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +13,7 @@ from fedllm.config.loading import (
 )
 from fedllm.config.models import Config, is_own
 from fedllm.errors import ConfigError, FedllmError, RunDirectoryError
+from fedllm.rounds.identity import keep_or_take_identity, new_run_id
 from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
@@ -27,6 +25,7 @@ from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import ChangeRecord, OwnCodeRecord, RunRecord
+from fedllm.storage.trust.place import place_of
 
 # keys of another configuration that an error names
 _NAMED_KEYS = 5
@@ -81,7 +80,8 @@ def open_run(
     )
     try:
         if paths.run.exists():
-            record = _reconcile(paths, config, lease, own_code)
+            known = keep_or_take_identity(paths, RunRecord.read(paths.run), lease, say)
+            record = _reconcile(paths, config, lease, own_code, known)
         else:
             record = _create(paths, config, own_code)
         scheduler = make_scheduler(paths, config)
@@ -141,9 +141,9 @@ def _own_code(paths: RunPaths, config: Config, folders: Sequence[str]) -> OwnCod
 
 
 def _create(paths: RunPaths, config: Config, own_code: OwnCodeRecord | None) -> RunRecord:
-    identity = f"{result_fingerprint(config)}{paths.root}{time.time_ns()}{os.getpid()}"
-    run_id = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    run_id = new_run_id(result_fingerprint(config), paths.root)
     record = new_run_record(config, run_id=run_id, versions=versions(), own_code=own_code)
+    record = record.model_copy(update={"place": place_of(paths.root)})
     publish_bytes(paths.config, dump_config(config).encode())
     record.publish(paths.run)
     return record
@@ -196,9 +196,12 @@ def _more(keys: int) -> str:
 
 
 def _reconcile(
-    paths: RunPaths, config: Config, lease: Lease, own_code: OwnCodeRecord | None
+    paths: RunPaths,
+    config: Config,
+    lease: Lease,
+    own_code: OwnCodeRecord | None,
+    record: RunRecord,
 ) -> RunRecord:
-    record = RunRecord.read(paths.run)
     changes = changes_of(_accepted_values(paths, record), config)
     fingerprint, values = result_fingerprint(config), key_values(config)
     if (
@@ -216,7 +219,7 @@ def _reconcile(
         "config": values,
         "own_code": own_code,
     }
-    if record.model_copy(update=update) == record:
+    if record.model_copy(update=update) == RunRecord.read(paths.run):
         return record
     recorded = [
         ChangeRecord(key=each.key, before=each.before, after=each.after, lease=lease.number)

@@ -128,7 +128,7 @@ def _split(paths: Iterable[Path], is_kept: Callable[[Path], bool]) -> tuple[list
 
 
 def _attempts(paths: RoundPaths) -> list[AttemptPaths]:
-    numbers = sorted(int(path.name) for path in paths.attempts.glob("*") if path.name.isdigit())
+    numbers = sorted(int(path.name) for path in paths.attempts.glob("*") if path.name.isdecimal())
     return [paths.attempt(number) for number in numbers]
 
 

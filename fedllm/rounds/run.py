@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.config.models import Config
+from fedllm.errors import LeaseError
 from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.observations import Observations
 from fedllm.scheduling.seam import Scheduler
@@ -36,3 +37,19 @@ class Run:
         """Publish a coordinator's record while the lease holds."""
         self.lease.check()
         record.publish(path)
+
+    def freeze(self, record: Record, path: Path) -> None:
+        """Publish a record that never changes, while the lease holds.
+
+        A coordinator that was suspended between the check and the publication replaces nothing.
+
+        Raises:
+            LeaseError: another coordinator has written the record.
+        """
+        self.lease.check()
+        if not record.publish_once(path):
+            self.lease.check()
+            raise LeaseError(
+                f"{path}: another coordinator has written it; this one stops: "
+                f"fedllm resume {self.paths.root}"
+            )

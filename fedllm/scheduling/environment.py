@@ -127,7 +127,7 @@ class TaskEnvironment:
         """Return what is wrong with the variables that place a process in its task."""
         for name in ("FEDLLM_PROCESSES", "FEDLLM_RANK", "FEDLLM_LOCAL_RANK"):
             value = self.variables.get(name) or "0"
-            if not value.isdigit():
+            if not value.isdecimal():
                 return f"{name}: got {value!r}, need a whole number"
         count = self._num_processes
         if count == 1:
@@ -149,7 +149,7 @@ class TaskEnvironment:
     def _num_processes(self) -> int:
         count = self.variables.get("FEDLLM_PROCESSES") or "1"
         # what is no number is refused by `require_planned_processes`
-        return max(1, int(count)) if count.isdigit() else 1
+        return max(1, int(count)) if count.isdecimal() else 1
 
     def _rank(self, kind: str) -> int:
         """Return the rank among all processes (""), or among those of this node ("LOCAL_")."""
@@ -158,7 +158,7 @@ class TaskEnvironment:
             return 0
         slurm_name = {"": "SLURM_PROCID", "LOCAL_": "SLURM_LOCALID"}[kind]
         rank = self.variables.get(f"FEDLLM_{kind}RANK") or self.variables.get(slurm_name)
-        return int(rank) if rank and rank.isdigit() else 0
+        return int(rank) if rank and rank.isdecimal() else 0
 
     @property
     def _array_task(self) -> str | None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from fedllm.errors import LeaseError
 from fedllm.storage.paths import RunPaths, names_in
-from fedllm.storage.records import LeaseRecord
+from fedllm.storage.publishing.publish import Version, make_folder, version_of
+from fedllm.storage.records import LeaseRecord, RunRecord
+from fedllm.storage.trust.place import is_here, place_of
 
 HolderIsGone = Callable[[LeaseRecord], bool | None]
 
@@ -32,12 +34,34 @@ def boot_id() -> str:
         return ""
 
 
+def machine_id() -> str:
+    """Return the id of this machine's installation; empty if it has none."""
+    try:
+        return Path("/etc/machine-id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def pid_namespace() -> str:
+    """Return the namespace in which this process has its id; a container may have its own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def process_is_gone(holder: LeaseRecord) -> bool | None:
-    """Say whether a holder's process ended; None (unknown) for a process on another machine."""
+    """Say whether a holder's process ended; None: it cannot be known here.
+
+    It can for a process of this machine and of this namespace of process ids. Another machine may
+    have the same host name: an earlier boot was this machine's if the machine's id is the same.
+    """
     if holder.host != socket.gethostname():
         return None
     if holder.boot_id != boot_id():
-        return True
+        return True if holder.machine_id in {None, machine_id()} else None
+    if holder.pid_namespace not in {None, pid_namespace()}:
+        return None
     return process_start_time(holder.pid) != holder.start_time
 
 
@@ -47,6 +71,7 @@ class Lease:
 
     paths: RunPaths
     record: LeaseRecord
+    version: Version
 
     @property
     def number(self) -> int:
@@ -83,27 +108,35 @@ class Lease:
             LeaseError: another coordinator holds the run; the message names it.
         """
         known_gone = current_lease(paths)[0] if take_over else 0
+        make_folder(paths.root)
         while True:
             number, holder = current_lease(paths)
+            if not (number or take_over):
+                _refuse_lost_leases(paths)
             if holder and number != known_gone and not paths.released(number).exists():
                 _refuse_unless_gone(paths, holder, gone(holder))
             record = LeaseRecord(
                 number=number + 1,
                 host=socket.gethostname(),
                 boot_id=boot_id(),
+                machine_id=machine_id(),
+                pid_namespace=pid_namespace(),
                 pid=os.getpid(),
                 start_time=process_start_time(os.getpid()) or "",
                 slurm_job=job,
                 origin=(holder.origin or holder.number) if holder and unattended else None,
+                place=place_of(paths.root),
             )
             if record.publish_once(paths.lease(number + 1)):
-                return cls(paths=paths, record=record)
+                version = version_of(paths.lease(record.number))
+                return cls(paths=paths, record=record, version=version)
 
     def check(self) -> None:
         """Raise LeaseError if this lease no longer holds.
 
         Raises:
-            LeaseError: another coordinator took over; this one must stop.
+            LeaseError: another coordinator took over, or somebody removed the lease; this one must
+                stop.
         """
         if self.paths.lease(self.number + 1).exists():
             _, holder = current_lease(self.paths)
@@ -112,6 +145,15 @@ class Lease:
                 f"{self.paths.root}: coordinator {holder.number} ({location_of(holder)}) took over "
                 f"from {self.number}; this one stops"
             )
+        try:
+            is_mine = version_of(self.paths.lease(self.number)) == self.version
+        except FileNotFoundError:
+            is_mine = False
+        if not is_mine:
+            raise LeaseError(
+                f"{self.paths.lease(self.number)}: the lease of this coordinator was removed; it "
+                f"stops: fedllm resume {self.paths.root} --take-over"
+            )
 
     def release(self) -> None:
         """Record that this holder ended, for coordinators on other machines."""
@@ -119,12 +161,28 @@ class Lease:
 
 
 def current_lease(paths: RunPaths) -> tuple[int, LeaseRecord | None]:
-    """Return the number and record of the present lease, or (0, None)."""
+    """Return the number of the last lease, 0 if there is none, and its holder.
+
+    A lease that came with a copy of the directory has no holder here.
+    """
     for folder in paths.lease_folders():
         names = [n.removesuffix(".json") for n in names_in(folder) if n.endswith(".json")]
-        if numbers := [int(name) for name in names if name.isdigit()]:
-            return max(numbers), LeaseRecord.read(paths.lease(max(numbers)))
+        numbers = [int(name) for name in names if name.isdecimal()]
+        # a file in the wrong folder is no lease
+        if numbers := [n for n in numbers if paths.lease(n).parent == folder]:
+            holder = LeaseRecord.read(paths.lease(max(numbers)))
+            return max(numbers), holder if is_here(holder.place, paths.root) else None
     return 0, None
+
+
+def _refuse_lost_leases(paths: RunPaths) -> None:
+    """Refuse a run that began here and has no lease: somebody removed them."""
+    run = RunRecord.find(paths.run)
+    if run is not None and is_here(run.place, paths.root):
+        raise LeaseError(
+            f"{paths.leases}: the run has no leases any more, so nobody knows whether a "
+            "coordinator works on it; if none does, add --take-over"
+        )
 
 
 def _refuse_unless_gone(paths: RunPaths, holder: LeaseRecord, gone: bool | None) -> None:

@@ -176,7 +176,7 @@ class AttemptPaths(JobPaths):
         """The progress record of one worker; an array (`1234_56`) has a folder of its own."""
         name = name.replace(os.sep, "_")
         array, _, number = name.rpartition("_")
-        if not (array and number.isdigit()):
+        if not (array and number.isdecimal()):
             return self.tasks / f"{name}.json"
         # every task may also have an error file
         return shard(self.tasks / array, int(number), _SHARD // 2) / f"{name}.json"
@@ -382,7 +382,7 @@ class RunPaths:
     def lease_folders(self) -> list[Path]:
         """Return the existing folders of leases, the highest numbers first."""
         names = names_in(self.leases)
-        shards = sorted((name for name in names if name.isdigit()), key=int, reverse=True)
+        shards = sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
         return [*(self.leases / name for name in shards), self.leases] if names else []
 
     @property
@@ -402,10 +402,14 @@ class RunPaths:
 
     def newest_state(self) -> RoundPaths | None:
         """Return the newest aggregated round, or None; round 0 is the state before training."""
-        # backups of round folders have other names
-        numbers = [int(name) for name in names_in(self.rounds) if name.isdigit()]
-        rounds = (self.round(number) for number in sorted(numbers, reverse=True))
+        rounds = reversed(self.existing_rounds())
         return next((paths for paths in rounds if paths.aggregate_record.exists()), None)
+
+    def existing_rounds(self) -> list[RoundPaths]:
+        """Return the rounds that have a folder, in their order."""
+        # backups of round folders have other names
+        numbers = [int(name) for name in names_in(self.rounds) if name.isdecimal()]
+        return [self.round(number) for number in sorted(numbers)]
 
     def round(self, number: int) -> RoundPaths:
         """Round `number`."""

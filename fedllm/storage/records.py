@@ -194,14 +194,24 @@ class OwnCodeRecord(Record):
     files: dict[str, str]
 
 
+class PlaceRecord(Record):
+    """The place of a run directory: its path and its inode, which no copy has."""
+
+    path: str
+    inode: int
+
+
 class RunRecord(Record):
     """The identity of a run.
 
     `config` is the value of every key of `config.yaml` as the run last accepted it; a run of an
-    earlier version has none. `own_code` is the source of a method of the user's own.
+    earlier version has none. `own_code` is the source of a method of the user's own. `place` is
+    where the run has its id; a copy gets another id, and keeps those before it as `earlier_ids`.
     """
 
     run_id: str
+    earlier_ids: list[str] = []
+    place: PlaceRecord | None = None
     result_fingerprint: str
     versions: dict[str, str]
     own_code: OwnCodeRecord | None = None
@@ -214,6 +224,8 @@ class LeaseRecord(Record):
 
     `origin` is the lease at which a person started the run. A requeued coordinator, the links of a
     chain and calls of `advance` keep it: they continue to count the retries that are used up.
+    `place` is the run directory: in a copy of it this lease holds nothing. Leases of earlier
+    versions have neither it nor `machine_id` and `pid_namespace`.
     """
 
     number: int
@@ -223,6 +235,9 @@ class LeaseRecord(Record):
     start_time: str
     slurm_job: str | None = None
     origin: int | None = None
+    place: PlaceRecord | None = None
+    machine_id: str | None = None
+    pid_namespace: str | None = None
 
 
 class CoordinatorJobRecord(Record):

@@ -17,7 +17,7 @@ from fedllm.storage.checked import (
     read_checked_header,
 )
 from fedllm.storage.paths import RoundPaths, encode_client, names_in
-from fedllm.storage.records import CohortRecord, UpdateRecord
+from fedllm.storage.records import CohortRecord, RunRecord, UpdateRecord
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # the coarsest modification time of folders on any file system: a second change within it is unseen
@@ -82,18 +82,23 @@ class HasOrigin(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The run, round and base model of a round's updates; an update of any other is foreign."""
+    """The run, round and base model of a round's updates; an update of any other is foreign.
+
+    `earlier_ids` are those of the run that this one was copied from: what lay here came along.
+    """
 
     run_id: str
     round: int
     base_fingerprint: str
     base_change: str | None = None
+    earlier_ids: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, run_id: str, cohort: CohortRecord) -> "Origin":
+    def of(cls, run: RunRecord, cohort: CohortRecord) -> "Origin":
         """Return the origin of a cohort's updates."""
         return cls(
-            run_id=run_id,
+            run_id=run.run_id,
+            earlier_ids=tuple(run.earlier_ids),
             round=cohort.round,
             base_fingerprint=cohort.base_fingerprint,
             base_change=cohort.base_change,
@@ -101,8 +106,9 @@ class Origin:
 
     def problem(self, update: HasOrigin) -> str | None:
         """Say why an update is foreign, or None."""
+        if update.run_id not in (self.run_id, *self.earlier_ids):
+            return f"it is of run {update.run_id}, need {self.run_id}"
         for what, found, expected in (
-            ("run", update.run_id, self.run_id),
             ("round", update.round, self.round),
             ("base model", update.base_fingerprint, self.base_fingerprint),
             ("change of the base", update.base_change, self.base_change),
@@ -316,7 +322,7 @@ class UpdateScanner:
             modified_ns=modified_ns,
             since=last.since if same else now,
             listed=now,
-            shards=tuple(f"{name}/" for name in names if name.isdigit()),
+            shards=tuple(f"{name}/" for name in names if name.isdecimal()),
         )
         new = {f"{prefix}{name}" for name in listing.names - last.names if _is_update(name)}
         self._unread |= new - self._known.keys()
@@ -354,7 +360,7 @@ class UpdateScanner:
 def update_files(paths: RoundPaths) -> list[str]:
     """Return the names of a round's published updates, relative to their folder, sorted."""
     entries = names_in(paths.updates)
-    shards = [name for name in entries if name.isdigit()]
+    shards = [name for name in entries if name.isdecimal()]
     names = [name for name in entries if _is_update(name)]
     for folder in shards:
         names += [f"{folder}/{n}" for n in names_in(paths.updates / folder) if _is_update(n)]

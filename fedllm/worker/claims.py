@@ -83,7 +83,7 @@ class Claims:
         tries, by its task number, one of the 2^n longest.
         """
         digits = self._identity.task.rpartition("_")[2]
-        number = int(digits) if digits.isdigit() else 0
+        number = int(digits) if digits.isdecimal() else 0
         return number % min(1 << min(races, 16), count)
 
     def _claim(self, bundle: BundleRecord) -> bool:

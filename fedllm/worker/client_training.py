@@ -59,7 +59,7 @@ class ClientRound:
     """
 
     paths: RoundPaths
-    run_id: str
+    run: RunRecord
     config: Config
     prepared: PreparedRecord
     result_fingerprint: str
@@ -90,7 +90,7 @@ class ClientRound:
         method = method_of_run(run, config)
         return cls(
             paths=paths,
-            run_id=read_late_file(lambda: RunRecord.read(run.run), visibility_seconds).run_id,
+            run=read_late_file(lambda: RunRecord.read(run.run), visibility_seconds),
             config=config,
             result_fingerprint=result_fingerprint(config),
             prepared=prepared,
@@ -112,7 +112,7 @@ class ClientRound:
     @property
     def store(self) -> ClientStore:
         """The store of what clients keep."""
-        return ClientStore(run=self.paths.run, run_id=self.run_id)
+        return ClientStore(paths=self.paths.run, run=self.run)
 
     def training_of(self, client: str) -> TrainingSection:
         """Return how the clients of a client's tier train.
@@ -348,7 +348,7 @@ class ClientRound:
         return Resumable(
             path=self.paths.checkpoint(client),
             identity=CheckpointIdentity(
-                run_id=self.run_id,
+                run_id=self.run.run_id,
                 result_fingerprint=self.result_fingerprint,
                 round=self.cohort.round,
                 client=client,
@@ -451,7 +451,7 @@ class ClientRound:
     ) -> UpdateRecord:
         size = training.micro_batch_size
         return UpdateRecord(
-            run_id=self.run_id,
+            run_id=self.run.run_id,
             round=self.cohort.round,
             client=training.identity.client,
             attempt=attempt,

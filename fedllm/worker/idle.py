@@ -84,7 +84,7 @@ def _adopts(attempt: AttemptPaths, task: WorkerTask) -> bool:
 
 def _numbers(folder: Path) -> list[int]:
     try:
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
     except FileNotFoundError:
         return []
 

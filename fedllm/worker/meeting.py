@@ -51,7 +51,7 @@ def address_of(rendezvous: str) -> tuple[str, int]:
         UserError: it is missing, or not host:port.
     """
     host, _, port = rendezvous.rpartition(":")
-    if host and port.isdigit() and 0 < int(port) <= _HIGHEST:
+    if host and port.isdecimal() and 0 < int(port) <= _HIGHEST:
         return host, int(port)
     raise UserError(
         f"FEDLLM_RENDEZVOUS: got {rendezvous!r}, but the processes of a task (FEDLLM_PROCESSES) "
@@ -115,7 +115,7 @@ def receive_others(
             ) from error
         name, _, rest = _line(caller).partition(" ")
         rank, _, log = rest.partition(" ")
-        if name != _name(identity) or not rank.isdigit():
+        if name != _name(identity) or not rank.isdecimal():
             caller.close()
             continue
         # who gave up to wait calls again
@@ -160,7 +160,7 @@ def _call(host: str, port: int, identity: TaskIdentity) -> Met | None:
         connection.sendall(f"{_name(identity)} {identity.rank} {identity.log}\n".encode())
         name, _, rest = _line(connection).partition(" ")
         store_port, _, log = rest.partition(" ")
-        if name == _name(identity) and store_port.isdigit():
+        if name == _name(identity) and store_port.isdecimal():
             return Met(
                 connections={0: connection}, logs={0: log}, host=host, store_port=int(store_port)
             )

@@ -88,7 +88,7 @@ class Publisher:
 
 def published_clients(opened: ClientRound) -> UpdateReader[UpdateRecord]:
     """Return the reader of a round's published clients, which need no training."""
-    return UpdateReader(opened.paths, Origin.of(opened.run_id, opened.cohort), read_records)
+    return UpdateReader(opened.paths, Origin.of(opened.run, opened.cohort), read_records)
 
 
 def write_clients(path: Path, clients: Sequence[Trained], sent: SentFactors) -> None:

@@ -89,7 +89,7 @@ def replay(task: WorkerTask, attempt: AttemptPaths, client: str, scratch: Path) 
     write_clients(file, [trained], opened.cohort.sent)
     scanner = UpdateScanner(
         round=opened.paths,
-        origin=Origin.of(opened.run_id, opened.cohort),
+        origin=Origin.of(opened.run, opened.cohort),
     )
     published = scanner.scan().published.get(client)
     return Replay(

@@ -8,11 +8,13 @@ import torch
 from fedllm.errors import RunDirectoryError
 from fedllm.process.client_store import ClientStore, Kept
 from fedllm.storage.paths import RunPaths
+from fedllm.storage.records import RunRecord
 from tests.tiny import IDS
 
 
 def store(root: Path, run_id: str = "one") -> ClientStore:
-    return ClientStore(run=RunPaths(root=root), run_id=run_id)
+    record = RunRecord(run_id=run_id, result_fingerprint="", versions={})
+    return ClientStore(paths=RunPaths(root=root), run=record)
 
 
 def kept(value: float) -> Kept:

@@ -34,13 +34,14 @@ def test_every_update_names_the_change_that_it_was_trained_on(run: RunPaths) -> 
     assert len(set(changes)) == 3 and None not in changes
     for number in (1, 2):
         cohort = CohortRecord.read(run.round(number).cohort)
+        origin = Origin.of(RunRecord.read(run.run), cohort)
         assert cohort.base_change == changes[number - 1]
         for path in run.round(number).updates.glob("*.safetensors"):
             for update in read_update(path):
                 assert update.record.base_change == cohort.base_change
-                assert Origin.of(update.record.run_id, cohort).problem(update.record) is None
+                assert origin.problem(update.record) is None
                 other = update.record.model_copy(update={"base_change": changes[number]})
-                problem = Origin.of(update.record.run_id, cohort).problem(other)
+                problem = origin.problem(other)
                 assert problem is not None and "change of the base" in problem
 
 

@@ -96,7 +96,7 @@ def test_no_b_leaves_its_client(run: RunPaths) -> None:
 
 
 def test_every_client_goes_on_with_its_own_b(run: RunPaths) -> None:
-    store = ClientStore(run=run, run_id=RunRecord.read(run.run).run_id)
+    store = ClientStore(paths=run, run=RunRecord.read(run.run))
     state = open_state(run, None)
     trained = trained_clients(run)
     assert max(map(len, trained.values())) > 1

@@ -142,7 +142,7 @@ class Simulation:
             claim = ClaimRecord(bundle=bundle.number, task=task, node="here")
             if not claim.publish_once(attempt.claim(bundle.number)):
                 continue
-            scanner = UpdateScanner(round=paths, origin=Origin.of(run.run_id, cohort))
+            scanner = UpdateScanner(round=paths, origin=Origin.of(run, cohort))
             todo = [c for c in bundle.clients if c not in scanner.scan().published]
             results = [self.train(run, cohort, c, tiers[c], attempt, bundle.number) for c in todo]
             if results:

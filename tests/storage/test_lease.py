@@ -1,6 +1,7 @@
 """One coordinator at a time, and the next one when it is gone."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +17,12 @@ from fedllm.storage.lease import (
     Lease,
     boot_id,
     current_lease,
+    machine_id,
     process_is_gone,
     process_start_time,
 )
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import LeaseRecord
+from fedllm.storage.records import LeaseRecord, RunRecord
 from tests.storage.interference import just_before
 
 HOLD = """
@@ -118,8 +120,59 @@ def test_a_process_id_that_was_given_to_another_process_is_gone(paths: RunPaths)
 
 
 def test_after_a_reboot_the_holder_is_gone(paths: RunPaths) -> None:
-    hold(paths, boot_id="another boot")
+    hold(paths, boot_id="another boot", machine_id=machine_id())
     assert Lease.acquire(paths).number == 2
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"pid_namespace": "pid:[1]"}, {"boot_id": "another boot", "machine_id": "another machine"}],
+)
+def test_a_holder_of_another_container_or_machine_of_this_name_is_unknown(
+    paths: RunPaths, elsewhere: dict[str, str]
+) -> None:
+    assert process_is_gone(hold(paths, **elsewhere)) is None
+    with pytest.raises(LeaseError, match="unknown from here"):
+        Lease.acquire(paths)
+
+
+def test_a_removed_lease_folder_makes_no_second_coordinator(paths: RunPaths) -> None:
+    RunRecord(run_id="r", result_fingerprint="", versions={}).publish(paths.run)
+    first = Lease.acquire(paths, take_over=True)
+    shutil.rmtree(paths.leases)
+    with pytest.raises(LeaseError, match="no leases any more.*add --take-over"):
+        Lease.acquire(paths)
+    with pytest.raises(LeaseError, match="was removed; it stops"):
+        first.check()
+    second = Lease.acquire(paths, take_over=True)
+    assert second.number == first.number
+    with pytest.raises(LeaseError, match="was removed"):
+        first.check()
+    second.check()
+
+
+def test_in_a_copy_of_the_directory_the_lease_holds_nothing(
+    paths: RunPaths, tmp_path: Path
+) -> None:
+    original = Lease.acquire(RunPaths(root=paths.root / "run"))
+    shutil.copytree(original.paths.root, paths.root / "copy")
+    copy = RunPaths(root=paths.root / "copy")
+    assert current_lease(copy) == (1, None)
+    Lease.acquire(copy).check()
+    original.check()
+    # the same directory under another name is no copy
+    (tmp_path / "link").symlink_to(original.paths.root)
+    with pytest.raises(LeaseError, match="holds this run"):
+        Lease.acquire(RunPaths(root=tmp_path / "link"))
+
+
+def test_a_file_in_the_folder_of_other_leases_is_no_lease(paths: RunPaths) -> None:
+    lease = Lease.acquire(paths)
+    for name in ("0004/0999.json", "²/0001.json", "².json"):
+        (paths.leases / name).parent.mkdir(exist_ok=True)
+        shutil.copy(paths.lease(1), paths.leases / name)
+    assert current_lease(paths)[0] == 1
+    lease.check()
 
 
 def test_a_holder_on_another_machine_is_unknown_and_unknown_is_not_gone(paths: RunPaths) -> None:

@@ -33,6 +33,7 @@ from fedllm.storage.lease import current_lease, process_is_gone
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 from fedllm.storage.sweep_records import SweepRecord
+from fedllm.storage.trust.place import is_here
 
 _MAX_PAUSE_SECONDS = 30.0
 
@@ -59,6 +60,13 @@ def cancel(
 
 
 def _cancel_run(paths: RunPaths, *, jobs_only: bool) -> None:
+    record = RunRecord.read(paths.run)
+    if record.place and not is_here(record.place, paths.root):
+        say(
+            f"{paths.root}: a copy of {record.place.path}, or moved from there: no job of its own "
+            f"is running; to end those of run {record.run_id}: fedllm cancel {record.place.path}"
+        )
+        return
     config = read_config(paths.config)
     refusals = [] if jobs_only else _end_coordinator(paths, config)
     scheduler = execution.make_scheduler(paths, config)

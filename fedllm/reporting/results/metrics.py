@@ -137,7 +137,7 @@ def metric_rows(paths: RunPaths) -> list[dict[str, object]]:
     rows = []
     categories = categories_of(paths)
     # backups of round folders have other names
-    numbers = sorted(int(p.name) for p in paths.rounds.glob("*") if p.name.isdigit())
+    numbers = sorted(int(p.name) for p in paths.rounds.glob("*") if p.name.isdecimal())
     for number in numbers:
         round_paths = paths.round(number)
         record = RoundRecord.find(round_paths.record)

@@ -31,7 +31,7 @@ def rounds_of(paths: RunPaths) -> list[RoundPaths]:
     """Return the rounds that have begun, round 0 first; backups of rounds have other names."""
     if not paths.rounds.is_dir():
         return []
-    numbers = (int(path.name) for path in paths.rounds.iterdir() if path.name.isdigit())
+    numbers = (int(path.name) for path in paths.rounds.iterdir() if path.name.isdecimal())
     return [paths.round(number) for number in sorted(numbers)]
 
 

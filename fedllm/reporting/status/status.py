@@ -275,7 +275,7 @@ class StatusReader:
         if cohort is None:
             return RoundStatus(round=paths.number, step="cohort" if paths.number else "state")
         if paths.number not in self._summaries:
-            self._summaries = {paths.number: UpdateSummaries(paths, Origin.of(run.run_id, cohort))}
+            self._summaries = {paths.number: UpdateSummaries(paths, Origin.of(run, cohort))}
         sent = self._summaries[paths.number].read()
         work = attempt_work(self._records, paths, sent, answers.states, all_gone=all_gone)
         step = _step(paths)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from fedllm.config.models import Config
-from fedllm.rounds.dispatch.submissions import active_tasks, task_ids
+from fedllm.rounds.dispatch.submissions import active_tasks, is_of_run, task_ids
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import CancelRefused, Scheduler
 from fedllm.storage.paths import JobPaths, RunPaths, attempts_of
-from fedllm.storage.records import JobsRecord, SubmissionRecord
+from fedllm.storage.records import JobsRecord, RunRecord, SubmissionRecord
 
 
 def end_tasks(run: Run, tasks: Sequence[str], *, only_waiting: bool = False) -> bool:
@@ -33,9 +33,12 @@ def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
     Raises:
         CancelRefused: some are another user's.
     """
+    run_id = RunRecord.read(paths.run).run_id
     ids: dict[str, None] = {}
     for job in _submissions(paths, config):
         plan = SubmissionRecord.read(job.submission)
+        if not is_of_run(plan, run_id):
+            continue
         ids |= dict.fromkeys([*task_ids(job), *plan.adopted])
         jobs = JobsRecord.find(job.jobs)
         for array in plan.arrays:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 
-from fedllm.rounds.dispatch.submissions import known_tasks
+from fedllm.rounds.dispatch.submissions import is_of_run, known_tasks
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import TaskState
 from fedllm.storage.paths import AttemptPaths, RoundPaths, attempts_of
@@ -34,7 +34,9 @@ def find_idle_workers(
 def all_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
     """Return all tasks of an attempt: its own and those that it took over."""
     plan = run.known_records.find(SubmissionRecord, attempt.submission)
-    return [*known_tasks(run, attempt), *(plan.adopted if plan else [])]
+    if plan is None or not is_of_run(plan, run.record.run_id):
+        return []
+    return [*known_tasks(run, attempt), *plan.adopted]
 
 
 def busy_tasks(run: Run, attempt: AttemptPaths) -> list[str]:

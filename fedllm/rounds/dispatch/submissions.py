@@ -36,7 +36,7 @@ SingleProgram = Literal["prepare", "aggregate", "evaluate"]
 
 def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> None:
     """Publish a plan, submit its arrays and record their ids."""
-    run.publish(plan, paths.submission)
+    run.freeze(plan, paths.submission)
     _send(run, paths, plan, logs, search=False)
 
 
@@ -203,6 +203,11 @@ def array_name(run_id: str, round_number: int, step: str, attempt: str) -> str:
     return f"r{round_number:02d}-{step}-fedllm-{run_id}-{attempt}"
 
 
+def is_of_run(plan: SubmissionRecord, run_id: str) -> bool:
+    """Say whether a plan is this run's own; one that came with a copy names tasks of another."""
+    return f"fedllm-{run_id}-" in plan.token
+
+
 def run_single_job(
     run: Run,
     *,
@@ -309,7 +314,7 @@ def record_outcome(
         checkpoints=dict(checkpoints or {}),
         progressed=progressed,
     )
-    run.publish(outcome, paths.outcome)
+    run.freeze(outcome, paths.outcome)
     return outcome
 
 

@@ -65,7 +65,7 @@ def _finish(run: Run, number: int) -> None:
         gpu_seconds=usage.gpu_seconds,
     )
     run.publish(TasksRecord(round=number, tasks=task_times(paths)), paths.tasks)
-    run.publish(record, paths.record)
+    run.freeze(record, paths.record)
     evaluation = EvaluationRecord.find(paths.evaluation_record)
     loss = collection.training.get("training_loss") if collection else None
     training = "" if loss is None else f"; training loss {loss:.3f}"
