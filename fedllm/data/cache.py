@@ -6,6 +6,7 @@ read the rows of the clients they train.
 """
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedllm.errors import DataError
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.records import Record
 
 INDEX = "index.json"
@@ -81,26 +83,34 @@ class Row:
 class TokenizedClients:
     """Clients of one tokenised data set; their rows are read from mapped files on demand."""
 
-    def __init__(self, index: CacheIndex, tables: Mapping[str, pa.Table]) -> None:
+    def __init__(self, index: CacheIndex, files: Mapping[str, "_SplitFile"]) -> None:
         self.clients = {client.id: client for client in index.clients}
         self.answer_form = index.answer_form
-        self._tables = tables
+        self._files = files
+        self._opened: dict[str, pa.Table] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> "TokenizedClients":
+    def open(cls, folder: Path, sha256: Mapping[str, str] | None = None) -> "TokenizedClients":
         """Open a folder that `writer.write_clients` published.
 
+        Args:
+            folder: the folder.
+            sha256: the digests of its files as they were prepared; a file of rows is compared with
+                its digest when its rows are first read. Empty or None: nothing is compared.
+
         Raises:
-            DataError: there is no such folder.
+            DataError: there is no such folder, or its index is not the one that was prepared.
         """
-        if not (folder / INDEX).is_file():
+        index = folder / INDEX
+        if not index.is_file():
             raise DataError(f"{folder}: no tokenised data here; run `fedllm prepare` again")
-        index = CacheIndex.read(folder / INDEX)
-        tables = {
-            file.stem: pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        if sha256 and sha256_of(index) != sha256.get(INDEX):
+            raise _not_prepared(index)
+        files = {
+            file.stem: _SplitFile(path=file, sha256=sha256.get(file.name, "") if sha256 else None)
             for file in sorted(folder.glob("*.arrow"))
         }
-        return cls(index, tables)
+        return cls(CacheIndex.read(index), files)
 
     def rows(self, client: str, split: str) -> list[Row]:
         """Return a client's rows of `train`, `validation` or `test`, in the order of its data.
@@ -111,7 +121,7 @@ class TokenizedClients:
         position = self.client(client).splits.get(split)
         if position is None:
             return []
-        table = self._tables[split].slice(position.start, position.rows)
+        table = self._table(split).slice(position.start, position.rows)
         columns = (
             _lists(table["prompt"]),
             _lists(table["answer"]),
@@ -132,14 +142,15 @@ class TokenizedClients:
         position = self.client(client).splits.get(split)
         if position is None or not position.rows:
             return 0
-        table = self._tables[split].slice(position.start, position.rows)
+        table = self._table(split).slice(position.start, position.rows)
         parts = (pc.list_value_length(table[name]) for name in ("prompt", "answer"))
         longest: int = pc.max(pc.add(*parts)).as_py()
         return longest
 
     def largest_token(self) -> int:
         """Return the largest token id of all rows, -1 without rows."""
-        columns = (t[name] for t in self._tables.values() for name in ("prompt", "answer"))
+        tables = map(self._table, self._files)
+        columns = (t[name] for t in tables for name in ("prompt", "answer"))
         return max((pc.max(pc.list_flatten(c)).as_py() or -1 for c in columns), default=-1)
 
     def client(self, client: str) -> IndexedClient:
@@ -152,6 +163,44 @@ class TokenizedClients:
         if entry is None:
             raise DataError(unknown_client(client, list(self.clients)))
         return entry
+
+    def _table(self, split: str) -> pa.Table:
+        if split not in self._opened:
+            self._opened[split] = self._files[split].table()
+        return self._opened[split]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SplitFile:
+    """File of the rows of a split; `sha256` is what it has to be, None: that is not known."""
+
+    path: Path
+    sha256: str | None
+
+    def table(self) -> pa.Table:
+        """Map the file into memory, the very file that was compared with the digest."""
+        with self.path.open("rb") as file:
+            if self.sha256 not in {None, hashlib.file_digest(file, "sha256").hexdigest()}:
+                raise _not_prepared(self.path)
+            try:
+                mapped = pa.memory_map(f"/proc/self/fd/{file.fileno()}")
+                return pa.ipc.open_file(mapped).read_all()
+            except pa.ArrowInvalid as error:
+                raise _not_prepared(self.path) from error
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files of a folder of tokenised clients."""
+    return {
+        file.name: sha256_of(file) for file in (folder / INDEX, *sorted(folder.glob("*.arrow")))
+    }
+
+
+def _not_prepared(file: Path) -> DataError:
+    return DataError(
+        f"{file}: damaged, or replaced since it was prepared; remove {file.parent}, then resume: "
+        "it is prepared again"
+    )
 
 
 def _lists(column: pa.ChunkedArray) -> list[list[int]]:

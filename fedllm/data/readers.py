@@ -40,10 +40,12 @@ Peek = dict[str, bool] | None
 class Source:
     """Source of rows; `read` returns a table of canonical columns per split.
 
-    `notes` are lines for the user about format, splits and what is not read.
+    `notes` are lines for the user about format, splits and what is not read. `files` are those that
+    hold the rows.
     """
 
     fingerprint: str
+    files: tuple[Path, ...]
     notes: tuple[str, ...]
     read: Callable[[], Tables]
 
@@ -70,6 +72,7 @@ class _RawSource:
 
     path: str
     fingerprint: str
+    files: Sequence[Path]
     parts: Sequence[_Part]
     unread: str = ""
 
@@ -118,6 +121,7 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
             *(source.fingerprint, column_section.model_dump(), split_values, columns.format),
             *(() if has_clients else (partition.model_dump(),)),
         ),
+        files=tuple(source.files),
         notes=notes,
         read=read,
     )
@@ -234,7 +238,7 @@ def _find_raw(section: DataSection, cache: CachePaths) -> _RawSource:
         raise DataError(f"data.path: {path} is not a {' or '.join(FILE_KINDS)} file; convert it")
     fingerprint = fingerprint_files([path], path.parent)
     part = _file_part(TRAIN, path, path.parent)
-    return _RawSource(path=section.path, fingerprint=fingerprint, parts=[part])
+    return _RawSource(path=section.path, fingerprint=fingerprint, files=[path], parts=[part])
 
 
 def _folder(folder: Path) -> _RawSource:
@@ -246,6 +250,7 @@ def _folder(folder: Path) -> _RawSource:
     return _RawSource(
         path=str(folder),
         fingerprint=fingerprint_files(files, folder),
+        files=files,
         parts=parts,
         unread=shorten_files(found.unread, folder),
     )
@@ -262,10 +267,11 @@ def _file_part(split: str, file: Path, folder: Path) -> _Part:
 
 
 def _saved(folder: Path, name: str) -> _RawSource:
-    saved = read_saved_dataset(folder)
+    saved, files = read_saved_dataset(folder), _files_below(folder)
     return _RawSource(
         path=name,
-        fingerprint=fingerprint_files(_files_below(folder), folder),
+        fingerprint=fingerprint_files(files, folder),
+        files=files,
         parts=[_table_part(split, table, str(folder)) for split, table in saved.tables.items()],
         unread=", ".join(saved.unread),
     )
@@ -283,6 +289,7 @@ def _embedded(section: DataSection) -> _RawSource:
     return _RawSource(
         path=EMBEDDED,
         fingerprint=fingerprint_values(columns),
+        files=(),
         parts=[_table_part(TRAIN, pa.table(columns), EMBEDDED)],
     )
 

@@ -51,14 +51,20 @@ class _ClientTally:
 
 
 def write_clients(
-    folder: Path, tables: dict[str, pa.Table], encoder: RowEncoder, count: Count = uncounted
+    folder: Path,
+    tables: dict[str, pa.Table],
+    encoder: RowEncoder,
+    count: Count = uncounted,
+    *,
+    sources: Sequence[Path] = (),
 ) -> None:
     """Tokenise tables of canonical columns, one per split, and publish them as `folder`.
 
     Validation rows are not tokenised: no run reads them. Every table is removed from `tables` when
-    it is needed, so that its memory can be freed.
+    it is needed, so that its memory can be freed. Only who may read the `sources` may read the
+    folder.
     """
-    with publishing_folder(folder) as beside:
+    with publishing_folder(folder, sources=sources) as beside:
         tallies: dict[str, _ClientTally] = {}
         progress = _Rows(count=count, total=sum(len(tables[s]) for s in _TOKENISED if s in tables))
         for split in list(tables):

@@ -72,7 +72,7 @@ class Session:
         self._trainers = trainers
         self._base: tuple[_BaseKey, Base] | None = None
         self._slots: tuple[_SlotsKey, AdapterSlots] | None = None
-        self._data: tuple[str, TokenizedClients] | None = None
+        self._data: tuple[tuple[str, dict[str, str]], TokenizedClients] | None = None
         self._configs = FrozenConfigReader()
         self._prepared: tuple[tuple[Path, Version], PreparedRecord] | None = None
         self._near: dict[str, str] = {}
@@ -224,13 +224,18 @@ class Session:
             self._base = self._slots = None
             gc.collect()  # its hooks are cycles
 
-    def data(self, path: str) -> "TokenizedClients":
-        """Return the tokenised clients in folder `path`, or in its copy on this node."""
-        path = self._near.get(path, path)
-        if self._data is None or self._data[0] != path:
+    def data(self, prepared: PreparedRecord) -> "TokenizedClients":
+        """Return the tokenised clients of a run, or of their copy on this node.
+
+        Raises:
+            DataError: they are gone, or not as they were prepared.
+        """
+        path = self._near.get(prepared.data_path, prepared.data_path)
+        key = path, prepared.data_sha256
+        if self._data is None or self._data[0] != key:
             from fedllm.data.cache import TokenizedClients
 
-            self._data = path, TokenizedClients.open(Path(path))
+            self._data = key, TokenizedClients.open(Path(path), prepared.data_sha256)
         return self._data[1]
 
     def config(self, run: RunPaths) -> Config:

@@ -92,7 +92,7 @@ class Scorer:
             state=state,
             federation=plan_federation(config, prepared),
             slots=session.scoring_slots(config, prepared, change),
-            data=session.data(prepared.data_path),
+            data=session.data(prepared),
             sha256=record.sha256,
             round=paths.number,
             store=ClientStore(paths=run, run=RunRecord.read(run.run)),
@@ -352,7 +352,7 @@ def evaluate_adapter(
     adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
     slots.install(adapter)
     progress = _Rows(count=count, total=sum(len(target.rows) for target in targets))
-    data = session.data(prepared.data_path)
+    data = session.data(prepared)
     scores = score_targets(slots, data, targets, config, scored=progress.add)
     sha256 = sha256_of(folder / TENSORS)
     return _record(targets, scores, scores, round_number=0, sha256=sha256, begun=begun)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedllm.config.models import ClientsSection, Config, DataSection, HeldOutSection
 from fedllm.config.yaml_text import decode_text
-from fedllm.data.cache import IndexedClient, TokenizedClients, unknown_client
+from fedllm.data.cache import IndexedClient, TokenizedClients, digests_of, unknown_client
 from fedllm.data.chat import TEMPLATE_DATE
 from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
@@ -149,6 +149,7 @@ def _describe(
         tokenizer_fingerprint=fingerprint_tokenizer(base.path),
         data_fingerprint=folder.name,
         data_path=str(folder),
+        data_sha256=digests_of(folder),
         model_parameters=base.parameters,
         linear_parameters=base.linear_parameters,
         modules=base.modules,
@@ -366,7 +367,7 @@ def _tokenise(config: Config, base: Path, cache: CachePaths, report: Report, cou
     folder = cache.data(key)
     if not folder.is_dir():
         encoder = row_encoder(config.data, load_tokenizer(base))
-        write_clients(folder, source.read(), encoder, count)
+        write_clients(folder, source.read(), encoder, count, sources=source.files)
         give_back_freed()  # the same process may train next
     for note in source.notes:
         report(note)

@@ -13,6 +13,7 @@ from fedllm.config.loading import (
 )
 from fedllm.config.models import Config, is_own
 from fedllm.errors import ConfigError, FedllmError, RunDirectoryError
+from fedllm.rounds.dispatch.in_flight import is_done
 from fedllm.rounds.identity import keep_or_take_identity, new_run_id
 from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
@@ -24,7 +25,7 @@ from fedllm.storage.own_code import changed_modules, read_own_code, refuse_chang
 from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
 from fedllm.storage.publishing.publish import publish_bytes
-from fedllm.storage.records import ChangeRecord, OwnCodeRecord, RunRecord
+from fedllm.storage.records import ChangeRecord, OwnCodeRecord, PreparedRecord, RunRecord
 from fedllm.storage.trust.place import place_of
 
 # keys of another configuration that an error names
@@ -208,6 +209,7 @@ def _reconcile(
         any(change.key in {"model.path", "data.path"} for change in changes)
         or fingerprint != record.result_fingerprint
         or changed_modules(record.own_code, own_code)
+        or _is_purged(paths, config)
     ):
         _prepare_again(paths)
     content = dump_config(config).encode()
@@ -232,6 +234,14 @@ def _reconcile(
     after = record.model_copy(update=update)
     after.publish(paths.run)
     return after
+
+
+def _is_purged(paths: RunPaths, config: Config) -> bool:
+    """Return whether a run has more to do and its prepared data or base are gone."""
+    prepared = PreparedRecord.find(paths.prepared)
+    if prepared is None or is_done(paths, config):
+        return False
+    return not all(Path(path).exists() for path in (prepared.data_path, prepared.model_path))
 
 
 def _prepare_again(paths: RunPaths) -> None:

@@ -45,7 +45,7 @@ def machine_id() -> str:
 def pid_namespace() -> str:
     """Return the namespace in which this process has its id; a container may have its own."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
 

@@ -146,7 +146,8 @@ class PreparedRecord(Record):
 
     A run prepared by a version without layouts has none, and continues with padded rows. `notes`
     tells the user about the base; a note is no error. `linear_parameters` is the number of weights
-    that can be quantised. It and `tokenizer_fingerprint` are unknown for runs of earlier versions.
+    that can be quantised. It, `tokenizer_fingerprint` and `data_sha256`, the digests of the files
+    of tokenised rows, are unknown for runs of earlier versions.
     `fitted` are the tiers whose rank follows from their memory, `kept_bytes` what each client of a
     tier keeps between its rounds, where the method lets it keep anything, `sent` the factors that
     clients of the first round send.
@@ -157,6 +158,7 @@ class PreparedRecord(Record):
     tokenizer_fingerprint: str | None = None
     data_fingerprint: str
     data_path: str
+    data_sha256: dict[str, str] = {}
     model_parameters: int
     linear_parameters: int = 0
     modules: dict[str, ModuleRecord]

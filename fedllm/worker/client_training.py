@@ -247,7 +247,7 @@ class ClientRound:
         if client not in self.tiers:
             raise UserError(f"{self.paths.cohort}: client {client} is not in this round's cohort")
         received = partial(self.received, client)
-        rows = self.session.data(self.prepared.data_path).rows(client, "train")
+        rows = self.session.data(self.prepared).rows(client, "train")
         if not rows:
             raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
         draws = Draws(seed=self.config.seed, round=self.cohort.round, client=client)

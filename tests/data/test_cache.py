@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedllm.config.models import ColumnsSection
 from fedllm.data.blocks import RowBlock, row_number
-from fedllm.data.cache import TokenizedClients
+from fedllm.data.cache import TokenizedClients, digests_of
 from fedllm.data.columns import canonical_block
 from fedllm.data.row_formats import ALPACA, row_columns
 from fedllm.data.tokenize import RowEncoder
@@ -176,3 +176,45 @@ def test_a_folder_of_an_earlier_version_has_no_earlier_answers(tmp_path: Path) -
     (row,) = found.rows("a", "train")
     assert (row.prompt_ids, row.answer_ids) == (expected.prompt_ids, expected.answer_ids)
     assert list(row.prompt_targets) == []
+
+
+def test_rows_that_are_not_the_prepared_ones_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    written(folder, train=[raw("a", 0), raw("b", 1)], test=[raw("a", 2)])
+    digests = digests_of(folder)
+    assert TokenizedClients.open(folder, digests).rows("a", "train")
+    written(tmp_path / "other", train=[raw("a", 0), raw("b", 7)])
+    (tmp_path / "other" / "train.arrow").replace(folder / "train.arrow")
+    data = TokenizedClients.open(folder, digests)
+    assert data.rows("a", "test"), "a file that is not read is not hashed"
+    with pytest.raises(DataError, match=r"train\.arrow: damaged, or replaced.*prepared again"):
+        data.rows("a", "train")
+    (tmp_path / "other" / "index.json").replace(folder / "index.json")
+    with pytest.raises(DataError, match=r"index\.json: damaged"):
+        TokenizedClients.open(folder, digests)
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    data = written(folder, train=[raw("a", 0)])
+    os.truncate(folder / "train.arrow", 300)
+    with pytest.raises(DataError, match=r"train\.arrow: damaged"):
+        data.rows("a", "train")
+
+
+@pytest.mark.parametrize(
+    ("above", "mode", "expected"),
+    [(0o755, 0o644, 0o644), (0o755, 0o640, 0o640), (0o755, 0o600, 0o600), (0o700, 0o644, 0o600)],
+)
+def test_a_copy_of_private_rows_is_private(
+    tmp_path: Path, above: int, mode: int, expected: int
+) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)  # pytest makes them private
+    source = tmp_path / "mine" / "rows.jsonl"
+    source.parent.mkdir(mode=above)
+    source.touch(mode=mode)
+    write_clients(tmp_path / "key", {"train": table([raw("a", 0)])}, ENCODER, str, sources=[source])
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "key").iterdir()}
+    assert modes == {expected}
+    assert (tmp_path / "key").stat().st_mode & 0o777 & ~0o111 == expected

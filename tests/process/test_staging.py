@@ -171,7 +171,7 @@ def test_a_session_loads_model_and_data_from_the_copies(
     assert not any(isinstance(layer, LoraLayer) for layer in model.modules())
     client = prepared.clients[0].id
     expected = far.data(prepared.data_path).rows(client, "train")
-    assert session.data(moved.data_path).rows(client, "train") == expected
+    assert session.data(moved).rows(client, "train") == expected
     assert not capfd.readouterr().err
     far.stage("$NOT_SET_HERE", prepared)
     assert len(capfd.readouterr().err.splitlines()) == 2

@@ -15,7 +15,7 @@ from fedllm.programs.evaluate import evaluate_state
 from fedllm.programs.prepare import prepare
 from fedllm.server.export import export_adapter, export_model, open_state
 from fedllm.storage.paths import CachePaths, RunPaths
-from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord
+from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord, RunRecord
 from fedllm.storage.updates import Origin, read_update
 from tests.tiny import Tiny
 

@@ -51,7 +51,7 @@ def one_by_one(
 ) -> dict[str, Scores]:
     """Every client by itself, with an adapter of its own."""
     config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
-    slots, data = session.slots(config, prepared), session.data(prepared.data_path)
+    slots, data = session.slots(config, prepared), session.data(prepared)
     found: dict[str, Scores] = {}
     for target in choose_targets(config, prepared, 1):
         slots.install(adapter_at(run, ranks[target.tier]))
@@ -96,7 +96,7 @@ def test_the_same_state_scores_the_same_again(run: RunPaths, session: Session) -
 def test_rows_of_a_client_are_read_together(run: RunPaths, session: Session) -> None:
     """What a client's rows have in common is computed once, for their loss and their answers."""
     config, prepared = read_config(run.config), PreparedRecord.read(run.prepared)
-    slots, data = session.slots(config, prepared), session.data(prepared.data_path)
+    slots, data = session.slots(config, prepared), session.data(prepared)
     targets = choose_targets(config, prepared, 1)
     clients = [[data.rows(t.client, "test")[index] for index in t.rows] for t in targets]
     texts = [[[*row.prompt_ids, *row.answer_ids] for row in rows] for rows in clients]

@@ -120,9 +120,9 @@ class Simulation:
         ]
         PreparedRecord(
             model_fingerprint="base",
-            model_path="nowhere",
+            model_path=str(paths.root),
             data_fingerprint=self.data_fingerprint,
-            data_path="nowhere",
+            data_path=str(paths.root),
             model_parameters=1,
             modules=MODULES,
             clients=clients,

@@ -11,7 +11,7 @@ from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.opening import close_run, open_run
 from fedllm.scheduling.inline import InlineScheduler
 from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import CohortRecord, RunRecord
+from fedllm.storage.records import CohortRecord, PreparedRecord, RunRecord
 from tests.rounds.simulation import Simulation, complete, config_of, opened, states
 
 COHORT = 4
@@ -92,3 +92,10 @@ def test_a_coordinator_that_wakes_up_replaces_no_frozen_record(half: RunPaths) -
         run.freeze(cohort.model_copy(update={"clients": []}), half.round(2).cohort)
     assert CohortRecord.read(half.round(2).cohort) == cohort
     close_run(run)
+
+
+def test_a_run_whose_cache_was_purged_prepares_again(half: RunPaths) -> None:
+    prepared = PreparedRecord.read(half.prepared)
+    prepared.model_copy(update={"data_path": str(half.root / "gone")}).publish(half.prepared)
+    complete(half.root, Simulation())
+    assert PreparedRecord.read(half.prepared).data_path == prepared.data_path

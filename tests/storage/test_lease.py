@@ -140,7 +140,7 @@ def test_a_removed_lease_folder_makes_no_second_coordinator(paths: RunPaths) -> 
     RunRecord(run_id="r", result_fingerprint="", versions={}).publish(paths.run)
     first = Lease.acquire(paths, take_over=True)
     shutil.rmtree(paths.leases)
-    with pytest.raises(LeaseError, match="no leases any more.*add --take-over"):
+    with pytest.raises(LeaseError, match=r"no leases any more.*add --take-over"):
         Lease.acquire(paths)
     with pytest.raises(LeaseError, match="was removed; it stops"):
         first.check()

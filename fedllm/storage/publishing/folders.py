@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,26 +13,43 @@ from fedllm.storage.publishing.publish import (
     sync_folder,
     temporary_name,
 )
+from fedllm.storage.trust.readers import readers_of
+
+_NOT_OWNER = 0o077
 
 
 @contextmanager
-def publishing_folder(path: Path) -> Iterator[Path]:
+def publishing_folder(path: Path, *, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """Give a temporary folder beside `path`; publish it as `path` when the block succeeds.
 
     The name must determine the content: if another process has published `path` meanwhile, its
-    folder stays and ours is discarded. A failed block leaves nothing behind.
+    folder stays and ours is discarded. A failed block leaves nothing behind. Nobody can read the
+    folder who cannot read the `sources` of its content.
     """
     with storage_errors(path):
         make_folder(path.parent)
         temporary = temporary_name(path)
         temporary.mkdir()
+        usual = stat.S_IMODE(temporary.stat().st_mode)
+        if sources:
+            temporary.chmod(usual & ~_NOT_OWNER)
         try:
             yield temporary
+            if sources:
+                _limit_readers(temporary, usual, sources)
             sync_tree(temporary)
             _rename_unless_there(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(path.parent)
+
+
+def _limit_readers(folder: Path, usual: int, sources: Sequence[Path]) -> None:
+    """Give a folder its usual mode, and the files in it too, without what the sources deny."""
+    denied = _NOT_OWNER & ~readers_of(sources, group=folder.stat().st_gid)
+    for file in folder.iterdir():
+        file.chmod(stat.S_IMODE(file.stat().st_mode) & ~denied)
+    folder.chmod(usual & ~denied)
 
 
 def sync_tree(path: Path) -> None:

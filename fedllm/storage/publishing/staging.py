@@ -55,8 +55,9 @@ def _copy_once(source: Path, target: Path) -> None:
             # a killed task left it: nobody else writes here now
             shutil.rmtree(leftover, ignore_errors=True)
         _require_space(source, target)
-        with publishing_folder(target) as temporary:
-            for file in _files(source):
+        files = _files(source)
+        with publishing_folder(target, sources=files) as temporary:
+            for file in files:
                 place = temporary / file.relative_to(source)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place)

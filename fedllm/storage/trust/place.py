@@ -3,7 +3,6 @@
 A copy has the run id, the job ids and the lease of the original, and none of what these name.
 """
 
-import os
 from pathlib import Path
 
 from fedllm.storage.records import PlaceRecord
@@ -22,6 +21,6 @@ def is_here(recorded: PlaceRecord | None, root: Path) -> bool:
     if recorded is None:
         return True
     try:
-        return root.stat().st_ino == recorded.inode and os.path.samefile(recorded.path, root)
+        return root.stat().st_ino == recorded.inode and root.samefile(recorded.path)
     except OSError:
         return False  # moved, or a copy from another machine
