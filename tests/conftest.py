@@ -39,6 +39,15 @@ NEEDED = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A secret for the tests' updates, not the developer's own; processes that start inherit it."""
+    from fedllm.storage.trust.secret import STATE_VARIABLE, user_secret
+
+    os.environ[STATE_VARIABLE] = str(tmp_path_factory.mktemp("state"))
+    user_secret(create=True)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the Natural Instructions clients and the small base model."""

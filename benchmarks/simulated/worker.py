@@ -27,6 +27,8 @@ from fedllm.storage.records import (
     UpdateRecord,
 )
 from fedllm.storage.tensors import publish_update
+from fedllm.storage.trust.secret import user_secret
+from fedllm.storage.trust.signatures import RoundKeys
 from fedllm.worker.heartbeat import State
 
 _PROGRESS_SECONDS = 60.0
@@ -266,7 +268,9 @@ class Worker:
             client: _factors(tuple(self.attempt.cohort.ranks[tier].items()))
             for client, tier in tiers.items()
         }
-        publish_update(path, self._held, tensors)
+        keys = RoundKeys.of(user_secret(), self.attempt.cohort)
+        sign = functools.partial(keys.signatures, self.attempt.run_id, list(tiers))
+        publish_update(path, self._held, tensors, sign=sign)
         _date(path.parent, self.now())
         _date(self.attempt.round.updates, self.now())
         self._parts += 1

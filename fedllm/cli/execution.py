@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -58,8 +58,21 @@ def start(
             take_over=take_over,
             unattended=unattended,
             code_folders=folders_of(config_file),
+            given=given_keys(config_file, root, overrides),
             say_line=say_line,
         )
+
+
+def given_keys(
+    config_or_run: Path, root: Path, overrides: Sequence[str], *, accept_changes: bool = False
+) -> set[str] | None:
+    """Return the keys that this user gives, not the run directory `root`; None: all of them."""
+    from_run = (
+        config_or_run.is_dir() or config_or_run.resolve() == RunPaths(root=root).config.resolve()
+    )
+    if accept_changes or not from_run:
+        return None
+    return {override.partition("=")[0].strip() for override in overrides}
 
 
 def start_config(
@@ -70,6 +83,7 @@ def start_config(
     unattended: bool = False,
     code_folders: Sequence[str] | None = None,
     say_line: Callable[[str], None] = say,
+    given: Collection[str] | None = None,
 ) -> Path:
     """Run a validated configuration as `start` does.
 
@@ -80,6 +94,7 @@ def start_config(
         unattended: no person started it.
         code_folders: where a method of one's own is looked for; None: the working directory.
         say_line: prints a line.
+        given: the keys of the configuration that this user gave; None: all.
     """
     is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     run = open_for_coordination(
@@ -89,6 +104,7 @@ def start_config(
         unattended=unattended,
         code_folders=code_folders,
         say_line=say_line,
+        given=given,
     )
     try:
         coordinate(run)
@@ -102,15 +118,31 @@ def start_config(
     return root
 
 
-def resume(root: Path, overrides: Sequence[str] = (), *, take_over: bool = False) -> None:
+def resume(
+    root: Path,
+    overrides: Sequence[str] = (),
+    *,
+    take_over: bool = False,
+    accept_changes: bool = False,
+) -> None:
     """Continue a run to its end."""
     existing_run(root)
     config = resumed_config(root, overrides)
+    given = given_keys(root, root, overrides, accept_changes=accept_changes)
     with live_run(root) as say_line:
-        coordinate(open_for_coordination(root, config, take_over=take_over, say_line=say_line))
+        run = open_for_coordination(
+            root, config, take_over=take_over, given=given, say_line=say_line
+        )
+        coordinate(run)
 
 
-def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) -> tuple[Path, str]:
+def submit(
+    config_or_run: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    *,
+    accept_changes: bool = False,
+) -> tuple[Path, str]:
     """Submit the coordinator of a configuration or of a run; return the run directory and the job.
 
     Raises:
@@ -127,7 +159,9 @@ def submit(config_or_run: Path, overrides: Sequence[str], run_dir: Path | None) 
         # before we take the lease: a link that starts meanwhile would find it taken
         refuse_second_coordinator(paths, record.run_id)
     check_coordinator(config.scheduler)
-    run = open_for_coordination(root, config, code_folders=folders_of(config_or_run))
+    given = given_keys(config_or_run, root, overrides, accept_changes=accept_changes)
+    folders = folders_of(config_or_run)
+    run = open_for_coordination(root, config, code_folders=folders, given=given)
     try:
         if not run.paths.prepared.exists():
             # the coordinator would find these problems too, but report them only in its log
@@ -153,7 +187,8 @@ def advance_run(config_or_run: Path, run_dir: Path | None) -> bool:
     if is_done(RunPaths(root=root.resolve()), config):
         return True
     folders = folders_of(config_or_run)
-    run = open_for_coordination(root, config, unattended=True, code_folders=folders)
+    given = given_keys(config_or_run, root, ())
+    run = open_for_coordination(root, config, unattended=True, code_folders=folders, given=given)
     return advance_while_possible(run) is None
 
 
@@ -162,7 +197,7 @@ def advance_link(root: Path) -> bool:
     paths = existing_run(root)
     config = resumed_config(root, ())
     chain = this_link(paths, config, say=say, wait=time.sleep)
-    return take_link(chain, lambda: open_for_coordination(root, config, unattended=True))
+    return take_link(chain, lambda: open_for_coordination(root, config, unattended=True, given=()))
 
 
 def open_for_coordination(
@@ -172,6 +207,7 @@ def open_for_coordination(
     take_over: bool = False,
     unattended: bool = False,
     code_folders: Sequence[str] | None = None,
+    given: Collection[str] | None = None,
     scheduler_of: Callable[[RunPaths, Config], Scheduler] | None = None,
     say_line: Callable[[str], None] = say,
 ) -> Run:
@@ -194,6 +230,7 @@ def open_for_coordination(
         take_over=take_over,
         unattended=unattended,
         code_folders=folders_of(root) if code_folders is None else code_folders,
+        given=given,
     )
 
 

@@ -80,6 +80,14 @@ TakeOver = Annotated[
     bool,
     typer.Option("--take-over", help="Take the run over; its old coordinator must have ended."),
 ]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="Run the commands (scheduler.setup, scheduler.python) that another member of the "
+        "group set.",
+    ),
+]
 RoundNumber = Annotated[
     str | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fedllm.cli import execution
 from fedllm.cli.options import configuration_file, default_run_dir, say
@@ -21,6 +22,9 @@ from fedllm.storage.own_code import folders_of, read_own_code
 from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.sweep_records import SweepRecord, SweepRunRecord
+from fedllm.storage.trust.commands import OWN_CODE, commands_of, require_accepted, seals_of
+
+_SEALED = "sweep"
 
 
 def default_sweep_dir(file: Path) -> Path:
@@ -78,8 +82,22 @@ def create_sweep(path: Path, root: Path) -> SweepPaths:
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RunDirectoryError(f"{root}: not empty and not a sweep; choose another --out")
     publish_bytes(paths.file, path.read_bytes())
+    record = record.model_copy(update={"seals": seals_of(_SEALED, _commands(record))})
     record.publish(paths.record)
     return paths
+
+
+def _commands(record: SweepRecord) -> dict[str, list[Any]]:
+    """Return the keys that hold commands, with their distinct values in all runs."""
+    found: dict[str, list[Any]] = {}
+    for run in record.runs:
+        config = validate(run.config)
+        own = {OWN_CODE: [config.method.name, record.code_folders]}
+        commands = commands_of(config, None) | (own if is_own(config.method.name) else {})
+        for key, value in commands.items():
+            if value not in (values := found.setdefault(key, [])):
+                values.append(value)
+    return found
 
 
 def _record_of(run: SweepRun) -> SweepRunRecord:
@@ -115,9 +133,21 @@ def existing_sweep(root: Path) -> SweepPaths | None:
     return paths if paths.record.exists() else None
 
 
-def drive_sweep(paths: SweepPaths, *, take_over: bool = False) -> None:
-    """Take all runs of a sweep to their end; its errors are those of `rounds.sweeping.drive`."""
+def drive_sweep(
+    paths: SweepPaths, *, take_over: bool = False, accept_changes: bool = False
+) -> None:
+    """Take all runs of a sweep to their end; its errors are those of `rounds.sweeping.drive`.
+
+    Raises:
+        RunDirectoryError: the sweep holds commands that this user neither gave nor accepted.
+    """
     record = SweepRecord.read(paths.record)
+    commands = _commands(record)
+    if not accept_changes:
+        require_accepted(paths.root, _SEALED, record.seals, commands)
+    if record.seals != (seals := seals_of(_SEALED, commands)):
+        record = record.model_copy(update={"seals": seals})
+        record.publish(paths.record)
     execute = execution.compute_here()
     shared = RunPaths(root=paths.root)
     pool = SchedulerPool(

@@ -23,7 +23,7 @@ from fedllm.storage.records import (
     TierMix,
     training_metrics,
 )
-from fedllm.storage.updates import PublishedUpdate, Scan, check_update
+from fedllm.storage.updates import REFUSED, PublishedUpdate, Scan, check_update, count_refused
 
 
 def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | None:
@@ -65,6 +65,7 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
         replaces=sum(
             name.startswith(f"{paths.collection.name}.replaced-") for name in names_in(paths.root)
         ),
+        refused=count_refused(paths),
         environments=environments,
         tiers=tier_mix(cohort, scan, {update.client for update in updates}),
         startup_seconds=_startup_seconds(paths),
@@ -128,7 +129,8 @@ def _log_collection(
         )
     for client, why in rejected.items():
         run.say(f"round {number}: {client} is left out: {why}")
-    run.say(f"round {number}: collected {_describe(collection)}")
+    refused = f"; {collection.refused} update files refused" if collection.refused else ""
+    run.say(f"round {number}: collected {_describe(collection)}{refused}")
     tiers = {update.tier for update in collection.updates}
     engines = {engine for tier, engine in engines_of(run.config).items() if tier in tiers}
     # each engine has an environment of its own
@@ -191,7 +193,7 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
     for name, problem in problems.items():
         run.say(f"round {paths.number}: {paths.updates / name}: {problem}; its clients train again")
         if (paths.updates / name).exists():
-            (paths.updates / name).rename(backup_name(paths.updates / name, "damaged"))
+            (paths.updates / name).rename(backup_name(paths.updates / name, REFUSED))
     if problems:
         _replace(run, paths)
     return bool(problems)

@@ -1,6 +1,6 @@
 """Opening of a run directory: create a new run, or go on with an existing one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,15 @@ from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.own_code import changed_modules, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
-from fedllm.storage.publishing.publish import publish_bytes
+from fedllm.storage.publishing.publish import make_folder, publish_bytes
 from fedllm.storage.records import ChangeRecord, OwnCodeRecord, PreparedRecord, RunRecord
+from fedllm.storage.trust.commands import (
+    commands_of,
+    other_signer,
+    refuse_open_folder,
+    require_accepted,
+    seals_of,
+)
 from fedllm.storage.trust.place import place_of
 
 # keys of another configuration that an error names
@@ -44,6 +51,7 @@ def open_run(
     take_over: bool = False,
     unattended: bool = False,
     code_folders: Sequence[str] = (),
+    given: Collection[str] | None = None,
 ) -> Run:
     """Open a run directory: take its lease and apply `config`.
 
@@ -56,12 +64,14 @@ def open_run(
         take_over: whether to take the lease from a holder that may not have ended.
         unattended: whether no person called.
         code_folders: where a method of the user's own is looked for, after the run's own folders.
+        given: the keys that the caller gave, others come from the run directory; None: all.
 
     Raises:
         ConfigError: a method of the user's own is not found.
         RunDirectoryError: the directory is not a run, belongs to another configuration,
-            `rounds` is smaller than in the run, or the source of a method of the user's own is
-            not what the run began with.
+            `rounds` is smaller than in the run, the source of a method of the user's own is not
+            what the run began with, anybody may write the directory, or it holds commands of
+            somebody else.
         LeaseError: another coordinator holds it.
     """
     paths = RunPaths(root=root.resolve())
@@ -70,8 +80,14 @@ def open_run(
     else:
         _refuse_foreign_folder(paths)
     own_code = _own_code(paths, config, code_folders)
+    commands = commands_of(config, own_code)
+    if paths.run.exists():
+        known = RunRecord.read(paths.run)
+        require_accepted(paths.root, known.run_id, known.seals, commands, given=given)
     if config.storage.group:
         share_with_group(paths.root, config.storage.group)
+    make_folder(paths.root)
+    refuse_open_folder(paths.root)
     lease = Lease.acquire(
         paths,
         job=TaskEnvironment().job,
@@ -81,8 +97,12 @@ def open_run(
     )
     try:
         if paths.run.exists():
-            known = keep_or_take_identity(paths, RunRecord.read(paths.run), lease, say)
-            record = _reconcile(paths, config, lease, own_code, known)
+            record = RunRecord.read(paths.run)
+            if warning := other_signer(paths, record):
+                say(warning)
+            record = keep_or_take_identity(paths, record, lease, say)
+            seals = seals_of(record.run_id, commands)
+            record = _reconcile(paths, config, lease, own_code, record, seals)
         else:
             record = _create(paths, config, own_code)
         scheduler = make_scheduler(paths, config)
@@ -144,7 +164,8 @@ def _own_code(paths: RunPaths, config: Config, folders: Sequence[str]) -> OwnCod
 def _create(paths: RunPaths, config: Config, own_code: OwnCodeRecord | None) -> RunRecord:
     run_id = new_run_id(result_fingerprint(config), paths.root)
     record = new_run_record(config, run_id=run_id, versions=versions(), own_code=own_code)
-    record = record.model_copy(update={"place": place_of(paths.root)})
+    seals = seals_of(run_id, commands_of(config, own_code))
+    record = record.model_copy(update={"place": place_of(paths.root), "seals": seals})
     publish_bytes(paths.config, dump_config(config).encode())
     record.publish(paths.run)
     return record
@@ -202,6 +223,7 @@ def _reconcile(
     lease: Lease,
     own_code: OwnCodeRecord | None,
     record: RunRecord,
+    seals: dict[str, str],
 ) -> RunRecord:
     changes = changes_of(_accepted_values(paths, record), config)
     fingerprint, values = result_fingerprint(config), key_values(config)
@@ -220,6 +242,7 @@ def _reconcile(
         "result_fingerprint": fingerprint,
         "config": values,
         "own_code": own_code,
+        "seals": seals,
     }
     if record.model_copy(update=update) == RunRecord.read(paths.run):
         return record

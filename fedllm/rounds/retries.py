@@ -24,8 +24,10 @@ from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, backup_name
 from fedllm.storage.publishing.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
+from fedllm.storage.trust.secret import user_secret
+from fedllm.storage.trust.signatures import RoundKeys
 from fedllm.storage.update_problems import Expected, update_problem
-from fedllm.storage.updates import PublishedUpdate, Scan
+from fedllm.storage.updates import REFUSED, PublishedUpdate, Scan
 
 # the longest pause between looks at workers, in multiples of `scheduler.query_seconds`
 _MAX_QUERIES = 5
@@ -85,14 +87,18 @@ def has_enough_updates(run: Run, cohort: CohortRecord, scan: Scan, paths: RoundP
 
 
 def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan:
-    """Scan the round's updates; set aside those that are truncated, foreign or cannot be true."""
+    """Scan the round's updates; set aside the truncated, foreign, forged and impossible ones."""
     modules = federation.prepared.modules
     sides = {name: (m.out_features, m.in_features) for name, m in modules.items()}
     tiers = run.observations.tiers_of(cohort)
     own = {client.id: client.ranks for client in cohort.clients if client.ranks}
 
+    keys = RoundKeys.of(user_secret(), cohort)
+
     def problem(update: PublishedUpdate) -> str | None:
         client = update.record.client
+        if forged := keys.problem(update):
+            return forged
         tier = tiers.get(client)
         if tier is None:
             return "it is not in the cohort"
@@ -119,7 +125,7 @@ def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
     if not run.known_records.wait_is_over(path):
         return False
     run.lease.check()
-    path.rename(backup_name(path, "damaged"))
+    path.rename(backup_name(path, REFUSED))
     run.say(f"round {cohort.round}: {name}: {problem}; set aside, its clients train again")
     return True
 

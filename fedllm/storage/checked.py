@@ -9,17 +9,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 METADATA, RECORDS, DIGEST, DIGESTS = "__metadata__", "records", "sha256", "tensors"
+SIGNATURES = "signatures"
 LENGTH_BYTES = HEADER_ALIGNMENT_BYTES = 8
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 DTYPE_BYTES |= {"BOOL": 1}
 CHUNK_BYTES = 1 << 20
 _DIGEST_LETTERS = 64
 
+Sign = Callable[[str], str]  # the checksum of a file -> its signatures, of a constant length
 Layout = Mapping[str, Any]  # name -> dtype, shape, data_offsets: as safetensors has it
 
 
@@ -38,6 +40,7 @@ class Header:
         layout: names, types, shapes and byte ranges of the tensors.
         begin: the byte where the tensors begin.
         data_bytes: the size of all tensors.
+        signatures: those of the checksum, by the records' clients; empty if it has none.
     """
 
     records: str
@@ -46,6 +49,7 @@ class Header:
     layout: Layout
     begin: int
     data_bytes: int
+    signatures: str = ""
 
     def byte_range(self, name: str) -> tuple[int, int]:
         """Return where a tensor's bytes begin and end in the file."""
@@ -61,13 +65,13 @@ def digest_of(records: str, layout: Layout, digests: Mapping[str, str]) -> str:
     return hashlib.sha256(covered.encode(errors="surrogatepass")).hexdigest()
 
 
-def metadata_of(records: str, layout: Layout, digests: Mapping[str, str]) -> dict[str, str]:
+def metadata_of(
+    records: str, layout: Layout, digests: Mapping[str, str], sign: Sign | None = None
+) -> dict[str, str]:
     """Return the metadata of a file of records and tensors, of a length that the layout decides."""
-    return {
-        RECORDS: records,
-        DIGEST: digest_of(records, layout, digests),
-        DIGESTS: _joined(digests),
-    }
+    digest = digest_of(records, layout, digests)
+    signed = {SIGNATURES: sign(digest)} if sign else {}
+    return {RECORDS: records, DIGEST: digest, DIGESTS: _joined(digests), **signed}
 
 
 def read_checked_header(file: BinaryIO) -> Header:
@@ -113,6 +117,7 @@ def _read_header(file: BinaryIO) -> Header:
             layout=raw,
             begin=LENGTH_BYTES + count,
             data_bytes=_data_bytes(raw),
+            signatures=str(metadata.get(SIGNATURES, "")),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedUpdateError("its header cannot be read") from error

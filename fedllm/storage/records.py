@@ -209,11 +209,13 @@ class RunRecord(Record):
     `config` is the value of every key of `config.yaml` as the run last accepted it; a run of an
     earlier version has none. `own_code` is the source of a method of the user's own. `place` is
     where the run has its id; a copy gets another id, and keeps those before it as `earlier_ids`.
+    `seals` are those of the last user who opened it, on the keys that hold commands.
     """
 
     run_id: str
     earlier_ids: list[str] = []
     place: PlaceRecord | None = None
+    seals: dict[str, str] = {}
     result_fingerprint: str
     versions: dict[str, str]
     own_code: OwnCodeRecord | None = None
@@ -602,7 +604,10 @@ class TierMix(Record):
 
 
 class CollectionRecord(Record):
-    """The updates that a round used, frozen; `training` has metrics of its clients' training."""
+    """The updates that a round used, frozen; `training` has metrics of its clients' training.
+
+    `refused` counts the update files that were set aside: truncated, forged or impossible.
+    """
 
     round: int
     lease: int
@@ -610,6 +615,7 @@ class CollectionRecord(Record):
     failed: dict[str, str] = {}
     missing: list[str] = []
     replaces: int = 0
+    refused: int = 0
     environments: list[dict[str, str]] = []
     tiers: dict[str, TierMix] = {}
     startup_seconds: float | None = None
@@ -776,6 +782,7 @@ class RoundRecord(Record):
     clients: int
     failed: int = 0
     late: int = 0
+    refused: int = 0
     tasks: int = 0
     busy_seconds: Annotated[float, Field(ge=0)] = 0.0
     allocated_seconds: Annotated[float, Field(ge=0)] = 0.0

@@ -27,7 +27,8 @@ class SweepRecord(Record):
 
     `comparison` are the keys of the comparison, `noise_of` is the arm that the A/A arm repeats.
     With a batch system at most `max_parallel` tasks of all runs are queued at once. Methods of the
-    user's own are looked for in `code_folders`.
+    user's own are looked for in `code_folders`. `seals` are those of the last user who gave or
+    accepted the keys that hold commands.
     """
 
     runs: list[SweepRunRecord]
@@ -35,6 +36,7 @@ class SweepRecord(Record):
     comparison: dict[str, Any] = Field(default_factory=dict)
     noise_of: str | None = None
     max_parallel: int | None = None
+    seals: dict[str, str] = Field(default_factory=dict)
 
     def arms(self) -> list[str]:
         """Return the arms in their order."""

@@ -25,6 +25,7 @@ from fedllm.storage.checked import (
     DamagedUpdateError,
     Header,
     Layout,
+    Sign,
     read_and_check,
     read_checked_header,
 )
@@ -349,6 +350,7 @@ def publish_update(
     records: Sequence[UpdateRecord],
     tensors: Mapping[str, Mapping[str, tuple[torch.Tensor, torch.Tensor]]],
     sent: SentFactors = "AB",
+    sign: Sign | None = None,
 ) -> None:
     """Publish the finished clients of a bundle as one file, with their records in its header.
 
@@ -357,6 +359,7 @@ def publish_update(
         records: one per client; a failed client has a record and no tensors.
         tensors: client -> module -> (A (R, I), B (O, R)).
         sent: which of the two are written.
+        sign: signs the file's checksum for each of the records; None: nobody will believe it.
     """
     named = {
         tensor_name(client, module, factor): value
@@ -365,7 +368,7 @@ def publish_update(
         for factor, value in zip("AB", pair, strict=True)
         if factor in sent
     }
-    _publish_checked(path, records_text(records), named)
+    _publish_checked(path, records_text(records), named, sign)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,16 +376,18 @@ class Checkpoint:
     """A client's unfinished training, as saved.
 
     `tensors` are, on the CPU, the factors (`<module>|A`, `<module>|B`) and the optimizer's state
-    for each of them (`<module>|A|<name>`).
+    for each of them (`<module>|A|<name>`). `sha256` and `signature` are those of its file.
     """
 
     record: CheckpointRecord
     tensors: Mapping[str, torch.Tensor]
+    sha256: str = ""
+    signature: str = ""
 
 
-def publish_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def publish_checkpoint(path: Path, checkpoint: Checkpoint, sign: Sign | None = None) -> None:
     """Publish a client's unfinished training in place of its previous checkpoint."""
-    _publish_checked(path, checkpoint.record.model_dump_json(), checkpoint.tensors)
+    _publish_checked(path, checkpoint.record.model_dump_json(), checkpoint.tensors, sign)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -400,7 +405,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except ValidationError as error:
         raise DamagedUpdateError(f"its record is not valid ({error.error_count()})") from error
     tensors = {name: _view(header, name, content) for name in header.layout}
-    return Checkpoint(record=record, tensors=tensors)
+    return Checkpoint(
+        record=record, tensors=tensors, sha256=header.digest, signature=header.signatures
+    )
 
 
 def publish_kept(path: Path, record: KeptRecord, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -426,16 +433,18 @@ def read_kept(path: Path) -> tuple[KeptRecord, dict[str, torch.Tensor]]:
 
 @contextmanager
 def writing_checked(
-    path: Path, records: str, planned: Mapping[str, TensorSpec]
+    path: Path, records: str, planned: Mapping[str, TensorSpec], sign: Sign | None = None
 ) -> Iterator[TensorWriter]:
     """Publish records and the tensors that the block writes under one checksum, all or nothing."""
-    with placing_checked(path, _layout(planned), records) as placed:
+    with placing_checked(path, _layout(planned), records, sign) as placed:
         yield TensorWriter(planned=planned, placed=placed)
 
 
-def _publish_checked(path: Path, records: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def _publish_checked(
+    path: Path, records: str, tensors: Mapping[str, torch.Tensor], sign: Sign | None = None
+) -> None:
     planned = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    with writing_checked(path, records, planned) as writer:
+    with writing_checked(path, records, planned, sign) as writer:
         for name in _in_file_order(planned):
             writer.write(name, tensors[name])
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,9 @@ from fedllm.storage.checked import (
 from fedllm.storage.paths import RoundPaths, encode_client, names_in
 from fedllm.storage.records import CohortRecord, RunRecord, UpdateRecord
 
+REFUSED = "damaged"
+"""The word in the names of update files that were set aside: truncated, forged or impossible."""
+_SUFFIX = ".safetensors"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # the coarsest modification time of folders on any file system: a second change within it is unseen
 _MTIME_SECONDS = 2.0
@@ -31,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 class PublishedUpdate:
     """A client's readable update; its shapes are keyed by `<module>|A` and `<module>|B`.
 
-    `num_bytes` is the size of its tensors in the file.
+    `num_bytes` is the size of its tensors in the file, `signature` the client's of its checksum.
     """
 
     record: UpdateRecord
@@ -39,6 +42,7 @@ class PublishedUpdate:
     sha256: str
     shapes: Shapes
     num_bytes: int
+    signature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +185,14 @@ def updates_in(name: str, header: Header) -> list[PublishedUpdate]:
         if encoded not in tensors:
             raise DamagedUpdateError(f"{tensor} is of a client without a record")
         tensors[encoded][rest] = entry
-    return [_published(name, header, r, tensors[encode_client(r.client)]) for r in records]
+    return [
+        _published(name, header, record, tensors[encode_client(record.client)], signature)
+        for record, signature in zip(records, signatures_in(header, len(records)), strict=True)
+    ]
 
 
 def _published(
-    name: str, header: Header, record: UpdateRecord, tensors: Mapping[str, Any]
+    name: str, header: Header, record: UpdateRecord, tensors: Mapping[str, Any], signature: str
 ) -> PublishedUpdate:
     types = {tensor: entry["dtype"] for tensor, entry in tensors.items()}
     problem = _type_problem(types) or _number_problem(record, types)
@@ -199,7 +206,16 @@ def _published(
         sha256=header.digest,
         shapes=shapes,
         num_bytes=sum(end - begin for begin, end in ranges),
+        signature=signature,
     )
+
+
+def signatures_in(header: Header, count: int) -> list[str]:
+    """Return the signature of each record of a file; empty ones if it has not one for each."""
+    size, rest = divmod(len(header.signatures), count or 1)
+    if rest:
+        return [""] * count
+    return [header.signatures[size * number :][:size] for number in range(count)]
 
 
 def _type_problem(types: Mapping[str, str]) -> str | None:
@@ -359,13 +375,20 @@ class UpdateScanner:
 
 def update_files(paths: RoundPaths) -> list[str]:
     """Return the names of a round's published updates, relative to their folder, sorted."""
-    entries = names_in(paths.updates)
-    shards = [name for name in entries if name.isdecimal()]
-    names = [name for name in entries if _is_update(name)]
-    for folder in shards:
-        names += [f"{folder}/{n}" for n in names_in(paths.updates / folder) if _is_update(n)]
-    return sorted(names)
+    return sorted(name for name in _all_names(paths) if _is_update(name.rpartition("/")[2]))
+
+
+def count_refused(paths: RoundPaths) -> int:
+    """Return how many update files of a round were set aside as `REFUSED`."""
+    return sum(f"{_SUFFIX}.{REFUSED}-" in name for name in _all_names(paths))
+
+
+def _all_names(paths: RoundPaths) -> Iterator[str]:
+    for name in names_in(paths.updates):
+        yield name
+        if name.isdecimal():
+            yield from (f"{name}/{below}" for below in names_in(paths.updates / name))
 
 
 def _is_update(name: str) -> bool:
-    return name.endswith(".safetensors") and not name.startswith(".")
+    return name.endswith(_SUFFIX) and not name.startswith(".")

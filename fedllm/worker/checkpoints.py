@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedllm.lora.factors import Adapter
 from fedllm.methods.local_task import TrainedFactors
-from fedllm.storage.checked import DamagedUpdateError
+from fedllm.storage.checked import DamagedUpdateError, Sign
 from fedllm.storage.checkpoint_header import CheckpointIdentity, CheckpointRecord
 from fedllm.storage.records import TrainingStats
 from fedllm.storage.tensors import Checkpoint, publish_checkpoint, read_checkpoint
@@ -28,6 +28,8 @@ class Resumable:
         progress: where the training resumes; None: it begins at its start.
         resumed_at: the optimizer steps after which it was resumed, in order.
         environments: those of the processes that trained it before, the latest last.
+        sign: returns the client's signature of a checksum: an update that is trained from another's
+            checkpoint would be signed too. None: checkpoints are not signed.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class Resumable:
     progress: Progress | None = None
     resumed_at: list[int] = field(default_factory=list)
     environments: list[dict[str, str]] = field(default_factory=list)
+    sign: Sign | None = None
 
     @property
     def begun_at(self) -> int:
@@ -64,7 +67,8 @@ class Resumable:
             resumed_at=self.resumed_at,
             environments=[*self.earlier_environments, self.environment],
         )
-        publish_checkpoint(self.path, Checkpoint(record=record, tensors=progress.tensors))
+        checkpoint = Checkpoint(record=record, tensors=progress.tensors)
+        publish_checkpoint(self.path, checkpoint, self.sign)
 
     def resumed(
         self,
@@ -97,6 +101,8 @@ class Resumable:
         progress = _progress_of(checkpoint)
         if not progress.fits(received(), trained):
             raise self._unusable("its factors have other shapes")
+        if self.sign and checkpoint.signature != self.sign(checkpoint.sha256):
+            raise self._unusable("it is not signed with the key of this client in this round")
         return replace(
             self,
             micro_batch_size=record.micro_batch_size,
@@ -112,6 +118,7 @@ class Resumable:
             identity=self.identity,
             micro_batch_size=micro_batch_size,
             environment=self.environment,
+            sign=self.sign,
         )
 
     def _read(self) -> Checkpoint | None:

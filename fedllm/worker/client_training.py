@@ -32,6 +32,8 @@ from fedllm.storage.records import (
     UpdateRecord,
 )
 from fedllm.storage.tensors import TensorFile
+from fedllm.storage.trust.secret import user_secret
+from fedllm.storage.trust.signatures import RoundKeys
 from fedllm.training.loop import LocalSettings, TrainResult
 from fedllm.training.out_of_memory import micro_batch_size, micro_batch_sizes, ran_out
 from fedllm.training.step_plan import Draws, plan_steps, training_at
@@ -69,6 +71,7 @@ class ClientRound:
     settings: LocalSettings
     session: Session
     tiers: Mapping[str, str]
+    keys: RoundKeys
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _received: dict[str, ReceivedRecord] = field(default_factory=dict)
@@ -107,12 +110,17 @@ class ClientRound:
             ),
             session=session,
             tiers={client.id: client.tier for client in cohort.clients},
+            keys=RoundKeys.of(user_secret(), cohort),
         )
 
     @property
     def store(self) -> ClientStore:
         """The store of what clients keep."""
         return ClientStore(paths=self.paths.run, run=self.run)
+
+    def sign(self, clients: Sequence[str], digest: str) -> str:
+        """Return the signatures of clients on an update file of theirs with this digest."""
+        return self.keys.signatures(self.run.run_id, clients, digest)
 
     def training_of(self, client: str) -> TrainingSection:
         """Return how the clients of a client's tier train.
@@ -359,6 +367,7 @@ class ClientRound:
             ),
             micro_batch_size=size,
             environment=dict(self.trainer_of(client).environment),
+            sign=partial(self.sign, [client]),
         )
 
     def _train(

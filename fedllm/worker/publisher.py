@@ -1,7 +1,8 @@
 """Publication of finished clients: files of the round, written while the next clients train."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from fedllm.lora.factors import Adapter, adapter_bytes
 from fedllm.storage.records import SentFactors, UpdateRecord
 from fedllm.storage.tensors import publish_update
 from fedllm.storage.update_reader import UpdateReader
-from fedllm.storage.updates import Origin, read_records
+from fedllm.storage.updates import Origin, read_update
 from fedllm.worker.client_training import ClientRound, Trained
 
 
@@ -80,7 +81,7 @@ class Publisher:
                 # before the update: whoever is published has kept what it keeps
                 number = self._round.cohort.round
                 self._round.store.publish(trained.record.client, number, trained.kept)
-        write_clients(path, clients, self._round.cohort.sent)
+        write_clients(path, clients, self._round.cohort.sent, self._round.sign)
         for client in finished:
             # written by this start of the task, by an earlier one, or by another task
             self._round.discard_checkpoint(client)
@@ -88,16 +89,31 @@ class Publisher:
 
 def published_clients(opened: ClientRound) -> UpdateReader[UpdateRecord]:
     """Return the reader of a round's published clients, which need no training."""
-    return UpdateReader(opened.paths, Origin.of(opened.run, opened.cohort), read_records)
+
+    def read(path: Path) -> list[UpdateRecord]:
+        # what the coordinator will refuse saves no training
+        return [u.record for u in read_update(path) if opened.keys.problem(u) is None]
+
+    return UpdateReader(opened.paths, Origin.of(opened.run, opened.cohort), read)
 
 
-def write_clients(path: Path, clients: Sequence[Trained], sent: SentFactors) -> None:
-    """Publish finished clients as one file, with the factors that are `sent`."""
+def write_clients(
+    path: Path,
+    clients: Sequence[Trained],
+    sent: SentFactors,
+    sign: Callable[[Sequence[str], str], str] | None = None,
+) -> None:
+    """Publish finished clients as one file, with the factors that are `sent`.
+
+    `sign` returns the signatures of clients on the file's checksum.
+    """
+    names = [client.record.client for client in clients]
     publish_update(
         path,
         [client.record for client in clients],
         {client.record.client: _factor_pairs(client.adapter) for client in clients},
         sent,
+        partial(sign, names) if sign else None,
     )
 
 

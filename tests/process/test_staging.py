@@ -170,12 +170,12 @@ def test_a_session_loads_model_and_data_from_the_copies(
     model = session.slots(config, moved).model
     assert not any(isinstance(layer, LoraLayer) for layer in model.modules())
     client = prepared.clients[0].id
-    expected = far.data(prepared.data_path).rows(client, "train")
+    expected = far.data(prepared).rows(client, "train")
     assert session.data(moved).rows(client, "train") == expected
     assert not capfd.readouterr().err
     far.stage("$NOT_SET_HERE", prepared)
     assert len(capfd.readouterr().err.splitlines()) == 2
-    assert far.data(prepared.data_path).rows(client, "train") == expected
+    assert far.data(prepared).rows(client, "train") == expected
 
 
 def test_a_copy_that_is_another_model_is_named(run: RunPaths, tmp_path: Path) -> None:

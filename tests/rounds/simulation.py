@@ -6,6 +6,7 @@ claims, update files, aggregation, recovery.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ from fedllm.storage.records import (
     UpdateRecord,
 )
 from fedllm.storage.tensors import publish_update
+from fedllm.storage.trust.secret import user_secret
+from fedllm.storage.trust.signatures import RoundKeys
 from fedllm.storage.updates import Origin, UpdateScanner
 
 MODULES = {
@@ -146,10 +149,13 @@ class Simulation:
             todo = [c for c in bundle.clients if c not in scanner.scan().published]
             results = [self.train(run, cohort, c, tiers[c], attempt, bundle.number) for c in todo]
             if results:
+                clients = [record.client for record, _ in results]
+                keys = RoundKeys.of(user_secret(), cohort)
                 publish_update(
                     paths.update(attempt=attempt.number, bundle=bundle.number, part=0),
                     [record for record, _ in results],
                     {record.client: tensors for record, tensors in results if tensors},
+                    sign=partial(keys.signatures, run.run_id, clients),
                 )
 
     def train(

@@ -102,12 +102,12 @@ class Interrupting(Session):
         super().__init__()
         self.limit, self.number = limit, number
 
-    def data(self, path: str) -> TokenizedClients:
+    def data(self, prepared: PreparedRecord) -> TokenizedClients:
         """Return the data; the signal comes while a client is about to train."""
         self.limit -= 1
         if self.limit < 0:
             os.kill(os.getpid(), self.number)
-        return super().data(path)
+        return super().data(prepared)
 
 
 def stopped_after(
@@ -336,7 +336,7 @@ def test_a_replay_says_what_differs(attempt: AttemptPaths, done: Path, tmp_path:
 
 def test_a_client_without_rows_is_named(attempt: AttemptPaths) -> None:
     class Empty(Session):
-        def data(self, path: str) -> TokenizedClients:  # noqa: ARG002
+        def data(self, prepared: PreparedRecord) -> TokenizedClients:  # noqa: ARG002
             return SimpleNamespace(rows=lambda _client, _split: [])  # type: ignore[return-value]
 
     with pytest.raises(UserError, match="has no training rows"):

@@ -3,6 +3,7 @@
 from fedllm.cli import execution
 from fedllm.cli.control.sweep import finish
 from fedllm.cli.options import (
+    AcceptChanges,
     Overrides,
     RunOrSweep,
     TakeOver,
@@ -13,7 +14,12 @@ from fedllm.cli.sweeps import existing_sweep
 from fedllm.errors import ConfigError
 
 
-def resume(run: RunOrSweep, set_: Overrides = None, take_over: TakeOver = False) -> None:
+def resume(
+    run: RunOrSweep,
+    set_: Overrides = None,
+    take_over: TakeOver = False,
+    accept_changes: AcceptChanges = False,
+) -> None:
     """Continue a run or a sweep to its end.
 
     Keys of a run that decide no result may change with --set, and `rounds` may grow.
@@ -24,7 +30,7 @@ def resume(run: RunOrSweep, set_: Overrides = None, take_over: TakeOver = False)
                 "--set: a sweep has many configurations; change its file, then: fedllm sweep FILE "
                 f"--out {run}"
             )
-        finish(sweep, take_over=take_over)
+        finish(sweep, take_over=take_over, accept_changes=accept_changes)
         return
-    execution.resume(run, set_ or [], take_over=take_over)
+    execution.resume(run, set_ or [], take_over=take_over, accept_changes=accept_changes)
     say(summary_of(run))

@@ -59,6 +59,7 @@ def _finish(run: Run, number: int) -> None:
         clients=len(collection.updates) if collection else 0,
         failed=len(collection.failed) if collection else 0,
         late=late,
+        refused=collection.refused if collection else 0,
         tasks=usage.tasks,
         busy_seconds=usage.busy_seconds,
         allocated_seconds=usage.allocated_seconds,

@@ -48,6 +48,8 @@ _OWN = {
     *("FEDLLM_TASK", "FEDLLM_LOG", "FEDLLM_PROCESSES", "FEDLLM_PYTHON", "FEDLLM_SETUP"),
     *("FEDLLM_RANK", "FEDLLM_LOCAL_RANK", "FEDLLM_RENDEZVOUS", "FEDLLM_RENEWED_AT"),
 }
+# words in the names of variables that hold secrets
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 # the node's name in a shell that Slurm started: virtual nodes of one host share the host name
 NODE_NAME_IN_SHELL = "${SLURMD_NODENAME:-$(hostname)}"
 # defaults of a site or user, which hold where the configuration says nothing
@@ -141,6 +143,8 @@ def clean_environment(
 ) -> dict[str, str]:
     """Return an environment for a Slurm command, the same inside a job as outside.
 
+    Jobs inherit it, so it has no variables of secrets.
+
     Args:
         given: the environment to clean; None: that of this process.
         configured: sbatch options that are given explicitly. A default of the same option in the
@@ -152,8 +156,13 @@ def clean_environment(
     return {
         name: value
         for name, value in given.items()
-        if name in kept or not (name.startswith(_INHERITED) or name in _OWN)
+        if name in kept or not (name.startswith(_INHERITED) or name in _OWN or _is_secret(name))
     }
+
+
+def _is_secret(name: str) -> bool:
+    """Say whether a variable seems to hold a secret: administrators can read a job's variables."""
+    return any(word in name.upper() for word in _SECRETS)
 
 
 def srun_environment(configured: Collection[str]) -> dict[str, str]:

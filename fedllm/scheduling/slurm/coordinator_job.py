@@ -35,7 +35,7 @@ from fedllm.scheduling.slurm.sbatch_flags import (
     sbatch_flags,
     words_of,
 )
-from fedllm.scheduling.slurm.script import log_pattern, python_words
+from fedllm.scheduling.slurm.script import fedllm_variables, log_pattern, python_words
 from fedllm.scheduling.slurm.squeue import QUEUE_COLUMNS, cancel, read_answer, states_by_id
 from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
@@ -255,7 +255,7 @@ def coordinator_script(name: str, section: SchedulerSection) -> str:
     """Return a coordinator's script with the exports it needs, whatever `--export` says."""
     lines = shipped(f"slurm/{name}.sbatch").read_text(encoding="utf-8").splitlines(keepends=True)
     variables = {
-        **{key: value for key, value in clean_environment().items() if key.startswith("FEDLLM_")},
+        **fedllm_variables(),
         "FEDLLM_PYTHON": python_words(section),
         "FEDLLM_SETUP": "\n".join(section.setup),
     }

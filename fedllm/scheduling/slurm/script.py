@@ -1,6 +1,7 @@
 """The script of a task: its log, its exports, and the srun step that runs our program."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from fedllm.scheduling.heap import shell_line
 from fedllm.scheduling.seam import Job, TaskSize
 from fedllm.scheduling.slurm.commands import clean_environment
 from fedllm.scheduling.slurm.sbatch_flags import Flags
+from fedllm.storage.trust.secret import STATE_VARIABLE, state_folder
 
 # Caches of compiled code: thousands of small files that would slow a shared home.
 _CACHES = {
@@ -24,6 +26,7 @@ _CACHES = {
 }
 # below the ports that the system gives to outgoing connections
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
+_VARIABLE = re.compile(r"[A-Za-z0-9_]+")
 # not for `prepare`: it downloads, and keeps the user's own HF_HOME
 _FETCHED = {"HF_HOME": "huggingface"}
 
@@ -77,11 +80,7 @@ def step_words(flags: Flags, log: str) -> list[str]:
 def exports(job: Job, flags: Flags) -> list[str]:
     """Return the lines that export a task's name, log and settings, whatever `--export` says."""
     folder = shlex.quote(str(job.log_folder.resolve()))
-    inherited = {
-        name: value
-        for name, value in sorted(clean_environment().items())
-        if name.startswith("FEDLLM_")
-    }
+    inherited = fedllm_variables()
     caches = _CACHES
     if job.program != "prepare":
         inherited["HF_HUB_OFFLINE"] = "1"
@@ -95,6 +94,16 @@ def exports(job: Job, flags: Flags) -> list[str]:
         *_scratch(),
         *(f'export {name}="${{{name}:-$fedllm_scratch/{kind}}}"' for name, kind in caches.items()),
     ]
+
+
+def fedllm_variables() -> dict[str, str]:
+    """Return the variables of fedllm that a job has too, and where it finds the user's secret."""
+    variables = {
+        name: value
+        for name, value in sorted(clean_environment().items())
+        if name.startswith("FEDLLM_") and _VARIABLE.fullmatch(name)
+    }
+    return {**variables, STATE_VARIABLE: str(state_folder())}
 
 
 def interface_lines(section: SchedulerSection) -> list[str]:

@@ -18,6 +18,7 @@ from fedllm.storage.checked import (
     LENGTH_BYTES,
     METADATA,
     Layout,
+    Sign,
     metadata_of,
 )
 from fedllm.storage.publishing.publish import publishing, storage_errors
@@ -117,13 +118,15 @@ class HashedFile(PlacedFile):
 class CheckedFile(PlacedFile):
     """A file of records and tensors; its header is written last, with the tensors' digests."""
 
-    def __init__(self, path: Path, descriptor: int, layout: Layout, records: str) -> None:
+    def __init__(
+        self, path: Path, descriptor: int, layout: Layout, records: str, sign: Sign | None
+    ) -> None:
         # all digests have one length, so the length of the header is known before them
         empty = encoded_header(
-            layout, metadata_of(records, layout, dict.fromkeys(layout, _NO_DIGEST))
+            layout, metadata_of(records, layout, dict.fromkeys(layout, _NO_DIGEST), sign)
         )
         super().__init__(path, descriptor, layout, len(empty))
-        self._records = records
+        self._records, self._sign = records, sign
         self._digests: dict[str, str] = {}
 
     def write(self, name: str, data: memoryview) -> None:
@@ -135,7 +138,7 @@ class CheckedFile(PlacedFile):
         """Check that every tensor was written, and write the header."""
         super().finish()
         header = encoded_header(
-            self._layout, metadata_of(self._records, self._layout, self._digests)
+            self._layout, metadata_of(self._records, self._layout, self._digests, self._sign)
         )
         assert len(header) == self._begin
         with storage_errors(self._path):
@@ -153,10 +156,12 @@ def placing(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Iterator
 
 
 @contextmanager
-def placing_checked(path: Path, layout: Layout, records: str) -> Iterator[CheckedFile]:
-    """Publish records and the tensors that the block writes under one checksum."""
+def placing_checked(
+    path: Path, layout: Layout, records: str, sign: Sign | None = None
+) -> Iterator[CheckedFile]:
+    """Publish records and the tensors that the block writes under one checksum, and sign it."""
     with publishing(path) as temporary, temporary.open("w+b") as file:
-        placed = CheckedFile(path, file.fileno(), layout, records)
+        placed = CheckedFile(path, file.fileno(), layout, records, sign)
         yield placed
         placed.finish()
 
