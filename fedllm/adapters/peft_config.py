@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedllm.adapters.tensor_names import same_place
 from fedllm.config.scales import scale_of
+from fedllm.config.target_modules import pattern_problem
 from fedllm.errors import AdapterError
 
 CONFIG = "adapter_config.json"
@@ -33,6 +35,8 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _POINTER = b"version https://git-lfs"
 _SHOWN = 5
+# a module of a mixture of experts may have a pattern of its own
+_MOST_PATTERNS = 20_000
 
 Value = TypeVar("Value")
 Rank = Annotated[int, Field(ge=1)]
@@ -107,14 +111,32 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise AdapterError(
             f"{folder / CONFIG}: {where}: got {first['input']!r} ({first['msg']}); correct it"
         ) from error
-    for pattern in (*config.rank_pattern, *config.alpha_pattern):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AdapterError(
-                f"{folder / CONFIG}: the pattern {pattern!r} is no regular expression ({error})"
-            ) from error
+    _refuse_patterns(folder / CONFIG, config)
     return config
+
+
+def _refuse_patterns(file: Path, config: AdapterConfig) -> None:
+    """Refuse patterns that are none, or that could take for ever: anybody may have written them."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns: Mapping[str, Any] = getattr(config, field)
+        if len(patterns) > _MOST_PATTERNS:
+            raise AdapterError(
+                f"{file}: {field} has {len(patterns)} patterns, need at most {_MOST_PATTERNS}"
+            )
+        for pattern in patterns:
+            if problem := pattern_problem(_whole(pattern)):
+                raise AdapterError(f"{file}: {field}: the pattern {pattern[:200]!r}: {problem}")
+
+
+def _whole(pattern: str) -> str:
+    """Return the expression by which PEFT matches the name of a module."""
+    return rf"(.*\.)?({pattern})$"
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # re's own cache is too small for a pattern per module
+    return re.compile(_whole(pattern))
 
 
 def _of_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -123,7 +145,7 @@ def _of_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> V
     If none matches, return that of the first pattern that is another name of the module.
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     named = (value for pattern, value in patterns.items() if same_place(pattern, module))
     return next(named, patterns.get(module, default))

@@ -1,5 +1,6 @@
 """Wiring of a run: configuration, scheduler and, for the inline one, the compute side."""
 
+import io
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.permissions import group_number
 from fedllm.storage.records import RunRecord
 from fedllm.storage.trust.place import is_here
+from fedllm.storage.trust.regular_files import append_regular
 
 
 def start(
@@ -277,7 +279,11 @@ def compute_here() -> Execute:
 
     def execute(program: str, argv: Sequence[str], task: str, log: Path) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
+        with (
+            io.TextIOWrapper(append_regular(log), encoding="utf-8") as out,
+            redirect_stdout(out),
+            redirect_stderr(out),
+        ):
             if not programs:
                 programs.append(_programs())
             become_task(task, str(log))

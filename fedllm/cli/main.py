@@ -34,6 +34,7 @@ from fedllm.cli.views.verify import verify
 from fedllm.errors import FedllmError
 from fedllm.reporting.tables import terminal_columns
 from fedllm.storage.publishing.publish import as_error
+from fedllm.storage.trust.printable import printable
 
 app = typer.Typer(
     name="fedllm",
@@ -77,6 +78,8 @@ for command in (
 
 
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
+# a message may quote a file of megabytes
+_MOST_LINES, _LONGEST_LINE = 200, 4000
 _SIGINT_CODE = 130  # what typer makes of Ctrl-C
 
 
@@ -139,6 +142,9 @@ def _interrupted() -> int:
 
 
 def _print_error(message: str) -> None:
+    lines = [line[:_LONGEST_LINE] for line in relative_paths(message).split("\n")[:_MOST_LINES]]
+    encoding = sys.stderr.encoding or "utf-8"
     with contextlib.suppress(OSError):
-        for line in relative_paths(message).splitlines() or [""]:
-            sys.stderr.write(folded(f"fedllm: {line}", terminal_columns(sys.stderr)) + "\n")
+        for line in lines:
+            shown = folded(f"fedllm: {printable(line)}", terminal_columns(sys.stderr))
+            sys.stderr.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -27,6 +27,7 @@ from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.storage.own_code import folders_of, read_own_code
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.records import RunRecord
+from fedllm.storage.trust.printable import printable
 
 RUNS = Path("runs")
 
@@ -111,7 +112,7 @@ def say(line: str) -> None:
 
 def _shown(text: str) -> str:
     encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def relative_paths(text: str) -> str:

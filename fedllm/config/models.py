@@ -34,6 +34,7 @@ _OF_ENGINES: Mapping[str | None, Mapping[str, int]] = {"plain": {"processes": 1,
 
 Name = str  # of a client or a tier; may look like a number or a boolean (see `spelling`)
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -444,7 +445,7 @@ class TrainingSection(Section):
     """Layers keep only their input and are computed again in the backward pass: less memory for
     more time, the same bits. `true`: all; `auto`: as many as it takes to keep a pass within a
     [budget](training.md#memory)."""
-    threads: PositiveInt = 1
+    threads: Threads = 1
     """CPU threads of a worker. A result key, because it changes rounding."""
     device: Annotated[str, Field(json_schema_extra=EXECUTION)] = "auto"
     """`auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:N`."""
@@ -532,7 +533,7 @@ class AggregationSection(Section):
     device: Annotated[str | tuple[str, ...], Field(json_schema_extra=EXECUTION)] = "auto"
     """As `training.device`; the modules are distributed over a list of devices, such as
     `[cuda:0, cuda:1]`."""
-    threads: PositiveInt = 1
+    threads: Threads = 1
     """CPU threads of the aggregation."""
     exact: bool = False
     """Use only direct decompositions in float64."""

@@ -36,11 +36,18 @@ def target_problem(target_modules: Targets) -> str:
             f"need a list ([{target_modules}]), a regular expression over whole paths "
             f"(.*{target_modules}) or {ALL_LINEAR}"
         )
+    return pattern_problem(target_modules)
+
+
+def pattern_problem(pattern: str) -> str:
+    """Return why a text cannot be used as a pattern of module names; an empty text if it can."""
+    if cost := _cost_problem(pattern):
+        return cost
     try:
-        re.compile(target_modules)
+        re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return f"not a regular expression ({error}); correct it, or give a list of names"
-    return _cost_problem(target_modules)
+    return ""
 
 
 def _cost_problem(pattern: str) -> str:

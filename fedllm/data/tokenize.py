@@ -112,6 +112,25 @@ class RowEncoder:
         Raises:
             DataError: the template cannot write a row.
         """
+        parts = [self._clipped(row) for row in rows]
+        encoded = self._encode(parts)
+        # where a part of a huge answer fits, the whole might
+        fits = [
+            n for n, part in enumerate(parts) if part is not rows[n] and not encoded[n].answer_cut
+        ]
+        for n, whole in zip(fits, self._encode([rows[n] for n in fits]), strict=True):
+            encoded[n] = whole
+        return encoded
+
+    def _clipped(self, row: TextRow) -> TextRow:
+        """Return a row without the end of an answer that could never fit: it costs memory."""
+        if len(row.answer) <= self._max_characters:
+            return row
+        answer = row.answer[: self._max_characters]
+        turns = (*row.turns[:-1], replace(row.turns[-1], content=answer)) if row.turns else ()
+        return replace(row, references=[answer, *row.references[1:]], turns=turns)
+
+    def _encode(self, rows: Sequence[TextRow]) -> list[EncodedRow]:
         encoded: dict[int, EncodedRow] = {}
         places = [place for place, row in enumerate(rows) if row.answer]
         plans = [self._first_plan(rows[place]) for place in places]

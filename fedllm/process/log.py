@@ -3,6 +3,8 @@
 import contextlib
 import sys
 
+from fedllm.storage.trust.printable import printable
+
 
 def say(line: str) -> None:
     """Write a line to stderr at once, so that the last line before a crash is not lost.
@@ -11,5 +13,5 @@ def say(line: str) -> None:
     meets the same error and tells it.
     """
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{printable(line)}\n")
         sys.stderr.flush()

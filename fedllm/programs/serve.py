@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedllm.process.parent import end_with_parent
+from fedllm.storage.trust.regular_files import append_regular
 
 _GO_ON = "--go-on"
 
@@ -56,7 +57,7 @@ def _take_up(message: dict[str, Any]) -> None:
 
     log = Path(message["log"])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
+    with append_regular(log) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     become_task(message["id"], message["log"])

@@ -88,6 +88,7 @@ def open_run(
         share_with_group(paths.root, config.storage.group)
     make_folder(paths.root)
     refuse_open_folder(paths.root)
+    _refuse_links(paths)
     lease = Lease.acquire(
         paths,
         job=TaskEnvironment().job,
@@ -183,6 +184,20 @@ def _refuse_foreign_folder(paths: RunPaths) -> None:
         raise RunDirectoryError(
             f"{paths.root}: not empty and not a run ({foreign[0]}); choose another --run-dir"
         )
+
+
+def _refuse_links(paths: RunPaths) -> None:
+    """Refuse folders that lead elsewhere: what the run writes would land there."""
+    folders = [paths.leases, paths.rounds, paths.all_logs, paths.client_stores]
+    for each in paths.existing_rounds():
+        if not each.record.exists():
+            folders += [each.root, each.updates, each.attempts, each.checkpoints]
+            folders += [each.aggregate, each.evaluation]
+    for folder in folders:
+        if folder.is_symlink():
+            raise RunDirectoryError(
+                f"{folder}: is a symbolic link, need a folder of this run: put it back"
+            )
 
 
 def _accepted_values(paths: RunPaths, record: RunRecord) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from fedllm.scheduling.seam import (
     TaskState,
 )
 from fedllm.storage.publishing.publish import storage_errors
+from fedllm.storage.trust.regular_files import append_regular
 
 SERVE = (sys.executable, "-m", "fedllm.programs.serve")
 # the processes of a task meet on this host
@@ -258,7 +259,7 @@ class LocalScheduler:
         log = self.log_folder / f"{next(name for name in names if name not in taken)}.log"
         with storage_errors(log):
             self.log_folder.mkdir(parents=True, exist_ok=True)
-            stderr = log.open("ab")
+            stderr = append_regular(log)
         with stderr:
             popen = subprocess.Popen(
                 self.serve,

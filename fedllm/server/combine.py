@@ -27,6 +27,7 @@ from fedllm.aggregation.groups import (
     group_modules,
     with_weights,
 )
+from fedllm.config.target_modules import pattern_problem
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import ModuleShape
 from fedllm.methods.catalog import build_method
@@ -145,7 +146,7 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
         RunDirectoryError: `out` cannot be written.
     """
     dtype = dtype_of(request.dtype)
-    _check_numbers(request)
+    _check_request(request)
     folders = [item.folder for item in request.adapters]
     adapters = _with_common_names([read_peft_adapter(folder) for folder in folders])
     base = common_base([adapter.config for adapter in adapters], folders, request.base)
@@ -298,7 +299,12 @@ def _uncapped_rank(requested: RequestedRank, ranks: Sequence[int]) -> int:
     return sum(ranks) if requested == "full" else requested
 
 
-def _check_numbers(request: CombineRequest) -> None:
+def _check_request(request: CombineRequest) -> None:
+    for item in request.adapters:
+        if request.out.resolve().is_relative_to(item.folder.resolve()):
+            raise AdapterError(
+                f"--out {request.out}: lies in the adapter {item.folder}; choose another folder"
+            )
     if isinstance(request.rank, int) and request.rank < 1:
         raise AdapterError(f"--rank: got {request.rank}, need >= 1, or full")
     if not (math.isfinite(request.tolerance) and request.tolerance > 0):
@@ -394,4 +400,5 @@ def _selects(targets: list[str] | str | None, modules: Sequence[str]) -> bool:
         return all(any(f".{m}".endswith(f".{name}") for name in targets) for m in modules)
     if targets is None or targets == _ALL_LINEAR:
         return True
-    return all(re.fullmatch(targets, module) for module in modules)
+    # a pattern that could take for ever is replaced by the names
+    return not pattern_problem(targets) and all(re.fullmatch(targets, m) for m in modules)

@@ -11,11 +11,15 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
+
+from fedllm.storage.trust.regular_files import ForeignFileError, open_regular
 
 METADATA, RECORDS, DIGEST, DIGESTS = "__metadata__", "records", "sha256", "tensors"
 SIGNATURES = "signatures"
 LENGTH_BYTES = HEADER_ALIGNMENT_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 DTYPE_BYTES |= {"BOOL": 1}
 CHUNK_BYTES = 1 << 20
@@ -74,6 +78,19 @@ def metadata_of(
     return {RECORDS: records, DIGEST: digest, DIGESTS: _joined(digests), **signed}
 
 
+def open_checked(path: Path) -> BinaryIO:
+    """Open a file of records and tensors.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedUpdateError: it is no regular file of the run's user or group.
+    """
+    try:
+        return open_regular(path)
+    except ForeignFileError as error:
+        raise DamagedUpdateError(str(error)) from error
+
+
 def read_checked_header(file: BinaryIO) -> Header:
     """Read the header of a file and check its checksum; the tensors stay unread.
 
@@ -105,6 +122,8 @@ def _read_header(file: BinaryIO) -> Header:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     count = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    if count > MAX_HEADER_BYTES:
+        raise DamagedUpdateError(f"its header has {count} bytes, need at most {MAX_HEADER_BYTES}")
     try:
         raw = json.loads(file.read(count) if count < size else b"")
         metadata = raw.pop(METADATA)
@@ -154,6 +173,10 @@ def _data_bytes(layout: Layout) -> int:
     end = 0
     for entry in sorted(layout.values(), key=lambda entry: entry["data_offsets"]):
         begin, after = entry["data_offsets"]
+        if not all(
+            type(number) is int and number >= 0 for number in (begin, after, *entry["shape"])
+        ):
+            raise ValueError("offsets and shapes are whole numbers")
         if begin != end or after - begin != math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]:
             raise ValueError("tensors overlap or leave gaps")
         end = after

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.storage.publishing.publish import publish_bytes, publish_once
+from fedllm.storage.trust.printable import Line
+from fedllm.storage.trust.regular_files import ForeignFileError, read_record
 
 # a role of clients in scores: who trains, who chooses the best round, who is only scored
 Group = Literal["train", "dev", "unseen", "new_category"]
@@ -45,7 +47,10 @@ class Record(BaseModel):
             FileNotFoundError: the file does not exist.
             RunDirectoryError: the file is not a record of this kind.
         """
-        content = path.read_bytes()
+        try:
+            content = read_record(path)
+        except ForeignFileError as error:
+            raise RunDirectoryError(f"{path}: {error}; remove it, or restore the record") from error
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
@@ -380,10 +385,10 @@ class ErrorRecord(Record):
     the aggregation may go on without them.
     """
 
-    kind: str
+    kind: Line
     message: str
     exit_code: int
-    log: str = ""
+    log: Line = ""
     bad_places: dict[int, str] = {}
 
     @classmethod
@@ -409,9 +414,9 @@ class ClaimRecord(Record):
     """The claim of a bundle by a task; the same task, requeued, continues it."""
 
     bundle: int
-    task: str
-    node: str
-    log: str = ""
+    task: Line
+    node: Line
+    log: Line = ""
 
 
 class TaskRecord(Record):
@@ -424,7 +429,7 @@ class TaskRecord(Record):
     """
 
     task: str
-    node: str
+    node: Line
     clients_done: int
     client: str | None = None
     clients: list[str] = []
@@ -448,10 +453,10 @@ def training_text(client: str | None, clients: Sequence[str]) -> str:
 class EndingRecord(Record):
     """The ending of a task: `state` is its scheduler's word (`FAILED`, `exit 3`, `preempted`)."""
 
-    state: str
-    exit_code: str = ""
-    node: str = ""
-    log: str = ""
+    state: Line
+    exit_code: Line = ""
+    node: Line = ""
+    log: Line = ""
 
     def __str__(self) -> str:
         """Return the ending in a few words."""
@@ -548,7 +553,7 @@ class UpdateRecord(TrainingStats):
     attempt: int
     bundle: int
     status: Literal["ok", "failed"] = "ok"
-    reason: str = ""
+    reason: Line = ""
     kind: Literal["lora", "sparse"] = "lora"
     base_fingerprint: str
     base_change: str | None = None
@@ -561,9 +566,9 @@ class UpdateRecord(TrainingStats):
     resumed_at: list[int] = []
     earlier_environments: list[dict[str, str]] = []
     environment: dict[str, str] = {}
-    node: str = ""
-    task: str = ""
-    log: str = ""
+    node: Line = ""
+    task: Line = ""
+    log: Line = ""
 
 
 class KeptRecord(Record):

@@ -26,6 +26,7 @@ from fedllm.storage.checked import (
     Header,
     Layout,
     Sign,
+    open_checked,
     read_and_check,
     read_checked_header,
 )
@@ -178,8 +179,9 @@ class TensorFile:
 
     def _mapped(self) -> Any:
         try:
+            open_checked(self.path).close()
             return safe_open(self.path, framework="pt").__enter__()
-        except SafetensorError as error:
+        except (SafetensorError, DamagedUpdateError) as error:
             raise RunDirectoryError(f"{self.path}: not a whole tensor file ({error})") from error
 
     def module(self, module: str) -> dict[str, torch.Tensor]:
@@ -294,7 +296,7 @@ class UpdateFile:
         """
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_checked(path) as file:
                 header = read_checked_header(file)
                 self._map = _Map(file)
             updates = updates_in(path.name, header)
@@ -398,7 +400,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DamagedUpdateError: it is truncated, altered or not a checkpoint.
     """
     # read once: training continues from the very bytes that were checked
-    content = bytearray(path.read_bytes())
+    with open_checked(path) as file:
+        content = bytearray(file.read())
     header = read_and_check(io.BytesIO(content))
     try:
         record = CheckpointRecord.model_validate_json(header.records)
@@ -422,7 +425,8 @@ def read_kept(path: Path) -> tuple[KeptRecord, dict[str, torch.Tensor]]:
         FileNotFoundError: there is none.
         DamagedUpdateError: it is truncated or altered.
     """
-    content = bytearray(path.read_bytes())
+    with open_checked(path) as file:
+        content = bytearray(file.read())
     header = read_and_check(io.BytesIO(content))
     try:
         record = KeptRecord.model_validate_json(header.records)

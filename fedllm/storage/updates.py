@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedllm.storage.checked import (
     DamagedUpdateError,
     Header,
+    open_checked,
     read_and_check,
     read_checked_header,
 )
@@ -142,7 +143,7 @@ def read_update(path: Path) -> list[PublishedUpdate]:
         FileNotFoundError: there is none.
         DamagedUpdateError: it is truncated, its header was altered, or it is no update file.
     """
-    with path.open("rb") as file:
+    with open_checked(path) as file:
         header = read_checked_header(file)
     return updates_in(path.name, header)
 
@@ -159,7 +160,7 @@ def check_update(path: Path) -> list[PublishedUpdate]:
         FileNotFoundError: there is none.
         DamagedUpdateError: it is truncated, altered or not an update file.
     """
-    with path.open("rb") as file:
+    with open_checked(path) as file:
         header = read_and_check(file)
     return updates_in(path.name, header)
 

@@ -151,3 +151,14 @@ def test_a_beginning_of_sequence_that_the_tokenizer_adds_comes_once(shared: Path
     whole = encoder(tokenizer=tokenizer).prompt(row())
     assert found.prompt_ids == tokenizer(whole)["input_ids"]
     assert found.answer_ids == [*tokenizer("world")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_huge_answer_is_cut_to_the_tokens_that_it_has_when_it_is_whole() -> None:
+    encoder = RowEncoder(BYTES, template="alpaca", cutoff_tokens=300)
+    fits, huge = 300 * 16, 300 * 16 + 1
+    rows = [
+        TextRow(instruction="Say it.", input="x", references=["ab" * size]) for size in (fits, huge)
+    ]
+    short, long = encoder.encode(rows)
+    assert short.answer_cut and long.answer_cut
+    assert short == long

@@ -131,3 +131,32 @@ def test_revisions_of_a_hub_base_are_kept_and_never_mixed(tiny: Tiny, tmp_path: 
     configs = [read_adapter_config(folder) for folder in folders]
     with pytest.raises(AdapterError, match="different base models"):
         common_base(configs, folders, None)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ({"(([a-z_.0-9]+)+)+!": 2}, "repeats a group"),
+        ({".*.*.*.*q": 2}, "at most"),
+        ({"(?i)q_proj": 2}, "not a regular expression"),
+        ({f"zz{number}": 2 for number in range(30_000)}, "30000 patterns"),
+    ],
+)
+def test_patterns_that_could_take_for_ever_are_refused_by_name(
+    folder: Path, field: str, pattern: dict[str, int], why: str
+) -> None:
+    edit_config(folder, **{field: pattern})
+    message = refused(folder)
+    assert why in message and field in message and "adapter_config.json" in message
+
+
+def test_a_weight_that_no_number_holds_and_an_output_inside_an_input_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedllm(["aggregate", f"{folder}:1e-400", str(folder), "--out", str(tmp_path / "o")]) == 2
+    assert "its weight 1e-400 is too small" in capsys.readouterr().err
+    before = sorted(folder.rglob("*"))
+    assert fedllm(["aggregate", str(folder), "--out", str(folder / "o")]) == 2
+    assert "lies in the adapter" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before

@@ -1,5 +1,6 @@
 """`fedllm aggregate`: combine PEFT adapters of any ranks."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -136,9 +137,12 @@ def _adapter_and_weight(text: str) -> tuple[Path, float]:
     if not head or Path(text).is_dir():
         return Path(text), 1.0
     try:
-        return Path(head), float(tail)
+        weight = float(tail)
     except ValueError:
         return Path(text), 1.0
+    if not weight and re.search("[1-9]", tail.lower().partition("e")[0]):
+        raise AdapterError(f"{head}: its weight {tail} is too small for a number, and would be 0")
+    return Path(head), weight
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:

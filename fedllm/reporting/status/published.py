@@ -7,9 +7,11 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedllm.storage.checked import LENGTH_BYTES, METADATA, RECORDS
+from fedllm.storage.checked import LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, RECORDS
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import Record
+from fedllm.storage.trust.printable import Line
+from fedllm.storage.trust.regular_files import open_regular
 from fedllm.storage.update_reader import UpdateReader
 from fedllm.storage.updates import Origin
 
@@ -25,12 +27,12 @@ class UpdateSummary(Record):
     base_change: str | None = None
     client: str
     status: Literal["ok", "failed"] = "ok"
-    reason: str = ""
+    reason: Line = ""
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    node: str = ""
-    log: str = ""
+    node: Line = ""
+    log: Line = ""
 
 
 _SUMMARIES = TypeAdapter(list[UpdateSummary])
@@ -59,9 +61,9 @@ def read_summaries(path: Path) -> list[UpdateSummary]:
         FileNotFoundError: there is none.
         ValueError: it is not an update file.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         count = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if count > path.stat().st_size:
+        if count > min(path.stat().st_size, MAX_HEADER_BYTES):
             raise ValueError(f"{path}: truncated")
         text = file.read(count).decode()
     if not text.startswith(_METADATA_COMES_FIRST):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedllm.errors import FedllmError, Incomplete, RunDirectoryError, StorageFull, UserError
+from fedllm.storage.trust.regular_files import ForeignFileError
 
 Version: TypeAlias = tuple[int, int, int, int]
 
@@ -56,11 +57,13 @@ def storage_errors(path: Path) -> Iterator[None]:
 
     Raises:
         StorageFull: no space or quota is left.
-        RunDirectoryError: the folder cannot be written.
+        RunDirectoryError: the folder cannot be written, or the file is not the run's own.
         Incomplete: the disk or file server does not answer.
     """
     try:
         yield
+    except ForeignFileError as error:
+        raise RunDirectoryError(f"{path}: {error}") from error
     except Exception as error:
         code = _error_code(error)
         reason = os.strerror(code).lower()
