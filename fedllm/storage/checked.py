@@ -173,11 +173,10 @@ def _data_bytes(layout: Layout) -> int:
     end = 0
     for entry in sorted(layout.values(), key=lambda entry: entry["data_offsets"]):
         begin, after = entry["data_offsets"]
-        if not all(
-            type(number) is int and number >= 0 for number in (begin, after, *entry["shape"])
-        ):
+        size = math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]
+        if not (type(begin) is type(after) is type(size) is int and size >= 0):
             raise ValueError("offsets and shapes are whole numbers")
-        if begin != end or after - begin != math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]:
+        if begin != end or after - begin != size:
             raise ValueError("tensors overlap or leave gaps")
         end = after
     return end

@@ -175,6 +175,21 @@ def test_commands_of_another_member_of_the_group_are_shown_first(run: RunPaths) 
     resume()
 
 
+def test_a_copy_of_another_user_s_run_shows_its_commands_first(
+    run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close_run(opened(run.root, Simulation(), config_of(scheduler__python="python3")))
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "second"))
+    with pytest.raises(RunDirectoryError, match="python3; if you trust them"):
+        open_run(
+            run.root,
+            resumed_config(run.root, []),
+            make_scheduler=lambda _p, _c: InlineScheduler(execute=Simulation()),
+            say=lambda _line: None,
+            given=(),
+        )
+
+
 def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()

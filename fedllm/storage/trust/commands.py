@@ -77,9 +77,11 @@ def require_accepted(
     Raises:
         RunDirectoryError: it shows the commands that this user neither gave nor accepted before.
     """
-    if given is None or _is_private(root):
-        return
     secret = user_secret(create=True)
+    # a directory without seals is of an earlier version; a copy of another user's has theirs
+    is_mine = not seals or is_sealed(secret, name, [_SIGNER, None], seals.get(_SIGNER, ""))
+    if given is None or (is_mine and _is_private(root)):
+        return
     foreign = [
         f"{key}: {value}"
         for key, value in commands.items()
@@ -87,8 +89,8 @@ def require_accepted(
     ]
     if foreign:
         raise RunDirectoryError(
-            f"{root}: other members of the group may write here, and these keys run commands with "
-            f"your rights: {'; '.join(foreign)}; if you trust them, resume with --accept-changes"
+            f"{root}: others wrote, or could write here, and these keys run commands with your "
+            f"rights: {'; '.join(foreign)}; if you trust them, resume with --accept-changes"
         )
 
 

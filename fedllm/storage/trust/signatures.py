@@ -9,7 +9,7 @@ import hmac
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 from fedllm.storage.records import CohortRecord
@@ -35,8 +35,8 @@ class RoundKeys:
 
     def signature(self, run_id: str, client: str, digest: str) -> str:
         """Return a client's signature of an update file that has this digest."""
-        steps = ("update", run_id, str(self.round), self.state_sha256, client)
-        return _mac(reduce(_derived, steps, self.secret), digest)
+        of_round = _chained(self.secret, ("update", run_id, str(self.round), self.state_sha256))
+        return _mac(_derived(of_round, client), digest)
 
     def signatures(self, run_id: str, clients: Sequence[str], digest: str) -> str:
         """Return the signatures of a file's clients, one after the other."""
@@ -56,13 +56,18 @@ class RoundKeys:
 
 def seal_of(secret: bytes, run_id: str, values: Any) -> str:
     """Return the seal of a user on values of a run; only the same user can make it again."""
-    key = reduce(_derived, ("seal", run_id), secret)
+    key = _chained(secret, ("seal", run_id))
     return _mac(key, json.dumps(values, sort_keys=True))
 
 
 def is_sealed(secret: bytes, run_id: str, values: Any, seal: str) -> bool:
     """Say whether the owner of the secret sealed these values."""
     return hmac.compare_digest(seal_of(secret, run_id, values), seal)
+
+
+@lru_cache
+def _chained(secret: bytes, names: tuple[str, ...]) -> bytes:
+    return reduce(_derived, names, secret)
 
 
 def _derived(key: bytes, name: str) -> bytes:
