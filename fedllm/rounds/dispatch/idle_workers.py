@@ -1,5 +1,6 @@
 """Idle workers: they stay after a round, and the next one takes them over without queueing."""
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 
@@ -21,7 +22,9 @@ def find_idle_workers(
     records = {
         record.task: record
         for attempt in attempts
-        for record in filter(None, map(TaskRecord.glance, attempt.task_files()))
+        for path in attempt.task_files()
+        # another user's worker has another secret: what it signs would be refused
+        if path.stat().st_uid == os.geteuid() and (record := TaskRecord.glance(path))
     }
     running = set(_running(run, [task for a in attempts for task in all_tasks(run, a)]))
     for task, record in sorted(records.items()):
