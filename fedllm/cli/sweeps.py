@@ -22,7 +22,7 @@ from fedllm.storage.own_code import folders_of, read_own_code
 from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.sweep_records import SweepRecord, SweepRunRecord
-from fedllm.storage.trust.commands import OWN_CODE, commands_of, require_accepted, seals_of
+from fedllm.storage.trust.sealed_commands import OWN_CODE, commands_of, require_accepted, seals_of
 
 _SEALED = "sweep"
 

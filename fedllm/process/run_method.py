@@ -8,7 +8,7 @@ from fedllm.scheduling.traits import traits_of
 from fedllm.storage.own_code import import_from, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
-from fedllm.storage.trust.commands import OWN_CODE, require_accepted
+from fedllm.storage.trust.sealed_commands import OWN_CODE, require_accepted
 
 
 def method_of_run(run: RunPaths, config: Config) -> Method:

@@ -26,14 +26,14 @@ from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
 from fedllm.storage.publishing.publish import make_folder, publish_bytes
 from fedllm.storage.records import ChangeRecord, OwnCodeRecord, PreparedRecord, RunRecord
-from fedllm.storage.trust.commands import (
+from fedllm.storage.trust.place import place_of
+from fedllm.storage.trust.sealed_commands import (
     commands_of,
     other_signer,
     refuse_open_folder,
     require_accepted,
     seals_of,
 )
-from fedllm.storage.trust.place import place_of
 
 # keys of another configuration that an error names
 _NAMED_KEYS = 5

@@ -122,10 +122,8 @@ def _read_header(file: BinaryIO) -> Header:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     count = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    if count > MAX_HEADER_BYTES:
-        raise DamagedUpdateError(f"its header has {count} bytes, need at most {MAX_HEADER_BYTES}")
     try:
-        raw = json.loads(file.read(count) if count < size else b"")
+        raw = json.loads(file.read(count) if count < min(size, MAX_HEADER_BYTES) else b"")
         metadata = raw.pop(METADATA)
         if not isinstance(metadata[RECORDS], str):
             raise TypeError("records are not text")

@@ -214,13 +214,7 @@ def test_a_copy_of_private_rows_is_private(
     source = tmp_path / "mine" / "rows.jsonl"
     source.parent.mkdir(mode=above)
     source.touch(mode=mode)
-    write_clients(
-        tmp_path / "key",
-        {"train": table([raw("a", 0)])},
-        ENCODER,
-        lambda _line: None,
-        sources=[source],
-    )
+    write_clients(tmp_path / "key", {"train": table([raw("a", 0)])}, ENCODER, sources=[source])
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "key").iterdir()}
     assert modes == {expected}
     assert (tmp_path / "key").stat().st_mode & 0o777 & ~0o111 == expected

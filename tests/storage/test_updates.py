@@ -37,6 +37,7 @@ from fedllm.storage.updates import (
     read_update,
     tensor_name,
 )
+from tests.storage.interference import just_before
 from tests.storage.samples import RANKS, record_of
 from tests.storage.updates import CLIENTS, SIDES, publish, round_in, tensors_of
 
@@ -470,9 +471,9 @@ def test_a_damaged_file_is_read_again_because_it_may_be_on_its_way(paths: RoundP
 
 
 def test_a_file_that_vanishes_during_a_scan_is_not_there(paths: RoundPaths) -> None:
-    paths.updates.mkdir(parents=True)
-    (paths.updates / "01-000-00.safetensors").symlink_to("gone")
-    scan = scanner(paths).scan()
+    path = publish(paths, "a")
+    with just_before("open", lambda *_: path.unlink()):
+        scan = scanner(paths).scan()
     assert (scan.published, scan.damaged) == ({}, {})
 
 

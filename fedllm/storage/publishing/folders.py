@@ -13,7 +13,7 @@ from fedllm.storage.publishing.publish import (
     sync_folder,
     temporary_name,
 )
-from fedllm.storage.trust.readers import readers_of
+from fedllm.storage.trust.source_readers import readers_of
 
 _NOT_OWNER = 0o077
 
