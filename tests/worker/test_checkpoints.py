@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,7 @@ def test_an_update_or_a_folder_in_its_place_is_no_checkpoint(
     path.unlink()
     path.mkdir()
     assert train(found).record.resumed_at == []
-    assert "cannot be read (Is a directory)" in capsys.readouterr().err
+    assert "is a folder, need a regular file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -262,9 +263,20 @@ def test_a_checkpoint_of_another_training_is_left_alone(
 def rewrite(found: ClientRound, change: Callable[[CheckpointRecord], CheckpointRecord]) -> None:
     path = found.paths.checkpoint(client_of(found))
     checkpoint = read_checkpoint(path)
-    publish_checkpoint(
-        path, Checkpoint(record=change(checkpoint.record), tensors=checkpoint.tensors)
-    )
+    changed = Checkpoint(record=change(checkpoint.record), tensors=checkpoint.tensors)
+    publish_checkpoint(path, changed, partial(found.sign, [client_of(found)]))
+
+
+def test_a_checkpoint_that_is_not_the_client_s_own_is_not_resumed(
+    attempt: AttemptPaths, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = opened(attempt, session)
+    leave_at(found, 4)
+    path = found.paths.checkpoint(client_of(found))
+    forged = read_checkpoint(path)
+    publish_checkpoint(path, Checkpoint(record=forged.record, tensors=forged.tensors))
+    assert train(found).record.resumed_at == []
+    assert "it is not signed with the key of this client" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_configuration_is_left_alone(
