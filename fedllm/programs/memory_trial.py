@@ -166,7 +166,7 @@ def _longest_rows(
         key=lambda client: (client.longest_row, client.train_tokens / client.train_rows),
     )
     for client in clients[-_CLIENTS:]:
-        rows = session.data(prepared.data_path).rows(client.id, "train")
+        rows = session.data(prepared).rows(client.id, "train")
         yield sorted(rows, key=length_of)[-config.training.batch_size :]
 
 
