@@ -139,7 +139,7 @@ def test_clients_keep_json_beside_their_tensors(tiny: Tiny, tmp_path: Path) -> N
     method = "method.name=tests.programs.counting:Counting"
     run = RunPaths(root=start(tiny.config, [*OPTIONS, method], tmp_path / "run"))
     record, state = RunRecord.read(run.run), open_state(run, None)
-    store = ClientStore(run=run, run_id=record.run_id)
+    store = ClientStore(paths=run, run=record)
     counts = {client: len(rounds) for client, rounds in trained_clients(run).items()}
     assert 2 in counts.values()
     for client, count in counts.items():
