@@ -24,7 +24,7 @@ from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.own_code import changed_modules, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths, backup_name
 from fedllm.storage.publishing.permissions import share_with_group
-from fedllm.storage.publishing.publish import make_folder, publish_bytes
+from fedllm.storage.publishing.publish import make_folder, publish_bytes, storage_errors
 from fedllm.storage.records import ChangeRecord, OwnCodeRecord, PreparedRecord, RunRecord
 from fedllm.storage.trust.place import place_of
 from fedllm.storage.trust.sealed_commands import (
@@ -86,7 +86,8 @@ def open_run(
         require_accepted(paths.root, known.run_id, known.seals, commands, given=given)
     if config.storage.group:
         share_with_group(paths.root, config.storage.group)
-    make_folder(paths.root)
+    with storage_errors(paths.root):
+        make_folder(paths.root)
     refuse_open_folder(paths.root)
     _refuse_links(paths)
     lease = Lease.acquire(

@@ -86,7 +86,8 @@ def claim(
 
 
 def hold(paths: RunPaths) -> Lease:
-    return Lease.acquire(paths)
+    # the directory was made by hand: it has no leases yet
+    return Lease.acquire(paths, take_over=True)
 
 
 def evaluation(

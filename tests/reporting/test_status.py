@@ -567,15 +567,15 @@ def test_a_clients_log_is_that_of_the_task_that_claimed_it_last(tmp_path: Path) 
     paths = begin(tmp_path)
     assert client_log(paths, 3, CLIENTS[0]) is None
     draw(paths, 1)
-    claim(paths, 1, 1, 0, log="/logs/first")
+    claim(paths, 1, 1, 0, log=str(paths.all_logs / "first"))
     claim(paths, 1, 1, 1)
     draw(paths, 2)
-    assert client_log(paths, 3, CLIENTS[0]) == Path("/logs/first")
+    assert client_log(paths, 3, CLIENTS[0]) == paths.all_logs / "first"
     assert client_log(paths, 3, CLIENTS[1]) is None
-    claim(paths, 2, 1, 0, log="/logs/second")
+    claim(paths, 2, 1, 0, log=str(paths.all_logs / "second"))
     attempt(paths, 2, 2)
-    claim(paths, 2, 2, 0, log="/logs/third")
-    assert client_log(paths, 3, CLIENTS[0]) == Path("/logs/third")
+    claim(paths, 2, 2, 0, log=str(paths.all_logs / "third"))
+    assert client_log(paths, 3, CLIENTS[0]) == paths.all_logs / "third"
 
 
 def test_the_end_of_a_log_is_shown_also_of_a_long_one_or_one_that_is_gone(tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def test_a_coordinators_script_knows_what_to_run_whatever_export_says(
         "FEDLLM_CACHE=/the cache",
         "FEDLLM_PYTHON=/env/bin/python",
         "FEDLLM_SETUP=echo 'it is'\ntrue",
+        f"FEDLLM_STATE={os.environ['FEDLLM_STATE']}",
     }
 
 

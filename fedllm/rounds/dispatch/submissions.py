@@ -35,8 +35,14 @@ SingleProgram = Literal["prepare", "aggregate", "evaluate"]
 
 
 def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> None:
-    """Publish a plan, submit its arrays and record their ids."""
+    """Publish a new plan, submit its arrays and record their ids."""
     run.freeze(plan, paths.submission)
+    _send(run, paths, plan, logs, search=False)
+
+
+def submit_more(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> None:
+    """Publish a plan with further arrays in place of the one before, and submit these."""
+    run.publish(plan, paths.submission)
     _send(run, paths, plan, logs, search=False)
 
 

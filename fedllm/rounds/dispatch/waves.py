@@ -6,7 +6,12 @@ from pathlib import Path
 
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.workers import next_arrays
-from fedllm.rounds.dispatch.submissions import active_tasks, known_tasks, submit, submit_unsent
+from fedllm.rounds.dispatch.submissions import (
+    active_tasks,
+    known_tasks,
+    submit_more,
+    submit_unsent,
+)
 from fedllm.rounds.run import Run
 from fedllm.scheduling.log_names import need_folders
 from fedllm.storage.paths import AttemptPaths
@@ -34,7 +39,7 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     arrays = next_wave(run, plan, _alive(run, attempt))
     if arrays:
         more = plan.model_copy(update={"arrays": [*plan.arrays, *arrays]})
-        submit(run, attempt, more, logs)
+        submit_more(run, attempt, more, logs)
         run.say(f"{plan.token}: {sum(a.tasks for a in arrays)} more workers")
     return not any(_left(run.known_records.read(SubmissionRecord, attempt.submission)).values())
 
