@@ -120,5 +120,5 @@ def test_plan_refuses_a_device_that_is_not_here_where_jobs_run_here(
 ) -> None:
     cache = ["--set", f"storage.cache={tmp_path / 'cache'}"]
     line = one_line(in_process("plan", tiny.config, *cache, "--set", "training.device=npx"))
-    assert "training.device: got 'npx', need auto, cpu, cuda or cuda:N" in line
+    assert "training.device: got 'npx'; need auto, cpu, cuda or cuda:N" in line
     assert not (tmp_path / "cache").exists()

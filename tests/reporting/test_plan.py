@@ -123,7 +123,7 @@ def test_arrays_are_split_and_submitted_in_waves_and_one_line_says_so() -> None:
         geometry(tasks, PLENTY, room=fewer)
     )
     full = Capacity(free_slots=0, max_parallel=64, largest_array=10, free_tasks=0)
-    assert queue_line(geometry(tasks, full)).endswith("no room for any of the 24 tasks now")
+    assert queue_line(geometry(tasks, full)).endswith("no room for any of 24 tasks now")
     unknown = QueueLimits(problem="Slurm does not answer here")
     assert queue_line(geometry(tasks, room=unknown)) == (
         "limits unknown (Slurm does not answer here): 24 tasks go out at once, in 1 array"

@@ -25,7 +25,9 @@ def test_a_round_gives_every_tier_its_adapter_and_the_same_bits_again(
     assert again.sha256 == record.sha256
     assert again.modules == record.modules
     collect(other, without=[0, 3])
-    assert aggregate_round(other).sha256 != record.sha256
+    # the state of a method whose clients keep everything never changes
+    depends_on_clients = METHODS[name].client_state != "all"
+    assert (aggregate_round(other).sha256 != record.sha256) == depends_on_clients
     method = method_of(read_config(paths.run.config))
     with read_state(paths) as file:
         for module in MODULES:

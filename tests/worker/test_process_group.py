@@ -262,5 +262,6 @@ def test_a_signal_to_another_process_counts_as_one_to_this_process() -> None:
         here.hear(there.flags)
         assert (here.came, here.only_warned, here.name) == (True, True, "SIGUSR2")
         assert not any(here.flags)
-        here.hear([True, True, False])
+        os.kill(os.getpid(), signal.SIGTERM)
+        here.hear(there.flags)
         assert not here.only_warned
