@@ -18,7 +18,7 @@ from fedllm.packing.precision import checkpoint_contexts
 Recompute = bool | Literal["auto"]
 """All layers, none, or as many as needed so that the others' saved tensors fit a budget."""
 
-CPU_BUDGET = 320 * 2**20
+CPU_BUDGET = 192 * 2**20
 """Bytes that the layers of a pass may save on a CPU; the size of the base if that is more."""
 
 _TRIM_EVERY = 8  # layers of a pass that recomputes some: about a second of work
