@@ -196,7 +196,11 @@ def test_factor_mean_averages_a_and_b_apart_and_refuses_mixed_ranks(
 
 @pytest.mark.parametrize(
     "method",
-    [n for n, entry in METHODS.items() if (entry.ranks, entry.base) == ("any", "stays")],
+    [
+        name
+        for name, entry in METHODS.items()
+        if (entry.ranks, entry.base, entry.client_state) == ("any", "stays", "none")
+    ],
 )
 def test_every_method_for_mixed_ranks_combines_adapters_of_any_ranks(
     llama: Path, zoo: dict[str, Path], tmp_path: Path, method: str
