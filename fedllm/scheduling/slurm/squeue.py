@@ -218,7 +218,14 @@ def states_by_id(ids: Iterable[str], commands: Commands) -> Listing:
         id_: TaskState.GONE if id_.partition("_")[0] in gone else TaskState.UNKNOWN
         for id_ in wanted
     }
-    states |= {id_: state for id_, state in answer.states.items() if id_ in states}
+    # squeue lists the tasks of an array, not the array
+    arrays_at_work = {
+        task.partition("_")[0]: state
+        for task, state in answer.states.items()
+        if state is not TaskState.GONE
+    }
+    found = {**arrays_at_work, **answer.states}
+    states |= {id_: found[id_] for id_ in wanted if id_ in found}
     return Listing(states=states, reasons=answer.reasons, places=answer.places)
 
 
