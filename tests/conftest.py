@@ -1,5 +1,6 @@
 """Fixtures that more than one room of tests needs."""
 
+import atexit
 import os
 import shutil
 import signal
@@ -21,11 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
+def pytest_sessionstart() -> None:
     """Give the session a cache of its own, so that no test reads or fills that of the user."""
-    folder = tempfile.TemporaryDirectory(prefix="fedllm-cache-")
-    session.config.add_cleanup(folder.cleanup)
-    os.environ["XDG_CACHE_HOME"] = folder.name
+    folder = tempfile.mkdtemp(prefix="fedllm-cache-")
+    # processes of xdist do not clean up what pytest knows
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = folder
 
 
 # a busy machine is no failure, and CI says the same of the same commit
