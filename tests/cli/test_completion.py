@@ -41,7 +41,7 @@ def test_runs_and_sweeps_are_offered_and_other_folders_are_not() -> None:
 @pytest.mark.usefixtures("here")
 def test_keys_come_with_their_defaults_and_with_the_tiers_of_the_configuration() -> None:
     assert keys("training.sched") == ["training.schedule=linear"]
-    assert keys("clients.tiers.server.r", "mine.yaml") == ["clients.tiers.server.ranks="]
+    assert keys("clients.tiers.server.r", "mine.yaml") == ["clients.tiers.server.ranks=null"]
     assert not keys("clients.tiers.server.r", "runs/one")
     assert len(keys("")) > 100
 
@@ -62,4 +62,4 @@ def test_a_shell_asks_for_keys_and_no_compute_stack_is_loaded(here: Path) -> Non
         "PYTHONPATH": str(here),
     }
     done = subprocess.run([FEDLLM], env=environment, capture_output=True, text=True, check=True)
-    assert (done.stdout.split(), done.stderr) == (["clients.tiers.phone.ranks="], "")
+    assert (done.stdout.split(), done.stderr) == (["clients.tiers.phone.ranks=null"], "")

@@ -72,14 +72,16 @@ def test_a_cluster_that_is_not_there_is_one_failure_and_what_it_keeps_from_being
 def test_paths_and_names_that_are_not_here_are_told_with_their_keys(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    changes = ("model.path=owner/name", f"data.path={tmp_path / 'no'}", "storage.group=no-such")
+    changes = ("model.path=owner/name", f"data.path={tmp_path / 'no'}")
     words = ("--run-dir", tmp_path / "run", *settings("scheduler.kind=inline", *changes))
     code, checks = found(tiny.config, *words)
     assert code == 2
     assert checks["model.path"]["level"] == "warn"
     assert "fedllm prepare" in checks["model.path"]["change"]
     assert checks["data.path"]["level"] == "fail"
-    assert checks["group"]["level"] == "fail"
+    code, checks = found(tiny.config, *words, *settings("storage.group=no-such"))
+    assert code == 2
+    assert checks["configuration"]["found"].startswith("storage.group: no group no-such")
 
 
 def test_of_a_prepared_run_the_room_for_a_round_is_known(tiny: Tiny, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_plan_says_in_one_line_what_limits_make_of_its_arrays(
         "scheduler.clients_per_task=1",
         "clients.cohort.count=8",
         "scheduler.sbatch.default.partition=short",
+        *(f"scheduler.sbatch.{job}.time=30" for job in ("prepare", "aggregate", "evaluate")),
         "scheduler.query_seconds=0.1",
     )
     shown = in_process("plan", begun.tiny.config, *words)
