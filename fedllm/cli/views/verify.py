@@ -9,7 +9,7 @@ from fedllm.storage.paths import RunPaths
 
 
 def verify(run: RunFolder, json_: AsJson = False) -> None:
-    """Check every record, digest and state of a run, and say what would be redone.
+    """Check every record, digest and state of a run directory.
 
     Nothing is changed. Exit code 3: `fedllm resume` mends what is damaged; 2: you have to.
     """
