@@ -148,7 +148,8 @@ def _suggestion(key: str, model: type[BaseModel], prefix: str) -> str:
 
 
 def _keys_below(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
-    if not parents:
+    # a user's key may have a dot of its own: its parts are no sections
+    if not parents or parents[0] not in model.model_fields:
         return list(model.model_fields)
     annotation = model.model_fields[parents[0]].annotation
     if is_section(annotation):

@@ -647,3 +647,9 @@ def test_two_bundle_sizes_are_refused(tmp_path: Path) -> None:
         "scheduler.clients_per_task: got 1 beside clients_per_bundle 2; give one of them and leave "
         "the other `auto`"
     ]
+
+
+def test_an_unknown_key_with_a_dot_of_its_own_is_named(tmp_path: Path) -> None:
+    found = problems(tmp_path, 'model: {"x.y": 1}\n"a.b": 2\n')
+    assert any(line.startswith("model.x.y: unknown key; valid here: ") for line in found)
+    assert any(line.startswith("a.b: unknown key; valid here: ") for line in found)

@@ -253,7 +253,7 @@ def test_a_sweep_has_a_page_of_its_arms_with_their_seeds(tmp_path: Path) -> None
     words = paths.report.read_text(encoding="utf-8")
     assert "<i>" not in words
     wrong = in_process("report", tmp_path, "--target", "loss=1")
-    assert "--target: of a run" in one_line(wrong)
+    assert "--target: is for a run" in one_line(wrong)
 
 
 def test_a_sweep_without_a_comparison_says_why(tmp_path: Path) -> None:
