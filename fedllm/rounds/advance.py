@@ -31,11 +31,14 @@ def advance(run: Run) -> bool:
         return False
     apply_stop(run)
     for number in range(run.observations.done, run.last_round + 1):
-        if not may_start(run, number) or not advance_round(run, federation, number):
+        if not may_start(run, number):
+            break
+        # before the next round begins, which people read next; after the decision to stop, which
+        # may have the last round scored again
+        finish_rounds(run, number - 1)
+        if not advance_round(run, federation, number):
             break
         evaluate(run, number)
-        # before the next round begins: people read the lines in this order
-        finish_rounds(run, number)
     return finish_rounds(run, run.last_round)
 
 
