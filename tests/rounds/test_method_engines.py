@@ -43,7 +43,9 @@ def test_every_method_trains_alike_on_every_engine(tiny: Tiny, tmp_path: Path, m
         found = sent(tiny, tmp_path, method, engine)
         assert found.keys() == plain.keys()
         for client, tensors in plain.items():
-            assert any(tensor.any() for tensor in tensors.values())
+            # clients of a method without a federation send zeros
+            learns = METHODS[method].client_state != "all"
+            assert any(tensor.any() for tensor in tensors.values()) == learns
             assert found[client].keys() == tensors.keys()
             for name, tensor in tensors.items():
                 assert (found[client][name] - tensor).abs().max() <= 1e-4 * tensor.abs().max()
