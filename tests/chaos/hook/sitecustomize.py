@@ -14,7 +14,9 @@ from pathlib import Path
 
 FOLDER = os.environ.get("CHAOS_WIRES")
 # event -> which of its arguments says what it is about
-EVENTS = {"open": 0, "os.rename": 1, "subprocess.Popen": 1}
+EVENTS = {"open": 0, "os.rename": 1, "os.link": 1, "subprocess.Popen": 1}
+# a record that never changes is published by a link, others by a rename
+SAME_AS = {"os.link": "os.rename"}
 
 
 def subject(event: str, arguments: tuple[object, ...]) -> str:
@@ -46,7 +48,11 @@ def watch(folder: Path) -> None:
             return
         about = subject(event, arguments)
         for wire in wires:
-            if wire["event"] == event and fnmatch(about, wire["pattern"]) and trip(wire, about):
+            if (
+                wire["event"] == SAME_AS.get(event, event)
+                and fnmatch(about, wire["pattern"])
+                and trip(wire, about)
+            ):
                 return
 
     sys.addaudithook(hook)
