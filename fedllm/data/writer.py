@@ -14,7 +14,7 @@ from fedllm.data.columns import INTEGER_PREFIX, rows_by_client
 from fedllm.data.files.splits import TEST, TRAIN
 from fedllm.data.tokenize import EncodedRow, RowEncoder
 from fedllm.data.turns import TURNS, TextRow, Turn
-from fedllm.storage.kept_records import Count, uncounted
+from fedllm.storage.kept_records import Count, Tally, uncounted
 from fedllm.storage.publishing.folders import publishing_folder
 
 # version of the files' content, part of the folder's fingerprint: raise it with any change
@@ -66,7 +66,8 @@ def write_clients(
     """
     with publishing_folder(folder, sources=sources) as beside:
         tallies: dict[str, _ClientTally] = {}
-        progress = _Rows(count=count, total=sum(len(tables[s]) for s in _TOKENISED if s in tables))
+        total = sum(len(tables[split]) for split in _TOKENISED if split in tables)
+        progress = Tally(what="rows tokenised", count=count, total=total)
         for split in list(tables):
             rows = _SplitOfClients(split, tables, tallies)
             rows.describe()
@@ -75,19 +76,6 @@ def write_clients(
         clients = [tallies[client].indexed(client) for client in sorted(tallies)]
         index = CacheIndex(clients=clients, answer_form=encoder.answer_form)
         (beside / INDEX).write_bytes(index.to_bytes())
-
-
-@dataclass(kw_only=True)
-class _Rows:
-    """Progress over the rows of all splits."""
-
-    count: Count
-    total: int
-    done: int = 0
-
-    def add(self, rows: int) -> None:
-        self.done += rows
-        self.count("rows tokenised", self.done, self.total)
 
 
 class _SplitOfClients:
@@ -119,7 +107,7 @@ class _SplitOfClients:
         for tally, low, high in zip(self._tallies, lowest, highest, strict=True):
             tally.integers.setdefault(name.removeprefix(INTEGER_PREFIX), set()).update((low, high))
 
-    def write(self, file: Path, encoder: RowEncoder, progress: _Rows) -> None:
+    def write(self, file: Path, encoder: RowEncoder, progress: Tally) -> None:
         """Tokenise all rows into `file`, and count the dropped and cut ones."""
         ids = pa.list_(pa.uint16() if encoder.fits_16_bits else pa.int32())
         references = pa.list_(pa.large_string())

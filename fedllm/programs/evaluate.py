@@ -27,7 +27,7 @@ from fedllm.programs.scoring import Keep, all_agree, keep_nothing, score_targets
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import cache_for
 from fedllm.storage.fingerprints import fingerprint_values, sha256_of
-from fedllm.storage.kept_records import AnswersRecord, Count, KeptAnswer, uncounted
+from fedllm.storage.kept_records import AnswersRecord, Count, KeptAnswer, Tally, uncounted
 from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -44,19 +44,8 @@ from fedllm.training.provenance import environment
 
 _Ranks = Mapping[str, int]
 _PROMPT_LETTERS = 600
-
-
-@dataclass(kw_only=True)
-class _Rows:
-    """Progress over the rows of an evaluation."""
-
-    count: Count
-    total: int = 0
-    done: int = 0
-
-    def add(self, rows: int) -> None:
-        self.done += rows
-        self.count("rows scored", self.done, self.total)
+# what an evaluation counts
+_SCORED = "rows scored"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +61,7 @@ class Scorer:
     round: int
     store: ClientStore
     cache: CachePaths
-    progress: "_Rows"
+    progress: Tally
 
     @classmethod
     def open(cls, paths: RoundPaths, session: Session, count: Count = uncounted) -> "Scorer":
@@ -97,7 +86,7 @@ class Scorer:
             round=paths.number,
             store=ClientStore(paths=run, run=RunRecord.read(run.run)),
             cache=cache_for(config, run.root),
-            progress=_Rows(count=count),
+            progress=Tally(what=_SCORED, count=count),
         )
 
     def score(
@@ -351,7 +340,8 @@ def evaluate_adapter(
     slots = session.scoring_slots(config.model_copy(update={"lora": lora}), prepared)
     adapter = dict(opened.factors.named(names_in(opened.factors, slots.base.modules)))
     slots.install(adapter)
-    progress = _Rows(count=count, total=sum(len(target.rows) for target in targets))
+    total = sum(len(target.rows) for target in targets)
+    progress = Tally(what=_SCORED, count=count, total=total)
     data = session.data(prepared)
     scores = score_targets(slots, data, targets, config, scored=progress.add)
     sha256 = sha256_of(folder / TENSORS)

@@ -1,6 +1,7 @@
 """Records that outlive the updates and tasks of a round: small, and never pruned."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -14,6 +15,21 @@ Count = Callable[[str, int, int], None]
 
 def uncounted(what: str, done: int, total: int) -> None:
     """Count nothing."""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Tally of what is done, which arrives in parts and is told to `count`."""
+
+    what: str
+    count: Count
+    total: int = 0
+    done: int = 0
+
+    def add(self, further: int) -> None:
+        """Note that so many more are done."""
+        self.done += further
+        self.count(self.what, self.done, self.total)
 
 
 def duration(seconds: float) -> str:
