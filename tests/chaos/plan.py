@@ -30,7 +30,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """A step of a round: an audit event of Python and what it is about, `{round}` four digits."""
+    """A step of a round: an audit event of Python and what it is about.
+
+    `{round}` is the round in paths, of four digits; `{number}` that in names of jobs, of two.
+    """
 
     words: str
     event: str
@@ -56,7 +59,7 @@ UPDATE = Moment(
 SBATCH = Moment(
     words="the array's plan is written, sbatch is next",
     event="subprocess.Popen",
-    pattern="*sbatch *-r{round}-a01-*",
+    pattern="*sbatch *r{number}-train-*-a01-*",
 )
 IDS = Moment(
     words="the array is submitted, its id is not yet recorded",
@@ -76,7 +79,7 @@ AGGREGATION_PLAN = Moment(
 AGGREGATION_SBATCH = Moment(
     words="the aggregation's plan is published, sbatch is next",
     event="subprocess.Popen",
-    pattern="*sbatch *-r{round}-aggregate-01*",
+    pattern="*sbatch *r{number}-aggregate-*-a01*",
 )
 AGGREGATION_IDS = Moment(
     words="the aggregation is submitted, its id is not yet recorded",
@@ -151,7 +154,9 @@ class Fault:
         return {
             "id": f"{self.number:02d}",
             "event": self.moment.event,
-            "pattern": self.moment.pattern.format(round=f"{self.round:04d}"),
+            "pattern": self.moment.pattern.format(
+                round=f"{self.round:04d}", number=f"{self.round:02d}"
+            ),
             "act": "kill" if self.kind in _KILLED_BY_THE_WIRE else "stop",
         }
 
