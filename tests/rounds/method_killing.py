@@ -1,4 +1,4 @@
-"""Kill the run of a method in the middle, resume it, and print the states of every round.
+"""Kill the run of a method in the middle, resume it, and print its states and what clients keep.
 
 Runs as a program: it stays single-threaded, so it can fork. `method_killing.py CONFIG FOLDER CASES`
 prints one JSON line per case of CASES, a JSON list of options for `fedllm run`. Everything is real:
@@ -6,6 +6,7 @@ base, training, updates, aggregation. An audit hook kills the process with SIGKI
 publishes (by a rename) the first update of the second of two rounds.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from fedllm.cli.execution import start
 from fedllm.storage.paths import RunPaths
@@ -38,6 +40,17 @@ def states(root: Path) -> list[str]:
     run = RunPaths(root=root)
     records = (AggregateRecord.find(run.round(n).aggregate_record) for n in range(3))
     return [record.sha256 for record in records if record]
+
+
+def kept(root: Path) -> dict[str, str]:
+    """Return the SHA-256 of the tensors in every file that clients keep."""
+    found = {}
+    for file in sorted(RunPaths(root=root).client_stores.rglob("*.safetensors")):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(load_file(file).items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        found[str(file.relative_to(root))] = digest.hexdigest()
+    return found
 
 
 def kill_later(root: Path) -> None:
@@ -84,8 +97,9 @@ def main(config: Path, folder: Path, cases: list[list[str]]) -> None:
         was_killed = in_a_child(config, killed, options, kill=True)
         early = states(killed)
         in_a_child(config, killed, options)
-        found = {"killed": was_killed, "early": early, "whole": states(whole)}
-        sys.stdout.write(json.dumps({**found, "resumed": states(killed)}) + "\n")
+        found: dict[str, object] = {"killed": was_killed, "early": early, "whole": states(whole)}
+        found |= {"resumed": states(killed), "kept": kept(whole), "kept_again": kept(killed)}
+        sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
