@@ -1,7 +1,6 @@
 """The `fedllm` command: it collects the commands and turns errors into one line."""
 
 import contextlib
-import gc
 import os
 import sys
 from importlib.metadata import version
@@ -34,6 +33,7 @@ from fedllm.cli.views.verify import verify
 from fedllm.errors import FedllmError
 from fedllm.reporting.tables import terminal_columns
 from fedllm.storage.publishing.publish import as_error
+from fedllm.storage.record_cache import rare_garbage_collection
 from fedllm.storage.trust.printable import printable
 
 app = typer.Typer(
@@ -77,7 +77,6 @@ for command in (
     app.command()(command)
 
 
-_COLLECTION_THRESHOLDS = (50_000, 20, 50)
 # a message may quote a file of megabytes
 _MOST_LINES, _LONGEST_LINE = 200, 4000
 _SIGINT_CODE = 130  # what typer makes of Ctrl-C
@@ -85,9 +84,8 @@ _SIGINT_CODE = 130  # what typer makes of Ctrl-C
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # records of thousands of clients live until the end: a visit of all of them finds no garbage
-    gc.set_threshold(*_COLLECTION_THRESHOLDS)
-    code = run(sys.argv[1:])
+    with rare_garbage_collection():
+        code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

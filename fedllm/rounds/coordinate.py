@@ -1,6 +1,5 @@
 """Coordinator: advance a run until it is done, or until it must wait for jobs."""
 
-import gc
 import shlex
 import signal
 from collections.abc import Callable, Iterator
@@ -18,11 +17,11 @@ from fedllm.rounds.run import Run
 from fedllm.scheduling.patience import Patience
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.paths import shown_path
+from fedllm.storage.record_cache import rare_garbage_collection
 
 LONGEST_WAIT_SECONDS = 300.0
 # times `storage.visibility_seconds`: how long the file system may refuse before the run stops
 PATIENCE = 5
-_COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 
 def coordinate(run: Run) -> None:
@@ -32,7 +31,7 @@ def coordinate(run: Run) -> None:
         FedllmError: the run cannot go on.
         Stopped: a signal stopped it; resume goes on.
     """
-    with stopping_on_signals(), _rare_garbage_collection():
+    with stopping_on_signals(), rare_garbage_collection():
         try:
             with recorded_failure(run):
                 _advance_to_the_end(run)
@@ -112,17 +111,6 @@ def _left_in_queue(run: Run) -> str:
     except FedllmError:
         return "jobs may go on without the coordinator"
     return f"{tasks} {'task goes' if tasks == 1 else 'tasks go'} on without the coordinator"
-
-
-@contextmanager
-def _rare_garbage_collection() -> Iterator[None]:
-    """Run the garbage collector rarely: the records of thousands of clients live for a round."""
-    before = gc.get_threshold()
-    gc.set_threshold(*_COLLECTION_THRESHOLDS)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def pause_seconds(run: Run) -> float:

@@ -1,7 +1,8 @@
 """A cache of records that are read repeatedly: only changed files are read again."""
 
-import contextlib
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,22 @@ from fedllm.storage.publishing.publish import Version, version_of
 from fedllm.storage.records import Record
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+_COLLECTION_THRESHOLDS = (50_000, 20, 50)
+
+
+@contextmanager
+def rare_garbage_collection() -> Iterator[None]:
+    """Run the garbage collector rarely in the block.
+
+    Records of thousands of clients live for long: a visit of all of them finds no garbage.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*_COLLECTION_THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class RecordCache:
@@ -49,13 +66,8 @@ class RecordCache:
 
     def all(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
         """Read many records and return those that can be read; a damaged one is left out."""
-        records = []
-        for path in paths:
-            with contextlib.suppress(RunDirectoryError):
-                record = self.find(kind, path)
-                if record is not None:
-                    records.append(record)
-        return records
+        records = (self.glance(kind, path) for path in paths)
+        return [record for record in records if record is not None]
 
     def clear(self) -> None:
         """Forget all records."""
