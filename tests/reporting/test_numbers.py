@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import RunDirectoryError
-from fedllm.reporting.results.comparison import compare
+from fedllm.reporting.comparing.side_by_side import side_by_side
 from fedllm.reporting.results.metrics import (
     Mean,
     by_group,
@@ -206,8 +206,8 @@ def test_scores_of_a_state_are_shown_by_tier_and_group() -> None:
 def test_runs_are_compared_on_the_clients_that_all_have_scored(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0, "only one": 100.0})
     two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0, "only two": 100.0})
-    loss = compare({"one": one.root, "two": two.root}).split("\n\n")[0]
-    text = compare({"one": one.root, "two": two.root})
+    loss = side_by_side({"one": one.root, "two": two.root}).split("\n\n")[0]
+    text = side_by_side({"one": one.root, "two": two.root})
     assert "how the last aggregated update spreads" in text
     spread = [line.split() for line in text.splitlines()]
     assert ["one", "1.50", "25.00", "%", "-"] in spread
@@ -223,7 +223,7 @@ def test_runs_are_compared_on_the_clients_that_all_have_scored(tmp_path: Path) -
 def test_clients_of_other_tiers_have_no_means_by_tier(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0})
     two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0}, {"a": "x", "b": "y"})
-    loss = compare({"one": one.root, "two": two.root}).split("\n\n")[0].splitlines()
+    loss = side_by_side({"one": one.root, "two": two.root}).split("\n\n")[0].splitlines()
     assert loss[0].endswith("the runs have other tiers, so there is none by tier")
     assert [line.split()[0] for line in loss[1:]] == ["clients", "training"]
 
@@ -231,10 +231,10 @@ def test_clients_of_other_tiers_have_no_means_by_tier(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_compared_by_its_last_state(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0})
     two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0})
-    through = compare({"one": one.root, "two": two.root})
+    through = side_by_side({"one": one.root, "two": two.root})
     begin(two.root, rounds=3)
     draw(two, 2)
-    assert compare({"one": one.root, "two": two.root}) == through
+    assert side_by_side({"one": one.root, "two": two.root}) == through
 
 
 def test_runs_that_share_no_clients_or_have_no_later_round_are_refused(tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_runs_that_share_no_clients_or_have_no_later_round_are_refused(tmp_path:
     other = finished(tmp_path / "other", {"z": 1.0})
     begun = begin(tmp_path / "begun")
     with pytest.raises(RunDirectoryError, match="no evaluation of the base or of a later round"):
-        compare({"x": begun.root})
+        side_by_side({"x": begun.root})
     with pytest.raises(RunDirectoryError, match="no client was scored in all of them"):
-        compare({"x": one.root, "y": other.root})
+        side_by_side({"x": one.root, "y": other.root})
 
 
 def test_an_evaluation_record_comes_back(tmp_path: Path) -> None:

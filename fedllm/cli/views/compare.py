@@ -10,7 +10,7 @@ from fedllm.cli.options import AsJson, say, say_json
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.reporting.comparing.comparison_tables import comparison_of, comparison_text
 from fedllm.reporting.comparing.scored_runs import read_scored_arms
-from fedllm.reporting.results.comparison import compare as compare_tiers
+from fedllm.reporting.comparing.side_by_side import side_by_side
 from fedllm.reporting.sweeps.tuned_rates import rates_table, tuned_rates
 from fedllm.storage.sweep_records import SweepRecord
 
@@ -43,7 +43,7 @@ def compare(
     singles = {arm: of_arm[0].root for arm, of_arm in scored.arms.items() if len(of_arm) == 1}
     if len(singles) == len(scored.arms):
         # one run of each arm: its tiers, ranks and bytes in full
-        say(compare_tiers({arm: Path(root) for arm, root in singles.items()}) + "\n")
+        say(side_by_side({arm: Path(root) for arm, root in singles.items()}) + "\n")
     say(comparison_text(comparison))
     for sweep in filter(None, (existing_sweep(Path(given)) for given in runs)):
         if rates := rates_table(tuned_rates(sweep, SweepRecord.read(sweep.record))):

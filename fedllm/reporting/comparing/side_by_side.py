@@ -1,4 +1,4 @@
-"""Comparison of the last rounds of runs on the same clients, side by side, tier by tier."""
+"""The last rounds of runs on the same clients, side by side, by group and tier of clients."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ _BASE = "base"
 _SCORES = (("answer loss", "loss"), ("Rouge-L", "rouge_l"), ("exact match", "exact_match"))
 
 
-def compare(runs: Mapping[str, Path]) -> str:
+def side_by_side(runs: Mapping[str, Path]) -> str:
     """Return the base and the last evaluation of several runs, per group of clients and tier.
 
     Only clients that were scored in all runs count; the base is that of the first run. If a client
