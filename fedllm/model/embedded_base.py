@@ -88,7 +88,7 @@ def pretrain(
                 optimizer.step()
                 schedule.step()
             model.zero_grad()
-            count("steps of the embedded base's pre-training", step + 1, recipe.steps)
+            count("steps of the embedded base", step + 1, recipe.steps)
     return model.eval()
 
 

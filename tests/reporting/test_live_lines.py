@@ -92,3 +92,11 @@ def test_a_line_fits_any_terminal_and_its_words_stay_whole(width: int, share: fl
     assert cell_len(f"{label}{bar} {text}") <= max(width, cell_len(f"{label}{bar} "))
     assert ", ".join(words).startswith(text)
     assert not text or text.endswith(words[text.count(", ")])
+
+
+@given(st.integers(min_value=20, max_value=120))
+def test_the_first_words_matter_more_than_the_bar(width: int) -> None:
+    words = ("steps of the embedded base: 100 of 400", "2.1 a second")
+    label, bar, text = fitted(LiveLine(label="prepare", share=0.25, words=words), width)
+    assert bool(text) == (len(label) + len(words[0]) <= width)
+    assert bar or len(label) + len(words[0]) + 1 + width // 5 > width

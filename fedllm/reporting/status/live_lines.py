@@ -103,17 +103,25 @@ def _trend(values: Sequence[float]) -> str:
 def fitted(line: LiveLine, width: int) -> tuple[str, str, str]:
     """Return the label, the bar and the words of a line that fits a width; words drop out whole.
 
+    The bar drops out where it leaves no room for the first words.
+
     Args:
         line: the line.
         width: the columns of the terminal.
     """
     label = f"{line.label:<{_LABEL}}"[: max(0, width)]
     bar = "" if line.share is None else _bar(line.share, min(_BAR, width // 5))
-    room = width - len(label) - len(bar) - (1 if bar else 0)
-    words = line.words
+    room = width - len(label)
+    if bar and (text := _whole_words(line.words, room - len(bar) - 1)):
+        return label, bar, text
+    text = _whole_words(line.words, room)
+    return label, "" if text else bar, text
+
+
+def _whole_words(words: tuple[str, ...], room: int) -> str:
     while words and len(", ".join(words)) > room:
         words = words[:-1]
-    return label, bar, ", ".join(words)
+    return ", ".join(words)
 
 
 def _bar(share: float, width: int) -> str:
