@@ -244,12 +244,15 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(tmp_path: Path) ->
     )
     prepared.publish(other.prepared)
     begun = begin(tmp_path / "begun", rounds=2)
+    longer = finished(tmp_path / "longer", {1: 1.0, 3: 1.0}).root
     for arguments, words in (
         ([f"x={one}"], "need runs of two arms, found x"),
         ([f"x={one}", f"y={fewer}"], "other clients or test rows scored than in"),
         ([f"x={one}", f"y={rows}"], "other clients or test rows scored than in"),
         ([f"x={one}", f"y={other.root}"], "other data, tokenizer, data.template or data.cutoff"),
         ([f"x={one}", f"y={begun.root}"], "not done: its last round is not evaluated; resume"),
+        ([f"x={one}", f"y={longer}"], f"round 1; resume it: fedllm resume {one} --set rounds=3"),
+        ([f"x={longer}", f"y={one}"], f"round 1; resume it: fedllm resume {one} --set rounds=3"),
         ([f"x={one}", f"x={one}"], "seed 0 of arm x is there already"),
         ([f"base={one}", f"y={one}"], "`base` has another meaning; choose another name"),
         ([f"x={tmp_path}", f"y={one}"], "not a run directory"),

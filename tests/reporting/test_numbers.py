@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import RunDirectoryError, UserError
 from fedllm.reporting.comparing.side_by_side import side_by_side
 from fedllm.reporting.results.metrics import (
     Mean,
@@ -220,11 +220,16 @@ def test_runs_are_compared_on_the_clients_that_all_have_scored(tmp_path: Path) -
     ]
 
 
-def test_clients_of_other_tiers_have_no_means_by_tier(tmp_path: Path) -> None:
+def test_runs_whose_clients_have_other_tiers_are_compared_by_group_only(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", {"a": 1.0, "b": 2.0})
-    two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0}, {"a": "x", "b": "y"})
-    loss = side_by_side({"one": one.root, "two": two.root}).split("\n\n")[0].splitlines()
-    assert loss[0].endswith("the runs have other tiers, so there is none by tier")
+    two = finished(tmp_path / "two", {"a": 3.0, "b": 4.0}, {"a": "x", "b": "large"})
+    runs = {"one": one.root, "two": two.root}
+    with pytest.raises(UserError) as error:
+        side_by_side(runs)
+    (message,) = str(error.value).splitlines()
+    assert "two: client a is in tier x, in " in message and "one in tier small" in message
+    assert "--by group" in message and "clients.tier_seed" in message
+    loss = side_by_side(runs, "group").split("\n\n")[0].splitlines()
     assert [line.split()[0] for line in loss[1:]] == ["clients", "training"]
 
 

@@ -211,12 +211,7 @@ def _same_test_data(
     )
     if first is None:
         return found
-    if None not in {first.round, found.round} and first.round != found.round:
-        raise RunDirectoryError(
-            f"{candidate.root}: its last evaluation is that of round {found.round}, in "
-            f"{first.root} it is that of round {first.round}; compare runs of as many rounds: "
-            f"fedllm resume RUN --set rounds={max(first.round or 0, found.round or 0)}"
-        )
+    _refuse_other_rounds(first, found)
     for what, was, now in (
         (
             "data, tokenizer, data.template or data.cutoff_tokens",
@@ -231,6 +226,17 @@ def _same_test_data(
                 "data, clients.split_seed and evaluation"
             )
     return first
+
+
+def _refuse_other_rounds(first: _TestData, found: _TestData) -> None:
+    if first.round is None or found.round is None or first.round == found.round:
+        return
+    pair = [(first.round, first.root), (found.round, found.root)]
+    (rounds, shorter), (most, longer) = sorted(pair)
+    raise RunDirectoryError(
+        f"{longer}: its last evaluation is of round {most}, that of {shorter} is of round "
+        f"{rounds}; resume it: fedllm resume {shorter} --set rounds={most}"
+    )
 
 
 def _chosen_last_round(

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 from fedllm.config.loading import read_config
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import RunDirectoryError, UserError
 from fedllm.reporting.results.gains import GROUPS
 from fedllm.reporting.results.spectra import last_spectra_table, rank_table
 from fedllm.reporting.results.summary import (
@@ -23,18 +24,21 @@ from fedllm.storage.records import (
 )
 
 _BASE = "base"
+# what the means are of: each tier of each group of clients, or each group
+By = Literal["tier", "group"]
+BY = get_args(By)
 _SCORES = (("answer loss", "loss"), ("Rouge-L", "rouge_l"), ("exact match", "exact_match"))
 
 
-def side_by_side(runs: Mapping[str, Path]) -> str:
+def side_by_side(runs: Mapping[str, Path], by: By = "tier") -> str:
     """Return the base and the last evaluation of several runs, per group of clients and tier.
 
-    Only clients that were scored in all runs count; the base is that of the first run. If a client
-    has not the same tier in all runs, there are no means by tier.
+    Only clients that were scored in all runs count; the base is that of the first run.
 
     Raises:
         RunDirectoryError: a run has no evaluation of its base or of its last round, or no client
             was scored in all runs.
+        UserError: by tier, and a client is not in the same tier in all runs.
     """
     evaluations: dict[str, EvaluationRecord] = {}
     for name, root in runs.items():
@@ -53,17 +57,18 @@ def side_by_side(runs: Mapping[str, Path]) -> str:
             f"{', '.join(map(str, runs.values()))}: no client was scored in all of them; compare "
             "runs of the same data, clients.split_seed and evaluation"
         )
+    if by == "tier":
+        _refuse_other_tiers(clients, runs)
     columns = {name: scores_by_group(scored) for name, scored in clients.items()}
-    note = "" if _same_tiers(clients) else "; the runs have other tiers, so there is none by tier"
     shown = set.intersection(*(set(means) for means in columns.values()))
     tables = [
         text_table(
-            f"{title} on test rows of the same clients{note}",
+            f"{title} on test rows of the same clients",
             ["clients", *columns],
             [
                 [name, *(number(getattr(means[name], key)) for means in columns.values())]
                 for name in columns[_BASE]
-                if name in shown and (not note or name in GROUPS.values())
+                if name in shown and (by == "tier" or name in GROUPS.values())
             ],
         )
         for title, key in _SCORES
@@ -81,9 +86,20 @@ def _of_all(evaluations: Mapping[str, EvaluationRecord]) -> dict[str, list[Clien
     }
 
 
-def _same_tiers(clients: Mapping[str, list[ClientScores]]) -> bool:
-    tiers = [{client.client: client.tier for client in scored} for scored in clients.values()]
-    return all(each == tiers[0] for each in tiers)
+def _refuse_other_tiers(
+    clients: Mapping[str, list[ClientScores]], runs: Mapping[str, Path]
+) -> None:
+    first, *others = runs
+    tiers = {client.client: client.tier for client in clients[first]}
+    for name in others:
+        for client in clients[name]:
+            if client.tier != tiers[client.client]:
+                raise UserError(
+                    f"{runs[name]}: client {client.client} is in tier {client.tier}, in "
+                    f"{runs[first]} in tier {tiers[client.client]}; compare without tiers: --by "
+                    "group, or give all runs the same names in clients.tiers and the same "
+                    "clients.tier_seed (their ranks may differ)"
+                )
 
 
 def _last_tables(runs: Mapping[str, Path]) -> list[str]:
