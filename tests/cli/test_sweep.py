@@ -76,12 +76,17 @@ def test_the_runs_share_the_evaluation_of_the_base(swept: SweepPaths) -> None:
 
 
 def test_the_comparison_answers_two_questions_beside_the_noise_floor(swept: SweepPaths) -> None:
-    done = in_process("compare", swept.root)
+    # the tier of one arm has a name of its own
+    refused = in_process("compare", swept.root)
+    assert "compare without tiers: --by group" in one_line(refused, 2)
+    assert one_line(in_process("compare", swept.root, "--json"), 2) == one_line(refused, 2)
+    done = in_process("compare", swept.root, "--by", "group")
     assert done.returncode == 0, done.stderr
+    assert "training clients, large" not in done.stdout
     assert "too few seeds for a claim" in done.stdout
     assert "A/A - flexlora" in done.stdout
     assert "left out: broken seed 0 (not done" in done.stdout
-    found = json.loads(in_process("compare", swept.root, "--json").stdout)
+    found = json.loads(in_process("compare", swept.root, "--by", "group", "--json").stdout)
     assert found["endpoint"] == "unseen_loss" and found["primary_is_named"]
     assert found["answers"]["methods"][0]["count"] == 1
     assert len(found["arms"][0]["within"]) == 3
