@@ -231,7 +231,10 @@ def test_a_plan_shows_all_options_that_are_set() -> None:
     text = describe_plan(geometry(slurm_of(), options=options, slots=(8, 64)))
     assert "  small: --nodes=1 --requeue --time=60" in text.splitlines()
     assert "  aggregate: --mem=4G --time=20" in text.splitlines()
-    assert "80 of 100 clients a round, 3 rounds" in text
+    assert text.startswith("3 rounds; each draws 80 of 100 clients and trains about ")
+    assert "job starts: " in text and "tasks go out at once" in text
+    here = describe_plan(geometry(slurm_of(), slots=(8, 64)))
+    assert not [words for words in ("sbatch", "job starts", "go out at once") if words in here]
     assert any(line.split()[:3] == ["aggregate", "4", "20"] for line in text.splitlines())
     assert flags_text({"a": None, "b": False, "cpus_per_task": 2}) == "--cpus-per-task=2"
 

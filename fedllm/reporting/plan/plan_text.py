@@ -13,16 +13,12 @@ def describe_plan(plan: Geometry) -> str:
     """Return the plan as text."""
     return "\n".join(
         [
+            *_costs(plan),
+            "",
             _arrays(plan),
             _memory(plan),
             _jobs(plan),
-            "sbatch options as submitted",
-            *(f"  {a.worker_class}: {flags_text(a.options)}" for a in plan.arrays),
-            *(f"  {job.kind}: {flags_text(job.options)}" for job in plan.jobs),
-            "",
-            queue_line(plan),
-            *_costs(plan),
-            "",
+            *_submissions(plan),
             _times(plan),
             "",
             _files(plan),
@@ -30,6 +26,19 @@ def describe_plan(plan: Geometry) -> str:
             _directions(plan),
         ]
     )
+
+
+def _submissions(plan: Geometry) -> Iterator[str]:
+    """Yield what goes to Slurm; nothing where no job does."""
+    if not any(array.options for array in plan.arrays):
+        return
+    yield "sbatch options as submitted"
+    yield from (f"  {a.worker_class}: {flags_text(a.options)}" for a in plan.arrays)
+    yield from (f"  {job.kind}: {flags_text(job.options)}" for job in plan.jobs)
+    yield ""
+    yield queue_line(plan)
+    yield f"job starts: {plan.job_starts_per_minute:.1f} a minute"
+    yield ""
 
 
 def _arrays(plan: Geometry) -> str:
@@ -73,7 +82,9 @@ def _memory(plan: Geometry) -> str:
     ]
     header = ["tier", "engine", "stage", "nodes", "processes", "weights", "adapter", "gradients"]
     header += ["optimizer", "in all", "memory_gib", "predicted peak"]
-    title = "memory of a process at least, without activations (* the stage that is configured)"
+    title = "what a process of each tier needs at least, without activations"
+    if any(part.stage is not None for part in plan.memory):
+        title += " (* the configured stage)"
     return text_table(title, header, rows) + "\n"
 
 
@@ -144,23 +155,24 @@ def _limits(limits: QueueLimits) -> str:
 
 def _costs(plan: Geometry) -> Iterator[str]:
     yield (
-        f"{plan.cohort} of {plan.trainable_clients} clients a round, "
-        f"{counted(plan.rounds, 'round')}, about {plan.tokens:,.0f} training tokens a round"
+        f"{counted(plan.rounds, 'round')}; each draws {plan.cohort} of "
+        f"{counted(plan.trainable_clients, 'client')} and trains about {plan.tokens:,.0f} tokens"
     )
     yield (
-        f"a round trains for about {duration(60 * plan.round_minutes)}, "
-        f"{duration(60 * plan.startup_minutes)} of it the start of workers; estimated from model "
-        "and data; later rounds of a run are estimated from the round before"
+        f"a round trains for about {duration(60 * plan.round_minutes)}, of which workers start for "
+        f"{duration(60 * plan.startup_minutes)}; sizes of model and data give this estimate, and "
+        "each round corrects it for the next"
     )
-    yield f"job starts: {plan.job_starts_per_minute:.1f} a minute"
     yield _hours("a round", plan, 1)
     yield _hours(counted(plan.rounds, "round"), plan, plan.rounds)
     scored = plan.evaluation
-    yield (
-        f"evaluation: {scored.times} in all, the base's and the last of {scored.clients} clients, "
-        f"{scored.rows} rows, each at its own and the largest rank: up to "
-        f"{scored.most_new_tokens:,} new tokens, at least {duration(scored.seconds)}"
-    )
+    if scored.times:
+        yield (
+            f"{counted(scored.times, 'evaluation')}; those of the base and of the last round score "
+            f"{counted(scored.rows, 'row')} of {counted(scored.clients, 'client')}, at each "
+            "client's own rank and at the largest: up to "
+            f"{scored.most_new_tokens:,} generated tokens, at least {duration(scored.seconds)}"
+        )
 
 
 def _hours(what: str, plan: Geometry, times: int) -> str:
