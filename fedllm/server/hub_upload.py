@@ -23,19 +23,18 @@ def push_folder(name: str, folder: Path) -> str:
         RunFailed: the hub cannot be reached, or refuses; the folder stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
         repository = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
         raise _refused(name, folder, error) from error
     return str(repository)
 
 
 def _refused(name: str, folder: Path, error: Exception) -> FedllmError:
     return RunFailed(
-        f"--push-to-hub: {name}: {first_line(error)}; {folder} is complete: log in with "
-        f"`hf auth login`, then: hf upload {name} {folder}"
+        f"--push-to-hub: {name}: {first_line(error)}; {folder} is complete; once the hub "
+        f"answers and you have logged in (`hf auth login`): hf upload {name} {folder}"
     )
