@@ -33,9 +33,11 @@ _OF_ENGINES: Mapping[str | None, Mapping[str, int]] = {"plain": {"processes": 1,
 
 
 Name = str  # of a client or a tier; may look like a number or a boolean (see `spelling`)
-PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+# beyond it, a count is a mistake
+LARGEST_COUNT = 10**9
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -112,7 +114,7 @@ class LoraSection(Section):
     )
     """Linear layers that get an adapter, read as in PEFT. See [Which layers](#which-layers)."""
     alpha: PositiveFloat = 16.0
-    """Alpha, from which `lora.scaling` makes the scale of an update."""
+    """Alpha of the scale of an update; see `lora.scaling`."""
     scaling: Literal["fixed", "proportional", "rslora"] = "fixed"
     """Scale of an update: alpha / rank (`fixed`), 2 at every rank (`proportional`), or
     alpha / √rank (`rslora`). With `fixed`, high ranks learn more slowly at one learning rate."""
@@ -157,7 +159,8 @@ class PartitionSection(Section):
     categories: PositiveInt = 2
     """Of `pathological`: categories of a client."""
     min_rows: PositiveInt = 2
-    """Training rows that every client of a draw has at least; it is drawn again until they have."""
+    """Least number of training rows of a client; the draw is repeated until every client has
+    them."""
     seed: int = 0
     """Seed of the draw."""
 
@@ -244,8 +247,9 @@ class CohortSection(Section):
     """Share of the trainable clients in a round. With `--set`, each of the two replaces the
     other."""
     sampling: Literal["fixed", "poisson"] = "fixed"
-    """A cohort of one size, or each client by itself with the share that gives this size on
-    average. Without `privacy.clip_norm` that has to be 28 at least, so that no cohort is empty."""
+    """`fixed`: all cohorts have the same size. `poisson`: each client is drawn independently, and
+    cohorts have this size on average. Without `privacy.clip_norm` the average must be at least 28,
+    so that no cohort is empty."""
     tiers: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Only clients of these tiers are drawn; the others are scored. `null`: all tiers."""
 
@@ -543,7 +547,7 @@ class AggregationSection(Section):
     block_clients: PositiveInt = 32
     """Number of clients in a block; updates are summed block by block, in the cohort's order."""
     weights: Literal["rows", "uniform"] = "rows"
-    """What a client weighs: the rows that it trained on, or as much as any other."""
+    """Weight of a client in the mean: its number of training rows, or the same for all clients."""
     outliers: Literal["keep", "clip", "reject"] = "keep"
     """What to do with a client whose change of a module is more than `outlier_factor` times the
     median."""

@@ -20,12 +20,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from fedllm.config.loading import ENVIRONMENT
-from fedllm.config.models import Config
+from fedllm.config.models import LARGEST_COUNT, Config
 from fedllm.config.problems import is_section
 
 REQUIRED = "required"
 MAY_GROW = "may grow"
-_BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+_BOUNDS = {"ge": ("≥", max), "gt": (">", max), "le": ("≤", min), "lt": ("<", min)}
 _NOUNS: Mapping[Any, str] = {int: "integer", float: "number", str: "text", Any: "value"}
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 
@@ -169,13 +169,17 @@ def _type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"list of {noun}s {bounds}".rstrip()
     if origin is dict or is_section(annotation):
         return "table"
-    bounds = " and ".join(
-        f"{sign} {getattr(limit, name)}"
-        for limit in metadata
-        for name, sign in _BOUNDS
-        if getattr(limit, name, None) is not None
-    )
-    return f"{_NOUNS[annotation]} {bounds}".rstrip()
+    return f"{_NOUNS[annotation]} {_bounds_text(metadata)}".rstrip()
+
+
+def _bounds_text(metadata: Sequence[Any]) -> str:
+    """Return the narrowest bounds: `≥ 1 and ≤ 1024`; the largest count of all is no news."""
+    parts = []
+    for name, (sign, narrowest) in _BOUNDS.items():
+        limits = [getattr(each, name) for each in metadata if getattr(each, name, None) is not None]
+        if limits and (limit := narrowest(limits)) != LARGEST_COUNT:
+            parts.append(f"{sign} {limit}")
+    return " and ".join(parts)
 
 
 def _joined(parts: Sequence[str]) -> str:
