@@ -1,4 +1,4 @@
-"""Errors that a user can meet, as one tree.
+"""Errors that a user can meet, as one tree, and how messages write numbers of things.
 
 FedllmError
 ├── UserError (exit 2): the user must change something
@@ -100,3 +100,8 @@ class StorageFull(Incomplete):
 
 class Stopped(Incomplete):
     """A signal stopped the coordinator."""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, as messages write it: `1 client`, `1,200 clients`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import RunDirectoryError, counted
 from fedllm.reporting.results import run_rows
 from fedllm.reporting.results.metrics import metric_rows
 from fedllm.storage.paths import RunPaths
@@ -37,7 +37,8 @@ class LoadedRun:
 
     def __repr__(self) -> str:
         """Return the path and how far the run is."""
-        return f"LoadedRun({str(self.path)!r}, {self.rounds_done} of {self.config.rounds} rounds)"
+        rounds = counted(self.config.rounds, "round")
+        return f"LoadedRun({str(self.path)!r}, {self.rounds_done} of {rounds})"
 
     @cached_property
     def config(self) -> Config:

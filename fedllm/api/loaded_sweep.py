@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedllm.api.loaded_run import LoadedRun
 from fedllm.config.loading import validate
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import RunDirectoryError, counted
 from fedllm.storage.paths import SweepPaths
 from fedllm.storage.sweep_records import SweepRecord
 
@@ -40,7 +40,7 @@ class LoadedSweep:
 
     def __repr__(self) -> str:
         """Return the path and how many runs have begun."""
-        return f"LoadedSweep({str(self.path)!r}, {len(self.runs)} runs)"
+        return f"LoadedSweep({str(self.path)!r}, {counted(len(self.runs), 'run')})"
 
     @cached_property
     def rounds(self) -> "pd.DataFrame":

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 
 from fedllm.config.models import ClientsSection, Config
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, counted
 from fedllm.planning.seeding import seed_of
 from fedllm.storage.records import CohortRecord
 
@@ -27,14 +27,14 @@ def cohort_size(section: ClientsSection, num_trainable: int) -> int:
     cohort = section.cohort
     if cohort.count is not None and cohort.count > num_trainable:
         raise ConfigError(
-            f"clients.cohort.count: got {cohort.count}, only {num_trainable} clients can train; "
-            "lower it"
+            f"clients.cohort.count: got {cohort.count}, only "
+            f"{counted(num_trainable, 'client')} can train; lower it"
         )
     size = cohort.count or max(1, round((cohort.fraction or 0.0) * num_trainable))
     if isinstance(section.quorum, int) and section.quorum > size:
         raise ConfigError(
-            f"clients.quorum: got {section.quorum}, a round draws {size} clients; lower it, or "
-            "give `all` or a share"
+            f"clients.quorum: got {section.quorum}, a round draws {counted(size, 'client')}; lower "
+            "it, or give `all` or a share"
         )
     return size
 
@@ -50,8 +50,8 @@ def refuse_empty_cohorts(config: Config, size: int) -> None:
     is_poisson = config.clients.cohort.sampling == "poisson"
     if is_poisson and config.privacy.clip_norm is None and size < _SMALLEST_POISSON:
         raise ConfigError(
-            f"clients.cohort.sampling: poisson expects {size} clients a round, which may be none; "
-            f"need at least {_SMALLEST_POISSON}, fixed, or privacy.clip_norm"
+            f"clients.cohort.sampling: poisson expects {counted(size, 'client')} a round, "
+            f"which may be none; need at least {_SMALLEST_POISSON}, fixed, or privacy.clip_norm"
         )
 
 

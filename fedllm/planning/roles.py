@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from fedllm.config.models import ClientsSection
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, counted
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.seeding import seed_of
 from fedllm.storage.records import ClientRecord, Group
@@ -48,8 +48,9 @@ def split_roles(section: ClientsSection, clients: Sequence[ClientRecord]) -> Rol
     count = section.dev + section.unseen
     if count > len(candidates):
         raise ConfigError(
-            f"clients.dev + clients.unseen: got {count}, only {len(candidates)} clients of "
-            "clients.held_out_from have test rows; lower the counts"
+            f"clients.dev + clients.unseen: got {count}, only "
+            f"{counted(len(candidates), 'client')} of clients.held_out_from with test rows; lower "
+            "the counts"
         )
     dev = _stratified(candidates, section.dev, section.split_seed, "dev")
     others = [c for c in candidates if c.id not in dev]

@@ -13,7 +13,7 @@ from fedllm.data.readers import open_source
 from fedllm.data.tokenize import EncodedRow
 from fedllm.data.turns import Turn
 from fedllm.data.writer import text_rows
-from fedllm.errors import DataError
+from fedllm.errors import DataError, counted
 from fedllm.model.base import load_tokenizer, locate_base
 from fedllm.packing.batches import LossOn, target_places
 from fedllm.process.log import say
@@ -107,7 +107,7 @@ def describe(inspected: Inspection) -> str:
         "prompt, before anything is cut:",
         *(f"  {line}" for line in inspected.prompt.splitlines()),
         "",
-        f"{len(inspected.tokens)} tokens, {with_loss} with loss (in brackets); "
+        f"{counted(len(inspected.tokens), 'token')}, {with_loss} with loss (in brackets); "
         f"cut: {' and '.join(cuts) or 'nothing'}",
         "  " + "·".join(marks) if marks else "  dropped: the row has no answer",
     ]

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from fedllm.config.models import Config
 from fedllm.data.readers import open_source
+from fedllm.errors import counted
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import GROUPS
 from fedllm.programs.prepare import prepare
@@ -106,7 +107,8 @@ def describe_clients(partition: ClientsInspection) -> str:
     clients = partition.clients
     shown = clients[:_MOST_SHOWN]
     parts = [
-        f"{len(clients):,} clients (data.partition.kind {partition.kind}): {_counts(clients)}",
+        f"{counted(len(clients), 'client')} (data.partition.kind {partition.kind}): "
+        + _counts(clients),
         _quantiles(clients),
         _rows(shown, max(client.train_rows for client in clients)),
     ]

@@ -12,7 +12,7 @@ from fedllm.data.chat import TEMPLATE_DATE
 from fedllm.data.readers import open_source
 from fedllm.data.tokenize import RowEncoder
 from fedllm.data.writer import FORMAT, write_clients
-from fedllm.errors import ConfigError, DataError, RunDirectoryError
+from fedllm.errors import ConfigError, DataError, RunDirectoryError, counted
 from fedllm.methods.catalog import method_of
 from fedllm.methods.protocol import Method
 from fedllm.model.base import BaseDescription, describe_base, load_tokenizer, locate_base
@@ -170,8 +170,9 @@ def _require_rows(config: Config, records: Sequence[ClientRecord], report: Repor
     if not trainable:
         dropped = sum(record.dropped_rows for record in records)
         raise DataError(
-            f"data.path: {config.data.path}: no row to train: {dropped} rows have an empty answer; "
-            f"data.columns.output is {config.data.columns.output!r}, name the column of the answers"
+            f"data.path: {config.data.path}: no row to train; "
+            f"{counted(dropped, 'row')} without an answer; data.columns.output is "
+            f"{config.data.columns.output!r}, name the column of the answers"
         )
     if trainable > 1:
         return ()

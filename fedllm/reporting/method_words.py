@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedllm.config.models import Config
+from fedllm.errors import counted
 from fedllm.storage.records import PrivacyRecord
 
 
@@ -25,8 +26,9 @@ def method_words(config: Config) -> str:
 def privacy_words(found: PrivacyRecord, rounds: int) -> str:
     """Return what some rounds say about any one client."""
     return (
-        f"privacy of a client after {rounds} rounds: epsilon {found.epsilon:.2f} at delta "
-        f"{found.delta:g} ({found.sampling} cohorts of {found.cohort} of {found.clients} clients)"
+        f"privacy of a client after {counted(rounds, 'round')}: epsilon {found.epsilon:.2f} at "
+        f"delta {found.delta:g} ({found.sampling} cohorts of {found.cohort} of "
+        f"{counted(found.clients, 'client')})"
     )
 
 

@@ -80,11 +80,6 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun: `1 client`, `1,200 clients`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
 def size(num_bytes: float) -> str:
     """Return a size in the largest unit that leaves at least 1."""
     for unit in ("B", "KiB", "MiB"):

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from statistics import median_high
 
-from fedllm.errors import RunFailed
+from fedllm.errors import RunFailed, counted
 from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.engines import engines_of
 from fedllm.reporting.status.same_reasons import reason_line, same_reasons
-from fedllm.reporting.tables import counted
 from fedllm.rounds.keeping import clients_record
 from fedllm.rounds.outliers import CheckedUpdates, UnreadableUpdateError, check_outliers, clipped
 from fedllm.rounds.run import Run
@@ -129,7 +128,9 @@ def _log_collection(
         )
     for client, why in rejected.items():
         run.say(f"round {number}: {client} is left out: {why}")
-    refused = f"; {collection.refused} update files refused" if collection.refused else ""
+    refused = (
+        f"; {counted(collection.refused, 'update file')} refused" if collection.refused else ""
+    )
     run.say(f"round {number}: collected {_describe(collection)}{refused}")
     tiers = {update.tier for update in collection.updates}
     engines = {engine for tier, engine in engines_of(run.config).items() if tier in tiers}
@@ -162,9 +163,9 @@ def tier_mix(cohort: CohortRecord, scan: Scan, used: set[str]) -> dict[str, Tier
 def _describe(collection: CollectionRecord) -> str:
     drawn = sum(mix.drawn for mix in collection.tiers.values())
     if len(collection.updates) == drawn:
-        return f"all {counted(drawn, 'client')}"
+        return f"{drawn} of {counted(drawn, 'client')}"
     mix = ", ".join(f"{tier} {m.used}/{m.drawn}" for tier, m in collection.tiers.items())
-    return f"{len(collection.updates)} of {drawn} clients ({mix})"
+    return f"{len(collection.updates)} of {counted(drawn, 'client')} ({mix})"
 
 
 def _startup_seconds(paths: RoundPaths) -> float | None:
@@ -290,6 +291,6 @@ def _require_quorum(run: Run, cohort: CohortRecord, valid: int, failed: dict[str
     same = list(same_reasons(failed).items())[:3]
     reasons = "; ".join(reason_line(reason, clients) for reason, clients in same)
     raise RunFailed(
-        f"round {cohort.round}: {valid} of {len(cohort.clients)} clients have a valid update, "
-        f"clients.quorum needs {needed}; {reasons}"
+        f"round {cohort.round}: {counted(valid, 'valid update')} of "
+        f"{counted(len(cohort.clients), 'client')}, clients.quorum needs {needed}; {reasons}"
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fedllm.config.scales import client_scales
-from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError
+from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError, counted
 from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
 from fedllm.rounds.collecting import replaced_clients
@@ -164,8 +164,9 @@ def _cancel_surplus(
     late = len(scan.published) < len(cohort.clients)
     if late:
         run.say(
-            f"round {cohort.round}: goes on with {scan.valid} of {len(cohort.clients)} clients; "
-            f"{len(running)} tasks were running"
+            f"round {cohort.round}: goes on with {scan.valid} of "
+            f"{counted(len(cohort.clients), 'client')}; still running: "
+            f"{counted(len(running), 'task')}"
         )
     ends_running = late and not run.config.scheduler.linger_minutes
     if surplus := waiting + (running if ends_running else []):

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from fedllm.errors import counted
 from fedllm.reporting.results.gains import GROUPS
 from fedllm.reporting.results.metrics import by_group
-from fedllm.reporting.tables import counted, number, rank_span
+from fedllm.reporting.tables import number, rank_span
 from fedllm.storage.hub import is_hub_name
 from fedllm.storage.records import EvaluationRecord
 

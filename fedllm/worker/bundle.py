@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from fedllm.errors import counted
 from fedllm.model.memory import give_back_freed
 from fedllm.process.log import say
 from fedllm.storage.paths import AttemptPaths
@@ -179,6 +180,6 @@ def _summary(record: UpdateRecord) -> str:
         return f"client {record.client}: failed: {record.reason}"
     losses = f", loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f}" if record.losses else ""
     return (
-        f"round {record.round}, client {record.client}: {record.rows} rows, {record.steps} steps"
-        f"{losses}, {record.seconds:.1f} s"
+        f"round {record.round}, client {record.client}: {counted(record.rows, 'row')}, "
+        f"{counted(record.steps, 'step')}{losses}, {record.seconds:.1f} s"
     )

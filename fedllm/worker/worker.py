@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
-from fedllm.errors import FedllmError, ProcessLost, UserError
+from fedllm.errors import FedllmError, ProcessLost, UserError, counted
 from fedllm.process.late_files import read_late_file
 from fedllm.process.log import say
 from fedllm.process.renewal import ANEW
@@ -116,7 +116,7 @@ def _lead(task: WorkerTask, attempt: AttemptPaths) -> int:
             return _stop(worker)
         if worker.is_to_begin_anew:
             name, count = task.identity.task, task.clients_trained
-            say(f"{name}: new processes go on, after {count} clients")
+            say(f"{name}: new processes go on, after {counted(count, 'client')}")
             return ANEW
         if not worker.stays_idle:
             return 0

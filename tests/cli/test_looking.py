@@ -45,7 +45,7 @@ def test_status_names_tasks_failures_and_how_to_go_on(training: RunPaths) -> Non
     shown = in_process("status", training.root)
     assert shown.returncode == 0
     lines = shown.stdout.splitlines()
-    assert lines[:2] == ["run run: stopped, 0 of 1 rounds done", "coordinator: none"]
+    assert lines[:2] == ["run run: stopped, 0 of 1 round", "coordinator: none"]
     assert "round 1: train; 2 of 4 clients published, 0 at work, 2 waiting, 1 failed" in lines
     assert f"  failed {CLIENTS[2]}: loss is nan" in lines
     assert "  1 task ended before all was published; to train again: 1 client" in lines
@@ -60,7 +60,7 @@ def test_status_without_a_run_lists_those_below_runs(
     Path("runs").mkdir()
     training.root.rename(Path("runs") / "mine")
     shown = in_process("status").stdout
-    assert shown.startswith("runs/mine: run run: stopped, 0 of 1 rounds done; round 1: train; ")
+    assert shown.startswith("runs/mine: run run: stopped, 0 of 1 round; round 1: train; ")
 
 
 def test_status_as_json_has_names_that_scripts_can_rely_on(training: RunPaths) -> None:
@@ -88,7 +88,7 @@ def test_watching_in_a_log_tells_changes_in_lines_and_ends_with_the_run(
     assert watcher.wait(timeout=30) == 0
     lines = log.read_text().splitlines()
     assert len(lines) == 3
-    assert lines[-1].endswith("run run: done, 1 of 1 rounds done")
+    assert lines[-1].endswith("run run: done, 1 of 1 round")
     assert "\x1b" not in log.read_text()
 
 

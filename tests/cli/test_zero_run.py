@@ -72,7 +72,7 @@ def test_tiers_train_with_engines_of_their_own_and_resume_to_the_same_bits(
     assert resumed.returncode == 0, resumed.stderr
     assert states(killed) == states(undisturbed)
     logs = "".join(path.read_text() for path in (killed / "logs").rglob("*.log"))
-    assert "new processes go on, after 1 clients" in logs
+    assert "new processes go on, after 1 client" in logs
     assert not RunPaths(root=killed).round(1).attempt(2).task_errors()
 
 

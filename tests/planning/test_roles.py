@@ -90,5 +90,7 @@ def test_clients_without_training_rows_may_be_held_out() -> None:
 
 def test_more_held_out_clients_than_there_are_candidates_is_an_error_that_counts_them() -> None:
     clients = [client("a"), client("b", candidate=False), client("c", test=0)]
-    with pytest.raises(ConfigError, match=r"clients.dev \+ clients.unseen: got 2, only 1 clients"):
+    with pytest.raises(
+        ConfigError, match=r"clients.dev \+ clients.unseen: got 2, only 1 client of"
+    ):
         split(clients, 1, 1)

@@ -433,7 +433,7 @@ def test_the_end_is_estimated_from_finished_rounds(tmp_path: Path) -> None:
     assert found.current.pace.clients_per_minute == pytest.approx(60 / 50)
     # 150 s of round 4 are left, and two more rounds of the median
     assert found.estimate == Estimate(
-        seconds=150.0 + 2 * 200.0, how="3 rounds at 200 s, the median of the last 3"
+        seconds=150.0 + 2 * 200.0, how="3 rounds at 200 s, the median so far"
     )
     assert "round 3 took 3 min" in status_text(tmp_path, found)
 

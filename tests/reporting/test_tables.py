@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedllm.reporting.tables import counted, number, size, text_table
+from fedllm.errors import counted
+from fedllm.reporting.tables import number, size, text_table
 
 AWKWARD = ["[red]tier", ":smile:", "x" * 300, "名前", "a[/b]"]
 

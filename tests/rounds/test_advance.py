@@ -296,7 +296,7 @@ def test_tensors_altered_before_they_are_collected_are_found_by_the_aggregation(
     assert len(lines) == 2  # once a round
     assert all("the checksum of" in line for line in lines)
     # the scan accepted them
-    assert sum("collected all 4 clients" in line for line in said) == 4
+    assert sum("collected 4 of 4 clients" in line for line in said) == 4
 
 
 def test_a_coordinator_killed_while_it_sets_a_collection_aside_goes_on(

@@ -79,7 +79,7 @@ def test_an_update_in_the_name_of_another_client_is_refused_and_counted(run: Run
     forge(second, one, second, client=other.record.client)
     lines = resumed(run)
     assert any("not signed with the key of this client" in line for line in lines)
-    assert any("collected all 4 clients; 1 update files refused" in line for line in lines)
+    assert any("collected 4 of 4 clients; 1 update file refused" in line for line in lines)
     assert CollectionRecord.read(second.collection).refused == 1
 
 

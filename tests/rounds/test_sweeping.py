@@ -216,7 +216,7 @@ def test_the_estimate_takes_the_rounds_that_are_left_at_the_pace_of_finished_one
     with pytest.raises(RunFailed):
         drive(sweep)
     estimate = status_of(sweep).estimate
-    assert estimate is not None and estimate.how.startswith("1 rounds of 1 runs, 1 at once")
+    assert estimate is not None and estimate.how.startswith("1 round of 1 run, 1 at once")
 
 
 class Batch(HandMoved):

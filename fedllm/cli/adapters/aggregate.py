@@ -21,7 +21,7 @@ from fedllm.cli.progress_bar import progress_bar
 from fedllm.config.models import Config, is_own
 from fedllm.config.spelling import resolve_scalars
 from fedllm.config.yaml_text import parse_yaml
-from fedllm.errors import AdapterError, ConfigError
+from fedllm.errors import AdapterError, ConfigError, counted
 from fedllm.reporting.tables import rank_span
 from fedllm.storage.own_code import read_own_code
 
@@ -180,8 +180,8 @@ def _combined_lines(request: "CombineRequest", combined: "Combined") -> list[str
     lowest = combined.modules[worst].energy_kept
     ranks = [module.rank for module in combined.modules.values()]
     lines.append(
-        f"{rank_span(ranks)} in {len(ranks)} modules; energy kept {combined.energy_kept:.6f} "
-        f"(lowest: {lowest:.6f} in {worst})"
+        f"{rank_span(ranks)} in {counted(len(ranks), 'module')}; energy kept "
+        f"{combined.energy_kept:.6f} (lowest: {lowest:.6f} in {worst})"
     )
     lines += [*_certificates(combined), f"seconds: {_stages(combined)}"]
     lines.append(f"{request.out}: PEFT adapter, {request.dtype}")
@@ -223,8 +223,8 @@ def _missing(combined: "Combined") -> list[str]:
     counts = sorted({total - count for count in lacking.values()})
     among = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return [
-        f"{len(names)} of {len(combined.modules)} modules are in {among} of {total} adapters only "
-        f"and count as zero in the others: {_first(names)}"
+        f"{len(names)} of {counted(len(combined.modules), 'module')}: in {among} of {total} "
+        f"adapters only; they count as zero in the others: {_first(names)}"
     ]
 
 

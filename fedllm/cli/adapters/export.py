@@ -18,7 +18,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
-from fedllm.errors import AdapterError
+from fedllm.errors import AdapterError, counted
 from fedllm.reporting.tables import rank_span
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def export(
     what = "model, the adapter merged" if merge else "PEFT adapter"
     line = (
         f"{out}: {what}, of round {exported.round}, {rank_span(exported.ranks.values())} "
-        f"in {len(exported.ranks)} modules of {exported.base_model}"
+        f"in {counted(len(exported.ranks), 'module')} of {exported.base_model}"
     )
     say(line + _survival(exported) if isinstance(exported, Merged) else line)
     if pushed:

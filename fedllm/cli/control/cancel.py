@@ -18,8 +18,8 @@ from fedllm.cli.options import (
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.errors import counted
 from fedllm.planning.backoff import Backoff
-from fedllm.reporting.tables import counted
 from fedllm.rounds.dispatch.cancelling import cancel_jobs
 from fedllm.rounds.dispatch.in_flight import is_done
 from fedllm.scheduling.seam import CancelRefused

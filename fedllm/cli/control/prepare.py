@@ -10,6 +10,7 @@ from fedllm.cli.options import (
     say_json,
 )
 from fedllm.cli.progress_bar import progress_bar
+from fedllm.errors import counted
 from fedllm.scheduling.traits import cache_for
 
 
@@ -32,11 +33,13 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     rows = sum(client.train_rows for client in prepared.clients)
     trainable = sum(client.train_rows > 0 for client in prepared.clients)
     say(f"model {prepared.model_path} ({prepared.model_parameters:,} parameters)")
-    say(f"data {prepared.data_path}: {trainable} clients, {rows:,} training rows")
+    numbers = f"{counted(trainable, 'client')}, {counted(rows, 'training row')}"
+    say(f"data {prepared.data_path}: {numbers}")
     answers = sum(client.cut_answers for client in prepared.clients)
     prompts = sum(client.truncated_rows for client in prepared.clients) - answers
     dropped = sum(client.dropped_rows for client in prepared.clients)
     cutoff = loaded.data.cutoff_tokens
-    say(f"{prompts:,} prompts and {answers:,} answers cut at data.cutoff_tokens: {cutoff}")
-    say(f"{dropped:,} rows dropped without an answer")
+    cut = f"{counted(prompts, 'prompt')} and {counted(answers, 'answer')}"
+    say(f"{cut} cut at data.cutoff_tokens: {cutoff}")
+    say(f"{counted(dropped, 'row')} dropped without an answer")
     say(describe_layout(prepared.layout))

@@ -3,7 +3,7 @@
 import typer
 
 from fedllm.cli.options import AsJson, RunFolder, say, say_json
-from fedllm.errors import RunDirectoryError
+from fedllm.errors import RunDirectoryError, counted
 from fedllm.reporting.status.verification import verify_run
 from fedllm.storage.paths import RunPaths
 
@@ -31,6 +31,9 @@ def verify(run: RunFolder, json_: AsJson = False) -> None:
     else:
         for name, finding in zip(names, found.findings, strict=True):
             say(f"{name}: {finding.problem}; to do: {finding.remedy}")
-        say(f"{found.files} files checked, {len(found.findings)} not as they were written")
+        say(
+            f"{counted(found.files, 'file')} checked, {len(found.findings)} not as they were "
+            "written"
+        )
     if found.exit_code:
         raise typer.Exit(found.exit_code)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedllm.config.loading import read_config
 from fedllm.config.models import Config
+from fedllm.errors import counted
 from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.method_words import method_words
 from fedllm.reporting.page.contents import Fact, PageSection, Report, table_of
@@ -75,7 +76,7 @@ def run_report(root: Path, targets: Sequence[ScoreTarget] = ()) -> Report:
 def _notices(status: RunStatus) -> Iterator[str]:
     if status.state == "done":
         return
-    done = f"{status.rounds_done} of {status.rounds} rounds are done"
+    done = f"{status.rounds_done} of {counted(status.rounds, 'round')} done"
     words = "failed" if status.state == FAILED else f"is not finished ({status.state})"
     yield f"This run {words}: {done}. The report shows what is recorded so far."
     if status.failure:

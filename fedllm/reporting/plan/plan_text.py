@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from fedllm.errors import counted
 from fedllm.planning.sbatch_spelling import by_flag
 from fedllm.reporting.plan.plan import Geometry, QueueLimits
-from fedllm.reporting.tables import counted, number, size, text_table
+from fedllm.reporting.tables import number, size, text_table
 from fedllm.reporting.usage import Options
 from fedllm.storage.kept_records import duration
 
@@ -145,9 +146,9 @@ def _limits(limits: QueueLimits) -> str:
     if limits.most_submitted is not None:
         parts.append(f"MaxSubmitJobs {limits.most_submitted}")
         if limits.free_tasks is not None and limits.free_tasks != limits.most_submitted:
-            parts[-1] += f" (room for {limits.free_tasks} tasks now)"
+            parts[-1] += f" (room for {counted(limits.free_tasks, 'task')} now)"
     elif limits.free_tasks is not None:
-        parts.append(f"MaxSubmitJobs leaves room for {limits.free_tasks} tasks now")
+        parts.append(f"MaxSubmitJobs leaves room for {counted(limits.free_tasks, 'task')} now")
     else:
         parts.append("no limit on submitted jobs")
     return ", ".join(parts)

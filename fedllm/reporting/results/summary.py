@@ -4,11 +4,12 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from fedllm.config.loading import read_config
+from fedllm.errors import counted
 from fedllm.reporting.method_words import method_words, privacy_words
 from fedllm.reporting.results.gains import GROUPS, gains_by_group, gains_table, verdicts
 from fedllm.reporting.results.metrics import Mean, by_tier, mean_scores, other_means
 from fedllm.reporting.results.spectra import rank_table, spectra_table
-from fedllm.reporting.tables import counted, number, size, text_table
+from fedllm.reporting.tables import number, size, text_table
 from fedllm.storage.paths import RunPaths, shown_path
 from fedllm.storage.records import (
     AggregateRecord,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fedllm.errors import counted
 from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.status.history import NO_HISTORY, History, sparkline
 from fedllm.reporting.status.status import RoundStatus, RunStatus
@@ -56,7 +57,7 @@ def live_lines(status: RunStatus) -> list[LiveLine]:
 def _round_line(current: RoundStatus) -> LiveLine:
     begun = current.claimed or current.published
     words = [
-        f"{current.published} of {current.cohort} clients",
+        f"{current.published} of {counted(current.cohort, 'client')}",
         f"{current.claimed} at work" if begun else "workers start",
     ]
     pace = current.pace
@@ -74,7 +75,7 @@ def _round_line(current: RoundStatus) -> LiveLine:
 
 
 def _run_line(status: RunStatus) -> LiveLine:
-    words = [f"{status.rounds_done} of {status.rounds} rounds"]
+    words = [f"{status.rounds_done} of {counted(status.rounds, 'round')}"]
     if status.estimate:
         words.append(f"{duration(status.estimate.seconds)} left")
     return LiveLine(label="run", share=status.rounds_done / status.rounds, words=tuple(words))

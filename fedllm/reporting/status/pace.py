@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fedllm.errors import counted
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import CollectionRecord, RoundRecord
@@ -118,7 +119,7 @@ def estimate(
     elapsed = current.seconds if current else 0.0
     if timed:
         round_seconds = statistics.median(timed)
-        how = f"{rounds_left} rounds at {round_seconds:.0f} s, the median of the last {len(timed)}"
+        how = f"{counted(rounds_left, 'round')} at {round_seconds:.0f} s, the median so far"
         return Estimate(
             seconds=max(0.0, round_seconds - elapsed) + round_seconds * (rounds_left - 1), how=how
         )

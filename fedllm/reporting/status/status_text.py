@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedllm.errors import counted
 from fedllm.reporting.status.attempt_tasks import GONE, AttemptStatus, TaskStatus
 from fedllm.reporting.status.failure import Failure
 from fedllm.reporting.status.pace import Estimate, Pace
@@ -17,7 +18,7 @@ from fedllm.reporting.status.status import (
     RunResults,
     RunStatus,
 )
-from fedllm.reporting.tables import counted, size, text_table
+from fedllm.reporting.tables import size, text_table
 from fedllm.storage.kept_records import duration
 from fedllm.storage.paths import shown_path
 from fedllm.storage.records import training_text
@@ -47,7 +48,7 @@ def headline(status: RunStatus) -> str:
 
 
 def _run_line(status: RunStatus) -> str:
-    done = f"{status.rounds_done} of {status.rounds} rounds done"
+    done = f"{status.rounds_done} of {counted(status.rounds, 'round')}"
     return f"run {status.run_id}: {status.state}, {done}"
 
 
@@ -93,7 +94,7 @@ def _next_lines(root: Path, status: RunStatus) -> Iterator[str]:
 
 
 def _round_line(current: RoundStatus) -> str:
-    parts = [f"{current.published} of {current.cohort} clients published"]
+    parts = [f"{current.published} of {counted(current.cohort, 'client')} published"]
     if current.step == "train":
         parts += [f"{current.claimed} at work", f"{current.waiting} waiting"]
     if current.failed:
@@ -131,16 +132,16 @@ def _failed_lines(failed: tuple[FailedClient, ...]) -> Iterator[str]:
         log = f" (log {shown_path(Path(first.log))})" if first.log else ""
         yield f"  failed{place} {reason_line(reason, clients)}{log}"
     if len(reasons) > _MAX_FAILED:
-        yield f"  ... and {len(reasons) - _MAX_FAILED} other reasons; --json has all"
+        yield f"  ... and {counted(len(reasons) - _MAX_FAILED, 'other reason')}; --json has all"
 
 
 def _attempt_lines(attempt: AttemptStatus) -> Iterator[str]:
-    wave = f"{attempt.tasks_submitted} of {attempt.tasks_wanted} tasks submitted"
+    wave = f"{attempt.tasks_submitted} of {counted(attempt.tasks_wanted, 'task')} submitted"
     if attempt.tasks_adopted:
         wave += f", {attempt.tasks_adopted} reused from the previous round"
     yield (
         f"  attempt {attempt.attempt}: {wave}, "
-        f"{attempt.bundles_claimed} of {attempt.bundles} bundles claimed"
+        f"{attempt.bundles_claimed} of {counted(attempt.bundles, 'bundle')} claimed"
     )
     for ending in attempt.endings:
         place = f" on {', '.join(ending.nodes)}" if ending.nodes else ""
@@ -193,7 +194,7 @@ def _recent_lines(recent: tuple[Pace, ...]) -> Iterator[str]:
         efficiency = _percent(pace.array_efficiency)
         yield (
             f"round {pace.round} took {duration(pace.seconds)}: {_speed(pace)}"
-            + (f", busy {efficiency} of the tasks' time" if efficiency else "")
+            + (f", tasks trained {efficiency} of their time" if efficiency else "")
             + ("" if pace.training_loss is None else f"; training loss {pace.training_loss:.3f}")
             + (f"; clients used of drawn: {mix}" if mix else "")
         )
@@ -250,9 +251,11 @@ def _speed(pace: Pace) -> str:
 
 
 def _usage_line(status: RunStatus) -> str:
-    text = f"used: {status.task_hours:.2f} task hours, {status.gpu_hours:.2f} GPU hours"
+    text = f"used: {status.task_hours:.2f} task hours"
+    if status.gpu_hours:
+        text += f", {status.gpu_hours:.2f} GPU hours"
     efficiency = _percent(status.array_efficiency)
-    return text + (f", tasks trained for {efficiency} of them" if efficiency else "")
+    return text + (f"; tasks trained {efficiency} of their time" if efficiency else "")
 
 
 def _percent(share: float | None) -> str:

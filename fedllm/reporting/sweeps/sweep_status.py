@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedllm.config.models import Config
+from fedllm.errors import counted
 from fedllm.reporting.status.pace import Estimate, pace_of_round, written_at
 from fedllm.reporting.sweeps.tuned_rates import TunedRate, present_config, tuned_rates
 from fedllm.storage.lease import HolderIsGone, current_lease, process_is_gone
@@ -145,5 +146,8 @@ def estimate_sweep(runs: Sequence[SweepRunStatus]) -> Estimate | None:
         each = usual if run.round_seconds is None else run.round_seconds
         seconds += (run.rounds - run.rounds_done) * each
     rounds = sum(run.rounds - run.rounds_done for run in left)
-    how = f"{rounds} rounds of {len(left)} runs, {at_once} at once, at the pace of finished rounds"
+    how = (
+        f"{counted(rounds, 'round')} of {counted(len(left), 'run')}, {at_once} at once, at the "
+        "pace of finished rounds"
+    )
     return Estimate(seconds=seconds / at_once, how=how)

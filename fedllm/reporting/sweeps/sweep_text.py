@@ -3,6 +3,7 @@
 import shlex
 from collections import Counter
 
+from fedllm.errors import counted
 from fedllm.reporting.sweeps.sweep_status import SweepRunStatus, SweepStatus
 from fedllm.reporting.sweeps.tuned_rates import rates_table
 from fedllm.reporting.tables import text_table
@@ -14,7 +15,7 @@ def sweep_headline(status: SweepStatus) -> str:
     counts = Counter(run.state for run in status.runs)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     left = f"; about {duration(status.estimate.seconds)} left" if status.estimate else ""
-    return f"sweep {status.root}: {len(status.runs)} runs: {states}{left}"
+    return f"sweep {status.root}: {counted(len(status.runs), 'run')}: {states}{left}"
 
 
 def sweep_status_text(status: SweepStatus) -> str:

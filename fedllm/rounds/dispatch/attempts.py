@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from fedllm.config.models import SbatchOptions
+from fedllm.errors import counted
 from fedllm.planning.classes import tier_options
 from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.engines import ClientGroup, engine_of
 from fedllm.planning.federation import Federation
 from fedllm.planning.sbatch_spelling import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
-from fedllm.reporting.tables import counted
 from fedllm.rounds.dispatch.idle_workers import find_idle_workers
 from fedllm.rounds.dispatch.submissions import array_name, submit
 from fedllm.rounds.dispatch.waves import next_wave

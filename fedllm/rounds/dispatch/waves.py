@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from fedllm.errors import counted
 from fedllm.planning.quotas import largest_remainder
 from fedllm.planning.workers import next_arrays
 from fedllm.rounds.dispatch.submissions import (
@@ -40,7 +41,7 @@ def send_waves(run: Run, attempt: AttemptPaths, logs: Path) -> bool:
     if arrays:
         more = plan.model_copy(update={"arrays": [*plan.arrays, *arrays]})
         submit_more(run, attempt, more, logs)
-        run.say(f"{plan.token}: {sum(a.tasks for a in arrays)} more workers")
+        run.say(f"{plan.token}: {counted(sum(a.tasks for a in arrays), 'more worker')}")
     return not any(_left(run.known_records.read(SubmissionRecord, attempt.submission)).values())
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedllm.config.models import SbatchOptions
-from fedllm.errors import Incomplete, OutOfMemory, ProcessLost
+from fedllm.errors import Incomplete, OutOfMemory, ProcessLost, counted
 from fedllm.planning.classes import asks_for_gpus, with_more_memory
 from fedllm.rounds.dispatch.cancelling import end_tasks
 from fedllm.rounds.dispatch.idle_workers import all_tasks
@@ -187,7 +187,9 @@ def excluded_nodes(run: Run, paths: RoundPaths, attempts: int) -> list[str]:
         broken = set()
     for node in sorted(broken - before):
         if run.observations.is_new(("excluded", node)):
-            run.say(f"node {node}: {failures[node]} tasks failed there; excluded from now on")
+            run.say(
+                f"node {node}: {counted(failures[node], 'task')} failed there; excluded from now on"
+            )
     return sorted(before | broken)
 
 
