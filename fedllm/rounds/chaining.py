@@ -90,8 +90,8 @@ class Chain:
             when = f"after {' and '.join(arrays)}"
             start = slurm.LinkStart(dependency=slurm.after_all(arrays))
         else:
-            when = f"after {' or '.join(arrays)}, at the latest {minutes} minutes after this one "
-            when += "began"
+            any_of = " or ".join(arrays)
+            when = f"after {any_of}, at the latest {minutes} minutes after this one began"
             found = slurm.after_any(arrays, minutes_after=(self.job, minutes))
             start = slurm.LinkStart(dependency=found)
         return self._start(successor, start, when)
