@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedllm.config.models import SbatchOptions, SbatchSection
-from fedllm.planning.sbatch_spelling import by_flag, flag_name
+from fedllm.planning.option_spelling import by_flag, flag_name
 
 JobKind = Literal["prepare", "coordinator", "aggregate", "evaluate"]
 

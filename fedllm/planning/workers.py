@@ -10,8 +10,8 @@ from fedllm.planning.bundles import cut_bundles
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.costs import CostModel
 from fedllm.planning.engines import ClientGroup
+from fedllm.planning.option_spelling import by_flag, time_minutes
 from fedllm.planning.quotas import largest_remainder
-from fedllm.planning.sbatch_spelling import by_flag, time_minutes
 from fedllm.storage.records import BundleRecord
 
 # Time to start a task and load the base, before any round was measured.

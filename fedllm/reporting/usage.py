@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedllm.planning.sbatch_spelling import by_flag
+from fedllm.planning.option_spelling import by_flag
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import ArrayRecord, SubmissionRecord, TaskRecord, WorkersRecord

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedllm.config.models import Config
 from fedllm.planning.classes import job_options, tier_options
 from fedllm.planning.engines import engines_of, job_size
-from fedllm.planning.sbatch_spelling import by_flag
+from fedllm.planning.option_spelling import by_flag
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, of_task
 
 # beside a GPU a process also reads files, prepares batches and publishes updates

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from fedllm.errors import counted
-from fedllm.planning.sbatch_spelling import by_flag
+from fedllm.planning.option_spelling import by_flag
 from fedllm.reporting.plan.plan import Geometry, QueueLimits
 from fedllm.reporting.tables import number, size, text_table
 from fedllm.reporting.usage import Options

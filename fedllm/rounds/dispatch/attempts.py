@@ -8,7 +8,7 @@ from fedllm.planning.classes import tier_options
 from fedllm.planning.costs import CostModel, calibrate
 from fedllm.planning.engines import ClientGroup, engine_of
 from fedllm.planning.federation import Federation
-from fedllm.planning.sbatch_spelling import flag_name
+from fedllm.planning.option_spelling import flag_name
 from fedllm.planning.workers import STARTUP_SECONDS, ClassPlan, plan_classes
 from fedllm.rounds.dispatch.idle_workers import find_idle_workers
 from fedllm.rounds.dispatch.submissions import array_name, submit

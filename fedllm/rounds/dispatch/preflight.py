@@ -6,7 +6,7 @@ from typing import Literal
 from fedllm.config.models import Config
 from fedllm.planning.classes import classes_of, job_options, tier_options
 from fedllm.planning.engines import engines_of, job_size
-from fedllm.planning.sbatch_spelling import by_flag
+from fedllm.planning.option_spelling import by_flag
 from fedllm.scheduling.seam import Job, Option, Scheduler
 from fedllm.storage.paths import RunPaths
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from fedllm.config.models import SchedulerSection
-from fedllm.planning.sbatch_spelling import time_minutes
+from fedllm.planning.option_spelling import time_minutes
 from fedllm.scheduling.slurm.commands import CommandRefused
 from fedllm.scheduling.slurm.free_capacity import Survey
 from fedllm.scheduling.slurm.sbatch_flags import Flags, key_of, refusal, says_no_room, words_of

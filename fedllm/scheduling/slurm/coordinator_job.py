@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedllm.config.models import Config, SchedulerSection
 from fedllm.errors import ConfigError, LeaseError, UserError
 from fedllm.planning.classes import job_options
-from fedllm.planning.sbatch_spelling import by_flag
+from fedllm.planning.option_spelling import by_flag
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import (
     Option,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedllm.planning.sbatch_spelling import time_minutes
+from fedllm.planning.option_spelling import time_minutes
 from fedllm.scheduling.slurm.notation import counts, entities, number, rows, settings
 
 # the columns that we request

@@ -9,9 +9,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from fedllm.planning.sbatch_spelling import PROCESSES
 from fedllm.scheduling.slurm.limits import Configuration, Partition
 from fedllm.scheduling.slurm.notation import generic, hosts, mebibytes, rows, separated
+from fedllm.scheduling.slurm.sbatch_flags import PROCESSES
 
 NODE_COLUMNS = (
     *("NodeList", "StateLong", "CPUsState", "Threads", "Memory", "AllocMem", "Gres", "GresUsed"),

@@ -5,14 +5,57 @@ from collections.abc import Iterator, Mapping
 
 from fedllm.config.models import SbatchOptions, SbatchSection, SchedulerSection
 from fedllm.errors import ConfigError
-from fedllm.planning.sbatch_spelling import (
-    PROCESSES,
-    by_flag,
-    flag_name,
-    refusal_reason,
-    time_minutes,
-)
+from fedllm.planning.option_spelling import by_flag, flag_name, time_minutes
 from fedllm.scheduling.seam import Option
+
+# Processes of a task.
+PROCESSES = 1
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+
+_ONE_PROCESS = (
+    "a task is one process; scheduler.max_parallel says how many tasks run at once, cpus-per-task "
+    "how many CPUs each has"
+)
+_ANSWER = "the job's id is read from what sbatch says"
+# Options that fedllm sets itself, each with the reason: they define tasks, or how jobs are found.
+_OWNED = {
+    "array": "the number of tasks and scheduler.max_parallel decide it",
+    "chdir": "jobs start where fedllm was started; give --run-dir for another place",
+    "cluster-constraint": "jobs of another cluster cannot be seen from here",
+    "clusters": "jobs of another cluster cannot be seen from here; start fedllm on a host there",
+    "dependency": "the records of the run decide what comes after what",
+    "error": "logs lie in the run directory",
+    "gid": "jobs belong to who submits them",
+    "help": "nothing would run",
+    "input": "programs read no standard input",
+    "job-name": "names find submissions again",
+    "nodes": "a task is one process on one node",
+    "ntasks": _ONE_PROCESS,
+    "ntasks-per-core": _ONE_PROCESS,
+    "ntasks-per-gpu": _ONE_PROCESS,
+    "ntasks-per-node": _ONE_PROCESS,
+    "ntasks-per-socket": _ONE_PROCESS,
+    "open-mode": "a task that is requeued goes on in its log",
+    "output": "logs lie in the run directory",
+    "parsable": _ANSWER,
+    "quiet": _ANSWER,
+    "test-only": "nothing would run",
+    "uid": "jobs belong to who submits them",
+    "usage": "nothing would run",
+    "version": "nothing would run",
+    "wait": "sbatch has to answer at once",
+    "wrap": "tasks run programs of fedllm",
+}
+# Values that change nothing: fedllm sets them too.
+_HARMLESS = {
+    "nodes": {"1", "1-1"},
+    "ntasks": {str(PROCESSES)},
+    "ntasks-per-core": {"1"},
+    "ntasks-per-node": {str(PROCESSES)},
+    "ntasks-per-socket": {"1"},
+    "open-mode": {"append"},
+}
 
 # An array task is one process on one node. This, requeueing, appending to logs, the warning before
 # the end and the time limit are given explicitly, because sites have different defaults.
@@ -70,6 +113,21 @@ _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("dependency", ("dependency",)),
     ("wckey", ("wckey",)),
 )
+
+
+def refusal_reason(name: str, value: object) -> str | None:
+    """Return why users may not set an option; None: they may.
+
+    Shortened names are refused too, as sbatch accepts them: `ntasks-per-no`.
+    """
+    if not _NAME.fullmatch(name):
+        return "not the name of an sbatch option; write name: value, and true for a flag alone"
+    if "\n" in str(value) or "\r" in str(value):
+        return "an option is one line; remove the line break"
+    if value is None or value is False or str(value) in _HARMLESS.get(name, ()):
+        return None
+    full = name if name in _OWNED else next((o for o in _OWNED if o.startswith(name)), None)
+    return None if full is None else f"got {value}; fedllm sets it ({_OWNED[full]}); remove it"
 
 
 def task_defaults(options: Mapping[str, Option]) -> Mapping[str, Option]:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from fedllm.config.models import SchedulerSection
 from fedllm.errors import RunDirectoryError
-from fedllm.planning.sbatch_spelling import PROCESSES
 from fedllm.scheduling.heap import shell_line
 from fedllm.scheduling.seam import Job, TaskSize
 from fedllm.scheduling.slurm.commands import clean_environment
-from fedllm.scheduling.slurm.sbatch_flags import Flags
+from fedllm.scheduling.slurm.sbatch_flags import PROCESSES, Flags
 from fedllm.storage.trust.secret import STATE_VARIABLE, state_folder
 
 # Caches of compiled code: thousands of small files that would slow a shared home.
