@@ -1,7 +1,10 @@
 """Why nothing runs, what is known while Slurm is away, and what limits make of a plan."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedllm.storage.paths import RunPaths
-from tests.cli.commands import fedllm, in_process, start
+from tests.cli.commands import FEDLLM, fedllm, in_process, start
 from tests.slurm.cluster import Cluster, free_ports, until
 from tests.slurm.runs import (
     HELD,
@@ -81,6 +84,49 @@ def test_status_tells_why_tasks_wait_and_who_works_where_and_knows_the_files_wit
     found = status(root)
     assert (found["state"], found["queue"]["arrays"]) == ("done", [])
     assert found["task_hours"] > 0
+
+
+def offered(done: "subprocess.CompletedProcess[str]") -> str:
+    """Return the job that a command offers instead of computing on a login node."""
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "computing on this host" in line)
+    return line.partition("; as a job: ")[2]
+
+
+def as_job(command: str) -> "subprocess.CompletedProcess[str]":
+    path = f"{Path(FEDLLM).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        shlex.split(command),
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_what_computes_on_a_login_node_says_so_and_offers_a_job_that_does_the_same(
+    begun: Begun, cluster: Cluster
+) -> None:
+    del cluster
+    memory = "scheduler.sbatch.default.mem=500"
+    on_slurm = settings("scheduler.kind=slurm", memory)
+    job = offered(fedllm("plan", begun.tiny.config, *on_slurm, "--set", "data.cutoff_tokens=150"))
+    assert job.startswith(f"srun --mem=500 fedllm prepare {begun.tiny.config} --set ")
+    assert "computing on this host" not in as_job(job.replace("=150", "=151")).stderr
+    prepared = fedllm("plan", begun.tiny.config, *on_slurm, "--set", "data.cutoff_tokens=151")
+    assert "computing on this host" not in prepared.stderr and prepared.stdout.startswith(
+        "2 rounds"
+    )
+
+    root = begun.run("run", rounds=1)
+    assert in_process("resume", root, *on_slurm).returncode == 0
+    here = fedllm("evaluate", root)
+    there = as_job(offered(here))
+    assert there.stdout == here.stdout
+    assert "computing on this host" not in there.stderr
 
 
 @pytest.mark.parametrize("cluster", ["limited"], indirect=True)

@@ -135,10 +135,11 @@ def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> Eval
 
     loaded = configuration(config, overrides)
     cache = cache_for(loaded, default_run_dir(config))
-    with progress_bar() as count:
-        prepared = prepare(loaded, cache, count=count)
     arguments = ["evaluate", str(folder), "--config", str(config)]
     arguments += [word for override in overrides for word in ("--set", override)]
+    execution.say_where(loaded, "evaluate", f"fedllm {shlex.join(arguments)}")
+    with progress_bar() as count:
+        prepared = prepare(loaded, cache, count=count)
     return _in_processes(
         loaded,
         arguments,

@@ -97,7 +97,8 @@ def plan(
     if out is not None:
         fresh_folder(out)
     with progress_bar() as count:
-        here = _AnnouncedWork(count, loaded, f"fedllm prepare {shlex.quote(str(config))}")
+        words = ["prepare", str(config), *(w for key in set_ or [] for w in ("--set", key))]
+        here = _AnnouncedWork(count, loaded, f"fedllm {shlex.join(words)}")
         prepared = prepare_step(loaded, cache_for(loaded, root), count=here)
     run = RunPaths(root=root.resolve())
     with closing(execution.make_scheduler(run, loaded)) as scheduler:
