@@ -17,9 +17,17 @@ def carried(module: str, parts: Mapping[str, Tensor]) -> ModuleState:
     """
     state = {name: part.to(torch.float32).contiguous() for name, part in parts.items()}
     for name, part in state.items():
-        if not bool(torch.isfinite(part).all()):
+        if not all_finite(part):
             raise AdapterError(
                 f"{module}: the aggregated {name} does not fit float32: "
                 "lower the learning rate or leave the diverged update out"
             )
     return state
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether all values are finite, in one pass and without extra memory."""
+    if not values.numel():
+        return True
+    smallest, largest = torch.aminmax(values)
+    return bool(torch.isfinite(smallest) & torch.isfinite(largest))

@@ -23,6 +23,7 @@ from torch import Tensor
 from fedllm.aggregation.groups import ModuleGroup
 from fedllm.errors import AdapterError, BadUpdate
 from fedllm.lora.factors import FactorBlock
+from fedllm.methods.state import all_finite
 from fedllm.server.buffer_pool import BlockLayout, Buffer, buffer_for
 
 _MAX_READERS = 16
@@ -117,7 +118,7 @@ class Prefetch:
         if isinstance(filled, BaseException):
             raise filled
         a_GRI, b_GOR = filled.buffer.tensors()
-        if not (_is_finite(a_GRI) and _is_finite(b_GOR)):
+        if not (all_finite(a_GRI) and all_finite(b_GOR)):
             raise self._not_finite(filled)
         yield FactorBlock(
             a_GRI=a_GRI,
@@ -209,7 +210,7 @@ class Prefetch:
             for g, module in enumerate(portion.group.modules):
                 for part, factor_G in zip("AB", pair, strict=True):
                     # a client without these modules has empty factors
-                    if client in bad_values or not factor_G.numel() or _is_finite(factor_G[g]):
+                    if client in bad_values or not factor_G.numel() or all_finite(factor_G[g]):
                         continue
                     row, column = (~torch.isfinite(factor_G[g])).nonzero()[0].tolist()
                     value = float(factor_G[g][row, column])
@@ -226,9 +227,3 @@ class _Filled:
     buffer: Buffer
     scales_GC: Tensor
     weights_GC: Tensor
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Return whether all values are finite, in one pass and without extra memory."""
-    smallest, largest = torch.aminmax(values)
-    return bool(torch.isfinite(smallest) & torch.isfinite(largest))
