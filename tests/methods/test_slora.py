@@ -32,6 +32,7 @@ def sparse(factors: Factors) -> Tensor:
 
 def in_base(state: ModuleState) -> Tensor:
     change = METHOD.base_delta(state)
+    assert not isinstance(change, Factors)
     return torch.zeros(1) if change is None else change.double()
 
 

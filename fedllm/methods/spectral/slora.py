@@ -11,6 +11,10 @@ clients whose mask holds it: with e_j the entries in the places of direction j o
 e_j <- e_j + sum_{i: r_i >= j} (n_i / N_j) e_ij. Everybody begins the next round with the change in
 the base, and with zeros.
 
+Entries train in float32, without scale and dropout. A learning rate moves them less than factors:
+their gradient has no s^2. The records of these rounds have the energy of the change, but no
+spectrum: only the last one needs an SVD of it.
+
 Legend: G modules, O out, I in, R rank of the state.
 """
 
@@ -22,10 +26,11 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation import routes
-from fedllm.aggregation.route_types import Decomposition, Partial
+from fedllm.aggregation.route_types import Certificate, Decomposition, Partial
 from fedllm.config.scales import scale_of
 from fedllm.lora.entries import entry_places, with_entries
 from fedllm.lora.factors import FactorBlock, Factors, ModuleShape
+from fedllm.lora.spectral import Spectral
 from fedllm.methods.diagnostics import diagnose, partition_qualities, spectral_energies
 from fedllm.methods.local_task import LocalTask, Recipient
 from fedllm.methods.options import SLoraOptions
@@ -35,7 +40,6 @@ from fedllm.methods.spectral.flexlora import FlexLora
 from fedllm.methods.state import carried
 from fedllm.methods.weights import direction_weights
 
-_ROUGH = 1.0  # of triplets that are only recorded
 _ENTRIES = ("entries_A", "entries_B")  # the values of the entries, in the shapes of A and B
 
 
@@ -93,20 +97,15 @@ class SLora(FlexLora):
         if not self._is_sparse(step.round):
             return [_without_entries(each, shape) for each in super().finish(partials, step)]
         moved = _moved(summed(partials), step)
-        whole_GOI = torch.stack(
-            [
-                self._change(entries) + (state["U"] * state["S"]) @ state["Vh"]
-                for entries, state in zip(moved, step.before, strict=True)
-            ]
-        )
-        is_last = step.round == self.options.sparse_rounds
-        formed = routes.formed(problem if is_last else replace(problem, tolerance=_ROUGH))
+        if step.round < self.options.sparse_rounds:
+            return [self._in_base(place, each, step) for place, each in enumerate(moved)]
+        changes = zip(moved, step.before, strict=True)
+        whole_GOI = torch.stack([self._whole(entries, state) for entries, state in changes])
+        formed = routes.formed(problem)
         folded = routes.fold_formed(whole_GOI, formed)
         found = routes.decompose([folded], formed, total=1.0, start=self.start_of(step))
-        if is_last:
-            results = self.aggregates(found, step, untrained=lambda _part: 1.0)
-            return [_without_entries(each, shape) for each in results]
-        return [self._in_base(place, moved[place], each, step) for place, each in enumerate(found)]
+        results = self.aggregates(found, step, untrained=lambda _part: 1.0)
+        return [_without_entries(each, shape) for each in results]
 
     def base_delta(self, state: ModuleState) -> Tensor | None:
         """Return the change that the entries make; None before and after it is in the base."""
@@ -119,11 +118,29 @@ class SLora(FlexLora):
         places = entry_places(seed=self.seed, shape=shape, rank=len(a_RI))
         return with_entries(a_RI, b_OR, places.to(a_RI.device))
 
-    def _in_base(
-        self, place: int, entries: ModuleState, found: Decomposition, step: ServerStep
-    ) -> ModuleAggregate:
-        """Return a state whose change stays in the base; diagnostics are of the whole change."""
+    def _whole(self, entries: ModuleState, state: ModuleState) -> Tensor:
+        """Return the change that the entries make, and the adapter that the run began with."""
+        change = self._change(entries)
+        if bool(state["S"].any()):
+            change += (state["U"] * state["S"]) @ state["Vh"]
+        return change
+
+    def _in_base(self, place: int, entries: ModuleState, step: ServerStep) -> ModuleAggregate:
+        """Return a state whose change stays in the base; diagnostics are of the whole change.
+
+        Nobody needs its triplets, and a change of entries has no factors: an SVD of it would take
+        many times as long as all else.
+        """
         state = {**step.before[place], **entries}
+        values = [self._whole(entries, state)] if bool(state["S"].any()) else entries.values()
+        energy = sum(float(torch.linalg.vector_norm(v, dtype=torch.float64)) ** 2 for v in values)
+        none = Spectral(u_OR=state["U"][:, :0], s_R=state["S"][:0], vh_RI=state["Vh"][:0])
+        found = Decomposition(
+            spectral=none,
+            total_energy=energy,
+            route="entries",
+            certificate=Certificate(residual_energy=energy, relative_excess=0.0),
+        )
         energies = spectral_energies(step.problem, state["S"])
         diagnostics = diagnose(
             found,

@@ -45,7 +45,7 @@ def spectrum_section(paths: RunPaths) -> PageSection | None:
             "change. The truncation error of a rank is the norm of what an adapter of that rank "
             "leaves out, over the norm of the whole change."
         ),
-        charts=[_spectra(records), _errors(errors), _spread(spread)],
+        charts=[*_spectra(records), _errors(errors), _spread(spread)],
         tables=[
             *table_of("truncation", "What an adapter of each rank keeps", errors),
             *table_of("spread", "How the update spreads", spread),
@@ -54,11 +54,14 @@ def spectrum_section(paths: RunPaths) -> PageSection | None:
     )
 
 
-def _spectra(records: Sequence[AggregateRecord]) -> LineChart:
+def _spectra(records: Sequence[AggregateRecord]) -> Iterator[LineChart]:
+    records = [record for record in records if any(m.spectrum for m in record.modules.values())]
+    if not records:
+        return
     last = len(records) - 1
     steps = max(1, min(_MAX_SPECTRA, len(records)) - 1)
     chosen = {round(place * last / steps) for place in range(steps + 1)}
-    return LineChart(
+    yield LineChart(
         name="spectra",
         title="Energy of each direction",
         text="share of the update's energy in its first, second and further direction, by round",
