@@ -116,6 +116,12 @@ def delta(factors: Factors) -> Tensor:
     return change + delta(factors.frozen) if factors.frozen else change
 
 
+def product_of(factors: Factors) -> Tensor:
+    """Return the dense change `scale * B A` (O, I) in the number format of the factors."""
+    change = factors.b_OR @ factors.a_RI
+    return change if factors.scale == 1 else change * factors.scale
+
+
 def stack(factors: Iterable[Factors], weights: Sequence[float]) -> Stacked:
     """Return `sum_i p_i s_i B_i A_i` as one product, without forming it.
 

@@ -3,14 +3,13 @@
 Legend: G modules, O out, I in, R stacked rank.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
 from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Partial
-from fedllm.lora.factors import FactorBlock, Factors
+from fedllm.lora.factors import FactorBlock
 from fedllm.methods.protocol import ServerStep
 
 _PRODUCT = "product "  # before the names of the parts of a sum of products
@@ -46,24 +45,3 @@ def times(product: Partial, right_GIR: Tensor) -> Tensor:
     if "W" in product:
         return product["W"].double() @ right_GIR
     return product["B"] @ (product["A"] @ right_GIR)
-
-
-def dense(
-    products: Sequence[Partial], place: int, *, total: float, less: Factors | None = None
-) -> Tensor:
-    """Return the mean of products (O, I) of the module at `place`, without `less`.
-
-    It is one float32 product: a weight that it is added to holds no more digits.
-    """
-    lefts = [p["B"][place] / total for p in products if "B" in p]
-    rights = [p["A"][place] for p in products if "B" in p]
-    if less is not None:
-        lefts.append(less.b_OR.double() * -less.scale)
-        rights.append(less.a_RI.double())
-    formed = [(p["W"][place] / total).float() for p in products if "W" in p]
-    if not lefts:
-        return torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]
-    product = torch.cat(lefts, 1).float() @ torch.cat(rights).float()
-    for other in formed:
-        product += other
-    return product

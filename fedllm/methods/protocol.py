@@ -162,6 +162,25 @@ class Method(Protocol):
     def parts(self, shape: ModuleShape, rank: int) -> Mapping[str, StatePart]:
         """Return the shapes and number formats of a module's state tensors at the state's rank."""
 
+    def next_parts(
+        self,
+        shape: ModuleShape,
+        rank: int,
+        *,
+        before: Mapping[str, tuple[int, ...]],
+        stacked_rank: int,
+    ) -> Mapping[str, StatePart]:
+        """Return the same of the state after a round, where states grow.
+
+        Args:
+            shape: of the weight.
+            rank: of the state.
+            before: the shapes of the module's state before the round.
+            stacked_rank: the sum of the ranks of the whole cohort.
+        """
+        del before, stacked_rank
+        return self.parts(shape, rank)
+
     def refuse(self, tier_ranks: Sequence[Mapping[str, int]]) -> str | None:
         """Return why these tiers' ranks (one mapping per tier) cannot work, or None.
 
@@ -293,8 +312,9 @@ class Method(Protocol):
             AdapterError: a state that cannot be carried.
         """
 
-    def base_delta(self, state: ModuleState) -> Tensor | None:
+    def base_delta(self, state: ModuleState) -> Tensor | Factors | None:
         """Return the change of the base weight (O, I) that goes with the state, or None.
 
-        It is in the base of clients, evaluations and exported models. None unless `changes_base`.
+        It is in the base of clients, evaluations and exported models, and may be given as factors.
+        None unless `changes_base`.
         """

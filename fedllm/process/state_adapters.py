@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fedllm.lora.factors import Adapter, adapter_bytes
+from fedllm.lora.factors import Adapter, Factors, adapter_bytes
 from fedllm.methods.local_task import Recipient, TrainedFactors
 from fedllm.methods.protocol import Method
 from fedllm.packing.base_change import BaseChange
@@ -64,7 +64,7 @@ def base_change_of(method: Method, state: TensorFile, sha256: str | None) -> Bas
     if sha256 is None:
         return None
 
-    def of(module: str) -> Tensor | None:
+    def of(module: str) -> Tensor | Factors | None:
         parts = state.module(module)
         return method.base_delta(parts) if parts else None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from fedllm.aggregation.groups import (
     ModuleGroup,
@@ -37,7 +38,7 @@ from fedllm.server.clipping import clip_factors
 from fedllm.server.collected_updates import CollectedUpdates
 from fedllm.server.epsilon import privacy_after
 from fedllm.server.pipeline import Pipeline
-from fedllm.server.starting_adapter import start_states
+from fedllm.server.starting_adapter import start_states, starting_ranks
 from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import RoundPaths
@@ -68,9 +69,9 @@ def aggregate_round(paths: RoundPaths, count: Count = uncounted) -> AggregateRec
     federation = plan_federation(config, PreparedRecord.read(run.prepared))
     method = method_of_run(run, config)
     devices = resolve_devices(config.aggregation.device)
-    planned = _planned_tensors(method, federation)
     uniform = config.aggregation.weights == "uniform"
     collected = _Collected.open(paths, method, uniform=uniform) if paths.number else None
+    planned = _planned_tensors(method, federation, collected)
     notes = collected.next_notes(method) if collected else method.start_notes()
     metadata = metadata_of_state(config.method.name, notes)
     with writing_tensors(paths.global_state, planned, metadata) as writer:
@@ -152,7 +153,7 @@ class _Output:
                     f"method.name: {self.method.name} has a base_delta, but its class does not say "
                     "so; set changes_base = True there, or let base_delta return None"
                 )
-            self.changes[module] = digest_of(change)
+            self.changes[module] = _digest_of(change)
 
     @property
     def base_change(self) -> str | None:
@@ -297,12 +298,38 @@ def _assigned(
     return found
 
 
-def _planned_tensors(method: Method, federation: Federation) -> dict[str, TensorSpec]:
-    return {
-        f"{module}.{part}": TensorSpec(shape=planned.shape, dtype=planned.dtype)
-        for module, rank in federation.largest_ranks.items()
-        for part, planned in method.parts(_shape(federation, module), rank).items()
-    }
+def _planned_tensors(
+    method: Method, federation: Federation, collected: _Collected | None
+) -> dict[str, TensorSpec]:
+    planned: dict[str, TensorSpec] = {}
+    added = _added_ranks(federation, collected)
+    for module, rank in federation.largest_ranks.items():
+        shape = _shape(federation, module)
+        parts = method.parts(shape, rank)
+        if module in added:
+            first = {name: part.shape for name, part in parts.items()}
+            before = collected.before.shapes(module) if collected else first
+            parts = method.next_parts(shape, rank, before=before, stacked_rank=added[module])
+        planned |= {
+            f"{module}.{name}": TensorSpec(shape=part.shape, dtype=part.dtype)
+            for name, part in parts.items()
+        }
+    return planned
+
+
+def _added_ranks(federation: Federation, collected: _Collected | None) -> dict[str, int]:
+    """Return the stacked rank of what is aggregated, by module."""
+    if collected is None:
+        return starting_ranks(federation.prepared)
+    groups = groups_of(federation, collected.cohort)
+    return {module: group.problem.stacked_rank for group in groups for module in group.modules}
+
+
+def _digest_of(change: Tensor | Factors) -> str:
+    """Return the SHA-256 of a module's change of the base, as the state has it."""
+    if isinstance(change, Factors):
+        return digest_of(change.b_OR) + digest_of(change.a_RI)
+    return digest_of(change)
 
 
 def _privacy(federation: Federation, rounds: int) -> PrivacyRecord | None:

@@ -87,6 +87,14 @@ def refuse_ranks(
         )
 
 
+def starting_ranks(prepared: PreparedRecord) -> dict[str, int]:
+    """Return the rank of the starting adapter by module; empty for a run without one."""
+    adapter = _open_prepared_adapter(prepared)
+    if adapter is None:
+        return {}
+    return {module: adapter.factors.rank(module) for module in adapter.factors}
+
+
 def start_states(
     method: Method,
     federation: Federation,

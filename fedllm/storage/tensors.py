@@ -186,12 +186,18 @@ class TensorFile:
 
     def module(self, module: str) -> dict[str, torch.Tensor]:
         """Read the parts of one module: the tensors named `<module>.<part>`."""
+        return {part: self.get(name) for part, name in self._parts(module)}
+
+    def shapes(self, module: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parts of one module without reading them."""
+        return {part: self.shape(name) for part, name in self._parts(module)}
+
+    def _parts(self, module: str) -> Iterator[tuple[str, str]]:
         prefix = f"{module}."
-        return {
-            name.removeprefix(prefix): self.get(name)
-            for name in self.names
-            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
-        }
+        for name in self.names:
+            part = name.removeprefix(prefix)
+            if name.startswith(prefix) and "." not in part:
+                yield part, name
 
 
 class _Map:

@@ -72,6 +72,21 @@ def test_the_state_before_training_is_the_adapter_s_change(
         assert float((small - change).norm()) == pytest.approx(float(left), rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [3, 9])
+def test_a_method_that_merges_updates_starts_with_the_adapter_in_its_base(
+    tiny: Tiny, tmp_path: Path, rank: int
+) -> None:
+    # of rank 9 some modules no longer keep it as factors
+    adapter = save_adapter(tiny.model, tmp_path / "own", seed=3, r=rank, target_modules=TARGETS)
+    state = open_state(begun(tmp_path / "r", tiny, adapter, method={"name": "flora"}), 0)
+    found = {}
+    for module in deltas(tiny.model, adapter):
+        change = state.method.base_delta(state.file.module(module))
+        assert change is not None
+        found[module] = delta(change) if isinstance(change, Factors) else change.double()
+    same(found, deltas(tiny.model, adapter))
+
+
 def test_the_same_adapter_gives_the_same_bits(tiny: Tiny, adapter: Path, tmp_path: Path) -> None:
     runs = [begun(tmp_path / name, tiny, adapter) for name in "ab"]
     first, second = (AggregateRecord.read(run.round(0).aggregate_record).sha256 for run in runs)

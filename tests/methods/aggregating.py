@@ -43,13 +43,17 @@ def aggregate(
     total: float | None = None,
     noise_std: float = 0.0,
     clients: Sequence[str] = (),
+    stacked_rank: int | None = None,
 ) -> ModuleAggregate:
-    """Return what the clients' updates of the module `m` come to."""
+    """Return what the clients' updates of the module `m` come to.
+
+    `stacked_rank` is that of the whole cohort; None: nobody is left out.
+    """
     shape = factors[0].shape
     problem = Problem(
         out=shape.out,
         in_=shape.in_,
-        stacked_rank=sum(item.rank for item in factors),
+        stacked_rank=stacked_rank or sum(item.rank for item in factors),
         rank=max(ranks),
     )
     group = ModuleGroup(

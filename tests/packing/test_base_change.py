@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fedllm.lora.factors import Factors
 from fedllm.model.base import load_base
 from fedllm.packing.base_change import BaseChange, ChangeableWeights
 from fedllm.packing.slots import AdapterSlots
@@ -43,6 +44,7 @@ def test_a_change_is_in_the_weights_until_it_is_taken_off(tiny: Tiny, dtype: str
     for module in shapes:
         name = f"{module}.base_layer.weight"
         added = change_of(1, shapes).of(module)
+        assert not isinstance(added, Factors)
         expected = before[name] if added is None else (before[name].float() + added)
         assert torch.equal(once[name], expected.to(before[name].dtype))
     slots.change_base(change_of(2, shapes))
@@ -60,9 +62,11 @@ def test_a_weight_that_is_stored_transposed_is_changed_as_it_lies() -> None:
     layer = model.get_submodule(name)
     assert isinstance(layer.weight, nn.Parameter)
     before = layer.weight.detach().clone()
-    added = torch.randn(32, 8)
+    factors = Factors(a_RI=torch.randn(3, 8), b_OR=torch.randn(32, 3), scale=1.0)
+    whole = factors.b_OR @ factors.a_RI
     changeable = ChangeableWeights(model, {name: True})
-    changeable.put_on(BaseChange(sha256="x", of=lambda _module: added))
-    assert torch.equal(layer.weight, before + added.T)
-    changeable.put_on(None)
-    assert torch.equal(layer.weight, before)
+    for sha256, added in (("x", whole), ("y", factors)):
+        changeable.put_on(BaseChange(sha256=sha256, of=lambda _module, added=added: added))
+        assert torch.equal(layer.weight, before + whole.T)
+        changeable.put_on(None)
+        assert torch.equal(layer.weight, before)

@@ -14,9 +14,9 @@ from typing import ClassVar
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock
 from fedllm.methods.pairs.factor_mean import FactorMean
-from fedllm.methods.products import dense, split, with_product
+from fedllm.methods.products import split, with_product
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
-from fedllm.methods.residuals.base_state import ChangesBase, changed
+from fedllm.methods.residuals.base_state import ChangesBase, mean_of
 from fedllm.methods.state import carried
 
 
@@ -25,6 +25,7 @@ class FedEx(ChangesBase, FactorMean):
     """The means of A and of B, and the rest of the mean of products in the base."""
 
     name: ClassVar[str] = "fedex"
+    adds_adapter: ClassVar[bool] = True
 
     def fold(self, block: FactorBlock, step: ServerStep) -> Partial:
         """Return sum_i n_i A_i, sum_i n_i B_i and the block's weighted sum of products."""
@@ -36,11 +37,11 @@ class FedEx(ChangesBase, FactorMean):
         results = super().finish(split(partials, products), step)
         found = []
         for place, result in enumerate(results):
-            module, before = step.modules[place], step.before[place]
+            module = step.modules[place]
             # of the factors as they are carried: the sum is then exact
             rank = step.problem.rank
             pair = self.module_adapter(module=module, state=result.state, rank=rank)
-            residual_OI = dense(products, place, total=step.total, less=pair)
-            change = carried(module, changed(before, residual_OI))
+            residual = mean_of(products, place, total=step.total, less=pair)
+            change = carried(module, self.changed(place, residual, step))
             found.append(replace(result, state={**result.state, **change}))
         return found

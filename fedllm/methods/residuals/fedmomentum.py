@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial
 from fedllm.lora.factors import FactorBlock, Factors
@@ -23,8 +22,7 @@ from fedllm.methods.options import FedMomentumOptions
 from fedllm.methods.protocol import ModuleAggregate, ModuleState, ServerStep
 from fedllm.methods.refusals import refuse_mixed_ranks
 from fedllm.methods.residuals import held_energy
-from fedllm.methods.residuals.base_state import ChangesBase, changed
-from fedllm.methods.residuals.held_energy import Held
+from fedllm.methods.residuals.base_state import ChangesBase
 from fedllm.methods.spectral.spectral_state import SpectralMethod
 from fedllm.methods.state import carried
 
@@ -64,17 +62,12 @@ class FedMomentum(ChangesBase, SpectralMethod):
         return [
             replace(
                 result,
-                state={**result.state, **carried(module, changed(before, _tail(each)))},
+                state={
+                    **result.state,
+                    **carried(module, self.changed(place, each.tail(), step)),
+                },
             )
-            for module, before, each, result in zip(
-                step.modules, step.before, found, results, strict=True
+            for place, (module, each, result) in enumerate(
+                zip(step.modules, found, results, strict=True)
             )
         ]
-
-
-def _tail(found: Held) -> Tensor:
-    """Return the components behind the adapter's that go into the base; zero if there are none."""
-    triplets = found.leading.spectral
-    if found.energy <= float(triplets.s_R.double().square().sum()):
-        return torch.zeros_like(found.held_OI)
-    return found.held_OI - ((triplets.u_OR * triplets.s_R) @ triplets.vh_RI).float()

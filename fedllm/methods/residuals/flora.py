@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fedllm.aggregation import routes
 from fedllm.aggregation.route_types import Decomposition, Partial, Start
 from fedllm.lora.factors import FactorBlock, ModuleShape, initial_a
 from fedllm.methods.diagnostics import diagnose, held_partitions, partition_qualities
 from fedllm.methods.pairs.pair_state import PairMethod
-from fedllm.methods.products import dense, keep
+from fedllm.methods.products import keep
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
-from fedllm.methods.residuals.base_state import ChangesBase, changed
+from fedllm.methods.residuals.base_state import Added, ChangesBase, mean_of
 from fedllm.methods.state import carried
 from fedllm.planning.seeding import seed_of
 
@@ -42,11 +41,11 @@ class Flora(ChangesBase, PairMethod):
         for block in partials:
             keep(block, products)
         places = range(len(step.modules))
-        merged = [dense(products, place, total=step.total) for place in places]
+        merged = [mean_of(products, place, total=step.total) for place in places]
         found = routes.decompose(products, step.problem, total=step.total, start=self.start(step))
         lost = [0.0 for _ in places]
         return [
-            self.merged(place, each, step, merged_OI=merged[place], lost=lost[place])
+            self.merged(place, each, step, added=merged[place], lost=lost[place])
             for place, each in enumerate(found)
         ]
 
@@ -60,7 +59,7 @@ class Flora(ChangesBase, PairMethod):
         found: Decomposition,
         step: ServerStep,
         *,
-        merged_OI: Tensor,
+        added: Added,
         lost: float,
     ) -> ModuleAggregate:
         """Return a module's state with a change in its base; diagnostics are of the mean.
@@ -69,7 +68,7 @@ class Flora(ChangesBase, PairMethod):
             place: the module's among those of `step`.
             found: the leading triplets of the mean of products.
             step: as in `finish`.
-            merged_OI: what is added to the base.
+            added: what the base gets.
             lost: the energy of the mean that is not added.
         """
         module, problem = step.modules[place], step.problem
@@ -79,7 +78,7 @@ class Flora(ChangesBase, PairMethod):
         a_RI = initial_a(seed=seed, module=module, rank=problem.rank, shape=shape)
         parts = {"A": a_RI, "B": torch.zeros(problem.out, problem.rank)}
         none = [0.0 for _ in held_partitions(problem)]
-        state = carried(module, {**parts, **changed(step.before[place], merged_OI)})
+        state = carried(module, {**parts, **self.changed(place, added, step)})
         return ModuleAggregate(
             state=state,
             diagnostics=diagnose(

@@ -41,7 +41,7 @@ class Florist(Flora):
                 place,
                 each.leading,
                 step,
-                merged_OI=each.held_OI,
+                added=each.held,
                 lost=max(0.0, each.leading.total_energy - each.energy),
             )
             for place, each in enumerate(found)

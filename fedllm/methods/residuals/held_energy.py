@@ -1,7 +1,7 @@
 """The part of a mean of products that holds a share of its energy: its fewest leading triplets.
 
-More triplets may hold the share than anyone receives. Of those only the sum is needed: with V_k the
-right singular vectors, W V_k V_k^T. It is float32, as the weight that it is added to.
+More triplets may hold the share than anyone receives. Where a route forms W, their sum is
+W V_k V_k^T, V_k the right singular vectors.
 
 Legend: G modules, O out, I in, N narrow side, K triplets.
 """
@@ -25,6 +25,7 @@ from fedllm.aggregation.route_types import (
 )
 from fedllm.lora.factors import FactorBlock
 from fedllm.lora.spectral import truncate, with_fixed_signs
+from fedllm.methods.residuals.base_state import Added
 
 _LARGE_SIDE = 512
 # a float32 Gram matrix of thousands of columns tells energies to some 1e-6 of the whole
@@ -36,12 +37,23 @@ _SMALLEST = 2.0**-24
 class Held:
     """A mean of products: its leading triplets that anyone receives, and what holds the share.
 
-    `held_OI` is the sum of the fewest leading triplets that do, and `energy` is its energy.
+    `held` is the sum of the fewest leading triplets that do, and `energy` is its energy.
     """
 
     leading: Decomposition
-    held_OI: Tensor
+    held: Added
     energy: float
+
+    def tail(self) -> Added:
+        """Return what holds the share without the leading triplets."""
+        triplets = self.leading.spectral
+        if self.energy <= float(triplets.s_R.double().square().sum()):
+            return Added(b_OK=triplets.u_OR[:, :0], a_KI=triplets.vh_RI[:0])
+        if self.held.w_OI is None:
+            rank = triplets.rank
+            return Added(b_OK=self.held.b_OK[:, rank:], a_KI=self.held.a_KI[rank:])
+        leading_OI = ((triplets.u_OR * triplets.s_R) @ triplets.vh_RI).float()
+        return Added.of_formed(self.held.w_OI - leading_OI)
 
 
 def fold(block: FactorBlock, problem: Problem, share: float) -> Partial:
@@ -85,11 +97,12 @@ def _is_formed(problem: Problem) -> bool:
 def _of_triplets(found: Decomposition, problem: Problem) -> Held:
     triplets = found.spectral
     energies = triplets.s_R.double().square()
-    count = fewest(energies, problem.share, found.total_energy)
-    u_OR = (triplets.u_OR[:, :count] * triplets.s_R[:count]).float()
+    # the sum has no higher rank, whatever a route finds behind
+    count = min(problem.stacked_rank, fewest(energies, problem.share, found.total_energy))
+    held = Added(b_OK=triplets.u_OR[:, :count] * triplets.s_R[:count], a_KI=triplets.vh_RI[:count])
     return Held(
         leading=_cut(found, problem.rank),
-        held_OI=u_OR @ triplets.vh_RI[:count].float(),
+        held=held,
         energy=float(energies[:count].sum()),
     )
 
@@ -130,7 +143,7 @@ def _of_sum(w_GOI: Tensor, problem: Problem) -> list[Held]:
                         energy, triplets.s_R, values.double()
                     ),
                 ),
-                held_OI=(held_MN.mT if wide else held_MN).float(),
+                held=Added.of_formed((held_MN.mT if wide else held_MN).float()),
                 energy=min(energy, float(values_N[:count].sum())),
             )
         )

@@ -80,7 +80,7 @@ class SpectralMethod(Method):
         """Return n_i."""
         return amounts(rows)
 
-    def base_delta(self, state: ModuleState) -> Tensor | None:
+    def base_delta(self, state: ModuleState) -> Tensor | Factors | None:
         """Return None: the base stays as it is."""
         del state
         return None
