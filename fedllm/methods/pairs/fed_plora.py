@@ -4,6 +4,10 @@ https://arxiv.org/abs/2602.16936: the global adapter is the sum of R parts b_j a
 r_i of them, drawn every round, with the others frozen, so that it trains against the whole model.
 Part j becomes the mean over the clients that trained it, weighted by n_i; a part that nobody
 trained stays.
+
+The others are more bytes down, and none up. Clients that train different parts follow the same
+rest, and each part moves by all of its own mean: the state may move several times as far as the
+mean client. A learning rate has to be the lower, the fewer of the R parts a client trains.
 """
 
 from collections.abc import Iterable

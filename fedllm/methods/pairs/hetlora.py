@@ -8,7 +8,8 @@ no row do not count.
 With `pruning` gamma below 1 clients prune themselves. `penalty` lambda adds
 lambda |B_i[:, k:]| |A_i[k:]| to the loss, k = max(1, floor(gamma r_i)). A client whose product of
 these norms is smaller after its training than before sends zeros there, and has rank k in this
-module from its next round on. Ranks of clients are part of the state.
+module from its next round on. Ranks of clients are part of the state (`assigned` in
+`aggregate.json`); evaluations keep those of the tiers.
 
 Directions that no client of the round holds come out as zero in both factors, and could never train
 again: they get the seeded rows of A back, which leaves the product as it is.

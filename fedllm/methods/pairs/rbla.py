@@ -3,7 +3,8 @@
 RBLA (https://arxiv.org/abs/2408.08699), and FediLoRA (https://arxiv.org/abs/2509.06984):
 A[j] = sum_{i: r_i >= j} (n_i / N_j) A_i[j], B[:, j] the same, N_j the sum of n_i over the clients
 with r_i >= j. A direction that no client of the round trains stays as it was. A client of rank r
-receives the first r rows and columns. It is the factor-wise counterpart of raFLoRA.
+receives the first r rows and columns, not the best approximation of its rank. It is the
+factor-wise counterpart of raFLoRA.
 """
 
 from collections.abc import Iterable

@@ -6,13 +6,17 @@ U S V^T = SVD(dW), and a client of rank r receives A = V_r^T, B = U_r diag(S_r) 
 
 With `truncated: keep` directions that a client did not receive count as unchanged instead of zero:
 dW' = dW + sum_i p_i (W - W_{r_i}), W the state before the round and W_r its truncation. The second
-sum is U diag(S_j (1 - P_j)) V^T, P_j the share of the weight of the clients with r_i >= j.
+sum is U diag(S_j (1 - P_j)) V^T, P_j the share of the weight of the clients with r_i >= j. Clients
+send and receive the same bytes. This form is ours: the paper's multiplies direction j by P_j in a
+round in which nobody trains.
 
 With private clients n_i is what the clipped change of client i counts, n the cohort's size, and
 the sum gets noise: W' = W + (sum_i n_i (s_i B_i A_i - W_{r_i}) + noise) / n.
 
-With `frozen_tail` beside it a client also receives W - W_{r_i}, as frozen columns: it trains
-against the whole model. It sends no more, and the aggregation is the same.
+With `frozen_tail` beside it a client also receives W - W_{r_i}, as frozen columns without dropout:
+it trains against the whole model. It receives (R - r_i) (O + I) numbers a module more, R the
+largest rank, and sends no more; its optimizer keeps nothing for them. The aggregation is the same,
+and so are scores as deployed: those of the client's own rank.
 """
 
 from collections.abc import Iterable
