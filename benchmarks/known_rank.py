@@ -12,13 +12,16 @@ energy beyond the smallest rank after rounds 1, 10 and 30, and the bytes of a ro
 """
 
 import argparse
+import json
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from torch import Tensor
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
 from fedllm.errors import AdapterError
 from fedllm.lora.entries import entries_of, entry_places, with_entries
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, product_of
 from fedllm.methods.catalog import METHODS, build_method
 from fedllm.methods.local_task import LocalTask, Recipient
 from fedllm.methods.protocol import Method, ModuleState, ServerStep
@@ -41,7 +44,8 @@ CLIENTS, COHORT, STEPS = 40, 8, 5
 # for all methods: with scales of 2 a step on B makes up for 4 x 0.2 of what is missing
 LEARNING_RATE = 0.2
 # a sketch of r of R directions counts each R / r times, and so does the gradient of A
-STEP_SHARES = {"fslora": lambda rank, largest: rank / largest}
+# and parts that different clients train all follow the same rest: together they move too far
+STEP_SHARES = dict.fromkeys(("fslora", "fed_plora"), lambda rank, largest: rank / largest)
 STRENGTHS = (0.5, 2.0)
 SHOWN_ROUNDS = (1, 10, 30)
 SHAPE = ModuleShape(out=SIDE, in_=SIDE)
@@ -77,39 +81,62 @@ class Measured:
     bytes_a_round: float
 
 
-@dataclass(kw_only=True)
-class Federation:
-    """One seed's clients, their targets and weights, and the server's state.
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The targets of all clients of a seed: `left` (256, 64) cores[c] `right`^T for client c."""
 
-    The target of client c is `left[c] @ right`, (256, 64) times (64, 256).
-    """
-
-    seed: int
-    ranks: list[int]
-    rows: list[float]
     left: Tensor
     right: Tensor
-    state: ModuleState
-    beyond: dict[int, float] = field(default_factory=dict)
-    bytes_sent: int = 0
+    cores: Tensor
+    generator_state: Tensor
 
-    @property
-    def optimum(self) -> Tensor:
-        """The weighted mean of the targets."""
-        weights = torch.tensor(self.rows, dtype=torch.float64)
-        shares = weights / weights.sum()
-        return torch.einsum("c,cok->ok", shares, self.left.double()) @ self.right.double()
+    def of(self, client: int) -> Tensor:
+        """Return a client's target (256, 256)."""
+        return self.left @ self.cores[client] @ self.right.mT
 
 
-def federation_of(arm: Arm, method: Method, seed: int) -> Federation:
-    """Draw a federation; only the ranks depend on the distribution, only targets on strength."""
+@lru_cache(maxsize=64)
+def targets_of(seed: int, strength: float) -> Targets:
+    """Draw the targets of a seed, the same for all methods and distributions."""
     draw = torch.Generator().manual_seed(seed_of("known rank", seed))
     u_OK, v_IK = (
         torch.linalg.qr(torch.randn(SIDE, DIRECTIONS, generator=draw)).Q for _ in range(2)
     )
     d_K = 2.0 ** (-torch.arange(DIRECTIONS) / 4)
     own_CKK = torch.randn(CLIENTS, DIRECTIONS, DIRECTIONS, generator=draw) / 8
-    core_CKK = torch.diag(d_K) + arm.strength * (d_K.sqrt()[:, None] * own_CKK * d_K.sqrt())
+    core_CKK = torch.diag(d_K) + strength * (d_K.sqrt()[:, None] * own_CKK * d_K.sqrt())
+    return Targets(left=u_OK, right=v_IK, cores=core_CKK, generator_state=draw.get_state())
+
+
+@dataclass(kw_only=True)
+class Federation:
+    """One seed's clients, their targets and weights, and the server's state."""
+
+    seed: int
+    ranks: list[int]
+    rows: list[float]
+    targets: Targets
+    state: ModuleState
+    beyond: dict[int, float] = field(default_factory=dict)
+    bytes_sent: int = 0
+
+    @property
+    def best_core(self) -> Tensor:
+        """The weighted mean of the cores: the optimum has its singular values."""
+        weights = torch.tensor(self.rows, dtype=torch.float64)
+        return torch.einsum("c,cjk->jk", weights / weights.sum(), self.targets.cores.double())
+
+    @property
+    def optimum(self) -> Tensor:
+        """The weighted mean of the targets."""
+        return self.targets.left.double() @ self.best_core @ self.targets.right.double().mT
+
+
+def federation_of(arm: Arm, method: Method, seed: int) -> Federation:
+    """Draw a federation; only the ranks depend on the distribution, only targets on strength."""
+    targets = targets_of(seed, arm.strength)
+    draw = torch.Generator()
+    draw.set_state(targets.generator_state)
     shares = dict(enumerate(DISTRIBUTIONS[arm.distribution]))
     counts = largest_remainder({str(tier): share for tier, share in shares.items()}, CLIENTS)
     ranks = [RANKS[int(tier)] for tier, count in counts.items() for _ in range(count)]
@@ -120,8 +147,7 @@ def federation_of(arm: Arm, method: Method, seed: int) -> Federation:
         seed=seed,
         ranks=ranks,
         rows=torch.randint(20, 61, (CLIENTS,), generator=draw).double().tolist(),
-        left=u_OK @ core_CKK,
-        right=v_IK.mT,
+        targets=targets,
         state=method.start_module(module="m", shape=SHAPE, rank=max(ranks)),
     )
 
@@ -132,51 +158,90 @@ def cohort_of(seed: int, round_number: int) -> list[int]:
     return sorted(torch.randperm(CLIENTS, generator=draw)[:COHORT].tolist())
 
 
-def trained(
-    received: Sequence[Factors],
-    left: Sequence[Tensor],
-    right: Sequence[Tensor],
-    task: LocalTask,
-    changes: Sequence[Tensor | None],
-    rate: float = LEARNING_RATE,
-) -> list[Factors]:
-    """Return what clients of one rank send: gradient descent on |s B A - T|^2 / 2, all at once.
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What clients of one rank do side by side: gradient descent on |s B A - T|^2 / 2.
 
-    `task` says which factors train. Frozen factors, and changes of the base, are taken off the
-    target.
+    `received` are the factors that each begins with, `places` each one's federation and number,
+    `task` says which factors train.
     """
-    tall, flat = _targets(received, left, right, changes)
-    if task.entries_seed is not None:
-        return _trained_entries(received, tall if flat is None else tall @ flat, task.entries_seed)
-    a, b = torch.stack([f.a_RI for f in received]), torch.stack([f.b_OR for f in received])
-    scale = received[0].scale
-    for _ in range(STEPS):
-        flat_a = a.mT if flat is None else flat @ a.mT
-        b_target = b.mT @ tall if flat is None else (b.mT @ tall) @ flat
-        of_b = scale * (scale * b @ (a @ a.mT) - tall @ flat_a)
-        of_a = scale * (scale * (b.mT @ b) @ a - b_target)
-        a = a - rate * of_a if "A" in task.trained else a
-        b = b - rate * of_b if "B" in task.trained else b
-    return [Factors(a_RI=x, b_OR=y, scale=scale) for x, y in zip(a, b, strict=True)]
+
+    received: Sequence[Factors]
+    places: Sequence[tuple[Federation, int]]
+    task: LocalTask
+    rate: float = LEARNING_RATE
+
+    def updates(self, changes: Sequence[Tensor | None]) -> list[Factors]:
+        """Return what the clients send; frozen factors and `changes` of the base are in T."""
+        frozen = [product_of(got.frozen) if got.frozen else None for got in self.received]
+        if self.task.entries_seed is None and not any(t is not None for t in (*changes, *frozen)):
+            return self._in_bases()
+        targets = []
+        for (federation, client), *more in zip(self.places, changes, frozen, strict=True):
+            target = federation.targets.of(client)
+            for part in more:
+                target = target if part is None else target - part
+            targets.append(target)
+        if self.task.entries_seed is not None:
+            return _trained_entries(self.received, targets, self.task.entries_seed)
+        return self._from(torch.stack(targets))
+
+    def _from(self, targets: Tensor) -> list[Factors]:
+        """Return the updates, step by step."""
+        a, b = self._factors()
+        for _ in range(STEPS):
+            of_b = self.scale * (self.scale * b @ (a @ a.mT) - targets @ a.mT)
+            of_a = self.scale * (self.scale * (b.mT @ b) @ a - b.mT @ targets)
+            a = a - self.rate * of_a if "A" in self.task.trained else a
+            b = b - self.rate * of_b if "B" in self.task.trained else b
+        return self._sent(a, b)
+
+    def _in_bases(self) -> list[Factors]:
+        """Return the same for T = U core V^T by small matrices.
+
+        The parts of A and B in the spans of V and U see the core; the rest only shrinks.
+        """
+        a, b = self._factors()
+        u, v, core = (
+            torch.stack(parts)
+            for parts in zip(
+                *((f.targets.left, f.targets.right, f.targets.cores[c]) for f, c in self.places),
+                strict=True,
+            )
+        )
+        a_in, b_in = a @ v, u.mT @ b
+        a_out, b_out = a - a_in @ v.mT, b - u @ b_in
+        gram_a, gram_b = a_out @ a_out.mT, b_out.mT @ b_out
+        left, right = (torch.eye(a.shape[1]).expand_as(gram_a) for _ in range(2))
+        step, squared = self.rate * self.scale, self.rate * self.scale**2
+        for _ in range(STEPS):
+            of_a = b_in.mT @ b_in + right.mT @ gram_b @ right
+            of_b = a_in @ a_in.mT + left @ gram_a @ left.mT
+            next_a = a_in - squared * of_a @ a_in + step * b_in.mT @ core
+            if "B" in self.task.trained:
+                b_in = b_in - squared * b_in @ of_b + step * core @ a_in.mT
+                right = right - squared * right @ of_b
+            if "A" in self.task.trained:
+                a_in, left = next_a, left - squared * of_a @ left
+        return self._sent(a_in @ v.mT + left @ a_out, u @ b_in + b_out @ right)
+
+    @property
+    def scale(self) -> float:
+        """The scale of all clients' adapters."""
+        return self.received[0].scale
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return torch.stack([f.a_RI for f in self.received]), torch.stack(
+            [f.b_OR for f in self.received]
+        )
+
+    def _sent(self, a: Tensor, b: Tensor) -> list[Factors]:
+        return [Factors(a_RI=x, b_OR=y, scale=self.scale) for x, y in zip(a, b, strict=True)]
 
 
-def _targets(
-    received: Sequence[Factors],
-    left: Sequence[Tensor],
-    right: Sequence[Tensor],
-    changes: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor | None]:
-    """Return the targets as products of two matrices, or (None) as they are."""
-    frozen = [factors.frozen for factors in received if factors.frozen]
-    if frozen:
-        left = [torch.cat([t, -f.scale * f.b_OR], 1) for t, f in zip(left, frozen, strict=True)]
-        right = [torch.cat([t, f.a_RI]) for t, f in zip(right, frozen, strict=True)]
-    tall, flat = torch.stack(list(left)), torch.stack(list(right))
-    changed = [change for change in changes if change is not None]
-    return (tall @ flat - torch.stack(changed), None) if changed else (tall, flat)
-
-
-def _trained_entries(received: Sequence[Factors], targets: Tensor, seed: int) -> list[Factors]:
+def _trained_entries(
+    received: Sequence[Factors], targets: Sequence[Tensor], seed: int
+) -> list[Factors]:
     """Return what clients send that train entries of W: gradient descent on |D - T|^2 / 2."""
     places = entry_places(seed=seed, shape=SHAPE, rank=received[0].rank)
     sent = []
@@ -187,6 +252,12 @@ def _trained_entries(received: Sequence[Factors], targets: Tensor, seed: int) ->
         a_RI, b_OR = entries_of(entries.view(SIDE, SIDE), places, got.rank)
         sent.append(replace(got, a_RI=a_RI, b_OR=b_OR, frozen=None))
     return sent
+
+
+def change_of(method: Method, state: ModuleState) -> Tensor | None:
+    """Return the change of the base that goes with a state, as one matrix."""
+    change = method.base_delta(state)
+    return product_of(change) if isinstance(change, Factors) else change
 
 
 def _whole(_rank: int, _largest: int) -> float:
@@ -203,33 +274,48 @@ def train_round(
         for client in cohort:
             by_rank.setdefault(federation.ranks[client], []).append((place, client))
     for rank, members in by_rank.items():
-        received = [
-            method.hand_out(
-                module="m",
-                state=federations[place].state,
-                rank=rank,
-                to=Recipient(client=str(client), round=number),
-            )
-            for place, client in members
-        ]
-        left = [federations[place].left[client] for place, client in members]
-        right = [federations[place].right for place, _ in members]
-        changes = [method.base_delta(federations[place].state) for place, _ in members]
-        rate = LEARNING_RATE * STEP_SHARES.get(method.name, _whole)(
-            rank, max(federations[members[0][0]].ranks)
+        received = _received(method, federations, members, rank, number)
+        changes = {place: change_of(method, federations[place].state) for place, _ in members}
+        training = Training(
+            received=received,
+            places=[(federations[place], client) for place, client in members],
+            task=method.local_task(number),
+            rate=LEARNING_RATE
+            * STEP_SHARES.get(method.name, _whole)(rank, max(federations[members[0][0]].ranks)),
         )
-        updates = trained(received, left, right, method.local_task(number), changes, rate)
+        updates = training.updates([changes[place] for place, _ in members])
         for (place, client), got, update in zip(members, received, updates, strict=True):
             sent[place][client] = update
             federations[place].bytes_sent += got.num_bytes + update.num_bytes  # down and up
     return sent
 
 
+def _received(
+    method: Method,
+    federations: Sequence[Federation],
+    members: Sequence[tuple[int, int]],
+    rank: int,
+    number: int,
+) -> list[Factors]:
+    """Return what clients of one rank receive; where nothing is drawn for each, once for all."""
+    found: dict[tuple[int, int], Factors] = {}
+    keys = [(place, client if method.per_client else 0) for place, client in members]
+    for key, (place, client) in zip(keys, members, strict=True):
+        if key not in found:
+            to = Recipient(client=str(client), round=number)
+            state = federations[place].state
+            found[key] = method.hand_out(module="m", state=state, rank=rank, to=to)
+    return [found[key] for key in keys]
+
+
 def aggregate(
-    method: Method, federation: Federation, sent: dict[int, Factors], round_number: int
-) -> float:
-    """Take the federation to its next state; return the energy beyond the smallest rank."""
-    clients = sorted(sent)
+    method: Method,
+    federations: Sequence[Federation],
+    sent: Sequence[dict[int, Factors]],
+    round_number: int,
+) -> None:
+    """Take federations that differ in their targets alone to their next states, side by side."""
+    federation, clients = federations[0], sorted(sent[0])
     weights = dict(enumerate(method.weigh([federation.rows[client] for client in clients])))
     ranks = ModuleRanks(
         shape=SHAPE,
@@ -238,48 +324,56 @@ def aggregate(
     )
     (group,) = group_modules({"m": ranks}, block_clients=32, exact=False, tolerance=1e-4)
     blocks = [
-        _block([sent[clients[place]] for place in places], weights, places)
+        _block([[each[clients[place]] for place in places] for each in sent], weights, places)
         for places in blocks_of(range(len(clients)), 32)
     ]
     step = ServerStep(
-        modules=["m"],
+        modules=["m"] * len(federations),
         problem=with_weights(group, weights).problem,
         total=sum(weights.values()),
-        before=[federation.state],
+        before=[each.state for each in federations],
         ranks=group.received,
         round=round_number,
         clients=list(map(str, clients)),
     )
-    (result,) = method.finish([method.fold(block, step) for block in blocks], step)
-    federation.state = result.state
-    if method.base_delta(federation.state) is not None:
-        # the factors of what goes into the base, at most, to each client
-        rank = min(SIDE, sum(update.rank for update in sent.values()))
-        federation.bytes_sent += len(sent) * rank * 2 * SIDE * 4
-    return result.diagnostics.beyond_smallest_rank
+    results = method.finish([method.fold(block, step) for block in blocks], step)
+    for each, result, updates in zip(federations, results, sent, strict=True):
+        each.state = result.state
+        if round_number in SHOWN_ROUNDS:
+            each.beyond[round_number] = result.diagnostics.beyond_smallest_rank
+        if method.base_delta(each.state) is not None:
+            # to each client the entries, or at most the factors, of what goes into the base
+            is_sparse = method.local_task(round_number).entries_seed is not None
+            stacked = sum(update.rank for update in updates.values())
+            rank = max(each.ranks) if is_sparse else min(SIDE, stacked)
+            each.bytes_sent += len(updates) * rank * 2 * SIDE * 4
 
 
 def _block(
-    factors: Sequence[Factors], weights: Mapping[int, float], places: tuple[int, ...]
+    factors: Sequence[Sequence[Factors]], weights: Mapping[int, float], places: tuple[int, ...]
 ) -> FactorBlock:
+    """Return a block of the clients at `places`, with the factors of every federation."""
     return FactorBlock(
-        a_GRI=torch.cat([item.a_RI for item in factors])[None],
-        b_GOR=torch.cat([item.b_OR for item in factors], dim=1)[None],
-        ranks=tuple(item.rank for item in factors),
-        scales_GC=torch.tensor([[item.scale for item in factors]], dtype=torch.float64),
-        weights_GC=torch.tensor([[weights[place] for place in places]], dtype=torch.float64),
+        a_GRI=torch.stack([torch.cat([item.a_RI for item in each]) for each in factors]),
+        b_GOR=torch.stack([torch.cat([item.b_OR for item in each], dim=1) for each in factors]),
+        ranks=tuple(item.rank for item in factors[0]),
+        scales_GC=torch.tensor(
+            [[item.scale for item in each] for each in factors], dtype=torch.float64
+        ),
+        weights_GC=torch.tensor(
+            [[weights[place] for place in places]] * len(factors), dtype=torch.float64
+        ),
         clients=places,
     )
 
 
 def measured(method: Method, federation: Federation, rounds: int) -> Measured:
     """Return a seed's figures after the last round."""
-    optimum = federation.optimum
-    s = torch.linalg.svdvals(optimum)
+    optimum, s = federation.optimum, torch.linalg.svdvals(federation.best_core)
+    change = change_of(method, federation.state)
     far, best = {}, {}
     for rank in set(federation.ranks):
         got = delta(method.module_adapter(module="m", state=federation.state, rank=rank))
-        change = method.base_delta(federation.state)
         got = got if change is None else got + change
         far[rank] = float((got - optimum).norm() / s.norm())
         best[rank] = float(s[rank:].norm() / s.norm())
@@ -295,28 +389,35 @@ def measured(method: Method, federation: Federation, rounds: int) -> Measured:
     )
 
 
-def run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
-    """Run all seeds of an arm, round by round side by side; nothing if one of them diverges."""
+def run_arms(arms: Sequence[Arm], seeds: int, rounds: int) -> list[list[Measured]]:
+    """Run all seeds of arms that differ in strength alone, round by round side by side.
+
+    An arm has no figures if one of its seeds diverges.
+    """
     try:
-        return _run_arm(arm, seeds, rounds)
+        return _run_arms(arms, seeds, rounds)
     except AdapterError:  # values that are not finite
-        return []
+        alone = [run_arms([arm], seeds, rounds) for arm in arms] if len(arms) > 1 else [[[]]]
+        return [figures for (figures,) in alone]
 
 
-def _run_arm(arm: Arm, seeds: int, rounds: int) -> list[Measured]:
+def _run_arms(arms: Sequence[Arm], seeds: int, rounds: int) -> list[list[Measured]]:
     torch.set_num_threads(1)
+    options = dict(arms[0].options)
     method = build_method(
-        arm.method, seed=0, alpha=1.0, scaling="proportional", options=dict(arm.options)
+        arms[0].method, seed=0, alpha=1.0, scaling="proportional", options=options
     )
-    federations = [federation_of(arm, method, seed) for seed in range(seeds)]
+    # of each seed those of all arms
+    found = [[federation_of(arm, method, seed) for arm in arms] for seed in range(seeds)]
+    every = [federation for of_seed in found for federation in of_seed]
     for number in range(1, rounds + 1):
-        cohorts = [cohort_of(federation.seed, number) for federation in federations]
-        updates = train_round(method, federations, cohorts, number)
-        for federation, sent in zip(federations, updates, strict=True):
-            beyond = aggregate(method, federation, sent, number)
-            if number in SHOWN_ROUNDS:
-                federation.beyond[number] = beyond
-    return [measured(method, each, rounds) for each in federations]
+        cohorts = [cohort_of(federation.seed, number) for federation in every]
+        updates = iter(train_round(method, every, cohorts, number))
+        for of_seed in found:
+            aggregate(method, of_seed, [next(updates) for _ in of_seed], number)
+    return [
+        [measured(method, each, rounds) for each in of_arm] for of_arm in zip(*found, strict=True)
+    ]
 
 
 # where clients keep a part of their adapters there is none for all to measure
@@ -339,13 +440,19 @@ def arms(methods: Sequence[str] = MEASURED) -> Iterator[Arm]:
                     )
 
 
-def interval(values: Sequence[float], digits: int = 3) -> str:
+def interval_of(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean and its 95 % bootstrap interval."""
     draws = torch.Generator().manual_seed(0)
     found = torch.tensor(values, dtype=torch.float64)
     chosen = torch.randint(len(values), (2000, len(values)), generator=draws)
     low, high = found[chosen].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return f"{found.mean():.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    return float(found.mean()), low, high
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return the mean and its interval as a text."""
+    mean, low, high = interval_of(values)
+    return f"{mean:.3f} ({low:.3f}-{high:.3f})"
 
 
 def rows_of(arm: Arm, found: Sequence[Measured]) -> Iterator[list[str]]:
@@ -375,6 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--save", type=Path, help="the figures of every seed, as JSON")
     parser.add_argument("--methods", nargs="+", choices=MEASURED, default=MEASURED)
     given = parser.parse_args(arguments)
     started = time.perf_counter()
@@ -382,16 +490,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arms(given.methods),
         key=lambda arm: (arm.strength, METHODS[arm.method].ranks, arm.distribution),
     )
-    work = partial(run_arm, seeds=given.seeds, rounds=given.rounds)
+    together: dict[Arm, list[Arm]] = {}
+    for arm in every:
+        together.setdefault(replace(arm, strength=STRENGTHS[0]), []).append(arm)
+    work = partial(run_arms, seeds=given.seeds, rounds=given.rounds)
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(work, every))
+        figures = list(pool.map(work, together.values()))
+    of_arm = {
+        arm: each
+        for group, found in zip(together.values(), figures, strict=True)
+        for arm, each in zip(group, found, strict=True)
+    }
     header = ["ranks", "method", "distance as deployed", "at the largest rank"]
     header += ["energy beyond the smallest rank", "bytes a round"]
     for strength in STRENGTHS:
-        mine = [pair for pair in zip(every, found, strict=True) if pair[0].strength == strength]
-        rows = [row for arm, figures in mine for row in rows_of(arm, figures)]
+        mine = [arm for arm in every if arm.strength == strength]
+        rows = [row for arm in mine for row in rows_of(arm, of_arm[arm])]
         print(text_table(f"clients' own parts: strength {strength}", header, rows) + "\n")
-    print(f"{given.seeds} seeds, {given.rounds} rounds: {time.perf_counter() - started:.0f} s")
+    if given.save:
+        each = [{**asdict(arm), "seeds": list(map(asdict, of_arm[arm]))} for arm in every]
+        given.save.write_text(json.dumps(each), "utf-8")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{given.seeds} seeds, {given.rounds} rounds: {time.perf_counter() - started:.0f} s, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of CPU time"
+    )
 
 
 if __name__ == "__main__":

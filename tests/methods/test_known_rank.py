@@ -1,5 +1,10 @@
 """The benchmark with a known optimum measures what it says, on few seeds and rounds."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
 import pytest
 import torch
 
@@ -7,14 +12,17 @@ from benchmarks.known_rank import (
     COHORT,
     RANKS,
     Arm,
+    Training,
     arms,
     cohort_of,
     federation_of,
-    interval,
+    interval_of,
     rows_of,
-    run_arm,
+    run_arms,
 )
+from fedllm.lora.factors import Factors
 from fedllm.methods.catalog import METHODS, build_method
+from fedllm.methods.local_task import LocalTask
 from fedllm.planning.tiers import DISTRIBUTIONS
 
 UNIFORM = Arm(method="flexlora", distribution="uniform", strength=0.5)
@@ -31,7 +39,7 @@ def test_every_method_runs_on_every_distribution_that_it_takes() -> None:
 
 
 def test_an_arm_moves_towards_the_optimum_and_no_further_than_its_ranks_allow() -> None:
-    early, late = (run_arm(UNIFORM, 1, rounds)[0] for rounds in (1, 10))
+    early, late = (run_arms([UNIFORM], 1, rounds)[0][0] for rounds in (1, 10))
     assert late.deployed < early.deployed < 1
     assert late.largest < early.largest < 1
     assert late.deployed > late.best_deployed > late.best_largest > 0
@@ -43,13 +51,50 @@ def test_an_arm_moves_towards_the_optimum_and_no_further_than_its_ranks_allow() 
     ]
 
 
+def test_arms_side_by_side_are_what_they_are_alone() -> None:
+    strong = replace(UNIFORM, strength=2.0)
+    together = run_arms([UNIFORM, strong], 2, 3)
+    for arm, found in zip([UNIFORM, strong], together, strict=True):
+        (alone,) = run_arms([arm], 2, 3)
+        for one, other in zip(found, alone, strict=True):
+            assert one.deployed == pytest.approx(other.deployed, rel=1e-4)
+            assert one.bytes_a_round == other.bytes_a_round
+
+
+@pytest.mark.parametrize("trained", ["AB", "A", "B"])
+def test_steps_within_the_targets_spans_are_those_on_the_whole_matrices(
+    trained: Literal["AB", "A", "B"],
+) -> None:
+    method = build_method("flexlora", seed=0, alpha=1.0, scaling="proportional")
+    federation = federation_of(UNIFORM, method, 0)
+    draw = torch.Generator().manual_seed(1)
+    received = [
+        Factors(
+            a_RI=torch.randn(3, 256, generator=draw) / 16,
+            b_OR=torch.randn(256, 3, generator=draw) / 16,
+            scale=2.0,
+        )
+        for _ in range(2)
+    ]
+    training = Training(
+        received=received,
+        places=[(federation, 0), (federation, 5)],
+        task=LocalTask(trained=trained),
+    )
+    nothing = torch.zeros(256, 256)
+    pairs = zip(training.updates([None, None]), training.updates([nothing, nothing]), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one.a_RI, other.a_RI, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.b_OR, other.b_OR, atol=1e-5, rtol=1e-4)
+
+
 def test_methods_see_the_same_clients_targets_and_cohorts() -> None:
     method = build_method("flexlora", seed=0, alpha=1.0, scaling="proportional")
     one, other = (
         federation_of(Arm(method=name, distribution="uniform", strength=0.5), method, 3)
         for name in ("flexlora", "factor_mean")
     )
-    assert torch.equal(one.left, other.left)
+    assert one.targets is other.targets
     assert one.rows == other.rows
     assert set(one.ranks) == set(RANKS)
     assert set(other.ranks) == {min(RANKS)}
@@ -58,16 +103,23 @@ def test_methods_see_the_same_clients_targets_and_cohorts() -> None:
 
 
 def test_the_interval_holds_the_mean() -> None:
-    mean, low, high = (
-        float(part)
-        for part in interval([1.0, 2.0, 3.0])
-        .replace("(", "")
-        .replace(")", "")
-        .replace("-", " ")
-        .split()
-    )
+    mean, low, high = interval_of([1.0, 2.0, 3.0])
     assert mean == pytest.approx(2.0)
     assert 1.0 <= low <= mean <= high <= 3.0
+
+
+def test_a_figure_of_saved_arms_is_the_same_every_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.known_rank_figure import main as draw
+
+    saved = tmp_path / "saved.json"
+    arms = [{"method": "flexlora", "options": [], "distribution": "uniform", "strength": 0.5}]
+    seeds = [{"deployed": 0.5, "largest": 0.3}, {"deployed": 0.6, "largest": 0.4}]
+    saved.write_text(json.dumps([{**arm, "seeds": seeds} for arm in arms]), "utf-8")
+    for name in ("a.svg", "b.svg"):
+        draw([str(saved), str(tmp_path / name)])
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "uniform, weak own parts" in (tmp_path / "a.svg").read_text("utf-8")
 
 
 def test_an_arm_that_diverges_says_so() -> None:
