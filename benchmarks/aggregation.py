@@ -252,6 +252,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--files", type=Path, help="an empty folder: aggregate a whole model there")
     parser.add_argument("--methods", action="store_true", help="all methods beside FlexLoRA")
+    parser.add_argument(
+        "--rounds-before", type=int, default=1, help="with --methods: rounds before the timed one"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     return parser.parse_args(argv)
 

@@ -102,7 +102,7 @@ class Updates:
 
 
 def step_timings(asked: argparse.Namespace) -> Iterator[StepTiming]:
-    """Time every method against FlexLoRA, in turn, from the state after one round."""
+    """Time every method against FlexLoRA, in turn, from the state after some rounds."""
     for kind in kinds_of(asked.shape):
         mixed = ranks_of(asked.ranks, clients=asked.clients, mlp=kind.mlp)
         for ranks, takes in ((mixed, "any"), ([mixed[0]] * len(mixed), "one")):
@@ -129,11 +129,13 @@ def _timed(name: str, updates: Updates, asked: argparse.Namespace) -> dict[str, 
     for each, method in methods.items():
         start = method.start_module(module="m", shape=shape, rank=updates.problem.rank)
         moved = {part: tensor.to(asked.device) for part, tensor in start.items()}
-        before[each] = updates.aggregated(method, moved, 1, asked.device)
-    for repeat in range(asked.repeats):
+        for number in range(1, asked.rounds_before + 1):
+            moved = dict(updates.aggregated(method, moved, number, asked.device))
+        before[each] = moved
+    for _ in range(asked.repeats):
         for each, method in methods.items():
             begun = _now(asked.device)
-            updates.aggregated(method, before[each], 2 + repeat, asked.device)
+            updates.aggregated(method, before[each], number + 1, asked.device)
             found[each].append(_now(asked.device) - begun)
     return found
 
