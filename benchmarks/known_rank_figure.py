@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.known_rank import STRENGTHS, interval_of
 from fedllm.methods.catalog import METHODS
@@ -33,9 +34,7 @@ def label_of(arm: Mapping[str, Any]) -> str:
 def draw(panel: Any, arms: Sequence[Mapping[str, Any]]) -> None:
     """Draw the arms of a panel, one below the other."""
     for row, arm in enumerate(reversed(arms)):
-        for shift, (kind, (label, marker, colour)) in zip(
-            (0.14, -0.14), _KINDS.items(), strict=True
-        ):
+        for shift, (kind, (_, marker, colour)) in zip((0.14, -0.14), _KINDS.items(), strict=True):
             values = [seed[kind] for seed in arm["seeds"]]
             if not values:
                 continue
@@ -48,7 +47,6 @@ def draw(panel: Any, arms: Sequence[Mapping[str, Any]]) -> None:
                 color=colour,
                 markersize=3.5,
                 linewidth=1,
-                label=label if row == 0 else None,
             )
     panel.set_yticks(range(len(arms)), [label_of(arm) for arm in reversed(arms)], fontsize=7)
     panel.set_xlim(0, 1)
@@ -72,7 +70,11 @@ def figure_of(arms: Sequence[Mapping[str, Any]]) -> Figure:
             panel.set_title(f"{distribution}, {_STRENGTH_NAMES[strength]} own parts", fontsize=8)
     for panel in panels[-1]:
         panel.set_xlabel("relative distance to the optimum", fontsize=7)
-    panels[0][0].legend(fontsize=7, loc="lower left")
+    kinds = [
+        Line2D([], [], marker=marker, color=colour, linestyle="", markersize=3.5, label=label)
+        for label, marker, colour in _KINDS.values()
+    ]
+    figure.legend(handles=kinds, fontsize=7, loc="outside lower center", ncols=len(kinds))
     return figure
 
 
