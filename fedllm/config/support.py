@@ -20,7 +20,8 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "method": ("that keeps the base", "that changes the base", "one's own"),
 }
 """The dimensions. `together` is `training.clients_per_batch` above 1; `precision` is
-`training.precision` and of `model.dtype`; `quantisation` is `model.quantization`."""
+`training.precision` and of `model.dtype`; `quantisation` is `model.quantization`. With one process
+stage 3 is stage 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ RULES = (
         refused=("training={engine: zero, processes: 2, clients_per_batch: 2}",),
     ),
     Rule(
-        where={"engine": ("zero stage 3",), "quantisation": _IN_BITS},
+        where={"engine": ("zero stage 3",), "devices": _SEVERAL, "quantisation": _IN_BITS},
         state="refused",
         message="divides the base weight by weight",
         refused=("training={engine: zero, processes: 2}", "model.quantization=nf4"),
@@ -87,7 +88,11 @@ RULES = (
         refused=("model.quantization=int8", "method.name=fedex", _ONE_RANK),
     ),
     Rule(
-        where={"engine": ("zero stage 3",), "method": ("that changes the base",)},
+        where={
+            "engine": ("zero stage 3",),
+            "devices": _SEVERAL,
+            "method": ("that changes the base",),
+        },
         state="refused",
         message="divides the base, but method.name",
         refused=("training={engine: zero, processes: 2}", "method.name=fedex", _ONE_RANK),
@@ -108,18 +113,13 @@ RULES = (
         state="untested",
     ),
     Rule(
-        where={"precision": ("float32",), "quantisation": _IN_BITS},
-        state="tested",
-        tests=(f"{_QUANTISED}::test_every_engine_trains_alike_on_a_quantised_base",),
-    ),
-    Rule(
-        where={"engine": ("plain",), "quantisation": _IN_BITS},
+        where={"quantisation": _IN_BITS},
         state="tested",
         tests=(
-            f"{_QUANTISED}::test_bfloat16_products_learn_what_float32_does_on_a_quantised_base",
+            f"{_QUANTISED}::test_every_engine_trains_alike_on_a_quantised_base",
+            f"{_QUANTISED}::test_what_methods_ask_trains_as_on_the_weights_that_the_bits_stand_for",
         ),
     ),
-    Rule(where={"quantisation": _IN_BITS}, state="untested"),
     Rule(
         where={"engine": ("plain",)},
         state="tested",
@@ -207,8 +207,8 @@ def _state(row: Rule | Feature) -> str:
         return "untested"
     if row.message:
         return f"refused: `{row.message}`"
-    tests = ", ".join(f"`tests/{test.partition('::')[0]}`" for test in row.tests)
-    return f"tested: {tests}"
+    files = dict.fromkeys(test.partition("::")[0] for test in row.tests)
+    return f"tested: {', '.join(f'`tests/{file}`' for file in files)}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

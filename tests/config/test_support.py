@@ -10,6 +10,7 @@ from fedllm.config.support import (
     FEATURES,
     RULES,
     VALUES,
+    Cell,
     Feature,
     Rule,
     cells,
@@ -58,3 +59,42 @@ def test_what_the_table_calls_refused_is_refused_so(tiny: Tiny, row: Rule | Feat
     with pytest.raises(ConfigError) as refused:
         prepare(load_config(tiny.config, row.refused), CachePaths(root=tiny.cache))
     assert row.message in str(refused.value)
+
+
+def options_of(cell: Cell) -> list[str]:
+    """Options of a run in a cell without a GPU, and with a method of fedllm."""
+    training = {
+        "plain": [],
+        "together": ["clients_per_batch=2"],
+        "zero below stage 3": ["engine=zero", "zero.stage=2"],
+        "zero stage 3": ["engine=zero", "zero.stage=3"],
+    }[cell["engine"]]
+    if cell["devices"] == "several CPU processes":
+        training = [*training, "processes=2"]
+        training += ["engine=zero"] if cell["engine"] == "together" else []
+    bits = {"none": "none", "8-bit": "int8", "4-bit (NF4)": "nf4"}[cell["quantisation"]]
+    method = {"that keeps the base": "factor_mean", "that changes the base": "fedex"}
+    return [
+        *(f"training.{option}" for option in training),
+        f"training.precision={cell['precision']}",
+        f"model.quantization={bits}",
+        f"method.name={method[cell['method']]}",
+        "clients.tiers.large.ranks=2",
+    ]
+
+
+@pytest.mark.parametrize("engine", VALUES["engine"])
+def test_a_cell_is_refused_where_the_table_says_so_and_nowhere_else(
+    tiny: Tiny, engine: str
+) -> None:
+    for cell in cells():
+        is_left_out = cell["method"] == "one's own" or "GPU" in cell["devices"]
+        # no check tells the two number formats apart
+        if cell["engine"] != engine or is_left_out or cell["precision"] == "bfloat16":
+            continue
+        try:
+            prepare(load_config(tiny.config, options_of(cell)), CachePaths(root=tiny.cache))
+            said = ""
+        except ConfigError as refused:
+            said = str(refused)
+        assert bool(said) == (rule_of(cell).state == "refused"), (cell, said)

@@ -18,7 +18,9 @@ from fedllm.config.models import TrainingSection
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import ConfigError
 from fedllm.lora.factors import Adapter, Factors
+from fedllm.methods.catalog import METHODS, build_method
 from fedllm.methods.local_rules import LOCAL_RULES
+from fedllm.methods.local_task import LocalTask
 from fedllm.model.base import load_base
 from fedllm.model.quantised import KINDS, Nf4Linear, quantise, quantised_layers
 from fedllm.packing.slots import AdapterSlots
@@ -29,10 +31,12 @@ from fedllm.storage.paths import CachePaths, RunPaths
 from fedllm.storage.records import EvaluationRecord, PreparedRecord
 from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.step_plan import Draws
+from fedllm.training.trainer_protocol import Member
+from fedllm.training.trainers import TRAINERS
 from tests.inputs.test_families import GPT2, LLAMA, Family, answer_loss, save_base
 from tests.rounds.test_method_engines import ENGINES, SHORT
 from tests.tiny import Tiny
-from tests.training.test_loop import Row, rows_of
+from tests.training.test_loop import Row, rows_of, with_frozen
 from tests.worker.attempts import updates
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -236,6 +240,60 @@ def test_every_engine_trains_alike_on_a_quantised_base(
     for client, tensors in plain.items():
         for name, tensor in tensors.items():
             assert (found[client][name] - tensor).abs().max() <= 1e-4 * tensor.abs().max()
+
+
+def tasks() -> list[LocalTask]:
+    """What the methods that keep the base ask of training, in odd and even rounds."""
+    options = {"hetlora": {"pruning": 0.5, "penalty": 0.5}}
+    found: list[LocalTask] = []
+    for name in (name for name, entry in METHODS.items() if entry.base == "stays"):
+        method = build_method(
+            name, seed=0, alpha=8.0, scaling="fixed", options=options.get(name, {})
+        )
+        own = [method.local_task(round_number) for round_number in (1, 2)]
+        found += [task for task in own if task not in found]
+    return found
+
+
+def trained_by(slots: AdapterSlots, engine: str, task: LocalTask, precision: str) -> Adapter:
+    """An adapter with frozen columns after two steps of an engine."""
+    section = {"batch_size": 2, "max_steps": 2, "learning_rate": 0.05, "precision": precision}
+    if engine == "zero":
+        section |= {"engine": "zero", "zero": {"stage": 2}}
+    settings = LocalSettings(
+        training=TrainingSection.model_validate(section), rule=LOCAL_RULES["fedavg"], task=task
+    )
+    received = with_frozen(adapter_of(slots), 2)
+    member = Member(
+        received=lambda: received,
+        rows=rows_of(0, count=4),
+        draws=Draws(seed=0, round=1, client="one"),
+    )
+    (result,) = TRAINERS[engine](slots=slots, settings=settings).train([member])
+    return result.adapter
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_methods_ask_trains_as_on_the_weights_that_the_bits_stand_for(
+    kind: str, precision: str, bases: dict[str, Path]
+) -> None:
+    quantised = load_base(bases["llama"], dtype="float32", device="cpu", quantization=kind)
+    whole = load_base(bases["llama"], dtype="float32", device="cpu")
+    for name, layer in quantised_layers(quantised.model):
+        whole.model.get_submodule(name).weight.data = layer.whole_weight()
+    in_bits, stood_for = (
+        AdapterSlots(base, target_modules="all-linear", layout="parts")
+        for base in (quantised, whole)
+    )
+    for task in tasks():
+        expected = trained_by(stood_for, "plain", task, precision)
+        for engine in TRAINERS:
+            found = trained_by(in_bits, engine, task, precision)
+            assert found.keys() == expected.keys()
+            for name, own in expected.items():
+                torch.testing.assert_close(found[name].a_RI, own.a_RI, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(found[name].b_OR, own.b_OR, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
