@@ -1,4 +1,4 @@
-"""Clients of four processes on two nodes: preempted, killed, and equal to clients trained alone."""
+"""Clients of four processes on two nodes: preempted, killed, begun anew, and as trained alone."""
 
 from pathlib import Path
 
@@ -41,7 +41,9 @@ ZERO = (
     "training.checkpoint_every_minutes=1e-9",
     "scheduler.max_parallel=1",
     "scheduler.linger_minutes=5",
+    "training.zero.restart_after_clients=2",
 )
+ANEW = "new processes go on, after 2 clients"
 LOST = 3
 
 
@@ -59,6 +61,12 @@ def training_task(paths: RoundPaths) -> str:
     """Return the task that trains a round, once a client in training is saved."""
     until(lambda: list(paths.checkpoints.rglob("*.safetensors")), seconds=PATIENCE_SECONDS)
     return claims(paths.attempt(1))[0].task
+
+
+def renewals(root: Path, task: str) -> int:
+    """Return how often the processes of a task were replaced by new ones."""
+    logs = (root / "logs").rglob(f"{task}_0_log.out")
+    return sum(log.read_text().count(ANEW) for log in logs)
 
 
 def changes(root: Path) -> dict[str, torch.Tensor]:
@@ -86,8 +94,10 @@ def test_four_processes_on_two_nodes_come_to_what_one_does_preempted_and_killed(
     resumed = [record for record in published(first) if record.resumed_at]
     assert [record.task for record in resumed] == [task]
     assert each_trained_once(first)
+    # preempted once; processes that begin anew are the same start of the task
     assert TaskRecord.read(first.attempt(1).task(task)).starts == 2
     assert not first.attempt(2).root.exists()
+    assert renewals(root, task)
 
     assert training_task(second) == task
     process_of(task, LOST).kill()
