@@ -1,14 +1,13 @@
 """A base that is quantised at load trains, scores and exports what PEFT does with bitsandbytes."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -17,7 +16,7 @@ from fedllm.config.loading import load_config
 from fedllm.config.models import TrainingSection
 from fedllm.data.cache import TokenizedClients
 from fedllm.errors import ConfigError
-from fedllm.lora.factors import Adapter, Factors
+from fedllm.lora.factors import Adapter
 from fedllm.methods.catalog import METHODS, build_method
 from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.methods.local_task import LocalTask
@@ -33,10 +32,18 @@ from fedllm.training.loop import LocalSettings, train_client
 from fedllm.training.step_plan import Draws
 from fedllm.training.trainer_protocol import Member
 from fedllm.training.trainers import TRAINERS
-from tests.inputs.test_families import GPT2, LLAMA, Family, answer_loss, save_base
+from tests.inputs.test_families import (
+    GPT2,
+    LLAMA,
+    Family,
+    answer_loss,
+    drawn_adapter,
+    peft_gradients,
+    save_base,
+)
 from tests.rounds.test_method_engines import ENGINES, SHORT
 from tests.tiny import Tiny
-from tests.training.test_loop import Row, rows_of, with_frozen
+from tests.training.test_loop import rows_of, with_frozen
 from tests.worker.attempts import updates
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -143,48 +150,13 @@ def test_a_round_on_a_quantised_base_exports_what_peft_and_the_merged_model_comp
     assert {c: answer_loss(near, data, c) for c in found} != pytest.approx(found, rel=1e-4)
 
 
-def adapter_of(slots: AdapterSlots, rank: int = 3) -> Adapter:
-    draws = torch.Generator().manual_seed(0)
-    return {
-        name: Factors(
-            a_RI=torch.randn(rank, module.in_features, generator=draws) / 8,
-            b_OR=torch.randn(module.out_features, rank, generator=draws) / 8,
-            scale=1.0,
-        )
-        for name, module in slots.base.modules.items()
-    }
-
-
-def peft_gradients(base: Path, adapter: Adapter, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
-    """Gradients of A and B in PEFT's model of the same base and adapter."""
-    config = LoraConfig(target_modules=list(adapter), r=3, lora_alpha=3)
-    model = in_float32(get_peft_model(by_bitsandbytes(base), config))
-    plain: Any = model.base_model.model
-    layers: dict[str, Any] = {name: plain.get_submodule(name) for name in adapter}
-    for name, factors in adapter.items():
-        layers[name].lora_A["default"].weight.data = factors.a_RI.clone()
-        layers[name].lora_B["default"].weight.data = factors.b_OR.clone()
-    total, count = torch.zeros(()), sum(len(row.answer_ids) for row in rows)
-    for row in rows:
-        ids = torch.tensor([[*row.prompt_ids, *row.answer_ids]])
-        logits_TV = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
-        total = total + functional.cross_entropy(
-            logits_TV, torch.tensor(row.answer_ids), reduction="sum"
-        )
-    (total / count).backward()
-    factors_of = ("lora_A", "lora_B")
-    return {
-        n: [getattr(m, f)["default"].weight.grad for f in factors_of] for n, m in layers.items()
-    }
-
-
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_gradients_of_a_packed_step_are_those_of_peft(
     bases: dict[str, Path], *, checkpointing: bool
 ) -> None:
     base = load_base(bases["llama"], dtype="float32", device="cpu", quantization="nf4")
     slots = AdapterSlots(base, target_modules="all-linear", layout="parts")
-    adapter, rows = adapter_of(slots), rows_of(0, count=4)
+    adapter, rows = drawn_adapter(slots.base.modules), rows_of(0, count=4)
     section = {"batch_size": 4, "max_steps": 1, "learning_rate": 1.0, "clip_norm": None}
     section["gradient_checkpointing"] = checkpointing
     settings = LocalSettings(
@@ -192,7 +164,9 @@ def test_the_gradients_of_a_packed_step_are_those_of_peft(
     )
     draws = Draws(seed=0, round=1, client="one")
     result = train_client(slots, adapter, rows, settings=settings, draws=draws)
-    expected = peft_gradients(bases["llama"], adapter, rows)
+    expected = peft_gradients(
+        in_float32(by_bitsandbytes(bases["llama"])), list(adapter), adapter, rows
+    )
     for name, factors in adapter.items():
         trained = result.adapter[name]
         pairs = [(factors.a_RI, trained.a_RI), (factors.b_OR, trained.b_OR)]
@@ -216,7 +190,9 @@ def test_bfloat16_products_learn_what_float32_does_on_a_quantised_base(
         )
         draws = Draws(seed=0, round=1, client="one")
         rows = rows_of(0, count=4)
-        found = train_client(slots, adapter_of(slots), rows, settings=settings, draws=draws)
+        found = train_client(
+            slots, drawn_adapter(slots.base.modules), rows, settings=settings, draws=draws
+        )
         losses.append(found.stats.losses)
     exact = losses[0]
     assert exact[-1] < exact[0]
@@ -263,7 +239,7 @@ def trained_by(slots: AdapterSlots, engine: str, task: LocalTask, precision: str
     settings = LocalSettings(
         training=TrainingSection.model_validate(section), rule=LOCAL_RULES["fedavg"], task=task
     )
-    received = with_frozen(adapter_of(slots), 2)
+    received = with_frozen(drawn_adapter(slots.base.modules), 2)
     member = Member(
         received=lambda: received,
         rows=rows_of(0, count=4),
