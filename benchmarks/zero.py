@@ -17,13 +17,18 @@ vectors, and F trained factors of 4 bytes:
     gradients   those that the optimizer reads: 4 F / N; plain and parallel: 4 F
     optimizer   AdamW: 8 F / N; plain and parallel: 8 F
 
-`private` is the most memory of the process that is no mapping of a file, beyond what it had before
-it loaded the base. A step's time is the median of all but the first two, with the extremes.
+`private` is the most memory of the process that is no mapping of a file, `mapped` the most that is,
+both beyond what it had before it loaded the base. A base in the format of its files is mapped, and
+all processes of a node share it; what stage 3 keeps of it is private. A step's time is the median
+of all but the first two, with the extremes; `CPU` is the processor time of the first process in it.
+
+Lines on stderr tell how far it is.
 """
 
 import argparse
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -41,22 +46,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.config.models import TrainingSection
+from fedllm.embedded.embedded_text import build_tokenizer
 from fedllm.lora.factors import Adapter, Factors
 from fedllm.methods.local_rules import LOCAL_RULES
 from fedllm.model.base import load_base
-from fedllm.model.embedded_base import embedded_base
 from fedllm.packing.slots import AdapterSlots
 from fedllm.scheduling.heap import with_heap_settings
-from fedllm.storage.paths import CachePaths
 from fedllm.training.loop import LocalSettings, Loop, TrainResult
 from fedllm.training.plain import Plain
 from fedllm.training.shares import divide_rows
@@ -67,6 +72,7 @@ from fedllm.training.zero import Zero
 VARIANTS = ("plain", "parallel", "stage-1", "stage-2", "stage-3")
 WARM_UP = 2
 BYTES = {"float32": 4, "bfloat16": 2}
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.serve:
         serve(asked)
         return 0
+    if asked.scratch is not None:
+        asked.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
         if asked.model is None:
             asked.model = random_base(asked.shape, asked.dtype, Path(scratch))
@@ -156,10 +164,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def random_base(shape: str, dtype: str, scratch: Path) -> Path:
-    """Save a base of random weights, with the tokenizer of the embedded one."""
+    """Write a base of random weights, with the tokenizer of the embedded base."""
     layers, hidden, mlp = map(int, shape.split("x"))
-    small = embedded_base(CachePaths(root=scratch / "cache"), lambda _line: None)
-    tokenizer = AutoTokenizer.from_pretrained(small)
+    tokenizer = build_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -169,17 +176,47 @@ def random_base(shape: str, dtype: str, scratch: Path) -> Path:
         num_key_value_heads=hidden // 64,
         dtype=dtype,
     )
-    torch.set_default_dtype(getattr(torch, dtype))
-    model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(scratch / "base", max_shard_size="1GB")
-    tokenizer.save_pretrained(scratch / "base")
-    return scratch / "base"
+    folder = scratch / "base"
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    write_random_weights(model, getattr(torch, dtype), folder)
+    return folder
+
+
+def write_random_weights(model: torch.nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    """Write weights in the shapes of a model, a file for each layer."""
+    # drawing 10^9 numbers takes a minute: these are the same ones again and again
+    some = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    some = some.to(dtype)
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, weight in model.state_dict().items():
+        found = LAYER.match(name)
+        files.setdefault(f"model-{found[1] if found else 'rest'}.safetensors", {})[name] = weight
+    for file, weights in files.items():
+        say(f"random weights: {file}, of {len(files)} files")
+        made = {
+            name: torch.ones(weight.shape, dtype=dtype)
+            if weight.ndim == 1
+            else some.repeat(-(-weight.numel() // len(some)))[: weight.numel()].view(weight.shape)
+            for name, weight in weights.items()
+        }
+        save_file(made, folder / file, metadata={"format": "pt"})
+    places = {name: file for file, weights in files.items() for name in weights}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def say(line: str) -> None:
+    """Tell on stderr what is going on."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def run(asked: argparse.Namespace, variant: str, scratch: Path) -> list[str]:
     """Run a variant in its processes; return what each of them found."""
     count = 1 if variant == "plain" else asked.processes
+    say(f"{variant}: {count} {'process' if count == 1 else 'processes'}")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started = []
@@ -230,18 +267,16 @@ def measured(asked: argparse.Namespace, count: int) -> dict[str, Any]:
     trainer = TRAINERS.get(asked.serve, Zero)(slots=slots, settings=settings(asked, stage, count))
     rows = random_rows(asked)
     member = Member(received=lambda: adapter, rows=rows, draws=Draws(seed=0, round=1, client="one"))
-    moments: list[float] = []
+    clock = StepClock(asked.serve)
     sizes = OptimizerSizes()
     with sizes:
-        (result,) = trainer.train(
-            [member], before_step=lambda _step, _save: moments.append(time.perf_counter())
-        )
-    moments.append(time.perf_counter())
+        (result,) = trainer.train([member], before_step=lambda _step, _save: clock.read())
+    clock.read()
     assert not result.reason, result.reason
     own = list(base.model.parameters())
     adapters = {id(p) for n, p in base.model.named_parameters() if "lora_" in n}
     return {
-        "private": memory.most(),
+        **memory.most(),
         "base": sum(base_bytes(w) for w in own if id(w) not in adapters),
         "gradients": sizes.gradients,
         "optimizer": sizes.state,
@@ -251,7 +286,8 @@ def measured(asked: argparse.Namespace, count: int) -> dict[str, Any]:
         "count": count,
         "stage": stage,
         "losses": result.stats.losses,
-        "seconds": [b - a for a, b in pairwise(moments)][WARM_UP:],
+        "seconds": clock.seconds(),
+        "cpu_seconds": clock.cpu_seconds(),
     }
 
 
@@ -264,6 +300,31 @@ def base_bytes(weight: Tensor) -> int:
     part = getattr(weight, "ds_tensor", None)
     kept = part.nbytes if part is not None else 0
     return kept + weight.data.nbytes
+
+
+class StepClock:
+    """The times of steps: it is read before every step and after the last."""
+
+    def __init__(self, variant: str) -> None:
+        self._variant, self._begun = variant, time.perf_counter()
+        self._moments: list[float] = []
+        self._cpu_moments: list[float] = []
+
+    def read(self) -> None:
+        """Note the time; the first process of a variant tells it."""
+        self._moments.append(time.perf_counter())
+        self._cpu_moments.append(time.process_time())
+        if os.environ["BENCH_RANK"] == "0":
+            done, passed = len(self._moments) - 1, self._moments[-1] - self._begun
+            say(f"{self._variant}: {done} steps after {passed:.1f} s")
+
+    def seconds(self) -> list[float]:
+        """Return the seconds of each step but the first ones."""
+        return [b - a for a, b in pairwise(self._moments)][WARM_UP:]
+
+    def cpu_seconds(self) -> list[float]:
+        """Return the processor time of each step but the first ones."""
+        return [b - a for a, b in pairwise(self._cpu_moments)][WARM_UP:]
 
 
 class OptimizerSizes:
@@ -295,31 +356,32 @@ class OptimizerSizes:
 
 
 class MemoryWatch:
-    """The most private memory of this process since now."""
+    """The most memory of this process since now, by kind."""
 
     def __init__(self) -> None:
-        self._over, self._begun = Event(), private_bytes()
+        self._over, self._begun = Event(), memory_bytes()
         self._most = self._begun
         self._thread = Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def most(self) -> int:
-        """Stop watching; return the most bytes beyond the first ones."""
+    def most(self) -> dict[str, int]:
+        """Stop watching; return the most bytes of each kind beyond the first ones."""
         self._over.set()
         self._thread.join()
-        return self._most - self._begun
+        return {kind: most - self._begun[kind] for kind, most in self._most.items()}
 
     def _watch(self) -> None:
         while not self._over.is_set():
-            self._most = max(self._most, private_bytes())
+            self._most = {kind: max(self._most[kind], n) for kind, n in memory_bytes().items()}
             time.sleep(0.005)
 
 
-def private_bytes() -> int:
-    """Return the memory of this process that is no mapping of a file."""
+def memory_bytes() -> dict[str, int]:
+    """Return the memory of this process that is no mapping of a file, and that which is."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    (own,) = (line for line in lines if line.startswith("RssAnon"))
-    return int(own.split()[1]) * 1024
+    sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+    kinds = {"private": "RssAnon", "mapped": "RssFile"}
+    return {kind: int(sizes[name]) * 1024 for kind, name in kinds.items()}
 
 
 def settings(asked: argparse.Namespace, stage: int | None, count: int) -> LocalSettings:
@@ -383,7 +445,9 @@ def report(found: dict[str, Any], asked: argparse.Namespace, turn: int) -> None:
     stage = f"stage {found['stage']}" if found["stage"] else "no ZeRO"
     print(
         f"turn {turn}: {name}, {stage}: {', '.join(parts)}, private {found['private'] / 1e6:.0f} "
-        f"MB, step {statistics.median(seconds):.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})",
+        f"MB, mapped {found['mapped'] / 1e6:.0f} MB, step {statistics.median(seconds):.2f} s "
+        f"({seconds[0]:.2f} to {seconds[-1]:.2f}), "
+        f"CPU {statistics.median(found['cpu_seconds']):.2f} s",
         flush=True,
     )
 
