@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from fedllm.scheduling.heap import with_heap_settings
 
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 900.0
 _GROUP = ("TEST_RANK", "TEST_PROCESSES", "TEST_PORT")
 
 
