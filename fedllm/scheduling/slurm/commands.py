@@ -34,22 +34,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedllm.errors import UserError
+from fedllm.scheduling.job_variables import travels
 from fedllm.scheduling.seam import SchedulerFull, SchedulerUnreachable
 from fedllm.scheduling.slurm.command_output import excerpt, submitted_job
 
 COMMAND_TIMEOUT_SECONDS = 120
 
-# Variables of a Slurm job or of the user's shell that our commands must not inherit: CPU binding,
-# array ids, filters and formats of squeue, and sbatch defaults, which would win over the file.
-_INHERITED = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_")
 # Variables that a launcher of several processes, or fedllm itself, set for this job alone.
 _OWN = {
     *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     *("FEDLLM_TASK", "FEDLLM_LOG", "FEDLLM_PROCESSES", "FEDLLM_PYTHON", "FEDLLM_SETUP"),
     *("FEDLLM_RANK", "FEDLLM_LOCAL_RANK", "FEDLLM_RENDEZVOUS", "FEDLLM_RENEWED_AT"),
 }
-# words in the names of variables that hold secrets
-_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 # the node's name in a shell that Slurm started: virtual nodes of one host share the host name
 NODE_NAME_IN_SHELL = "${SLURMD_NODENAME:-$(hostname)}"
 # defaults of a site or user, which hold where the configuration says nothing
@@ -143,7 +139,8 @@ def clean_environment(
 ) -> dict[str, str]:
     """Return an environment for a Slurm command, the same inside a job as outside.
 
-    Jobs inherit it, so it has no variables of secrets.
+    Jobs inherit it, so it has only variables that their programs need. Those of a Slurm job that
+    this process runs in are not among them: CPU binding, array ids, formats of squeue.
 
     Args:
         given: the environment to clean; None: that of this process.
@@ -156,13 +153,8 @@ def clean_environment(
     return {
         name: value
         for name, value in given.items()
-        if name in kept or not (name.startswith(_INHERITED) or name in _OWN or _is_secret(name))
+        if name in kept or (travels(name, value) and name not in _OWN)
     }
-
-
-def _is_secret(name: str) -> bool:
-    """Say whether a variable seems to hold a secret: administrators can read a job's variables."""
-    return any(word in name.upper() for word in _SECRETS)
 
 
 def srun_environment(configured: Collection[str]) -> dict[str, str]:
