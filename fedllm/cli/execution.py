@@ -35,6 +35,7 @@ from fedllm.scheduling.slurm.coordinator_job import (
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.scheduling.traits import traits_of
+from fedllm.storage.frozen_config import mended_run_record
 from fedllm.storage.own_code import folders_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.permissions import group_number
@@ -63,6 +64,13 @@ def start(
             given=given_keys(config_file, root, overrides),
             say_line=say_line,
         )
+
+
+def _mend(root: Path, say_line: Callable[[str], None]) -> None:
+    """Make a damaged record of a run again from its copy, and say it."""
+    paths = RunPaths(root=root.resolve())
+    if mended_run_record(paths):
+        say_line(f"{paths.run}: damaged or gone, made again from {paths.run_copy}")
 
 
 def given_keys(
@@ -98,6 +106,7 @@ def start_config(
         say_line: prints a line.
         given: the keys of the configuration that this user gave; None: all.
     """
+    _mend(root, say_line)
     is_new = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     run = open_for_coordination(
         root,
@@ -128,6 +137,7 @@ def resume(
     accept_changes: bool = False,
 ) -> None:
     """Continue a run to its end."""
+    _mend(root, say)
     existing_run(root)
     config = resumed_config(root, overrides)
     given = given_keys(root, root, overrides, accept_changes=accept_changes)
@@ -178,6 +188,7 @@ def root_and_config(
 ) -> tuple[Path, Config]:
     """Return the run directory and the configuration, from either of them."""
     if config_or_run.is_dir():
+        _mend(config_or_run, say)
         existing_run(config_or_run)
         return config_or_run, resumed_config(config_or_run, overrides)
     return run_dir or default_run_dir(config_or_run), configuration(config_or_run, overrides)
@@ -196,6 +207,7 @@ def advance_run(config_or_run: Path, run_dir: Path | None) -> bool:
 
 def advance_link(root: Path) -> bool:
     """Run one link of a chained coordinator; return whether the run is done."""
+    _mend(root, say)
     paths = existing_run(root)
     config = resumed_config(root, ())
     chain = this_link(paths, config, say=say, wait=time.sleep)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fedllm.storage.frozen_config import keep_run_record
 from fedllm.storage.lease import Lease
 from fedllm.storage.paths import JobPaths, RunPaths, attempts_of, backup_name
 from fedllm.storage.records import ChangeRecord, RunRecord, SubmissionRecord
@@ -45,7 +46,7 @@ def keep_or_take_identity(
             "changes": [*record.changes, change],
         }
     )
-    after.publish(paths.run)
+    keep_run_record(paths, after)
     say(
         f"{paths.root}: a copy of {record.place.path}, or moved from there: it goes on as run "
         f"{run_id} with all results of {record.run_id}; jobs of {record.run_id} are not touched"

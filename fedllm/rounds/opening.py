@@ -19,7 +19,13 @@ from fedllm.rounds.known_records import KnownRecords
 from fedllm.rounds.run import Run
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.seam import Scheduler
-from fedllm.storage.frozen_config import changes_of, key_values, new_run_record, refuse_edits
+from fedllm.storage.frozen_config import (
+    changes_of,
+    keep_run_record,
+    key_values,
+    new_run_record,
+    refuse_edits,
+)
 from fedllm.storage.lease import HolderIsGone, Lease, process_is_gone
 from fedllm.storage.own_code import changed_modules, read_own_code, refuse_changed
 from fedllm.storage.paths import RunPaths, backup_name
@@ -169,7 +175,7 @@ def _create(paths: RunPaths, config: Config, own_code: OwnCodeRecord | None) -> 
     seals = seals_of(run_id, commands_of(config, own_code))
     record = record.model_copy(update={"place": place_of(paths.root), "seals": seals})
     publish_bytes(paths.config, dump_config(config).encode())
-    record.publish(paths.run)
+    keep_run_record(paths, record)
     return record
 
 
@@ -261,6 +267,8 @@ def _reconcile(
         "seals": seals,
     }
     if record.model_copy(update=update) == RunRecord.read(paths.run):
+        if RunRecord.glance(paths.run_copy) != record:
+            record.publish(paths.run_copy)
         return record
     recorded = [
         ChangeRecord(key=each.key, before=each.before, after=each.after, lease=lease.number)
@@ -271,7 +279,7 @@ def _reconcile(
         recorded.append(ChangeRecord(key="own_code", before=was, after=now, lease=lease.number))
     update["changes"] = [*record.changes, *recorded]
     after = record.model_copy(update=update)
-    after.publish(paths.run)
+    keep_run_record(paths, after)
     return after
 
 

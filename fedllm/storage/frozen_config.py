@@ -52,6 +52,28 @@ def new_run_record(
     )
 
 
+def keep_run_record(paths: RunPaths, record: RunRecord) -> None:
+    """Publish the record of a run, and the copy from which a damaged one is made again."""
+    record.publish(paths.run)
+    record.publish(paths.run_copy)
+
+
+def mended_run_record(paths: RunPaths) -> bool:
+    """Publish `run.json` again from its copy if it is damaged or gone; return whether it was.
+
+    Raises:
+        RunDirectoryError: it is damaged, and there is no copy that can be read.
+    """
+    if RunRecord.glance(paths.run):
+        return False
+    copy = RunRecord.glance(paths.run_copy)
+    if copy is None:
+        RunRecord.find(paths.run)
+        return False
+    copy.publish(paths.run)
+    return True
+
+
 def changes_of(before: Mapping[str, Any], after: Config) -> list[KeyChange]:
     """Return the keys that changed.
 

@@ -391,6 +391,11 @@ class RunPaths:
         return self.leases / "submitted.json"
 
     @property
+    def run_copy(self) -> Path:
+        """The copy of `run.json`, from which a damaged one is made again."""
+        return self.leases / "run-copy.json"
+
+    @property
     def coordinator_in_doubt(self) -> Path:
         """The record of a coordinator job in doubt: no other is submitted while it exists."""
         return self.leases / "in-doubt.json"

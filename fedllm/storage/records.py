@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,9 @@ class Record(BaseModel):
         # JSON has no such numbers, and a diverged loss must be read back as it was
         ser_json_inf_nan="strings",
     )
+
+    # what to do about a damaged one
+    _remedy: ClassVar[str] = "restore it from a backup"
 
     def to_bytes(self) -> bytes:
         """Return the record as indented JSON."""
@@ -57,7 +60,7 @@ class Record(BaseModel):
             where = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
             raise RunDirectoryError(
                 f"{path}: damaged record ({where}: {error.errors()[0]['msg']}); "
-                "restore it from a backup; `fedllm verify RUN` says what can be made again"
+                f"{cls._remedy}; `fedllm verify RUN` says what can be made again"
             ) from error
 
     @classmethod
@@ -216,6 +219,8 @@ class RunRecord(Record):
     where the run has its id; a copy gets another id, and keeps those before it as `earlier_ids`.
     `seals` are those of the last user who opened it, on the keys that hold commands.
     """
+
+    _remedy = "`fedllm resume RUN` makes it again from its copy in coordinator/"
 
     run_id: str
     earlier_ids: list[str] = []

@@ -44,7 +44,7 @@ def test_a_whole_run_has_no_findings_and_every_file_of_it_is_checked(run: RunPat
 @pytest.mark.parametrize(
     ("name", "remedy", "code"),
     [
-        ("run.json", "restore it from a backup", 2),
+        ("run.json", "nothing: `fedllm resume` makes it again from run-copy.json", 3),
         ("prepared.json", "remove it: the run prepares again", 2),
         ("rounds/0001/cohort.json", "restore it from a backup", 2),
         ("rounds/0001/evaluation/evaluation.json", "remove it: the round is evaluated again", 2),

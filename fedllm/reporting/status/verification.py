@@ -101,11 +101,13 @@ def verify_run(paths: RunPaths) -> Verification:
 
 def _short(error: Exception, path: Path) -> str:
     """Return what is wrong, without the file's name and the record's own advice."""
-    return str(error).removeprefix(f"{path}: ").partition("; restore it")[0]
+    return (
+        str(error).removeprefix(f"{path}: ").partition("; restore it")[0].partition("; `fedllm")[0]
+    )
 
 
 def _checks(paths: RunPaths) -> Iterator[_Check]:
-    yield _Check(path=paths.run, check=RunRecord.read, remedy=_RESTORE)
+    yield from _run_records(paths)
     yield _Check(
         path=paths.config,
         check=lambda path: _check_config(paths, path),
@@ -126,9 +128,17 @@ def _checks(paths: RunPaths) -> Iterator[_Check]:
             yield _Check(path=path, check=_check_tensors, remedy=_RESTORE)
 
 
+def _run_records(paths: RunPaths) -> Iterator[_Check]:
+    """Yield the record of the run and its copy: of either the other is made again."""
+    for path, other in ((paths.run, paths.run_copy), (paths.run_copy, paths.run)):
+        mends = RunRecord.glance(other) is not None
+        remedy = f"nothing: `fedllm resume` makes it again from {other.name}" if mends else _RESTORE
+        yield _Check(path=path, check=RunRecord.read, remedy=remedy, resumes=mends)
+
+
 def _check_config(paths: RunPaths, path: Path) -> None:
     config = read_config(path)
-    record = RunRecord.find(paths.run)
+    record = RunRecord.glance(paths.run)
     if record:
         refuse_edits(paths, record, config)
 
