@@ -21,7 +21,7 @@ from fedllm.doctor.node_findings import NodeRequirements, node_findings
 from fedllm.doctor.node_probe import Probe, ProbeWaits, node_options
 from fedllm.doctor.reach_probe import ReachProbe
 from fedllm.doctor.trials import ProbeResult, installed_versions, nearest_folder, trial_folder
-from fedllm.errors import FedllmError, RunDirectoryError
+from fedllm.errors import FedllmError, RunDirectoryError, UserError
 from fedllm.planning.classes import asks_for_gpus
 from fedllm.planning.engines import Engine, engines_of
 from fedllm.scheduling.slurm.commands import InstalledCommands
@@ -30,6 +30,7 @@ from fedllm.scheduling.slurm.script import log_pattern
 from fedllm.scheduling.traits import shared_cache, traits_of
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publishing.publish import make_folder
+from fedllm.storage.trust.secret import secret_digest
 
 # longer than a doctor runs, so that each query is sent to Slurm once
 _ONCE_SECONDS = 600.0
@@ -200,8 +201,16 @@ def _probed(request: DoctorRequest, folder: Path, kinds: Sequence[JobKind], name
         visibility_seconds=request.storage.visibility_seconds,
         node_local=request.storage.node_local,
         submits=any(kind.program == "coordinator" for kind in kinds),
+        secret=_secret_here(),
     )
     return _Probed(findings=node_findings(name, result, needs, folder.parent), results=[result])
+
+
+def _secret_here() -> str:
+    try:
+        return secret_digest()
+    except UserError:
+        return ""
 
 
 def _paths_for_jobs(request: DoctorRequest) -> Iterator[Path]:

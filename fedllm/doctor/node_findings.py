@@ -8,6 +8,7 @@ from pathlib import Path
 from fedllm.doctor.findings import Finding
 from fedllm.doctor.trials import ProbeResult
 from fedllm.reporting.tables import size
+from fedllm.storage.trust.secret import STATE_VARIABLE
 
 # a delay above this share of the limit is too close to it
 _NEARLY = 0.5
@@ -25,6 +26,7 @@ class NodeRequirements:
         visibility_seconds: how long a new file may stay invisible.
         node_local: `storage.node_local`.
         submits: whether the coordinator may run there, which submits jobs.
+        secret: the digest of the user's secret here; empty: the first coordinator makes one.
     """
 
     key: str
@@ -34,6 +36,7 @@ class NodeRequirements:
     visibility_seconds: float
     node_local: str | None
     submits: bool
+    secret: str = ""
 
 
 def node_findings(
@@ -49,6 +52,7 @@ def node_findings(
         _processors(f"{at}: processors", result, needs),
         _own_folder(f"{at}: storage.node_local", result, needs),
         _commands(f"{at}: Slurm's commands", result, needs),
+        _secret(f"{at}: {STATE_VARIABLE}", result, needs),
     ]
 
 
@@ -137,6 +141,18 @@ def _own_folder(check: str, result: ProbeResult, needs: NodeRequirements) -> Fin
         return Finding(check=check, level="fail", found=problem, change=change)
     found = f"{needs.node_local}: {size(result.node.local_bytes)} free"
     return Finding(check=check, level="ok", found=found)
+
+
+def _secret(check: str, result: ProbeResult, needs: NodeRequirements) -> Finding:
+    """Return whether tasks can sign updates so that the coordinator believes them."""
+    if not needs.secret:
+        found = "no secret yet: the first run makes one, then this can be checked"
+        return Finding(check=check, level="not done", found=found)
+    if result.node.secret == needs.secret:
+        return Finding(check=check, level="ok", found="the secret that signs updates is the same")
+    found = result.node.secret_problem or "the node has another secret: no update would be believed"
+    change = f"{STATE_VARIABLE}: a folder of yours that all nodes see and nobody else can read"
+    return Finding(check=check, level="fail", found=found, change=change)
 
 
 def _commands(check: str, result: ProbeResult, needs: NodeRequirements) -> Finding:

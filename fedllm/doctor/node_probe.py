@@ -32,6 +32,7 @@ from fedllm.scheduling.slurm.sbatch_flags import Flags, words_of
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import Record
+from fedllm.storage.trust.secret import STATE_VARIABLE, state_folder
 
 # Options for batch jobs only, and the size of a task: a probe is one short process.
 _NOT_FOR_PROBES = {
@@ -125,7 +126,9 @@ class Probe:
         words += [f"--also={path}" for path in self.also if path.exists()]
         words += [f"--patience={self.visibility_seconds}"]
         words += [f"--node-local={self.node_local}"] if self.node_local else []
-        return script_of(self.section, words)
+        # as in every job, whose home may be another one
+        state = f"export {STATE_VARIABLE}={shlex.quote(str(state_folder()))}"
+        return script_of(self.section, words, [state])
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class NodeRecord(Record):
         storage_problem: what is wrong with the trial folder; empty: the node could write to it.
         local_bytes: free bytes of `storage.node_local`; None: it is not set, or not writable.
         local_problem: why the node's own folder cannot be used.
+        secret: a digest of the user's secret as the node reads it; empty: it cannot.
+        secret_problem: why the node cannot read the secret.
     """
 
     node: str
@@ -53,6 +55,8 @@ class NodeRecord(Record):
     storage_problem: str
     local_bytes: int | None
     local_problem: str
+    secret: str = ""
+    secret_problem: str = ""
 
 
 class FileDelayRecord(Record):

@@ -31,6 +31,7 @@ from fedllm.scheduling.slurm.commands import CommandRefused, call
 from fedllm.storage.paths import ProbePaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.publishing.staging import node_folder
+from fedllm.storage.trust.secret import secret_digest
 
 _IMPORTED = ("torch", "transformers", "peft")
 # commands that change nothing, of the programs that the coordinator and a requeuing task call
@@ -65,6 +66,7 @@ def look(
     """Return the findings on this node; the probe's folder may appear `max_seconds` late."""
     broken = dict(_broken_packages())
     local_bytes, local_problem = _node_local(node_local)
+    secret, secret_problem = _secret()
     return NodeRecord(
         node=TaskEnvironment().node,
         host=socket.gethostname(),
@@ -79,6 +81,8 @@ def look(
         absent=[str(path) for path in also if not path.exists()],
         local_bytes=local_bytes,
         local_problem=local_problem,
+        secret=secret,
+        secret_problem=secret_problem,
         clock=time.time(),
     )
 
@@ -132,6 +136,13 @@ def _node_local(configured: str | None) -> tuple[int | None, str]:
             return shutil.disk_usage(folder).free, ""
     except (FedllmError, OSError) as error:
         return None, str(error)
+
+
+def _secret() -> tuple[str, str]:
+    try:
+        return secret_digest(), ""
+    except UserError as error:
+        return "", str(error)
 
 
 def _memory_bytes() -> int | None:

@@ -31,6 +31,7 @@ def judged(
         "storage_problem": "",
         "local_bytes": None,
         "local_problem": "",
+        "secret": "ab",
     }
     times: dict[str, Any] = {"clock_seconds": 0.2, "seen_here": 0.1, "seen_there": 0.3}
     needs: dict[str, Any] = {
@@ -41,6 +42,7 @@ def judged(
         "visibility_seconds": 90.0,
         "node_local": None,
         "submits": False,
+        "secret": "ab",
     }
     found = node_findings(
         "client",
@@ -53,7 +55,7 @@ def judged(
 
 def test_a_good_node_has_nothing_to_change_and_what_was_not_asked_for_is_not_done() -> None:
     found = judged()
-    assert [f.level for f in found.values()] == ["ok"] * 4 + ["not done", "ok"]
+    assert [f.level for f in found.values()] == ["ok"] * 4 + ["not done", "ok", "ok"]
     assert found["storage.node_local"].level == "not done"
     assert not any(f.change for f in found.values())
 
@@ -124,3 +126,12 @@ def test_findings_are_lines_with_what_to_change_below_and_a_sum() -> None:
         "",
         "1 ok, 0 warn, 1 fail, 0 not done",
     ]
+
+
+def test_a_node_that_does_not_read_the_same_secret_is_told_what_to_set() -> None:
+    for secret, problem in (("cd", ""), ("", "no such file")):
+        told = judged(secret=secret, secret_problem=problem)["FEDLLM_STATE"]
+        assert told.level == "fail"
+        assert told.change is not None
+        assert told.change.startswith("FEDLLM_STATE: a folder of yours that all nodes see")
+    assert judged(requirements={"secret": ""})["FEDLLM_STATE"].level == "not done"

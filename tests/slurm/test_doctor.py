@@ -10,6 +10,7 @@ import pytest
 
 from fedllm.config.models import SchedulerSection
 from fedllm.doctor.reach_probe import ReachProbe
+from fedllm.storage.trust.secret import STATE_VARIABLE, user_secret
 from tests.cli.commands import fedllm, in_process, one_line
 from tests.slurm.blindness import blind_node
 from tests.slurm.cluster import Cluster
@@ -66,6 +67,18 @@ def test_a_doctor_names_the_directory_and_the_node_that_does_not_see_it(
     assert not list(hidden.iterdir())
 
 
+def test_a_doctor_names_the_node_that_does_not_see_the_secret(
+    tiny: Tiny, hidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(hidden / "state"))
+    user_secret(create=True)
+    done = diagnosis(tiny, tmp_path / "run", ON_N2)
+    failed = [each for each in findings(done).values() if each["level"] == "fail"]
+    (told,) = failed
+    assert told["check"] == f"node n2 (every kind of job): {STATE_VARIABLE}"
+    assert "cannot be read here" in told["found"]
+
+
 @pytest.mark.usefixtures("cluster")
 def test_processes_that_do_not_reach_each_other_are_told_which_networks_there_are(
     tmp_path: Path,
@@ -90,7 +103,8 @@ def test_a_healthy_cluster_has_no_failures_and_nothing_is_left_on_it(
     found = findings(done)
     assert done.returncode == 0, found
     node = next(name.partition(":")[0] for name in found if name.startswith("node "))
-    checked = ("packages", "GPUs", "processors", "storage.node_local", "Slurm's commands")
+    checked = ["packages", "GPUs", "processors", "storage.node_local", "Slurm's commands"]
+    checked += ["FEDLLM_STATE"]
     for check in (f"{node}: sees {tmp_path}", *(f"{node}: {check}" for check in checked)):
         assert found[check]["level"] == "ok", found[check]
     assert "22.05" in found["slurm"]["found"]

@@ -4,6 +4,7 @@ A run directory may be writable by a group, and what is in it may be copied. The
 user's own state folder, in a file that only the user can read. Jobs get the folder's path.
 """
 
+import hashlib
 import os
 import secrets
 import stat
@@ -40,6 +41,15 @@ def user_secret(*, create: bool = False) -> bytes:
     if create and not file.exists():
         _create(file)
     return _read(file)
+
+
+def secret_digest() -> str:
+    """Return a digest by which two hosts tell whether they see the same secret.
+
+    Raises:
+        UserError: there is none here, or others could have read or written it.
+    """
+    return hashlib.sha256(b"digest of " + user_secret()).hexdigest()
 
 
 def _create(file: Path) -> None:
