@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -152,6 +153,46 @@ def until_stuck(cluster: Cluster, root: Path) -> str:
     until(lambda: arrays(cluster, root, "r0002-a0"), seconds=PATIENCE_SECONDS)
     until(lambda: len(links(cluster, root, "R")) == len(links(cluster, root, "PD")) == 1)
     return links(cluster, root, "R")[0]
+
+
+def test_where_slurm_refuses_to_change_a_link_none_starts_within_a_minute_of_the_last(
+    begun: Begun, cluster: Cluster, undisturbed: dict[str, str]
+) -> None:
+    root = begun.run("run", rounds=1)
+    script = """[ "$1" = update ] && { echo "update error: Access/permission denied" >&2; exit 1; }
+exec "$REAL" "$@"
+"""
+    submit(root, path=intercept(begun.folder / "bin", "scontrol", script, os.environ))
+    waits: dict[str, float] = {}
+
+    def is_through() -> bool:
+        if links(cluster, root, "R", "CG", "CF"):
+            return False
+        waiting = links(cluster, root, "PD")
+        for job in waiting:
+            if job not in waits:
+                # nothing else would hold a link back once the tasks it waits for are through
+                waits[job] = waiting_seconds(cluster, job)
+                cluster.slurm("scontrol", "update", f"jobid={job}", "starttime=now")
+        return not waiting
+
+    until(is_through, seconds=PATIENCE_SECONDS)
+    assert states(root) == undisturbed, log(root)
+    # the first link is nobody's successor
+    successors = {job: seconds for job, seconds in waits.items() if job != links(cluster, root)[0]}
+    assert len(successors) >= 2, log(root)
+    assert min(successors.values()) >= 60, successors
+    assert log(root).count("(--begin)") == len(successors)
+
+
+def waiting_seconds(cluster: Cluster, job: str) -> float:
+    """Return how long after its submission a waiting job may start."""
+    shown = cluster.slurm("scontrol", "show", "job", "--oneliner", job)
+    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    start, submitted = (fields[name] for name in ("StartTime", "SubmitTime"))
+    if start == "Unknown":
+        return 0.0
+    return (datetime.fromisoformat(start) - datetime.fromisoformat(submitted)).total_seconds()
 
 
 def test_a_run_that_cannot_go_on_ends_its_chain(begun: Begun, cluster: Cluster) -> None:
