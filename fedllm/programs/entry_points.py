@@ -21,7 +21,14 @@ from fedllm.process.session import Session
 from fedllm.process.signals import StopSignals
 from fedllm.scheduling.environment import TaskEnvironment
 from fedllm.scheduling.patience import Patience
-from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths
+from fedllm.storage.paths import (
+    AttemptPaths,
+    JobPaths,
+    PackedJobPaths,
+    RoundPaths,
+    RunPaths,
+    run_of_scored,
+)
 from fedllm.storage.publishing.publish import as_error
 from fedllm.storage.records import ErrorRecord
 
@@ -197,19 +204,21 @@ def _aggregate(call: _Call) -> int:
 
 
 def _evaluate(call: _Call) -> int:
-    from fedllm.programs.evaluate import evaluate_round
+    from fedllm.programs.evaluate_pieces import evaluate_pieces
 
-    paths = RoundPaths(root=call.arguments.target)
-    _share(paths.run, call.session)
-    evaluate_round(paths, call.session, TaskEnvironment().identity, _meter(call).count)
+    target = call.arguments.target
+    _share(run_of_scored(target), call.session)
+    job = PackedJobPaths(root=call.arguments.job.resolve()) if call.arguments.job else None
+    identity = TaskEnvironment().identity
+    meter = Meter(job.progress_of(identity.task) if job and identity.is_first else None)
+    evaluate_pieces(target, call.session, identity, meter.count, job)
     return 0
 
 
 def _meter(call: _Call) -> Meter:
-    """Return the meter of a job; only the first process of a task writes its record."""
-    job, identity = call.arguments.job, TaskEnvironment().identity
-    is_shown = job is not None and identity.is_first
-    return Meter(JobPaths(root=job.resolve()).progress if is_shown else None)
+    """Return the meter of a job of one task."""
+    job = call.arguments.job
+    return Meter(JobPaths(root=job.resolve()).progress if job is not None else None)
 
 
 def _share(run: RunPaths, session: Session) -> None:
@@ -229,7 +238,7 @@ _DESCRIPTIONS = {
     "prepare": "Fetch, fingerprint and tokenise what a run needs.",
     "client": "Work on an attempt: claim bundle after bundle and train their clients.",
     "aggregate": "Aggregate a round's collected updates into its server state.",
-    "evaluate": "Score a round's server state.",
+    "evaluate": "Score pieces of an evaluation, until none is left.",
 }
 
 

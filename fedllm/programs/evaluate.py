@@ -1,8 +1,8 @@
-"""The evaluation job: it scores a server state on clients' test rows by generated answers."""
+"""Scores of a server state, or of an adapter, on clients' test rows by generated answers."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedllm.adapters.base_copies import check_copies
@@ -16,18 +16,23 @@ from fedllm.methods.local_task import Recipient
 from fedllm.methods.protocol import Method
 from fedllm.packing.slots import AdapterSlots
 from fedllm.planning.engines import engines_of, scoring_engine
-from fedllm.planning.evaluation_targets import Target, choose_targets, is_complete
+from fedllm.planning.evaluation_targets import (
+    Target,
+    choose_targets,
+    is_complete,
+    pieces_to_score,
+    scores_base,
+)
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.client_store import ClientStore
 from fedllm.process.run_method import method_of_run
 from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of, base_change_of, received_adapter
-from fedllm.programs.scoring import Keep, all_agree, keep_nothing, score_targets, scoring_task
-from fedllm.scheduling.environment import TaskIdentity
+from fedllm.programs.scoring import Keep, all_agree, keep_nothing, score_targets
 from fedllm.scheduling.traits import cache_for
 from fedllm.storage.fingerprints import fingerprint_values, sha256_of
-from fedllm.storage.kept_records import AnswersRecord, Count, KeptAnswer, Tally, uncounted
+from fedllm.storage.kept_records import Count, Tally, uncounted
 from fedllm.storage.paths import CachePaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     AggregateRecord,
@@ -43,7 +48,6 @@ from fedllm.storage.tensors import TensorFile
 from fedllm.training.provenance import environment
 
 _Ranks = Mapping[str, int]
-_PROMPT_LETTERS = 600
 # what an evaluation counts
 _SCORED = "rows scored"
 
@@ -90,32 +94,28 @@ class Scorer:
         )
 
     def score(
-        self, round_number: int, targets_round: int, keep: Keep = keep_nothing
-    ) -> EvaluationRecord:
-        """Return the scores of the clients and rows that round `targets_round` evaluates.
+        self, targets: Sequence[Target], rank: int | None = None, keep: Keep = keep_nothing
+    ) -> list[ClientScores]:
+        """Return the scores of clients of equal ranks; `rank` replaces each client's own.
 
         `keep` is called with every client's rows as deployed.
         """
-        begun = time.perf_counter()
-        config = self.federation.config
-        targets = choose_targets(config, self.federation.prepared, targets_round)
-        self.progress.total = sum(len(target.rows) for target in targets)
-        if round_number or config.model.adapter:
-            self.progress.total += sum(len(target.rows) for target in self._smaller(targets))
+        if scores_base(self.federation.config, self.round):
+            deployed = largest = self.of_base(targets, keep)
+        elif rank is not None:
+            ranks = self.federation.largest_ranks
+            at_rank = {module: min(rank, ranks[module]) for module in ranks}
+            deployed = largest = self.at(at_rank, targets, keep)
+        else:
             deployed = self.as_deployed(targets, keep)
             largest = self.at_largest_rank(targets, deployed)
-        else:
-            deployed = largest = self.of_base(targets, keep)
-        record = _record(
-            targets,
-            deployed,
-            largest,
-            round_number=round_number,
-            sha256=self.sha256,
-            begun=begun,
-        )
-        complete = is_complete(config.evaluation, targets_round, config.rounds)
-        return record.model_copy(update={"complete": complete})
+        return _client_scores(targets, deployed, largest)
+
+    def num_rows(self, targets: Sequence[Target], rank: int | None = None) -> int:
+        """Return how many rows `score` scores, those at the largest ranks too."""
+        again = rank is None and not scores_base(self.federation.config, self.round)
+        counted = [*targets, *(self._smaller(targets) if again else ())]
+        return sum(len(target.rows) for target in counted)
 
     def of_base(self, targets: Sequence[Target], keep: Keep) -> dict[str, Scores]:
         """Return every client's scores with the untouched base, from the cache if they are there.
@@ -161,14 +161,12 @@ class Scorer:
     def as_deployed(
         self, targets: Sequence[Target], keep: Keep = keep_nothing
     ) -> dict[str, Scores]:
-        """Return every client's scores at its own tier's ranks."""
+        """Return the scores at the ranks that the clients share."""
+        if not self.method.keeps_at_clients:
+            return self.at(self.federation.ranks[targets[0].tier], targets, keep)
         scores: dict[str, Scores] = {}
-        if self.method.keeps_at_clients:
-            for target in targets:
-                scores |= self._of_client(target, keep)
-            return scores
-        for ranks, tiers in _tiers_of_equal_ranks(self.federation):
-            scores |= self.at(ranks, [target for target in targets if target.tier in tiers], keep)
+        for target in targets:
+            scores |= self._of_client(target, keep)
         return scores
 
     def at_largest_rank(
@@ -210,72 +208,6 @@ class Scorer:
         return score_targets(self.slots, self.data, targets, config, keep, progress.add)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerKeeper:
-    """Keeper of the generated answers of the first `evaluation.keep_answers` rows of a client."""
-
-    scorer: Scorer
-    answers: list[KeptAnswer] = field(default_factory=list)
-
-    def __call__(self, target: Target, scores: Sequence[RowScores]) -> None:
-        """Keep the answers to the first rows of a client."""
-        most = self.scorer.federation.config.evaluation.keep_answers
-        rows = self.scorer.data.rows(target.client, "test")
-        for index, found in list(zip(target.rows, scores, strict=True))[:most]:
-            row = rows[index]
-            self.answers.append(
-                KeptAnswer(
-                    client=target.client,
-                    group=target.group,
-                    tier=target.tier,
-                    row=index,
-                    prompt=self.scorer.slots.base.tokenizer.decode(
-                        row.prompt_ids, skip_special_tokens=True
-                    )[-_PROMPT_LETTERS:],
-                    references=list(row.references),
-                    answer=found.answer,
-                    loss=found.loss / max(1, found.tokens),
-                    rouge_l=found.rouge_l,
-                    exact_match=found.exact_match,
-                )
-            )
-
-    def record(self, round_number: int) -> AnswersRecord:
-        """Return the record of the kept answers."""
-        return AnswersRecord(
-            round=round_number, state_sha256=self.scorer.sha256, answers=self.answers
-        )
-
-
-def evaluate_round(
-    paths: RoundPaths,
-    session: Session,
-    identity: TaskIdentity | None = None,
-    count: Count = uncounted,
-) -> EvaluationRecord:
-    """Score a round's state on the clients that the configuration chooses; publish the record.
-
-    Args:
-        paths: the round.
-        session: the loaded base model and data.
-        identity: the task, whose processes score together, and whose first one publishes; None:
-            this process alone.
-        count: called with the number of rows that are scored, and of all.
-
-    Raises:
-        RunDirectoryError: the state is missing or damaged.
-    """
-    with scoring_task(session, identity, session.config(paths.run)):
-        scorer = Scorer.open(paths, session, count)
-        keeper = AnswerKeeper(scorer=scorer)
-        record = scorer.score(paths.number, paths.number, keeper)
-    if identity is None or identity.is_first:
-        if keeper.answers:
-            keeper.record(paths.number).publish(paths.answers)
-        record.publish(paths.evaluation_record)
-    return record
-
-
 def evaluate_state(
     run: RunPaths,
     round_number: int,
@@ -296,18 +228,22 @@ def evaluate_state(
     Raises:
         RunDirectoryError: the state is missing, pruned or damaged.
     """
+    begun = time.perf_counter()
     scorer = Scorer.open(run.round(round_number), session, count)
     last = scorer.federation.config.rounds
-    if rank is None:
-        return scorer.score(round_number, last)
-    largest = scorer.federation.largest_ranks
-    ranks = {module: min(rank, largest[module]) for module in largest}
-    begun = time.perf_counter()
-    targets = choose_targets(scorer.federation.config, scorer.federation.prepared, last)
-    scorer.progress.total = sum(len(target.rows) for target in targets)
-    scores = scorer.at(ranks, targets)
-    return _record(
-        targets, scores, scores, round_number=round_number, sha256=scorer.sha256, begun=begun
+    pieces = pieces_to_score(
+        scorer.federation, state_round=round_number, targets_round=last, rank=rank
+    )
+    scorer.progress.total = sum(scorer.num_rows(piece.targets, rank) for piece in pieces)
+    scores = [each for piece in pieces for each in scorer.score(piece.targets, rank)]
+    return EvaluationRecord(
+        round=round_number,
+        state_sha256=scorer.sha256,
+        complete=rank is not None or is_complete(scorer.federation.config.evaluation, last, last),
+        seconds=time.perf_counter() - begun,
+        clients=in_order(
+            scores, choose_targets(scorer.federation.config, scorer.federation.prepared, last)
+        ),
     )
 
 
@@ -345,7 +281,13 @@ def evaluate_adapter(
     data = session.data(prepared)
     scores = score_targets(slots, data, targets, config, scored=progress.add)
     sha256 = sha256_of(folder / TENSORS)
-    return _record(targets, scores, scores, round_number=0, sha256=sha256, begun=begun)
+    return EvaluationRecord(
+        round=0,
+        state_sha256=sha256,
+        complete=True,
+        seconds=time.perf_counter() - begun,
+        clients=_client_scores(targets, scores, scores),
+    )
 
 
 def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
@@ -357,39 +299,22 @@ def _refuse_head(folder: Path, modules: Iterable[str]) -> None:
         )
 
 
-def _record(
-    targets: Sequence[Target],
-    deployed: Mapping[str, Scores],
-    largest: Mapping[str, Scores],
-    *,
-    round_number: int,
-    sha256: str,
-    begun: float,
-) -> EvaluationRecord:
-    return EvaluationRecord(
-        round=round_number,
-        state_sha256=sha256,
-        complete=True,
-        seconds=time.perf_counter() - begun,
-        clients=[
-            ClientScores(
-                client=target.client,
-                group=target.group,
-                tier=target.tier,
-                as_deployed=deployed[target.client],
-                at_largest_rank=largest[target.client],
-            )
-            for target in targets
-        ],
-    )
+def in_order(scores: Iterable[ClientScores], targets: Sequence[Target]) -> list[ClientScores]:
+    """Return the scores in the order of the targets."""
+    by_client = {each.client: each for each in scores}
+    return [by_client[target.client] for target in targets]
 
 
-def _tiers_of_equal_ranks(federation: Federation) -> list[tuple[_Ranks, set[str]]]:
-    groups: list[tuple[_Ranks, set[str]]] = []
-    for tier, ranks in federation.ranks.items():
-        same = next((tiers for other, tiers in groups if other == ranks), None)
-        if same is None:
-            groups.append((ranks, {tier}))
-        else:
-            same.add(tier)
-    return groups
+def _client_scores(
+    targets: Sequence[Target], deployed: Mapping[str, Scores], largest: Mapping[str, Scores]
+) -> list[ClientScores]:
+    return [
+        ClientScores(
+            client=target.client,
+            group=target.group,
+            tier=target.tier,
+            as_deployed=deployed[target.client],
+            at_largest_rank=largest[target.client],
+        )
+        for target in targets
+    ]

@@ -1,14 +1,13 @@
 """When the tasks of a round were submitted, started and ended, from their files."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from fedllm.errors import RunDirectoryError
-from fedllm.storage.kept_records import TaskTimes
-from fedllm.storage.paths import JobPaths, RoundPaths, attempts_of
-from fedllm.storage.records import AggregateRecord, EvaluationRecord, TaskRecord
+from fedllm.storage.kept_records import PartRecord, TaskTimes
+from fedllm.storage.paths import EvaluationPaths, JobPaths, RoundPaths, attempts_of
+from fedllm.storage.records import AggregateRecord, TaskRecord
 
 
 def task_times(paths: RoundPaths) -> list[TaskTimes]:
@@ -44,23 +43,43 @@ def _server_times(paths: RoundPaths) -> Iterator[TaskTimes]:
     aggregate = AggregateRecord.find(paths.aggregate_record)
     if aggregate:
         jobs = attempts_of(paths.aggregate_job)
-        yield from _job_times("aggregate", jobs, paths.aggregate_record, aggregate.seconds)
-    evaluation = EvaluationRecord.find(paths.evaluation_record)
-    if evaluation:
-        jobs = attempts_of(paths.evaluation_job)
-        yield from _job_times("evaluate", jobs, paths.evaluation_record, evaluation.seconds)
+        yield from _aggregation_times(jobs, paths.aggregate_record, aggregate.seconds)
+    jobs = attempts_of(paths.evaluation_job)
+    if jobs:
+        yield from _scorer_times(paths.evaluation, jobs)
 
 
-def _job_times(
-    kind: Literal["aggregate", "evaluate"], jobs: list[JobPaths], record: Path, seconds: float
+def _scorer_times(paths: EvaluationPaths, jobs: Sequence[JobPaths]) -> Iterator[TaskTimes]:
+    """Yield the times of the tasks of an evaluation, from the parts that they published."""
+    parts: dict[str, list[tuple[PartRecord, float]]] = {}
+    for path in paths.part_files():
+        part = PartRecord.glance(path)
+        if part:
+            parts.setdefault(part.task, []).append((part, _written(path)))
+    for task, of_task in sorted(parts.items()):
+        started = min(ended - part.seconds for part, ended in of_task)
+        yield TaskTimes(
+            kind="evaluate",
+            task=task,
+            node=of_task[0][0].node,
+            attempt=len(jobs),
+            submitted=min(_submitted(jobs[-1]), started),
+            started=started,
+            ended=max(ended for _, ended in of_task),
+            busy_seconds=sum(part.seconds for part, _ in of_task),
+        )
+
+
+def _aggregation_times(
+    jobs: Sequence[JobPaths], record: Path, seconds: float
 ) -> Iterator[TaskTimes]:
-    """Yield the times of the server's job whose last attempt wrote `record`; else nothing."""
+    """Yield the times of the aggregation whose last attempt wrote `record`; else nothing."""
     if not jobs:
         return
     ended = _written(record)
     yield TaskTimes(
-        kind=kind,
-        task=kind,
+        kind="aggregate",
+        task="aggregate",
         attempt=len(jobs),
         submitted=min(_submitted(jobs[-1]), ended - seconds),
         started=ended - seconds,

@@ -9,7 +9,7 @@ from fedllm.planning.federation import Federation
 from fedllm.rounds.aggregating import aggregate, evaluate
 from fedllm.rounds.collecting import collect
 from fedllm.rounds.dispatch.preflight import check_jobs
-from fedllm.rounds.dispatch.submissions import run_single_job
+from fedllm.rounds.dispatch.submissions import run_server_job
 from fedllm.rounds.ending.finishing import finish_rounds
 from fedllm.rounds.ending.stopping import apply_stop, may_start
 from fedllm.rounds.retries import train
@@ -38,7 +38,7 @@ def advance(run: Run) -> bool:
         finish_rounds(run, number - 1)
         if not advance_round(run, federation, number):
             break
-        evaluate(run, number)
+        evaluate(run, federation, number)
     return finish_rounds(run, run.last_round)
 
 
@@ -52,7 +52,7 @@ def prepare(run: Run) -> Federation | None:
             f"prepare: model {section.model.path}, data {section.data.path}; cache "
             f"{cache_for(section, run.paths.root).root}; log in {run.paths.logs(0)}"
         )
-    run_single_job(
+    run_server_job(
         run,
         kind="prepare",
         folder=run.paths.prepare_job,

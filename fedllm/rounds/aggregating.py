@@ -1,13 +1,25 @@
 """Aggregation and evaluation: the server's two jobs of a round."""
 
 import hashlib
+from collections.abc import Sequence
 
 from fedllm.errors import FedllmError, RunDirectoryError
-from fedllm.planning.evaluation_targets import is_evaluated
+from fedllm.planning.classes import job_options
+from fedllm.planning.engines import engines_of, job_size
+from fedllm.planning.evaluation_targets import (
+    EvaluationPiece,
+    bundles_of,
+    is_evaluated,
+    num_scorers,
+    pieces_to_score,
+    scoring_seconds,
+)
+from fedllm.planning.federation import Federation
 from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
-from fedllm.rounds.dispatch.submissions import run_single_job
+from fedllm.rounds.dispatch.submissions import ONE_TASK, Shares, run_server_job
 from fedllm.rounds.run import Run
-from fedllm.storage.paths import backup_name
+from fedllm.scheduling.seam import Scheduler
+from fedllm.storage.paths import EvaluationPaths, backup_name
 from fedllm.storage.records import AggregateRecord
 
 
@@ -20,7 +32,7 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
     """
     paths = run.paths.round(number)
     try:
-        run_single_job(
+        run_server_job(
             run,
             kind="aggregate",
             folder=paths.aggregate_job,
@@ -34,7 +46,7 @@ def aggregate(run: Run, number: int) -> AggregateRecord | None:
     return AggregateRecord.find(paths.aggregate_record)
 
 
-def evaluate(run: Run, number: int) -> None:
+def evaluate(run: Run, federation: Federation, number: int) -> None:
     """Make progress on a round's evaluation if one is due; no other step waits for it."""
     if not is_evaluated(run.config.evaluation, number, run.last_round):
         return
@@ -42,13 +54,47 @@ def evaluate(run: Run, number: int) -> None:
     if not paths.evaluation_record.exists() and not paths.evaluation_job(1).submission.exists():
         what = "the adapter" if number else "the base alone, to compare with"
         run.say(f"round {number}/{run.config.rounds}: scoring {what}")
-    run_single_job(
+    run_server_job(
         run,
         kind="evaluate",
         folder=paths.evaluation_job,
         target=paths.root,
         done=paths.evaluation_record,
         round_number=number,
+        share=lambda: shares_of_evaluation(
+            run.scheduler,
+            federation,
+            paths.evaluation,
+            pieces_to_score(federation, state_round=number, targets_round=number),
+        ),
+    )
+
+
+def shares_of_evaluation(
+    scheduler: Scheduler,
+    federation: Federation,
+    paths: EvaluationPaths,
+    pieces: Sequence[EvaluationPiece],
+) -> Shares:
+    """Return the tasks of an evaluation, and its pieces; parts that are there count as done.
+
+    Processes that divide the base score all pieces together, one after the other.
+    """
+    config = federation.config
+    size = job_size("evaluate", engines_of(config))
+    if size.processes > 1:
+        return ONE_TASK
+    done = {path.stem for path in paths.part_files()}
+    left = [piece for piece in pieces if paths.part(piece.number).stem not in done]
+    targets = [target for piece in left for target in piece.targets]
+    return Shares(
+        tasks=num_scorers(
+            len(left),
+            scoring_seconds(config, federation.prepared, targets),
+            scheduler.capacity(job_options(config.scheduler.sbatch, "evaluate"), size),
+            config.scheduler,
+        ),
+        bundles=bundles_of(pieces),
     )
 
 

@@ -195,11 +195,11 @@ def _refuse_foreign_folder(paths: RunPaths) -> None:
 
 def _refuse_links(paths: RunPaths) -> None:
     """Refuse folders that lead elsewhere: what the run writes would land there."""
-    folders = [paths.leases, paths.rounds, paths.all_logs, paths.client_stores]
+    folders = [paths.leases, paths.rounds, paths.all_logs, paths.client_stores, paths.evaluations]
     for each in paths.existing_rounds():
         if not each.record.exists():
             folders += [each.root, each.updates, each.attempts, each.checkpoints]
-            folders += [each.aggregate, each.evaluation]
+            folders += [each.aggregate, each.evaluation.root]
     for folder in folders:
         if folder.is_symlink():
             raise RunDirectoryError(

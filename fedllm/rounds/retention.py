@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedllm.config.models import Config
 from fedllm.scheduling.log_names import task_of
-from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
+from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.publishing.publish import storage_errors
 from fedllm.storage.records import EvaluationRecord, StopRecord
 
@@ -39,7 +39,8 @@ def prune(paths: RunPaths, config: Config) -> list[Removal]:
 def removable(paths: RunPaths, config: Config) -> list[Removal]:
     """Return the files and folders that retention does not keep, of complete rounds only.
 
-    Kept are the updates and checkpoints of a round until the next round is aggregated; the states
+    Kept are the updates and checkpoints of a round until the next round is aggregated; the parts of
+    an evaluation until its round is complete; the states
     of the last `storage.keep_states` rounds, of every `storage.keep_every`-th round and of the best
     evaluated round; the logs, claims and task records of the last `storage.keep_logs` rounds; of
     every client what it had kept at each round whose state is kept, and later.
@@ -52,6 +53,7 @@ def removable(paths: RunPaths, config: Config) -> list[Removal]:
     for path in (
         *states,
         *_updates(paths, complete),
+        *(path for r in complete for path in _existing(r.evaluation.parts)),
         *_task_files(paths, rounds, complete[: -config.storage.keep_logs]),
         *_client_stores(paths, complete, states),
         *_leftovers(paths, complete),
@@ -90,6 +92,8 @@ def _task_files(
     for round_paths in old:
         for attempt in _attempts(round_paths):
             yield from _existing(attempt.claims, attempt.tasks)
+        for job in attempts_of(round_paths.evaluation_job):
+            yield from _existing(job.claims, job.progress_folder)
     folders = _existing(*(paths.logs(r.number) for r in old))
     if not folders:
         return

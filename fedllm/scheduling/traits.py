@@ -23,12 +23,14 @@ class Traits:
         jobs_outlive_coordinator: a batch system runs the jobs. They go on without the process
             that submitted them, other processes may ask about them, and the coordinator may be
             such a job itself.
+        tasks_run_in_caller: the process that submits a task runs it, before it goes on.
     """
 
     visibility_seconds: float
     query_seconds: float
     tasks_start_anew: bool
     jobs_outlive_coordinator: bool
+    tasks_run_in_caller: bool = False
 
 
 def traits_of(config: Config) -> Traits:
@@ -45,6 +47,7 @@ def traits_of(config: Config) -> Traits:
         query_seconds=0.0,
         tasks_start_anew=False,
         jobs_outlive_coordinator=False,
+        tasks_run_in_caller=config.scheduler.kind == "inline",
     )
 
 

@@ -1,11 +1,12 @@
-"""Records that outlive the updates and tasks of a round: small, and never pruned."""
+"""Records of jobs and clients that people read, and of evaluations: small, without torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from fedllm.storage.records import Group, Record
+from fedllm.storage.records import ClientScores, Group, Record
+from fedllm.storage.trust.printable import Line
 
 MOST_LOSSES = 32
 
@@ -152,6 +153,38 @@ class AnswersRecord(Record):
     round: int
     state_sha256: str
     answers: list[KeptAnswer]
+
+
+class RequestRecord(Record):
+    """An evaluation that `fedllm evaluate` asks for: of which round, at which rank for all clients.
+
+    Without a rank every client is scored at its own and at the largest.
+    """
+
+    round: int
+    rank: int | None = None
+
+
+class PartRecord(Record):
+    """The scores of a piece of an evaluation, by the task that computed them.
+
+    `key` names the state, the clients and their rows: a part with another one is of an evaluation
+    that is not asked for any more.
+    """
+
+    key: str
+    state_sha256: str
+    task: Line
+    node: Line = ""
+    seconds: float
+    clients: list[ClientScores]
+    answers: list[KeptAnswer]
+
+
+class ExportedRecord(Record):
+    """The last round whose metrics a tracker was given."""
+
+    round: int
 
 
 class FailureRecord(Record):

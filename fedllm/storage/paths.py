@@ -143,7 +143,41 @@ def attempts_of(folder: Callable[[int], AnyJob]) -> list[AnyJob]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttemptPaths(JobPaths):
+class PackedJobPaths(JobPaths):
+    """Paths of a job whose tasks claim bundle after bundle."""
+
+    @property
+    def claims(self) -> Path:
+        """The folder of claims."""
+        return self.root / "claims"
+
+    def claim(self, bundle: int) -> Path:
+        """The claim of bundle `bundle`: the task that took it."""
+        return shard(self.claims, bundle) / f"{bundle:03d}.json"
+
+    @property
+    def progress_folder(self) -> Path:
+        """The folder of how far its tasks are."""
+        return self.root / "progress"
+
+    def progress_of(self, task: str) -> Path:
+        """How far one task is, written by it now and then."""
+        name = task.replace(os.sep, "_")
+        number = name.rpartition("_")[2]
+        folder = shard(self.progress_folder, int(number) if number.isdecimal() else 0)
+        return folder / f"{name}.json"
+
+    def claim_files(self) -> list[Path]:
+        """Return the existing claims, sorted."""
+        return files_below(self.claims, ".json")
+
+    def progress_files(self) -> list[Path]:
+        """Return the existing records of tasks' progress, sorted."""
+        return files_below(self.progress_folder, ".json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptPaths(PackedJobPaths):
     """Paths of one attempt: one plan for everything that a round still misses."""
 
     number: int
@@ -159,18 +193,9 @@ class AttemptPaths(JobPaths):
         return self.round.run
 
     @property
-    def claims(self) -> Path:
-        """The folder of claims."""
-        return self.root / "claims"
-
-    @property
     def tasks(self) -> Path:
         """The folder of progress records."""
         return self.root / "tasks"
-
-    def claim(self, bundle: int) -> Path:
-        """The claim of bundle `bundle`: the task that took it."""
-        return shard(self.claims, bundle) / f"{bundle:03d}.json"
 
     def task(self, name: str) -> Path:
         """The progress record of one worker; an array (`1234_56`) has a folder of its own."""
@@ -185,10 +210,6 @@ class AttemptPaths(JobPaths):
         """The reason why a worker stopped, written by the worker itself if it can."""
         return self.task(name).with_suffix(".error.json")
 
-    def claim_files(self) -> list[Path]:
-        """Return the existing claims, sorted."""
-        return files_below(self.claims, ".json")
-
     def task_files(self) -> list[Path]:
         """Return the existing progress records, sorted."""
         return [path for path in self._all_task_files() if not path.name.endswith(".error.json")]
@@ -199,6 +220,45 @@ class AttemptPaths(JobPaths):
 
     def _all_task_files(self) -> list[Path]:
         return files_below(self.tasks, ".json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPaths:
+    """Paths of one evaluation of a server state."""
+
+    root: Path
+
+    @property
+    def request(self) -> Path:
+        """What `fedllm evaluate` asks for; an evaluation of a round has none."""
+        return self.root / "request.json"
+
+    @property
+    def record(self) -> Path:
+        """The record of the complete evaluation."""
+        return self.root / "evaluation.json"
+
+    @property
+    def answers(self) -> Path:
+        """The generated answers that are kept."""
+        return self.root / "answers.json"
+
+    @property
+    def parts(self) -> Path:
+        """The folder of the scores of its pieces."""
+        return self.root / "parts"
+
+    def part(self, piece: int) -> Path:
+        """The scores of piece `piece`."""
+        return shard(self.parts, piece) / f"{piece:03d}.json"
+
+    def part_files(self) -> list[Path]:
+        """Return the existing scores of pieces, sorted."""
+        return files_below(self.parts, ".json")
+
+    def job(self, number: int) -> PackedJobPaths:
+        """Attempt `number`."""
+        return PackedJobPaths(root=self.root / "attempts" / f"{number:02d}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,23 +363,23 @@ class RoundPaths:
         return JobPaths(root=self.aggregate_attempts / f"{number:02d}")
 
     @property
-    def evaluation(self) -> Path:
-        """The folder of the evaluation."""
-        return self.root / "evaluation"
+    def evaluation(self) -> "EvaluationPaths":
+        """The evaluation of the round's state."""
+        return EvaluationPaths(root=self.root / "evaluation")
 
     @property
     def evaluation_record(self) -> Path:
         """The record of the complete evaluation."""
-        return self.evaluation / "evaluation.json"
+        return self.evaluation.record
 
     @property
     def answers(self) -> Path:
         """The generated answers that the evaluation keeps."""
-        return self.evaluation / "answers.json"
+        return self.evaluation.answers
 
-    def evaluation_job(self, number: int) -> JobPaths:
+    def evaluation_job(self, number: int) -> PackedJobPaths:
         """Evaluation attempt `number`."""
-        return JobPaths(root=self.evaluation / "attempts" / f"{number:02d}")
+        return self.evaluation.job(number)
 
     @property
     def record(self) -> Path:
@@ -456,6 +516,23 @@ class RunPaths:
         """The folder of all logs."""
         return self.root / "logs"
 
+    @property
+    def evaluations(self) -> Path:
+        """The folder of the evaluations that `fedllm evaluate` asked for."""
+        return self.root / "evaluations"
+
+    def harness(self, name: str) -> Path:
+        """The results of lm-evaluation-harness, as it gave them."""
+        return self.root / "lm-eval" / f"{name}.json"
+
+    def requested(self, name: str) -> EvaluationPaths:
+        """An evaluation that `fedllm evaluate` asked for."""
+        return EvaluationPaths(root=self.evaluations / name)
+
+    def all_requested(self) -> list[EvaluationPaths]:
+        """Return all evaluations that `fedllm evaluate` asked for."""
+        return [self.requested(name) for name in sorted(names_in(self.evaluations))]
+
     def logs(self, round_number: int) -> Path:
         """The folder of a round's logs; 0 holds those of prepare."""
         return self.all_logs / f"{round_number:04d}"
@@ -530,6 +607,11 @@ class CachePaths:
     def base_scores(self, key: str) -> Path:
         """The scores of an untouched base on some clients and rows."""
         return self.root / "scores" / f"{key}.json"
+
+
+def run_of_scored(target: Path) -> RunPaths:
+    """Return the run of a round that is scored, or of an evaluation that was asked for."""
+    return RunPaths(root=target.parents[1])
 
 
 def cache_of(configured: str | None, run_root: Path, *, beside_runs: bool = False) -> CachePaths:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedllm.scheduling.environment import TaskIdentity
-from fedllm.storage.paths import AttemptPaths
+from fedllm.storage.paths import PackedJobPaths
 from fedllm.storage.records import BundleRecord, ClaimRecord, SubmissionRecord
 
 # after so many lost races the folder of claims is listed again
@@ -20,10 +20,10 @@ class Claimed:
 
 
 class Claims:
-    """The claims of one worker on the bundles of an attempt.
+    """The claims of one task on the bundles of a job.
 
     Args:
-        attempt: the attempt.
+        job: the job.
         submission: its plan.
         worker_class: the class whose bundles it takes; None: all.
         identity: the task that claims.
@@ -32,14 +32,14 @@ class Claims:
 
     def __init__(
         self,
-        attempt: AttemptPaths,
+        job: PackedJobPaths,
         submission: SubmissionRecord,
         worker_class: str | None,
         identity: TaskIdentity,
         *,
         restarted: bool,
     ) -> None:
-        self._attempt, self._identity = attempt, identity
+        self._job, self._identity = job, identity
         self._max_bundles = 1 if submission.one_bundle else len(submission.bundles)
         mine = (b for b in submission.bundles if worker_class in {None, b.worker_class})
         self.bundles = sorted(mine, key=lambda bundle: (-bundle.cost, bundle.number))
@@ -87,7 +87,7 @@ class Claims:
         return number % min(1 << min(races, 16), count)
 
     def _claim(self, bundle: BundleRecord) -> bool:
-        path = self._attempt.claim(bundle.number)
+        path = self._job.claim(bundle.number)
         claim = ClaimRecord(
             bundle=bundle.number,
             task=self._identity.task,
@@ -99,12 +99,12 @@ class Claims:
 
     def _unclaimed(self) -> list[BundleRecord]:
         """Return the bundles without a claim; this lists the folder of claims once."""
-        taken = {int(path.stem) for path in self._attempt.claim_files()}
+        taken = {int(path.stem) for path in self._job.claim_files()}
         return [bundle for bundle in self.bundles if bundle.number not in taken]
 
     def _claimed_before(self) -> list[BundleRecord]:
         """Return the bundles that an earlier start of this task claimed."""
-        claims = (ClaimRecord.read(path) for path in self._attempt.claim_files())
+        claims = (ClaimRecord.read(path) for path in self._job.claim_files())
         numbers = {claim.bundle for claim in claims if claim.task == self._identity.task}
         return [bundle for bundle in self.bundles if bundle.number in numbers]
 

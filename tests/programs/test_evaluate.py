@@ -20,11 +20,18 @@ from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.process.state_adapters import adapter_of
 from fedllm.programs.entry_points import run as run_program
-from fedllm.programs.evaluate import evaluate_adapter, evaluate_round, evaluate_state
+from fedllm.programs.evaluate import evaluate_adapter, evaluate_state
+from fedllm.programs.evaluate_pieces import evaluate_pieces
 from fedllm.programs.scoring import score_targets
 from fedllm.storage.kept_records import AnswersRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.records import BaseScoresRecord, EvaluationRecord, PreparedRecord, Scores
+from fedllm.storage.records import (
+    BaseScoresRecord,
+    EvaluationRecord,
+    PreparedRecord,
+    Scores,
+    SubmissionRecord,
+)
 from tests.tiny import Tiny
 
 
@@ -193,15 +200,19 @@ def test_the_program_writes_the_record_or_why_not(
     shutil.copytree(run.root, root)
     paths = RoundPaths(root=root / "rounds" / "0001")
     before = EvaluationRecord.read(paths.evaluation_record)
-    shutil.rmtree(paths.evaluation)
+    shutil.rmtree(paths.evaluation.root)
     job = tmp_path / "job"
+    plan = SubmissionRecord.read(run.round(1).evaluation_job(1).submission)
+    plan.publish(job / "submission.json")
     assert run_program("evaluate", [str(paths.root), "--job", str(job)], session=session) == 0
     assert EvaluationRecord.read(paths.evaluation_record).clients == before.clients
     paths.global_state.unlink()
+    shutil.rmtree(paths.evaluation.root)
+    shutil.rmtree(job / "claims")
     assert run_program("evaluate", [str(paths.root), "--job", str(job)], session=session) == 2
     assert "pruned" in (job / "error.json").read_text()
     with pytest.raises(RunDirectoryError, match="pruned"):
-        evaluate_round(paths, session)
+        evaluate_pieces(paths.root, session)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +231,10 @@ def test_a_base_that_changed_since_it_was_prepared_is_refused(
     prepared = PreparedRecord.read(paths.prepared)
     prepared.model_copy(update={key: "another"}).publish(paths.prepared)
     job = tmp_path / "job"
+    shutil.rmtree(paths.round(1).evaluation.root)
+    SubmissionRecord.read(run.round(1).evaluation_job(1).submission).publish(
+        job / "submission.json"
+    )
     argv = [str(paths.round(1).root), "--job", str(job)]
     assert run_program("evaluate", argv, session=Session()) == 2
     assert words in (job / "error.json").read_text()

@@ -22,7 +22,7 @@ def job(paths: RunPaths, number: int, what: str, done: int, total: int) -> None:
     job = paths.round(number).evaluation_job(1)
     plan = SubmissionRecord(token="t", lease=1, kind="evaluate", command=[], arrays=[])
     plan.publish(job.submission)
-    ProgressRecord(what=what, done=done, total=total, seconds=2.0).publish(job.progress)
+    ProgressRecord(what=what, done=done, total=total, seconds=2.0).publish(job.progress_of("t"))
 
 
 def read(paths: RunPaths) -> RunStatus:

@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> RunPaths:
     complete(tmp_path / "run", simulation)
     paths = RunPaths(root=tmp_path / "run")
     second = paths.round(2)
-    for path in (second.aggregate, second.evaluation):
+    for path in (second.aggregate, second.evaluation.root):
         shutil.rmtree(path)
     for path in (second.collection, second.record):
         path.unlink()

@@ -123,10 +123,14 @@ def test_what_computes_on_a_login_node_says_so_and_offers_a_job_that_does_the_sa
 
     root = begun.run("run", rounds=1)
     assert in_process("resume", root, *on_slurm).returncode == 0
-    here = fedllm("evaluate", root)
-    there = as_job(offered(here))
-    assert there.stdout == here.stdout
-    assert "computing on this host" not in there.stderr
+    # an array of jobs scores; within a job the command computes itself
+    shared = fedllm("evaluate", root)
+    assert shared.returncode == 0, shared.stderr
+    assert "computing on this host" not in shared.stderr
+    (job_of_array,) = RunPaths(root=root).all_requested()
+    assert job_of_array.job(1).jobs.exists()
+    alone = as_job(f"srun --mem=500 fedllm evaluate {root}")
+    assert alone.stdout == shared.stdout
 
 
 @pytest.mark.parametrize("cluster", ["limited"], indirect=True)

@@ -1,10 +1,13 @@
 """`fedllm evaluate`: score a run's state or a PEFT adapter."""
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,10 +28,16 @@ from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError, RunDirectoryError
 from fedllm.planning.engines import engines_of, scoring_engine
-from fedllm.scheduling.traits import cache_for
-from fedllm.storage.kept_records import Count
-from fedllm.storage.paths import RunPaths
-from fedllm.storage.records import EvaluationRecord
+from fedllm.planning.federation import plan_federation
+from fedllm.reporting.tables import text_table
+from fedllm.rounds.dispatch.asked_evaluation import AskedEvaluation, asked_place
+from fedllm.scheduling.environment import TaskEnvironment
+from fedllm.scheduling.traits import cache_for, traits_of
+from fedllm.storage.kept_records import Count, RequestRecord
+from fedllm.storage.paths import RunPaths, shown_path
+from fedllm.storage.publishing.publish import publish_bytes
+from fedllm.storage.records import AggregateRecord, EvaluationRecord, PreparedRecord, RunRecord
+from fedllm.storage.trust.sealed_commands import commands_of, require_accepted
 
 if TYPE_CHECKING:
     from fedllm.process.session import Session
@@ -116,35 +125,69 @@ def _score_run(
     number = newest_state(paths) if round_number is None else round_number
     if not paths.round(number).aggregate_record.exists():
         raise RunDirectoryError(f"--round {number}: not aggregated in {paths.root}")
+    config = read_config(paths.config)
+    if _is_shared(config):
+        return _score_with_tasks(paths, config, RequestRecord(round=number, rank=rank))
     from fedllm.programs.evaluate import evaluate_state
 
     arguments = ["evaluate", str(paths.root), "--round", str(number)]
     arguments += [] if rank is None else ["--rank", str(rank)]
-    run_config = read_config(paths.config)
-    execution.say_where(run_config, "evaluate", f"fedllm {shlex.join(arguments)}")
+    execution.say_where(config, "evaluate", f"fedllm {shlex.join(arguments)}")
     return _in_processes(
-        run_config,
+        config,
         arguments,
         lambda session, count: evaluate_state(paths, number, rank, session, count),
     )
 
 
+def _is_shared(config: Config) -> bool:
+    """Return whether tasks of the run's scheduler score: not in a job, which is one already."""
+    if traits_of(config).tasks_run_in_caller or TaskEnvironment().job is not None:
+        return False
+    return not scoring_engine(engines_of(config)).divides_base
+
+
+def _score_with_tasks(paths: RunPaths, config: Config, request: RequestRecord) -> EvaluationRecord:
+    """Score with the workers that the configuration names, or with an array of jobs."""
+    record = RunRecord.read(paths.run)
+    commands = commands_of(config, record.own_code)
+    require_accepted(paths.root, record.run_id, record.seals, commands)
+    federation = plan_federation(config, PreparedRecord.read(paths.prepared))
+    sha256 = AggregateRecord.read(paths.round(request.round).aggregate_record).sha256
+    with (
+        progress_bar() as count,
+        closing(execution.make_scheduler(paths, config)) as scheduler,
+    ):
+        return AskedEvaluation(
+            run=paths,
+            place=asked_place(paths, request, federation, sha256),
+            request=request,
+            federation=federation,
+            scheduler=scheduler,
+            count=count,
+        ).record()
+
+
 def _score_adapter(folder: Path, config: Path, overrides: Sequence[str]) -> EvaluationRecord | None:
     from fedllm.programs.evaluate import evaluate_adapter
-    from fedllm.programs.prepare import prepare
 
     loaded = configuration(config, overrides)
-    cache = cache_for(loaded, default_run_dir(config))
     arguments = ["evaluate", str(folder), "--config", str(config)]
     arguments += [word for override in overrides for word in ("--set", override)]
     execution.say_where(loaded, "evaluate", f"fedllm {shlex.join(arguments)}")
-    with progress_bar() as count:
-        prepared = prepare(loaded, cache, count=count)
+    prepared = _prepared(loaded, config)
     return _in_processes(
         loaded,
         arguments,
         lambda session, count: evaluate_adapter(folder, loaded, prepared, session, count),
     )
+
+
+def _prepared(config: Config, file: Path) -> PreparedRecord:
+    from fedllm.programs.prepare import prepare
+
+    with progress_bar() as count:
+        return prepare(config, cache_for(config, default_run_dir(file)), count=count)
 
 
 def _in_processes(

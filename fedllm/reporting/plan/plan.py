@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
-from fedllm.planning.classes import JobKind, asks_for_gpus, job_options
+from fedllm.planning.classes import JobKind
 from fedllm.planning.engines import engines_of, job_size
-from fedllm.planning.evaluation_targets import choose_targets, is_evaluated
-from fedllm.planning.federation import TERAFLOPS, Federation
+from fedllm.planning.evaluation_targets import choose_targets, is_evaluated, scoring_seconds
+from fedllm.planning.federation import Federation
 from fedllm.planning.workers import ClassPlan
 from fedllm.reporting.plan.plan_directions import DirectionsPlan, plan_directions
 from fedllm.reporting.plan.plan_files import FolderPlan, folders_of_round
@@ -23,8 +23,6 @@ from fedllm.reporting.plan.plan_time import (
 from fedllm.reporting.results.summary import update_bytes
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of, of_task
 from fedllm.storage.records import CohortClient, PreparedRecord, SubmissionRecord
-
-_TERA = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,18 +250,10 @@ def _evaluation(config: Config, prepared: PreparedRecord) -> EvaluationPlan:
     scored = [n for n in range(config.rounds + 1) if is_evaluated(section, n, config.rounds)]
     targets = choose_targets(config, prepared, config.rounds) if scored else []
     rows = sum(len(target.rows) for target in targets)
-    by_id = {client.id: client for client in prepared.clients}
-    tokens = 0.0
-    for target in targets:
-        client = by_id[target.client]
-        row_tokens = client.train_tokens / client.train_rows if client.train_rows else 0.0
-        tokens += len(target.rows) * (row_tokens + section.max_new_tokens)
-    gpus = asks_for_gpus(job_options(config.scheduler.sbatch, "evaluate"))
-    speed = _TERA * (config.scheduler.worker_teraflops or TERAFLOPS[gpus])
     return EvaluationPlan(
         times=len(scored),
         clients=len(targets),
         rows=rows,
         most_new_tokens=2 * rows * section.max_new_tokens,
-        seconds=2 * tokens * 2.0 * prepared.model_parameters / speed,
+        seconds=scoring_seconds(config, prepared, targets),
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedllm.planning.evaluation_targets import pieces_to_score
 from fedllm.planning.federation import Federation
 from fedllm.reporting.results.summary import update_bytes
 from fedllm.storage.paths import JobPaths, RunPaths
@@ -61,9 +62,13 @@ def folders_of_round(
     at_once = min(len(cohort), sum(workers.parallel for workers in plan.workers.values()))
     # an adapter and, for AdamW, its two moments
     checkpoint_bytes = 3 * sent // max(1, len(cohort))
-    jobs = [paths.aggregate_job(1), paths.evaluation_job(1)]
     state = [paths.global_state, paths.aggregate_record]
-    scores = [paths.evaluation_record]
+    scoring = paths.evaluation_job(1)
+    pieces = pieces_to_score(federation, state_round=1, targets_round=1)
+    scores = [paths.evaluation_record, scoring.submission, scoring.jobs]
+    scores += [
+        path for n in range(len(pieces)) for path in (paths.evaluation.part(n), scoring.claim(n))
+    ]
     if federation.config.evaluation.keep_answers:
         scores.append(paths.answers)
     own = [paths.cohort, paths.clients, paths.collection, paths.tasks, paths.record]
@@ -90,8 +95,8 @@ def folders_of_round(
             logs,
             total=len(cohort) * _LOG_LINE_BYTES + len(tasks) * _LOG_BYTES,
         ),
-        _folder("aggregate", [*state, *_of_job(jobs[0])], total=state_bytes),
-        _folder("evaluation", [*scores, *_of_job(jobs[1])], _RECORDS_BYTES),
+        _folder("aggregate", [*state, *_of_job(paths.aggregate_job(1))], total=state_bytes),
+        _folder("evaluation", scores, _RECORDS_BYTES),
         _folder("records", own, total=len(cohort) * _CLIENT_BYTES + _RECORDS_BYTES),
     )
 

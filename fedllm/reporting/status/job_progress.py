@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedllm.storage.kept_records import ProgressRecord
-from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
+from fedllm.storage.paths import JobPaths, PackedJobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.record_cache import RecordCache
 
 
@@ -47,7 +48,19 @@ def _of_step(
     records: RecordCache, step: str, number: int, folder: Callable[[int], JobPaths]
 ) -> list[JobProgress]:
     attempts = attempts_of(folder)
-    record = records.find(ProgressRecord, attempts[-1].progress) if attempts else None
-    if record is None:
+    files = _progress_files(attempts[-1]) if attempts else []
+    found = records.all(ProgressRecord, files)
+    if not found:
         return []
-    return [JobProgress(step=step, round=number, **record.model_dump())]
+    # each task counts what it has done itself, of all that there is to do
+    together = found[0].model_copy(
+        update={
+            "done": sum(record.done for record in found),
+            "seconds": max(record.seconds for record in found),
+        }
+    )
+    return [JobProgress(step=step, round=number, **together.model_dump())]
+
+
+def _progress_files(job: JobPaths) -> list[Path]:
+    return job.progress_files() if isinstance(job, PackedJobPaths) else [job.progress]

@@ -9,7 +9,7 @@ from fedllm.config.loading import read_config
 from fedllm.errors import ConfigError, Incomplete, RunDirectoryError, UserError
 from fedllm.storage.checked import DamagedUpdateError, read_and_check
 from fedllm.storage.frozen_config import refuse_edits
-from fedllm.storage.kept_records import ClientsRecord, FailureRecord, TasksRecord
+from fedllm.storage.kept_records import ClientsRecord, FailureRecord, PartRecord, TasksRecord
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, attempts_of, names_in
 from fedllm.storage.records import (
     AggregateRecord,
@@ -159,6 +159,9 @@ def _round(paths: RoundPaths) -> Iterator[_Check]:
         yield from _jobs([attempt])
         yield from _progress(attempt)
     yield from _jobs([*attempts_of(paths.aggregate_job), *attempts_of(paths.evaluation_job)])
+    for path in paths.evaluation.part_files():
+        again = "nothing: its clients are scored again"
+        yield _Check(path=path, check=PartRecord.read, remedy=again, resumes=True)
     for path in paths.checkpoint_files():
         again = "nothing: its client begins anew"
         yield _Check(path=path, check=_check_tensors, remedy=again, resumes=True)

@@ -53,6 +53,8 @@ def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
 
 def _submissions(paths: RunPaths, config: Config) -> Iterator[JobPaths]:
     yield from attempts_of(paths.prepare_job)
+    for asked in paths.all_requested():
+        yield from attempts_of(asked.job)
     for round_number in range(config.rounds + 1):
         round_paths = paths.round(round_number)
         # workers may end after their round, or wait idle for any later one

@@ -10,7 +10,7 @@ from fedllm.planning.classes import tier_options
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
-from fedllm.rounds.dispatch.submissions import SingleProgram, array_name, job_of, single_array
+from fedllm.rounds.dispatch.submissions import ServerProgram, array_name, job_of, server_array
 from fedllm.rounds.dispatch.waves import arrays_within
 from fedllm.scheduling.log_names import files_of
 from fedllm.scheduling.seam import Job
@@ -121,7 +121,7 @@ def dry_run_jobs(dry_run: DryRun, run: RunPaths) -> list[Job]:
     config = dry_run.federation.config
     logs, first = run.logs(1), run.round(1)
     jobs = [job_of(dry_run.plan, array, logs) for array in dry_run.plan.arrays]
-    steps: tuple[tuple[SingleProgram, Path, JobPaths, int], ...] = (
+    steps: tuple[tuple[ServerProgram, Path, JobPaths, int], ...] = (
         ("prepare", run.root, run.prepare_job(1), 0),
         ("aggregate", first.root, first.aggregate_job(1), 1),
         ("evaluate", first.root, first.evaluation_job(1), 1),
@@ -133,7 +133,7 @@ def dry_run_jobs(dry_run: DryRun, run: RunPaths) -> list[Job]:
             lease=0,
             kind=kind,
             command=[str(root), "--job", str(folder.root)],
-            arrays=[single_array(config, kind, token)],
+            arrays=[server_array(config, kind, token)],
         )
         jobs.append(job_of(plan, plan.arrays[0], run.logs(number)))
     return jobs

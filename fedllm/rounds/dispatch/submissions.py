@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from fedllm.scheduling.seam import (
 from fedllm.storage.paths import JobPaths, attempts_of, backup_name
 from fedllm.storage.records import (
     ArrayRecord,
+    BundleRecord,
     DoubtRecord,
     EndingRecord,
     ErrorRecord,
@@ -31,7 +33,18 @@ from fedllm.storage.records import (
     SubmissionRecord,
 )
 
-SingleProgram = Literal["prepare", "aggregate", "evaluate"]
+ServerProgram = Literal["prepare", "aggregate", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """The tasks of a job, and the bundles that they claim; a single task needs none."""
+
+    tasks: int = 1
+    bundles: Sequence[BundleRecord] = ()
+
+
+ONE_TASK = Shares()
 
 
 def submit(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path) -> None:
@@ -214,16 +227,17 @@ def is_of_run(plan: SubmissionRecord, run_id: str) -> bool:
     return f"fedllm-{run_id}-" in plan.token
 
 
-def run_single_job(
+def run_server_job(
     run: Run,
     *,
-    kind: SingleProgram,
+    kind: ServerProgram,
     folder: Callable[[int], JobPaths],
     target: Path,
     done: Path,
     round_number: int,
+    share: Callable[[], Shares] = lambda: ONE_TASK,
 ) -> None:
-    """Make progress on a job of one task, unless its record `done` exists.
+    """Make progress on a job of the server, unless its record `done` exists.
 
     Args:
         run: the run.
@@ -232,6 +246,7 @@ def run_single_job(
         target: the directory that the program works on.
         done: the record that the job writes last.
         round_number: round in its name and logs; 0 for prepare.
+        share: returns the tasks of a new attempt, and what they claim.
 
     Raises:
         FedllmError: the job recorded why it stopped, or `scheduler.max_attempts` attempts failed.
@@ -255,31 +270,27 @@ def run_single_job(
             if isinstance(error, UserError | Incomplete) or _is_last(run, folder, number):
                 raise error
             run.say(f"{error}; trying again")
-    _submit_single(run, kind, folder(number + 1), target, round_number)
-
-
-def _submit_single(
-    run: Run, kind: SingleProgram, paths: JobPaths, target: Path, round_number: int
-) -> None:
-    """Plan and submit a job of one task; `paths` belong to this attempt."""
+    paths = folder(number + 1)
     token = array_name(run.record.run_id, round_number, kind, f"a{int(paths.root.name):02d}")
+    shares = share()
     plan = SubmissionRecord(
         token=token,
         lease=run.lease.number,
         kind=kind,
         command=[str(target), "--job", str(paths.root)],
-        arrays=[single_array(run.config, kind, token)],
+        arrays=[server_array(run.config, kind, token, tasks=shares.tasks)],
+        bundles=list(shares.bundles),
     )
-    submit(run, paths, plan, run.paths.logs(round_number))
+    submit(run, paths, plan, logs)
 
 
-def single_array(config: Config, kind: SingleProgram, name: str) -> ArrayRecord:
-    """Return the array of a job of one task."""
+def server_array(config: Config, kind: ServerProgram, name: str, *, tasks: int = 1) -> ArrayRecord:
+    """Return the array of a job of the server."""
     size = job_size(kind, engines_of(config))
     return ArrayRecord(
         name=name,
         worker_class=kind,
-        tasks=1,
+        tasks=tasks,
         options=job_options(config.scheduler.sbatch, kind),
         processes=size.processes,
         nodes=size.nodes,

@@ -121,5 +121,5 @@ def _end_at(run: Run, last: int) -> None:
     is_partial = evaluation is not None and not evaluation.complete
     is_finished = round_paths.record.exists()
     if is_complete(run.config.evaluation, last, last) and is_partial and not is_finished:
-        place = round_paths.evaluation
+        place = round_paths.evaluation.root
         place.rename(backup_name(place, "replaced"))
