@@ -82,6 +82,14 @@ class LoadedRun:
         return _frame(run_rows.category_rows(self._paths))
 
     @cached_property
+    def kinds(self) -> "pd.DataFrame":
+        """Mean test scores per round, group and kind of tasks, of the twelve categories held out.
+
+        Columns as in `categories`; empty without such categories.
+        """
+        return _frame(run_rows.kind_rows(self._paths))
+
+    @cached_property
     def modules(self) -> "pd.DataFrame":
         """Spectrum, energies and truncation error of every module's update, per round."""
         return _frame(run_rows.module_rows(self._paths))

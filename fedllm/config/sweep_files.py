@@ -22,9 +22,22 @@ Endpoint = Literal[
     "unseen_loss", "unseen_rouge_l", "unseen_exact_match",
     "dev_loss", "dev_rouge_l", "dev_exact_match",
     "train_loss", "train_rouge_l", "train_exact_match",
+    "new_category_loss", "new_category_rouge_l", "new_category_exact_match",
 ]
 # fmt: on
+# the key without which a group of clients is empty
+HELD_OUT_BY = {
+    "unseen": "clients.unseen",
+    "dev": "clients.dev",
+    "new_category": "clients.unseen_categories",
+}
 Changes = Mapping[str, Any]
+
+
+def endpoint_parts(endpoint: str) -> tuple[str, str]:
+    """Return the group of clients of an endpoint, and its score."""
+    group = next((name for name in HELD_OUT_BY if endpoint.startswith(f"{name}_")), "train")
+    return group, endpoint.removeprefix(f"{group}_")
 
 
 class TuningSection(Section):
@@ -55,7 +68,7 @@ class ComparisonSection(Section):
     @property
     def endpoints(self) -> tuple[str, ...]:
         """All endpoints, the primary one first; by default loss and Rouge-L of its clients."""
-        group = self.endpoint.partition("_")[0]
+        group, _ = endpoint_parts(self.endpoint)
         usual = (f"{group}_loss", f"{group}_rouge_l")
         others = usual if self.secondary is None else self.secondary
         return tuple(dict.fromkeys([self.endpoint, *others]))

@@ -134,6 +134,10 @@ def test_an_arm_that_would_train_on_what_others_hold_out_is_refused(
         ({"noise_floor": {"arm": "flexlora", "seeds": [0]}}, "noise_floor.seeds: 0 is one of"),
         ({"comparison": {"contrast": ["flexlora", "x"]}}, "comparison.contrast: no arm 'x'"),
         ({"set": {"clients.unseen": 0}}, "comparison: unseen_loss needs clients.unseen, which"),
+        (
+            {"comparison": {"endpoint": "new_category_loss"}},
+            "comparison: new_category_loss needs clients.unseen_categories, which is empty",
+        ),
         ({"set": {"evaluation.every": 0}}, "evaluation.every: got 0, a sweep compares"),
         ({"tuning": {"learning_rates": [0.1, 0.2]}}, "tuning: chooses by dev clients, but"),
         ({"arms": {"a/b": {}}}, "arms.a/b: need a name of letters"),

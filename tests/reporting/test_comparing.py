@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.config.loading import dump_config
-from fedllm.config.sweep_files import ComparisonSection
+from fedllm.config.sweep_files import ComparisonSection, endpoint_parts
 from fedllm.errors import UserError
 from fedllm.planning.sweeps.sweep_runs import NOISE_ARM
 from fedllm.reporting.comparing.comparison_tables import comparison_of, comparison_text
@@ -51,11 +51,13 @@ def arms_of(
     noise: tuple[str, str] | None = None,
     is_named: bool = True,
     clusters: Mapping[str, str] = CATEGORIES,
+    categories: Mapping[str, str] = CATEGORIES,
 ) -> ScoredArms:
     first, second = list(arms)[:2]
     return ScoredArms(
         arms={arm: tuple(runs) for arm, runs in arms.items()},
         clusters=clusters,
+        categories=categories,
         comparison=ComparisonSection(),
         contrast=(first, second),
         is_named=is_named,
@@ -290,3 +292,31 @@ def test_a_sweep_is_compared_by_its_own_keys_without_what_is_not_done_or_diverge
     assert "diverged" in scored.left_out[0] and "not done" in scored.left_out[1]
     text = comparison_text(comparison_of(scored))
     assert "left out: b seed 1 (diverged" in text
+
+
+def test_the_twelve_categories_are_compared_by_kind_of_tasks_too() -> None:
+    names = ["textual_entailment", "Word Analogy", "Keyword Tagging", "Data to Text", "", "Other"]
+    kinds = {client: names[n // 2] for n, client in enumerate(CLIENTS)}
+    arms = {
+        "a": [run_of("a", n, 2.0, spread=0.1) for n in range(2)],
+        "b": [run_of("b", n, 2.0) for n in range(2)],
+        "A/A": [run_of("A/A", n, 2.5) for n in (7, 8)],
+    }
+    scored = arms_of(arms, categories=kinds, noise=("A/A", "b"))
+    found = answer(scored).kinds
+    assert [(a.category, a.clients, round(a.difference, 3), a.noise) for a in found] == [
+        ("logical relation", 4, 0.05, 0.5),
+        ("extraction", 2, 0.2, 0.5),
+        ("generation", 2, 0.3, 0.5),
+    ]
+    text = comparison_text(comparison_of(scored))
+    assert "unseen_loss by kind of tasks" in text
+    assert "kind of tasks" not in comparison_text(comparison_of(arms_of(arms)))
+
+
+def test_clients_of_unseen_categories_have_endpoints_of_their_own() -> None:
+    assert endpoint_parts("new_category_exact_match") == ("new_category", "exact_match")
+    assert endpoint_parts("unseen_rouge_l") == ("unseen", "rouge_l")
+    assert endpoint_parts("train_loss") == ("train", "loss")
+    section = ComparisonSection(endpoint="new_category_loss")
+    assert section.endpoints == ("new_category_loss", "new_category_rouge_l")

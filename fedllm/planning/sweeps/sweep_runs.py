@@ -9,7 +9,13 @@ from typing import Any, Literal
 from fedllm.config.loading import flatten, result_fingerprint
 from fedllm.config.models import Config
 from fedllm.config.spelling import resolve_scalars
-from fedllm.config.sweep_files import Changes, SweepFile, SweepSection
+from fedllm.config.sweep_files import (
+    HELD_OUT_BY,
+    Changes,
+    SweepFile,
+    SweepSection,
+    endpoint_parts,
+)
 from fedllm.errors import ConfigError
 from fedllm.planning.roles import Roles
 
@@ -203,11 +209,12 @@ def _unscored(keys: SweepSection, config: Config) -> Iterator[str]:
     if not config.evaluation.every:
         yield "evaluation.every: got 0, a sweep compares evaluations; need >= 1"
     # one line for every group of clients, with its first endpoint
-    groups = {e.partition("_")[0]: e for e in reversed(keys.comparison.endpoints)}
+    groups = {endpoint_parts(e)[0]: e for e in reversed(keys.comparison.endpoints)}
     for group, endpoint in groups.items():
-        if group != "train" and not getattr(config.clients, group):
+        key = HELD_OUT_BY.get(group)
+        if key and not getattr(config.clients, key.rpartition(".")[2]):
             yield (
-                f"comparison: {endpoint} needs clients.{group}, which is 0; set it in `set`, or "
+                f"comparison: {endpoint} needs {key}, which is empty; set it in `set`, or "
                 "choose train_loss"
             )
 

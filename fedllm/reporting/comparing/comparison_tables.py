@@ -9,6 +9,7 @@ from fedllm.reporting.comparing.questions import (
     FEWEST_SEEDS,
     Answer,
     Answers,
+    CategoryAnswer,
     answer,
     worst_tenth,
 )
@@ -24,6 +25,8 @@ from fedllm.statistics.intervals import Interval
 from fedllm.statistics.paired_tests import PairedTest
 
 _ROLES = {"secondary": "", "noise floor": "noise floor"}
+# why a row has no test
+_UNTESTED = {"category": "too few clients", "kind of tasks": "not tested"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,8 @@ def comparison_text(comparison: Comparison) -> str:
             ("seeds", "sign flips p"),
             comparison.primary_is_named,
         ),
-        _categories_table(comparison),
+        _categories_table(comparison, comparison.answers.categories, "category"),
+        _categories_table(comparison, comparison.answers.kinds, "kind of tasks"),
         _notes(comparison),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -179,8 +183,7 @@ def _answers_table(
     return text_table(title, header, rows)
 
 
-def _categories_table(comparison: Comparison) -> str:
-    answers = comparison.answers.categories
+def _categories_table(comparison: Comparison, answers: Sequence[CategoryAnswer], what: str) -> str:
     if not answers:
         return ""
     rows = [
@@ -189,16 +192,12 @@ def _categories_table(comparison: Comparison) -> str:
             str(a.clients),
             _signed(a.difference),
             "-" if a.noise is None else _signed(a.noise),
-            _p(a.test, a.adjusted) if a.test else "too few clients",
+            _p(a.test, a.adjusted) if a.test else _UNTESTED[what],
         ]
         for a in answers
     ]
-    title = (
-        f"{' - '.join(comparison.answers.models[0].contrast)}: {comparison.endpoint} by category"
-    )
-    return text_table(
-        title, ["category", "clients", "difference", "noise floor", "adjusted p"], rows
-    )
+    title = f"{' - '.join(comparison.answers.models[0].contrast)}: {comparison.endpoint} by {what}"
+    return text_table(title, [what, "clients", "difference", "noise floor", "adjusted p"], rows)
 
 
 def _notes(comparison: Comparison) -> str:

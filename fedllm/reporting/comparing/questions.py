@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedllm.reporting.comparing.scored_runs import ScoredArms, ScoredRun, Values
+from fedllm.reporting.results.task_kinds import kinds_of
 from fedllm.statistics.intervals import Interval, cluster_bootstrap, two_level_bootstrap
 from fedllm.statistics.paired_tests import PairedTest, holm, sign_flip_test, signed_rank_test
 
@@ -49,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryAnswer:
-    """A category under the primary contrast; few clients are shown without a test.
+    """A category, or a kind of them, under the primary contrast; few clients have no test.
 
     `noise` is the difference of the A/A arm there; None: there is no such arm.
     """
@@ -64,11 +65,12 @@ class CategoryAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """The answers to both questions, and to that about models by category."""
+    """The answers to both questions, and to that about models by category and kind of tasks."""
 
     models: tuple[Answer, ...]
     methods: tuple[Answer, ...]
     categories: tuple[CategoryAnswer, ...]
+    kinds: tuple[CategoryAnswer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ def answer(scored: ScoredArms) -> Answers:
         models=_adjusted(models, is_named=scored.is_named),
         methods=_adjusted(methods, is_named=scored.is_named),
         categories=_by_category(scored),
+        kinds=_by_kind(scored),
     )
 
 
@@ -241,13 +244,34 @@ def _by_category(scored: ScoredArms) -> tuple[CategoryAnswer, ...]:
     return tuple(replace(a, adjusted=adjusted.get(a.category)) for a in found)
 
 
+def _by_kind(scored: ScoredArms) -> tuple[CategoryAnswer, ...]:
+    """Return the primary contrast by kind of tasks: the means of its clients, without a test."""
+    first, second = (scored.arms[arm] for arm in scored.contrast)
+    pairs = _pairs(first, second, by_seed=True)
+    differences = _client_differences(scored, scored.contrast, scored.comparison.endpoint, pairs)
+    noise = _noise_of_clients(scored)
+    return tuple(
+        CategoryAnswer(
+            category=kind,
+            clients=len(clients),
+            difference=statistics.fmean(differences[client] for client in clients),
+            noise=statistics.fmean(noise[client] for client in clients) if noise else None,
+            test=None,
+        )
+        for kind, clients in kinds_of(scored.categories, differences).items()
+    )
+
+
 def _noise_by_category(scored: ScoredArms) -> dict[str, float]:
+    return _cluster_means(_noise_of_clients(scored), scored.clusters)
+
+
+def _noise_of_clients(scored: ScoredArms) -> dict[str, float]:
     if scored.noise is None:
         return {}
     first, second = (scored.arms[arm] for arm in scored.noise)
     pairs = _pairs(first, second, by_seed=False)
-    differences = _client_differences(scored, scored.noise, scored.comparison.endpoint, pairs)
-    return _cluster_means(differences, scored.clusters)
+    return _client_differences(scored, scored.noise, scored.comparison.endpoint, pairs)
 
 
 def worst_tenth(runs: Sequence[ScoredRun], endpoint: str) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedllm.config.loading import read_config, result_fingerprint
 from fedllm.config.models import Config
-from fedllm.config.sweep_files import ComparisonSection
+from fedllm.config.sweep_files import ComparisonSection, endpoint_parts
 from fedllm.errors import RunDirectoryError, UserError
 from fedllm.planning.sweeps.sweep_runs import NOISE_ARM
 from fedllm.reporting.comparing.spending import SpentRound, spent_rounds
@@ -47,6 +47,7 @@ class ScoredArms:
     Attributes:
         arms: arm -> its runs, by seed.
         clusters: client -> the clients that are drawn with it.
+        categories: client -> category.
         comparison: the keys of the comparison.
         contrast: the primary contrast, its first arm minus its second.
         is_named: whether the primary contrast is named in a sweep's file.
@@ -56,6 +57,7 @@ class ScoredArms:
 
     arms: Mapping[str, tuple[ScoredRun, ...]]
     clusters: Mapping[str, str]
+    categories: Mapping[str, str]
     comparison: ComparisonSection
     contrast: tuple[str, str]
     is_named: bool
@@ -263,7 +265,7 @@ def _scored(
     empty = [endpoint for endpoint, of_clients in values.items() if not of_clients]
     if empty:
         raise UserError(
-            f"{candidate.root}: no {empty[0].partition('_')[0]} client was scored, which "
+            f"{candidate.root}: no client of group {endpoint_parts(empty[0])[0]} was scored, which "
             f"{empty[0]} needs; choose another endpoint"
         )
     return run
@@ -276,7 +278,7 @@ def _divergence(run: ScoredRun) -> str:
 
 def _values(evaluations: Sequence[EvaluationRecord], endpoint: str) -> dict[str, float]:
     """Return client -> mean over the evaluations, of the clients that all of them scored."""
-    group, _, metric = endpoint.partition("_")
+    group, metric = endpoint_parts(endpoint)
     scored = [
         {c.client: float(getattr(c.as_deployed, metric)) for c in e.clients if c.group == group}
         for e in evaluations
@@ -314,6 +316,7 @@ def _arranged(read: _Read, comparison: ComparisonSection, noise_of: str | None) 
     return ScoredArms(
         arms={arm: tuple(sorted(runs, key=lambda run: run.seed)) for arm, runs in arms.items()},
         clusters=_clusters(clients, test_data.categories, comparison.cluster),
+        categories=test_data.categories,
         comparison=comparison,
         contrast=(wanted[0], wanted[1]),
         is_named=comparison.contrast is not None,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fedllm.config.models import Config
+from fedllm.config.sweep_files import endpoint_parts
 from fedllm.storage.kept_records import ClientsRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.records import EvaluationRecord, RoundRecord
@@ -51,7 +52,7 @@ PARAMETERS = Budget(unit="M parameters", of=lambda r: r.parameters / 1e6)
 
 def spent_rounds(paths: RunPaths, config: Config, endpoint: str) -> tuple[SpentRound, ...]:
     """Return the evaluated rounds of a run, oldest first."""
-    group, _, metric = endpoint.partition("_")
+    group, metric = endpoint_parts(endpoint)
     spent = SpentRound(round=0, value=0.0)
     rounds = []
     for number in range(config.rounds + 1):

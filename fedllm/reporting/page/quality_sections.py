@@ -13,6 +13,7 @@ from fedllm.reporting.page.contents import (
     table_of,
 )
 from fedllm.reporting.results import run_rows
+from fedllm.reporting.results.gains import GROUPS
 from fedllm.reporting.results.run_rows import Row
 from fedllm.storage.paths import RunPaths
 
@@ -143,6 +144,22 @@ def category_section(categories: Sequence[Row], group: str) -> PageSection | Non
         name="categories",
         title="Categories",
         words="Mean answer loss of the clients of each category, on test rows",
+    )
+
+
+def kind_section(kinds: Sequence[Row]) -> PageSection | None:
+    """Return the change of every kind of tasks, of unseen categories where there are any."""
+    groups = distinct(kinds, "group")
+    group = next((name for name in ("new_category", *GROUPS) if name in groups), None)
+    if group is None:
+        return None
+    return _change_section(
+        kinds,
+        "kind",
+        group,
+        name="kinds",
+        title="Kinds of tasks",
+        words="Mean answer loss of the clients of each kind of tasks, on test rows",
     )
 
 

@@ -14,6 +14,7 @@ from fedllm.reporting.page.cost_sections import cost_section, efficiency_section
 from fedllm.reporting.page.quality_sections import (
     answer_section,
     category_section,
+    kind_section,
     score_section,
     tier_section,
     training_section,
@@ -51,6 +52,7 @@ def run_report(root: Path, targets: Sequence[ScoreTarget] = ()) -> Report:
         score_section(groups),
         answer_section(paths),
         category_section(run_rows.category_rows(paths), group),
+        kind_section(run_rows.kind_rows(paths)),
         tier_section(run_rows.tier_rows(paths), group),
         training_section(clients),
         efficiency_section(paths, groups, accounts, group=group, targets=targets),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedllm.config.loading import validate
+from fedllm.config.sweep_files import endpoint_parts
 from fedllm.errors import FedllmError
 from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.comparing.comparison_tables import Comparison, comparison_of
@@ -45,7 +46,7 @@ def sweep_report(root: Path) -> Report:
     paths = SweepPaths(root=root.resolve())
     record, status = SweepRecord.read(paths.record), sweep_status(paths)
     endpoint = str(record.comparison.get("endpoint", "unseen_loss"))
-    group = endpoint.partition("_")[0]
+    group, _ = endpoint_parts(endpoint)
     sections = [
         _score_section(paths, record, group),
         *_comparison_sections(root),

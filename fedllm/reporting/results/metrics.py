@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.results.accounting import account_metrics, round_account
 from fedllm.reporting.results.spectra import metrics_of
+from fedllm.reporting.results.task_kinds import kinds_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import (
@@ -112,6 +113,21 @@ def by_group(clients: Iterable[ClientScores]) -> dict[str, Mean]:
         groups.setdefault(client.group, []).append(client.as_deployed)
     means = {group: mean_scores(scores) for group, scores in groups.items()}
     return {group: mean for group, mean in means.items() if mean}
+
+
+def by_kind(
+    clients: Iterable[ClientScores], categories: Mapping[str, str]
+) -> dict[str, dict[str, Mean]]:
+    """Return the mean scores as deployed by group, then by kind of tasks where there is one."""
+    found: dict[str, dict[str, Mean]] = {}
+    scored = list(clients)
+    for group in dict.fromkeys(client.group for client in scored):
+        members = {c.client: c.as_deployed for c in scored if c.group == group}
+        for kind, of_kind in kinds_of(categories, members).items():
+            mean = mean_scores(members[client] for client in of_kind)
+            assert mean is not None, "a kind has clients"
+            found.setdefault(group, {})[kind] = mean
+    return found
 
 
 def headline(evaluation: EvaluationRecord | None) -> str:

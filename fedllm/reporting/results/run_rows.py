@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from fedllm.reporting.results.metrics import categories_of, mean_scores
+from fedllm.reporting.results.task_kinds import kind_of
 from fedllm.reporting.task_times import task_times
 from fedllm.storage.kept_records import AnswersRecord, ClientsRecord, TasksRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
@@ -101,6 +102,17 @@ def category_rows(paths: RunPaths) -> list[Row]:
     return _mean_rows(
         paths, names, lambda client: (client.group, categories.get(client.client, ""))
     )
+
+
+def kind_rows(paths: RunPaths) -> list[Row]:
+    """Return mean scores as deployed per round, group and kind of tasks, where there are kinds."""
+    categories = categories_of(paths)
+    rows = _mean_rows(
+        paths,
+        ("group", "kind"),
+        lambda client: (client.group, kind_of(categories.get(client.client, "")) or ""),
+    )
+    return [row for row in rows if row["kind"]]
 
 
 def _mean_rows(

@@ -7,7 +7,7 @@ from fedllm.config.loading import read_config
 from fedllm.errors import counted
 from fedllm.reporting.method_words import method_words, privacy_words
 from fedllm.reporting.results.gains import GROUPS, gains_by_group, gains_table, verdicts
-from fedllm.reporting.results.metrics import Mean, by_tier, mean_scores, other_means
+from fedllm.reporting.results.metrics import Mean, by_kind, by_tier, mean_scores, other_means
 from fedllm.reporting.results.spectra import rank_table, spectra_table
 from fedllm.reporting.tables import number, size, text_table
 from fedllm.storage.paths import RunPaths, shown_path
@@ -150,6 +150,8 @@ def score_table(
         for name, mean in other_means(members, categories or {}).items():
             if mean and (categories or name != "category_mean"):
                 groups[f"{words}, {name.replace('_', ' ')}"] = mean
+        for kind, mean in by_kind(members, categories or {}).get(group, {}).items():
+            groups[f"{words}, {kind}"] = mean
     rows = [
         [name, str(m.clients), number(m.loss), number(m.rouge_l), number(m.exact_match)]
         for name, m in groups.items()

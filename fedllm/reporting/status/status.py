@@ -8,7 +8,7 @@ from fedllm.config.loading import read_config
 from fedllm.config.models import Config
 from fedllm.errors import Incomplete
 from fedllm.reporting.results.accounting import TierAccount, stage_seconds, tier_accounts
-from fedllm.reporting.results.metrics import Mean, by_group
+from fedllm.reporting.results.metrics import Mean, by_group, by_kind
 from fedllm.reporting.status.attempt_tasks import AttemptStatus, TaskStatus, attempt_work
 from fedllm.reporting.status.failure import Failure, failure_of
 from fedllm.reporting.status.history import NO_HISTORY, History, history_of
@@ -30,6 +30,7 @@ from fedllm.storage.lease import HolderIsGone, current_lease, location_of, proce
 from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.record_cache import RecordCache
 from fedllm.storage.records import (
+    ClientScores,
     CohortRecord,
     CoordinatorJobRecord,
     EvaluationRecord,
@@ -328,9 +329,20 @@ class StatusReader:
         return RunResults(
             first_round=first.round,
             last_round=last.round,
-            first=by_group(first.clients),
-            last=by_group(last.clients),
+            first=self._means(first.clients),
+            last=self._means(last.clients),
         )
+
+    def _means(self, clients: Sequence[ClientScores]) -> dict[str, Mean]:
+        """Return the means of every group of clients, and of its kinds of tasks below it."""
+        prepared = self._records.find(PreparedRecord, self._paths.prepared)
+        categories = {c.id: c.category for c in prepared.clients} if prepared else {}
+        kinds = by_kind(clients, categories)
+        means: dict[str, Mean] = {}
+        for group, mean in by_group(clients).items():
+            means[group] = mean
+            means |= {f"{group}, {kind}": of for kind, of in kinds.get(group, {}).items()}
+        return means
 
     def _usage(self, rounds: Sequence[RoundPaths], done: Sequence[int]) -> Usage:
         """Return the recorded usage of finished rounds, plus that of the other tasks so far."""
