@@ -48,6 +48,7 @@ _ADDED_KEYS: Mapping[str, Any] = {
     "data.partition.categories": 2,
     "data.partition.min_rows": 2,
     "data.partition.seed": 0,
+    "evaluation.rougeL_published": False,
 }
 _ADDED_TIER_KEYS = ("engine", "processes")  # null: as before
 # a key's parts, and its new value

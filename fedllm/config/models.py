@@ -590,6 +590,9 @@ class EvaluationSection(Section):
     """Maximum length of a generated answer."""
     batch_size: PositiveInt = 16
     """Number of rows scored at once."""
+    rougeL_published: bool = False  # noqa: N815  # as published tables call it
+    """Also score the likeliest token at each place of the true answer, as FlexLoRA's published code
+    does: for comparison with published figures only ([methods](methods.md#scores))."""
     keep_answers: Annotated[NonNegativeInt, Field(json_schema_extra=EXECUTION)] = 2
     """Number of scored rows per client whose generated answers are kept, in
     `evaluation/answers.json`."""

@@ -16,6 +16,7 @@ from fedllm.evaluation.answers import (
 )
 from fedllm.evaluation.decoding import answer_clients
 from fedllm.evaluation.reading import answer_losses, num_targets, padded_losses
+from fedllm.evaluation.teacher_forced import teacher_forced_tokens
 from fedllm.evaluation.text_scores import exact_match, rouge_l
 from fedllm.packing.batches import TokenRow
 from fedllm.packing.slots import AdapterSlots
@@ -41,6 +42,7 @@ class RowScores:
     rouge_l: float
     exact_match: float
     answer: str = ""
+    rougeL_published: float | None = None
 
 
 def score_rows(
@@ -59,6 +61,7 @@ def score_rows(
     """
     losses, answers = _SCORERS[slots.layout](slots, clients, section, form, scored)
     rows = [row for client in clients for row in client]
+    published = _published(slots, clients, section, form)
     scores = iter(
         RowScores(
             loss=loss,
@@ -66,8 +69,9 @@ def score_rows(
             rouge_l=rouge_l(answer, row.references),
             exact_match=exact_match(answer, row.references),
             answer=answer,
+            rougeL_published=forced,
         )
-        for row, loss, answer in zip(rows, losses, answers, strict=True)
+        for row, loss, answer, forced in zip(rows, losses, answers, published, strict=True)
     )
     return [list(islice(scores, len(client))) for client in clients]
 
@@ -75,12 +79,29 @@ def score_rows(
 def mean_scores(rows: Sequence[RowScores]) -> Scores:
     """Return a client's mean scores: the loss per answer token, the others per row."""
     tokens = sum(row.tokens for row in rows)
+    published = [row.rougeL_published for row in rows if row.rougeL_published is not None]
     return Scores(
         rows=len(rows),
         loss=sum(row.loss for row in rows) / max(1, tokens),
         rouge_l=sum(row.rouge_l for row in rows) / max(1, len(rows)),
         exact_match=sum(row.exact_match for row in rows) / max(1, len(rows)),
+        rougeL_published=sum(published) / len(published) if published else None,
     )
+
+
+def _published(
+    slots: AdapterSlots,
+    clients: Sequence[Sequence[ScoredRow]],
+    section: EvaluationSection,
+    form: AnswerForm,
+) -> list[float | None]:
+    """Return the Rouge-L of every row's teacher-forced answer, or None if it is not asked for."""
+    rows = [row for client in clients for row in client]
+    if not section.rougeL_published:
+        return [None] * len(rows)
+    tokens = teacher_forced_tokens(slots, clients, section.batch_size)
+    texts = answer_texts(slots, tokens, form)
+    return [rouge_l(text, row.references) for text, row in zip(texts, rows, strict=True)]
 
 
 def _score_shared(

@@ -152,7 +152,7 @@ class Scorer:
             prepared.model_fingerprint,
             prepared.data_fingerprint,
             [(target.client, target.rows) for target in targets],
-            [section.max_new_tokens, section.batch_size],
+            [section.max_new_tokens, section.batch_size, section.rougeL_published],
             [config.model.dtype, self.slots.layout],
             environment(config.training, str(self.slots.device), self.slots.base.quantisation),
             scoring_engine(engines_of(config)).processes,

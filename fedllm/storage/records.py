@@ -728,12 +728,16 @@ class AggregateRecord(Record):
 
 
 class Scores(Record):
-    """Quality of answers on a set of rows; Rouge-L and exact match in 0..1 of generated answers."""
+    """Quality of answers on a set of rows; Rouge-L and exact match in 0..1 of generated answers.
+
+    `rougeL_published` is that of teacher-forced answers, if the configuration asks for it.
+    """
 
     rows: int
     loss: float
     rouge_l: float
     exact_match: float
+    rougeL_published: float | None = None  # noqa: N815
 
 
 class ClientScores(Record):
@@ -775,6 +779,7 @@ class BaseRow(Record):
     rouge_l: float
     exact_match: float
     answer: str = ""
+    rougeL_published: float | None = None  # noqa: N815
 
 
 class BaseScoresRecord(Record):

@@ -218,3 +218,24 @@ def test_of_a_conversation_the_last_answer_is_scored(in_any_layout: AdapterSlots
     found = score_rows(in_any_layout, [[talk], [ROWS[0]]], section())
     assert found[0][0].tokens == found[1][0].tokens
     assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-6)
+
+
+def test_the_published_rouge_is_that_of_the_likeliest_tokens_along_the_true_answer(
+    in_any_layout: AdapterSlots,
+) -> None:
+    slots, asked = in_any_layout, section(2).model_copy(update={"rougeL_published": True})
+    slots.evaluate()
+    right = []
+    for row in (*ROWS, *ALIKE):
+        with torch.no_grad():
+            text = torch.tensor([[*row.prompt_ids, *row.answer_ids[:-1]]])
+            logits = slots.model(input_ids=text).logits[0, len(row.prompt_ids) - 1 :]
+        words = slots.base.tokenizer.decode(logits.argmax(dim=1), skip_special_tokens=True)
+        right.append(replace(row, references=[words.strip()]))
+    wrong = replace(ROWS[0], references=["not a word of it"])
+    found = score_rows(slots, [right[:3], right[3:], [wrong]], asked)
+    assert [row.rougeL_published for client in found for row in client] == [1.0] * 5 + [0.0]
+    assert mean_scores([*found[0], *found[2]]).rougeL_published == 0.75
+    (plain,) = score_rows(slots, [ROWS], section())
+    assert {row.rougeL_published for row in plain} == {None}
+    assert mean_scores(plain).rougeL_published is None

@@ -189,10 +189,29 @@ def _evaluation_metrics(
         means = {group: mean}
         for suffix, other in other_means(members, categories).items():
             means |= {f"{group}_{suffix}": other} if other else {}
+        row |= _published_metrics(group, members)
+        for kind, of_kind in by_kind(members, categories).get(group, {}).items():
+            means[f"{group}_{kind.replace(' ', '_')}"] = of_kind
         for name, each in means.items():
             row |= {f"{name}_loss": each.loss, f"{name}_rouge_l": each.rouge_l}
             row[f"{name}_exact_match"] = each.exact_match
     return row
+
+
+def _published_metrics(group: str, members: Sequence[ClientScores]) -> dict[str, object]:
+    """Return the teacher-forced Rouge-L, over clients and over rows, if the run scored it."""
+    scores = [
+        (client.as_deployed.rows, client.as_deployed.rougeL_published)
+        for client in members
+        if client.as_deployed.rougeL_published is not None
+    ]
+    if not scores:
+        return {}
+    rows = max(1, sum(count for count, _ in scores))
+    return {
+        f"{group}_rougeL_published": sum(score for _, score in scores) / len(scores),
+        f"{group}_row_weighted_rougeL_published": sum(n * score for n, score in scores) / rows,
+    }
 
 
 def _is_not_finite(value: object) -> bool:
