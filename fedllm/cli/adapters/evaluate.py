@@ -66,10 +66,31 @@ def evaluate(
             "--config", metavar="CONFIG", help="Configuration with the data, to score an adapter."
         ),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Score on tasks of lm-evaluation-harness instead: names, or a task's YAML file.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Where the harness's JSON is kept. Default: in the run."
+        ),
+    ] = None,
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
     """Score the state of a run, or a PEFT adapter, on the test rows."""
+    if lm_eval is not None:
+        asked = _Asked(round_number=round_, rank=rank, config=config, overrides=set_ or [])
+        results, table = _harness(target, lm_eval, asked, out)
+        say_json(results) if json_ else say(table)
+        return
+    if out is not None:
+        raise ConfigError("--out: is for --lm-eval; `--json` prints the scores of test rows")
     record = _score(target, round_number=round_, rank=rank, config=config, overrides=set_ or [])
     if record is None:
         return
@@ -82,6 +103,53 @@ def evaluate(
     of_run = (target / "run.json").exists()
     title = f"{target}, round {record.round}" if of_run else str(target)
     say(score_table(title, record, categories_of(RunPaths(root=target)) if of_run else None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is asked of a run, or of an adapter."""
+
+    round_number: str | None
+    rank: int | None
+    config: Path | None
+    overrides: Sequence[str]
+
+
+def _harness(
+    target: Path, tasks: str, asked: _Asked, out: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Score with lm-evaluation-harness and keep its JSON; return it, and a table.
+
+    Raises:
+        ConfigError: it is not installed, does not know a task, or an option is missing.
+    """
+    from fedllm.programs import harness
+
+    known = harness.harness_tasks(tasks)
+    paths = RunPaths(root=target.resolve())
+    if paths.run.exists():
+        from fedllm.server.export import newest_state
+
+        chosen = chosen_round(paths, asked.round_number)
+        number = newest_state(paths) if chosen is None else chosen
+        names = "+".join(known.names)[:100].replace("/", "-")
+        kept = out or paths.harness(f"round-{number:04d}-{names}")
+        with redirect_stdout(sys.stderr):
+            results = harness.score_run(paths, number, asked.rank, known)
+    else:
+        if asked.config is None or out is None:
+            raise ConfigError(
+                f"--config, --out: missing; they say on which model to score {target} and where "
+                "the harness's JSON is kept"
+            )
+        loaded = configuration(asked.config, asked.overrides)
+        kept, prepared = out, _prepared(loaded, asked.config)
+        with redirect_stdout(sys.stderr):
+            results = harness.score_adapter(target, loaded, prepared, known)
+    publish_bytes(kept, (json.dumps(results, indent=1) + "\n").encode())
+    header = ["task", "metric", "filter", "value", "standard error"]
+    table = text_table(f"{target}, lm-evaluation-harness", header, harness.harness_rows(results))
+    return results, f"{table}\n\nthe harness's JSON: {shown_path(kept)}"
 
 
 def _score(
