@@ -135,6 +135,7 @@ def resume(
     *,
     take_over: bool = False,
     accept_changes: bool = False,
+    unattended: bool = False,
 ) -> None:
     """Continue a run to its end."""
     _mend(root, say)
@@ -143,7 +144,12 @@ def resume(
     given = given_keys(root, root, overrides, accept_changes=accept_changes)
     with live_run(root) as say_line:
         run = open_for_coordination(
-            root, config, take_over=take_over, given=given, say_line=say_line
+            root,
+            config,
+            take_over=take_over,
+            unattended=unattended,
+            given=given,
+            say_line=say_line,
         )
         coordinate(run)
 

@@ -43,6 +43,14 @@ ConfigOrSweep = Annotated[
         autocompletion=complete_configs,
     ),
 ]
+AnyStart = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG|RUN|SWEEP",
+        help="A configuration, a sweep file, or the directory of a run or sweep to continue.",
+        autocompletion=complete_configs_and_runs,
+    ),
+]
 ConfigOrRun = Annotated[
     Path,
     typer.Argument(
@@ -81,6 +89,7 @@ TakeOver = Annotated[
     bool,
     typer.Option("--take-over", help="Take the run over; its old coordinator must have ended."),
 ]
+Unattended = Annotated[bool, typer.Option("--unattended", hidden=True)]
 AcceptChanges = Annotated[
     bool,
     typer.Option(

@@ -1,5 +1,6 @@
 """Wiring of a sweep: its file, its folder, and the schedulers that its runs share."""
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from fedllm.rounds.run import Run
 from fedllm.rounds.sweeping import Sweep, drive
 from fedllm.scheduling.schedulers import make_scheduler
 from fedllm.scheduling.shared_scheduler import SchedulerPool
+from fedllm.scheduling.slurm.coordinator_job import check_coordinator, submit_sweep_coordinator
 from fedllm.scheduling.slurm.sbatch_flags import refuse_reserved
 from fedllm.scheduling.traits import cache_for, traits_of
 from fedllm.storage.own_code import folders_of, read_own_code
-from fedllm.storage.paths import RunPaths, SweepPaths
+from fedllm.storage.paths import SweepPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.sweep_records import SweepRecord, SweepRunRecord
 from fedllm.storage.trust.sealed_commands import OWN_CODE, commands_of, require_accepted, seals_of
@@ -77,6 +79,8 @@ def create_sweep(path: Path, root: Path) -> SweepPaths:
         max_parallel=keys.max_parallel,
     )
     before = SweepRecord.find(paths.record)
+    sweep_id = before.sweep_id if before else ""
+    record = record.model_copy(update={"sweep_id": sweep_id or uuid.uuid4().hex[:8]})
     if before is not None:
         _refuse_other(paths, before, record)
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -133,25 +137,37 @@ def existing_sweep(root: Path) -> SweepPaths | None:
     return paths if paths.record.exists() else None
 
 
+def submit_sweep(paths: SweepPaths, *, accept_changes: bool = False) -> str:
+    """Submit one job that takes all runs of a sweep to their end; return its id.
+
+    Raises:
+        ConfigError: options that sbatch refuses, or that only fedllm sets.
+        LeaseError: such a job already waits or runs.
+        RunDirectoryError: the sweep holds commands that this user neither gave nor accepted.
+    """
+    record = _accepted(paths, accept_changes=accept_changes)
+    config = validate(record.runs[0].config)
+    execution.check_before_run(config, paths.root)
+    check_coordinator(config.scheduler)
+    return submit_sweep_coordinator(paths.coordination, config, record.sweep_id)
+
+
 def drive_sweep(
-    paths: SweepPaths, *, take_over: bool = False, accept_changes: bool = False
+    paths: SweepPaths,
+    *,
+    take_over: bool = False,
+    accept_changes: bool = False,
+    unattended: bool = False,
 ) -> None:
     """Take all runs of a sweep to their end; its errors are those of `rounds.sweeping.drive`.
 
     Raises:
         RunDirectoryError: the sweep holds commands that this user neither gave nor accepted.
     """
-    record = SweepRecord.read(paths.record)
-    commands = _commands(record)
-    if not accept_changes:
-        require_accepted(paths.root, _SEALED, record.seals, commands)
-    if record.seals != (seals := seals_of(_SEALED, commands)):
-        record = record.model_copy(update={"seals": seals})
-        record.publish(paths.record)
+    record = _accepted(paths, accept_changes=accept_changes)
     execute = execution.compute_here()
-    shared = RunPaths(root=paths.root)
     pool = SchedulerPool(
-        make=lambda config: make_scheduler(config, shared, execute),
+        make=lambda config: make_scheduler(config, paths.coordination, execute),
         max_parallel=_throttle(record),
     )
 
@@ -160,12 +176,27 @@ def drive_sweep(
             root,
             config,
             take_over=take_over,
+            unattended=unattended,
             code_folders=record.code_folders,
             scheduler_of=lambda _paths, config: pool.scheduler(config),
             say_line=say_line,
         )
 
     drive(Sweep(paths=paths, record=record, open_run=open_one, end_workers=pool.close, say=say))
+
+
+def _accepted(paths: SweepPaths, *, accept_changes: bool) -> SweepRecord:
+    """Return the record, once this user gave or accepted the commands in it."""
+    record = SweepRecord.read(paths.record)
+    commands = _commands(record)
+    if not accept_changes:
+        require_accepted(paths.root, _SEALED, record.seals, commands)
+    seals = seals_of(_SEALED, commands)
+    sweep_id = record.sweep_id or uuid.uuid4().hex[:8]  # one of an earlier version has none
+    if (record.seals, record.sweep_id) != (seals, sweep_id):
+        record = record.model_copy(update={"seals": seals, "sweep_id": sweep_id})
+        record.publish(paths.record)
+    return record
 
 
 def _throttle(record: SweepRecord) -> int | None:

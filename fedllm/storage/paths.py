@@ -559,6 +559,11 @@ class SweepPaths:
         """The report page, made from the records of the runs."""
         return self.root / "report.html"
 
+    @property
+    def coordination(self) -> RunPaths:
+        """The sweep's own files of a coordinator: its job, and what it and its workers log."""
+        return RunPaths(root=self.root)
+
     def run(self, name: str) -> RunPaths:
         """The run `name`, such as `runs/flexlora/seed-0`."""
         return RunPaths(root=self.root / name)

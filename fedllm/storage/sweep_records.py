@@ -27,11 +27,12 @@ class SweepRecord(Record):
 
     `comparison` are the keys of the comparison, `noise_of` is the arm that the A/A arm repeats.
     With a batch system at most `max_parallel` tasks of all runs are queued at once. Methods of the
-    user's own are looked for in `code_folders`. `seals` are those of the last user who gave or
-    accepted the keys that hold commands.
+    user's own are looked for in `code_folders`. `sweep_id` is in the name of its coordinator's job.
+    `seals` are those of the last user who gave or accepted the keys that hold commands.
     """
 
     runs: list[SweepRunRecord]
+    sweep_id: str = ""
     code_folders: list[str] = Field(default_factory=list)
     comparison: dict[str, Any] = Field(default_factory=dict)
     noise_of: str | None = None

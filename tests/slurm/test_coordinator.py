@@ -26,6 +26,7 @@ from fedllm.scheduling.slurm.coordinator_job import (
     job_is_gone,
     start_link,
     submit_coordinator,
+    submit_sweep_coordinator,
 )
 from fedllm.storage.lease import boot_id, process_start_time
 from fedllm.storage.paths import RunPaths, shipped
@@ -102,6 +103,23 @@ def test_a_submitted_coordinator_runs_the_resolved_configuration_and_starts_agai
     cancel_job(job)
     until(lambda: job_is_gone(job))
     cancel_job(job)
+
+
+def test_one_job_resumes_a_whole_sweep_also_when_it_is_requeued(
+    run_root: Path, cluster: Cluster
+) -> None:
+    paths, config = RunPaths(root=run_root), configured(run_root)
+    job = submit_sweep_coordinator(paths, config, "5eed")
+    until(lambda: calls(run_root) == [f"set up: resume {run_root}"])
+    with pytest.raises(LeaseError, match=f"runs as Slurm job {job}"):
+        submit_sweep_coordinator(paths, config, "5eed")
+    cluster.slurm("scancel", "--batch", "--signal=USR2", job)
+    until(lambda: calls(run_root)[-1] == f"set up: resume {run_root} --unattended")
+    cancel_job(job)
+    until(lambda: job_is_gone(job))
+    chained = config.scheduler.model_copy(update={"coordinator": "chained"})
+    with pytest.raises(ConfigError, match=r"^scheduler\.coordinator: got chained, but one"):
+        submit_sweep_coordinator(paths, config.model_copy(update={"scheduler": chained}), "5eed")
 
 
 def test_a_cancelled_coordinator_is_told_to_stop(run_root: Path) -> None:

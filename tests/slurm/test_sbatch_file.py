@@ -200,6 +200,7 @@ def test_a_coordinators_script_knows_what_to_run_whatever_export_says(
     ).stdout.split("\0")
     assert {each for each in told if each.startswith("FEDLLM_")} == {
         "FEDLLM_CACHE=/the cache",
+        "FEDLLM_COMMAND=run",
         "FEDLLM_PYTHON=/env/bin/python",
         "FEDLLM_SETUP=echo 'it is'\ntrue",
         f"FEDLLM_STATE={os.environ['FEDLLM_STATE']}",

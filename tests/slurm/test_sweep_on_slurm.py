@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedllm.reporting.sweeps.sweep_status import sweep_status
 from fedllm.storage.paths import SweepPaths
 from tests.cli.commands import fedllm, in_process
 from tests.rounds.simulation import states
-from tests.slurm.runs import ON_CLUSTER
+from tests.slurm.cluster import until
+from tests.slurm.runs import ON_CLUSTER, PATIENCE_SECONDS
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.slurm
@@ -34,8 +36,11 @@ def test_the_arms_of_a_sweep_share_a_throttle_and_give_the_bits_of_inline_runs(
     }
     file = tmp_path / "question.yaml"
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
-    done = fedllm("sweep", file, "--out", tmp_path / "slurm", cwd=tmp_path)
+    done = fedllm("submit", file, "--run-dir", tmp_path / "slurm", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "coordinator job " in done.stdout
+    swept = SweepPaths(root=tmp_path / "slurm")
+    until(lambda: sweep_status(swept).state == "done", seconds=PATIENCE_SECONDS)
     raw["set"] = {**small, "scheduler.kind": "inline"}
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
     assert in_process("sweep", file, "--out", tmp_path / "inline").returncode == 0

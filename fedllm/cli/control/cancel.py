@@ -30,7 +30,7 @@ from fedllm.scheduling.slurm.coordinator_job import (
 )
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.lease import current_lease, process_is_gone
-from fedllm.storage.paths import RunPaths
+from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.records import CoordinatorJobRecord, RunRecord
 from fedllm.storage.sweep_records import SweepRecord
 from fedllm.storage.trust.place import is_here
@@ -52,11 +52,20 @@ def cancel(
     if sweep is None:
         _cancel_run(existing_run(run), jobs_only=jobs_only)
         return
-    for item in SweepRecord.read(sweep.record).runs:
+    record = SweepRecord.read(sweep.record)
+    for job in [] if jobs_only else _coordinators(sweep, record):
+        say(_end_job(job))
+    for item in record.runs:
         paths = sweep.run(item.name)
         if paths.run.exists() and not is_done(paths, read_config(paths.config)):
             say(f"{item.name}:")
             _cancel_run(paths, jobs_only=jobs_only)
+
+
+def _coordinators(paths: SweepPaths, record: SweepRecord) -> list[str]:
+    """Return the jobs that coordinate a sweep and wait or run."""
+    submitted = CoordinatorJobRecord.find(paths.coordination.coordinator_job)
+    return list(coordinator_jobs(record.sweep_id)) if submitted else []
 
 
 def _cancel_run(paths: RunPaths, *, jobs_only: bool) -> None:

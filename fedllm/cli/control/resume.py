@@ -7,6 +7,7 @@ from fedllm.cli.options import (
     Overrides,
     RunOrSweep,
     TakeOver,
+    Unattended,
     say,
     summary_of,
 )
@@ -19,6 +20,7 @@ def resume(
     set_: Overrides = None,
     take_over: TakeOver = False,
     accept_changes: AcceptChanges = False,
+    unattended: Unattended = False,
 ) -> None:
     """Continue a run or a sweep to its end.
 
@@ -30,7 +32,9 @@ def resume(
                 "--set: a sweep has many configurations; change its file, then: fedllm sweep FILE "
                 f"--out {run}"
             )
-        finish(sweep, take_over=take_over, accept_changes=accept_changes)
+        finish(sweep, take_over=take_over, accept_changes=accept_changes, unattended=unattended)
         return
-    execution.resume(run, set_ or [], take_over=take_over, accept_changes=accept_changes)
+    execution.resume(
+        run, set_ or [], take_over=take_over, accept_changes=accept_changes, unattended=unattended
+    )
     say(summary_of(run))

@@ -45,9 +45,17 @@ def sweep(
     finish(paths, take_over=take_over)
 
 
-def finish(paths: SweepPaths, *, take_over: bool = False, accept_changes: bool = False) -> None:
+def finish(
+    paths: SweepPaths,
+    *,
+    take_over: bool = False,
+    accept_changes: bool = False,
+    unattended: bool = False,
+) -> None:
     """Take a sweep to its end and print how it ended."""
     try:
-        sweeps.drive_sweep(paths, take_over=take_over, accept_changes=accept_changes)
+        sweeps.drive_sweep(
+            paths, take_over=take_over, accept_changes=accept_changes, unattended=unattended
+        )
     finally:
         say(sweep_status_text(sweep_status(paths)))

@@ -129,6 +129,36 @@ def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
     return job
 
 
+def submit_sweep_coordinator(paths: RunPaths, config: Config, sweep_id: str) -> str:
+    """Submit one job that coordinates all runs of a sweep; return its id.
+
+    The errors are those of `submit_coordinator`.
+
+    Args:
+        paths: the sweep's folder, which has the coordinator's files of a run directory.
+        config: the configuration of one of its runs, which says how the job is submitted.
+        sweep_id: the sweep's id.
+    """
+    if config.scheduler.coordinator == "chained":
+        raise ConfigError(
+            "scheduler.coordinator: got chained, but one resident job coordinates the runs of a "
+            "sweep; need resident"
+        )
+    refuse_second_coordinator(paths, sweep_id)
+    words = [str(paths.root)]
+    job = _submit(
+        paths,
+        config,
+        sweep_id,
+        "coordinator",
+        log="coordinator-%j.log",
+        words=words,
+        command="resume",
+    )
+    CoordinatorJobRecord(job=job, mode="resident").publish(paths.coordinator_job)
+    return job
+
+
 def submit_link(
     paths: RunPaths, config: Config, run_id: str, *, start: LinkStart | None = None, lost: int = 0
 ) -> str:
@@ -206,14 +236,15 @@ def _submit(
     *more: str,
     log: str,
     words: Sequence[str],
+    command: str = "run",
 ) -> str:
     with storage_errors(paths.all_logs):
         paths.all_logs.mkdir(parents=True, exist_ok=True)
     section = config.scheduler
     flags = _flags(section, {})
     file = paths.all_logs / f"{script}.sbatch"
-    publish_bytes(file, coordinator_script(script, section).encode())
-    command = [
+    publish_bytes(file, coordinator_script(script, section, command).encode())
+    submission = [
         "sbatch",
         "--parsable",
         f"--job-name={_name(run_id)}",
@@ -226,7 +257,7 @@ def _submit(
     ]
     before = coordinator_jobs(run_id)
     try:
-        output = call(command, environment=clean_environment(configured=flags))
+        output = call(submission, environment=clean_environment(configured=flags))
     except CommandRefused as error:
         if says_no_room(str(error)):
             raise SchedulerFull(f"sbatch: {error}") from error
@@ -251,13 +282,17 @@ def _flags(section: SchedulerSection, defaults: Mapping[str, Option]) -> Flags:
     return sbatch_flags(options, sbatch=section.sbatch, program="coordinator", defaults=defaults)
 
 
-def coordinator_script(name: str, section: SchedulerSection) -> str:
-    """Return a coordinator's script with the exports it needs, whatever `--export` says."""
+def coordinator_script(name: str, section: SchedulerSection, command: str = "run") -> str:
+    """Return a coordinator's script with the exports it needs, whatever `--export` says.
+
+    `command` is the one of fedllm that it runs.
+    """
     lines = shipped(f"slurm/{name}.sbatch").read_text(encoding="utf-8").splitlines(keepends=True)
     variables = {
         **fedllm_variables(),
         "FEDLLM_PYTHON": python_words(section),
         "FEDLLM_SETUP": "\n".join(section.setup),
+        "FEDLLM_COMMAND": command,
     }
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
     exports = [f"export {key}={shlex.quote(value)}\n" for key, value in sorted(variables.items())]
