@@ -15,6 +15,7 @@ from fedllm.errors import LeaseError, UserError
 from fedllm.methods.catalog import check_method, private_space
 from fedllm.planning.classes import JobKind, job_options
 from fedllm.reporting.plan.plan_text import flags_text
+from fedllm.reporting.trackers.trackers import require_trackers
 from fedllm.rounds.chaining import take_link, this_link
 from fedllm.rounds.coordinate import advance_while_possible, coordinate
 from fedllm.rounds.dispatch.in_flight import is_done
@@ -258,12 +259,13 @@ def check_before_run(config: Config, root: Path) -> None:
     """Refuse what no run could start with, without a look at base, data or scheduler.
 
     Raises:
-        ConfigError: options of sbatch that only fedllm sets, a method that is not there, or one
-            that is not for private clients.
+        ConfigError: options of sbatch that only fedllm sets, a method that is not there, one that
+            is not for private clients, or a tracker that is not installed.
         RunDirectoryError: Slurm cannot take the path of the run directory.
     """
     check_method(config.method)
     private_space(config)
+    require_trackers(config.reporting)
     refuse_reserved(config.scheduler)
     check_log_path(config, RunPaths(root=root.resolve()))
     if config.storage.group:

@@ -717,6 +717,14 @@ class StoppingSection(Section):
     """How much lower the loss has to be."""
 
 
+class ReportingSection(Section):
+    """Reporting: which experiment trackers get the metrics of every round."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Trackers that the coordinator gives the metrics of every finished round, the same as in
+    `metrics.jsonl`: see [results](report.md#trackers). Each needs its package."""
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -736,6 +744,7 @@ class Config(Section):
     stopping: Annotated[StoppingSection, Field(json_schema_extra=EXECUTION)] = StoppingSection()
     scheduler: Annotated[SchedulerSection, Field(json_schema_extra=EXECUTION)] = SchedulerSection()
     storage: Annotated[StorageSection, Field(json_schema_extra=EXECUTION)] = StorageSection()
+    reporting: Annotated[ReportingSection, Field(json_schema_extra=EXECUTION)] = ReportingSection()
 
     def training_of(self, tier: str) -> TrainingSection:
         """Return how the clients of a tier train: what the tier says comes before `training`."""

@@ -165,7 +165,10 @@ def _type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if annotation is bool or origin is Literal:
         return ", ".join(f"`{value}`" for value in _values(annotation))
     if origin is tuple:
-        noun, _, bounds = _type_text(arguments[0]).partition(" ")
+        text = _type_text(arguments[0])
+        if text.startswith("`"):
+            return f"list of {text}"
+        noun, _, bounds = text.partition(" ")
         return f"list of {noun}s {bounds}".rstrip()
     if origin is dict or is_section(annotation):
         return "table"

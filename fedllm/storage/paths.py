@@ -512,6 +512,20 @@ class RunPaths:
         return self.root / "report.html"
 
     @property
+    def title(self) -> str:
+        """The name of the run; of a sweep's run that of its arm comes before it."""
+        names = self.root.parts[-2:] if self.root.name.startswith("seed-") else (self.root.name,)
+        return " ".join(names)
+
+    def tracker(self, name: str) -> Path:
+        """The folder of what a tracker of experiments writes."""
+        return self.root / "trackers" / name
+
+    def exported(self, name: str) -> Path:
+        """How far a tracker was given what the run recorded."""
+        return self.root / "trackers" / f"{name}.json"
+
+    @property
     def all_logs(self) -> Path:
         """The folder of all logs."""
         return self.root / "logs"

@@ -3,6 +3,7 @@
 from fedllm.planning.evaluation_targets import is_evaluated
 from fedllm.reporting.results.metrics import headline, write_metrics
 from fedllm.reporting.task_times import task_times
+from fedllm.reporting.trackers.trackers import export_rounds
 from fedllm.reporting.usage import round_usage
 from fedllm.rounds.retention import prune
 from fedllm.rounds.run import Run
@@ -32,6 +33,7 @@ def finish_rounds(run: Run, last: int) -> bool:
             done = False
     if finished:
         write_metrics(run.paths)
+        export_rounds(run.paths, run.config, run.say)
         run.lease.check()
         prune(run.paths, run.config)
     return done

@@ -1,0 +1,1 @@
+"""Trackers: the metrics of every round, handed to experiment trackers by the coordinator."""
