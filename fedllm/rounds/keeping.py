@@ -86,6 +86,7 @@ def _trained(
         seconds=round(record.seconds, 3),
         step_seconds=round(record.step_seconds, 3),
         peak_memory_bytes=record.peak_memory_bytes,
+        energy_joules=record.energy_joules,
         bytes_up=update.num_bytes,
         bytes_down=received.num_bytes if received else _FLOAT32_BYTES * sizes.weights,
         values_up=sum(map(prod, update.shapes.values())),

@@ -86,7 +86,8 @@ class TrainedClient(Record):
     and `values_down` are those of what the client received, frozen parts too; `trainable` of these
     values were trained. `flops` are the operations
     of its training, `padded_flops` those of a loop that pads the rows of every step to the longest;
-    None where the tokens were not counted.
+    None where the tokens were not counted. `energy_joules` is that of the whole device meanwhile;
+    None where it does not tell.
     """
 
     client: str
@@ -109,6 +110,7 @@ class TrainedClient(Record):
     seconds: float
     step_seconds: float
     peak_memory_bytes: int
+    energy_joules: float | None = None
     bytes_up: int
     bytes_down: int
     values_up: int

@@ -493,7 +493,8 @@ class TrainingStats(Record):
     all its gradients before clipping. `step_seconds` is the time inside forward, backward and
     update. `computed_tokens` went through the base: a shared prefix once, padding too.
     `padded_tokens` would have, if the rows of every step were padded to the longest. Both are 0
-    where the engine does not count them.
+    where the engine does not count them. `energy_joules` is what the device used meanwhile, for all
+    its processes; None where it does not tell, or where several processes trained the client.
     """
 
     rows: Annotated[int, Field(ge=0)] = 0
@@ -507,6 +508,7 @@ class TrainingStats(Record):
     peak_memory_bytes: int
     computed_tokens: int = 0
     padded_tokens: int = 0
+    energy_joules: float | None = None
 
     @classmethod
     def of(cls, record: "TrainingStats") -> "TrainingStats":

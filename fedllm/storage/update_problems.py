@@ -75,6 +75,9 @@ def _number_problems(record: UpdateRecord, max_rows: int) -> Iterator[str]:
         value = getattr(record, name)
         if not 0 <= value < math.inf:
             yield f"{name} is {value}, need a finite number >= 0"
+    energy = record.energy_joules
+    if energy is not None and not 0 <= energy < math.inf:
+        yield f"energy_joules is {energy}, need a finite number >= 0"
     if record.status == "ok" and not all(map(math.isfinite, record.losses)):
         yield "a loss is not finite, and the client did not fail"
 

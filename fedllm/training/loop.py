@@ -23,6 +23,7 @@ from fedllm.packing.row_dropout import Piece
 from fedllm.packing.sequences import length_of
 from fedllm.packing.slots import AdapterSlots
 from fedllm.storage.records import TrainingStats
+from fedllm.training.energy import EnergyMeter, energy_counter, joules_of
 from fedllm.training.optimizers import build_optimizer
 from fedllm.training.progress import Progress, restore, tensors_of
 from fedllm.training.step_plan import Draws, plan_steps, rate_factor
@@ -118,6 +119,8 @@ class Loop:
         self.tokens = self.loss_tokens = self.computed_tokens = self.padded_tokens = 0
         self.step_seconds = 0.0
         self._earlier_peak = 0
+        self._energy = EnergyMeter(energy_counter(slots.device))
+        self._earlier_joules: float | None = 0.0
         self._slots, self._rows, self._settings = slots, rows, settings
         self._steps = plan_steps(len(rows), settings.training, draws)
         self._earlier_losses: list[float] = []
@@ -154,6 +157,11 @@ class Loop:
         """The most memory that was in use."""
         return max(self._earlier_peak, _peak_memory_bytes(self.device))
 
+    @property
+    def joules(self) -> float | None:
+        """The energy of the device since the training was begun or resumed; None: not told."""
+        return self._energy.joules()
+
     def run(self, progress: Progress | None, before_step: StepHook) -> TrainResult:
         """Take every step that is left after `progress`; arguments as of `train_client`."""
         if progress is not None:
@@ -187,6 +195,7 @@ class Loop:
             peak_memory_bytes=self.peak_memory_bytes,
             computed_tokens=self.computed_tokens,
             padded_tokens=self.padded_tokens,
+            energy_joules=joules_of(self._earlier_joules, self.joules),
         )
 
     def resume(self, progress: Progress) -> None:
@@ -196,6 +205,7 @@ class Loop:
         self._earlier_losses = list(stats.losses)
         self._earlier_gradient_norms = list(stats.gradient_norms)
         self._earlier_peak = stats.peak_memory_bytes
+        self._earlier_joules = stats.energy_joules
         self.tokens, self.loss_tokens = stats.tokens, stats.loss_tokens
         self.computed_tokens, self.padded_tokens = stats.computed_tokens, stats.padded_tokens
         self._begun -= stats.seconds

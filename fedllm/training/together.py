@@ -19,6 +19,7 @@ from fedllm.packing.sequences import Packed
 from fedllm.packing.slots import AdapterSlots
 from fedllm.packing.stacked_adapters import StackedPass
 from fedllm.planning.engines import GROUP_LAYOUT
+from fedllm.training.energy import joules_of
 from fedllm.training.loop import LocalSettings, Loop, TrainResult, reseed
 from fedllm.training.plain import Plain, with_micro_batches
 from fedllm.training.progress import Progress
@@ -81,10 +82,10 @@ class _Group:
                 loop.resume(member.progress)
         done = [min(self.num_done, loop.num_steps) for loop in self._loops]
         assert done == [loop.num_done for loop in self._loops], "members at different steps"
-        self._earlier = [
-            (found.stats.seconds, found.stats.step_seconds)
+        self._earlier: list[tuple[float, float, float | None]] = [
+            (found.stats.seconds, found.stats.step_seconds, found.stats.energy_joules)
             if (found := member.progress)
-            else (0.0, 0.0)
+            else (0.0, 0.0, 0.0)
             for member in members
         ]
         self._computed = [0] * len(members)  # tokens
@@ -145,7 +146,7 @@ class _Group:
         return one.packed
 
     def _shared(self, calls: Sequence[Callable[[], _Told]]) -> list[_Told]:
-        """Return what the members tell, with their shares of the group's seconds in it."""
+        """Return what the members tell, with their shares of the group's seconds and energy."""
         begun = time.perf_counter()
         for loop in self._loops:
             loop.losses()  # waits for the device
@@ -153,6 +154,7 @@ class _Group:
         told = [call() for call in calls]
         total = sum(self._computed) or 1
         passed = time.perf_counter() - self._begun
+        used = self._loops[0].joules
         return [
             replace(
                 each,
@@ -160,10 +162,13 @@ class _Group:
                     update={
                         "seconds": seconds + passed * computed / total,
                         "step_seconds": step_seconds + self._step_seconds * computed / total,
+                        "energy_joules": joules_of(
+                            joules, None if used is None else used * computed / total
+                        ),
                     }
                 ),
             )
-            for each, (seconds, step_seconds), computed in zip(
+            for each, (seconds, step_seconds, joules), computed in zip(
                 told, self._earlier, self._computed, strict=True
             )
         ]

@@ -101,6 +101,11 @@ class ZeroLoop(Loop):
         with closing(partitioned) as self._partitioned:
             return self.take_steps(before_step)
 
+    @property
+    def joules(self) -> float | None:
+        """None: each process would know of its own device only."""
+        return None
+
     def progress(self) -> Progress:
         """Return all that the rest depends on, as one process would; all call this together."""
         tensors = named_tensors(self.installed, self._partitioned.kept())

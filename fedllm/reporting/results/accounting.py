@@ -43,7 +43,8 @@ class TierAccount:
     """What the clients of a tier took in some rounds; means are over clients and rounds.
 
     `trainable` is the number of an adapter's weights, `trainable_share` its share of the base's.
-    `peak_memory_bytes` is the largest of a process, `seconds` and `bytes` are means.
+    `peak_memory_bytes` is the largest of a process; `seconds`, `energy_joules` (None where devices
+    do not tell it) and `bytes` are means.
     """
 
     tier: str
@@ -60,6 +61,7 @@ class TierAccount:
     padded_flops: float | None
     first_loss: float | None
     last_loss: float | None
+    energy_joules: float | None = None
 
 
 def round_account(paths: RoundPaths) -> RoundAccount | None:
@@ -147,6 +149,7 @@ def _tier_account(
         padded_flops=_mean(client.padded_flops for client in clients),
         first_loss=_mean(client.first_loss for client in clients),
         last_loss=_mean(client.last_loss for client in clients),
+        energy_joules=_mean(client.energy_joules for client in clients),
     )
 
 
