@@ -133,13 +133,13 @@ def test_an_unfinished_run_has_a_page_that_says_so(finished: Path, tmp_path: Pat
     done = in_process("report", root)
     assert done.returncode == 0, done.stderr
     words = (root / "report.html").read_text(encoding="utf-8")
-    assert "This run is not finished (stopped): 1 of 2 rounds are done." in words
+    assert "This run is not finished (stopped): 1 of 2 rounds done." in words
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     begin(tmp_path)
     words = report_page(run_report(tmp_path))
-    assert "0 of 3 rounds are done" in words
+    assert "0 of 3 rounds done" in words
     assert "Nothing was evaluated yet." in words
 
 
