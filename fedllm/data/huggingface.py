@@ -126,8 +126,8 @@ def _check_hub(name: str, revision: str | None) -> None:
     """Query the hub once: without a network, `load_dataset` retries for half a minute."""
     if not is_hub_name(name):
         raise DataError(
-            f"data.path: {name}: no such file or directory; give a parquet folder, a JSON(L) file, "
-            "a saved data set, a hub name or `embedded`"
+            f"data.path: {name}: no such file or directory; give a file or folder of rows "
+            "(JSON lines, CSV, parquet), a saved data set, a hub name or `embedded`"
         )
     from huggingface_hub import HfApi
 

@@ -71,9 +71,12 @@ class RowColumns:
             if name not in found
         ]
         if missing:
+            own = self.required.keys() - _COLUMNS.get(self.format, {}).keys()
+            wrong = [key for key, name in self.required.items() if name not in found and key in own]
+            example = f", for example --set data.columns.{wrong[0]}=NAME" if wrong else ""
             raise DataError(
-                f"{'; '.join(missing)}; {where} has {shorten_names(found)}: name the right one, "
-                "for example --set data.columns.client=NAME"
+                f"{'; '.join(missing)}; {where} has {shorten_names(found)}: name the right "
+                f"one{example}"
             )
 
     def check_part(self, found: Sequence[str], where: str) -> None:

@@ -222,16 +222,15 @@ def _refuse_other(paths: RunPaths, config: Config) -> None:
             refuse_edits(paths, record, read_config(paths.config))
             raise RunDirectoryError(
                 f"{paths.root}: a run of another configuration: {', '.join(frozen[:_NAMED_KEYS])}"
-                f"{_more(len(frozen) - _NAMED_KEYS)}; these keys are frozen, choose another "
-                "--run-dir"
+                f"{_more(len(frozen) - _NAMED_KEYS)}; these keys are frozen with the "
+                "first round; start another run: fedllm run CONFIG --run-dir DIR"
             )
         refuse_edits(paths, record, config)
     for change in changes:
         if change.key == "rounds" and change.after < change.before:
             raise RunDirectoryError(
                 f"{paths.root}: rounds can only grow, {change.before} in the run: got "
-                f"{change.after}; to go on with it as it is: fedllm resume {paths.root} "
-                f"--set rounds={change.before}"
+                f"{change.after}; to go on with it as it is: fedllm resume {paths.root}"
             )
 
 

@@ -27,7 +27,8 @@ class KeyChange:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.key} ({self.before} in the run, now {self.after})"
+        before, after = ("null" if v is None else v for v in (self.before, self.after))
+        return f"{self.key} ({before} in the run, now {after})"
 
 
 def key_values(config: Config) -> dict[str, Any]:

@@ -5,11 +5,13 @@ import re
 from fedllm.storage.fingerprints import fingerprint_values
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# a file of rows, which nobody means as the name of a repository
+_FILE = re.compile(r".*\.(jsonl?|jsonlines|ndjson|csv|tsv|parquet)(\.gz|\.zst)?", re.IGNORECASE)
 
 
 def is_hub_name(name: str) -> bool:
-    """Say whether `name` has the form of a hub repository: `name` or `owner/name`."""
-    return _NAME.fullmatch(name) is not None
+    """Say whether `name` has the form of a hub repository: `name` or `owner/name`, no file's."""
+    return _NAME.fullmatch(name) is not None and _FILE.fullmatch(name) is None
 
 
 def hub_key(name: str, revision: str | None) -> str:

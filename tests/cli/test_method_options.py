@@ -85,7 +85,7 @@ def test_a_run_does_not_go_on_with_another_method(tiny: Tiny, tmp_path: Path) ->
     for name in ("rbla", "hetlora"):
         line = one_line(in_process("resume", root, "--set", f"method.name={name}"))
         assert f"method.name (flexlora in the run, now {name})" in line
-        assert "choose another --run-dir" in line
+        assert "start another run" in line
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 

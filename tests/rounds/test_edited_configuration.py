@@ -53,7 +53,7 @@ def test_an_edited_key_is_to_be_put_back_and_another_configuration_is_another_ru
     run: RunPaths,
 ) -> None:
     other = config_of(seed=4)
-    with pytest.raises(RunDirectoryError, match="choose another --run-dir"):
+    with pytest.raises(RunDirectoryError, match="start another run: fedllm run CONFIG --run-dir"):
         opened(run.root, Simulation(), other)
     edit(run, "seed: 3", "seed: 4")
     with pytest.raises(RunDirectoryError, match=r"config\.yaml: .*put them back"):

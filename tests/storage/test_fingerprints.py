@@ -45,7 +45,7 @@ def test_other_values_have_other_fingerprints(one: object, other: object) -> Non
 def test_a_hub_name_is_a_name_or_an_owner_and_a_name() -> None:
     assert is_hub_name("gpt2")
     assert is_hub_name("meta-llama/Llama-3.2-1B")
-    for path in ("a/b/c", "./a", "../a", "/a", "a/", "", "a b", "~/a"):
+    for path in ("a/b/c", "./a", "../a", "/a", "a/", "", "a b", "~/a", "rows.jsonl", "a/b.csv.gz"):
         assert not is_hub_name(path)
 
 
