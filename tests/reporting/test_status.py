@@ -133,7 +133,9 @@ def test_a_coordinator_is_running_stopped_or_on_another_machine(tmp_path: Path) 
     assert run_status(paths).state == "stopped"
     gone = lease.record.model_copy(update={"number": 2, "start_time": "1"})
     gone.publish(paths.lease(2))
-    assert run_status(paths).state == "stopped"
+    found = run_status(paths)
+    assert found.state == "stopped"
+    assert found.coordinator.startswith("none; the last one (")
     LeaseRecord.model_validate({**gone.model_dump(), "number": 3, "host": "elsewhere"}).publish(
         paths.lease(3)
     )

@@ -248,6 +248,8 @@ class StatusReader:
         holds = holder is not None and not self._paths.released(number).exists()
         if holder is not None and holds:
             state, where = self._holder_state(holder, answers), location_of(holder)
+            if state == "stopped":
+                where = f"none; the last one ({where}) has ended"
         job = self._submitted()
         # a job that gave its lease back may wait to continue, for example after a preemption
         if job is None or (holder is not None and holds and holder.slurm_job == job):
