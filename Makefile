@@ -104,10 +104,11 @@ venv: .venv/.package
 
 quickstart: .venv/.report
 	@.venv/bin/python examples/quickstart.py
-	@echo; echo "next: .venv/bin/fedllm compare smallest=runs/quickstart-smallest FlexLoRA=runs/quickstart"; \
-	echo "      .venv/bin/fedllm inspect configs/quickstart.yaml --client ana"; \
-	echo "      .venv/bin/fedllm export runs/quickstart --rank 4 --out adapters/rank-4"; \
-	echo "      .venv/bin/fedllm resume runs/quickstart --set rounds=16"
+	@echo; echo "next: source .venv/bin/activate"; \
+	echo "  fedllm compare smallest=runs/quickstart-smallest FlexLoRA=runs/quickstart"; \
+	echo "  fedllm inspect configs/quickstart.yaml --client ana"; \
+	echo "  fedllm export runs/quickstart --rank 4 --out adapters/rank-4"; \
+	echo "  fedllm resume runs/quickstart --set rounds=16"
 
 # --- checks: independent of each other, the longest first
 

@@ -12,7 +12,7 @@ CONFIG, OUT = "configs/quickstart.yaml", Path("runs")
 # the bucket effect: every client at the rank of the smallest tier, A and B averaged separately
 TIERS = ("tiny", "small", "wide", "large")
 SMALLEST = ["method.name=factor_mean", *(f"clients.tiers.{tier}.ranks=1" for tier in TIERS)]
-CAVEAT = "One seed, a base of 0.7 million weights: it does not show which method is better."
+CAVEAT = "One seed, a base of 0.7 million weights: not enough to tell methods apart."
 
 
 def main() -> None:

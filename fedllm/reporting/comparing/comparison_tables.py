@@ -180,7 +180,9 @@ def _answers_table(
         for a in answers
     ]
     header = ["contrast", "", "endpoint", count, "difference", "95 % interval", test, "adjusted"]
-    return text_table(title, header, rows)
+    # without a named contrast, or without a test, a column is empty
+    kept = [n for n in range(len(header)) if any(row[n] for row in rows)]
+    return text_table(title, [header[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def _categories_table(comparison: Comparison, answers: Sequence[CategoryAnswer], what: str) -> str:
