@@ -16,6 +16,8 @@ from tests.rounds.simulation import Simulation, complete, config_of, states
 from tests.security.answers import answer, replaced, unchanged
 from tests.security.mutations import mutated, profile
 
+LOOKS = (("status",), ("status", "--json"), ("verify",), ("prune", "--dry-run"))
+
 
 def silent(_line: str) -> None:
     return
@@ -48,9 +50,11 @@ def test_no_record_is_more_than_a_line_of_errors_and_looking_changes_nothing(
     files = sorted(p for p in unfinished.root.rglob("*") if p.suffix in kinds)
     file = data.draw(st.sampled_from(files))
     content = data.draw(mutated([file.read_bytes(), b"", b"{}", b"[]", b"\0" * 64]))
+    # the next input has others: commands take longer than to draw one
+    looks = data.draw(st.lists(st.sampled_from(LOOKS), min_size=1, max_size=2, unique=True))
     with replaced(file, content), unchanged(unfinished.root):
-        for words in (("status",), ("status", "--json"), ("verify",), ("prune", "--dry-run")):
-            answer(words[0], unfinished.root, *words[1:])
+        for command, *options in looks:
+            answer(command, unfinished.root, *options)
 
 
 @profile("updates")
