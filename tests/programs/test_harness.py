@@ -1,7 +1,6 @@
 """lm-evaluation-harness scores what a run exports, on a task of the user's own."""
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,8 +45,8 @@ def test_the_harness_scores_a_run_and_its_adapter_alike(
     run: RunPaths, tiny: Tiny, tmp_path: Path
 ) -> None:
     if find_spec("lm_eval") is None:
-        assert not os.environ.get("CI"), "pip install lm-eval"
-        pytest.skip("lm-eval is not installed")
+        # 30 packages for one command: CI goes without
+        pytest.skip("lm-eval is not installed: pip install lm-eval")
     task, home = task_file(tmp_path), str(tmp_path / "hf")
     done = fedllm(
         *("evaluate", run.root, "--lm-eval", task, "--json"), HF_HUB_OFFLINE="1", HF_HOME=home
@@ -63,7 +62,7 @@ def test_the_harness_scores_a_run_and_its_adapter_alike(
     words = ["--config", tiny.config, "--lm-eval", task, "--out", tmp_path / "scores.json"]
     done = fedllm("evaluate", tmp_path / "adapter", *words, HF_HUB_OFFLINE="1", HF_HOME=home)
     assert done.returncode == 0, done.stderr
-    assert "first_word  acc" in done.stdout
+    assert ["first_word", "acc", "none"] in [line.split()[:3] for line in done.stdout.splitlines()]
     assert json.loads((tmp_path / "scores.json").read_text())["results"] == kept["results"]
 
 
