@@ -42,7 +42,7 @@ def test_weights_are_normalised_and_printed_with_what_was_lost(
     lines = said.out.splitlines()
     assert lines[0].split() == ["weight", "0.2500", "rank", "2", str(zoo["plain"])]
     assert lines[1].split() == ["weight", "0.7500", "rank", "4", str(zoo["rslora"])]
-    assert lines[2].startswith("2 of 6 modules are in 1 of 2 adapters only and count as zero")
+    assert lines[2].startswith("2 of 6 modules: in 1 of 2 adapters only; they count as zero")
     assert "model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj" in lines[2]
     assert lines[3].startswith("rank 2 in 6 modules; energy kept 0.")
     least = "the error is the least possible"

@@ -106,7 +106,7 @@ def test_answers_that_are_all_empty_are_one_line(tiny: Tiny, tmp_path: Path) -> 
     assert done.returncode == 2
     # above it stands how the file is read
     line = done.stderr.splitlines()[-1]
-    assert f"data.path: {data}: no row to train: 200 rows have an empty answer" in line
+    assert f"data.path: {data}: no row to train; 200 rows without an answer" in line
 
 
 def test_a_configuration_without_paths_names_the_keys(tiny: Tiny, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_few_modules_in_common_are_refused_unless_they_are_allowed(
     assert "4 of 6 modules are not in all adapters" in said
     assert "--allow-missing" in said
     assert fedllm([*map(str, arguments), "--allow-missing"]) == 0
-    assert "4 of 6 modules are in 1 of 2 adapters only" in capsys.readouterr().out
+    assert "4 of 6 modules: in 1 of 2 adapters only" in capsys.readouterr().out
     expected = weighted_mean([deltas(llama, f) for f in (pair[0], other)], [1.0, 1.0])
     assert set(deltas(llama, tmp_path / "out")) == set(expected)
 
