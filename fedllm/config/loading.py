@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,22 @@ def read_config(path: Path) -> Config:
     """Read the resolved configuration of a run."""
     if not path.is_file():
         raise ConfigError(f"{path.parent}: not a run directory (no {path.name}); see `fedllm run`")
+    status = path.stat()
+    version = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    return _read_version(path, version)
+
+
+@lru_cache(maxsize=4)
+def _read_version(path: Path, _version: tuple[int, ...]) -> Config:
+    """Read a configuration; a command asks several times for the same."""
     raw = resolve_scalars(read_yaml(path), Config)
     for section, key in _REMOVED_KEYS:
         if isinstance(part := raw.get(section), dict):
             part.pop(key, None)
-    return validate(raw)
+    try:
+        return validate(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:

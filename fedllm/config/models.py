@@ -298,7 +298,7 @@ class ClientsSection(Section):
     """Number of valid updates that a round needs, as count or share of the cohort; with fewer
     the run ends with exit code 1. An update with values that are not finite is not valid: its
     client is left out and named."""
-    over_sample: Annotated[float, Field(ge=0)] = 0.0
+    over_sample: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Share of clients drawn beyond the cohort's size. The round goes on as soon as enough
     clients for the cohort's size have valid updates. The tiers of these clients are reported."""
     deadline_minutes: PositiveFloat | None = None
@@ -633,7 +633,7 @@ class SchedulerSection(Section):
     worker_minutes_min: PositiveFloat = 5.0
     """Minimum work of an array task when slots are free: more tasks start only if each has at
     least this much work."""
-    worker_teraflops: PositiveFloat | None = None
+    worker_teraflops: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """Sustained speed of a worker, for estimates before anything is measured; `null`: for each
     of its processes 20 with a GPU, 0.03 without."""
     clients_per_bundle: PositiveInt | Literal["auto"] = "auto"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.config.loading import load_config
+from fedllm.config.loading import load_config, read_config
 from fedllm.errors import ConfigError
 
 TIERS = "model: {path: embedded}\ndata: {path: embedded}\nclients: {tiers: {a: {ranks: 4}}}\n"
@@ -53,6 +53,7 @@ def test_many_unknown_keys_are_counted_behind_the_first(tmp_path: Path) -> None:
         ("training: {learning_rate: yes}", "training.learning_rate: got True, need a number"),
         ("training: {device: 'tpu:9'}", "training.device: got 'tpu:9'; need auto, cpu, cuda"),
         ("training: {cut_rounds: [true]}", "training.cut_rounds: got [True], need a number"),
+        ("scheduler: {worker_teraflops: 1e-320}", "worker_teraflops: got 1e-320, need >= 1e-06"),
         ("rounds: !!int abc", "line 4 is not YAML (`abc` cannot be read as int)"),
         ('storage: {cache: "a\\0b"}', "storage.cache: got 'a\\x00b', need text without zero"),
         ('storage: {cache: "\\ud800"}', "storage.cache: got '\\ud800', need text without zero"),
@@ -68,6 +69,15 @@ def test_values_that_cannot_be_are_named_with_what_is_needed(
 def test_as_many_clients_as_nobody_has_are_refused(tmp_path: Path) -> None:
     text = TIERS.replace("data: {path: embedded}", "data: {embedded_clients: 1000000}")
     assert "data.embedded_clients: got 1000000, need <= 100000" in refusal(tmp_path, text)
+    text = TIERS.replace("tiers:", "over_sample: 1.0e308, tiers:")
+    assert "clients.over_sample: got 1e+308, need <= 100" in refusal(tmp_path, text)
+
+
+def test_a_configuration_of_a_run_is_named_with_its_problem(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("rounds: 1")
+    with pytest.raises(ConfigError, match=r"config\.yaml: clients: missing"):
+        read_config(file)
 
 
 def test_a_wrong_value_is_shown_in_a_length_that_people_read(tmp_path: Path) -> None:
