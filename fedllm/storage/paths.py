@@ -82,12 +82,17 @@ def encode_client(client: str) -> str:
     return "~~" + hashlib.sha256(raw).hexdigest()
 
 
+def package_folder() -> Path:
+    """Return the folder of this package's code."""
+    return Path(__file__).resolve().parents[1]
+
+
 def shipped(name: str) -> Path:
     """Return a file that comes with fedllm (`jobs/client.py`, `configs/quickstart.yaml`).
 
     A wheel has these folders inside the package, a clone beside it.
     """
-    package = Path(__file__).resolve().parents[1]
+    package = package_folder()
     for root in (package, package.parent):
         if (root / name).exists():
             return root / name
@@ -622,6 +627,15 @@ class CachePaths:
     def data(self, key: str) -> Path:
         """A tokenised data set."""
         return self.root / "data" / key
+
+    @property
+    def preparations(self) -> Path:
+        """The folder of what `fedllm plan` knows of prepared configurations."""
+        return self.root / "plans"
+
+    def preparation(self, key: str) -> Path:
+        """What `fedllm plan` knows of a prepared configuration."""
+        return self.preparations / key / "preparation.json"
 
     def base_scores(self, key: str) -> Path:
         """The scores of an untouched base on some clients and rows."""

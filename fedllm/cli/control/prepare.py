@@ -9,6 +9,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.cli.preparing import prepared_anew
 from fedllm.cli.progress_bar import progress_bar
 from fedllm.errors import counted
 from fedllm.scheduling.traits import cache_for
@@ -20,12 +21,11 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     Run it where the network is; all later steps work offline.
     """
     from fedllm.programs.prepare import describe_layout
-    from fedllm.programs.prepare import prepare as prepare_step
 
     loaded = configuration(config, set_ or [])
     cache = cache_for(loaded, default_run_dir(config))
     with progress_bar() as count:
-        prepared = prepare_step(loaded, cache, count=count)
+        prepared = prepared_anew(loaded, cache, count)
     if json_:
         say_json(prepared.model_dump(mode="json", by_alias=True))
         return

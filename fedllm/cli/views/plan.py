@@ -23,6 +23,7 @@ from fedllm.cli.options import (
     say,
     say_json,
 )
+from fedllm.cli.preparing import prepared_once
 from fedllm.cli.progress_bar import progress_bar
 from fedllm.cli.sweeps import default_sweep_dir, planned_sweep
 from fedllm.config.models import Config
@@ -46,6 +47,9 @@ from fedllm.storage.paths import RunPaths, SweepPaths
 from fedllm.storage.publishing.publish import publish_bytes
 from fedllm.storage.records import PreparedRecord
 
+# devices that every machine has: no need to load torch and look
+_EVERYWHERE = {"auto", "cpu"}
+
 
 def _privacy(config: Config, prepared: PreparedRecord) -> str:
     """Return what the whole run says about any one client."""
@@ -61,13 +65,14 @@ def _check_devices(config: Config) -> None:
     Raises:
         ConfigError: it names the key.
     """
+    devices = {"training": config.training.device, "aggregation": config.aggregation.device}
+    if traits_of(config).jobs_outlive_coordinator or {*devices.values()} <= _EVERYWHERE:
+        return
     from fedllm.model.device import resolve_devices
 
-    if traits_of(config).jobs_outlive_coordinator:
-        return
-    for section in ("training", "aggregation"):
+    for section, device in devices.items():
         try:
-            resolve_devices(getattr(config, section).device)
+            resolve_devices(device)
         except ConfigError as error:
             raise ConfigError(f"{section}.{error}") from error
 
@@ -90,16 +95,13 @@ def plan(
         return
     loaded, root = configuration(config, set_ or []), default_run_dir(config)
     execution.check_before_run(loaded, root)
-    # imported late: a wrong configuration is refused before the compute side is loaded
-    from fedllm.programs.prepare import prepare as prepare_step
-
     _check_devices(loaded)
     if out is not None:
         fresh_folder(out)
     with progress_bar() as count:
         words = ["prepare", str(config), *(w for key in set_ or [] for w in ("--set", key))]
         here = _AnnouncedWork(count, loaded, f"fedllm {shlex.join(words)}")
-        prepared = prepare_step(loaded, cache_for(loaded, root), count=here)
+        prepared = prepared_once(loaded, cache_for(loaded, root), here)
     run = RunPaths(root=root.resolve())
     with closing(execution.make_scheduler(run, loaded)) as scheduler:
         _check_jobs(scheduler, loaded, run)
@@ -159,8 +161,6 @@ def _describe(geometry: Geometry, config: Config, prepared: PreparedRecord) -> N
 
 def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
     """Print the hours of a sweep: those of each arm's first run, times its runs."""
-    from fedllm.programs.prepare import prepare as prepare_step
-
     if any(others):
         raise ConfigError("--out, --slots and --set: are for a configuration, not for a sweep")
     root = default_sweep_dir(file)
@@ -174,7 +174,7 @@ def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
         members = list(of_arm)
         config, paths = members[0].config, SweepPaths(root=root.resolve()).run(members[0].name)
         with progress_bar() as count:
-            prepared = prepare_step(config, cache_for(config, paths.root), count=count)
+            prepared = prepared_once(config, cache_for(config, paths.root), count)
         roles[arm] = split_roles(config.clients, prepared.clients)
         with closing(execution.make_scheduler(paths, config)) as scheduler:
             geometry = plan_run(config, prepared, paths, scheduler).geometry
