@@ -76,7 +76,26 @@ class ProgressRecord(Record):
         return ", ".join(parts)
 
 
-class TrainedClient(Record):
+class ClientCosts(Record):
+    """What the training of a client took, as the accounts of its tier need it."""
+
+    tier: str
+    rank: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    energy_joules: float | None = None
+    bytes_up: int
+    bytes_down: int
+    values_down: int
+    trainable: int = 0
+    flops: float | None = None
+    padded_flops: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+
+
+class TrainedClient(ClientCosts):
     """A client whose update a round published, without its tensors and long lists.
 
     `rank` is the largest over its modules. `used` tells whether the round used the update; a client
@@ -91,8 +110,6 @@ class TrainedClient(Record):
     """
 
     client: str
-    tier: str
-    rank: int
     used: bool
     reason: str = ""
     attempt: int
@@ -101,24 +118,12 @@ class TrainedClient(Record):
     resumes: int = 0
     rows: int
     steps: int
-    tokens: int
     loss_tokens: int
     computed_tokens: int = 0
     padded_tokens: int = 0
-    flops: float | None = None
-    padded_flops: float | None = None
-    seconds: float
     step_seconds: float
-    peak_memory_bytes: int
-    energy_joules: float | None = None
-    bytes_up: int
-    bytes_down: int
     values_up: int
-    values_down: int
-    trainable: int = 0
     loss: float | None = None
-    first_loss: float | None = None
-    last_loss: float | None = None
     losses: tuple[float, ...] = ()
     gradient_norm_mean: float | None = None
     gradient_norm_max: float | None = None

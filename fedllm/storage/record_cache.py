@@ -30,10 +30,10 @@ def rare_garbage_collection() -> Iterator[None]:
 
 
 class RecordCache:
-    """The last content of records that were read, by path."""
+    """The last content of records that were read, by kind and path."""
 
     def __init__(self) -> None:
-        self._cached: dict[Path, tuple[Version, Record]] = {}
+        self._cached: dict[tuple[type[Record], Path], tuple[Version, Record]] = {}
 
     def read(self, kind: type[AnyRecord], path: Path) -> AnyRecord:
         """Read a record, from disk only if its file changed: some hold thousands of clients.
@@ -43,9 +43,9 @@ class RecordCache:
             RunDirectoryError: the file is not a record of this kind.
         """
         version = version_of(path)
-        cached = self._cached.get(path)
+        cached = self._cached.get((kind, path))
         if cached is None or cached[0] != version:
-            cached = self._cached[path] = (version, kind.read(path))
+            cached = self._cached[kind, path] = (version, kind.read(path))
         record = cached[1]
         assert isinstance(record, kind)
         return record

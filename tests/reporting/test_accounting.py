@@ -1,6 +1,8 @@
 """What a run took: clients, bytes, operations and seconds, from what retention keeps."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from fedllm.errors import UserError
 from fedllm.reporting.results.accounting import round_account, round_accounts, tier_accounts
 from fedllm.reporting.results.cost_to_target import ScoreTarget, cost_to_target, target_of
-from fedllm.storage.kept_records import ClientsRecord, TasksRecord, shortened
+from fedllm.reporting.status.status import run_status
+from fedllm.storage.kept_records import ClientCosts, ClientsRecord, TasksRecord, shortened
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import CohortRecord, PreparedRecord
 from fedllm.storage.updates import read_update, update_files
@@ -67,11 +70,34 @@ def test_metrics_have_the_training_loss_and_what_the_round_took(run: RunPaths) -
 def test_tiers_have_their_share_of_the_base(run: RunPaths) -> None:
     prepared = PreparedRecord.read(run.prepared)
     records = [ClientsRecord.read(run.round(number).clients) for number in (1, 2)]
-    small, large = tier_accounts(records, prepared)
+    clients = [client for record in records for client in record.clients]
+    small, large = tier_accounts(clients, prepared.model_parameters)
     assert (small.tier, small.rank, large.tier, large.rank) == ("small", 2, "large", 8)
     assert small.clients + large.clients == 8
     assert small.trainable_share == small.trainable / prepared.model_parameters
     assert small.bytes_up < large.bytes_up
+
+
+def test_a_status_reads_only_the_heads_of_records_that_list_clients(
+    run: RunPaths, tmp_path: Path
+) -> None:
+    paths = RunPaths(root=Path(shutil.copytree(run.root, tmp_path / "run")))
+    before = run_status(paths)
+    for file, listed in (
+        (paths.prepared, "clients"),
+        (paths.round(2).collection, "updates"),
+        (paths.round(2).clients, "clients"),
+    ):
+        content, times = json.loads(file.read_bytes()), file.stat()
+        costs = {*ClientCosts.model_fields, "id", "category"}
+        content[listed] = [{k: v for k, v in c.items() if k in costs} for c in content[listed]]
+        file.write_text(json.dumps(content))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = run_status(paths)
+    assert after.training and after.recent and after.history.training_losses
+    assert (after.training, after.recent, after.history) == (
+        *(before.training, before.recent, before.history),
+    )
 
 
 def test_times_of_tasks_stay_too(run: RunPaths) -> None:

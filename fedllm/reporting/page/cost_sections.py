@@ -60,8 +60,8 @@ def cost_section(paths: RunPaths, accounts: Sequence[RoundAccount]) -> PageSecti
 def _tiers(paths: RunPaths) -> list[TierAccount]:
     prepared = PreparedRecord.find(paths.prepared)
     records = [ClientsRecord.find(each.clients) for each in rounds_of(paths)]
-    known = [record for record in records if record]
-    return tier_accounts(known, prepared) if prepared else []
+    clients = [client for record in records if record for client in record.clients]
+    return tier_accounts(clients, prepared.model_parameters) if prepared else []
 
 
 def _tier_charts(tiers: Sequence[TierAccount]) -> Iterator[Chart]:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedllm.storage.kept_records import ClientsRecord, TasksRecord, TrainedClient
+from fedllm.storage.kept_records import ClientCosts, ClientsRecord, TasksRecord
 from fedllm.storage.paths import RoundPaths, RunPaths
-from fedllm.storage.records import AggregateRecord, EvaluationRecord, PreparedRecord, RoundRecord
+from fedllm.storage.records import AggregateRecord, EvaluationRecord, RoundRecord
 
 _BYTES_AT_16_BIT = 2
 _STAGES = {"client": "training", "aggregate": "aggregation", "evaluate": "evaluation"}
@@ -119,19 +119,16 @@ def account_metrics(account: RoundAccount) -> dict[str, object]:
     } | {f"{stage}_stage_seconds": seconds for stage, seconds in account.stages.items()}
 
 
-def tier_accounts(records: Sequence[ClientsRecord], prepared: PreparedRecord) -> list[TierAccount]:
+def tier_accounts(clients: Iterable[ClientCosts], model_parameters: int) -> list[TierAccount]:
     """Return what the clients of each tier took in some rounds, the smallest rank first."""
-    tiers: dict[str, list[TrainedClient]] = {}
-    for record in records:
-        for client in record.clients:
-            tiers.setdefault(client.tier, []).append(client)
-    accounts = [_tier_account(tier, clients, prepared) for tier, clients in tiers.items()]
+    tiers: dict[str, list[ClientCosts]] = {}
+    for client in clients:
+        tiers.setdefault(client.tier, []).append(client)
+    accounts = [_tier_account(tier, same, model_parameters) for tier, same in tiers.items()]
     return sorted(accounts, key=lambda account: (account.trainable, account.tier))
 
 
-def _tier_account(
-    tier: str, clients: Sequence[TrainedClient], prepared: PreparedRecord
-) -> TierAccount:
+def _tier_account(tier: str, clients: Sequence[ClientCosts], model_parameters: int) -> TierAccount:
     seconds = sum(client.seconds for client in clients)
     trainable = max(client.trainable or client.values_down for client in clients)
     return TierAccount(
@@ -139,7 +136,7 @@ def _tier_account(
         rank=max(client.rank for client in clients),
         clients=len(clients),
         trainable=trainable,
-        trainable_share=trainable / max(1, prepared.model_parameters),
+        trainable_share=trainable / max(1, model_parameters),
         bytes_up=_mean(client.bytes_up for client in clients) or 0.0,
         bytes_down=_mean(client.bytes_down for client in clients) or 0.0,
         seconds=seconds / len(clients),

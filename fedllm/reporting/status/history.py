@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.reporting.results.metrics import Mean, by_group
+from fedllm.reporting.status.record_heads import CollectionHead
 from fedllm.storage.paths import RoundPaths
 from fedllm.storage.record_cache import RecordCache
-from fedllm.storage.records import CollectionRecord, EvaluationRecord
+from fedllm.storage.records import EvaluationRecord
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MAX_ROUNDS = 24
@@ -46,7 +47,7 @@ def history_of(records: RecordCache, rounds: Sequence[RoundPaths]) -> History:
     """Return the history of a run."""
     losses: dict[int, float] = {}
     for paths in [r for r in rounds if r.number][-_MAX_ROUNDS:]:
-        collection = records.find(CollectionRecord, paths.collection)
+        collection = records.find(CollectionHead, paths.collection)
         loss = collection.training.get("training_loss") if collection else None
         if isinstance(loss, float):
             losses[paths.number] = loss

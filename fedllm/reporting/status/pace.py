@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedllm.errors import counted
+from fedllm.reporting.status.record_heads import CollectionHead
 from fedllm.storage.paths import RoundPaths, RunPaths
 from fedllm.storage.record_cache import RecordCache
-from fedllm.storage.records import CollectionRecord, RoundRecord
+from fedllm.storage.records import RoundRecord
 
 RECENT_ROUNDS = 5
 
@@ -67,7 +68,7 @@ class Estimate:
 
 def pace_of_round(records: RecordCache, paths: RoundPaths) -> Pace | None:
     """Return the speed of a round that has its state, or None if it is no longer known."""
-    collection = records.find(CollectionRecord, paths.collection)
+    collection = records.find(CollectionHead, paths.collection)
     drawn, ended = written_at(paths.cohort), written_at(paths.aggregate_record)
     collected = written_at(paths.collection)
     if collection is None or drawn is None or ended is None or collected is None:

@@ -24,8 +24,8 @@ from fedllm.reporting.status.queue import (
     SchedulerAnswers,
     queue_status,
 )
+from fedllm.reporting.status.record_heads import ClientsHead, PreparedHead
 from fedllm.reporting.usage import Usage, round_usage
-from fedllm.storage.kept_records import ClientsRecord
 from fedllm.storage.lease import HolderIsGone, current_lease, location_of, process_is_gone
 from fedllm.storage.paths import JobPaths, RoundPaths, RunPaths, attempts_of
 from fedllm.storage.record_cache import RecordCache
@@ -36,7 +36,6 @@ from fedllm.storage.records import (
     EvaluationRecord,
     JobsRecord,
     LeaseRecord,
-    PreparedRecord,
     RoundRecord,
     RunRecord,
 )
@@ -310,11 +309,11 @@ class StatusReader:
 
     def _training(self, rounds: Sequence[RoundPaths]) -> RoundTraining | None:
         """Return how the clients of the newest collected round trained."""
-        prepared = self._records.find(PreparedRecord, self._paths.prepared)
+        base = self._records.find(PreparedHead, self._paths.prepared)
         for paths in reversed(rounds):
-            found = self._records.find(ClientsRecord, paths.clients)
-            if found and found.clients and prepared:
-                tiers = tuple(tier_accounts([found], prepared))
+            found = self._records.find(ClientsHead, paths.clients)
+            if found and found.clients and base:
+                tiers = tuple(tier_accounts(found.clients, base.model_parameters))
                 stages = stage_seconds(paths)
                 return RoundTraining(round=found.round, tiers=tiers, stages=stages)
         return None
@@ -337,7 +336,7 @@ class StatusReader:
 
     def _means(self, clients: Sequence[ClientScores]) -> dict[str, Mean]:
         """Return the means of every group of clients, and of its kinds of tasks below it."""
-        prepared = self._records.find(PreparedRecord, self._paths.prepared)
+        prepared = self._records.find(PreparedHead, self._paths.prepared)
         categories = {c.id: c.category for c in prepared.clients} if prepared else {}
         kinds = by_kind(clients, categories)
         means: dict[str, Mean] = {}
