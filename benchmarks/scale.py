@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.simulated.cluster import SimulatedSlurm
@@ -103,11 +104,14 @@ def alone(clients: int, slots: int, asked: argparse.Namespace) -> dict[str, Any]
     return found
 
 
-def configuration(clients: int, slots: int) -> Config:
-    """Return the configuration of a run in which every client trains in every round."""
+def configuration(
+    cohort: int, slots: int, rounds: int = ROUNDS, storage: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
+    """Return the configuration of a run in which `cohort` clients train in every round."""
     return validate(
         {
-            "rounds": ROUNDS,
+            "rounds": rounds,
+            "storage": dict(storage),
             "lora": {"target_modules": [name.rpartition(".")[2] for name in MODULES]},
             "clients": {
                 "tiers": {
@@ -116,7 +120,7 @@ def configuration(clients: int, slots: int) -> Config:
                     "wide": {"ranks": {"attention": 4, "mlp": 16}},
                     "large": {"ranks": 16},
                 },
-                "cohort": {"count": clients},
+                "cohort": {"count": cohort},
             },
             "training": {"batch_size": 4},
             "evaluation": {"clients": 8, "rows_per_client": 8, "complete_at_end": False},
@@ -133,8 +137,25 @@ def simulate(
     scratch: Path | None,
     max_array_size: int = MAX_ARRAY_SIZE,
     max_submit_jobs: int = MAX_SUBMIT_JOBS,
+    cohort: int | None = None,
+    rounds: int = ROUNDS,
+    storage: Mapping[str, Any] = MappingProxyType({}),
+    look: Callable[[Path], object] = lambda _root: None,
 ) -> Figures:
-    """Run all rounds in virtual time and return what they were like."""
+    """Run all rounds in virtual time and return what they were like.
+
+    Args:
+        clients: how many there are.
+        slots: workers at a time.
+        seed: of sizes and durations.
+        scratch: where the run directory goes.
+        max_array_size: of the simulated Slurm.
+        max_submit_jobs: of the simulated Slurm.
+        cohort: how many train in a round; None: all.
+        rounds: how many.
+        storage: keys of this section.
+        look: called with the finished run directory, before it is removed.
+    """
     timeline = Timeline()
     programs = Programs(
         num_clients=clients, seed=seed, recorded=Recorded.read(), now=lambda: timeline.now
@@ -155,7 +176,7 @@ def simulate(
             coordinate(
                 open_run(
                     root,
-                    configuration(clients, slots),
+                    configuration(cohort or clients, slots, rounds, storage),
                     make_scheduler=lambda _paths, config: SlurmScheduler(
                         section=config.scheduler, commands=slurm
                     ),
@@ -163,6 +184,7 @@ def simulate(
                 )
             )
         moments.look()
+        look(root)
         return Figures(
             clients=clients,
             slots=slots,
@@ -172,7 +194,7 @@ def simulate(
             largest_folders=moments.largest_folders(5),
             rounds=[
                 round_figures(number, slots=slots, moments=moments, trained=programs.of(number))
-                for number in range(1, ROUNDS + 1)
+                for number in range(1, rounds + 1)
             ],
         )
 
