@@ -1,5 +1,6 @@
 """Collection: freeze the updates of a round before anything is computed from them."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from statistics import median_high
 
@@ -54,6 +55,7 @@ def collect(run: Run, cohort: CohortRecord, scan: Scan) -> CollectionRecord | No
         return None
     updates, failed = checked.updates, {**checked.rejected, **_failures(cohort, scan)}
     _require_quorum(run, cohort, len(updates), failed)
+    _set_unneeded_aside(run, paths, scan)
     environments = _environments([taken[update.client] for update in updates])
     collection = CollectionRecord(
         round=cohort.round,
@@ -198,6 +200,15 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
     if problems:
         _replace(run, paths)
     return bool(problems)
+
+
+def _set_unneeded_aside(run: Run, paths: RoundPaths, scan: Scan) -> None:
+    """Set aside the bad files of a round that needs no update of theirs, so that they count."""
+    for name, problem in scan.damaged.items():
+        run.lease.check()
+        with contextlib.suppress(FileNotFoundError):
+            (paths.updates / name).rename(backup_name(paths.updates / name, REFUSED))
+        run.say(f"round {paths.number}: {name}: {problem}; set aside")
 
 
 def leave_out_bad(run: Run, paths: RoundPaths) -> bool:

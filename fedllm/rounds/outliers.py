@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedllm.errors import counted
 from fedllm.planning.outlier_norms import Outlier, UpdateSizes, find_outliers, size_bound
 from fedllm.rounds.run import Run
 from fedllm.storage.checked import DamagedUpdateError
@@ -69,7 +70,7 @@ def _factors(outliers: Sequence[Outlier]) -> dict[str, float]:
 
 def _reason(outliers: Sequence[Outlier]) -> str:
     worst, others = outliers[0], len(outliers) - 1
-    return f"{worst}{f', and {others} other modules' if others else ''}"
+    return f"{worst}, and {counted(others, 'other module')}" if others else str(worst)
 
 
 def _sizes(paths: RoundPaths, updates: Sequence[CollectedUpdate]) -> Iterator[UpdateSizes]:

@@ -1,7 +1,5 @@
 """Training of a round: attempts until enough clients of the cohort published an update."""
 
-import dataclasses
-
 from fedllm.config.scales import client_scales
 from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError, counted
 from fedllm.planning.cohorts import quorum_of
@@ -117,7 +115,7 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
     moved = [name for name, why in scan.damaged.items() if _set_aside(run, cohort, name, why)]
     for name in moved:
         scanner.forget(name)
-    return dataclasses.replace(scanner.scan(), damaged={}) if moved else scan
+    return scanner.scan() if moved else scan
 
 
 def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:

@@ -81,7 +81,7 @@ def test_a_clipped_client_counts_in_every_module_as_much_as_the_limit(tmp_path: 
     assert line.startswith(f"round 1: {client} is scaled down: layer.")
     assert "need at most" in line
     assert "times the median" in line
-    assert line.endswith("and 1 other modules")
+    assert line.endswith("and 1 other module")
     # a thousand times as large, scaled down a thousand times as much: the same change
     louder, _ = with_loud(client, 1024e3)
     complete(tmp_path / "louder", louder, config("clip", rounds=1))
@@ -114,7 +114,8 @@ def test_a_rejected_client_is_named_with_module_value_limit_and_median(tmp_path:
 def test_rejections_count_against_the_quorum(tmp_path: Path) -> None:
     client = drawn(tmp_path)[1]
     simulation, _ = with_loud(client)
-    with pytest.raises(RunFailed, match=rf"3 of 4 clients .*{client}: layer\..* need at most"):
+    words = rf"3 valid updates of 4 clients.*{client}: layer\..* need at most"
+    with pytest.raises(RunFailed, match=words):
         complete(tmp_path / "run", simulation, config("reject"))
 
 

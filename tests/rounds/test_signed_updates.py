@@ -23,8 +23,9 @@ from tests.rounds.simulation import Simulation, complete, config_of, opened, sta
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunPaths:
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> RunPaths:
     """A run of two rounds, of which nothing of the second was collected."""
+    config = config_of(**getattr(request, "param", {}))
     simulation = Simulation()
 
     def keep_first_round(program: str, target: Path) -> None:
@@ -32,7 +33,7 @@ def run(tmp_path: Path) -> RunPaths:
             shutil.copytree(target, tmp_path / "kept" / "rounds" / "0001")
 
     simulation.before = keep_first_round
-    complete(tmp_path / "run", simulation)
+    complete(tmp_path / "run", simulation, config)
     paths = RunPaths(root=tmp_path / "run")
     second = paths.round(2)
     for path in (second.aggregate, second.evaluation.root):
@@ -47,28 +48,32 @@ def updates_of(paths: RoundPaths) -> list[PublishedUpdate]:
 
 
 def forge(
-    paths: RoundPaths, update: PublishedUpdate, source: RoundPaths, **changes: object
+    paths: RoundPaths,
+    update: PublishedUpdate,
+    source: RoundPaths,
+    *,
+    file: str = "00-000-00.safetensors",
+    **changes: object,
 ) -> None:
-    """Publish an update as the first file of a round, with valid checksums, as others can."""
+    """Publish an update as a file of a round, with valid checksums, as others can."""
     record = update.record.model_copy(update=changes)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(source.updates / update.file, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
+    with safe_open(source.updates / update.file, "pt") as content:
+        for name in content.keys():  # noqa: SIM118
             client, module, part = name.split("|")
             if client == encode_client(update.record.client):
-                pairs.setdefault(module, {})[part] = file.get_tensor(name)
+                pairs.setdefault(module, {})[part] = content.get_tensor(name)
     tensors = {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
     # whoever has the key of another user, or of another client or round, signs with it
     keys = RoundKeys.of(user_secret(), CohortRecord.read(source.cohort))
     sign = partial(keys.signatures, record.run_id, [update.record.client])
-    place = paths.updates / "00-000-00.safetensors"
-    publish_update(place, [record], {record.client: tensors}, sign=sign)
+    publish_update(paths.updates / file, [record], {record.client: tensors}, sign=sign)
 
 
 def resumed(run: RunPaths) -> list[str]:
     lines: list[str] = []
     before = states(run.root)
-    complete(run.root, Simulation(log=lines.append))
+    complete(run.root, Simulation(log=lines.append), resumed_config(run.root, []))
     assert states(run.root)["0001"] == before["0001"]
     return lines
 
@@ -80,6 +85,22 @@ def test_an_update_in_the_name_of_another_client_is_refused_and_counted(run: Run
     lines = resumed(run)
     assert any("not signed with the key of this client" in line for line in lines)
     assert any("collected 4 of 4 clients; 1 update file refused" in line for line in lines)
+    assert CollectionRecord.read(second.collection).refused == 1
+
+
+# as on a file system that may show files late
+@pytest.mark.parametrize(
+    "run",
+    [{"scheduler__kind": "slurm", "storage__visibility_seconds": 60.0}],
+    indirect=True,
+    ids=["late files"],
+)
+def test_a_forged_update_beside_all_true_ones_is_refused_and_counted(run: RunPaths) -> None:
+    second = run.round(2)
+    one, other, *_ = updates_of(second)
+    forge(second, one, second, file="99-000-00.safetensors", client=other.record.client)
+    lines = resumed(run)
+    assert any("99-000-00.safetensors: client" in line for line in lines)
     assert CollectionRecord.read(second.collection).refused == 1
 
 
