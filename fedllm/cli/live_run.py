@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedllm.cli.options import relative_paths, say
+from fedllm.cli.options import relative_paths, say_of_run
 from fedllm.errors import FedllmError
 from fedllm.reporting.status.live_lines import fitted, live_lines, plain_line
 from fedllm.reporting.status.status import RunStatus, StatusReader
@@ -112,7 +112,7 @@ def _display(root: Path) -> Iterator[Say]:
 def _lines(root: Path) -> Iterator[Say]:
     lines = _Lines(root)
     with _repeated(lines.print_now_and_then, _LINE_SECONDS):
-        yield lambda line: say(relative_paths(line))
+        yield lambda line: say_of_run(relative_paths(line))
 
 
 class _Lines:
@@ -131,5 +131,7 @@ class _Lines:
         line = plain_line(status) if status else ""
         if line and line != self._last:
             self._last, self._printed = line, now
-            self._out.write(f"{line}\n")
-            self._out.flush()
+            # nobody may read it any more, as behind `| head`
+            with suppress(BrokenPipeError):
+                self._out.write(f"{line}\n")
+                self._out.flush()

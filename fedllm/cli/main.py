@@ -104,9 +104,6 @@ def run(arguments: list[str]) -> int:
         return 2
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except BrokenPipeError:
-        # nobody reads the output any more, as behind `| head`
-        return 0
     except Exception as error:
         if os.environ.get("FEDLLM_DEBUG"):
             raise

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,9 +113,31 @@ def say(line: str) -> None:
     """Print lines at once; letters that the terminal cannot show are escaped.
 
     On a terminal, text that is too wide folds between words; tables fit already.
+
+    Raises:
+        Exit: nobody reads any more, as behind `| head`; the command ends with code 0.
     """
-    line = folded(line, terminal_columns())
-    sys.stdout.write(_shown(line) + "\n")
+    with _ending_unread():
+        _write(folded(line, terminal_columns()))
+
+
+def say_of_run(line: str) -> None:
+    """Print lines of a run as `say` does; the run goes on when nobody reads them any more."""
+    with contextlib.suppress(BrokenPipeError):
+        _write(folded(line, terminal_columns()))
+
+
+@contextlib.contextmanager
+def _ending_unread() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        # not left to typer, whose exit code is 1
+        raise typer.Exit from None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(f"{_shown(text)}\n")
     sys.stdout.flush()
 
 
@@ -140,9 +162,9 @@ def folded(text: str, width: int) -> str:
 
 
 def say_json(value: Any) -> None:
-    """Print a value as JSON."""
-    sys.stdout.write(_shown(json.dumps(value, indent=1, ensure_ascii=False)) + "\n")
-    sys.stdout.flush()
+    """Print a value as JSON; its errors are those of `say`."""
+    with _ending_unread():
+        _write(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def configuration(path: Path, overrides: Sequence[str]) -> Config:

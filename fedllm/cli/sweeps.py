@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.cli import execution
-from fedllm.cli.options import configuration_file, default_run_dir, say
+from fedllm.cli.options import configuration_file, default_run_dir, say_of_run
 from fedllm.config.loading import load_changed, result_fingerprint, validate
 from fedllm.config.models import Config, is_own
 from fedllm.config.sweep_files import Changes, SweepFile, load_sweep
@@ -182,7 +182,8 @@ def drive_sweep(
             say_line=say_line,
         )
 
-    drive(Sweep(paths=paths, record=record, open_run=open_one, end_workers=pool.close, say=say))
+    end = pool.close
+    drive(Sweep(paths=paths, record=record, open_run=open_one, end_workers=end, say=say_of_run))
 
 
 def _accepted(paths: SweepPaths, *, accept_changes: bool) -> SweepRecord:

@@ -199,5 +199,16 @@ def test_a_plan_of_local_workers_has_no_sbatch_files(tiny: Tiny, tmp_path: Path)
     out = tmp_path / "plan"
     shown = in_process("plan", tiny.config, "--set", "scheduler.kind=local", "--out", out)
     assert shown.returncode == 0, shown.stderr
-    assert "scheduler.kind local has no queue" in shown.stdout
+    assert "sbatch" not in shown.stdout
     assert not out.exists()
+
+
+def test_a_command_whose_output_nobody_reads_ends_with_0() -> None:
+    with subprocess.Popen(
+        [FEDLLM, "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, b"")

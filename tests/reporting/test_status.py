@@ -143,7 +143,7 @@ def test_a_coordinator_is_running_stopped_or_on_another_machine(tmp_path: Path) 
     LeaseRecord.model_validate({**gone.model_dump(), "number": 4, "slurm_job": "77"}).publish(
         paths.lease(4)
     )
-    assert run_status(paths).coordinator.startswith("Slurm job 77, host ")
+    assert run_status(paths).coordinator.startswith("none; the last one (Slurm job 77, host ")
     answers: dict[bool | None, str] = {None: "unknown", False: "running", True: "stopped"}
 
     def holder_is_gone(answer: bool | None, _holder: LeaseRecord) -> bool | None:

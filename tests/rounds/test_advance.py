@@ -132,7 +132,7 @@ def test_a_diverged_client_fails_the_round_and_is_named(tmp_path: Path) -> None:
     probe = Simulation()
     complete(tmp_path / "probe", probe)
     client = probe.trained[0][1]
-    with pytest.raises(RunFailed, match=f"3 of 4 clients.*{client}: non-finite"):
+    with pytest.raises(RunFailed, match=f"3 valid updates of 4 clients.*{client}: non-finite"):
         complete(tmp_path / "run", Simulation(diverging=[client]))
 
 
@@ -192,7 +192,9 @@ def test_values_that_are_not_finite_end_a_run_below_its_quorum_however_often_it_
 ) -> None:
     simulation, (client,) = poisoned(tmp_path)
     for _ in range(2):
-        words = f"3 of 4 clients.*quorum needs 4; {client}: .*layer.up_proj A holds nan"
+        words = (
+            f"3 valid updates of 4 clients.*quorum needs 4; {client}: .*layer.up_proj A holds nan"
+        )
         with pytest.raises(RunFailed, match=words):
             complete(tmp_path / "run", simulation)
 
