@@ -36,7 +36,7 @@ def test_everything_that_the_first_round_submits_is_in_the_dry_run(tmp_path: Pat
         rounds=1,
         scheduler__kind="slurm",
         scheduler__clients_per_bundle="auto",
-        scheduler__worker_teraflops=1e-9,
+        scheduler__worker_teraflops=1e-6,
         scheduler__sbatch={
             "default": {"partition": "low"},
             "tiers": {"large": {"mem": "3G"}},
