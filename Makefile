@@ -26,7 +26,8 @@ MATHS := $(addprefix tests/,lora aggregation methods evaluation)
 AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # the first of these is used; else Debian's is installed
 BROWSERS := chromium-headless-shell chromium google-chrome
-SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
+# and what the tests beside it compile and mount
+SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server gcc libc6-dev e2fsprogs
 SITE := build/docs
 NEEDS := pyproject.toml constraints-cpu.txt
 

@@ -3,25 +3,25 @@
 import contextlib
 import json
 import os
-import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from fedllm.storage.lease import current_lease, process_is_gone
-from fedllm.storage.paths import RunPaths
+from fedllm.storage.paths import RunPaths, names_in
+from fedllm.storage.trust.secret import STATE_VARIABLE
 from fedllm.storage.updates import update_files
-from tests.chaos.coordinators import COORDINATORS, Command, Coordinator
-from tests.chaos.plan import Fault, Kind, Leg, Plan
-from tests.slurm.cluster import Cluster, until
+from tests.chaos import acts_on_files, acts_on_jobs, forgeries, lies
+from tests.chaos.coordinators import COORDINATORS, ChainCoordinator, Command, Coordinator
+from tests.chaos.member import Member
+from tests.chaos.plan import ERRNOS, Fault, Kind, Leg, Plan
+from tests.chaos.trip import Handling, Trip
+from tests.slurm.cluster import Cluster
 
-PATIENCE_SECONDS = 900.0
+# on a machine with much else to do; alone it takes minutes
+PATIENCE_SECONDS = 1800.0
 _TICK_SECONDS = 0.1
-# so long slurmctld is away at least
-_AWAY_SECONDS = 4.0
 # how a coordinator may end before the run does
 _ENDINGS = {
     "process": {"-9"},
@@ -29,56 +29,6 @@ _ENDINGS = {
     "job": {"FAILED 137", "FAILED 3", "NODE_FAIL", "PREEMPTED"},
     "chain": set[str](),
 }
-
-# what a fault does from its trip on; it returns what was hit, once it landed
-Handling = Generator[None, None, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trip:
-    """A process that came to the moment of a fault: it is dead, or stopped there."""
-
-    pid: int
-    about: str
-    task: str
-    node: str
-
-    @property
-    def who(self) -> str:
-        """Name the process as a log should."""
-        if self.task:
-            return f"task {self.task} on {self.node}"
-        job = f"job on {self.node}" if self.node else "process"
-        return f"coordinator, {job}, pid {self.pid}"
-
-    def is_dead(self) -> bool:
-        """Say whether the process is gone."""
-        try:
-            return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    def is_stopped(self) -> bool:
-        """Say whether the process stands still."""
-        try:
-            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
-        except psutil.NoSuchProcess:
-            return False
-
-    def is_told_to_end(self) -> bool:
-        """Say whether a signal waits for the process to go on, or does not any more."""
-        if not self.is_stopped():
-            return True
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
-        lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        pending = int(lines["ShdPnd"], 16) | int(lines["SigPnd"], 16)
-        wanted = (signal.SIGTERM, signal.SIGUSR2)
-        return any(pending & (1 << (number - 1)) for number in wanted)
-
-    def go_on(self) -> None:
-        """Let the stopped process go on, unless something ended it."""
-        if not self.is_dead():
-            os.kill(self.pid, signal.SIGCONT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +53,15 @@ class Campaign:
     wires: Path
     disk: Path
     say: Callable[[str], None]
+    member: Member
     landed: list[Landed] = field(default_factory=list)
-    _coordinator: Coordinator = field(init=False)
+    # round and name of update files that no worker sent
+    planted: set[str] = field(default_factory=set)
+    disk_is_full: bool = False
+    # no coordinator starts
+    is_held: bool = False
+    coordinator: Coordinator = field(init=False)
     _handled: dict[int, Handling] = field(default_factory=dict)
-    _disk_is_full: bool = False
     _begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -125,6 +80,23 @@ class Campaign:
         return self.disk / "kept"
 
     @property
+    def secret(self) -> bytes:
+        """What signs the updates of the user who began the run."""
+        return (Path(self.command.environment[STATE_VARIABLE]) / "secret").read_bytes()
+
+    @property
+    def unwatched(self) -> dict[str, str]:
+        """The environment of a command that comes to no moment."""
+        watching = ("FEDLLM_CHAOS_WIRES", "LD_PRELOAD")
+        given = self.command.environment
+        return {name: value for name, value in given.items() if name not in watching}
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a coordinator asks Slurm while tasks run: links of a chain wait for their end."""
+        return not isinstance(self.coordinator, ChainCoordinator)
+
+    @property
     def seconds(self) -> float:
         """How long it takes so far."""
         return time.monotonic() - self._begun
@@ -132,6 +104,8 @@ class Campaign:
     def run(self) -> None:
         """Go through the legs until the last round is done and every fault has landed."""
         self.wires.mkdir()
+        # the second user's processes watch too
+        self.wires.chmod(0o777)
         (self.wires / "wires.json").write_text(json.dumps(self.plan.wires), encoding="utf-8")
         for leg in self.plan.legs:
             self._run(leg)
@@ -139,22 +113,22 @@ class Campaign:
             self._tick()
 
     def _run(self, leg: Leg) -> None:
-        self._coordinator = COORDINATORS[leg.mode](command=self.command, rounds=leg.last_round)
+        self.coordinator = COORDINATORS[leg.mode](command=self.command, rounds=leg.last_round)
         self.say(f"{self.seconds:4.0f} s  the coordinator is a {leg.mode}")
-        self._coordinator.start()
+        self.coordinator.start()
         while not self._is_over(leg):
             self._tick()
 
     def _is_over(self, leg: Leg) -> bool:
         """Start a coordinator again that was killed; say whether the leg's last one is through."""
-        ending = self._coordinator.ending()
-        if ending is None or self._disk_is_full:
+        ending = self.coordinator.ending()
+        if ending is None or self.disk_is_full or self.is_held:
             return False
         if ending == "0":
             assert self.paths.round(leg.last_round).record.exists(), "ended before the run did"
             return True
         assert ending in _ENDINGS[leg.mode], f"the coordinator ended with {ending}"
-        self._coordinator.start()
+        self.coordinator.start()
         return False
 
     def _tick(self) -> None:
@@ -167,7 +141,7 @@ class Campaign:
                 continue
             if fault.number not in self._handled:
                 trip = Trip(**json.loads(tripped.read_text(encoding="utf-8")))
-                self._handled[fault.number] = HANDLING[fault.kind](self, trip)
+                self._handled[fault.number] = HANDLING[fault.kind](self, trip, fault)
             self._go_on_with(fault)
         time.sleep(_TICK_SECONDS)
 
@@ -180,156 +154,65 @@ class Campaign:
             self.say(str(self.landed[-1]))
 
     def _keep_updates(self) -> None:
-        if self._disk_is_full:
+        if self.disk_is_full:
             return
         for folder in self.paths.rounds.glob("[0-9]*"):
             paths = self.paths.round(int(folder.name))
+            kept = self.kept / folder.name
             for name in update_files(paths):
-                kept = self.kept / folder.name / "updates" / name
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                # pruned meanwhile: then it was kept rounds ago
-                with contextlib.suppress(FileExistsError, FileNotFoundError):
-                    kept.hardlink_to(paths.updates / name)
+                if f"{folder.name}/{name}" not in self.planted:
+                    _link(paths.updates / name, kept / "updates" / name)
+            for name in names_in(paths.updates):
+                if ".safetensors.damaged-" in name:
+                    _link(paths.updates / name, kept / "set-aside" / name)
 
-    def killed(self, trip: Trip) -> Handling:
-        """The wire killed the process."""
-        while not trip.is_dead():
-            yield
-        return trip.who
-
-    def cancel_task(self, trip: Trip) -> Handling:
-        """An admin cancels the task."""
-        yield from _stopped(trip)
-        self.cluster.slurm("scancel", trip.task)
-        yield from _told_to_end(trip)
-        while not trip.is_dead():
-            yield
-        while self._state(trip.task) == "COMPLETING":
-            yield
-        assert self._state(trip.task) == "CANCELLED"
-        return trip.who
-
-    def crash_node(self, trip: Trip) -> Handling:
-        """The task's node loses power, is declared down, and comes back."""
-        yield from _stopped(trip)
-        self.cluster.devcluster("crash-node", trip.node)
-        node = f"nodename={trip.node}"
-        self.cluster.slurm("scontrol", "update", node, "state=down", "reason=crash")
-        while not trip.is_dead():
-            yield
-        self.cluster.devcluster("start-node", trip.node)
-        return trip.who
-
-    def preempt(self, trip: Trip) -> Handling:
-        """A job of a higher partition takes the whole node."""
-        yield from _stopped(trip)
-        words = ("--partition=high", f"--nodelist={trip.node}", "--exclusive", "--output=/dev/null")
-        job = self.cluster.slurm("sbatch", "--parsable", *words, "--wrap=sleep 1").strip()
-        yield from _told_to_end(trip)
-        while self._state(job) != "COMPLETED":
-            yield
-        assert trip.is_dead()
-        return f"{trip.who}, by job {job}"
-
-    def restart_slurmctld(self, trip: Trip) -> Handling:
-        """Slurm's controller dies; the task goes on without it, and the controller comes back."""
-        yield from _stopped(trip)
-        self.cluster.devcluster("stop-controller")
-        trip.go_on()
-        # tasks publish and end, the coordinator asks in vain
-        time.sleep(_AWAY_SECONDS)
-        self.cluster.devcluster("start-controller")
-        until(self._answers, seconds=60)
-        return f"{trip.who} went on for {_AWAY_SECONDS:.0f} s without it"
-
-    def fill_disk(self, trip: Trip) -> Handling:
-        """The file system of the run is full until the coordinator ended for it."""
-        yield from _stopped(trip)
-        while not self._coordinates():
-            yield
-        self._disk_is_full = True
-        filler = self.disk / "filler"
-        _fill(filler)
-        said = self.command.log.stat().st_size
-        trip.go_on()
-        while (ending := self._coordinator.ending()) in {None, "-9"}:
-            if ending:
-                # another fault's moment came first: it goes on where the disk is still full
-                self._coordinator.start()
-            yield
-        line = self.command.log.read_bytes()[said:].decode().strip().rpartition("\n")[2]
-        assert ending == "3", f"on a full disk the coordinator ended with {ending}: {line}"
-        assert str(self.command.root) in line, line
-        assert "no space left on device" in line, line
-        filler.unlink()
-        self._disk_is_full = False
-        self._coordinator.start()
-        return f"{trip.who}; the coordinator ended with 3: {line}"
-
-    def kill_coordinator(self, trip: Trip) -> Handling:
-        """The coordinator dies while the process of the trip stands in the midst of its work."""
-        yield from _stopped(trip)
-        while not self._coordinates():
-            yield
-        _, holder = current_lease(self.paths)
-        assert holder is not None
-        os.kill(holder.pid, signal.SIGKILL)
-        while not process_is_gone(holder):
-            yield
-        trip.go_on()
-        return f"coordinator, pid {holder.pid}, while {trip.who} was at it"
-
-    def _coordinates(self) -> bool:
+    def coordinates(self) -> bool:
         """Say whether a coordinator is at work."""
         number, holder = current_lease(self.paths)
         if holder is None or self.paths.released(number).exists():
             return False
         return not process_is_gone(holder)
 
-    def _answers(self) -> bool:
+    def slurm_answers(self) -> bool:
+        """Say whether the controller answers."""
         try:
             self.cluster.slurm("squeue", "-h")
         except AssertionError:
             return False
         return True
 
-    def _state(self, job: str) -> str:
+    def state(self, job: str) -> str:
+        """Return the state of a job or task, ended or not."""
         return self.cluster.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
 
-def _stopped(trip: Trip) -> Generator[None, None, None]:
-    while not trip.is_stopped():
-        yield
+def _link(file: Path, kept: Path) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # pruned meanwhile: then it was kept rounds ago
+    with contextlib.suppress(FileExistsError, FileNotFoundError):
+        # updates of the second user are read there too: the folder is of the run's group
+        os.chown(kept.parent, -1, file.parent.stat().st_gid)
+        kept.hardlink_to(file)
 
 
-def _told_to_end(trip: Trip) -> Generator[None, None, None]:
-    """Let a stopped process go on as soon as Slurm's signal waits for it."""
-    while not trip.is_told_to_end():
-        yield
-    trip.go_on()
-
-
-def _fill(path: Path) -> None:
-    """Write a file until nothing fits on its file system any more."""
-    with path.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(b"\0" * size)
-            except OSError:
-                continue
-
-
-HANDLING: dict[Kind, Callable[[Campaign, Trip], Handling]] = {
-    Kind.KILL_TASK: Campaign.killed,
-    Kind.CANCEL_TASK: Campaign.cancel_task,
-    Kind.CRASH_NODE: Campaign.crash_node,
-    Kind.PREEMPT: Campaign.preempt,
-    Kind.RESTART_SLURMCTLD: Campaign.restart_slurmctld,
-    Kind.FILL_DISK: Campaign.fill_disk,
-    Kind.KILL_BEFORE_SBATCH: Campaign.killed,
-    Kind.KILL_BEFORE_IDS: Campaign.killed,
-    Kind.KILL_COLLECTING: Campaign.killed,
-    Kind.KILL_AGGREGATING: Campaign.kill_coordinator,
-    Kind.KILL_PUBLISHING: Campaign.killed,
+HANDLING: dict[Kind, Callable[[Campaign, Trip, Fault], Handling]] = {
+    Kind.KILL_TASK: acts_on_jobs.killed,
+    Kind.CANCEL_TASK: acts_on_jobs.cancel_task,
+    Kind.CRASH_NODE: acts_on_jobs.crash_node,
+    Kind.PREEMPT: acts_on_jobs.preempt,
+    Kind.RESTART_SLURMCTLD: acts_on_jobs.restart_slurmctld,
+    Kind.FILL_DISK: acts_on_files.fill_disk,
+    Kind.KILL_BEFORE_SBATCH: acts_on_jobs.killed,
+    Kind.KILL_BEFORE_IDS: acts_on_jobs.killed,
+    Kind.KILL_COLLECTING: acts_on_jobs.killed,
+    Kind.KILL_AGGREGATING: acts_on_jobs.kill_coordinator,
+    Kind.KILL_PUBLISHING: acts_on_jobs.killed,
+    Kind.SUSPEND: acts_on_jobs.suspend,
+    Kind.HOLD: acts_on_jobs.hold,
+    **dict.fromkeys(ERRNOS, acts_on_files.fail_calls),
+    **dict.fromkeys(lies.LIES, lies.lie),
+    Kind.EDITED: acts_on_files.edit_configuration,
+    Kind.COPIED: acts_on_files.copy_run,
+    Kind.SECOND_USER: acts_on_files.second_user,
+    **dict.fromkeys(forgeries.KINDS, forgeries.plant),
 }

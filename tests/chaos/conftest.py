@@ -4,7 +4,9 @@ Without CHAOS_SEED, as in `make test`, only the plans are tested.
 """
 
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +14,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedllm.storage.trust.secret import STATE_VARIABLE
+from tests.chaos.acts_on_files import make_shim
 from tests.chaos.campaign import Campaign
 from tests.chaos.coordinators import Command, environment_of
+from tests.chaos.lies import with_liars
+from tests.chaos.member import Member, member
 from tests.chaos.plan import ROUNDS, draw
 from tests.chaos.report import report, summary
 from tests.cli.commands import in_process
 from tests.slurm.cluster import ENVIRONMENT, Cluster, is_installed, running
 from tests.slurm.runs import ON_CLUSTER
-from tests.tiny import Tiny, raw_config
+from tests.tiny import make_tiny, raw_config
 
 SEED = os.environ.get("CHAOS_SEED")
 collect_ignore = [] if SEED else ["test_chaos.py"]
@@ -63,14 +69,30 @@ def pytest_terminal_summary(
 
 
 @pytest.fixture(scope="session")
-def config_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def public() -> Iterator[Path]:
+    """A folder that every user can read."""
+    if os.geteuid() != 0:
+        message = "not root: file systems are mounted, and a user is made; run it as root"
+        assert not os.environ.get("CI"), message
+        pytest.skip(message)
+    folder = Path(tempfile.mkdtemp(prefix="fedllm-chaos-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def config_file(public: Path) -> Path:
     """Six clients of six steps a round, every state kept."""
+    tiny = make_tiny(public / "tiny")
+    # weights are saved for their owner alone
+    subprocess.run(["chmod", "-R", "a+rX", str(public / "tiny")], check=True)
     raw = raw_config(tiny.model.parent)
     raw |= {"rounds": ROUNDS, "evaluation": {"every": 0}}
     raw["clients"] |= {"cohort": {"count": 6}}  # type: ignore[operator]
-    raw["training"] |= {"max_steps": 6}  # type: ignore[operator]
+    raw["training"] |= {"max_steps": 6, "threads": 1}  # type: ignore[operator]
     raw["storage"] |= {"keep_every": 1}  # type: ignore[operator]
-    path = tmp_path_factory.mktemp("configuration") / "chaos.yaml"
+    path = tiny.model.parent / "chaos.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
 
@@ -85,19 +107,34 @@ def quiet(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def disk(public: Path) -> Iterator[Path]:
     """A small file system of its own, seen by every node."""
-    if os.geteuid() != 0:
-        message = "not root: a small file system is mounted to be filled; run it as root"
-        assert not os.environ.get("CI"), message
-        pytest.skip(message)
-    folder = tmp_path_factory.mktemp("disk")
-    options = ("-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs")
+    folder = public / "disk"
+    folder.mkdir()
+    options = ("-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=755", "tmpfs")
     subprocess.run(["mount", *options, str(folder)], check=True)
     try:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def environment(public: Path, disk: Path, cluster: Cluster) -> dict[str, str]:
+    """The variables of all processes of the campaign: wires, calls that fail, commands that lie."""
+    wires, state = public / "wires", public / "state"
+    state.mkdir(mode=0o700)
+    path = with_liars(public, wires, ENVIRONMENT)
+    watched = environment_of({**ENVIRONMENT, "PATH": path}, cluster, wires)
+    shim = {"LD_PRELOAD": str(make_shim(public)), "FEDLLM_CHAOS_RUN": str(disk / "run")}
+    return {**watched, **shim, STATE_VARIABLE: str(state)}
+
+
+@pytest.fixture(scope="session")
+def second_user(public: Path, environment: dict[str, str]) -> Iterator[Member]:
+    """Another user of the run's group."""
+    with member(public, environment) as one:
+        yield one
 
 
 @pytest.fixture(scope="session")
@@ -130,23 +167,32 @@ def aftermath(
     config_file: Path,
     quiet: Path,
     disk: Path,
+    public: Path,
     cluster: Cluster,
+    environment: dict[str, str],
+    second_user: Member,
     said: Callable[[str], None],
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Aftermath:
     """Run the campaign of the seed."""
     assert SEED is not None
-    folder = tmp_path_factory.mktemp("campaign")
     plan = draw(int(SEED))
+    shared = (f"storage.group={second_user.name}", f"scheduler.python={second_user.python}")
     command = Command(
         config=config_file,
-        changes=ON_THREE_WORKERS,
+        changes=(*ON_THREE_WORKERS, *shared),
         root=disk / "run",
         cluster=cluster,
-        environment=environment_of(ENVIRONMENT, cluster, folder / "wires"),
-        log=folder / "coordinator.log",
+        environment=environment,
+        log=public / "coordinator.log",
     )
-    campaign = Campaign(plan=plan, command=command, wires=folder / "wires", disk=disk, say=said)
+    campaign = Campaign(
+        plan=plan,
+        command=command,
+        wires=public / "wires",
+        disk=disk,
+        say=said,
+        member=second_user,
+    )
     pytestconfig.stash[_FINISHED] = campaign
     said(f"chaos: SEED={SEED}, {len(plan.faults)} faults in {ROUNDS} rounds")
     try:

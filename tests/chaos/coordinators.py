@@ -123,5 +123,5 @@ def environment_of(given: Mapping[str, str], cluster: Cluster, wires: Path) -> d
     """Return the environment in which every Python of the run watches the wires."""
     hook = Path(__file__).with_name("hook")
     path = [str(hook), *filter(None, [given.get("PYTHONPATH")])]
-    told = {"SLURM_CONF": str(cluster.conf), "CHAOS_WIRES": str(wires)}
+    told = {"SLURM_CONF": str(cluster.conf), "FEDLLM_CHAOS_WIRES": str(wires)}
     return {**given, **told, "PYTHONPATH": ":".join(path), "PYTHONUNBUFFERED": "1"}

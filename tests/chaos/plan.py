@@ -1,14 +1,16 @@
 """What a seed does to a run: which faults, in which round, at which step."""
 
+import errno
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 ROUNDS = 6
-FEWEST_FAULTS = 15
-_EXTRA_FAULTS = 9
+FEWEST_FAULTS = 30
+# beside one of each kind
+_EXTRA_FAULTS = 2
 MODES = ("process", "job", "chain")
 
 
@@ -26,6 +28,25 @@ class Kind(StrEnum):
     KILL_COLLECTING = "kill -9 the coordinator during collection"
     KILL_AGGREGATING = "kill -9 the coordinator during aggregation"
     KILL_PUBLISHING = "kill -9 the coordinator during publication"
+    SUSPEND = "suspend a task"
+    HOLD = "hold a task in the queue"
+    ESTALE = "the file server answers: stale file handle"
+    EIO = "the file server answers: input/output error"
+    EACCES = "the file server answers: permission denied"
+    ETIMEDOUT = "the file server answers: connection timed out"
+    SQUEUE_NOISE = "squeue prints lines of its own"
+    SQUEUE_EMPTY = "squeue prints nothing and says 0"
+    SQUEUE_CUT = "squeue's last line is cut"
+    SBATCH_NOISE = "sbatch prints lines of its own"
+    SBATCH_SILENT = "sbatch submits, prints nothing and says 0"
+    SBATCH_REFUSED = "sbatch submits and says that it did not"
+    EDITED = "edit config.yaml by hand"
+    COPIED = "copy the run directory and cancel the copy"
+    SECOND_USER = "a second user of the group resumes the run"
+    FORGED = "an update signed with another secret"
+    REPLAYED = "an update of an earlier round"
+    INFLATED = "an update of more rows than the client has"
+    OVERSIZED = "an update with a header of 200 MB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +133,8 @@ _IN_ORDER = (
     *(AGGREGATION_PLAN, AGGREGATION_SBATCH, AGGREGATION_IDS, STATE, STATE_RECORD, ROUND_RECORD),
 )
 _OF_WORKERS = (CLAIM, CHECKPOINT, UPDATE)
+_OF_COORDINATORS = (COHORT, IDS, COLLECTION, AGGREGATION_PLAN, ROUND_RECORD)
+_OF_SBATCH = (SBATCH, AGGREGATION_SBATCH)
 MOMENTS: dict[Kind, tuple[Moment, ...]] = {
     Kind.KILL_TASK: (*_OF_WORKERS, STATE_RECORD),
     Kind.CANCEL_TASK: _OF_WORKERS,
@@ -124,11 +147,55 @@ MOMENTS: dict[Kind, tuple[Moment, ...]] = {
     Kind.KILL_COLLECTING: (COLLECTION,),
     Kind.KILL_AGGREGATING: (STATE, STATE_RECORD),
     Kind.KILL_PUBLISHING: (COHORT, ROUND_RECORD),
+    Kind.SUSPEND: _OF_WORKERS,
+    Kind.HOLD: _OF_WORKERS,
+    Kind.ESTALE: (*_OF_WORKERS, *_OF_COORDINATORS),
+    Kind.EIO: (*_OF_WORKERS, *_OF_COORDINATORS),
+    Kind.EACCES: (*_OF_WORKERS, *_OF_COORDINATORS),
+    Kind.ETIMEDOUT: (*_OF_WORKERS, *_OF_COORDINATORS),
+    Kind.SQUEUE_NOISE: _OF_WORKERS,
+    Kind.SQUEUE_EMPTY: _OF_WORKERS,
+    Kind.SQUEUE_CUT: _OF_WORKERS,
+    Kind.SBATCH_NOISE: _OF_SBATCH,
+    Kind.SBATCH_SILENT: _OF_SBATCH,
+    Kind.SBATCH_REFUSED: _OF_SBATCH,
+    Kind.EDITED: (ROUND_RECORD,),
+    Kind.COPIED: _OF_WORKERS,
+    Kind.SECOND_USER: (COHORT,),
+    Kind.FORGED: (UPDATE,),
+    Kind.REPLAYED: (UPDATE,),
+    Kind.INFLATED: (UPDATE,),
+    Kind.OVERSIZED: (UPDATE,),
+}
+ERRNOS = {
+    Kind.ESTALE: errno.ESTALE,
+    Kind.EIO: errno.EIO,
+    Kind.EACCES: errno.EACCES,
+    Kind.ETIMEDOUT: errno.ETIMEDOUT,
 }
 # they take long: at most one a round
-_LONG = (Kind.CRASH_NODE, Kind.PREEMPT, Kind.RESTART_SLURMCTLD, Kind.FILL_DISK)
+_LONG = (
+    *(Kind.FILL_DISK, Kind.SECOND_USER),
+    *(Kind.CRASH_NODE, Kind.PREEMPT, Kind.RESTART_SLURMCTLD),
+)
 _SHORT = tuple(kind for kind in Kind if kind not in _LONG)
-_RESTRICTED = (Kind.CANCEL_TASK, Kind.KILL_AGGREGATING)
+# what they make the coordinator say, or who it is then, is the test's to see
+_OF_PROCESSES = (Kind.FILL_DISK, Kind.SECOND_USER, Kind.EDITED)
+# what ends every task of a node would end the one that waits for its own fault
+_OF_ONE_TASK = (Kind.CANCEL_TASK, Kind.SUSPEND, Kind.HOLD, Kind.COPIED, *ERRNOS)
+_OF_NODES = (Kind.CRASH_NODE, Kind.PREEMPT)
+_PLANTED = (Kind.FORGED, Kind.REPLAYED, Kind.INFLATED, Kind.OVERSIZED)
+# they need an update of an earlier round, or a first cohort: until then a result key may change
+_NOT_FIRST = (Kind.FORGED, Kind.REPLAYED, Kind.INFLATED, Kind.EDITED)
+_RESTRICTED = (
+    *ERRNOS,
+    *_OF_PROCESSES,
+    *_OF_ONE_TASK,
+    *_NOT_FIRST,
+    Kind.OVERSIZED,
+    Kind.KILL_AGGREGATING,
+)
+_FREE = tuple(kind for kind in _SHORT if kind not in _RESTRICTED)
 # the others stop their process until what has to happen has happened
 _KILLED_BY_THE_WIRE = (
     Kind.KILL_TASK,
@@ -197,12 +264,16 @@ def draw(seed: int) -> Plan:
     legs = [Leg(mode=mode, last_round=each * n) for n, mode in enumerate(modes, 1)]
     mode_of = {number: modes[(number - 1) // each] for number in range(1, ROUNDS + 1)}
     placed = _long_ones(chance, mode_of)
-    short = [*_SHORT, *_SHORT, *chance.sample(_SHORT, _EXTRA_FAULTS - len(_SHORT))]
+    short = [*_SHORT, *chance.sample(_FREE, _EXTRA_FAULTS)]
     chance.shuffle(short)
     # the most restricted first
     for kind in sorted(short, key=lambda kind: kind not in _RESTRICTED):
         full = Counter(number for _, number in placed)
-        free = [n for n in mode_of if (kind, n) not in placed and _may_be(kind, n, mode_of, placed)]
+        free = [
+            number
+            for number in mode_of
+            if _may_be(kind, number, mode_of, [other for other, n in placed if n == number])
+        ]
         placed.append((kind, min(free, key=lambda n: (full[n], chance.random()))))
     drawn = [(round_, chance.choice(MOMENTS[kind]), kind) for kind, round_ in placed]
     drawn.sort(key=lambda fault: (fault[0], _IN_ORDER.index(fault[1])))
@@ -214,18 +285,26 @@ def draw(seed: int) -> Plan:
 
 
 def _long_ones(chance: random.Random, mode_of: dict[int, str]) -> list[tuple[Kind, int]]:
-    # what a full disk makes the coordinator say has to be read where the disk is not full
-    disk = chance.choice([n for n, mode in mode_of.items() if mode == "process"])
-    others = [n for n in mode_of if n != disk]
-    rest = [kind for kind in _LONG if kind is not Kind.FILL_DISK]
-    return [(Kind.FILL_DISK, disk), *zip(rest, chance.sample(others, len(rest)), strict=True)]
+    own = [number for number, mode in mode_of.items() if mode == "process"]
+    here = [kind for kind in _LONG if kind in _OF_PROCESSES]
+    placed = list(zip(here, chance.sample(own, len(here)), strict=True))
+    rest = [kind for kind in _LONG if kind not in here]
+    others = [number for number in mode_of if number not in own]
+    return [*placed, *zip(rest, chance.sample(others, len(rest)), strict=True)]
 
 
-def _may_be(
-    kind: Kind, number: int, mode_of: dict[int, str], placed: Sequence[tuple[Kind, int]]
-) -> bool:
-    if kind is Kind.CANCEL_TASK:
-        # what ends every task of a node would end the one that waits to be cancelled
-        return not any((other, number) in placed for other in (Kind.CRASH_NODE, Kind.PREEMPT))
-    # no link of a chain is there while a job runs
-    return kind is not Kind.KILL_AGGREGATING or mode_of[number] != "chain"
+def _may_be(kind: Kind, number: int, mode_of: dict[int, str], others: Collection[Kind]) -> bool:
+    """Say whether a kind may happen in a round that has these others."""
+    forbidden = {
+        kind in others,
+        kind in _OF_PROCESSES and mode_of[number] != "process",
+        kind in _OF_ONE_TASK and any(other in others for other in _OF_NODES),
+        kind in _NOT_FIRST and number == 1,
+        # Slurm lets stopped tasks go on to end them: the round may be over too early
+        kind in _PLANTED and any(other in others for other in (*_OF_NODES, Kind.RESTART_SLURMCTLD)),
+        # of one process the calls of one fault fail
+        kind in ERRNOS and any(other in ERRNOS for other in others),
+        # no link of a chain is there while a job runs
+        kind is Kind.KILL_AGGREGATING and mode_of[number] == "chain",
+    }
+    return not any(forbidden)

@@ -9,10 +9,11 @@ import json
 import os
 import signal
 import sys
+import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
-FOLDER = os.environ.get("CHAOS_WIRES")
+FOLDER = os.environ.get("FEDLLM_CHAOS_WIRES")
 # event -> which of its arguments says what it is about
 EVENTS = {"open": 0, "os.rename": 1, "os.link": 1, "subprocess.Popen": 1}
 # a record that never changes is published by a link, others by a rename
@@ -31,7 +32,7 @@ def watch(folder: Path) -> None:
     """Come to a wire's event and be stopped or killed there, each wire once."""
     wires = json.loads((folder / "wires.json").read_text(encoding="utf-8"))
 
-    def trip(wire: dict[str, str], about: str) -> bool:
+    def trip(wire: dict[str, str], about: str) -> None:
         told = {"pid": os.getpid(), "about": about, "task": os.environ.get("FEDLLM_TASK", "")}
         told["node"] = os.environ.get("SLURMD_NODENAME", "")
         mine = folder / f".{wire['id']}-{os.getpid()}"
@@ -39,21 +40,19 @@ def watch(folder: Path) -> None:
         try:
             os.link(mine, folder / f"{wire['id']}.tripped")
         except FileExistsError:
-            return False
-        os.kill(os.getpid(), signal.SIGKILL if wire["act"] == "kill" else signal.SIGSTOP)
-        return True
+            return
+        # to this thread: a signal to the process may let it go on for a moment
+        number = signal.SIGKILL if wire["act"] == "kill" else signal.SIGSTOP
+        signal.pthread_kill(threading.get_ident(), number)
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event not in EVENTS:
             return
         about = subject(event, arguments)
+        # where it was stopped for one wire it may be stopped for the next: some moments come once
         for wire in wires:
-            if (
-                wire["event"] == SAME_AS.get(event, event)
-                and fnmatch(about, wire["pattern"])
-                and trip(wire, about)
-            ):
-                return
+            if wire["event"] == SAME_AS.get(event, event) and fnmatch(about, wire["pattern"]):
+                trip(wire, about)
 
     sys.addaudithook(hook)
 
