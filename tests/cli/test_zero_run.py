@@ -132,7 +132,7 @@ def test_tasks_of_several_processes_are_planned_and_refused_inline(
     changes = options("training.engine=zero", "training.processes=2")
     planned = in_process("plan", tiny.config, *changes, "--set", "scheduler.kind=local")
     assert planned.returncode == 0, planned.stderr
-    assert "memory of a process at least" in planned.stdout
+    assert "what a process of each tier needs at least" in planned.stdout
     rows = [line.split() for line in planned.stdout.splitlines() if " 3 * " in line]
     (row,) = (row for row in rows if row[0] == "small")
     assert row[:6] == ["small", "zero", "3", "*", "1", "2"]

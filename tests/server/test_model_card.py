@@ -94,7 +94,8 @@ class _Hub(BaseHTTPRequestHandler):
             ]
         elif self.path.endswith("/commit/main"):
             self._keep(body)
-            answer |= {"commitOid": "c", "commitUrl": "https://hub/o/n/commit/c", "hookOutput": ""}
+            place = f"http://{self.headers['host']}/o/n/commit/c"
+            answer |= {"commitOid": "c", "commitUrl": place, "hookOutput": ""}
         content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
