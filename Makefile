@@ -19,6 +19,8 @@ SLURM_TEST_JOBS ?= 4
 PARALLEL := --dist worksteal --durations=20
 # what `make chaos` does to a run, and when
 SEED ?= 1
+# of a campaign of `make chaos`
+ROUNDS ?= 6
 # how many inputs `make fuzz` tries
 N ?= 2000
 # what computes and takes minutes at most; and what asks libraries for AVX2 only
@@ -175,8 +177,8 @@ fuzz: .venv/.test
 
 # a campaign may be silent for minutes: it has its own patience
 chaos: .venv/.test slurm-packages
-	@echo "chaos: SEED=$(SEED)"
-	@CHAOS_SEED=$(SEED) .venv/bin/python -m pytest tests/chaos -o faulthandler_timeout=0 $(PYTEST_OPTIONS)
+	@echo "chaos: SEED=$(SEED) ROUNDS=$(ROUNDS)"
+	@CHAOS_SEED=$(SEED) CHAOS_ROUNDS=$(ROUNDS) .venv/bin/python -m pytest tests/chaos -o faulthandler_timeout=0 $(PYTEST_OPTIONS)
 
 # every process of the tests writes what it covered; those of Slurm count where it is installed
 coverage: .venv/.test

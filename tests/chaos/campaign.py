@@ -15,7 +15,7 @@ from fedllm.storage.updates import update_files
 from tests.chaos import acts_on_files, acts_on_jobs, forgeries, lies
 from tests.chaos.coordinators import COORDINATORS, ChainCoordinator, Command, Coordinator
 from tests.chaos.member import Member
-from tests.chaos.plan import ERRNOS, Fault, Kind, Leg, Plan
+from tests.chaos.plan import ERRNOS, PLANTED, Fault, Kind, Leg, Plan
 from tests.chaos.trip import Handling, Trip
 from tests.slurm.cluster import Cluster
 
@@ -214,5 +214,5 @@ HANDLING: dict[Kind, Callable[[Campaign, Trip, Fault], Handling]] = {
     Kind.EDITED: acts_on_files.edit_configuration,
     Kind.COPIED: acts_on_files.copy_run,
     Kind.SECOND_USER: acts_on_files.second_user,
-    **dict.fromkeys(forgeries.KINDS, forgeries.plant),
+    **dict.fromkeys(PLANTED, forgeries.plant),
 }

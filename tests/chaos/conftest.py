@@ -28,6 +28,8 @@ from tests.slurm.runs import ON_CLUSTER
 from tests.tiny import make_tiny, raw_config
 
 SEED = os.environ.get("CHAOS_SEED")
+# rounds of the plan that are played
+PLAYED = int(os.environ.get("CHAOS_ROUNDS", ROUNDS))
 collect_ignore = [] if SEED else ["test_chaos.py"]
 
 # two long faults at a time must find work left; broken nodes are the test's own doing
@@ -88,7 +90,7 @@ def config_file(public: Path) -> Path:
     # weights are saved for their owner alone
     subprocess.run(["chmod", "-R", "a+rX", str(public / "tiny")], check=True)
     raw = raw_config(tiny.model.parent)
-    raw |= {"rounds": ROUNDS, "evaluation": {"every": 0}}
+    raw |= {"rounds": PLAYED, "evaluation": {"every": 0}}
     raw["clients"] |= {"cohort": {"count": 6}}  # type: ignore[operator]
     raw["training"] |= {"max_steps": 6, "threads": 1}  # type: ignore[operator]
     raw["storage"] |= {"keep_every": 1}  # type: ignore[operator]
@@ -175,7 +177,7 @@ def aftermath(
 ) -> Aftermath:
     """Run the campaign of the seed."""
     assert SEED is not None
-    plan = draw(int(SEED))
+    plan = draw(int(SEED)).first(PLAYED)
     shared = (f"storage.group={second_user.name}", f"scheduler.python={second_user.python}")
     command = Command(
         config=config_file,
@@ -194,7 +196,7 @@ def aftermath(
         member=second_user,
     )
     pytestconfig.stash[_FINISHED] = campaign
-    said(f"chaos: SEED={SEED}, {len(plan.faults)} faults in {ROUNDS} rounds")
+    said(f"chaos: SEED={SEED}, {len(plan.faults)} faults in {plan.rounds} rounds")
     try:
         campaign.run()
     except BaseException:

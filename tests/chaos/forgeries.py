@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # of the header that such a file says it has; a header may have 100 MB
 _OVERSIZED_BYTES = 200 * 10**6
-KINDS = (Kind.FORGED, Kind.REPLAYED, Kind.INFLATED, Kind.OVERSIZED)
 _FORGER = hashlib.sha256(b"another secret").digest()
 
 

@@ -184,7 +184,7 @@ _OF_PROCESSES = (Kind.FILL_DISK, Kind.SECOND_USER, Kind.EDITED)
 # what ends every task of a node would end the one that waits for its own fault
 _OF_ONE_TASK = (Kind.CANCEL_TASK, Kind.SUSPEND, Kind.HOLD, Kind.COPIED, *ERRNOS)
 _OF_NODES = (Kind.CRASH_NODE, Kind.PREEMPT)
-_PLANTED = (Kind.FORGED, Kind.REPLAYED, Kind.INFLATED, Kind.OVERSIZED)
+PLANTED = (Kind.FORGED, Kind.REPLAYED, Kind.INFLATED, Kind.OVERSIZED)
 # they need an update of an earlier round, or a first cohort: until then a result key may change
 _NOT_FIRST = (Kind.FORGED, Kind.REPLAYED, Kind.INFLATED, Kind.EDITED)
 _RESTRICTED = (
@@ -255,6 +255,21 @@ class Plan:
         """
         return sorted((fault.wire for fault in self.faults), key=lambda wire: wire["act"])
 
+    @property
+    def rounds(self) -> int:
+        """The number of rounds."""
+        return self.legs[-1].last_round
+
+    def first(self, rounds: int) -> "Plan":
+        """Return what happens in the first rounds alone."""
+        starts = [0, *(leg.last_round for leg in self.legs)]
+        legs = [
+            Leg(mode=leg.mode, last_round=min(leg.last_round, rounds))
+            for leg, start in zip(self.legs, starts, strict=False)
+            if start < rounds
+        ]
+        return Plan(legs=legs, faults=[fault for fault in self.faults if fault.round <= rounds])
+
 
 def draw(seed: int) -> Plan:
     """Draw legs and faults: every kind at least once, about as many in every round."""
@@ -301,7 +316,7 @@ def _may_be(kind: Kind, number: int, mode_of: dict[int, str], others: Collection
         kind in _OF_ONE_TASK and any(other in others for other in _OF_NODES),
         kind in _NOT_FIRST and number == 1,
         # Slurm lets stopped tasks go on to end them: the round may be over too early
-        kind in _PLANTED and any(other in others for other in (*_OF_NODES, Kind.RESTART_SLURMCTLD)),
+        kind in PLANTED and any(other in others for other in (*_OF_NODES, Kind.RESTART_SLURMCTLD)),
         # of one process the calls of one fault fail
         kind in ERRNOS and any(other in ERRNOS for other in others),
         # no link of a chain is there while a job runs

@@ -8,7 +8,7 @@ from fedllm.storage.paths import RoundPaths
 from fedllm.storage.records import AggregateRecord, CollectionRecord, UpdateRecord
 from fedllm.storage.updates import read_records, update_files
 from tests.chaos.conftest import Aftermath
-from tests.chaos.plan import FEWEST_FAULTS, ROUNDS, Kind
+from tests.chaos.plan import FEWEST_FAULTS, PLANTED, ROUNDS, Kind
 from tests.rounds.simulation import states
 from tests.slurm.cluster import until
 from tests.slurm.runs import published
@@ -18,28 +18,29 @@ pytestmark = pytest.mark.slurm
 
 def test_every_fault_of_the_plan_hit_and_every_kind_did(aftermath: Aftermath) -> None:
     landed = [one.fault for one in aftermath.campaign.landed]
-    assert sorted(fault.number for fault in landed) == sorted(
-        fault.number for fault in aftermath.campaign.plan.faults
-    )
-    assert {fault.kind for fault in landed} == set(Kind)
-    assert len(landed) >= FEWEST_FAULTS
-    assert len({fault.round for fault in landed}) >= 5
+    plan = aftermath.campaign.plan
+    assert sorted(fault.number for fault in landed) == sorted(f.number for f in plan.faults)
+    assert len({fault.round for fault in landed}) == plan.rounds
+    if plan.rounds == ROUNDS:
+        assert {fault.kind for fault in landed} == set(Kind)
+        assert len(landed) >= FEWEST_FAULTS
 
 
 def test_every_state_has_the_bits_of_a_quiet_run(aftermath: Aftermath) -> None:
     paths, quiet = aftermath.campaign.paths, states(aftermath.quiet)
-    assert len(quiet) == ROUNDS + 1
+    rounds = aftermath.campaign.plan.rounds
+    assert len(quiet) == rounds + 1
     assert states(paths.root) == quiet
     recorded = {
         f"{number:04d}": AggregateRecord.read(paths.round(number).aggregate_record).sha256
-        for number in range(ROUNDS + 1)
+        for number in range(rounds + 1)
     }
     assert recorded == quiet
 
 
 def test_no_published_client_was_trained_again(aftermath: Aftermath) -> None:
     campaign = aftermath.campaign
-    for number in range(1, ROUNDS + 1):
+    for number in range(1, campaign.plan.rounds + 1):
         paths = campaign.paths.round(number)
         kept = RoundPaths(root=campaign.kept / paths.root.name)
         trained = Counter(record.client for record in published(kept))
@@ -64,13 +65,15 @@ def set_aside_in(kept: RoundPaths) -> list[UpdateRecord]:
 
 def test_no_update_that_no_worker_sent_was_used(aftermath: Aftermath) -> None:
     campaign = aftermath.campaign
-    assert len(campaign.planted) >= 4
-    rounds = [campaign.paths.round(number) for number in range(1, ROUNDS + 1)]
+    planted = [fault for fault in campaign.plan.faults if fault.kind in PLANTED]
+    assert len(campaign.planted) == len(planted)
+    rounds = [campaign.paths.round(number) for number in range(1, campaign.plan.rounds + 1)]
     collections = [CollectionRecord.read(paths.collection) for paths in rounds]
     used = {f"{c.round:04d}/{update.file}" for c in collections for update in c.updates}
     assert not used & campaign.planted
     # those that came before the end of their round are counted
-    assert sum(collection.refused for collection in collections) > 0
+    if campaign.plan.rounds == ROUNDS:
+        assert sum(collection.refused for collection in collections) > 0
 
 
 def test_no_job_is_left_in_the_queue(aftermath: Aftermath) -> None:

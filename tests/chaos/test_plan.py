@@ -16,7 +16,10 @@ def test_every_seed_brings_every_kind_of_fault_into_every_round(seed: int) -> No
     assert len(rounds) == ROUNDS >= 4
     assert max(rounds.values()) - min(rounds.values()) <= 1
     assert {leg.mode for leg in plan.legs} == set(MODES)
-    assert plan.legs[-1].last_round == ROUNDS
+    assert plan.rounds == ROUNDS
+    half = plan.first(3)
+    assert half.rounds == 3
+    assert len(half.faults) == sum(fault.round <= 3 for fault in plan.faults) >= 12
 
 
 def test_a_seed_draws_the_same_faults_again_and_another_one_others() -> None:
