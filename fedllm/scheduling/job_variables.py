@@ -56,6 +56,8 @@ _PREFIXES = (
     ),
     # communication, and the heap
     *("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "IBV_", "MALLOC_", "GLIBC_"),
+    # trackers of the coordinator
+    *("WANDB_", "MLFLOW_"),
 )
 # words in the names of variables that hold secrets
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")

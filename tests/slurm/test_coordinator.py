@@ -37,17 +37,17 @@ pytestmark = pytest.mark.slurm
 
 # Stands where Python would: notes what it was called with, stays, notes that it was told to stop.
 COORDINATOR = """#!/bin/bash
-echo "$BY_SETUP:" "${@:4}" >> "$TOLD/called"
-trap 'echo stopped >> "$TOLD/called"; exit 3' TERM
-[ "$(wc -l < "$TOLD/called")" -gt "${DIES:-0}" ] || kill -KILL $$
-sleep "${STAYS:-60}" & wait
+echo "$BY_SETUP:" "${@:4}" >> "$FEDLLM_TOLD/called"
+trap 'echo stopped >> "$FEDLLM_TOLD/called"; exit 3' TERM
+[ "$(wc -l < "$FEDLLM_TOLD/called")" -gt "${FEDLLM_DIES:-0}" ] || kill -KILL $$
+sleep "${FEDLLM_STAYS:-60}" & wait
 exit 3
 """
 
 
 @pytest.fixture
 def run_root(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ARG001
-    monkeypatch.setenv("TOLD", str(tmp_path))
+    monkeypatch.setenv("FEDLLM_TOLD", str(tmp_path))
     stand_in(tmp_path / "python of mine")
     return tmp_path / "run"
 
@@ -133,15 +133,15 @@ def test_a_cancelled_coordinator_is_told_to_stop(run_root: Path) -> None:
 def test_a_killed_coordinator_starts_again_in_its_job_but_not_for_ever(
     run_root: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DIES", "1")
-    monkeypatch.setenv("STAYS", "0")
+    monkeypatch.setenv("FEDLLM_DIES", "1")
+    monkeypatch.setenv("FEDLLM_STAYS", "0")
     job = submitted(run_root, configured(run_root), "ab12")
     until(lambda: job_is_gone(job))
     expected = f"set up: run {run_root}/config.yaml --run-dir {run_root}"
     assert calls(run_root) == [expected, f"{expected} --unattended"]
     # the second said itself why it ended
     assert exit_status(cluster, job) == 3 << 8
-    monkeypatch.setenv("DIES", "99")
+    monkeypatch.setenv("FEDLLM_DIES", "99")
     job = submitted(run_root, configured(run_root), "ab12")
     until(lambda: job_is_gone(job))
     assert len(calls(run_root)) == 2 + 5
@@ -200,7 +200,7 @@ def test_the_script_finds_the_clone_it_lies_in_and_ends_as_the_run_did(
     script = clone / "slurm" / "coordinator.sbatch"
     script.write_bytes(shipped("slurm/coordinator.sbatch").read_bytes())
     monkeypatch.setenv("BY_SETUP", "by hand")
-    monkeypatch.setenv("STAYS", "0")
+    monkeypatch.setenv("FEDLLM_STAYS", "0")
     log = run_root.parent / "log"
     words = ("--parsable", f"--output={log}", str(script), "my config.yaml", "--set", "rounds=2")
     job = cluster.slurm("sbatch", *words, environment=os.environ).strip()
