@@ -66,7 +66,7 @@ def test_a_weight_that_is_stored_transposed_is_changed_as_it_lies() -> None:
     whole = factors.b_OR @ factors.a_RI
     changeable = ChangeableWeights(model, {name: True})
     for sha256, added in (("x", whole), ("y", factors)):
-        changeable.put_on(BaseChange(sha256=sha256, of=lambda _module, added=added: added))
+        changeable.put_on(BaseChange(sha256=sha256, of={name: added}.get))
         assert torch.equal(layer.weight, before + whole.T)
         changeable.put_on(None)
         assert torch.equal(layer.weight, before)
