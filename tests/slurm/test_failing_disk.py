@@ -1,10 +1,9 @@
-"""A disk that fills up or becomes read-only in the midst of a round, under both schedulers."""
+"""A disk that becomes read-only in the midst of a round, under both schedulers."""
 
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ KINDS = {
     "local": ("scheduler.kind=local", "storage.visibility_seconds=1"),
     "slurm": ON_CLUSTER,
 }
-SAYS = {"full": "no space left on device", "read-only": "read-only file system"}
 
 
 class Disk:
@@ -40,23 +38,16 @@ class Disk:
     def mount(self) -> None:
         _do("mount", "-o", "loop,errors=remount-ro", self._image, self.place)
 
-    def break_down(self, how: str) -> None:
-        """Fill it, or let it fail as after an error of the device: the kernel stops all writing."""
-        if how == "full":
-            with (self.place / "filler").open("wb", buffering=0) as file, suppress(OSError):
-                while True:
-                    file.write(bytes(1 << 12))
-        else:
-            _do("mount", "-o", "remount,abort", self.place)
+    def break_down(self) -> None:
+        """Let it fail as after an error of the device: the kernel stops all writing."""
+        _do("mount", "-o", "remount,abort", self.place)
 
-    def mend(self, how: str) -> None:
-        if how == "full":
-            (self.place / "filler").unlink()
-        else:
-            # as an administrator does; processes that still have files of it open keep it
-            until(self._is_unmounted, seconds=60)
-            subprocess.run(["e2fsck", "-fy", self._image], capture_output=True, check=False)
-            self.mount()
+    def mend(self) -> None:
+        """Mend it as an administrator does."""
+        # processes that still have files of it open keep it
+        until(self._is_unmounted, seconds=60)
+        subprocess.run(["e2fsck", "-fy", self._image], capture_output=True, check=False)
+        self.mount()
 
     def _is_unmounted(self) -> bool:
         return subprocess.run(["umount", self.place], check=False).returncode == 0
@@ -78,12 +69,10 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     one.remove()
 
 
-@pytest.mark.parametrize(
-    ("kind", "how"), [("local", "full"), ("local", "read-only"), ("slurm", "read-only")]
-)
+# a full disk: tests/cli/test_run.py without Slurm, tests/chaos with it
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_fails_is_exit_3_and_the_run_goes_on_once_it_is_mended(
     kind: str,
-    how: str,
     tiny: Tiny,
     disk: Disk,
     cluster: Cluster,
@@ -95,14 +84,14 @@ def test_a_disk_that_fails_is_exit_3_and_the_run_goes_on_once_it_is_mended(
     process = start("run", tiny.config, "--run-dir", run.root, *words, log=log)
     # workers are at their first clients; their logs lie there too
     until(lambda: list(run.round(1).attempt(1).claims.glob("*.json")), seconds=PATIENCE_SECONDS)
-    disk.break_down(how)
+    disk.break_down()
     assert process.wait(timeout=PATIENCE_SECONDS) == 3, log.read_text()
     said = log.read_text()
-    assert SAYS[how] in said.splitlines()[-1], said
+    assert "read-only file system" in said.splitlines()[-1], said
     assert "Traceback" not in said
     assert "a bug?" not in said
     until(lambda: not cluster.slurm("squeue", "-h"), seconds=PATIENCE_SECONDS)
-    disk.mend(how)
+    disk.mend()
     done = fedllm("resume", run.root)
     assert done.returncode == 0, done.stderr
     assert states(run.root) == {n: undisturbed[n] for n in ("0000", "0001")}
