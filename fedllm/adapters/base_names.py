@@ -82,7 +82,7 @@ def _given_base(name: str, configs: Sequence[AdapterConfig], folders: Sequence[P
         )
         raise AdapterError(
             f"--base: adapters are of different revisions of {name} ({revision_list}): adapters of "
-            "different base models cannot be combined"
+            "different base models cannot be combined; combine those of one revision"
         )
     return CommonBase(name=name, revision=next(iter(revisions), None))
 

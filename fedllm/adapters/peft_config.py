@@ -195,7 +195,7 @@ def adapters_below(folder: Path) -> str:
 def _refuse_more_than_lora(folder: Path, raw: Mapping[str, Any]) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{folder}: peft_type is {kind!r}, need LORA: only LoRA is combined")
+        raise AdapterError(f"{folder}: peft_type is {kind!r}, need LORA; leave it out")
     for key, name in _MORE_THAN_LORA.items():
         if raw.get(key):
             raise AdapterError(

@@ -243,7 +243,9 @@ def _factor_names(file: TensorFile) -> dict[str, dict[str, str]]:
             )
         names.setdefault(factor.module, {})[factor.part] = name
     if not names:
-        raise AdapterError(f"{file.path}: holds no lora_A and lora_B: nothing was trained")
+        raise AdapterError(
+            f"{file.path}: holds no lora_A and lora_B: nothing was trained; leave it out"
+        )
     return names
 
 

@@ -33,7 +33,9 @@ class LoadedRun:
         self.path = Path(path)
         self._paths = RunPaths(root=self.path.resolve())
         if not self._paths.run.exists():
-            raise RunDirectoryError(f"{self.path}: no run here (no run.json)")
+            raise RunDirectoryError(
+                f"{self.path}: no run here (no run.json); give the directory of a run"
+            )
 
     def __repr__(self) -> str:
         """Return the path and how far the run is."""

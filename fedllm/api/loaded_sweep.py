@@ -31,7 +31,9 @@ class LoadedSweep:
         paths = SweepPaths(root=self.path.resolve())
         record = SweepRecord.find(paths.record)
         if record is None:
-            raise RunDirectoryError(f"{self.path}: no sweep here (no sweep.json)")
+            raise RunDirectoryError(
+                f"{self.path}: no sweep here (no sweep.json); give the folder of a sweep"
+            )
         self.runs: dict[tuple[str, int], LoadedRun] = {
             (run.arm, validate(run.config).seed): LoadedRun(paths.run(run.name).root)
             for run in record.runs

@@ -43,7 +43,10 @@ def planned_sweep(path: Path, root: Path) -> tuple[SweepFile, list[SweepRun]]:
     file = load_sweep(path)
     base = configuration_file(file.base)
     if not base.is_file():
-        raise ConfigError(f"{path}: base: {file.keys.base}: no such configuration file")
+        raise ConfigError(
+            f"{path}: base: {file.keys.base}: no such configuration file; give a path as seen from "
+            "the sweep's file"
+        )
 
     def load(changes: Changes) -> Config:
         config = load_changed(base, changes)

@@ -153,11 +153,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = parse_yaml(path.read_bytes(), str(path))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); see to its place and its permissions"
+        ) from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: got a {type(raw).__name__}, need keys and values")
+        raise ConfigError(
+            f"{path}: got a {type(raw).__name__}, need keys and values, one `key: value` a line"
+        )
     return raw
 
 

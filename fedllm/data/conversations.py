@@ -117,7 +117,10 @@ def _content(value: Any, at: str, role: str) -> str:
     parts = [_part(part) for part in value] if isinstance(value, list) and value else [None]
     texts = [part for part in parts if part is not None]
     if len(texts) < len(parts):
-        raise DataError(f"data.path: {at} has a message of {role} whose content is not text")
+        raise DataError(
+            f"data.path: {at} has a message of {role} whose content is not text; write it as text, "
+            "or leave the row out"
+        )
     return "".join(texts)
 
 

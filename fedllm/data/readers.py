@@ -99,7 +99,9 @@ def open_source(section: DataSection, cache: CachePaths, split_seed: int) -> Sou
     empty = [part for part, peek in zip(source.parts, peeks, strict=True) if peek is None]
     if not any(part.split == TRAIN for part in used):
         names = ", ".join(part.name for part in empty if part.split == TRAIN)
-        raise DataError(f"data.path: {source.path} has no rows to train on ({names} is empty)")
+        raise DataError(
+            f"data.path: {source.path} has no rows to train on ({names} is empty); add rows"
+        )
     columns = row_columns(_one_format(section, source, peeks, column_section), column_section)
     has_test = any(part.split == TEST for part in used)
     split_values = () if has_test else (section.test_fraction, split_seed)

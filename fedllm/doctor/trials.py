@@ -17,6 +17,7 @@ from fedllm.storage.records import Record
 
 _PACKAGES = ("fedllm", "torch", "transformers", "peft", "tokenizers", "safetensors")
 _LOOK_SECONDS = 0.1
+_OTHER_PLACE = "put runs on another file system"
 
 
 class NodeRecord(Record):
@@ -146,12 +147,16 @@ def try_folder(folder: Path) -> float:
     publish_bytes(path, b"second")
     seconds = time.monotonic() - start
     if path.read_bytes() != b"second":
-        raise RunDirectoryError(f"{folder}: a rename does not replace the file that was there")
+        raise RunDirectoryError(
+            f"{folder}: a rename does not replace the file that was there; {_OTHER_PLACE}"
+        )
     if publish_once(path, b"third") or path.read_bytes() != b"second":
-        raise RunDirectoryError(f"{folder}: a hard link replaces the file that was there")
+        raise RunDirectoryError(
+            f"{folder}: a hard link replaces the file that was there; {_OTHER_PLACE}"
+        )
     once = path.with_suffix(".once")
     if not publish_once(once, b"only"):
-        raise RunDirectoryError(f"{folder}: a hard link to a free name is refused")
+        raise RunDirectoryError(f"{folder}: a hard link to a free name is refused; {_OTHER_PLACE}")
     return seconds
 
 

@@ -305,8 +305,8 @@ def private_space(config: Config) -> PrivateSpace | None:
     if space is None:
         able = ", ".join(each for each, entry in METHODS.items() if entry.private)
         raise ConfigError(
-            f"privacy.clip_norm: what one client changes is not bounded with method.name {name}; "
-            f"need one of {able}, or null"
+            f"privacy.clip_norm: method.name {name} cannot bound what one client changes; need "
+            f"one of {able}, or null"
         )
     if space == "products" and options.get("truncated") != "keep":
         # with `drop` the state depends on who takes part, whatever they send

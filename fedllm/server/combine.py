@@ -163,9 +163,14 @@ def combine_adapters(request: CombineRequest, *, report: ReportProgress | None =
         options=request.options,
     )
     if method.keeps_at_clients:
-        raise AdapterError(f"--method {method.name}: clients keep a part, there is no one mean")
+        raise AdapterError(
+            f"--method {method.name}: clients keep a part of their adapters, so that there is no "
+            "one mean; choose another method"
+        )
     if method.changes_base:
-        raise AdapterError(f"--method {method.name}: changes the base, not only adapters")
+        raise AdapterError(
+            f"--method {method.name}: changes the base, not only adapters; choose another method"
+        )
     weights = shares(method.weigh([item.weight for item in request.adapters]))
     source = AdapterSource(adapters=adapters, weights=weights)
     ranks = {module: source.ranks(module, shapes[module], request.rank) for module in shapes}
@@ -270,7 +275,10 @@ class _Output:
 
     def take(self, module: str, result: ModuleAggregate) -> None:
         if self.method.base_delta(result.state) is not None:
-            raise AdapterError(f"--method {self.method.name}: changes the base, not only adapters")
+            raise AdapterError(
+                f"--method {self.method.name}: changes the base, not only adapters; choose another "
+                "method"
+            )
         ranks, diagnostics = self.ranks[module], result.diagnostics
         rank = ranks.received[0]
         factors = self.method.module_adapter(module=module, state=result.state, rank=rank)

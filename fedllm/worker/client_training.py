@@ -257,7 +257,10 @@ class ClientRound:
         received = partial(self.received, client)
         rows = self.session.data(self.prepared).rows(client, "train")
         if not rows:
-            raise DataError(f"{self.prepared.data_path}: client {client} has no training rows")
+            raise DataError(
+                f"{self.prepared.data_path}: client {client} has no training rows; "
+                "prepare the data again: fedllm prepare"
+            )
         draws = Draws(seed=self.config.seed, round=self.cohort.round, client=client)
         return Member(received=received, rows=rows, draws=draws)
 

@@ -61,7 +61,7 @@ def test_a_killed_run_that_keeps_directions_resumes_to_the_same_bits(
         ),
         (
             ["privacy.clip_norm=1", "aggregation.weights=uniform", "method.name=rbla"],
-            "privacy.clip_norm: what one client changes is not bounded with method.name rbla",
+            "privacy.clip_norm: method.name rbla cannot bound what one client changes",
         ),
         (["method.local=slora"], "method.local: got 'slora', which is a value of method.name"),
         (["method.options.ridge=1"], "method.options.ridge: an option of lora_fair; flexlora has"),

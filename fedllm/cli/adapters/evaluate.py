@@ -179,9 +179,13 @@ def _score(
             f"{adapters_below(target)}"
         )
     if config is None:
-        raise ConfigError(f"--config: missing; it says on which model and data to score {target}")
+        raise ConfigError(
+            f"--config: missing; give the configuration of the model and data that score {target}"
+        )
     if round_number is not None or rank is not None:
-        raise ConfigError(f"--round, --rank: {target} is an adapter, they are for runs")
+        raise ConfigError(
+            f"--round, --rank: {target} is an adapter, they are for runs; leave them out"
+        )
     return _score_adapter(target, config, overrides)
 
 
@@ -192,7 +196,10 @@ def _score_run(
 
     number = newest_state(paths) if round_number is None else round_number
     if not paths.round(number).aggregate_record.exists():
-        raise RunDirectoryError(f"--round {number}: not aggregated in {paths.root}")
+        raise RunDirectoryError(
+            f"--round {number}: not aggregated in {paths.root}; give an earlier round, or resume "
+            "the run"
+        )
     config = read_config(paths.config)
     if _is_shared(config):
         return _score_with_tasks(paths, config, RequestRecord(round=number, rank=rank))

@@ -72,7 +72,7 @@ def _columns(data: str) -> Sequence[str]:
     path = Path(data).expanduser()
     if data == EMBEDDED or not path.exists():
         if _looks_like_path(data):
-            raise ConfigError(f"--data {data}: no such file or folder")
+            raise ConfigError(f"--data {data}: no such file or folder; correct the path")
         return ()
     from fedllm.data.readers import columns_of
 
@@ -86,7 +86,7 @@ def _looks_like_path(text: str) -> bool:
 def _has_chat_template(model: str) -> bool:
     folder = Path(model).expanduser()
     if model != EMBEDDED and not folder.is_dir() and _looks_like_path(model):
-        raise ConfigError(f"--model {model}: no such folder")
+        raise ConfigError(f"--model {model}: no such folder; correct the path")
     if (folder / "chat_template.jinja").exists():
         return True
     settings = folder / "tokenizer_config.json"

@@ -15,7 +15,9 @@ def verify(run: RunFolder, json_: AsJson = False) -> None:
     """
     paths = RunPaths(root=run.resolve())
     if not paths.run.exists() and not paths.config.exists():
-        raise RunDirectoryError(f"{run}: no run here (neither run.json nor config.yaml)")
+        raise RunDirectoryError(
+            f"{run}: no run here (neither run.json nor config.yaml); give the directory of a run"
+        )
     found = verify_run(paths)
     names = [str(finding.path.relative_to(paths.root)) for finding in found.findings]
     if json_:

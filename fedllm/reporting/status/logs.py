@@ -54,7 +54,10 @@ def _own_log(run: RunPaths, named: str) -> Path:
     for path in (log, *here):
         if path.resolve().is_relative_to(folder):
             return path
-    raise DataError(f"{log}: a claim of the run names this log, which is outside {folder}")
+    raise DataError(
+        f"{log}: a claim of the run names this log, which is outside {folder}; open it yourself if "
+        "you trust it"
+    )
 
 
 def tail(path: Path, lines: int) -> str:
