@@ -33,7 +33,7 @@ SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server gc
 SITE := build/docs
 NEEDS := pyproject.toml constraints-cpu.txt
 
-.PHONY: help venv quickstart check reference docs test test-slurm test-browser test-portable chaos fuzz coverage bench smollm2 \
+.PHONY: help venv quickstart check reference docs test test-slurm test-browser test-portable nightly chaos fuzz coverage bench smollm2 \
   slurm-packages browser-package
 help:
 	@echo "make quickstart      install into .venv and run the embedded example"
@@ -43,6 +43,7 @@ help:
 	@echo "make test-portable   the maths again, as on a processor without AMX and AVX-512"
 	@echo "make fuzz N=2000     bad inputs of every kind; N=100000 for a night"
 	@echo "make chaos SEED=1    a run on a Slurm of its own under faults drawn from the seed (root)"
+	@echo "make nightly         what is too long for CI: more tests, a whole campaign, 20,000 bad inputs (root)"
 	@echo "make check           format, lint, types, import contracts, dependencies, spelling"
 	@echo "make docs            the documentation as a site with search, in build/docs"
 	@echo "make reference       write the tables of docs/ and the schema that follow from the code"
@@ -157,11 +158,17 @@ $(SITE)/index.html:
 # --- tests
 
 test: .venv/.test
-	@.venv/bin/python -m pytest -m "not slurm and not browser" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+	@.venv/bin/python -m pytest -m "not slurm and not browser and not nightly" -n $(TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
 
 # they wait more than they compute; every process starts the clusters that its tests need
 test-slurm: .venv/.test slurm-packages
-	@.venv/bin/python -m pytest -m slurm -n $(SLURM_TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+	@.venv/bin/python -m pytest -m "slurm and not nightly" -n $(SLURM_TEST_JOBS) $(PARALLEL) $(PYTEST_OPTIONS)
+
+# what is too long for CI; a whole campaign and many more inputs
+nightly: .venv/.test slurm-packages
+	@.venv/bin/python -m pytest -m nightly $(PYTEST_OPTIONS)
+	@$(MAKE) --no-print-directory chaos
+	@$(MAKE) --no-print-directory fuzz N=20000
 
 test-browser: .venv/.browser browser-package $(SITE)/index.html
 	@.venv/bin/python -m pytest -m browser tests/browser $(PYTEST_OPTIONS)

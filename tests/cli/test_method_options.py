@@ -14,6 +14,7 @@ from tests.tiny import Tiny
 KEEP = ("--set", "method.options.truncated=keep")
 
 
+@pytest.mark.nightly
 def test_a_killed_run_that_keeps_directions_resumes_to_the_same_bits(
     tiny: Tiny, tmp_path: Path
 ) -> None:

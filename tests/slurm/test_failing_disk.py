@@ -15,7 +15,7 @@ from tests.slurm.cluster import Cluster, until
 from tests.slurm.runs import ON_CLUSTER, PATIENCE_SECONDS, each_trained_once, settings
 from tests.tiny import Tiny
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.nightly]
 
 SIZE = 48 << 20
 KINDS = {
