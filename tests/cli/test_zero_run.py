@@ -77,6 +77,7 @@ def test_tiers_train_with_engines_of_their_own_and_resume_to_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_process_is_named_and_another_one_goes_on_with_the_one_that_is_left(
     tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -133,7 +133,10 @@ def test_two_processes_claim_report_and_publish_as_one(halved: AttemptPaths, don
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, (0, 1)), (signal.SIGUSR2, (1,))])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [(signal.SIGTERM, (0, 1)), pytest.param(signal.SIGUSR2, (1,), marks=pytest.mark.nightly)],
+)
 def test_a_signal_stops_both_between_two_steps_and_the_task_goes_on_with_the_same_bits(
     attempt: AttemptPaths, halved: AttemptPaths, number: int, ranks: tuple[int, ...]
 ) -> None:
@@ -189,7 +192,7 @@ def test_a_process_that_is_killed_ends_the_other_which_names_its_log(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_process_that_hangs_ends_the_other_in_time_which_names_its_log(
     attempt: AttemptPaths, stopped: int
 ) -> None:
@@ -224,6 +227,7 @@ def test_a_place_to_meet_that_is_missing_is_named(rendezvous: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_where_memory_runs_out_in_one_process_all_begin_again_with_smaller_micro_batches(
     attempt: AttemptPaths, tmp_path: Path
 ) -> None:
