@@ -191,23 +191,25 @@ def reopen_if_damaged(run: Run, paths: RoundPaths) -> bool:
         problem = _problem(paths, name, sha256)
         if problem:
             problems[name] = problem
-    if problems:
-        run.lease.check()
     for name, problem in problems.items():
         run.say(f"round {paths.number}: {paths.updates / name}: {problem}; its clients train again")
-        if (paths.updates / name).exists():
-            (paths.updates / name).rename(backup_name(paths.updates / name, REFUSED))
+        set_aside(run, paths, name)
     if problems:
         _replace(run, paths)
     return bool(problems)
 
 
+def set_aside(run: Run, paths: RoundPaths, name: str) -> None:
+    """Set an update file aside, so that it is counted and no scan reads it; it may be gone."""
+    run.lease.check()
+    with contextlib.suppress(FileNotFoundError):
+        (paths.updates / name).rename(backup_name(paths.updates / name, REFUSED))
+
+
 def _set_unneeded_aside(run: Run, paths: RoundPaths, scan: Scan) -> None:
     """Set aside the bad files of a round that needs no update of theirs, so that they count."""
     for name, problem in scan.damaged.items():
-        run.lease.check()
-        with contextlib.suppress(FileNotFoundError):
-            (paths.updates / name).rename(backup_name(paths.updates / name, REFUSED))
+        set_aside(run, paths, name)
         run.say(f"round {paths.number}: {name}: {problem}; set aside")
 
 

@@ -4,7 +4,7 @@ from fedllm.config.scales import client_scales
 from fedllm.errors import FedllmError, Incomplete, RunFailed, StorageFull, UserError, counted
 from fedllm.planning.cohorts import quorum_of
 from fedllm.planning.federation import Federation
-from fedllm.rounds.collecting import replaced_clients
+from fedllm.rounds.collecting import replaced_clients, set_aside
 from fedllm.rounds.dispatch.attempts import start_attempt
 from fedllm.rounds.dispatch.cancelling import end_tasks
 from fedllm.rounds.dispatch.idle_workers import busy_tasks
@@ -19,13 +19,13 @@ from fedllm.rounds.dispatch.worker_failures import (
 )
 from fedllm.rounds.run import Run
 from fedllm.scheduling.traits import traits_of
-from fedllm.storage.paths import AttemptPaths, RoundPaths, backup_name
+from fedllm.storage.paths import AttemptPaths, RoundPaths
 from fedllm.storage.publishing.publish import age_seconds
 from fedllm.storage.records import CohortClient, CohortRecord, ErrorRecord
 from fedllm.storage.trust.secret import user_secret
 from fedllm.storage.trust.signatures import RoundKeys
 from fedllm.storage.update_problems import Expected, update_problem
-from fedllm.storage.updates import REFUSED, PublishedUpdate, Scan
+from fedllm.storage.updates import PublishedUpdate, Scan
 
 # the longest pause between looks at workers, in multiples of `scheduler.query_seconds`
 _MAX_QUERIES = 5
@@ -119,11 +119,10 @@ def scan_updates(run: Run, federation: Federation, cohort: CohortRecord) -> Scan
 
 
 def _set_aside(run: Run, cohort: CohortRecord, name: str, problem: str) -> bool:
-    path = run.paths.round(cohort.round).updates / name
-    if not run.known_records.wait_is_over(path):
+    paths = run.paths.round(cohort.round)
+    if not run.known_records.wait_is_over(paths.updates / name):
         return False
-    run.lease.check()
-    path.rename(backup_name(path, REFUSED))
+    set_aside(run, paths, name)
     run.say(f"round {cohort.round}: {name}: {problem}; set aside, its clients train again")
     return True
 
