@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fedllm.planning.engines import ClientGroup
 from fedllm.storage.records import BundleRecord, CohortClient
+
+Item = TypeVar("Item")
 
 # Each bundle writes a claim and an update; next to 10 s of work these files cost little.
 SMALLEST_BUNDLE_SECONDS = 10.0
@@ -51,7 +53,7 @@ def cut_bundles(
     if clients_per_bundle == "auto":
         cuts = _guided(ordered, workers, target_seconds)
     else:
-        cuts = _of_size(ordered, clients_per_bundle)
+        cuts = cut_in_order(ordered, lambda work: len(work.clients), clients_per_bundle)
     return [
         BundleRecord(
             number=number,
@@ -71,16 +73,19 @@ class _Work:
     clients: tuple[str, ...]
 
 
-def _of_size(ordered: Sequence[_Work], size: int) -> list[list[_Work]]:
-    cuts: list[list[_Work]] = []
+def cut_in_order(
+    items: Sequence[Item], size_of: Callable[[Item], int], most: int
+) -> list[list[Item]]:
+    """Cut items into parts of the size `most` or less; a larger item is a part of its own."""
+    parts: list[list[Item]] = []
     room = 0
-    for work in ordered:
-        if len(work.clients) > room:
-            cuts.append([])
-            room = size
-        cuts[-1].append(work)
-        room -= len(work.clients)
-    return cuts
+    for item in items:
+        if size_of(item) > room:
+            parts.append([])
+            room = most
+        parts[-1].append(item)
+        room -= size_of(item)
+    return parts
 
 
 def _guided(ordered: Sequence[_Work], workers: int, target_seconds: float) -> list[list[_Work]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fedllm.config.models import Config, EvaluationSection, SchedulerSection
+from fedllm.planning.bundles import cut_in_order
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import asks_for_gpus, job_options
 from fedllm.planning.federation import TERAFLOPS, Federation
@@ -136,20 +137,13 @@ def cut_pieces(
             groups.append((own, [target]))
         else:
             same.append(target)
-    cuts = [cut for _, of_group in groups for cut in _cuts(of_group, batch_size)]
+    most = _BATCHES_PER_PIECE * batch_size
+    cuts = [
+        cut
+        for _, of_group in groups
+        for cut in cut_in_order(of_group, lambda target: len(target.rows), most)
+    ]
     return [EvaluationPiece(number=number, targets=tuple(cut)) for number, cut in enumerate(cuts)]
-
-
-def _cuts(targets: Sequence[Target], batch_size: int) -> list[list[Target]]:
-    cuts: list[list[Target]] = []
-    room = 0
-    for target in targets:
-        if len(target.rows) > room:
-            cuts.append([])
-            room = _BATCHES_PER_PIECE * batch_size
-        cuts[-1].append(target)
-        room -= len(target.rows)
-    return cuts
 
 
 def bundles_of(pieces: Sequence[EvaluationPiece]) -> list[BundleRecord]:
