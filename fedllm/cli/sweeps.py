@@ -185,8 +185,15 @@ def drive_sweep(
             say_line=say_line,
         )
 
-    end = pool.close
-    drive(Sweep(paths=paths, record=record, open_run=open_one, end_workers=end, say=say_of_run))
+    drive(
+        Sweep(
+            paths=paths,
+            record=record,
+            open_run=open_one,
+            end_workers=pool.close,
+            say=say_of_run,
+        )
+    )
 
 
 def _accepted(paths: SweepPaths, *, accept_changes: bool) -> SweepRecord:

@@ -26,34 +26,15 @@ _NAMES = frozenset(
 _PREFIXES = (
     *("LC_", "LD_", "XDG_", "BASH_FUNC_", "FEDLLM_"),
     # modules, environments and containers
-    *(
-        "MODULES_",
-        "LMOD_",
-        "__LMOD_",
-        "_ModuleTable",
-        "SPACK_",
-        "EBROOT",
-        "EBVERSION",
-        "CRAY",
-        "PE_",
-    ),
+    *("MODULES_", "LMOD_", "__LMOD_", "_ModuleTable", "SPACK_", "EBROOT", "EBVERSION"),
+    *("CRAY", "PE_"),
     *("CONDA_", "_CE_", "MAMBA_", "PYENV_", "UV_", "APPTAINER", "SINGULARITY"),
     # Python and what computes
     *("PYTHON", "COVERAGE_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "GOTO_"),
     *("ONEDNN_", "DNNL_", "ATEN_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "ACCELERATE_"),
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "SAFETENSORS_"),
-    *(
-        "CUDA_",
-        "CUDNN_",
-        "CUBLAS_",
-        "NVIDIA_",
-        "NVTE_",
-        "HIP_",
-        "ROCM_",
-        "ROCR_",
-        "HSA_",
-        "MIOPEN_",
-    ),
+    *("CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "NVTE_"),
+    *("HIP_", "ROCM_", "ROCR_", "HSA_", "MIOPEN_"),
     # communication, and the heap
     *("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "IBV_", "MALLOC_", "GLIBC_"),
     # trackers of the coordinator
