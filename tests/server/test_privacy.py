@@ -258,7 +258,7 @@ def test_keys_with_which_other_clients_decide_are_refused(sections: Any, words: 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(PRIVATE)))
 def test_methods_without_a_bound_are_refused(method: str) -> None:
     config = private_config(method={"name": method, "options": {}})
-    words = f"not bounded with method.name {method}; need one of flexlora, factor_mean"
+    words = f"method.name {method} cannot bound what one client changes; need one of flexlora"
     with pytest.raises(ConfigError, match=words):
         method_of(config)
 
