@@ -93,6 +93,9 @@ class PartitionedTraining:
     def close(self) -> None:
         """Take the engine's hooks off the factors, which stay as they were trained."""
         self._engine.destroy()
+        # its destructor, which the garbage collector may call much later, would otherwise take off
+        # what the next client's engine has put on the same factors
+        self._engine.optimizer = None
 
     @property
     def _own(self) -> Tensor:
@@ -217,6 +220,8 @@ def process_group() -> Iterator[None]:
 def _settings(training: TrainingSection, num_values: int) -> dict[str, Any]:
     given = for_engine(training.deepspeed)
     zero = given.pop("zero_optimization", {})
+    # by default buffers have 5 * 10^8 values each, whatever there is; and it wants even numbers
+    bucket_size = num_values + num_values % 2
     offload = zero.pop("offload_optimizer", {})
     if training.zero.offload == "cpu":
         zero["offload_optimizer"] = {**offload, "device": "cpu"}
@@ -231,9 +236,8 @@ def _settings(training: TrainingSection, num_values: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         # the base is divided by itself: the engine has the factors alone
         "zero_optimization": {
-            # by default its buffers have 5 * 10^8 values each, whatever there is to reduce
-            "reduce_bucket_size": num_values,
-            "allgather_bucket_size": num_values,
+            "reduce_bucket_size": bucket_size,
+            "allgather_bucket_size": bucket_size,
             **zero,
             "stage": min(2, training.zero.stage),
         },
