@@ -4,26 +4,31 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fedllm.reporting.status.live_lines import LiveLine, fitted
 from fedllm.storage.kept_records import Count
 
 
 @contextmanager
 def progress_bar() -> Iterator[Count]:
-    """Give a function that shows what is counted, how many are done, and of how many."""
-    if not sys.stderr.isatty():
-        from fedllm.process.meter import Meter
+    """Give a function that shows what is counted: how many are done, of how many, and the rate."""
+    from fedllm.process.meter import Meter
 
-        yield Meter().count
+    meter = Meter()
+    if not sys.stderr.isatty():
+        yield meter.count
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.live import Live
+    from rich.text import Text
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    with Live(console=console, transient=True, vertical_overflow="crop") as live:
 
         def count(what: str, done: int, total: int) -> None:
-            if progress.tasks[0].description != what:
-                progress.reset(task, description=what)
-            progress.update(task, completed=done, total=total)
+            numbers = tuple(meter.noted(what, done, total).text.split(": ", 1)[1].split(", "))
+            line = LiveLine(label=f"{what} ", share=done / max(1, total), words=numbers)
+            label, bar, words = fitted(line, console.width - 1)
+            text = Text(no_wrap=True, overflow="crop").append(label, "bold").append(bar, "cyan")
+            live.update(text.append(f" {words}" if bar else words))
 
         yield count

@@ -37,13 +37,9 @@ class Meter:
         self._began = self._said = self._written = self._last = now()
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Note how many things are done; their time counts from the call before the first one."""
-        now = self._now()
+        """Note how many things are done, in the record and in a line."""
         is_new, is_last = what != self._what, done >= total
-        if is_new:
-            self._what, self._began = what, self._last
-        self._last = now
-        record = ProgressRecord(what=what, done=done, total=total, seconds=now - self._began)
+        record, now = self.noted(what, done, total), self._last
         if self._file and (is_new or is_last or now - self._written >= _RECORD_SECONDS):
             self._written = now
             # a full disk stops the job where it writes its result, not here
@@ -53,3 +49,11 @@ class Meter:
         if (is_last and not is_short) or now - self._said >= _LINE_SECONDS:
             self._said = now
             self._say(record.text)
+
+    def noted(self, what: str, done: int, total: int) -> ProgressRecord:
+        """Return the progress; the time of a kind counts from the call before its first one."""
+        now = self._now()
+        if what != self._what:
+            self._what, self._began = what, self._last
+        self._last = now
+        return ProgressRecord(what=what, done=done, total=total, seconds=now - self._began)

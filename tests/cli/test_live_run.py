@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -38,15 +39,26 @@ def training(tmp_path: Path) -> RunPaths:
     return paths
 
 
-def shown_on_terminal(root: Path, columns: int, **environment: str) -> str:
+_COUNT = """
+import time
+from fedllm.cli.progress_bar import progress_bar
+with progress_bar() as count:
+    for number in range(1, 13):
+        time.sleep(0.1)
+        count("rows tokenised", 10_000 * number, 400_000)
+"""
+
+
+def shown_on_terminal(columns: int, script: str, *arguments: object, **environment: str) -> str:
     """Return what a terminal of so many columns receives."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     kept = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "COLUMNS", "LINES"}}
     subprocess.run(
-        [sys.executable, "-c", _SHOW, str(root)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         stdin=theirs,
         stdout=theirs,
+        stderr=theirs,
         env={**kept, "TERM": "xterm", **environment},
         check=True,
         timeout=60,
@@ -67,13 +79,19 @@ def _read(terminal: int) -> bytes:
 
 
 def test_a_narrow_terminal_without_colours_gets_whole_words(training: RunPaths) -> None:
-    shown = shown_on_terminal(training.root, 60, NO_COLOR="1")
+    shown = shown_on_terminal(60, _SHOW, training.root, NO_COLOR="1")
     assert "1 of 4 clients, 1 at work" in shown
     assert "Ctrl-C" in shown
     assert "round 1" in shown
     assert "███░░░░░░░░" in shown
     assert "and more \r\nwords than fit" in shown
     assert "\x1b[36m" not in shown
+
+
+def test_a_command_counts_with_a_rate_and_the_time_left() -> None:
+    shown = shown_on_terminal(100, _COUNT, NO_COLOR="1")
+    plain = re.sub("\x1b\\[[^A-Za-z]*[A-Za-z]", "", shown)
+    assert re.search(r"rows tokenised █+░+ 120,000 of 400,000, [\d,]+ a second, \d+ s left", plain)
 
 
 def test_a_log_gets_its_lines_as_they_are(training: RunPaths) -> None:
