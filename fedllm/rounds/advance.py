@@ -47,6 +47,8 @@ def prepare(run: Run) -> Federation | None:
     is_new = not run.paths.prepared.exists()
     if not run.paths.prepare_job(1).submission.exists():
         check_jobs(run.scheduler, run.config, run.paths)
+    # also by a coordinator that waits for the job of an earlier one
+    if is_new and run.observations.is_new("prepare"):
         section = run.config
         run.say(
             f"prepare: model {section.model.path}, data {section.data.path}; cache "

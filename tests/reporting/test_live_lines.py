@@ -45,6 +45,7 @@ def training(tmp_path: Path) -> RunPaths:
 def test_before_a_run_is_prepared_its_rows_are_counted(tmp_path: Path) -> None:
     paths = begin(tmp_path)
     assert [line.words for line in live_lines(read(paths))] == [("a worker starts",)]
+    assert plain_line(read(paths)) == "prepare: a worker starts"
     plan = SubmissionRecord(token="t", lease=1, kind="prepare", command=[], arrays=[])
     plan.publish(paths.prepare_job(1).submission)
     record = ProgressRecord(what="rows tokenised", done=12_000, total=40_000, seconds=12.0)

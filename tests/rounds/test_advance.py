@@ -357,6 +357,17 @@ def test_a_worker_that_publishes_nothing_is_tried_again(
     assert states(tmp_path / "run") == undisturbed
 
 
+def test_whoever_goes_on_with_the_preparation_says_so(tmp_path: Path) -> None:
+    ended = Simulation()
+    ended.before = lambda program, _target: 1 if program == "prepare" else None
+    with pytest.raises(RunFailed, match="prepare job ended early"):
+        complete(tmp_path / "run", ended)
+    said: list[str] = []
+    complete(tmp_path / "run", Simulation(log=said.append))
+    assert said[0].startswith("prepare: model ")
+    assert sum(line.startswith("prepare: model ") for line in said) == 1
+
+
 def test_attempts_without_progress_are_bounded(tmp_path: Path) -> None:
     simulation = Simulation()
     simulation.before = lambda program, _target: 1 if program == "client" else None

@@ -131,8 +131,6 @@ def _bar(share: float, width: int) -> str:
 
 
 def plain_line(status: RunStatus) -> str:
-    """Return the present work of a run in one line of a log; empty: nothing is counted."""
+    """Return the present work of a run in one line of a log; empty: nothing is done now."""
     work = [line for line in live_lines(replace(status, history=NO_HISTORY)) if line.label != "run"]
-    return "; ".join(
-        f"{line.label}: {', '.join(line.words)}" for line in work if line.share is not None
-    )
+    return "; ".join(f"{line.label}: {', '.join(line.words)}" for line in work)
