@@ -81,6 +81,9 @@ class InlineScheduler:
         """Return the exit codes of tasks that failed."""
         return {i: Ending(state=f"exit {self._exits[i]}") for i in ids if self._exits.get(i)}
 
+    def attribute(self, ids: Sequence[str], user: int) -> None:
+        """Do nothing: its jobs end before anybody else asks."""
+
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:  # noqa: ARG002
         """Return nothing: no task waits."""
         return {}

@@ -161,6 +161,9 @@ class LocalScheduler:
         """Return how tasks ended, for those that failed."""
         return {id_: self._ended[id_] for id_ in ids if id_ in self._ended}
 
+    def attribute(self, ids: Sequence[str], user: int) -> None:
+        """Do nothing: it only knows the processes that it started."""
+
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
         """Return `a free worker` for every task that waits."""
         waiting = {task.id for task in self._queue}

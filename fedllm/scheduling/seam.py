@@ -137,6 +137,9 @@ class Scheduler(Protocol):
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
         """Return the state of every task; one query for all."""
 
+    def attribute(self, ids: Sequence[str], user: int) -> None:
+        """Remember the user, by number, who submitted tasks: it may hide those of others."""
+
     def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
         """Return how tasks ended, for those that failed and whose end is known."""
 

@@ -132,6 +132,10 @@ class SharedScheduler:
         """Return how tasks ended, for those that failed."""
         return self.inner.endings(ids)
 
+    def attribute(self, ids: Sequence[str], user: int) -> None:
+        """Remember the user who submitted tasks."""
+        self.inner.attribute(ids, user)
+
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
         """Return the reasons why tasks wait."""
         return self.inner.waiting_for(ids)

@@ -126,6 +126,7 @@ class Lease:
                 slurm_job=job,
                 origin=(holder.origin or holder.number) if holder and unattended else None,
                 place=place_of(paths.root),
+                user=os.geteuid(),
             )
             if record.publish_once(paths.lease(number + 1)):
                 version = version_of(paths.lease(record.number))

@@ -239,7 +239,7 @@ class LeaseRecord(Record):
     `origin` is the lease at which a person started the run. A requeued coordinator, the links of a
     chain and calls of `advance` keep it: they continue to count the retries that are used up.
     `place` is the run directory: in a copy of it this lease holds nothing. Leases of earlier
-    versions have neither it nor `machine_id` and `pid_namespace`.
+    versions have neither it nor `machine_id`, `pid_namespace` and `user` (a number).
     """
 
     number: int
@@ -252,18 +252,21 @@ class LeaseRecord(Record):
     place: PlaceRecord | None = None
     machine_id: str | None = None
     pid_namespace: str | None = None
+    user: int | None = None
 
 
 class CoordinatorJobRecord(Record):
     """The Slurm job submitted last to coordinate a run.
 
     In a chain this is the waiting link, and `lost` counts the links before it that ended, in a row,
-    without reporting anything.
+    without reporting anything. `user` is the number of who submitted it; earlier versions did not
+    record it.
     """
 
     job: str
     mode: Literal["resident", "chained"]
     lost: int = 0
+    user: int | None = None
 
 
 class CohortClient(Record):
@@ -351,7 +354,8 @@ class SubmissionRecord(Record):
 
     `workers` are needed per class: arrays are added, wave by wave, as the cluster's limits allow.
     `adopted` are idle tasks of the previous round that wait for this one. With `one_bundle` every
-    task claims exactly one bundle.
+    task claims exactly one bundle. `user` is the number of the user who made it, and who submitted
+    the adopted tasks.
     """
 
     token: str
@@ -364,12 +368,18 @@ class SubmissionRecord(Record):
     adopted: list[str] = []
     one_bundle: bool = False
     excluded_nodes: list[str] = []
+    user: int | None = None
 
 
 class JobsRecord(Record):
-    """The scheduler's ids per array name, in task order."""
+    """The scheduler's ids per array name, in task order, and the number of the user of each array.
+
+    A scheduler may hide a user's jobs from another member of the group. Earlier versions did not
+    record the users.
+    """
 
     ids: dict[str, list[str]]
+    users: dict[str, int] = {}
 
 
 class DoubtRecord(Record):

@@ -38,6 +38,7 @@ class HandMoved:
         self.ended: dict[str, Ending] = {}
         self.cancelled: list[str] = []
         self.foreign: set[str] = set()
+        self.users: dict[str, int] = {}
         self.finds = 0
         self._numbers = itertools.count(1)
 
@@ -123,6 +124,9 @@ class HandMoved:
 
     def endings(self, ids: Sequence[str]) -> dict[str, Ending]:
         return {id_: self.ended[id_] for id_ in ids if id_ in self.ended}
+
+    def attribute(self, ids: Sequence[str], user: int) -> None:
+        self.users |= dict.fromkeys(ids, user)
 
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
         return dict.fromkeys(ids, "Resources")

@@ -1,5 +1,6 @@
 """Refused submissions: the user corrects the configuration, and the run goes on."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,16 @@ def test_an_array_in_doubt_that_is_found_is_used(tmp_path: Path) -> None:
     jobs = JobsRecord.find(RunPaths(root=tmp_path.resolve()).round(1).attempt(1).jobs)
     assert jobs is not None
     assert jobs.ids[name] == ["77_0"]
+
+
+def test_who_submitted_an_array_is_recorded_and_told_to_the_scheduler(tmp_path: Path) -> None:
+    cluster = HandMoved(Simulation())
+    run = hand_moved(tmp_path, cluster)
+    assert advance_while_possible(run) is not None
+    path = run.paths.round(1).attempt(1).jobs
+    jobs = JobsRecord.read(path)
+    assert jobs.users == dict.fromkeys(jobs.ids, os.geteuid())
+    assert cluster.users == {}
+    jobs.model_copy(update={"users": dict.fromkeys(jobs.ids, 1_000_007)}).publish(path)
+    assert advance_while_possible(hand_moved(tmp_path, cluster)) is not None
+    assert cluster.users == {id_: 1_000_007 for ids in jobs.ids.values() for id_ in ids}

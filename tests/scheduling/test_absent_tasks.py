@@ -1,5 +1,6 @@
 """Laws of absence: a task is gone only if Slurm says so, whatever an answer leaves out."""
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -63,6 +64,41 @@ def test_tasks_of_another_member_of_the_group_are_asked_for_by_id() -> None:
     assert (slurm.count(OWN), slurm.count(BY_ID), slurm.count(SHOW)) == (1, 1, 0)
     slurm.now += QUERY_SECONDS
     slurm.answers[BY_ID] = FORGOTTEN
+    assert scheduler.states(["7_0"]) == {"7_0": TaskState.GONE}
+
+
+PRIVATE = "PrivateData             = jobs,usage\n"
+SOMEBODY = 1_000_007
+
+
+@pytest.mark.parametrize("config", [PRIVATE, SchedulerUnreachable("away"), "cut"])
+def test_a_job_that_slurm_may_hide_is_unknown_until_the_accounting_shows_its_end(
+    config: str | Exception,
+) -> None:
+    scheduler, slurm = scheduler_of(own="", by_id=FORGOTTEN)
+    slurm.answers["scontrol show config"] = config
+    scheduler.attribute(["7_0", "7_1"], SOMEBODY)
+    for said in ("", "x|7_0|COMPLETED\nx|7_1|RUNNING\n", "x|7_[0-1]|PREEMPTED\n"):
+        slurm.answers["sacct "] = said
+        slurm.now += QUERY_SECONDS
+        assert set(scheduler.states(["7_0", "7_1", "8_0"]).values()) == {
+            *(TaskState.UNKNOWN, TaskState.GONE)
+        }
+        assert scheduler.states(["8_0"]) == {"8_0": TaskState.GONE}
+        scheduler.states(["7_0"])
+        trouble = scheduler.trouble() or ""
+        assert trouble.startswith("Slurm hides the jobs of other users here (PrivateData=jobs)")
+        assert f"have user {SOMEBODY} resume this run" in trouble
+    slurm.answers["sacct "] = "x|7_0|COMPLETED\nx|7_1|CANCELLED by 0\n"
+    slurm.now += QUERY_SECONDS
+    assert set(scheduler.states(["7_0", "7_1"]).values()) == {TaskState.GONE}
+    assert scheduler.trouble() is None
+
+
+def test_a_job_of_another_user_is_gone_where_slurm_hides_none() -> None:
+    scheduler, slurm = scheduler_of(own="", by_id=FORGOTTEN)
+    slurm.answers["scontrol show config"] = "PrivateData             = none\n"
+    scheduler.attribute(["7_0"], SOMEBODY)
     assert scheduler.states(["7_0"]) == {"7_0": TaskState.GONE}
 
 

@@ -106,6 +106,9 @@ class ToyBatch:
         with self._change:
             return {id_: self._ended[id_] for id_ in ids if id_ in self._ended}
 
+    def attribute(self, ids: Sequence[str], user: int) -> None:
+        pass
+
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
         states = self.states(ids)
         return {id_: "a free slot" for id_ in ids if states[id_] is TaskState.WAITING}

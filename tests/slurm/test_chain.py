@@ -205,7 +205,9 @@ def test_a_run_that_cannot_go_on_ends_its_chain(begun: Begun, cluster: Cluster) 
     submit(root, "scheduler.sbatch.client.partition=low", "scheduler.sbatch.coordinator.hold=true")
     (held,) = links(cluster, root, "PD")
     noted = RunPaths(root=root).coordinator_job
-    assert CoordinatorJobRecord.read(noted) == CoordinatorJobRecord(job=held, mode="chained")
+    assert CoordinatorJobRecord.read(noted) == CoordinatorJobRecord(
+        job=held, mode="chained", user=os.geteuid()
+    )
     CoordinatorJobRecord(job=held, mode="chained", lost=10).publish(noted)
     cluster.slurm("scontrol", "release", held)
     assert await_end(cluster, root) == [*jobs, held]
@@ -294,7 +296,7 @@ def test_a_link_keeps_one_successor_and_waits_until_no_other_runs(
     assert state_of(cluster, surplus) == "CANCELLED"
     assert state_of(cluster, running) == "CANCELLED"
     noted = CoordinatorJobRecord.read(chain.paths.coordinator_job)
-    assert noted == CoordinatorJobRecord(job=successor, mode="chained", lost=1)
+    assert noted == CoordinatorJobRecord(job=successor, mode="chained", lost=1, user=os.geteuid())
     chain.record_orderly_end(successor)
     assert CoordinatorJobRecord.read(chain.paths.coordinator_job).lost == 0
     chain.end()

@@ -133,7 +133,7 @@ def _end_holder(paths: RunPaths) -> Iterator[str]:
     if holder is None or paths.released(number).exists():
         return
     if holder.slurm_job:
-        if not job_is_gone(holder.slurm_job):
+        if not job_is_gone(holder.slurm_job, holder.user):
             yield _end_job(holder.slurm_job)
         return
     gone = process_is_gone(holder)

@@ -3,6 +3,7 @@
 It needs no lease: tasks claim pieces, and what is scored twice is the same.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ class AskedEvaluation:
             if gone_since is not None and now - gone_since >= self._visibility_seconds:
                 raise self._error(job, logs)
             self._show(job)
-            if gone_since is None and not active_tasks(self.scheduler, task_ids(job)):
+            if gone_since is None and not active_tasks(
+                self.scheduler, task_ids(job, self.scheduler)
+            ):
                 gone_since = now
                 continue
             self.scheduler.wait(self.federation.config.scheduler.poll_seconds)
@@ -84,7 +87,7 @@ class AskedEvaluation:
         run_id = RunRecord.read(self.run.run).run_id
         for job in attempts_of(self.place.job)[-1:]:
             is_own = is_of_run(SubmissionRecord.read(job.submission), run_id)
-            if is_own and active_tasks(self.scheduler, task_ids(job)):
+            if is_own and active_tasks(self.scheduler, task_ids(job, self.scheduler)):
                 return job
         return None
 
@@ -112,7 +115,7 @@ class AskedEvaluation:
         )
         plan.publish(job.submission)
         tasks = self.scheduler.submit(job_of(plan, array, logs))
-        JobsRecord(ids={array.name: tasks}).publish(job.jobs)
+        JobsRecord(ids={array.name: tasks}, users={array.name: os.geteuid()}).publish(job.jobs)
         return job
 
     def _show(self, job: PackedJobPaths) -> None:
@@ -126,7 +129,7 @@ class AskedEvaluation:
         error = ErrorRecord.find(job.error)
         if error:
             return error_of(error)
-        endings = self.scheduler.endings(task_ids(job))
+        endings = self.scheduler.endings(task_ids(job, self.scheduler))
         how = "; ".join(f"{task}: {ending}" for task, ending in endings.items())
         return RunFailed(
             f"{self.place.root}: its tasks ended early ({how or 'they left no record'}); see "

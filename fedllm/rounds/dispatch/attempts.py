@@ -1,5 +1,6 @@
 """Attempts of a round: one plan for all missing clients, with workers and bundles."""
 
+import os
 from collections.abc import Sequence
 
 from fedllm.config.models import SbatchOptions
@@ -89,6 +90,7 @@ def start_attempt(
         adopted=[task for tasks in adopted.values() for task in tasks],
         one_bundle=run.config.scheduler.clients_per_task != "auto",
         excluded_nodes=excluded,
+        user=os.geteuid(),
     )
     plan = plan.model_copy(update={"arrays": next_wave(run, plan)})
     run.say(f"round {cohort.round}/{run.config.rounds}: {_describe(plan, len(missing), number)}")

@@ -39,7 +39,7 @@ def cancel_jobs(paths: RunPaths, config: Config, scheduler: Scheduler) -> int:
         plan = SubmissionRecord.read(job.submission)
         if not is_of_run(plan, run_id):
             continue
-        ids |= dict.fromkeys([*task_ids(job), *plan.adopted])
+        ids |= dict.fromkeys([*task_ids(job, scheduler), *plan.adopted])
         jobs = JobsRecord.find(job.jobs)
         for array in plan.arrays:
             if jobs is None or array.name not in jobs.ids:

@@ -39,6 +39,8 @@ def all_tasks(run: Run, attempt: AttemptPaths) -> list[str]:
     plan = run.known_records.find(SubmissionRecord, attempt.submission)
     if plan is None or not is_of_run(plan, run.record.run_id):
         return []
+    if plan.adopted and plan.user not in {None, os.geteuid()}:
+        run.scheduler.attribute(plan.adopted, plan.user)
     return [*known_tasks(run, attempt), *plan.adopted]
 
 

@@ -1,5 +1,6 @@
 """Submissions: write the plan, then submit; find arrays that a dead coordinator submitted."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def find_unrecorded(run: Run, paths: JobPaths) -> None:
     unsent = unsent_arrays(plan, jobs) - run.observations.no_room
     unrecorded = {name: tasks for name in sorted(unsent) if (tasks := run.scheduler.find(name))}
     if unrecorded:
-        run.publish(JobsRecord(ids=ids | unrecorded), paths.jobs)
+        _record_jobs(run, paths, ids | unrecorded)
 
 
 def active_tasks(scheduler: Scheduler, ids: Sequence[str]) -> list[str]:
@@ -109,16 +110,31 @@ def active_tasks(scheduler: Scheduler, ids: Sequence[str]) -> list[str]:
 
 def known_tasks(run: Run, paths: JobPaths) -> list[str]:
     """Return the ids of all tasks of a submission."""
-    return _tasks(run.known_records.find(JobsRecord, paths.jobs))
+    return _tasks(run.known_records.find(JobsRecord, paths.jobs), run.scheduler)
 
 
-def task_ids(paths: JobPaths) -> list[str]:
+def task_ids(paths: JobPaths, scheduler: Scheduler) -> list[str]:
     """Return the ids of all tasks of a submission, read without a coordinator's cache."""
-    return _tasks(JobsRecord.find(paths.jobs))
+    return _tasks(JobsRecord.find(paths.jobs), scheduler)
 
 
-def _tasks(jobs: JobsRecord | None) -> list[str]:
-    return [id_ for ids in jobs.ids.values() for id_ in ids] if jobs else []
+def _tasks(jobs: JobsRecord | None, scheduler: Scheduler) -> list[str]:
+    if jobs is None:
+        return []
+    for name, user in jobs.users.items():
+        if user != os.geteuid():
+            scheduler.attribute(jobs.ids.get(name, []), user)
+    return [id_ for ids in jobs.ids.values() for id_ in ids]
+
+
+def _record_jobs(run: Run, paths: JobPaths, ids: dict[str, list[str]]) -> None:
+    """Record the ids of arrays; those without a recorded user are this one's."""
+    known = run.known_records.find(JobsRecord, paths.jobs)
+    before = known.users if known else {}
+    # an array of an earlier version has no user
+    new = ids.keys() - (known.ids.keys() if known else set())
+    users = before | dict.fromkeys(sorted(new), os.geteuid())
+    run.publish(JobsRecord(ids=ids, users=users), paths.jobs)
 
 
 def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, search: bool) -> bool:
@@ -139,13 +155,13 @@ def _send(run: Run, paths: JobPaths, plan: SubmissionRecord, logs: Path, *, sear
         run.observations.no_room |= set(rest) - ids.keys()
     except SubmissionUnknown:
         if ids:
-            run.publish(JobsRecord(ids=ids), paths.jobs)
+            _record_jobs(run, paths, ids)
         raise
     except ConfigError:
         _withdraw(run, paths, plan, ids)
         raise
     if has_room or ids:
-        run.publish(JobsRecord(ids=ids), paths.jobs)
+        _record_jobs(run, paths, ids)
     return has_room
 
 
@@ -191,7 +207,7 @@ def _withdraw(run: Run, paths: JobPaths, plan: SubmissionRecord, ids: dict[str, 
     }
     kept = plan.model_copy(update={"arrays": arrays, "workers": workers})
     run.publish(kept, paths.submission)
-    run.publish(JobsRecord(ids=ids), paths.jobs)
+    _record_jobs(run, paths, ids)
 
 
 def job_of(plan: SubmissionRecord, array: ArrayRecord, logs: Path) -> Job:

@@ -12,10 +12,11 @@ may run into:
         --jobs=7,8 -O UserName:|,JobArrayID:|,State:|,exit_code:|,NodeList:|
     sacct --noheader --parsable2 --allocations --starttime now-7days ...
         --name=NAME --allusers -o User,JobID,JobName   `me|7_3|name` or `me|7_[4-9%2]|name`
+        --allusers --jobs=7,8 -o User,JobID,State      `other|7_3|RUNNING`
         --duplicates --jobs=7,8 -o User,JobID,State,ExitCode,NodeList
     scontrol --oneliner show job 7                     exit status; whether it knows the id
     scancel --quiet [--state=PENDING] 7_[0,1,4]
-    scontrol show config                               `MaxArraySize            = 1001`, once
+    scontrol show config                               `MaxArraySize            = 1001`
     scontrol --all --oneliner show partition           `PartitionName=low ... MaxTime=UNLIMITED`
     sinfo --noheader --Node --partition=low -O ...     nodes.NODE_COLUMNS, each `NAME:|`
     sacctmgr --noheader --parsable2 show ... format=   limits.*_COLUMNS; only where

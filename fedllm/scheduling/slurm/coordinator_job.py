@@ -1,5 +1,6 @@
 """The coordinator as a Slurm job: one job that requeues itself, or a chain of short jobs."""
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -41,6 +42,7 @@ from fedllm.storage.lease import process_is_gone
 from fedllm.storage.paths import RunPaths, shipped
 from fedllm.storage.publishing.publish import publish_bytes, storage_errors
 from fedllm.storage.records import CoordinatorJobRecord, DoubtRecord, LeaseRecord
+from fedllm.storage.trust.owners import user_name
 
 _SCRIPTS = {"resident": "slurm/coordinator.sbatch", "chained": "slurm/chain.sbatch"}
 _OPTION = re.compile(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", re.MULTILINE)
@@ -125,7 +127,7 @@ def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
         return submit_link(paths, config, run_id)
     words = [str(paths.config), "--run-dir", str(paths.root)]
     job = _submit(paths, config, run_id, "coordinator", log="coordinator-%j.log", words=words)
-    CoordinatorJobRecord(job=job, mode="resident").publish(paths.coordinator_job)
+    CoordinatorJobRecord(job=job, mode="resident", user=os.geteuid()).publish(paths.coordinator_job)
     return job
 
 
@@ -155,7 +157,7 @@ def submit_sweep_coordinator(paths: RunPaths, config: Config, sweep_id: str) -> 
         words=words,
         command="resume",
     )
-    CoordinatorJobRecord(job=job, mode="resident").publish(paths.coordinator_job)
+    CoordinatorJobRecord(job=job, mode="resident", user=os.geteuid()).publish(paths.coordinator_job)
     return job
 
 
@@ -173,7 +175,8 @@ def submit_link(
     job = _submit(
         paths, config, run_id, "chain", *options, log="chain.log", words=[str(paths.root)]
     )
-    CoordinatorJobRecord(job=job, mode="chained", lost=lost).publish(paths.coordinator_job)
+    record = CoordinatorJobRecord(job=job, mode="chained", lost=lost, user=os.geteuid())
+    record.publish(paths.coordinator_job)
     return job
 
 
@@ -192,6 +195,13 @@ def refuse_second_coordinator(paths: RunPaths, run_id: str) -> None:
         )
     if doubt := DoubtRecord.find(paths.coordinator_in_doubt):
         raise SubmissionUnknown(doubt.said).kept_in(paths.coordinator_in_doubt)
+    last = CoordinatorJobRecord.find(paths.coordinator_job)
+    if last and last.user not in {None, os.geteuid()} and job_is_gone(last.job, last.user) is None:
+        raise LeaseError(
+            f"{paths.root}: its coordinator was submitted as Slurm job {last.job} by "
+            f"{user_name(last.user)}, and Slurm does not say here whether it ended (it may hide "
+            f"jobs of other users); if it did, remove {paths.coordinator_job}"
+        )
 
 
 def coordinator_jobs(run_id: str) -> dict[str, TaskState]:
@@ -315,10 +325,14 @@ def _find_submitted(paths: RunPaths, run_id: str, before: Collection[str], outpu
     return jobs[-1]
 
 
-def job_is_gone(job: str) -> bool | None:
-    """Say whether a job of any user neither waits nor runs; None: this host cannot tell."""
+def job_is_gone(job: str, user: int | None = None) -> bool | None:
+    """Say whether a job of any user neither waits nor runs; None: this host cannot tell.
+
+    `user` is the number of the user who submitted it; None: it is not known.
+    """
+    users = {} if user is None else {job: user}
     try:
-        state = states_by_id([job], InstalledCommands()).states[job]
+        state = states_by_id([job], InstalledCommands(), users).states[job]
     except UserError:
         return None
     return {TaskState.GONE: True, TaskState.UNKNOWN: None}.get(state, False)
@@ -334,7 +348,7 @@ def holder_is_gone(holder: LeaseRecord) -> bool | None:
         return process_is_gone(holder)
     if holder.slurm_job == TaskEnvironment().job:
         return process_is_gone(holder) is not False
-    return job_is_gone(holder.slurm_job)
+    return job_is_gone(holder.slurm_job, holder.user)
 
 
 def cancel_job(job: str) -> None:

@@ -278,6 +278,10 @@ class SlurmScheduler:
         """Return state, exit code and node of tasks that failed, where Slurm still knows them."""
         return self._queue.endings(ids)
 
+    def attribute(self, ids: Sequence[str], user: int) -> None:
+        """Remember the user who submitted tasks: Slurm may hide those of others."""
+        self._queue.attribute(ids, user)
+
     def waiting_for(self, ids: Sequence[str]) -> dict[str, str]:
         """Return Slurm's reasons for tasks that wait, from its last answer about states."""
         return self._queue.waiting_for(ids)

@@ -3,31 +3,43 @@
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedllm.planning.backoff import Backoff
 from fedllm.scheduling.seam import CancelRefused, Ending, SchedulerUnreachable, TaskState
 from fedllm.scheduling.slurm.command_output import MARK, marked_lines, rows_of
 from fedllm.scheduling.slurm.commands import CommandRefused, Commands, squeue
 from fedllm.scheduling.slurm.limits import Place
-from fedllm.scheduling.slurm.notation import arrays_of, expressions, named, whole_arrays
-from fedllm.scheduling.slurm.states import state_in_queue
+from fedllm.scheduling.slurm.notation import (
+    arrays_of,
+    expressions,
+    named,
+    settings,
+    whole_arrays,
+)
+from fedllm.scheduling.slurm.states import state_in_queue, stays_ended
 from fedllm.scheduling.slurm.task_endings import Endings
+from fedllm.storage.trust.owners import user_name
 
 _MAX_PAUSE = 8  # times `query_seconds`
 _COLUMNS = ("%i", "%T", "%a", "%q", "%P", "%r")
 QUEUE_COLUMNS = f"{MARK}{'|'.join(_COLUMNS)}"
+NO_USERS: Mapping[str, int] = {}
 _UNKNOWN_JOB = "invalid job id"
 _NOT_ALLOWED = ("permission denied", "not permitted", "access denied", "privilege")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A listing of squeue: the state of every listed task, why it waits, and its place."""
+    """A listing of squeue: the state of every listed task, why it waits, and its place.
+
+    `hidden` are jobs that Slurm may hide from this user, with the users who submitted them.
+    """
 
     states: Mapping[str, TaskState]
     reasons: Mapping[str, str]
     places: Counter[Place]
+    hidden: Mapping[str, int] = field(default_factory=dict)
 
 
 class Queue:
@@ -50,6 +62,7 @@ class Queue:
         self._asked_by_id: dict[str, TaskState] = {}
         self._reasons_by_id: dict[str, str] = {}
         self._gone: set[str] = set()
+        self._users: dict[str, int] = {}
         self._last_states: tuple[list[str], dict[str, TaskState]] = [], {}
         self._trouble: str | None = None
         self._ended = Endings(query_seconds=query_seconds, commands=commands)
@@ -58,6 +71,10 @@ class Queue:
         """Remember tasks that were submitted after the last answer: they are not gone."""
         self._last_states = [], {}
         self._submitted_since.update(ids)
+
+    def attribute(self, ids: Iterable[str], user: int) -> None:
+        """Remember the user, by number, who submitted the arrays of tasks."""
+        self._users |= dict.fromkeys(arrays_of(ids), user)
 
     def states(self, ids: Sequence[str]) -> dict[str, TaskState]:
         """Return the state of every task.
@@ -121,12 +138,14 @@ class Queue:
         asked = absent - self._gone - self._asked_by_id.keys()
         if not asked:
             return
-        found = states_by_id(asked, self._commands)
+        found = states_by_id(asked, self._commands, self._users)
         self._asked_by_id |= found.states
         self._reasons_by_id |= found.reasons
         self._gone |= {task for task, state in found.states.items() if state is TaskState.GONE}
         doubtful = [task for task, state in found.states.items() if state is TaskState.UNKNOWN]
-        if doubtful:
+        if found.hidden:
+            self._trouble = _hidden_jobs(found.hidden)
+        elif doubtful:
             self._trouble = (
                 f"Slurm neither lists job {', '.join(arrays_of(doubtful))} nor says that it ended; "
                 f"asking again in {self._pause.seconds:.0f} s"
@@ -195,11 +214,19 @@ def cancel(jobs: Sequence[str], commands: Commands, *, only_waiting: bool = Fals
             ) from error
 
 
-def states_by_id(ids: Iterable[str], commands: Commands) -> Listing:
+def states_by_id(
+    ids: Iterable[str], commands: Commands, users: Mapping[str, int] = NO_USERS
+) -> Listing:
     """Ask Slurm for tasks or jobs of any user by their ids.
 
     A task is GONE if squeue lists it as ended or lists others of its array only, or if Slurm does
-    not know its id. It is UNKNOWN if squeue says nothing and scontrol does not confirm it.
+    not know its id. It is UNKNOWN if squeue says nothing and scontrol does not confirm it, or if
+    Slurm hides the jobs of its user and the accounting does not say that it ended.
+
+    Args:
+        ids: the tasks or jobs.
+        commands: Slurm's commands.
+        users: job -> number of the user who submitted it; those without are this user's.
     """
     wanted = [*ids]
     arrays = arrays_of(wanted)
@@ -214,6 +241,13 @@ def states_by_id(ids: Iterable[str], commands: Commands) -> Listing:
         gone = {*arrays} if _UNKNOWN_JOB in str(error).lower() else set()
     except SchedulerUnreachable:
         gone = set()
+    foreign = {
+        array: users[array]
+        for array in gone - set(arrays_of(answer.states))
+        if users.get(array, os.geteuid()) != os.geteuid()
+    }
+    hidden = _not_seen(foreign, commands) if foreign else {}
+    gone -= hidden.keys()
     states = {
         id_: TaskState.GONE if id_.partition("_")[0] in gone else TaskState.UNKNOWN
         for id_ in wanted
@@ -226,7 +260,7 @@ def states_by_id(ids: Iterable[str], commands: Commands) -> Listing:
     }
     found = {**arrays_at_work, **answer.states}
     states |= {id_: found[id_] for id_ in wanted if id_ in found}
-    return Listing(states=states, reasons=answer.reasons, places=answer.places)
+    return Listing(states=states, reasons=answer.reasons, places=answer.places, hidden=hidden)
 
 
 def _is_forgotten(job: str, commands: Commands) -> bool:
@@ -240,6 +274,54 @@ def _is_forgotten(job: str, commands: Commands) -> bool:
     except CommandRefused as error:
         return _UNKNOWN_JOB in str(error).lower()
     return False
+
+
+def _not_seen(users: Mapping[str, int], commands: Commands) -> dict[str, int]:
+    """Return those of the jobs that may still wait or run though Slurm says that it has none such.
+
+    Slurm hides them, and its accounting does not show that every task of theirs ended.
+
+    Args:
+        users: job -> number of the user who submitted it, which is not this one.
+        commands: Slurm's commands.
+    """
+    if not _hides_jobs(commands):
+        return {}
+    ended = _ended(users, commands)
+    return {job: user for job, user in users.items() if job not in ended}
+
+
+def _hidden_jobs(users: Mapping[str, int]) -> str:
+    """Return the trouble with hidden jobs in one sentence, with what would help."""
+    names = sorted({user_name(user) for user in users.values()})
+    return (
+        f"Slurm hides the jobs of other users here (PrivateData=jobs), and job "
+        f"{', '.join(sorted(users, key=int))} of {' and '.join(names)} may still run: have "
+        f"{' or '.join(names)} resume this run, or cancel it first (fedllm cancel)"
+    )
+
+
+def _hides_jobs(commands: Commands) -> bool:
+    """Say whether this user sees no jobs of others; where Slurm does not say, it may be so."""
+    try:
+        found = settings(commands.call(["scontrol", "show", "config"]))
+    except (CommandRefused, SchedulerUnreachable):
+        return True
+    private = found.get("PrivateData")
+    return private is None or bool({"jobs", "all"} & {*private.replace(" ", "").split(",")})
+
+
+def _ended(jobs: Iterable[str], commands: Commands) -> set[str]:
+    """Return the jobs of which the accounting lists tasks, and every one as ended for good."""
+    words = ["sacct", "--noheader", "--parsable2", "--allocations", "--starttime", "now-7days"]
+    which = ["--allusers", f"--jobs={','.join(jobs)}", "-o", "User,JobID,State"]
+    try:
+        output = commands.call([*words, *which])
+    except (CommandRefused, SchedulerUnreachable):
+        return set()
+    states = [(arrays_of([id_])[0], state) for _, id_, state in rows_of(output, 3)]
+    alive = {job for job, state in states if not stays_ended(state.partition(" ")[0])}
+    return {job for job, _ in states} - alive
 
 
 def read_answer(output: str) -> Listing:

@@ -16,6 +16,8 @@ END_REASONS = {
     "PREEMPTED": EndReason.PREEMPTED,
     "TIMEOUT": EndReason.TIME_LIMIT,
 }
+# the accounting shows such an end even while the job waits again
+_PUT_BACK = {EndReason.PREEMPTED, EndReason.NODE_LOST}
 
 
 def state_in_queue(word: str) -> TaskState:
@@ -34,6 +36,11 @@ def state_in_queue(word: str) -> TaskState:
 def has_ended(word: str) -> bool:
     """Say whether a job of this state has ended for good."""
     return word == _ENDED_WELL or word in END_REASONS
+
+
+def stays_ended(word: str) -> bool:
+    """Say whether no job of this final state is put back into the queue."""
+    return has_ended(word) and END_REASONS.get(word) not in _PUT_BACK
 
 
 def ended_well(word: str) -> bool:

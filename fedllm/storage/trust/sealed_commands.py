@@ -5,7 +5,6 @@ another one without a word: a user seals the commands that this user gave or acc
 """
 
 import os
-import pwd
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedllm.errors import RunDirectoryError
 from fedllm.storage.frozen_config import key_values
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import OwnCodeRecord, RunRecord
+from fedllm.storage.trust.owners import user_name
 from fedllm.storage.trust.secret import user_secret
 from fedllm.storage.trust.signatures import is_sealed, seal_of
 from fedllm.storage.updates import update_files
@@ -50,9 +50,10 @@ def other_signer(paths: RunPaths, record: RunRecord) -> str | None:
     count = sum(len(update_files(each)) for each in rounds)
     if not count:
         return None
+    owner = user_name(paths.run.stat().st_uid)
     return (
-        f"{paths.root}: opened last with another secret than yours (run.json is of "
-        f"{_owner_of(paths.run)}): {count} update files of round {rounds[-1].number} cannot be "
+        f"{paths.root}: opened last with another secret than yours (run.json is of {owner}): "
+        f"{count} update files of round {rounds[-1].number} cannot be "
         "checked with your key, so their clients train again"
     )
 
@@ -105,15 +106,6 @@ def refuse_open_folder(root: Path) -> None:
             f"{root}: every user of this machine may write there, and so change the run: "
             f"chmod -R o-w {root}; storage.group shares a run with a group"
         )
-
-
-def _owner_of(path: Path) -> str:
-    """Return the name of a file's owner, or the number of one without a name."""
-    number = path.stat().st_uid
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
 
 
 def _is_private(root: Path) -> bool:
