@@ -1,6 +1,5 @@
 """Laws of absence: a task is gone only if Slurm says so, whatever an answer leaves out."""
 
-import os
 from collections.abc import Sequence
 
 import pytest
