@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from fedllm.cli.options import say
+from fedllm.cli.options import folded, relative_paths, say_with_paths
 from fedllm.reporting.status.status import FAILED
+from fedllm.reporting.tables import terminal_columns
 
 REDRAW_SECONDS = 3.0
 _ENDED = {"done", FAILED}
@@ -48,7 +49,8 @@ def _redraw(read: Callable[[], S], text: Callable[[S], str]) -> None:
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             status = read()
-            live.update(Text(text(status), no_wrap=True, overflow="ellipsis"), refresh=True)
+            shown = folded(relative_paths(text(status)), terminal_columns())
+            live.update(Text(shown, no_wrap=True, overflow="crop"), refresh=True)
             if status.state in _ENDED:
                 return
             time.sleep(REDRAW_SECONDS)
@@ -59,7 +61,7 @@ def _print_changes(read: Callable[[], S], line: Callable[[S], str]) -> None:
     while True:
         status = read()
         if (now := line(status)) != last:
-            say(f"{time.strftime('%H:%M:%S')} {now}")
+            say_with_paths(f"{time.strftime('%H:%M:%S')} {now}")
             last = now
         if status.state in _ENDED:
             return

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -121,6 +122,11 @@ def say(line: str) -> None:
         _write(folded(line, terminal_columns()))
 
 
+def say_with_paths(text: str) -> None:
+    """Print lines as `say` does, with the paths below the working directory relative to it."""
+    say(relative_paths(text))
+
+
 def say_of_run(line: str) -> None:
     """Print lines of a run as `say` does; the run goes on when nobody reads them any more."""
     with contextlib.suppress(BrokenPipeError):
@@ -151,7 +157,10 @@ def relative_paths(text: str) -> str:
 
     A job's log keeps them whole: who reads it stands elsewhere.
     """
-    return text if TaskEnvironment().job else text.replace(f"{Path.cwd()}{os.sep}", "")
+    if TaskEnvironment().job:
+        return text
+    # a path may contain another: /data/ in /mnt/data/
+    return re.sub(rf"(?<![\w./~-]){re.escape(str(Path.cwd()))}{os.sep}", "", text)
 
 
 def folded(text: str, width: int) -> str:

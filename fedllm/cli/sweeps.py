@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.cli import execution
-from fedllm.cli.options import configuration_file, default_run_dir, say_of_run
+from fedllm.cli.options import configuration_file, default_run_dir, relative_paths, say_of_run
 from fedllm.config.loading import load_changed, result_fingerprint, validate
 from fedllm.config.models import Config, is_own
 from fedllm.config.sweep_files import Changes, SweepFile, load_sweep
@@ -191,7 +191,7 @@ def drive_sweep(
             record=record,
             open_run=open_one,
             end_workers=pool.close,
-            say=say_of_run,
+            say=lambda line: say_of_run(relative_paths(line)),
         )
     )
 

@@ -54,19 +54,18 @@ def shown_on_terminal(columns: int, script: str, *arguments: object, **environme
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     kept = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "COLUMNS", "LINES"}}
-    subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         env={**kept, "TERM": "xterm", **environment},
-        check=True,
-        timeout=60,
-    )
-    os.close(theirs)
-    text = b""
-    while chunk := _read(ours):
-        text += chunk
+    ) as process:
+        os.close(theirs)
+        text = b""
+        while chunk := _read(ours):
+            text += chunk
+    assert process.returncode == 0
     os.close(ours)
     return text.decode()
 

@@ -89,12 +89,14 @@ def sweep_of(root: Path, compute: Simulation, record: SweepRecord, lines: "list[
     record.publish(paths.record)
 
     def opened(run: Path, config: Config, say: Callable[[str], None]) -> Run:
-        return open_run(
+        opened_run = open_run(
             run,
             config,
             make_scheduler=lambda _paths, _config: InlineScheduler(execute=compute),
             say=say,
         )
+        lines.append(sweep_status_text(sweep_status(paths)).splitlines()[-1])
+        return opened_run
 
     return Sweep(
         paths=paths, record=record, open_run=opened, end_workers=lambda: None, say=lines.append
@@ -114,6 +116,8 @@ def test_a_sweep_runs_every_run_once_and_again_changes_nothing(tmp_path: Path) -
     sweep = sweep_of(tmp_path, compute, record_of(), lines)
     drive(sweep)
     assert done_runs(sweep) == ["runs/a/0", "runs/b/0", "runs/a/1", "runs/b/1"]
+    assert f"it runs; to follow it: fedllm status {tmp_path} --watch" in lines
+    assert f"next: fedllm compare {tmp_path}" in sweep_status_text(status_of(sweep))
     trained = len(compute.trained)
     drive(sweep_of(tmp_path, compute, record_of(), lines))
     assert len(compute.trained) == trained

@@ -7,7 +7,7 @@ import typer
 
 from fedllm.cli import sweeps
 from fedllm.cli.completion import complete_configs
-from fedllm.cli.options import TakeOver, configuration_file, say
+from fedllm.cli.options import TakeOver, configuration_file, say, say_with_paths
 from fedllm.errors import ConfigError
 from fedllm.reporting.sweeps.sweep_status import sweep_status
 from fedllm.reporting.sweeps.sweep_text import sweep_status_text
@@ -58,4 +58,4 @@ def finish(
             paths, take_over=take_over, accept_changes=accept_changes, unattended=unattended
         )
     finally:
-        say(sweep_status_text(sweep_status(paths)))
+        say_with_paths(sweep_status_text(sweep_status(paths)))

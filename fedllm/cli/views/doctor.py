@@ -16,6 +16,7 @@ from fedllm.cli.options import (
     default_run_dir,
     say,
     say_json,
+    say_with_paths,
 )
 from fedllm.config.models import SchedulerSection, StorageSection, is_own
 from fedllm.doctor.examination import DoctorRequest, examine
@@ -45,7 +46,7 @@ def doctor(
     if json_:
         say_json([dataclasses.asdict(finding) for finding in findings])
     else:
-        say(describe_findings(findings))
+        say_with_paths(describe_findings(findings))
     if any(finding.level == "fail" for finding in findings):
         raise typer.Exit(2)
 

@@ -8,6 +8,7 @@ from fedllm.cli.options import (
     RunFolder,
     existing_run,
     say,
+    say_with_paths,
 )
 from fedllm.config.loading import read_config
 from fedllm.errors import DataError
@@ -26,7 +27,7 @@ def logs(
     paths = existing_run(run)
     if client is None:
         for path in newest_logs(paths):
-            say(f"==> {path} <==")
+            say_with_paths(f"==> {path} <==")
             say(tail(path, lines))
         return
     found = client_log(paths, read_config(paths.config).rounds, client)
@@ -35,5 +36,5 @@ def logs(
             f"client {client}: no task of this run has claimed it, or "
             "its claims were pruned (storage.keep_logs); see fedllm status"
         )
-    say(f"==> {found} <==")
+    say_with_paths(f"==> {found} <==")
     say(tail(found, lines))

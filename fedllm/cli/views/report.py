@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedllm.cli.options import RunOrSweep, existing_run, fresh_folder, say
+from fedllm.cli.options import RunOrSweep, existing_run, fresh_folder, say_with_paths
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.errors import RunDirectoryError, UserError, counted
 from fedllm.storage.publishing.publish import publish_bytes, storage_errors
@@ -64,7 +64,9 @@ def report(
     page = _page_file(out or default)
     found = sweep_report(run) if sweep else run_report(run, targets)
     publish_bytes(page, report_page(found).encode())
-    say(f"{page}: {counted(len(found.charts), 'chart')}, {counted(len(found.tables), 'table')}")
+    say_with_paths(
+        f"{page}: {counted(len(found.charts), 'chart')}, {counted(len(found.tables), 'table')}"
+    )
     if figures:
         with _writing(figures):
             for chart in found.charts:

@@ -12,8 +12,8 @@ from fedllm.cli.options import (
     RUNS,
     AsJson,
     existing_run,
-    say,
     say_json,
+    say_with_paths,
 )
 from fedllm.cli.sweeps import existing_sweep
 from fedllm.config.loading import read_config
@@ -52,14 +52,14 @@ def status(
     if watch and json_:
         raise typer.BadParameter("--watch is for people: leave out --json")
     if run is None:
-        say(_all_runs())
+        say_with_paths(_all_runs())
         return
     if sweep := existing_sweep(run):
         _show_sweep(sweep, watch=watch, json_=json_)
         return
     paths = existing_run(run)
     if spectra:
-        say(spectra_text(paths))
+        say_with_paths(spectra_text(paths))
         return
     reader = StatusReader(
         paths,
@@ -75,7 +75,7 @@ def status(
     if json_:
         say_json(dataclasses.asdict(found))
     else:
-        say(status_text(run, found))
+        say_with_paths(status_text(run, found))
     if found.state == FAILED:
         raise typer.Exit(RunFailed.exit_code)
 
@@ -105,6 +105,6 @@ def _show_sweep(paths: SweepPaths, *, watch: bool, json_: bool) -> None:
     if json_:
         say_json(dataclasses.asdict(found))
     else:
-        say(sweep_status_text(found))
+        say_with_paths(sweep_status_text(found))
     if found.state == FAILED:
         raise typer.Exit(RunFailed.exit_code)

@@ -99,10 +99,11 @@ def _remedy(root: Path, config: Config, record: FailureRecord) -> str:
     resume = f"fedllm resume {shlex.quote(str(root))}"
     if _DIVERGED.search(record.message):
         rate = config.training.learning_rate
+        lower = float(f"{rate * _LOWER_RATE:.1g}")
         return (
             f"training diverged: training.learning_rate {rate:g} is too high for these clients; it "
             "is frozen with the first round, so begin a new run with a smaller one: --run-dir NEW "
-            f"--set training.learning_rate={rate * _LOWER_RATE:.1g}"
+            f"--set training.learning_rate={lower:g}"
         )
     if record.exit_code == UserError.exit_code:
         return f"change what the message names, then: {resume}"

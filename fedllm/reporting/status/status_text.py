@@ -12,6 +12,7 @@ from fedllm.reporting.status.pace import Estimate, Pace
 from fedllm.reporting.status.queue import WHO_SUSPENDS, QueueStatus
 from fedllm.reporting.status.same_reasons import reason_line, same_reasons
 from fedllm.reporting.status.status import (
+    FAILED,
     FailedClient,
     RoundStatus,
     RoundTraining,
@@ -68,7 +69,7 @@ def _lines(root: Path, status: RunStatus, now: float) -> Iterator[str]:
     yield from _result_lines(status)
     if status.task_hours:
         yield _usage_line(status)
-    if status.estimate and status.state != "done":
+    if status.estimate and status.state not in {"done", FAILED}:
         yield _end_line(status.estimate, now, running=status.state == "running")
     yield from _next_lines(root, status)
 
@@ -90,15 +91,16 @@ def _next_lines(root: Path, status: RunStatus) -> Iterator[str]:
     elif status.state == "stopped":
         yield f"go on with: fedllm resume {name}"
     elif status.state == "done":
-        yield f"next: fedllm export {name} --out adapter    fedllm report {name}"
+        yield f"next:\n  fedllm export {name} --out adapter\n  fedllm report {name}"
 
 
 def _round_line(current: RoundStatus) -> str:
-    parts = [f"{current.published} of {counted(current.cohort, 'client')} published"]
-    if current.step == "train":
+    failed = len(current.failed)
+    parts = [f"{current.published - failed} of {counted(current.cohort, 'client')} published"]
+    if current.step == "train" and current.published < current.cohort:
         parts += [f"{current.claimed} at work", f"{current.waiting} waiting"]
-    if current.failed:
-        parts.append(f"{len(current.failed)} failed")
+    if failed:
+        parts.append(f"{failed} failed")
     if current.enough < current.cohort:
         parts.append(f"quorum {current.enough}")
     return f"round {current.round}: {current.step}; {', '.join(parts)}"
@@ -235,8 +237,10 @@ def _results_table(results: RunResults) -> str:
 
 
 def _failure_lines(failure: Failure) -> Iterator[str]:
-    where = f"{failure.step} of round {failure.round}" if failure.round else failure.step
-    yield f"failed in {where}: {failure.message}"
+    where = f"round {failure.round}"
+    # the message may begin with the round itself
+    message = failure.message.removeprefix(f"{where}: ")
+    yield f"failed in {failure.step}{f' of {where}' if failure.round else ''}: {message}"
     if failure.log and failure.log not in failure.message:
         yield f"log: {failure.log}"
     yield f"remedy: {failure.remedy}"

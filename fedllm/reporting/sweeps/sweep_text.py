@@ -32,10 +32,17 @@ def sweep_status_text(status: SweepStatus) -> str:
     parts += [f"{run.name}: {run.problem}" for run in status.runs if run.problem]
     if status.estimate:
         parts.append(f"estimate: {duration(status.estimate.seconds)}, {status.estimate.how}")
-    root = shlex.quote(status.root)
-    done = all(run.state == "done" for run in status.runs)
-    parts.append(f"next: fedllm compare {root}" if done else f"next: fedllm resume {root}")
+    parts.append(_next_line(status))
     return "\n\n".join(part for part in parts if part)
+
+
+def _next_line(status: SweepStatus) -> str:
+    root = shlex.quote(status.root)
+    if status.state == "done":
+        return f"next: fedllm compare {root}"
+    if status.state == "running":
+        return f"it runs; to follow it: fedllm status {root} --watch"
+    return f"next: fedllm resume {root}"
 
 
 def _seconds(run: SweepRunStatus) -> str:
