@@ -29,7 +29,7 @@ from torch import Tensor
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
 from fedllm.errors import AdapterError
 from fedllm.lora.entries import entries_of, entry_places, with_entries
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, product_of
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, formed, product_of
 from fedllm.methods.catalog import METHODS, build_method
 from fedllm.methods.local_task import LocalTask, Recipient
 from fedllm.methods.protocol import Method, ModuleState, ServerStep
@@ -257,7 +257,7 @@ def _trained_entries(
 def change_of(method: Method, state: ModuleState) -> Tensor | None:
     """Return the change of the base that goes with a state, as one matrix."""
     change = method.base_delta(state)
-    return product_of(change) if isinstance(change, Factors) else change
+    return None if change is None else formed(change)
 
 
 def _whole(_rank: int, _largest: int) -> float:

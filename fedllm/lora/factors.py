@@ -73,6 +73,8 @@ class Factors:
 
 
 Adapter: TypeAlias = Mapping[str, Factors]  # module -> its factors
+# a change of the weight itself: one term, or the terms whose sum it is
+BaseDelta: TypeAlias = Tensor | Factors | Sequence[Tensor | Factors]
 
 
 def adapter_bytes(adapter: Adapter) -> int:
@@ -114,6 +116,39 @@ def delta(factors: Factors) -> Tensor:
     """Return the dense change `scale * B A` (O, I) in float64, for merging and for tests."""
     change = factors.scale * (factors.b_OR.double() @ factors.a_RI.double())
     return change + delta(factors.frozen) if factors.frozen else change
+
+
+def terms_of(change: BaseDelta) -> Sequence[Tensor | Factors]:
+    """Return the terms of a change of the weight."""
+    return [change] if isinstance(change, Tensor | Factors) else change
+
+
+def base_delta_of(change: BaseDelta) -> Tensor:
+    """Return a change of the weight as one matrix (O, I) in float64."""
+    first, *others = (
+        delta(term) if isinstance(term, Factors) else term.double() for term in terms_of(change)
+    )
+    return sum(others, first)
+
+
+def on_device(term: Tensor | Factors, device: torch.device) -> Tensor | Factors:
+    """Return a term of a change on a device, in float32."""
+    if isinstance(term, Tensor):
+        return term.to(device, torch.float32)
+    a_RI, b_OR = (part.to(device, torch.float32) for part in (term.a_RI, term.b_OR))
+    return Factors(a_RI=a_RI, b_OR=b_OR, scale=term.scale)
+
+
+def formed(change: BaseDelta) -> Tensor:
+    """Return a change of the weight as one matrix (O, I) in the number format of its terms."""
+    first, *others = terms_of(change)
+    whole = product_of(first) if isinstance(first, Factors) else first
+    for term in others:
+        if isinstance(term, Factors):
+            whole = torch.addmm(whole, term.b_OR, term.a_RI, alpha=term.scale)
+        else:
+            whole = whole + term
+    return whole
 
 
 def product_of(factors: Factors) -> Tensor:

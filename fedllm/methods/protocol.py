@@ -71,7 +71,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial, Problem
-from fedllm.lora.factors import Adapter, FactorBlock, Factors, ModuleShape
+from fedllm.lora.factors import Adapter, BaseDelta, FactorBlock, Factors, ModuleShape
 from fedllm.methods.local_task import LocalTask, Recipient, TrainedFactors
 from fedllm.storage.records import ModuleDiagnostics, SentFactors
 
@@ -312,9 +312,9 @@ class Method(Protocol):
             AdapterError: a state that cannot be carried.
         """
 
-    def base_delta(self, state: ModuleState) -> Tensor | Factors | None:
+    def base_delta(self, state: ModuleState) -> BaseDelta | None:
         """Return the change of the base weight (O, I) that goes with the state, or None.
 
-        It is in the base of clients, evaluations and exported models, and may be given as factors.
-        None unless `changes_base`.
+        It is in the base of clients, evaluations and exported models. It may be given as factors,
+        or as several terms. None unless `changes_base`.
         """

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedllm.lora.factors import Factors, product_of
+from fedllm.lora.factors import BaseDelta, formed, on_device, terms_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseChange:
-    """A change of the base: `of` returns that of a module's weight (O, I), its factors, or None.
+    """A change of the base: `of` returns that of a module's weight (O, I), or None.
 
     `sha256` identifies it: changes of one digest are the same.
     """
 
     sha256: str
-    of: Callable[[str], Tensor | Factors | None]
+    of: Callable[[str], BaseDelta | None]
 
 
 class ChangeableWeights:
@@ -57,10 +57,10 @@ class ChangeableWeights:
         for module in modules:
             self._weight(module).data = self._original[module]
 
-    def _change(self, module: str, added: Tensor | Factors, *, is_transposed: bool) -> None:
+    def _change(self, module: str, added: BaseDelta, *, is_transposed: bool) -> None:
         weight = self._weight(module)
         original = self._original.setdefault(module, weight.data)
-        change = _formed(added, original.device)
+        change = formed([on_device(term, original.device) for term in terms_of(added)])
         changed = original.to(torch.float32) + (change.T if is_transposed else change)
         weight.data = changed.to(original.dtype)
 
@@ -69,11 +69,3 @@ class ChangeableWeights:
         inner = getattr(layer, "base_layer", layer)
         assert isinstance(inner.weight, nn.Parameter)
         return inner.weight
-
-
-def _formed(added: Tensor | Factors, device: torch.device) -> Tensor:
-    """Return a change as one float32 matrix, multiplied where the weight is."""
-    if isinstance(added, Tensor):
-        return added.to(device, torch.float32)
-    a_RI, b_OR = (part.to(device, torch.float32) for part in (added.a_RI, added.b_OR))
-    return product_of(Factors(a_RI=a_RI, b_OR=b_OR, scale=added.scale))

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
-
-from fedllm.lora.factors import Adapter, Factors, adapter_bytes
+from fedllm.lora.factors import Adapter, BaseDelta, adapter_bytes
 from fedllm.methods.local_task import Recipient, TrainedFactors
 from fedllm.methods.protocol import Method
 from fedllm.packing.base_change import BaseChange
@@ -64,7 +62,7 @@ def base_change_of(method: Method, state: TensorFile, sha256: str | None) -> Bas
     if sha256 is None:
         return None
 
-    def of(module: str) -> Tensor | Factors | None:
+    def of(module: str) -> BaseDelta | None:
         parts = state.module(module)
         return method.base_delta(parts) if parts else None
 

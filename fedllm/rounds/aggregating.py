@@ -1,7 +1,8 @@
 """Aggregation and evaluation: the server's two jobs of a round."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from fedllm.errors import FedllmError, RunDirectoryError
 from fedllm.planning.classes import job_options
@@ -108,6 +109,7 @@ def redo_damaged_state(run: Run) -> None:
     if paths is None:
         return
     number, record = paths.number, AggregateRecord.read(paths.aggregate_record)
+    _require_all(map(paths.earlier_state, record.earlier))
     problem = "missing"
     if paths.global_state.exists():
         with paths.global_state.open("rb") as file:
@@ -128,3 +130,9 @@ def redo_damaged_state(run: Run) -> None:
         paths.aggregate_attempts.rename(backup_name(paths.aggregate_attempts, "replaced"))
     paths.aggregate_record.rename(backup_name(paths.aggregate_record, "replaced"))
     run.say(f"{paths.global_state}: {problem}; aggregated again")
+
+
+def _require_all(earlier_states: Iterable[Path]) -> None:
+    for path in earlier_states:
+        if not path.exists():
+            raise RunDirectoryError(f"{path}: missing, the newest state refers to it; restore it")

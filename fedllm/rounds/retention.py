@@ -72,6 +72,7 @@ def _states(paths: RunPaths, config: Config, complete: Sequence[RoundPaths]) -> 
     for round_paths in surplus:
         if round_paths.number not in best and _is_superseded(paths, round_paths):
             yield round_paths.global_state
+            yield from _existing(round_paths.earlier_states)
 
 
 def _updates(paths: RunPaths, complete: Sequence[RoundPaths]) -> Iterator[Path]:

@@ -1,14 +1,11 @@
 """The aggregation job: it turns a frozen collection of updates into the next server state."""
 
-import hashlib
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from fedllm.aggregation.groups import (
     ModuleGroup,
@@ -18,7 +15,8 @@ from fedllm.aggregation.groups import (
     with_weights,
 )
 from fedllm.errors import ConfigError
-from fedllm.lora.factors import Factors, ModuleShape
+from fedllm.lora.factors import BaseDelta, Factors, ModuleShape, terms_of
+from fedllm.methods.base_terms import is_term
 from fedllm.methods.catalog import private_space
 from fedllm.methods.protocol import (
     Method,
@@ -32,16 +30,18 @@ from fedllm.model.device import resolve_devices
 from fedllm.planning.cohorts import cohort_size
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.process.run_method import method_of_run
-from fedllm.process.server_state import metadata_of_state, notes_of, read_state
+from fedllm.process.server_state import StateFile, metadata_of_state, notes_of, open_own_state
 from fedllm.scheduling.traits import traits_of
 from fedllm.server.clipping import clip_factors
 from fedllm.server.collected_updates import CollectedUpdates
 from fedllm.server.epsilon import privacy_after
 from fedllm.server.pipeline import Pipeline
 from fedllm.server.starting_adapter import start_states, starting_ranks
+from fedllm.storage.fingerprints import fingerprint_values
 from fedllm.storage.frozen_config import frozen_config
 from fedllm.storage.kept_records import Count, uncounted
 from fedllm.storage.paths import RoundPaths
+from fedllm.storage.publishing.publish import publish_link
 from fedllm.storage.records import (
     AggregateRecord,
     CohortRecord,
@@ -50,7 +50,7 @@ from fedllm.storage.records import (
     PreparedRecord,
     PrivacyRecord,
 )
-from fedllm.storage.tensors import TensorFile, TensorSpec, TensorWriter, digest_of, writing_tensors
+from fedllm.storage.tensors import TensorSpec, TensorWriter, digest_of, writing_tensors
 
 
 def aggregate_round(paths: RoundPaths, count: Count = uncounted) -> AggregateRecord:
@@ -73,11 +73,18 @@ def aggregate_round(paths: RoundPaths, count: Count = uncounted) -> AggregateRec
     collected = _Collected.open(paths, method, uniform=uniform) if paths.number else None
     planned = _planned_tensors(method, federation, collected)
     notes = collected.next_notes(method) if collected else method.start_notes()
-    metadata = metadata_of_state(config.method.name, notes)
-    with writing_tensors(paths.global_state, planned, metadata) as writer:
+    earlier, own = collected.keep(planned) if collected else ({}, planned)
+    metadata = metadata_of_state(config.method.name, notes, earlier)
+    with writing_tensors(paths.global_state, own, metadata) as writer:
         total = len(federation.prepared.modules)
         output = _Output(
-            method=method, writer=writer, modules={}, changes={}, total=total, count=count
+            method=method,
+            writer=writer,
+            earlier=earlier,
+            modules={},
+            changes={},
+            total=total,
+            count=count,
         )
         if collected:
             done = _aggregate(collected, federation, method, devices, output, notes)
@@ -90,6 +97,7 @@ def aggregate_round(paths: RoundPaths, count: Count = uncounted) -> AggregateRec
         rank=federation.largest_ranks,
         sha256=writer.sha256,
         base_change=output.base_change,
+        earlier=earlier,
         assigned=_assigned(method, federation, notes),
         sent_next=method.sent_factors(paths.number + 1),
         seconds=time.perf_counter() - started,
@@ -129,10 +137,14 @@ def groups_of(federation: Federation, cohort: CohortRecord) -> list[ModuleGroup]
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
-    """The state that is being written, and each module's diagnostics and change of the base."""
+    """The state that is being written, and each module's diagnostics and change of the base.
+
+    `earlier` are the earlier states, by their round, whose terms of the change it takes over.
+    """
 
     method: Method
     writer: TensorWriter
+    earlier: Mapping[int, str]
     modules: dict[str, ModuleDiagnostics]
     changes: dict[str, str]
     total: int
@@ -144,9 +156,14 @@ class _Output:
         self.count("modules aggregated", len(self.modules), self.total)
 
     def write(self, module: str, state: ModuleState) -> None:
+        terms = []
         for part, tensor in state.items():
-            self.writer.write(f"{module}.{part}", tensor)
-        change = self.method.base_delta(state)
+            name = f"{module}.{part}"
+            if is_term(part) and name not in self.writer.planned:
+                continue  # a file of an earlier round has it
+            self.writer.write(name, tensor)
+            terms += [tensor] if is_term(part) else []
+        change = terms or self.method.base_delta(state)
         if change is not None:
             if not self.method.changes_base:
                 raise ConfigError(
@@ -160,7 +177,8 @@ class _Output:
         """The SHA-256 of all modules' changes of the base; None if there are none."""
         if not self.changes:
             return None
-        return hashlib.sha256(json.dumps(self.changes, sort_keys=True).encode()).hexdigest()
+        files = [self.earlier] if self.earlier else []
+        return fingerprint_values(self.changes, *files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +197,7 @@ class _Collected:
     collection: CollectionRecord
     cohort: CohortRecord
     weights: list[float]
-    before: TensorFile
+    before: StateFile
 
     @classmethod
     def open(cls, paths: RoundPaths, method: Method, *, uniform: bool) -> "_Collected":
@@ -190,8 +208,29 @@ class _Collected:
             collection=collection,
             cohort=CohortRecord.read(paths.cohort),
             weights=method.weigh(rows),
-            before=read_state(paths.run.round(paths.number - 1)),
+            before=open_own_state(paths.run.round(paths.number - 1)),
         )
+
+    def keep(
+        self, planned: Mapping[str, TensorSpec]
+    ) -> tuple[dict[int, str], dict[str, TensorSpec]]:
+        """Link the earlier states whose terms of the base's change the next state takes over.
+
+        Returns:
+            their checksums by round, and the tensors that are to be written.
+
+        Raises:
+            RunDirectoryError: terms are to be multiplied, and a file that has them is damaged.
+        """
+        before = self.before
+        kept = [name for name in before.terms if name in planned]
+        if len(kept) < len(before.terms):
+            before.check_earlier()
+        files = {**before.earlier, before.round: before.sha256}
+        earlier = {number: files[number] for number in sorted(map(before.round_of, kept))}
+        for number in earlier:
+            publish_link(self.paths.earlier_state(number), before.path_of(number))
+        return earlier, {name: spec for name, spec in planned.items() if name not in kept}
 
     def next_notes(self, method: Method) -> StateNotes:
         clients = [update.client for update in self.collection.updates]
@@ -325,11 +364,13 @@ def _added_ranks(federation: Federation, collected: _Collected | None) -> dict[s
     return {module: group.problem.stacked_rank for group in groups for module in group.modules}
 
 
-def _digest_of(change: Tensor | Factors) -> str:
-    """Return the SHA-256 of a module's change of the base, as the state has it."""
-    if isinstance(change, Factors):
-        return digest_of(change.b_OR) + digest_of(change.a_RI)
-    return digest_of(change)
+def _digest_of(change: BaseDelta) -> str:
+    """Return the SHA-256 of all tensors of a module's change of the base, as the state has it."""
+    return "".join(
+        digest_of(tensor)
+        for term in terms_of(change)
+        for tensor in ([term.b_OR, term.a_RI] if isinstance(term, Factors) else [term])
+    )
 
 
 def _privacy(federation: Federation, rounds: int) -> PrivacyRecord | None:

@@ -13,7 +13,7 @@ from fedllm.adapters.peft_writer import PeftDescription, write_peft_adapter
 from fedllm.config.models import Config
 from fedllm.config.target_modules import is_target
 from fedllm.errors import AdapterError, ModelError, RunDirectoryError
-from fedllm.lora.factors import Factors, delta
+from fedllm.lora.factors import base_delta_of, delta
 from fedllm.methods.protocol import Method
 from fedllm.planning.roles import split_roles
 from fedllm.process.run_method import method_of_run
@@ -251,5 +251,5 @@ def _changes(state: ServerState, ranks: Mapping[str, int]) -> Iterator[tuple[str
         change = delta(factors)
         of_base = state.method.base_delta(parts)
         if of_base is not None:
-            change += delta(of_base) if isinstance(of_base, Factors) else of_base
+            change += base_delta_of(of_base)
         yield module, change

@@ -19,6 +19,7 @@ from fedllm.aggregation.groups import ModuleGroup
 from fedllm.aggregation.route_types import Partial
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import FactorBlock
+from fedllm.methods.base_terms import is_term
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StateNotes
 from fedllm.server.prefetch import FactorSource, Portion, Prefetch
 
@@ -193,7 +194,8 @@ def _fold(method: Method, block: FactorBlock, step: ServerStep) -> Partial:
 
 
 def _move_to(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    """Return a state on the device; terms of the base's change stay where they are mapped."""
+    return {n: tensor if is_term(n) else tensor.to(device) for n, tensor in tensors.items()}
 
 
 @contextmanager

@@ -354,6 +354,15 @@ class RoundPaths:
         return self.aggregate / "global.safetensors"
 
     @property
+    def earlier_states(self) -> Path:
+        """The folder of links to earlier states, to which the server state refers."""
+        return self.aggregate / "earlier"
+
+    def earlier_state(self, number: int) -> Path:
+        """The link to the state after an earlier round."""
+        return self.earlier_states / f"{number:04d}.safetensors"
+
+    @property
     def aggregate_record(self) -> Path:
         """The record of the complete aggregation."""
         return self.aggregate / "aggregate.json"

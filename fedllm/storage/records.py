@@ -720,6 +720,7 @@ class AggregateRecord(Record):
     """The record of a complete aggregation.
 
     `base_change` is the SHA-256 of the change of the base that the state holds; null: none.
+    `earlier` has the SHA-256 of the earlier states, by their round, that hold other terms of it.
     `assigned` has the ranks of the clients, by module, whose method gives them others than their
     tier has, `sent_next` the factors that clients of the next round send.
     """
@@ -729,6 +730,7 @@ class AggregateRecord(Record):
     rank: dict[str, int]
     sha256: str
     base_change: str | None = None
+    earlier: dict[int, str] = {}
     assigned: dict[str, dict[str, int]] = {}
     sent_next: SentFactors = "AB"
     seconds: float

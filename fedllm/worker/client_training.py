@@ -22,7 +22,6 @@ from fedllm.process.state_adapters import base_change_of, received_adapter, rece
 from fedllm.scheduling.environment import TaskIdentity
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.checkpoint_header import CheckpointIdentity
-from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import AttemptPaths, RoundPaths, RunPaths
 from fedllm.storage.records import (
     CohortRecord,
@@ -492,12 +491,9 @@ def _label(clients: Sequence[str]) -> str:
 
 
 def _open_state(run: RunPaths, cohort: CohortRecord) -> TensorFile:
-    before = run.round(cohort.round - 1)
-    path = before.global_state
-    if path.exists() and sha256_of(path) == cohort.state_sha256:
-        return TensorFile(path)
-    # raises an error if the state does not match its own record
-    read_state(before)
-    raise RunDirectoryError(
-        f"{path}: not the state that round {cohort.round} was drawn from; restore it"
-    )
+    state = read_state(run.round(cohort.round - 1))
+    if state.sha256 != cohort.state_sha256:
+        raise RunDirectoryError(
+            f"{state.path}: not the state that round {cohort.round} was drawn from; restore it"
+        )
+    return state

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.aggregation.route_types import Problem, Start
-from fedllm.lora.factors import Factors, ModuleShape, delta
+from fedllm.lora.factors import Factors, ModuleShape, base_delta_of, delta
 from fedllm.methods.options import FedMomentumOptions, FloristOptions
 from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.protocol import Method, ModuleState
@@ -36,7 +36,7 @@ def in_base(method: Method, state: ModuleState) -> Tensor:
     change = method.base_delta(state)
     if change is None:
         return torch.zeros((), dtype=torch.float64)
-    return delta(change) if isinstance(change, Factors) else change.double()
+    return base_delta_of(change)
 
 
 def whole(method: Method, state: ModuleState, rank: int) -> Tensor:
@@ -121,13 +121,15 @@ def test_base_and_adapter_are_the_mean_of_products(data: st.DataObject, block_cl
 
 
 def test_the_change_of_the_base_grows_by_every_round() -> None:
-    # a weight of 60 x 50 keeps up to 20 columns as factors, which the second round exceeds
-    for (out, in_), forms in (((11, 9), "DDD"), ((60, 50), "BDD"), ((120, 200), "BBB")):
+    # at 60 x 50, 55 columns take twice the bytes of the matrix; fedex adds 15 a round, others 12
+    for (out, in_), forms in (((11, 9), "WWW"), ((60, 50), "BBBWBB"), ((120, 200), "BBB")):
         sent = [random_factors(seed, out=out, in_=in_, rank=3, scale=2.0) for seed in range(4)]
         for method in EXACT:
             before = method.start_module(module="m", shape=sent[0].shape, rank=3)
+            terms: ModuleState = {}
             changes, kinds = [], ""
-            for number in (1, 2, 3):
+            wanted = forms if method is FEDEX else forms.replace("BBBW", "BBBBW")[: len(forms)]
+            for number in range(1, len(forms) + 1):
                 shapes = {name: tuple(part.shape) for name, part in before.items()}
                 before = aggregate(
                     method, sent, [1.0, 2.0, 4.0, 1.0], [3], before=before, round_number=number
@@ -135,10 +137,24 @@ def test_the_change_of_the_base_grows_by_every_round() -> None:
                 plan = method.next_parts(sent[0].shape, 3, before=shapes, stacked_rank=12)
                 assert {n: part_of(t) for n, t in before.items()} == plan
                 changes.append(in_base(method, before))
-                kinds += "D" if "D" in before else "B"
-            assert kinds == forms
+                kinds += "W" if f"base/{number}/W" in before else "B"
+                # earlier terms are taken over as they are, or in the one matrix
+                assert kinds.endswith("W") or {n: before[n] for n in terms} == terms
+                terms = {n: t for n, t in before.items() if n.startswith("base/")}
+            assert kinds == wanted
             for number, change in enumerate(changes, 1):
                 torch.testing.assert_close(change, number * changes[0], atol=1e-4, rtol=1e-5)
+
+
+def test_a_state_of_an_earlier_version_goes_on_with_its_matrix() -> None:
+    sent = [random_factors(seed, out=60, in_=50, rank=3, scale=2.0) for seed in range(4)]
+    first = aggregate(FLORA, sent, [1.0, 2.0, 4.0, 1.0], [3]).state
+    old = {"A": first["A"], "B": first["B"], "D": in_base(FLORA, first).float()}
+    torch.testing.assert_close(in_base(FLORA, old), in_base(FLORA, first), atol=1e-5, rtol=1e-5)
+    after = aggregate(FLORA, sent, [1.0, 2.0, 4.0, 1.0], [3], before=old, round_number=2).state
+    assert after.keys() == {"A", "B", "base/1/W"}
+    twice = 2 * in_base(FLORA, first)
+    torch.testing.assert_close(in_base(FLORA, after), twice, atol=1e-4, rtol=1e-5)
 
 
 def test_clients_that_are_left_out_leave_columns_of_zeros() -> None:

@@ -1,18 +1,21 @@
 """A run whose method changes the base: workers, evaluation and export have the change."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedllm.cli.execution import start
+from fedllm.cli.execution import resume, start
 from fedllm.config.loading import load_config
-from fedllm.errors import AdapterError, ConfigError
-from fedllm.lora.factors import Factors, delta
+from fedllm.errors import AdapterError, ConfigError, RunDirectoryError
+from fedllm.lora.factors import Factors, base_delta_of, delta, terms_of
 from fedllm.model.base import load_base
+from fedllm.process.server_state import read_state
 from fedllm.process.session import Session
 from fedllm.programs.evaluate import evaluate_state
 from fedllm.programs.prepare import prepare
+from fedllm.reporting.status.verification import verify_run
 from fedllm.server.export import export_adapter, export_model, open_state
 from fedllm.storage.paths import CachePaths, RunPaths
 from fedllm.storage.records import AggregateRecord, CohortRecord, PreparedRecord, RunRecord
@@ -60,18 +63,43 @@ def test_an_exported_model_has_adapter_and_change(run: RunPaths, tmp_path: Path)
             adapter = state.method.module_adapter(module=module, state=parts, rank=rank)
             before, after = (m.model.get_parameter(f"{module}.weight") for m in (base, merged))
             change = state.method.base_delta(parts)
-            in_base = delta(change) if isinstance(change, Factors) else change
-            assert in_base is not None and in_base.any()
+            assert change is not None
+            in_base = base_delta_of(change)
+            assert in_base.any()
             added = delta(adapter) + in_base
             torch.testing.assert_close(
                 after.double(), before.double() + added, atol=1e-6, rtol=1e-6
             )
-            forms.append((number, type(change)))
-    # factors at first, one matrix where they have many columns
-    assert {form for number, form in forms if number == 1} == {Factors, torch.Tensor}
-    assert {form for number, form in forms if number == 2} == {torch.Tensor}
+            forms.append((number, tuple(type(term) for term in terms_of(change))))
+    # the factors of the rounds; one matrix where a round has many columns
+    assert {form for number, form in forms if number == 1} == {(Factors,), (torch.Tensor,)}
+    assert {form for number, form in forms if number == 2} == {(Factors, Factors), (torch.Tensor,)}
     with pytest.raises(AdapterError, match=r"changes the base too.*--merge"):
         export_adapter(state, tmp_path / "adapter")
+
+
+def test_a_state_needs_no_folder_but_its_own(run: RunPaths, tmp_path: Path) -> None:
+    first, second = (AggregateRecord.read(run.round(n).aggregate_record) for n in (1, 2))
+    assert second.earlier == {1: first.sha256} and not first.earlier
+    assert run.round(2).earlier_state(1).samefile(run.round(1).global_state)
+    # a copy without hard links, of which the earlier state was removed
+    copied = RunPaths(root=tmp_path / "copy")
+    shutil.copytree(run.root, copied.root)
+    copied.round(1).global_state.unlink()
+    with read_state(run.round(2)) as whole, read_state(copied.round(2)) as state:
+        assert state.names == whole.names and len(state.terms) > 0
+        assert all(torch.equal(state.get(name), whole.get(name)) for name in whole.names)
+    link = copied.round(2).earlier_state(1)
+    link.write_bytes(link.read_bytes()[:-4] + b"junk")
+    with pytest.raises(RunDirectoryError, match=r"earlier/0001.*: damaged.*restore it"):
+        read_state(copied.round(2))
+    assert [found.path for found in verify_run(copied).findings] == [link]
+    link.unlink()
+    with pytest.raises(RunDirectoryError, match=r"earlier/0001.*: missing.*restore it"):
+        read_state(copied.round(2))
+    with pytest.raises(RunDirectoryError, match=r"earlier/0001.*: missing.*restore it"):
+        resume(copied.root, [])
+    assert [found.path for found in verify_run(copied).findings] == [link]
 
 
 def test_an_evaluation_has_the_change_and_takes_it_off(

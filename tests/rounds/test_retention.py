@@ -65,8 +65,11 @@ def test_states_of_the_last_of_every_nth_and_of_the_best_round_are_kept(
     scores = {n: evaluation(n, {"a": abs(n - 2.0)}) for n in range(ROUNDS + 1)}
     for number, record in scores.items():
         record.publish(run.round(number).evaluation_record)
+    for number in range(2, ROUNDS + 1):
+        write(run.round(number).earlier_state(1))
     prune(run, policy())
     assert list(states(run.root)) == ["0000", "0002", "0004", "0006"]
+    assert numbers(run, "rounds/*/aggregate/earlier") == [2, 4, 6]
     hashes = [AggregateRecord.read(run.round(n).aggregate_record).sha256 for n in range(7)]
     assert len(set(hashes)) == ROUNDS + 1
 

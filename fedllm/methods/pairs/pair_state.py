@@ -14,7 +14,14 @@ from fedllm.aggregation.route_types import Decomposition, Partial, Problem, Rank
 from fedllm.aggregation.routes import truncated_svd
 from fedllm.config.scales import scale_of
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, initial_a, stack
+from fedllm.lora.factors import (
+    BaseDelta,
+    FactorBlock,
+    Factors,
+    ModuleShape,
+    initial_a,
+    stack,
+)
 from fedllm.lora.spectral import alive_directions
 from fedllm.methods.diagnostics import diagnose, held_partitions, partition_qualities
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
@@ -74,7 +81,7 @@ class PairMethod(Method):
         """Return n_i."""
         return amounts(rows)
 
-    def base_delta(self, state: ModuleState) -> Tensor | Factors | None:
+    def base_delta(self, state: ModuleState) -> BaseDelta | None:
         """Return None: the base stays as it is."""
         del state
         return None

@@ -1,9 +1,10 @@
-"""The part of a state that is a change of the base of one module, in factors while these are few.
+"""The part of a state that is a change of the base of one module, in terms of its rounds.
 
-Every round adds products of factors. They lie side by side as `D_B` (O, K) and `D_A` (K, I), and
-the change is D_B D_A. Where they would have too many columns, the change is one matrix `D` (O, I)
-from then on. All are float32. The ranks of the whole cohort decide, whoever is left out; columns
-that nobody fills are zero.
+Every round adds products of factors, a term of `B` (O, K) and `A` (K, I); the state of the next
+round takes it over as it is (`base_terms`). Where a round has many columns, or where the terms
+would take twice the bytes of a matrix, the term of the round is one matrix `W` (O, I), which has in
+it all terms before. All are float32. The ranks of the whole cohort decide, whoever is left out;
+columns that nobody fills are zero.
 
 Legend: O out, I in, K columns.
 """
@@ -16,13 +17,18 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.route_types import Partial
-from fedllm.lora.factors import Factors, ModuleShape
+from fedllm.lora.factors import BaseDelta, Factors, ModuleShape, formed, on_device
+from fedllm.methods.base_terms import live_terms, next_number, term_name
 from fedllm.methods.protocol import Method, ModuleState, ServerStep, StatePart
+from fedllm.methods.state import carried
 
-_FORMED, _LEFT, _RIGHT = "D", "D_B", "D_A"
-# of the narrow side: with more columns the factors take 0.8 of the bytes of the change or more,
-# and a route no longer keeps the factors of a round
+_FORMED, _LEFT, _RIGHT = "W", "B", "A"
+_OF_1_0 = "D"  # the whole change, in the states of an earlier version
+# of the narrow side: with more columns in a round, a route no longer keeps the factors of the round
 _MANY_COLUMNS = 0.4
+# times the bytes of the matrix: multiplying costs the same per column whenever it is done, and a
+# worker reads all terms
+_MOST_BYTES = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,67 +87,78 @@ class ChangesBase(Method):
         before: Mapping[str, tuple[int, ...]],
         stacked_rank: int,
     ) -> Mapping[str, StatePart]:
-        """Return the parts of the extended class and the change of the base."""
-        others = self.parts(shape, rank)
-        columns = _columns_after(shape, before, stacked_rank + self.adds_adapter * rank)
-        if columns is None:
-            return {**others, _FORMED: StatePart(shape=(shape.out, shape.in_))}
+        """Return the parts of the extended class and the terms of the change of the base."""
+        columns = stacked_rank + self.adds_adapter * rank
+        others, number = self.parts(shape, rank), next_number(before)
+        held = {name: before[name] for name in live_terms(before)}
+        if _OF_1_0 in before or _is_formed(shape, held, columns):
+            matrix = StatePart(shape=(shape.out, shape.in_))
+            return {**others, term_name(number, _FORMED): matrix}
         factors = {
-            _LEFT: StatePart(shape=(shape.out, columns)),
-            _RIGHT: StatePart(shape=(columns, shape.in_)),
+            term_name(number, _LEFT): StatePart(shape=(shape.out, columns)),
+            term_name(number, _RIGHT): StatePart(shape=(columns, shape.in_)),
         }
-        return {**others, **factors}
+        return {**others, **{name: StatePart(shape=of) for name, of in held.items()}, **factors}
 
-    def base_delta(self, state: ModuleState) -> Tensor | Factors | None:
-        """Return the change that all rounds made."""
-        if _LEFT in state:
-            return Factors(a_RI=state[_RIGHT], b_OR=state[_LEFT], scale=1.0)
-        return state.get(_FORMED)
+    def base_delta(self, state: ModuleState) -> BaseDelta | None:
+        """Return the terms of the change that all rounds made."""
+        return _terms(state) or None
 
     def changed(self, place: int, added: Added, step: ServerStep) -> Mapping[str, Tensor]:
-        """Return the change of the base of the module at `place`, with `added` in addition."""
+        """Return the change of the base of the module at `place`, with `added` in addition.
+
+        Raises:
+            AdapterError: a value does not fit float32.
+        """
         before, problem = step.before[place], step.problem
         shape = ModuleShape(out=problem.out, in_=problem.in_)
-        shapes = {name: tuple(part.shape) for name, part in before.items()}
-        more = problem.stacked_rank + self.adds_adapter * problem.rank
-        columns = _columns_after(shape, shapes, more)
-        if columns is None:
-            return {_FORMED: _formed(before, added)}
+        held = {name: before[name] for name in live_terms(before)}
+        shapes = {name: tuple(part.shape) for name, part in held.items()}
+        columns = problem.stacked_rank + self.adds_adapter * problem.rank
+        number = next_number(before)
+        if _OF_1_0 in before or _is_formed(shape, shapes, columns):
+            whole = {term_name(number, _FORMED): _formed(_terms(before), added)}
+            return carried(step.modules[place], whole)
         assert added.w_OI is None, "so few ranks stay factors on every route"
-        return _side_by_side(before, added, columns)
+        b_OK, a_KI = _padded(added, columns)
+        term = {term_name(number, _LEFT): b_OK, term_name(number, _RIGHT): a_KI}
+        return {**held, **carried(step.modules[place], term)}
 
 
-def _columns_after(
-    shape: ModuleShape, before: Mapping[str, tuple[int, ...]], more: int
-) -> int | None:
-    """Return how many columns the change has after a round, None where it is one matrix."""
-    columns = before[_LEFT][1] if _LEFT in before else 0
-    is_formed = _FORMED in before or columns + more > _MANY_COLUMNS * shape.largest_rank
-    return None if is_formed else columns + more
+def _is_formed(shape: ModuleShape, held: Mapping[str, tuple[int, ...]], columns: int) -> bool:
+    """Return whether the term of a round is the whole change, as one matrix."""
+    rights = [of for name, of in held.items() if name.endswith(f"/{_RIGHT}")]
+    values = (columns + sum(of[0] for of in rights)) * (shape.out + shape.in_)
+    is_long = values > _MOST_BYTES * shape.out * shape.in_
+    return is_long or columns > _MANY_COLUMNS * shape.largest_rank
 
 
-def _side_by_side(before: ModuleState, added: Added, columns: int) -> Mapping[str, Tensor]:
-    device, out, in_ = added.b_OK.device, len(added.b_OK), added.a_KI.shape[1]
-    b_OK, a_KI = torch.zeros(out, columns, device=device), torch.zeros(columns, in_, device=device)
-    held = [(before[_LEFT], before[_RIGHT])] if _LEFT in before else []
-    end = 0
-    for left_OK, right_KI in (*held, (added.b_OK, added.a_KI)):
-        begin, end = end, end + len(right_KI)
-        b_OK[:, begin:end] = left_OK
-        a_KI[begin:end] = right_KI
-    return {_LEFT: b_OK, _RIGHT: a_KI}
+def _terms(state: ModuleState) -> list[Tensor | Factors]:
+    """Return the terms of a state, a matrix first."""
+    names = live_terms(state)
+    rights = [name for name in names if name.endswith(f"/{_RIGHT}")]
+    factors = [
+        Factors(a_RI=state[right], b_OR=state[f"{right[:-1]}{_LEFT}"], scale=1.0)
+        for right in rights
+    ]
+    whole = [name for name in names if name.endswith(f"/{_FORMED}")]
+    return [*(state[name] for name in whole or [_OF_1_0] if name in state), *factors]
 
 
-def _formed(before: ModuleState, added: Added) -> Tensor:
+def _padded(added: Added, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of a round in float32, with as many columns as its cohort has ranks."""
+    count, device = len(added.a_KI), added.b_OK.device
+    b_OK = torch.zeros(len(added.b_OK), columns, device=device)
+    a_KI = torch.zeros(columns, added.a_KI.shape[1], device=device)
+    b_OK[:, :count], a_KI[:count] = added.b_OK, added.a_KI
+    return b_OK, a_KI
+
+
+def _formed(held: Sequence[Tensor | Factors], added: Added) -> Tensor:
     """Return the whole change as one new matrix."""
-    left_OK, right_KI = added.b_OK.float(), added.a_KI.float()
-    if _LEFT in before:
-        left_OK = torch.cat([before[_LEFT], left_OK], 1)
-        right_KI = torch.cat([before[_RIGHT], right_KI])
-    whole = before.get(_FORMED, added.w_OI)
-    if whole is None:
-        return left_OK @ right_KI
-    if whole is added.w_OI or added.w_OI is None:
-        return torch.addmm(whole, left_OK, right_KI) if len(right_KI) else whole.clone()
-    total = whole + added.w_OI
-    return total.addmm_(left_OK, right_KI) if len(right_KI) else total
+    terms = list(held)
+    if added.w_OI is not None:
+        # beside a matrix that is held, before any product
+        terms.insert(sum(isinstance(term, Tensor) for term in held), added.w_OI)
+    terms.append(Factors(a_RI=added.a_KI, b_OR=added.b_OK, scale=1.0))
+    return formed([on_device(term, added.b_OK.device) for term in terms])

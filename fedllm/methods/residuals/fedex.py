@@ -17,7 +17,6 @@ from fedllm.methods.pairs.factor_mean import FactorMean
 from fedllm.methods.products import split, with_product
 from fedllm.methods.protocol import ModuleAggregate, ServerStep
 from fedllm.methods.residuals.base_state import ChangesBase, mean_of
-from fedllm.methods.state import carried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,6 @@ class FedEx(ChangesBase, FactorMean):
             rank = step.problem.rank
             pair = self.module_adapter(module=module, state=result.state, rank=rank)
             residual = mean_of(products, place, total=step.total, less=pair)
-            change = carried(module, self.changed(place, residual, step))
+            change = self.changed(place, residual, step)
             found.append(replace(result, state={**result.state, **change}))
         return found

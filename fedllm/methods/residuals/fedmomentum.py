@@ -24,7 +24,6 @@ from fedllm.methods.refusals import refuse_mixed_ranks
 from fedllm.methods.residuals import held_energy
 from fedllm.methods.residuals.base_state import ChangesBase
 from fedllm.methods.spectral.spectral_state import SpectralMethod
-from fedllm.methods.state import carried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +59,6 @@ class FedMomentum(ChangesBase, SpectralMethod):
             [each.leading for each in found], step, untrained=lambda part: part.weight / step.total
         )
         return [
-            replace(
-                result,
-                state={
-                    **result.state,
-                    **carried(module, self.changed(place, each.tail(), step)),
-                },
-            )
-            for place, (module, each, result) in enumerate(
-                zip(step.modules, found, results, strict=True)
-            )
+            replace(result, state={**result.state, **self.changed(place, each.tail(), step)})
+            for place, (each, result) in enumerate(zip(found, results, strict=True))
         ]

@@ -78,7 +78,7 @@ class Flora(ChangesBase, PairMethod):
         a_RI = initial_a(seed=seed, module=module, rank=problem.rank, shape=shape)
         parts = {"A": a_RI, "B": torch.zeros(problem.out, problem.rank)}
         none = [0.0 for _ in held_partitions(problem)]
-        state = carried(module, {**parts, **self.changed(place, added, step)})
+        state = {**carried(module, parts), **self.changed(place, added, step)}
         return ModuleAggregate(
             state=state,
             diagnostics=diagnose(

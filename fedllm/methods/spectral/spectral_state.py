@@ -21,7 +21,7 @@ from fedllm.aggregation.route_types import (
 )
 from fedllm.config.scales import scale_of
 from fedllm.errors import AdapterError
-from fedllm.lora.factors import Factors, ModuleShape, initial_a
+from fedllm.lora.factors import BaseDelta, Factors, ModuleShape, initial_a
 from fedllm.lora.spectral import Spectral, alive_directions, to_factors, with_live_directions
 from fedllm.methods.diagnostics import diagnose, partition_qualities, spectral_energies
 from fedllm.methods.protocol import Method, ModuleAggregate, ModuleState, ServerStep, StatePart
@@ -80,7 +80,7 @@ class SpectralMethod(Method):
         """Return n_i."""
         return amounts(rows)
 
-    def base_delta(self, state: ModuleState) -> Tensor | Factors | None:
+    def base_delta(self, state: ModuleState) -> BaseDelta | None:
         """Return None: the base stays as it is."""
         del state
         return None

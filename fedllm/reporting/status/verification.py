@@ -1,6 +1,5 @@
 """Verification of a run directory: every record, digest and state, and what would be redone."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from fedllm.config.loading import read_config
 from fedllm.errors import ConfigError, Incomplete, RunDirectoryError, UserError
 from fedllm.storage.checked import DamagedUpdateError, read_and_check
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.frozen_config import refuse_edits
 from fedllm.storage.kept_records import ClientsRecord, FailureRecord, PartRecord, TasksRecord
 from fedllm.storage.paths import AttemptPaths, JobPaths, RoundPaths, RunPaths, attempts_of, names_in
@@ -203,6 +203,13 @@ def _state(paths: RoundPaths) -> Iterator[_Check]:
         remedy=remedy,
         resumes=can_be_made or not is_newest,
     )
+    for path in sorted(paths.earlier_states.glob("*.safetensors")):
+        yield _Check(
+            path=path,
+            check=lambda path: _check_earlier_state(paths, path),
+            remedy="restore it: the round's state refers to it",
+            resumes=not is_newest,
+        )
 
 
 def _missing_states(paths: RunPaths) -> Iterator[DamagedFile]:
@@ -215,16 +222,30 @@ def _missing_states(paths: RunPaths) -> Iterator[DamagedFile]:
             remedy="nothing: it is aggregated again" if again else "restore it from a backup",
             resumes=again,
         )
+    record = _aggregation(newest) if newest else None
+    for path in map(newest.earlier_state, record.earlier) if newest and record else ():
+        if not path.exists():
+            remedy = "restore it from a backup: the state refers to it"
+            yield DamagedFile(path=path, problem="missing", remedy=remedy, resumes=False)
+
+
+def _aggregation(paths: RoundPaths) -> AggregateRecord | None:
+    try:
+        return AggregateRecord.find(paths.aggregate_record)
+    except RunDirectoryError:
+        return None  # found by its own check
 
 
 def _check_state(paths: RoundPaths, path: Path) -> None:
-    try:
-        record = AggregateRecord.find(paths.aggregate_record)
-    except RunDirectoryError:
-        return  # found by its own check
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if record and record.sha256 != sha256:
+    record = _aggregation(paths)
+    if record and record.sha256 != sha256_of(path):
+        raise RunDirectoryError(f"not the file that {paths.aggregate_record.name} describes")
+
+
+def _check_earlier_state(paths: RoundPaths, path: Path) -> None:
+    record = _aggregation(paths)
+    sha256 = record.earlier.get(int(path.stem)) if record else None
+    if sha256 not in (None, sha256_of(path)):
         raise RunDirectoryError(f"not the file that {paths.aggregate_record.name} describes")
 
 

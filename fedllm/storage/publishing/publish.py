@@ -225,6 +225,24 @@ def publish_once(path: Path, content: bytes) -> bool:
         return True
 
 
+def publish_link(path: Path, target: Path) -> None:
+    """Publish the file `target` under the name `path` too.
+
+    Raises:
+        RunDirectoryError: the file system has no hard links.
+    """
+    with storage_errors(path):
+        make_folder(path.parent)
+        temporary = temporary_name(path)
+        try:
+            _link(target, temporary)
+            temporary.replace(path)
+        finally:
+            # a rename to another name of the same file leaves both
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
 def _link(temporary: Path, path: Path) -> bool:
     try:
         os.link(temporary, path)
