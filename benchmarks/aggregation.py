@@ -10,8 +10,8 @@ the change from them. Inputs are `decaying` like trained adapters, and `flat`, t
 With --files DIR the whole model's updates are written there as clients publish them, and
 aggregated as a round is: time by stage, peak memory, and copying the same files to the device.
 
-With --methods every method's server step is timed beside FlexLoRA's on the same updates; with
---files too, every method aggregates a whole model.
+With --methods every method's server step is timed beside FlexLoRA's on the same updates, with
+--rounds that of every round; with --files too, every method aggregates a whole model.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.inputs.adapters import SPECTRA, Kind, client_factors, kinds_of, ranks_of
 from benchmarks.measured.server_steps import (
+    rounds_table,
     step_table,
     step_timings,
     whole_round_table,
@@ -255,6 +256,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds-before", type=int, default=1, help="with --methods: rounds before the timed one"
     )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="with --methods: time each of this many rounds",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     return parser.parse_args(argv)
 
@@ -289,7 +295,8 @@ def compared(asked: argparse.Namespace) -> str:
         return json.dumps([{**asdict(timing), "ratio": timing.ratio} for timing in timings])
     threads = torch.get_num_threads()
     about = f"{asked.clients} clients, {asked.device}, {threads} threads, torch {torch.__version__}"
-    return f"{step_table(timings)}\n{about}"
+    table = rounds_table(timings) if asked.rounds else step_table(timings)
+    return f"{table}\n{about}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from fedllm.methods.protocol import Method, ModuleState, ServerStep
 from fedllm.reporting.tables import text_table
 
 REFERENCE = "flexlora"
+LIMIT = 3.0  # times FlexLoRA's step
 _ALPHA = 16.0
 
 
@@ -39,6 +40,15 @@ class StepTiming:
     def ratio(self) -> float:
         """The method's median over FlexLoRA's."""
         return statistics.median(self.seconds) / statistics.median(self.reference)
+
+    def ratio_of(self, number: int) -> float:
+        """The method's seconds of a round, from 1, over FlexLoRA's median."""
+        return self.seconds[number - 1] / statistics.median(self.reference)
+
+    @property
+    def mean_ratio(self) -> float:
+        """The method's mean over FlexLoRA's."""
+        return statistics.mean(self.seconds) / statistics.mean(self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +135,21 @@ def _timed(name: str, updates: Updates, asked: argparse.Namespace) -> dict[str, 
     found: dict[str, list[float]] = {REFERENCE: [], name: []}
     methods = {n: build_method(n, seed=0, alpha=_ALPHA, scaling="proportional") for n in found}
     shape = updates.factors[0].shape
+    timed_after = 0 if asked.rounds else asked.rounds_before
     before = {}
     for each, method in methods.items():
         start = method.start_module(module="m", shape=shape, rank=updates.problem.rank)
         moved = {part: tensor.to(asked.device) for part, tensor in start.items()}
-        for number in range(1, asked.rounds_before + 1):
+        for number in range(1, timed_after + 1):
             moved = dict(updates.aggregated(method, moved, number, asked.device))
         before[each] = moved
-    for _ in range(asked.repeats):
+    for repeat in range(asked.rounds or asked.repeats):
+        number = 1 + timed_after + (repeat if asked.rounds else 0)
         for each, method in methods.items():
             begun = _now(asked.device)
-            updates.aggregated(method, before[each], number + 1, asked.device)
+            after = updates.aggregated(method, before[each], number, asked.device)
             found[each].append(_now(asked.device) - begun)
+            before[each] = dict(after) if asked.rounds else before[each]
     return found
 
 
@@ -163,6 +176,22 @@ def step_table(timings: Sequence[StepTiming]) -> str:
     ]
     header = ["module", "ranks", "method", "ms (range)", f"{REFERENCE}, ms (range)", "times"]
     return text_table("server step of one module, median", header, rows)
+
+
+def rounds_table(timings: Sequence[StepTiming]) -> str:
+    """Return the timings of rounds that follow each other as a table."""
+    rows = []
+    for timing in timings:
+        numbers = range(1, len(timing.seconds) + 1)
+        worst = max(numbers, key=timing.ratio_of)
+        slow = [number for number in numbers if timing.ratio_of(number) > LIMIT]
+        cells = [f"{1e3 * statistics.mean(s):.1f}" for s in (timing.seconds, timing.reference)]
+        ratios = [f"{timing.mean_ratio:.2f}", f"{timing.ratio_of(worst):.2f} ({worst})"]
+        about = [timing.module, timing.ranks, timing.method]
+        rows.append([*about, *cells, *ratios, ", ".join(map(str, slow)) or "-"])
+    header = ["module", "ranks", "method", "mean ms", f"{REFERENCE}, mean ms"]
+    header += ["times", "worst (round)", f"rounds above {LIMIT:g}"]
+    return text_table("server steps of all rounds of one module", header, rows)
 
 
 def whole_rounds(asked: argparse.Namespace) -> Iterator[tuple[str, WholeRound]]:

@@ -98,3 +98,7 @@ def test_every_method_is_timed_beside_flexlora_on_the_same_updates(
         assert timing["ratio"] > 0
     text = step_table([StepTiming(**{k: v for k, v in t.items() if k != "ratio"}) for t in timings])
     assert "server step of one module" in text
+    # each round once, from the state that the one before left
+    main(["--methods", "--shape", "40x30", "--clients", "3", "--ranks", "2", "--rounds", "2"])
+    table = capsys.readouterr().out
+    assert "worst (round)" in table and all(f" {t['method']} " in table for t in timings)
