@@ -1,6 +1,7 @@
 """Wiring of a run: configuration, scheduler and, for the inline one, the compute side."""
 
 import io
+import shlex
 import shutil
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from fedllm.cli.live_run import live_run
 from fedllm.cli.options import configuration, default_run_dir, existing_run, say
 from fedllm.config.models import Config
-from fedllm.errors import LeaseError, UserError
+from fedllm.errors import ConfigError, LeaseError, UserError
 from fedllm.methods.catalog import check_method, private_space
 from fedllm.planning.classes import JobKind, job_options
 from fedllm.reporting.plan.plan_text import flags_text
@@ -165,11 +166,13 @@ def submit(
     """Submit the coordinator of a configuration or of a run; return the run directory and the job.
 
     Raises:
-        ConfigError: options that sbatch refuses, or that only fedllm sets.
+        ConfigError: its jobs do not run on Slurm; or options that sbatch refuses, or that only
+            fedllm sets.
         RunDirectoryError: Slurm cannot take its path.
         LeaseError: a coordinator already waits or runs.
     """
     root, config = root_and_config(config_or_run, overrides, run_dir)
+    require_cluster(config, "resume" if config_or_run.is_dir() else "run", config_or_run)
     paths = RunPaths(root=root.resolve())
     refuse_reserved(config.scheduler)
     log_pattern(paths.all_logs, "")
@@ -188,6 +191,25 @@ def submit(
     finally:
         close_run(run)
     return root, submit_coordinator(run.paths, config, run.record.run_id)
+
+
+def require_cluster(config: Config, command: str, subject: Path) -> None:
+    """Refuse to submit what does not run on Slurm.
+
+    Args:
+        config: the configuration.
+        command: the command that runs it on this machine.
+        subject: what that command takes.
+
+    Raises:
+        ConfigError: it names `scheduler.kind`.
+    """
+    if not traits_of(config).jobs_outlive_coordinator:
+        raise ConfigError(
+            f"scheduler.kind: got {config.scheduler.kind}, but `fedllm submit` is for Slurm; to "
+            f"run it on this machine: fedllm {command} {shlex.quote(str(subject))}; for Slurm: "
+            "scheduler.kind: slurm"
+        )
 
 
 def root_and_config(

@@ -150,6 +150,7 @@ def submit_sweep(paths: SweepPaths, *, accept_changes: bool = False) -> str:
     """
     record = _accepted(paths, accept_changes=accept_changes)
     config = validate(record.runs[0].config)
+    execution.require_cluster(config, "resume", paths.root)
     execution.check_before_run(config, paths.root)
     check_coordinator(config.scheduler)
     return submit_sweep_coordinator(paths.coordination, config, record.sweep_id)

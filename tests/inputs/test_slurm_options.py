@@ -40,3 +40,17 @@ def test_a_run_directory_that_slurm_cannot_be_told_is_refused_before_it_is_made(
     assert f"to a path with a {word}; take another --run-dir" in told
     assert done.returncode == 2
     assert not root.exists()
+
+
+def test_only_what_runs_on_slurm_is_submitted(tiny: Tiny, finished: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"base: {tiny.config}\narms: {{a: {{}}}}\nseeds: [0, 1]\n", encoding="utf-8")
+    for subject, command in ((tiny.config, "run"), (finished, "resume"), (sweep, "sweep")):
+        where = () if subject is finished else ("--run-dir", root)
+        line = one_line(in_process("submit", subject, *where))
+        assert line.startswith(
+            "fedllm: scheduler.kind: got inline, but `fedllm submit` is for Slurm;"
+        )
+        assert f"on this machine: fedllm {command} {subject};" in line
+        assert not root.exists()

@@ -12,7 +12,13 @@ from fedllm.cli.options import (
     configuration_file,
     say,
 )
-from fedllm.cli.sweeps import create_sweep, default_sweep_dir, existing_sweep, submit_sweep
+from fedllm.cli.sweeps import (
+    create_sweep,
+    default_sweep_dir,
+    existing_sweep,
+    planned_sweep,
+    submit_sweep,
+)
 from fedllm.config.sweep_files import is_sweep_file
 from fedllm.errors import ConfigError
 from fedllm.storage.paths import SweepPaths
@@ -46,4 +52,7 @@ def _sweep(given: Path, folder: Path | None) -> SweepPaths | None:
     file = configuration_file(given)
     if not is_sweep_file(file):
         return None
-    return create_sweep(file, folder or default_sweep_dir(file))
+    root = folder or default_sweep_dir(file)
+    _, runs = planned_sweep(file, root)
+    execution.require_cluster(runs[0].config, "sweep", given)
+    return create_sweep(file, root)
