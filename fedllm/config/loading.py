@@ -97,7 +97,9 @@ def _load(path: Path, assignments: Sequence[_Assignment]) -> Config:
 def read_config(path: Path) -> Config:
     """Read the resolved configuration of a run."""
     if not path.is_file():
-        raise ConfigError(f"{path.parent}: not a run directory (no {path.name}); see `fedllm run`")
+        raise ConfigError(
+            f"{path.parent}: not a run directory (no {path.name}); `fedllm run CONFIG` starts a run"
+        )
     status = path.stat()
     version = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
     return _read_version(path, version)

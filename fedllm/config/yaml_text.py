@@ -154,7 +154,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raw = parse_yaml(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); see to its place and its permissions"
+            f"{path}: cannot be read ({error.strerror}); check its path and its permissions"
         ) from error
     if raw is None:
         return {}

@@ -54,7 +54,7 @@ class Patience:
         left = self._since + self.seconds - now
         if left <= 0:
             raise Incomplete(
-                f"{trouble}, for {now - self._since:.0f} s; see to the disk or file server, then "
+                f"{trouble}, for {now - self._since:.0f} s; repair the disk or file server, then "
                 "resume the run"
             ) from error
         pause = min(self._pause.seconds, left)

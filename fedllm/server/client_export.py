@@ -32,8 +32,8 @@ def export_client(run: RunPaths, round_number: int | None, client: str, out: Pat
     state = open_state(run, round_number)
     if state.method.per_client or state.method.changes_base:
         raise AdapterError(
-            f"--client: clients of {state.config.method.name} send a part of what they train "
-            "against; it is no adapter by itself"
+            f"--client: what a client of method.name {state.config.method.name} sends is only a "
+            "part of its adapter; leave out --client to export the state of the run"
         )
     paths = run.round(state.round)
     used = _used(CollectionRecord.find(paths.collection))
@@ -45,8 +45,8 @@ def export_client(run: RunPaths, round_number: int | None, client: str, out: Pat
     path = paths.updates / used[client].file
     if not path.exists():
         raise AdapterError(
-            f"--client: the updates of round {state.round} were removed, those of the last round "
-            "stay; give another --round"
+            f"--client: the updates of round {state.round} were removed; only those of the last "
+            "aggregated round are kept"
         )
     file = UpdateFile(path, used[client].sha256)
     adapter = {module: _trained(file, client, module) for module in state.ranks}

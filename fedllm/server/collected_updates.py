@@ -98,7 +98,7 @@ class CollectedUpdates:
         # values that are not finite are found, and told, where the block is used
         if math.isfinite(norm) and not math.isclose(norm, recorded, rel_tol=_NORM_TOLERANCE):
             name = self.name(client, module, part)
-            problem = f"{name} has the norm {norm:.6g}, and its record says {recorded:.6g}"
+            problem = f"{name}: its norm is {norm:.6g}, but the client recorded {recorded:.6g}"
             raise BadUpdate(f"{problem}; leave it out", {client: problem})
 
     def scale(self, client: int, module: str) -> float:

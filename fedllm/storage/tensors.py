@@ -309,7 +309,7 @@ class UpdateFile:
         except (DamagedUpdateError, FileNotFoundError) as error:
             raise AdapterError(f"{path}: damaged update ({error})") from error
         if header.digest != sha256:
-            raise AdapterError(f"{path}: not the file that was collected")
+            raise AdapterError(f"{path}: its content is not that of the file that was collected")
         self._clients = {
             update.record.client: _ClientTensors.of(update, header) for update in updates
         }

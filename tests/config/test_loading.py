@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_read_is_one_line(
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     (line,) = problems(tmp_path, SMALL)
-    assert "config.yaml: cannot be read (Permission denied); see to its place" in line
+    assert "config.yaml: cannot be read (Permission denied); check its path" in line
 
 
 def test_an_empty_file_lacks_everything(tmp_path: Path) -> None:

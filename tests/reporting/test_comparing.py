@@ -248,7 +248,7 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(tmp_path: Path) ->
     begun = begin(tmp_path / "begun", rounds=2)
     longer = finished(tmp_path / "longer", {1: 1.0, 3: 1.0}).root
     for arguments, words in (
-        ([f"x={one}"], "need runs of two arms, found x"),
+        ([f"x={one}"], "need finished runs of two arms, found x"),
         ([f"x={one}", f"y={fewer}"], "other clients or test rows scored than in"),
         ([f"x={one}", f"y={rows}"], "other clients or test rows scored than in"),
         ([f"x={one}", f"y={other.root}"], "other data, tokenizer, data.template or data.cutoff"),

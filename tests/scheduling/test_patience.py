@@ -39,7 +39,7 @@ def stale() -> OSError:
 
 def test_pauses_grow_and_all_of_them_take_as_long_as_the_patience() -> None:
     clock, said = Clock(), list[str]()
-    with pytest.raises(Incomplete, match="a: stale file handle, for 90 s; see to the disk"):
+    with pytest.raises(Incomplete, match="a: stale file handle, for 90 s; repair the disk"):
         clock.patience(90.0, said).retry(lambda: failing(iter([stale()])))
     assert clock.waited == [0.5, 1, 2, 4, 8, 16, 30, 28.5]
     assert said[0] == "a: stale file handle; trying again in 0.5 s"

@@ -175,7 +175,7 @@ def test_a_failing_disk_is_reported_and_publishes_nothing(
         raise OSError(errno.EIO, "no", descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(Incomplete, match="input/output error; see to the disk"):
+    with pytest.raises(Incomplete, match="input/output error; repair the disk"):
         publish_bytes(tmp_path / "record.json", b"new")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="no"):
@@ -247,7 +247,7 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
     [
         (errno.EDQUOT, StorageFull, "make space"),
         (errno.EACCES, RunDirectoryError, "choose a writable directory"),
-        (errno.ESTALE, Incomplete, "see to the disk or file server"),
+        (errno.ESTALE, Incomplete, "repair the disk or file server"),
         (errno.EIO, Incomplete, "resume the run"),
     ],
 )

@@ -159,7 +159,7 @@ def test_a_file_in_the_place_of_a_collected_one_is_refused_by_its_header(
     # another training of the same client: only values differ
     draw = {m: (a + 1, b) for m, (a, b) in tensors_of("a").items()}
     publish_update(path, [record_of("a")], {"a": draw})
-    with pytest.raises(AdapterError, match="not the file that was collected"):
+    with pytest.raises(AdapterError, match="not that of the file that was collected"):
         UpdateFile(path, sha256)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(AdapterError, match="bytes, its header says"):

@@ -305,8 +305,8 @@ def _arranged(read: _Read, comparison: ComparisonSection, noise_of: str | None) 
     wanted = comparison.contrast or tuple(names[:2])
     if len(wanted) < 2 or test_data is None:
         raise UserError(
-            f"compare: need runs of two arms, found {', '.join(names) or 'none'}{missing}; give "
-            "another run"
+            f"compare: need finished runs of two arms, found {', '.join(names) or 'none'}{missing}"
+            "; name another run"
         )
     absent = [arm for arm in wanted if arm not in arms]
     if absent:

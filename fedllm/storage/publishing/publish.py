@@ -75,7 +75,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             ) from error
         if code in _NO_ANSWER:
             raise Incomplete(
-                f"{path}: {reason}; see to the disk or file server, then resume the run"
+                f"{path}: {reason}; repair the disk or file server, then resume the run"
             ) from error
         raise
 
@@ -106,8 +106,8 @@ def as_error(error: OSError) -> FedllmError | None:
     if full := full_storage(error):
         return StorageFull(f"{full}; make space, then go on")
     if code in _NO_ANSWER or code == errno.EROFS:
-        return Incomplete(f"{_described(error)}; see to the disk or file server, then go on")
-    return UserError(f"{_described(error)}; see to its place and its permissions")
+        return Incomplete(f"{_described(error)}; repair the disk or file server, then go on")
+    return UserError(f"{_described(error)}; check its path and its permissions")
 
 
 def full_storage(error: BaseException) -> str | None:
