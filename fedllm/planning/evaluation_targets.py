@@ -1,15 +1,17 @@
 """Evaluation targets: the clients and rows that are scored after a round, cut into pieces."""
 
+import heapq
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fedllm.config.models import Config, EvaluationSection, SchedulerSection
+from fedllm.config.models import Config, EvaluationSection, SbatchOptions, SchedulerSection
 from fedllm.planning.bundles import cut_in_order
-from fedllm.planning.capacity import Capacity
+from fedllm.planning.capacity import Capacity, TaskSize
 from fedllm.planning.classes import asks_for_gpus, job_options
+from fedllm.planning.engines import engines_of, job_size
 from fedllm.planning.federation import TERAFLOPS, Federation
 from fedllm.planning.roles import GROUPS, split_roles
 from fedllm.planning.seeding import seed_of
@@ -114,6 +116,14 @@ def pieces_to_score(
     return cut_pieces(targets, ranks, config.evaluation.batch_size)
 
 
+def last_pieces(federation: Federation) -> list[EvaluationPiece]:
+    """Return the pieces of a run's last evaluation, its largest; none without evaluations."""
+    rounds = federation.config.rounds
+    if not is_evaluated(federation.config.evaluation, rounds, rounds):
+        return []
+    return pieces_to_score(federation, state_round=rounds, targets_round=rounds)
+
+
 def scores_base(config: Config, state_round: int) -> bool:
     """Return whether a state is the untouched base: B is zero, so every rank scores the same."""
     return state_round == 0 and not config.model.adapter
@@ -170,6 +180,37 @@ def scoring_seconds(config: Config, prepared: PreparedRecord, targets: Sequence[
     gpus = asks_for_gpus(job_options(config.scheduler.sbatch, "evaluate"))
     speed = _TERA * (config.scheduler.worker_teraflops or TERAFLOPS[gpus])
     return _TIMES * tokens * 2.0 * prepared.model_parameters / speed
+
+
+def scorers_of(
+    federation: Federation,
+    pieces: Sequence[EvaluationPiece],
+    capacity: Callable[[SbatchOptions, TaskSize], Capacity],
+) -> int:
+    """Return how many tasks score the pieces of an evaluation that are left.
+
+    Processes that divide the base score all pieces together, one after the other.
+    """
+    config = federation.config
+    size = job_size("evaluate", engines_of(config))
+    if size.processes > 1:
+        return 1
+    targets = [target for piece in pieces for target in piece.targets]
+    return num_scorers(
+        len(pieces),
+        scoring_seconds(config, federation.prepared, targets),
+        capacity(job_options(config.scheduler.sbatch, "evaluate"), size),
+        config.scheduler,
+    )
+
+
+def shared_seconds(federation: Federation, pieces: Sequence[EvaluationPiece], tasks: int) -> float:
+    """Estimate how long tasks that claim piece after piece score, without their start."""
+    free_at = [0.0] * tasks
+    for piece in pieces:
+        seconds = scoring_seconds(federation.config, federation.prepared, piece.targets)
+        heapq.heapreplace(free_at, free_at[0] + seconds)
+    return max(free_at)
 
 
 def num_scorers(pieces: int, seconds: float, room: Capacity, section: SchedulerSection) -> int:

@@ -5,15 +5,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedllm.errors import FedllmError, RunDirectoryError
-from fedllm.planning.classes import job_options
 from fedllm.planning.engines import engines_of, job_size
 from fedllm.planning.evaluation_targets import (
     EvaluationPiece,
     bundles_of,
     is_evaluated,
-    num_scorers,
     pieces_to_score,
-    scoring_seconds,
+    scorers_of,
 )
 from fedllm.planning.federation import Federation
 from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
@@ -81,21 +79,12 @@ def shares_of_evaluation(
 
     Processes that divide the base score all pieces together, one after the other.
     """
-    config = federation.config
-    size = job_size("evaluate", engines_of(config))
-    if size.processes > 1:
+    if job_size("evaluate", engines_of(federation.config)).processes > 1:
         return ONE_TASK
     done = {path.stem for path in paths.part_files()}
     left = [piece for piece in pieces if paths.part(piece.number).stem not in done]
-    targets = [target for piece in left for target in piece.targets]
     return Shares(
-        tasks=num_scorers(
-            len(left),
-            scoring_seconds(config, federation.prepared, targets),
-            scheduler.capacity(job_options(config.scheduler.sbatch, "evaluate"), size),
-            config.scheduler,
-        ),
-        bundles=bundles_of(pieces),
+        tasks=scorers_of(federation, left, scheduler.capacity), bundles=bundles_of(pieces)
     )
 
 

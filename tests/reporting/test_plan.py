@@ -43,6 +43,7 @@ def geometry(
         capacities=dry_run.capacities,
         waves=dry_run.waves,
         logs=dry_run.logs,
+        scorers=dry_run.scorers,
         slots=slots,
         room=room or QueueLimits(),
         options=options or RealOptions(),
@@ -161,6 +162,7 @@ def test_files_and_folders_are_those_that_a_round_really_writes(tmp_path: Path) 
         capacities=dry_run.capacities,
         waves=dry_run.waves,
         logs=dry_run.logs,
+        scorers=dry_run.scorers,
         slots=(),
         room=QueueLimits(),
         options=RealOptions(),
@@ -196,9 +198,23 @@ def test_evaluations_are_counted_and_estimated() -> None:
     found = geometry(slurm_of(rounds=10, evaluation__every=4)).evaluation
     assert (found.times, found.clients, found.rows) == (4, 100, 200)
     assert found.most_new_tokens == 2 * 200 * 128
-    assert found.seconds > 2 * 200 * 128 * 2e9 / 1e11
+    assert found.tasks * found.seconds > 2 * 200 * 128 * 2e9 / 1e11
     never = geometry(slurm_of(evaluation__every=0)).evaluation
     assert (never.times, never.clients, never.seconds) == (0, 0, 0.0)
+
+
+def test_tasks_that_share_an_evaluation_share_its_time() -> None:
+    config = slurm_of(rounds=10, evaluation__batch_size=1)
+    one = Capacity(free_slots=1, max_parallel=1, largest_array=400)
+    alone, shared = geometry(config, one), geometry(config)
+    assert (alone.evaluation.tasks, alone.evaluation.rows) == (1, 200)
+    # 200 rows in pieces of at most 16
+    assert 2 < shared.evaluation.tasks <= 14
+    least = alone.evaluation.seconds / shared.evaluation.tasks
+    assert least <= shared.evaluation.seconds < 2 * least
+    counted = f"in {shared.evaluation.tasks} tasks"
+    assert counted in " ".join(describe_plan(shared).split())
+    assert shared.job_starts_per_minute > alone.job_starts_per_minute
 
 
 def test_what_clients_keep_is_a_folder_of_the_plan() -> None:

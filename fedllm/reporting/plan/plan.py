@@ -8,7 +8,7 @@ from fedllm.config.models import Config
 from fedllm.planning.capacity import Capacity
 from fedllm.planning.classes import JobKind
 from fedllm.planning.engines import engines_of, job_size
-from fedllm.planning.evaluation_targets import choose_targets, is_evaluated, scoring_seconds
+from fedllm.planning.evaluation_targets import is_evaluated, last_pieces, shared_seconds
 from fedllm.planning.federation import Federation
 from fedllm.planning.workers import ClassPlan
 from fedllm.reporting.plan.plan_directions import DirectionsPlan, plan_directions
@@ -22,7 +22,7 @@ from fedllm.reporting.plan.plan_time import (
 )
 from fedllm.reporting.results.summary import update_bytes
 from fedllm.reporting.usage import Options, cpus_of, gpus_of, memory_of, of_task
-from fedllm.storage.records import CohortClient, PreparedRecord, SubmissionRecord
+from fedllm.storage.records import CohortClient, SubmissionRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,15 @@ class JobPlan:
 class EvaluationPlan:
     """The evaluations of a run; each row is scored at its client's rank and at the largest rank.
 
-    `seconds` is the time of the largest evaluation, estimated from its operations alone: generating
-    text is slower.
+    `tasks` share the largest evaluation, and `seconds` is the time until the last of them ends,
+    estimated from operations alone: generating text is slower.
     """
 
     times: int
     clients: int
     rows: int
     most_new_tokens: int
+    tasks: int
     seconds: float
 
 
@@ -130,6 +131,7 @@ def plan_geometry(
     capacities: Mapping[str, Capacity],
     waves: tuple[int, ...],
     logs: Sequence[Path],
+    scorers: int,
     slots: Sequence[int],
     room: QueueLimits,
     options: RealOptions,
@@ -144,6 +146,7 @@ def plan_geometry(
         capacities: class -> the free capacity for it.
         waves: the number of tasks submitted together, wave by wave.
         logs: the logs that the arrays write.
+        scorers: tasks that share the last evaluation.
         slots: numbers of free slots to estimate the time for.
         room: the limits of the queue.
         options: the options as sbatch gets them; empty if nothing goes to Slurm.
@@ -155,9 +158,9 @@ def plan_geometry(
     hours = [_worker_hours(item, startup, plan.one_bundle) for item in classes]
     folders = folders_of_round(federation, cohort, plan, logs)
     tasks = sum(item.workers for item in classes)
-    evaluation = _evaluation(config, prepared)
+    evaluation = _evaluation(federation, scorers)
     # a round also starts an aggregation and its share of the evaluations
-    starts = tasks + 1 + evaluation.times / config.rounds
+    starts = tasks + 1 + evaluation.times * evaluation.tasks / config.rounds
     return Geometry(
         rounds=config.rounds,
         trainable_clients=len(federation.trainable),
@@ -244,16 +247,15 @@ def _jobs(config: Config, evaluation: EvaluationPlan, real: RealOptions) -> tupl
     return tuple(jobs)
 
 
-def _evaluation(config: Config, prepared: PreparedRecord) -> EvaluationPlan:
+def _evaluation(federation: Federation, tasks: int) -> EvaluationPlan:
     """Return the cost of evaluations; the largest are those of the base and of the last round."""
-    section = config.evaluation
-    scored = [n for n in range(config.rounds + 1) if is_evaluated(section, n, config.rounds)]
-    targets = choose_targets(config, prepared, config.rounds) if scored else []
-    rows = sum(len(target.rows) for target in targets)
+    config, pieces = federation.config, last_pieces(federation)
+    section, rows = config.evaluation, sum(piece.rows for piece in pieces)
     return EvaluationPlan(
-        times=len(scored),
-        clients=len(targets),
+        times=sum(is_evaluated(section, n, config.rounds) for n in range(config.rounds + 1)),
+        clients=sum(len(piece.targets) for piece in pieces),
         rows=rows,
         most_new_tokens=2 * rows * section.max_new_tokens,
-        seconds=scoring_seconds(config, prepared, targets),
+        tasks=tasks,
+        seconds=shared_seconds(federation, pieces, tasks),
     )

@@ -172,7 +172,8 @@ def _costs(plan: Geometry) -> Iterator[str]:
             f"{counted(scored.times, 'evaluation')}; those of the base and of the last round score "
             f"{counted(scored.rows, 'row')} of {counted(scored.clients, 'client')}, at each "
             "client's own rank and at the largest: up to "
-            f"{scored.most_new_tokens:,} generated tokens, at least {duration(scored.seconds)}"
+            f"{scored.most_new_tokens:,} generated tokens, at least {duration(scored.seconds)} in "
+            f"{counted(scored.tasks, 'task')}"
         )
 
 

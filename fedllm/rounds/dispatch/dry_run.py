@@ -7,6 +7,7 @@ from pathlib import Path
 from fedllm.config.models import Config, SbatchOptions
 from fedllm.planning.capacity import Capacity, TaskSize
 from fedllm.planning.classes import tier_options
+from fedllm.planning.evaluation_targets import last_pieces, scorers_of
 from fedllm.planning.federation import Federation, plan_federation
 from fedllm.planning.workers import ClassPlan, plan_classes
 from fedllm.rounds.dispatch.attempts import workers_record
@@ -37,6 +38,7 @@ class DryRun:
         plan: the plan with the arrays of all waves.
         waves: number of tasks of each wave.
         logs: the log files that the arrays would write.
+        scorers: tasks that share the last evaluation.
     """
 
     federation: Federation
@@ -46,6 +48,7 @@ class DryRun:
     plan: SubmissionRecord
     waves: tuple[int, ...]
     logs: tuple[Path, ...]
+    scorers: int
 
 
 def plan_first_round(
@@ -97,6 +100,7 @@ def plan_first_round(
         plan=plan.model_copy(update={"arrays": arrays}),
         waves=tuple(sum(array.tasks for array in wave) for wave in waves),
         logs=tuple(_logs(arrays, run.logs(1))),
+        scorers=scorers_of(federation, last_pieces(federation), capacity),
     )
 
 

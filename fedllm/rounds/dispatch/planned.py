@@ -102,6 +102,7 @@ def _geometry(
         capacities=dry_run.capacities,
         waves=dry_run.waves,
         logs=dry_run.logs,
+        scorers=dry_run.scorers,
         slots=sorted({max(1, slots // 4), max(1, slots // 2), slots, 2 * slots, 4 * slots}),
         room=room,
         options=_real_options(config, scripts) if scripts else RealOptions(),
