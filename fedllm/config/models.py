@@ -720,7 +720,7 @@ class StoppingSection(Section):
 class ReportingSection(Section):
     """Reporting: which experiment trackers get the metrics of every round."""
 
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that the coordinator gives the metrics of every finished round, the same as in
     `metrics.jsonl`: see [results](report.md#trackers). Each needs its package."""
 

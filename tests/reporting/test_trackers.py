@@ -1,6 +1,8 @@
 """Trackers get the metrics of finished rounds once, and never end a run."""
 
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 from importlib import import_module
@@ -91,6 +93,31 @@ def test_a_tracker_that_fails_is_named_and_gets_its_rounds_later(run: RunPaths) 
     assert ExportedRecord.read(run.exported("tensorboard")).round == 1
 
 
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_has_every_round_once_and_says_nothing(
+    run: RunPaths,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    said: list[str] = []
+    export_rounds(run, tracking("trackio"), said.append)
+    finished(run, 1, 3.0)
+    export_rounds(run, tracking("trackio"), said.append)
+    export_rounds(run, tracking("trackio"), said.append)
+    assert (said, capsys.readouterr().out) == ([], "")
+    with sqlite3.connect(tmp_path / "trackio" / "fedllm.db") as tables:
+        rows = tables.execute("select run_name, step, metrics from metrics order by step")
+        found = [(name, step, json.loads(metrics)) for name, step, metrics in rows]
+    wanted = metric_rows(run)
+    assert [(step, metrics["train_loss"]) for _, step, metrics in found] == [
+        (row["round"], row["train_loss"]) for row in wanted
+    ]
+    (name,) = {name for name, _, _ in found}
+    assert name.startswith("run ")
+
+
 def test_a_missing_package_is_one_line_with_the_command() -> None:
     absent = [name for name, tracker in TRACKERS.items() if find_spec(tracker.package) is None]
     for name in absent:
@@ -102,7 +129,7 @@ def test_a_missing_package_is_one_line_with_the_command() -> None:
 def test_the_coordinator_loads_no_tracker_that_the_run_does_not_name() -> None:
     code = (
         "import sys, fedllm.rounds.ending.finishing; "
-        "print([n for n in ('tensorboard', 'wandb', 'mlflow') if n in sys.modules])"
+        f"print([n for n in {tuple(TRACKERS)!r} if n in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ

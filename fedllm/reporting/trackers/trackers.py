@@ -11,6 +11,7 @@ from fedllm.reporting.results.metrics import metric_rows
 from fedllm.reporting.trackers.experiment import Experiment, Row
 from fedllm.reporting.trackers.mlflow_runs import export_to_mlflow
 from fedllm.reporting.trackers.tensorboard_events import export_to_tensorboard
+from fedllm.reporting.trackers.trackio_runs import export_to_trackio
 from fedllm.reporting.trackers.wandb_runs import export_to_wandb
 from fedllm.storage.kept_records import ExportedRecord
 from fedllm.storage.paths import RunPaths
@@ -29,6 +30,7 @@ TRACKERS: Mapping[str, Tracker] = {
     "tensorboard": Tracker(package="tensorboard", export=export_to_tensorboard),
     "wandb": Tracker(package="wandb", export=export_to_wandb),
     "mlflow": Tracker(package="mlflow", export=export_to_mlflow),
+    "trackio": Tracker(package="trackio", export=export_to_trackio),
 }
 
 
