@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.rounds import family
+from benchmarks.measured.processes import family
 from fedllm.storage.paths import shipped
 
 _SECONDS = 0.25

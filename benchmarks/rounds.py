@@ -19,15 +19,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from benchmarks.measured.processes import Usage, measured
+
+if TYPE_CHECKING:
+    from fedllm.data.cache import Row, TokenizedClients
 
 WORKERS = 2
 CLIENTS = 32
@@ -35,6 +39,19 @@ COHORT = 16
 STEPS = {"A": 10, "B": 1}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA, BATCH, CUTOFF, RATE = 8, 16, 4, 128, 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What is inside optimizer steps."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def __add__(self, other: "Steps") -> "Steps":
+        return Steps(
+            seconds=self.seconds + other.seconds, cpu_seconds=self.cpu_seconds + other.cpu_seconds
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,93 +156,53 @@ def configuration(workload: str, root: Path, asked: argparse.Namespace) -> dict[
 def repeat(workload: str, number: int, root: Path, asked: argparse.Namespace) -> Repeat:
     """Run a workload, then the floor of its steady rounds."""
     run = root / f"{workload}{number}"
-    config = root / f"{workload}.yaml"
-    config.write_text(yaml.safe_dump(configuration(workload, root, asked)), encoding="utf-8")
-    peak = run_fedllm(config, run)
-    states = [run / "rounds" / f"{n:04d}/aggregate/aggregate.json" for n in range(asked.rounds + 1)]
-    ends = [state.stat().st_mtime_ns / 1e9 for state in states]
-    seconds = [after - before for before, after in pairwise(ends[1:])]
-    floor = floor_seconds(run, range(2, asked.rounds + 1), workload, asked)
+    used = run_workload(workload, run, asked)
+    ends = round_ends(run, asked.rounds)
+    floor = floor_of(run, range(2, asked.rounds + 1), workload, asked)
     shutil.rmtree(run)
     return Repeat(
-        workload=workload, floor_seconds=floor, round_seconds=seconds, peak_pss_mib=peak / 2**20
+        workload=workload,
+        floor_seconds=floor.seconds,
+        round_seconds=[after - before for before, after in pairwise(ends)],
+        peak_pss_mib=used.peak_pss_mib,
     )
 
 
-def run_fedllm(config: Path, run: Path) -> int:
-    """Run a configuration to its end; return the peak of the PSS of all its processes, bytes."""
-    command = [sys.executable, "-m", "fedllm.cli.main", "run", str(config), "--run-dir", str(run)]
+def run_workload(workload: str, run: Path, asked: argparse.Namespace) -> Usage:
+    """Run a workload in the run directory `run`, beside its configuration and the data."""
+    config = run.parent / f"{workload}.yaml"
+    content = yaml.safe_dump(configuration(workload, run.parent, asked))
+    config.write_text(content, encoding="utf-8")
+    return run_fedllm(config, run)
+
+
+def round_ends(run: Path, rounds: int) -> list[float]:
+    """Return when each round's server state was published, in seconds since the epoch."""
+    states = [run / "rounds" / f"{n:04d}/aggregate/aggregate.json" for n in range(1, rounds + 1)]
+    return [state.stat().st_mtime_ns / 1e9 for state in states]
+
+
+def run_fedllm(config: Path, run: Path) -> Usage:
+    """Run a configuration to its end."""
     entry = "import sys; from fedllm.cli.main import main; main()"
-    command[1:3] = ["-c", entry]
+    command = [sys.executable, "-c", entry, "run", str(config), "--run-dir", str(run)]
     log = config.with_suffix(".log")
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        peak = Peak(process.pid)
-        code = process.wait()
-    if code:
-        sys.exit(f"fedllm run exited {code}:\n{log.read_text(encoding='utf-8')[-2000:]}")
-    return peak.stop()
+    used = measured(command, log, os.environ | {"OMP_NUM_THREADS": "1"})
+    if used.returncode:
+        tail = log.read_text(encoding="utf-8")[-2000:]
+        sys.exit(f"fedllm run exited {used.returncode}:\n{tail}")
+    return used
 
 
-class Peak(threading.Thread):
-    """Samples the proportional set size of a process and all that it started."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self._pid, self._peak, self._over = pid, 0, threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        """Sample until told to stop."""
-        while not self._over.wait(0.5):
-            self._peak = max(self._peak, sum(map(pss, family(self._pid))))
-
-    def stop(self) -> int:
-        """Return the largest sum."""
-        self._over.set()
-        self.join()
-        return self._peak
+def cohorts_of(run: Path, rounds: Sequence[int]) -> list[list[str]]:
+    """Return the clients of some rounds."""
+    records = [run / "rounds" / f"{n:04d}/cohort.json" for n in rounds]
+    return [[client["id"] for client in json.loads(r.read_text())["clients"]] for r in records]
 
 
-def family(pid: int) -> list[int]:
-    """Return a process and its descendants."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(stat.parent.name)] = int(fields[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
-
-
-def pss(pid: int) -> int:
-    """Return the proportional set size of a process in bytes, 0 where it ended."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    return next((int(x.split()[1]) << 10 for x in text.splitlines() if x.startswith("Pss:")), 0)
-
-
-def floor_seconds(
-    run: Path, rounds: Sequence[int], workload: str, asked: argparse.Namespace
-) -> float:
-    """Return the mean over `rounds` of the plain loop's step seconds over the slots."""
-    cohorts = [
-        [
-            client["id"]
-            for client in json.loads((run / "rounds" / f"{n:04d}/cohort.json").read_text())[
-                "clients"
-            ]
-        ]
-        for n in rounds
-    ]
+def floor_of(run: Path, rounds: Sequence[int], workload: str, asked: argparse.Namespace) -> Steps:
+    """Return the plain loop's steps, a round of `rounds`: seconds over the slots, CPU seconds."""
+    cohorts = cohorts_of(run, rounds)
     halves = [
         [[n, c] for n, cohort in zip(rounds, cohorts, strict=True) for c in cohort[w::WORKERS]]
         for w in range(WORKERS)
@@ -245,13 +222,14 @@ def floor_seconds(
         )
         for half in halves
     ]
-    total = 0.0
+    total = Steps()
     for process in processes:
         out, _ = process.communicate()
         if process.returncode:
             sys.exit(f"the floor's process exited {process.returncode}")
-        total += json.loads(out)["seconds"]
-    return total / WORKERS / len(rounds)
+        total += Steps(**json.loads(out))
+    seconds, cpu = total.seconds / WORKERS / len(rounds), total.cpu_seconds / len(rounds)
+    return Steps(seconds=seconds, cpu_seconds=cpu)
 
 
 def floor_process(asked: argparse.Namespace) -> int:
@@ -273,18 +251,21 @@ def floor_process(asked: argparse.Namespace) -> int:
     model.train()
     data = TokenizedClients.open(Path(prepared["data_path"]))
     work = json.loads(asked.clients)
-    total = 0.0
+    total = Steps()
     # the first steps of a process are slower: one client that does not count
     for turn, (number, client) in enumerate([work[0], *work]):
-        rows = data.rows(client, "train")
-        random.Random(f"{number} {client}").shuffle(rows)
-        batches = [
-            plain_batch(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)
-        ][: STEPS[asked.workloads]]
-        seconds = plain_steps(model, batches)
-        total += seconds if turn else 0.0
-    print(json.dumps({"seconds": total}))
+        steps = rows_of(data, number, client, asked.workloads)
+        found = plain_steps(model, [plain_batch(rows) for rows in steps])
+        total += found if turn else Steps()
+    print(json.dumps(asdict(total)))
     return 0
+
+
+def rows_of(data: "TokenizedClients", number: int, client: str, workload: str) -> list[list["Row"]]:
+    """Return the rows of each step of a client in a round, in an order of its own."""
+    rows = data.rows(client, "train")
+    random.Random(f"{number} {client}").shuffle(rows)
+    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)][: STEPS[workload]]
 
 
 def plain_batch(rows: Sequence[Any]) -> dict[str, Any]:
@@ -304,22 +285,23 @@ def plain_batch(rows: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def plain_steps(model: Any, batches: Sequence[dict[str, Any]]) -> float:
-    """Return the seconds inside the optimizer steps."""
+def plain_steps(model: Any, batches: Sequence[dict[str, Any]]) -> Steps:
+    """Take a client's steps; return what is inside them: forward, backward, update."""
     import torch
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-    seconds = 0.0
+    seconds = cpu_seconds = 0.0
     for batch in batches:
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - begun
-    return seconds
+        cpu_seconds += time.process_time() - cpu_begun
+    return Steps(seconds=seconds, cpu_seconds=cpu_seconds)
 
 
 def line(found: Repeat) -> str:
