@@ -84,7 +84,7 @@ def aggregate(
         typer.Option(
             "--tolerance",
             metavar="E",
-            help="Max excess of the lost energy over the least possible, relative to it.",
+            help="Energy that may be lost beyond the least possible, as a share of it.",
         ),
     ] = 1e-4,
     base: Annotated[

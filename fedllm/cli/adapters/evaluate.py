@@ -77,7 +77,7 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE", help="Where the harness's JSON is kept. Default: in the run."
+            "--out", metavar="FILE", help="Where to keep the harness's JSON. Default: in the run."
         ),
     ] = None,
     set_: Overrides = None,

@@ -20,7 +20,7 @@ def advance(
     run_dir: RunDir = None,
     json_: AsJson = False,
     chained: Annotated[
-        bool, typer.Option("--chained", help="Run as a Slurm job whose successor waits.")
+        bool, typer.Option("--chained", help="As a Slurm job: submit the next one first.")
     ] = False,
 ) -> None:
     """Take all steps of a run that are possible now, then return.

@@ -35,9 +35,9 @@ def init(
     ] = None,
     where: Annotated[str | None, typer.Option(metavar="W", help="here or slurm.")] = None,
 ) -> None:
-    """Write a short configuration from three questions.
+    """Ask three questions and write a short configuration.
 
-    Questions that options answer are not asked: data, model, and where it runs.
+    They are about data, model and where it runs; what an option answers is not asked.
     """
     if file.exists():
         raise ConfigError(f"{file}: exists; name another file: fedllm init FILE")

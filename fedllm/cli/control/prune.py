@@ -20,8 +20,8 @@ def prune(
 ) -> None:
     """Remove old states, updates, logs and leftovers of a run.
 
-    `storage` says what to keep; resume still works. The coordinator does the same after every
-    round; both may do it at once.
+    The keys of `storage` say what is kept, and `fedllm resume` still works. The coordinator prunes
+    after every round too; both may do it at once.
     """
     paths = existing_run(run)
     config = read_config(paths.config)

@@ -24,7 +24,7 @@ def resume(
 ) -> None:
     """Continue a run or a sweep to its end.
 
-    Keys of a run that decide no result may change with --set, and `rounds` may grow.
+    With --set, keys that do not decide the result may change, and `rounds` may grow.
     """
     if sweep := existing_sweep(run):
         if set_:

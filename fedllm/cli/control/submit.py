@@ -32,7 +32,7 @@ def submit(
 ) -> None:
     """Submit the coordinator as a small Slurm job. It submits all other jobs.
 
-    One job coordinates all runs of a sweep, side by side under one throttle.
+    For a sweep, one coordinator runs everything side by side, under one limit of queued tasks.
     """
     sweep = _sweep(config, run_dir)
     if sweep is None:

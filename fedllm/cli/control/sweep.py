@@ -32,8 +32,8 @@ def sweep(
 ) -> None:
     """Run arms, a grid and seeds over one configuration. Run it again to continue.
 
-    On this machine the runs follow each other; on Slurm they go on side by side under one
-    throttle. `compare` and `status` read the folder.
+    On this machine one run follows the other; on Slurm they go on side by side, under one limit of
+    queued tasks. `fedllm status` and `fedllm compare` take the folder.
     """
     if example:
         say(shipped(_EXAMPLE).read_text(encoding="utf-8").rstrip())

@@ -41,8 +41,8 @@ def compare(
 ) -> None:
     """Compare runs, or the arms of a sweep, on the same test rows.
 
-    Two questions are answered, each for itself: are these models different on clients like these,
-    and are these methods different with other seeds too.
+    It answers two questions: do these models differ on clients like these, and do these methods
+    differ with other seeds too?
     """
     if by not in BY:
         raise UserError(f"--by: got {by!r}, need one of {', '.join(BY)}")

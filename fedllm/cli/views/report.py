@@ -37,7 +37,7 @@ def report(
         typer.Option(
             "--target",
             metavar="METRIC=X",
-            help="What a score took: loss=2.5 or unseen.rouge_l=0.3.",
+            help="Add what it took to reach a score: loss=2.5 or unseen.rouge_l=0.3.",
         ),
     ] = None,
 ) -> None:

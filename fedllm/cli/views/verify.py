@@ -11,7 +11,7 @@ from fedllm.storage.paths import RunPaths
 def verify(run: RunFolder, json_: AsJson = False) -> None:
     """Check every record, digest and state of a run directory.
 
-    Nothing is changed. Exit code 3: `fedllm resume` mends what is damaged; 2: you have to.
+    Nothing is changed. Exit code 3: `fedllm resume` repairs what is damaged; 2: you have to.
     """
     paths = RunPaths(root=run.resolve())
     if not paths.run.exists() and not paths.config.exists():
