@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedllm.cli.live_run import live_run
 from fedllm.cli.options import configuration, default_run_dir, existing_run, say
+from fedllm.cli.sources import check_sources_of, private_sources
 from fedllm.config.models import Config
 from fedllm.errors import ConfigError, LeaseError, UserError
 from fedllm.methods.catalog import check_method, private_space
@@ -261,9 +262,14 @@ def open_for_coordination(
 
     Raises:
         ConfigError: options of sbatch that only fedllm sets, or a method that is not there.
+        UserError: base or data are not here, or this user may not read them.
         RunDirectoryError: it cannot be used, or Slurm cannot take its path.
     """
     check_before_run(config, root)
+    paths = RunPaths(root=root.resolve())
+    check_sources_of(paths, config)
+    if config.storage.group and (warning := private_sources(paths)):
+        say_line(f"warning: {warning}")
     return open_run(
         root,
         config,

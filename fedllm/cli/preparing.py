@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fedllm.cli.sources import check_sources
 from fedllm.config.models import Config, is_own
 from fedllm.errors import UserError
 from fedllm.process.log import say
@@ -51,6 +52,7 @@ def prepared_once(config: Config, cache: CachePaths, count: Count) -> PreparedRe
 
 def prepared_anew(config: Config, cache: CachePaths, count: Count) -> PreparedRecord:
     """Prepare a configuration, and keep the result for its next plan."""
+    check_sources(config)
     # imported late: the compute side takes seconds to load
     from fedllm.programs.prepare import prepare
 

@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from fedllm.data.files.splits import SPLIT_NAMES, TRAIN
+from fedllm.data.names import require_hub_name
 from fedllm.errors import DataError
-from fedllm.storage.hub import first_line, hub_key, is_hub_name
+from fedllm.storage.hub import first_line, hub_key
 from fedllm.storage.paths import CachePaths
 from fedllm.storage.publishing.folders import publishing_folder
 
@@ -124,11 +125,7 @@ def _table(split: Any) -> pa.Table:
 
 def _check_hub(name: str, revision: str | None) -> None:
     """Query the hub once: without a network, `load_dataset` retries for half a minute."""
-    if not is_hub_name(name):
-        raise DataError(
-            f"data.path: {name}: no such file or directory; give a file or folder of rows "
-            "(JSON lines, CSV, parquet), a saved data set, a hub name or `embedded`"
-        )
+    require_hub_name(name)
     from huggingface_hub import HfApi
 
     try:

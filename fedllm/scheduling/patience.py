@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fedllm.errors import Incomplete, StorageFull
+from fedllm.errors import Incomplete, StorageFull, UserError
 from fedllm.planning.backoff import Backoff
+from fedllm.storage.publishing.permissions import denied
 from fedllm.storage.publishing.publish import full_storage, storage_trouble
 
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -40,12 +41,15 @@ class Patience:
         Raises:
             Incomplete: the trouble lasts too long.
             StorageFull: no space or quota is left.
+            UserError: the mode of a file keeps this user from reading it.
             Exception: `error` itself, if it is no trouble of the file system.
         """
         if full := full_storage(error):
             if isinstance(error, StorageFull):
                 raise error
             raise StorageFull(f"{full}; make space, then resume the run") from error
+        if problem := denied(error):
+            raise UserError(problem) from error
         trouble = storage_trouble(error)
         if trouble is None:
             raise error

@@ -20,8 +20,6 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
 
     Run it where the network is; all later steps work offline.
     """
-    from fedllm.programs.prepare import describe_layout
-
     loaded = configuration(config, set_ or [])
     cache = cache_for(loaded, default_run_dir(config))
     with progress_bar() as count:
@@ -29,6 +27,8 @@ def prepare(config: ConfigFile, set_: Overrides = None, json_: AsJson = False) -
     if json_:
         say_json(prepared.model_dump(mode="json", by_alias=True))
         return
+    from fedllm.programs.prepare import describe_layout
+
     say(f"cache {cache.root}")
     rows = sum(client.train_rows for client in prepared.clients)
     trainable = sum(client.train_rows > 0 for client in prepared.clients)

@@ -1,11 +1,15 @@
 """Permissions of run directories that a group shares: every member can continue a run."""
 
+import contextlib
+import errno
 import grp
 import os
+import stat
 from pathlib import Path
 
 from fedllm.errors import ConfigError
 from fedllm.storage.publishing.publish import make_folder, storage_errors
+from fedllm.storage.trust.owners import user_name
 
 _FOR_GROUP = 0o2770  # set-group-id: new files below belong to the group too
 _NOT_FOR_OTHERS = 0o007
@@ -46,3 +50,65 @@ def share_with_group(root: Path, group: str) -> None:
         if (status.st_gid, status.st_mode & _FOR_GROUP) != (number, _FOR_GROUP):
             os.chown(root, -1, number)
             root.chmod(status.st_mode | _FOR_GROUP)
+
+
+def reading_problem(path: Path) -> str | None:
+    """Say why the modes of a file or of a folder above it keep this user from reading it.
+
+    None: they do not, or it cannot be told, or there is no such file.
+    """
+    path = path.absolute()
+    for each in (*reversed(path.parents), path):
+        try:
+            status = each.stat()
+        except OSError:
+            return None
+        wanted = stat.S_IROTH if each == path else 0
+        wanted |= stat.S_IXOTH if stat.S_ISDIR(status.st_mode) else 0
+        if _refuses(status, wanted) and not _has_access_list(each):
+            letters = stat.filemode(wanted)[-3:].replace("-", "")
+            mode = stat.S_IMODE(status.st_mode)
+            own = status.st_uid == os.geteuid()
+            remedy = f"chmod {'u' if own else 'g'}+{letters} {each}"
+            if not (own or _is_of_my_group(status)):
+                remedy = f"chgrp GROUP {each} && {remedy}, with a group that you are in"
+            return (
+                f"{path}: its mode or that of a folder above keeps you from reading it ({each} is "
+                f"of {user_name(status.st_uid)}, mode {mode:04o}); its owner has to say: {remedy}"
+            )
+    return None
+
+
+def denied(error: BaseException) -> str | None:
+    """Say why a file was refused, if its mode is the reason: then no wait helps."""
+    for each in (error, error.__cause__):
+        if isinstance(each, PermissionError) and each.errno == errno.EACCES and each.filename:
+            return reading_problem(Path(os.fsdecode(each.filename)))
+    return None
+
+
+def only_for_owner(path: Path) -> bool:
+    """Say whether the mode of a file lets nobody but its owner read it."""
+    return not path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
+
+
+def _refuses(status: os.stat_result, wanted: int) -> bool:
+    """Say whether a mode refuses this user the rights `wanted`, given as those of others."""
+    if os.geteuid() == 0:
+        return False  # no mode does
+    if os.geteuid() == status.st_uid:
+        wanted <<= 6
+    elif _is_of_my_group(status):
+        wanted <<= 3
+    return status.st_mode & wanted != wanted
+
+
+def _is_of_my_group(status: os.stat_result) -> bool:
+    return status.st_gid in {*os.getgroups(), os.getegid()}
+
+
+def _has_access_list(path: Path) -> bool:
+    """Say whether a list of its own, not the mode, says who may read a file."""
+    with contextlib.suppress(OSError):
+        return "system.posix_acl_access" in os.listxattr(path)
+    return False
