@@ -60,6 +60,10 @@ def _require_devices(key: str, names: Sequence[str]) -> None:
     _raise_lines([f"{key}: {p}; need auto, cpu, cuda or cuda:N" for p in problems])
 
 
+# lists in which the same value again means something, or that the sweep checks by itself
+_MAY_REPEAT = {"setup", "cut_rounds", "device", "seeds", "learning_rates"}
+
+
 class Section(BaseModel):
     """A group of keys; unknown ones are errors."""
 
@@ -74,6 +78,16 @@ class Section(BaseModel):
         assert info.field_name is not None
         if problem := misread(value, cls.model_fields[info.field_name].annotation):
             raise ValueError(problem)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _names_each_once(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a list that names something twice."""
+        if isinstance(value, tuple) and info.field_name not in _MAY_REPEAT:
+            twice = [each for place, each in enumerate(value) if each in value[:place]]
+            if twice:
+                raise ValueError(f"which names {twice[0]} twice; give it once")
         return value
 
 

@@ -18,6 +18,9 @@ _FLOAT = re.compile(
 )
 # aliases counted as often as they are used; a configuration of a thousand tiers has less
 _MAX_VALUES = 20_000
+_MAX_BYTES = 1 << 19
+# of lists and tables within `[` and `{`
+_MAX_DEPTH = 50
 _REPLACED_TAGS = (":int", ":float", ":timestamp")
 _RESOLVERS = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_REPLACED_TAGS)]
@@ -57,6 +60,12 @@ class _Loader(yaml.SafeLoader):
                 )
             self._values[id(node)] = count
         return node
+
+    def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
+        """Begin a list or table in brackets; refuse one too deep: the time grows as its square."""
+        if self.flow_level >= _MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -151,7 +160,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, is not YAML, or does not hold keys and values.
     """
     try:
-        raw = parse_yaml(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        raw = parse_yaml(data, str(path))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); check its path and its permissions"
@@ -177,6 +188,11 @@ def parse_yaml(data: bytes, where: str) -> Any:
     Raises:
         ConfigError: it is not YAML; the message names the line.
     """
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(
+            f"{where}: is longer than {_MAX_BYTES >> 10} KiB, which no configuration is; give the "
+            "configuration"
+        )
     try:
         text = decode_text(data)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Configuration files give the values that people wrote, and all problems are reported at once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -130,12 +131,32 @@ def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(path))
+    opened = Path.open
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    def refuse(path: Path, mode: str = "r", **others: Any) -> Any:
+        if mode == "rb":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode, **others)
+
+    monkeypatch.setattr(Path, "open", refuse)
     (line,) = problems(tmp_path, SMALL)
     assert "config.yaml: cannot be read (Permission denied); check its path" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("lora.target_modules=[q_proj, v_proj, q_proj]", "q_proj"),
+        ("reporting.trackers=[wandb, wandb]", "wandb"),
+        ("clients.fit_ranks=[2, 4, 2]", "2"),
+    ],
+)
+def test_a_list_that_names_something_twice_is_refused(
+    tmp_path: Path, override: str, named: str
+) -> None:
+    (line,) = problems(tmp_path, SMALL, override)
+    assert line.startswith(f"{override.partition('=')[0]}: got ")
+    assert line.endswith(f", which names {named} twice; give it once")
 
 
 def test_an_empty_file_lacks_everything(tmp_path: Path) -> None:
