@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fedllm.cli.sources import check_sources
@@ -40,17 +40,21 @@ class PreparationRecord(Record):
     lines: list[str]
 
 
-def prepared_once(config: Config, cache: CachePaths, count: Count) -> PreparedRecord:
+def prepared_once(
+    config: Config, cache: CachePaths, count: Count, tell: Callable[[str], None] = say
+) -> PreparedRecord:
     """Return the kept preparation of a configuration and its files, or prepare it."""
     found = PreparationRecord.glance(cache.preparation(_key(config)))
     if found is None:
-        return prepared_anew(config, cache, count)
+        return prepared_anew(config, cache, count, tell)
     for line in found.lines:
-        say(line)
+        tell(line)
     return found.prepared
 
 
-def prepared_anew(config: Config, cache: CachePaths, count: Count) -> PreparedRecord:
+def prepared_anew(
+    config: Config, cache: CachePaths, count: Count, tell: Callable[[str], None] = say
+) -> PreparedRecord:
     """Prepare a configuration, and keep the result for its next plan."""
     check_sources(config)
     # imported late: the compute side takes seconds to load
@@ -61,7 +65,7 @@ def prepared_anew(config: Config, cache: CachePaths, count: Count) -> PreparedRe
 
     def report(line: str) -> None:
         lines.append(line)
-        say(line)
+        tell(line)
 
     prepared = prepare(config, cache, report, count)
     # a method of the user's own may be made of any files

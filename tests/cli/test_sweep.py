@@ -138,6 +138,7 @@ def test_a_plan_of_a_sweep_has_the_hours_of_every_arm(tiny: Tiny, tmp_path: Path
     assert rows[0] == ["hours", "of", "a", "sweep"]
     assert ["flexlora", "3", "3"] in [row[:3] for row in rows]
     assert ["all", "6", "6"] in [row[:3] for row in rows]
+    assert done.stderr.count("data: rows of format") == 1
     assert not (tmp_path / "runs").exists()
 
 

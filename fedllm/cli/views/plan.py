@@ -5,7 +5,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,7 @@ from fedllm.errors import ConfigError, UserError
 from fedllm.planning.federation import plan_federation
 from fedllm.planning.roles import Roles, split_roles
 from fedllm.planning.sweeps.sweep_runs import refuse_leaks
+from fedllm.process.log import say as note
 from fedllm.reporting.method_words import privacy_words
 from fedllm.reporting.plan.idle_resources import resource_warnings
 from fedllm.reporting.plan.plan import Geometry
@@ -167,6 +168,8 @@ def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
     _, runs = planned_sweep(file, root)
     plans: list[ArmPlan] = []
     roles: dict[str, Roles] = {}
+    # runs of the same data have the same notes
+    note_once = cache(note)
     for (arm, phase), of_arm in itertools.groupby(
         sorted(runs, key=lambda run: (run.phase != "tuning", run.arm)),
         key=lambda run: (run.arm, run.phase),
@@ -174,7 +177,7 @@ def _plan_sweep(file: Path, *, json_: bool, others: Sequence[object]) -> None:
         members = list(of_arm)
         config, paths = members[0].config, SweepPaths(root=root.resolve()).run(members[0].name)
         with progress_bar() as count:
-            prepared = prepared_once(config, cache_for(config, paths.root), count)
+            prepared = prepared_once(config, cache_for(config, paths.root), count, note_once)
         roles[arm] = split_roles(config.clients, prepared.clients)
         with closing(execution.make_scheduler(paths, config)) as scheduler:
             geometry = plan_run(config, prepared, paths, scheduler).geometry
