@@ -251,7 +251,10 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(tmp_path: Path) ->
         ([f"x={one}"], "need finished runs of two arms, found x"),
         ([f"x={one}", f"y={fewer}"], "other clients or test rows scored than in"),
         ([f"x={one}", f"y={rows}"], "other clients or test rows scored than in"),
-        ([f"x={one}", f"y={other.root}"], "other data, tokenizer, data.template or data.cutoff"),
+        (
+            [f"x={one}", f"y={other.root}"],
+            "other data, clients.split_seed, tokenizer, data.template or data.cutoff",
+        ),
         ([f"x={one}", f"y={begun.root}"], "not done: its last round is not evaluated; resume"),
         ([f"x={one}", f"y={longer}"], f"round 1; resume it: fedllm resume {one} --set rounds=3"),
         ([f"x={longer}", f"y={one}"], f"round 1; resume it: fedllm resume {one} --set rounds=3"),

@@ -216,7 +216,7 @@ def _same_test_data(
     _refuse_other_rounds(first, found)
     for what, was, now in (
         (
-            "data, tokenizer, data.template or data.cutoff_tokens",
+            "data, clients.split_seed, tokenizer, data.template or data.cutoff_tokens",
             first.fingerprint,
             found.fingerprint,
         ),
