@@ -174,7 +174,8 @@ exec "$REAL" "$@"
                 # nothing else would hold a link back once the tasks it waits for are through
                 waits[job] = waiting_seconds(cluster, job)
                 cluster.slurm("scontrol", "update", f"jobid={job}", "starttime=now")
-        return not waiting
+        # asked at once: a link may have begun since the first question
+        return not links(cluster, root, "PD", "R", "CG", "CF")
 
     until(is_through, seconds=PATIENCE_SECONDS)
     assert states(root) == undisturbed, log(root)
