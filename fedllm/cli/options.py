@@ -224,11 +224,13 @@ def existing_run(root: Path) -> RunPaths:
         RunDirectoryError: there is no run.
     """
     paths = RunPaths(root=root.resolve())
-    if root.is_file():
+    is_config = root.suffix in {".yaml", ".yml"} and not root.is_dir()
+    if is_config or root.is_file():
+        kind = "configuration" if is_config else "file"
         run = default_run_dir(root)
         found = "its run is" if run.exists() else "`fedllm run` starts its run, in"
         raise RunDirectoryError(
-            f"{root}: a file, this command needs a run directory; {found} {run}"
+            f"{root}: a {kind}, but this command needs a run directory; {found} {run}"
         )
     if not paths.run.exists():
         raise RunDirectoryError(

@@ -63,6 +63,15 @@ def test_status_without_a_run_lists_those_below_runs(
     assert shown.startswith("runs/mine: run run: stopped, 0 of 1 round; round 1: train; ")
 
 
+def test_a_configuration_is_no_run_also_if_it_is_one_shipped_with_fedllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = one_line(in_process("status", "configs/quickstart.yaml"))
+    assert "a configuration, but this command needs a run directory" in line
+    assert line.endswith("`fedllm run` starts its run, in runs/quickstart")
+
+
 def test_status_as_json_has_names_that_scripts_can_rely_on(training: RunPaths) -> None:
     found = json.loads(in_process("status", training.root, "--json").stdout)
     assert found.keys() == {

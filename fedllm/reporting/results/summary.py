@@ -100,9 +100,13 @@ def _next_lines(paths: RunPaths, root: str, best: Collection[int]) -> Iterator[s
             "evaluate"
         )
     yield "next:"
-    yield f"  fedllm export {root} --out adapter    an adapter for PEFT, vLLM and others"
-    yield f"  fedllm report {root}    a page with curves, tiers, costs and answers"
-    yield f"  fedllm status {root} --spectra    what adapters of each rank keep of the update"
+    commands = {
+        f"fedllm export {root} --out adapter": "an adapter for PEFT, vLLM and others",
+        f"fedllm report {root}": "a page with curves, tiers, costs and answers",
+        f"fedllm status {root} --spectra": "what adapters of each rank keep of the update",
+    }
+    width = max(map(len, commands))
+    yield from (f"  {command:<{width}}  {what}" for command, what in commands.items())
 
 
 def spectra_text(paths: RunPaths) -> str:
