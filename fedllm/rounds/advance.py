@@ -44,11 +44,11 @@ def advance(run: Run) -> bool:
 
 def prepare(run: Run) -> Federation | None:
     """Prepare model and data in a job; return the federation, or None until they are prepared."""
-    is_new = not run.paths.prepared.exists()
+    run.observations.prepares |= not run.paths.prepared.exists()
     if not run.paths.prepare_job(1).submission.exists():
         check_jobs(run.scheduler, run.config, run.paths)
     # also by a coordinator that waits for the job of an earlier one
-    if is_new and run.observations.is_new("prepare"):
+    if run.observations.prepares and run.observations.is_new("prepare"):
         section = run.config
         run.say(
             f"prepare: model {section.model.path}, data {section.data.path}; cache "
@@ -66,8 +66,9 @@ def prepare(run: Run) -> Federation | None:
     if prepared is None:
         return None
     _require_same_content(run, prepared)
-    for note in prepared.notes if is_new else ():
+    for note in prepared.notes if run.observations.prepares else ():
         run.say(f"prepare: {note}")
+    run.observations.prepares = False
     return run.known_records.federation(prepared)
 
 

@@ -25,6 +25,7 @@ class Observations:
         training_seconds: for how long the current attempt has been watched; None: none trains.
         last_round: the last round of a run that was stopped early; None: it was not.
         no_room: names of arrays that the scheduler had no room for.
+        prepares: the run is being prepared; what is found is told at the end of it.
         step: what the coordinator is doing, in one word, and of which round.
     """
 
@@ -37,6 +38,7 @@ class Observations:
     training_seconds: float | None = None
     no_room: set[str] = field(default_factory=set)
     last_round: int | None = None
+    prepares: bool = False
     step: tuple[str, int] = ("start", 0)
     _tiers: tuple[CohortRecord, Mapping[str, str]] | None = None
     _next: dict[object, float] = field(default_factory=dict)

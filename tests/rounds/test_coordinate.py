@@ -14,10 +14,12 @@ from fedllm.errors import Incomplete, Stopped, StorageFull
 from fedllm.rounds.advance import advance
 from fedllm.rounds.coordinate import advance_while_possible, coordinate, stopping_on_signals
 from fedllm.rounds.dispatch.in_flight import InFlight, find_in_flight, is_done
+from fedllm.rounds.opening import close_run
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Job, SchedulerUnreachable, TaskState
 from fedllm.storage.kept_records import FailureRecord
 from fedllm.storage.lease import Lease
+from fedllm.storage.records import PreparedRecord
 from tests.rounds.cluster import HandMoved, hand_moved, paths_of
 from tests.rounds.simulation import Simulation
 
@@ -64,6 +66,32 @@ def test_a_chained_coordinator_returns_the_tasks_in_flight(
     cluster.work(*cluster.alive)
     assert advance_while_possible(hand_moved(tmp_path, cluster)) is None
     Lease.acquire(paths_of(tmp_path))
+
+
+class QueuedPreparation(HandMoved):
+    """Cluster on which the job that prepares has to wait, too."""
+
+    def submit(self, job: Job) -> list[str]:
+        if job.program != "prepare":
+            return super().submit(job)
+        self.alive["prepare_0"] = (job, TaskState.WAITING)
+        return ["prepare_0"]
+
+
+def test_what_a_job_found_while_preparing_is_said_once_it_ends(tmp_path: Path) -> None:
+    cluster, said = QueuedPreparation(Simulation()), list[str]()
+    run = hand_moved(tmp_path, cluster, said)
+    advance(run)
+    cluster.work(*cluster.alive)
+    found = PreparedRecord.read(run.paths.prepared)
+    found.model_copy(update={"notes": ["one client trains"]}).publish(run.paths.prepared)
+    advance(run)
+    advance(run)
+    assert said.count("prepare: one client trains") == 1
+    close_run(run)
+    advance(run := hand_moved(tmp_path, cluster, said))
+    close_run(run)
+    assert said.count("prepare: one client trains") == 1
 
 
 def test_a_coordinator_in_a_batch_job_names_it_in_its_lease(
@@ -210,7 +238,7 @@ def test_a_file_system_that_keeps_refusing_ends_the_run_as_incomplete(
 ) -> None:
     error = OSError(errno.EROFS, "Read-only file system", "rounds/0001")
     run = hand_moved(tmp_path, OnBadStorage(itertools.repeat(error)), storage__visibility_seconds=0)
-    with pytest.raises(Incomplete, match="rounds/0001: read-only file system, for 0 s; see to"):
+    with pytest.raises(Incomplete, match="rounds/0001: read-only file system, for 0 s; repair the disk"):
         ends(run)
     failure = FailureRecord.read(run.paths.failure(run.lease.number))
     assert failure.exit_code == Incomplete.exit_code
