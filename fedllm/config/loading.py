@@ -14,6 +14,7 @@ from fedllm.config.models import Config
 from fedllm.config.presets import PRESETS_KEY, with_presets
 from fedllm.config.problems import is_section, problem_lines
 from fedllm.config.spelling import is_null, resolve_scalars
+from fedllm.config.sweep_files import BASE
 from fedllm.config.yaml_text import parse_yaml, read_yaml, write_yaml
 from fedllm.errors import ConfigError
 
@@ -84,6 +85,11 @@ def _load(path: Path, assignments: Sequence[_Assignment]) -> Config:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; see configs/ for examples")
     raw = read_yaml(path)
+    if BASE in raw:
+        raise ConfigError(
+            f"{path}: a sweep file, but this command needs a configuration; to run the sweep: "
+            f"fedllm sweep {path}"
+        )
     _apply_all(raw, assignments)
     presets = raw.pop(PRESETS_KEY, None)
     raw = resolve_scalars(raw, Config)

@@ -380,6 +380,12 @@ class ClientsSection(Section):
         for tier in self.cohort.tiers or ():
             if tier not in self.tiers:
                 yield f"clients.cohort.tiers: got {tier!r}, need some of {names}"
+        count = self.cohort.count
+        if count is not None and isinstance(self.quorum, int) and self.quorum > count:
+            yield (
+                f"clients.quorum: got {self.quorum}, clients.cohort.count is {count}; lower it, or "
+                "give `all` or a share"
+            )
 
     def _assign_problems(self) -> Iterator[str]:
         names = ", ".join(self.tiers)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedllm.config.models import WHOLE_LINES, Name, PositiveFloat, PositiveInt, Section
+from fedllm.config.models import WHOLE_LINES, Config, Name, PositiveFloat, PositiveInt, Section
 from fedllm.config.problems import problem_lines
 from fedllm.config.spelling import is_null, resolve_scalars
 from fedllm.config.yaml_text import read_yaml
@@ -146,6 +146,11 @@ def load_sweep(path: Path) -> SweepFile:
         raise ConfigError(f"{path}: no such sweep file; `fedllm sweep --example` prints one")
     # a table whose keys are all comments is null
     raw = {key: value for key, value in read_yaml(path).items() if not is_null(value)}
+    if BASE not in raw and raw.keys() & Config.model_fields.keys():
+        raise ConfigError(
+            f"{path}: a configuration, but this command needs a sweep file, whose key `{BASE}` "
+            f"names a configuration; to run it once: fedllm run {path}"
+        )
     resolved = resolve_scalars(raw, SweepSection)
     try:
         keys = SweepSection.model_validate(resolved)

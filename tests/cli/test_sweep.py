@@ -154,6 +154,16 @@ def test_a_bad_sweep_is_refused_before_anything_is_written(tiny: Tiny, tmp_path:
     assert "base: lost.yaml: no such configuration file" in one_line(in_process("sweep", lost))
 
 
+def test_a_configuration_is_told_from_a_sweep_file(tiny: Tiny, tmp_path: Path) -> None:
+    line = one_line(in_process("sweep", tiny.config))
+    assert "a configuration, but this command needs a sweep file" in line
+    assert line.endswith(f"to run it once: fedllm run {tiny.config}")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"base: {tiny.config}\narms: {{a: {{}}}}\nseeds: [0, 1]\n", encoding="utf-8")
+    line = one_line(in_process("run", file, "--run-dir", tmp_path / "run"))
+    assert line.endswith(f"needs a configuration; to run the sweep: fedllm sweep {file}")
+
+
 def test_the_example_is_a_sweep_file() -> None:
     done = in_process("sweep", "--example")
     assert yaml.safe_load(done.stdout)["comparison"]["contrast"] == ["flexlora", "factor mean"]

@@ -375,6 +375,10 @@ def test_all_problems_are_reported_at_once_each_with_path_value_and_remedy(tmp_p
     [
         ("clients.quorum=0", "clients.quorum: got 0, need >= 1"),
         ("clients.quorum=1.5", "clients.quorum: got 1.5, need <= 1.0"),
+        (
+            "clients={quorum: 5, cohort: {count: 2}, tiers: {a: {ranks: 1}}}",
+            "clients.quorum: got 5, clients.cohort.count is 2; lower it, or give `all` or a share",
+        ),
         ("training.learning_rate=.inf", "training.learning_rate: got inf, need a finite number"),
         ("training.weight_decay=.nan", "training.weight_decay: got nan, need a finite number"),
         ("training.clip_norm=0", "training.clip_norm: got 0, need > 0.0"),

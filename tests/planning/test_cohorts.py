@@ -71,7 +71,7 @@ def test_a_cohort_above_the_trainable_clients_is_an_error_with_both_numbers() ->
 
 
 def test_a_quorum_above_the_cohort_is_an_error_with_both_numbers() -> None:
-    section = config_of(clients__cohort={"count": 2}, clients__quorum=3).clients
+    section = config_of(clients__cohort={"fraction": 0.3}, clients__quorum=3).clients
     with pytest.raises(ConfigError, match=r"clients.quorum: got 3, a round draws 2 clients"):
         cohort_size(section, 7)
 
