@@ -238,7 +238,7 @@ def test_a_file_system_that_keeps_refusing_ends_the_run_as_incomplete(
 ) -> None:
     error = OSError(errno.EROFS, "Read-only file system", "rounds/0001")
     run = hand_moved(tmp_path, OnBadStorage(itertools.repeat(error)), storage__visibility_seconds=0)
-    with pytest.raises(Incomplete, match="rounds/0001: read-only file system, for 0 s; repair the disk"):
+    with pytest.raises(Incomplete, match="0001: read-only file system, for 0 s; repair the disk"):
         ends(run)
     failure = FailureRecord.read(run.paths.failure(run.lease.number))
     assert failure.exit_code == Incomplete.exit_code
