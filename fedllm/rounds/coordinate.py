@@ -38,7 +38,25 @@ def coordinate(run: Run) -> None:
         except Stopped as stopped:
             raise _explained(run, stopped) from stopped
         finally:
-            close_run(run)
+            _close(run)
+
+
+def _close(run: Run) -> None:
+    """Close a run; on a second Ctrl-C, at once.
+
+    Raises:
+        Stopped: it says how to go on.
+    """
+    try:
+        close_run(run)
+    except Stopped as again:
+        raise Stopped(
+            f"{again}, at once; what workers published is kept; {_resume(run)}"
+        ) from again
+
+
+def _resume(run: Run) -> str:
+    return f"go on with: fedllm resume {shlex.quote(shown_path(run.paths.root))}"
 
 
 def advance_while_possible(run: Run) -> InFlight | None:
@@ -95,14 +113,15 @@ def _advance_to_the_end(run: Run) -> None:
 def _explained(run: Run, stopped: Stopped) -> Stopped:
     """Say what is being finished; return the error with what goes on, and how to go on."""
     name = shlex.quote(shown_path(run.paths.root))
-    resume = f"go on with: fedllm resume {name}"
     if not traits_of(run.config).jobs_outlive_coordinator:
         run.say(
             f"{stopped}: workers publish the clients that they have finished, in at most half a "
             f"minute{'; Ctrl-C again ends them at once' if 'Ctrl-C' in str(stopped) else ''}"
         )
-        return Stopped(f"{stopped}, and nothing is lost; {resume}")
-    return Stopped(f"{stopped}; {_left_in_queue(run)} (fedllm cancel {name} ends them); {resume}")
+        return Stopped(f"{stopped}, and nothing is lost; {_resume(run)}")
+    return Stopped(
+        f"{stopped}; {_left_in_queue(run)} (fedllm cancel {name} ends them); {_resume(run)}"
+    )
 
 
 def _left_in_queue(run: Run) -> str:

@@ -190,6 +190,21 @@ def test_a_stopped_coordinator_says_what_is_finished_and_how_to_go_on(tmp_path: 
     Lease.acquire(paths_of(tmp_path))
 
 
+class InterruptedTwice(Interrupted):
+    """Scheduler whose user presses Ctrl-C again while workers end."""
+
+    def close(self) -> None:
+        self.wait(0.0)
+
+
+def test_a_coordinator_stopped_twice_says_how_to_go_on_too(tmp_path: Path) -> None:
+    run = hand_moved(tmp_path, InterruptedTwice(Simulation()))
+    kept = "at once; what workers published is kept"
+    with pytest.raises(Stopped, match=rf"{kept}; go on with: fedllm resume {tmp_path}"):
+        coordinate(run)
+    Lease.acquire(paths_of(tmp_path))
+
+
 def test_a_silent_scheduler_is_called_again_with_growing_pauses(tmp_path: Path) -> None:
     cluster = Silent(refused=3, troubles=iter([None] * 99))
     heard: list[str] = []
