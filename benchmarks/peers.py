@@ -104,6 +104,8 @@ PEERS = {
         environment="published",
         words=("-m", f"{PROGRAMS}.published_flexlora"),
         threads=WORKERS,
+        # a thread that waits for another gives up its core, which others on the machine may have
+        settings={"OMP_WAIT_POLICY": "PASSIVE"},
     ),
 }
 
