@@ -330,7 +330,10 @@ def title(system: str) -> str:
 
 
 def table(turns: Sequence[Turn], workload: str) -> list[str]:
-    """Return the lines of a workload's table: medians over repetitions, ranges in brackets."""
+    """Return the lines of a workload's table: medians, ranges in brackets.
+
+    They are of all steady rounds in the first column, else of repetitions.
+    """
     here = [turn for turn in turns if turn.workload == workload]
     floors = {turn.repetition: turn for turn in here if turn.system == FLOOR}
     rows = [
@@ -342,7 +345,7 @@ def table(turns: Sequence[Turn], workload: str) -> list[str]:
         of = [turn for turn in here if turn.system == system]
         pairs = [(turn, floors[turn.repetition]) for turn in of if turn.repetition in floors]
         cells = [
-            spread([turn.seconds for turn in of]),
+            spread([seconds for turn in of for seconds in turn.round_seconds]),
             spread([turn.seconds / floor.seconds for turn, floor in pairs]),
             spread([turn.cpu_seconds for turn in of]),
             spread([turn.cpu_seconds / floor.cpu_seconds for turn, floor in pairs]),

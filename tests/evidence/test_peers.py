@@ -59,8 +59,8 @@ def test_a_multiple_is_of_the_floor_of_the_same_repetition() -> None:
     assert floor == f"| {FLOOR} | 15.00 (10.00-20.00) | 1.00 (1.00-1.00) | " + (
         "20.00 (20.00-20.00) | 1.00 (1.00-1.00) |  |  |"
     )
-    # the median round of a run, the median of runs
-    assert peer == f"| {PEERS['pfl'].title} | 18.00 (12.00-24.00) | 1.20 (1.20-1.20) | " + (
+    # all rounds; the median round of each run over its floor
+    assert peer == f"| {PEERS['pfl'].title} | 18.00 (11.00-30.00) | 1.20 (1.20-1.20) | " + (
         "26.00 (22.00-30.00) | 1.30 (1.10-1.50) |  |  |"
     )
 
