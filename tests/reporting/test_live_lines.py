@@ -1,5 +1,6 @@
 """The live view: what a run does now, how far it is, and how well it does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rich.cells import cell_len
 
 from fedllm.reporting.status.history import sparkline
 from fedllm.reporting.status.live_lines import LiveLine, fitted, live_lines, plain_line
+from fedllm.reporting.status.pace import Estimate, pace_of
 from fedllm.reporting.status.status import RunStatus, StatusReader
 from fedllm.storage.kept_records import ProgressRecord
 from fedllm.storage.paths import RunPaths
@@ -66,6 +68,17 @@ def test_the_round_and_the_evaluation_beside_it_are_shown(training: RunPaths) ->
     )
     assert (run_line.label, run_line.words[0]) == ("run", "0 of 3 rounds")
     assert plain_line(read(training)).startswith("round 1: 1 of 4 clients, 1 at work")
+
+
+def test_a_round_that_lay_still_does_not_outlast_the_run(training: RunPaths) -> None:
+    pace = pace_of(round_number=1, clients=1, tokens=9, seconds=1000.0, training_seconds=1000.0)
+    status = read(training)
+    assert status.current
+    status = replace(status, current=replace(status.current, pace=pace))
+    for seconds, is_told in ((3000.0, True), (60.0, False)):
+        end = Estimate(seconds=seconds, how="rounds so far")
+        round_line, *_ = live_lines(replace(status, estimate=end))
+        assert ("50 min left" in round_line.words) == is_told
 
 
 def test_the_last_scores_have_the_trend_of_equal_rows_only(training: RunPaths) -> None:

@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from fedllm.errors import counted
 from fedllm.planning.roles import GROUP_WORDS
 from fedllm.reporting.status.history import NO_HISTORY, History, sparkline
+from fedllm.reporting.status.pace import Estimate
 from fedllm.reporting.status.status import RoundStatus, RunStatus
 from fedllm.storage.kept_records import duration
 
 _LABEL = 11
 _BAR = 20
+# how much later than the run's estimate a round may end by its own pace
+_SLOWER_SECONDS = 60.0
 _WAITS = {
     "state": "makes the state before training",
     "aggregate": "aggregates",
@@ -44,7 +47,7 @@ def live_lines(status: RunStatus) -> list[LiveLine]:
         for job in status.jobs
     ]
     if current and current.cohort and current.step == "train":
-        lines.insert(0, _round_line(current))
+        lines.insert(0, _round_line(current, status.estimate))
     if not status.prepared and not lines:
         lines.append(LiveLine(label="prepare", words=("a worker starts",)))
     if status.prepared and not lines and current and current.step in _WAITS:
@@ -54,7 +57,7 @@ def live_lines(status: RunStatus) -> list[LiveLine]:
     return [*lines, *_history_lines(status.history)]
 
 
-def _round_line(current: RoundStatus) -> LiveLine:
+def _round_line(current: RoundStatus, end: Estimate | None) -> LiveLine:
     begun = current.claimed or current.published
     words = [
         f"{current.published} of {counted(current.cohort, 'client')}",
@@ -63,7 +66,10 @@ def _round_line(current: RoundStatus) -> LiveLine:
     pace = current.pace
     if pace and current.published:
         left = pace.training_seconds * (current.cohort / current.published - 1)
-        words += [f"{pace.tokens_per_second:,.0f} tokens/s", f"{duration(left)} left"]
+        words.append(f"{pace.tokens_per_second:,.0f} tokens/s")
+        # the pace of a round that lay still tells nothing
+        if end is None or left <= end.seconds + _SLOWER_SECONDS:
+            words.append(f"{duration(left)} left")
     failed = len(current.failed)
     if failed:
         words.insert(1, f"{failed} failed")
