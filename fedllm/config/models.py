@@ -210,8 +210,8 @@ class DataSection(Section):
     """Share of each client's rows that becomes its test split if the data have none."""
     embedded_clients: Annotated[int, Field(ge=12, le=100_000)] = 16
     """Number of clients of `embedded`."""
-    embedded_rows: Annotated[int, Field(ge=20)] = 96
-    """Number of rows of each client of `embedded`, at most 196."""
+    embedded_rows: Annotated[int, Field(ge=20, le=196)] = 96
+    """Number of rows of each client of `embedded`."""
 
     @model_validator(mode="after")
     def _has_clients(self) -> "DataSection":
