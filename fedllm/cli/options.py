@@ -269,8 +269,16 @@ def fresh_folder(folder: Path) -> Path:
     """Return the `--out` folder if it is new or empty.
 
     Raises:
-        RunDirectoryError: it is not empty, or is a file.
+        RunDirectoryError: it is not empty, is a file, or lies among the records of a run.
     """
+    for parent in folder.resolve().parents:
+        run = RunPaths(root=parent)
+        inner = (run.rounds, run.leases, run.all_logs)
+        if run.run.is_file() and any(folder.resolve().is_relative_to(each) for each in inner):
+            raise RunDirectoryError(
+                f"--out {folder}: lies among the records of the run {parent}; choose a folder "
+                "outside of them"
+            )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"--out {folder}: exists and is not empty; choose a new folder")
     return folder

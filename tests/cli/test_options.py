@@ -12,6 +12,7 @@ import pytest
 
 from fedllm.cli.options import existing_run, fresh_folder, say, say_json
 from fedllm.errors import RunDirectoryError
+from fedllm.storage.paths import RunPaths
 from fedllm.storage.records import RunRecord
 from tests.cli.commands import in_process
 
@@ -58,6 +59,17 @@ def test_an_output_folder_is_new_or_empty(tmp_path: Path) -> None:
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(RunDirectoryError, match="exists and is not empty; choose a new folder"):
             fresh_folder(taken)
+
+
+@pytest.mark.parametrize("inner", ["rounds/0001/x", "coordinator/x", "logs", "x"])
+def test_an_output_folder_lies_not_among_the_records_of_a_run(tmp_path: Path, inner: str) -> None:
+    RunPaths(root=tmp_path).run.touch()
+    out = tmp_path / inner
+    if inner == "x":
+        assert fresh_folder(out) == out
+        return
+    with pytest.raises(RunDirectoryError, match="lies among the records of the run"):
+        fresh_folder(out)
 
 
 def test_lines_may_go_to_a_stream_without_an_encoding() -> None:
