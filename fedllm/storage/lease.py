@@ -55,11 +55,12 @@ def process_is_gone(holder: LeaseRecord) -> bool | None:
 
     It can for a process of this machine and of this namespace of process ids. Another machine may
     have the same host name: an earlier boot was this machine's if the machine's id is the same.
+    Containers may have no such id, and leases of earlier versions have none.
     """
     if holder.host != socket.gethostname():
         return None
     if holder.boot_id != boot_id():
-        return True if holder.machine_id in {None, machine_id()} else None
+        return True if holder.machine_id and holder.machine_id == machine_id() else None
     if holder.pid_namespace not in {None, pid_namespace()}:
         return None
     return process_start_time(holder.pid) != holder.start_time
