@@ -48,6 +48,8 @@ def test_status_names_tasks_failures_and_how_to_go_on(training: RunPaths) -> Non
     assert lines[:2] == ["run run: stopped, 0 of 1 round", "coordinator: none"]
     assert "round 1: train; 1 of 4 clients published, 0 at work, 2 waiting, 1 failed" in lines
     assert f"  failed {CLIENTS[2]}: loss is nan" in lines
+    # nobody works at it: it has no speed
+    assert "clients/min" not in shown.stdout
     assert "  1 task ended before all was published; to train again: 1 client" in lines
     assert lines[-1] == f"go on with: fedllm resume {training.root}"
 

@@ -59,7 +59,7 @@ def _lines(root: Path, status: RunStatus, now: float) -> Iterator[str]:
     if not status.prepared:
         yield "prepare: not complete"
     elif status.current:
-        yield from _round_lines(status.current)
+        yield from _round_lines(status.current, goes_on=status.state not in {FAILED, "stopped"})
     others = [str(n) for n in status.evaluating if not status.current or n != status.current.round]
     if others:
         yield f"evaluation under way: round {', '.join(others)}"
@@ -106,12 +106,12 @@ def _round_line(current: RoundStatus) -> str:
     return f"round {current.round}: {current.step}; {', '.join(parts)}"
 
 
-def _round_lines(current: RoundStatus) -> Iterator[str]:
+def _round_lines(current: RoundStatus, *, goes_on: bool) -> Iterator[str]:
     if not current.cohort:
         yield f"round {current.round}: {current.step}"
         return
     yield _round_line(current)
-    if current.pace and current.pace.clients and current.step == "train":
+    if goes_on and current.pace and current.pace.clients and current.step == "train":
         yield f"  {_speed(current.pace)}, for {duration(current.pace.seconds)}"
     for attempt in current.attempts:
         yield from _attempt_lines(attempt)
