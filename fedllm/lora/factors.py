@@ -142,12 +142,15 @@ def on_device(term: Tensor | Factors, device: torch.device) -> Tensor | Factors:
 def formed(change: BaseDelta) -> Tensor:
     """Return a change of the weight as one matrix (O, I) in the number format of its terms."""
     first, *others = terms_of(change)
-    whole = product_of(first) if isinstance(first, Factors) else first
+    if not isinstance(first, Factors) and not others:
+        return first
+    # in place of a matrix of its own
+    whole = product_of(first) if isinstance(first, Factors) else first.clone()
     for term in others:
         if isinstance(term, Factors):
-            whole = torch.addmm(whole, term.b_OR, term.a_RI, alpha=term.scale)
+            whole.addmm_(term.b_OR, term.a_RI, alpha=term.scale)
         else:
-            whole = whole + term
+            whole += term
     return whole
 
 
