@@ -7,7 +7,7 @@ that reads updates checks that.
 Legend: G modules, O out, I in, R stacked rank, C clients, K wanted rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -100,16 +100,22 @@ def truncated_svd(stacked: Stacked, *, rank: int) -> Decomposition:
     Singular values and the truncated product agree with a dense float64 SVD to 1e-7 of the largest
     singular value where the summands do not cancel.
     """
+    return truncated_svds([stacked], rank=rank)[0]
+
+
+def truncated_svds(stacks: Sequence[Stacked], *, rank: int) -> list[Decomposition]:
+    """Return the same of products of one shape and stacked rank, side by side."""
     assert rank >= 1, f"rank {rank}"
-    b_GOR, a_GRI = stacked.b_OR[None], stacked.a_RI[None]
+    b_GOR = torch.stack([stacked.b_OR for stacked in stacks])
+    a_GRI = torch.stack([stacked.a_RI for stacked in stacks])
     problem = Problem(
-        out=b_GOR.shape[1], in_=a_GRI.shape[2], stacked_rank=stacked.rank, rank=rank, exact=True
+        out=b_GOR.shape[1], in_=a_GRI.shape[2], stacked_rank=a_GRI.shape[1], rank=rank, exact=True
     )
     block = FactorBlock(
         a_GRI=a_GRI,
         b_GOR=b_GOR,
-        ranks=(stacked.rank,),
-        scales_GC=torch.ones(1, 1, dtype=torch.float64),
-        weights_GC=torch.ones(1, 1, dtype=torch.float64),
+        ranks=(problem.stacked_rank,),
+        scales_GC=torch.ones(len(stacks), 1, dtype=torch.float64),
+        weights_GC=torch.ones(len(stacks), 1, dtype=torch.float64),
     )
-    return decompose([fold(block, problem)], problem, total=1.0)[0]
+    return decompose([fold(block, problem)], problem, total=1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.route_types import Decomposition, Partial, Problem, RankPartition
-from fedllm.aggregation.routes import truncated_svd
+from fedllm.aggregation.routes import truncated_svds
 from fedllm.config.scales import scale_of
 from fedllm.errors import AdapterError
 from fedllm.lora.factors import (
@@ -125,7 +125,7 @@ class PairMethod(Method):
         """
         before, problem, ranks = step.before[place], step.problem, step.ranks
         pair = self._moved(pair, before, step)
-        product, product_before = self._product(pair), self._product(before)
+        product, product_before = self._products(pair, before)
         return ModuleAggregate(
             state=carried(step.modules[place], pair),
             diagnostics=diagnose(
@@ -175,10 +175,10 @@ class PairMethod(Method):
             state |= {f"{kind}_{name}": tensor for kind, tensor in kept.items()}
         return state
 
-    def _product(self, pair: ModuleState) -> Decomposition:
-        rank = pair["A"].shape[0]
-        factors = Factors(a_RI=pair["A"], b_OR=pair["B"], scale=self.scale(rank))
-        return truncated_svd(stack([factors], [1.0]), rank=rank)
+    def _products(self, *pairs: ModuleState) -> list[Decomposition]:
+        rank = pairs[0]["A"].shape[0]
+        factors = [Factors(a_RI=p["A"], b_OR=p["B"], scale=self.scale(rank)) for p in pairs]
+        return truncated_svds([stack([each], [1.0]) for each in factors], rank=rank)
 
     def _energies(self, problem: Problem, pair: ModuleState) -> list[float]:
         return [self._energy(pair, part.begin, part.end) for part in held_partitions(problem)]
