@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import product
+from itertools import groupby, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from fedllm.aggregation.groups import ModuleRanks, blocks_of, group_modules, with_weights
 from fedllm.errors import AdapterError
 from fedllm.lora.entries import entries_of, entry_places, with_entries
-from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, formed, product_of
+from fedllm.lora.factors import FactorBlock, Factors, ModuleShape, delta, formed
 from fedllm.methods.catalog import METHODS, build_method
 from fedllm.methods.local_task import LocalTask, Recipient
 from fedllm.methods.protocol import Method, ModuleState, ServerStep
@@ -172,71 +172,102 @@ class Training:
     rate: float = LEARNING_RATE
 
     def updates(self, changes: Sequence[Tensor | None]) -> list[Factors]:
-        """Return what the clients send; frozen factors and `changes` of the base are in T."""
-        frozen = [product_of(got.frozen) if got.frozen else None for got in self.received]
-        if self.task.entries_seed is None and not any(t is not None for t in (*changes, *frozen)):
-            return self._in_bases()
-        targets = []
-        for (federation, client), *more in zip(self.places, changes, frozen, strict=True):
-            target = federation.targets.of(client)
-            for part in more:
-                target = target if part is None else target - part
-            targets.append(target)
-        if self.task.entries_seed is not None:
-            return _trained_entries(self.received, targets, self.task.entries_seed)
-        return self._from(torch.stack(targets))
+        """Return what the clients send; frozen factors and `changes` of the base are in T.
 
-    def _from(self, targets: Tensor) -> list[Factors]:
-        """Return the updates, step by step."""
-        a, b = self._factors()
-        for _ in range(STEPS):
-            of_b = self.scale * (self.scale * b @ (a @ a.mT) - targets @ a.mT)
-            of_a = self.scale * (self.scale * (b.mT @ b) @ a - b.mT @ targets)
-            a = a - self.rate * of_a if "A" in self.task.trained else a
-            b = b - self.rate * of_b if "B" in self.task.trained else b
-        return self._sent(a, b)
-
-    def _in_bases(self) -> list[Factors]:
-        """Return the same for T = U core V^T by small matrices.
-
-        The parts of A and B in the spans of V and U see the core; the rest only shrinks.
+        The columns of `changes` are in the basis U, unless entries train.
         """
-        a, b = self._factors()
-        u, v, core = (
-            torch.stack(parts)
-            for parts in zip(
-                *((f.targets.left, f.targets.right, f.targets.cores[c]) for f, c in self.places),
-                strict=True,
-            )
-        )
-        a_in, b_in = a @ v, u.mT @ b
-        a_out, b_out = a - a_in @ v.mT, b - u @ b_in
-        gram_a, gram_b = a_out @ a_out.mT, b_out.mT @ b_out
-        left, right = (torch.eye(a.shape[1]).expand_as(gram_a) for _ in range(2))
+        if self.task.entries_seed is not None:
+            targets = [
+                federation.targets.of(client) - (0.0 if change is None else change)
+                for (federation, client), change in zip(self.places, changes, strict=True)
+            ]
+            return _trained_entries(self.received, targets, self.task.entries_seed)
+        core = torch.stack([federation.targets.cores[client] for federation, client in self.places])
+        frozen = [got.frozen for got in self.received]
+        if not any(part is not None for part in (*changes, *frozen)):
+            return self._stepped(core, "right")
+        wide = self._out(core, "right")
+        for (federation, _), change, held, mine in zip(
+            self.places, changes, frozen, wide, strict=True
+        ):
+            mine -= 0.0 if change is None else change
+            if held is not None:
+                left = _in_span(held.b_OR, federation.targets.left)
+                mine.addmm_(left, held.a_RI, alpha=-held.scale)
+        return self._stepped(wide, None)
+
+    def _stepped(self, core: Tensor, right: str | None) -> list[Factors]:
+        """Return the updates for T = U core V^T, or U core, by small matrices.
+
+        The parts of A and B in the spans of V and U see the core; the rest only shrinks. B is
+        transposed here, so that both factors go the same way.
+
+        Args:
+            core: (C, 64, 64), or (C, 64, 256).
+            right: the basis V; None: all directions.
+        """
+        a = torch.stack([f.a_RI for f in self.received])
+        b = torch.stack([f.b_OR.mT for f in self.received])
+        begun_a, begun_b = self._in(a, right), self._in(b, "left")
+        gram_a, gram_b = a @ a.mT - begun_a @ begun_a.mT, b @ b.mT - begun_b @ begun_b.mT
+        in_a, in_b = begun_a, begun_b
+        rest_a, rest_b = (torch.eye(a.shape[1]).expand_as(gram_a) for _ in range(2))
         step, squared = self.rate * self.scale, self.rate * self.scale**2
         for _ in range(STEPS):
-            of_a = b_in.mT @ b_in + right.mT @ gram_b @ right
-            of_b = a_in @ a_in.mT + left @ gram_a @ left.mT
-            next_a = a_in - squared * of_a @ a_in + step * b_in.mT @ core
+            of_a = torch.baddbmm(in_b @ in_b.mT, rest_b @ gram_b, rest_b.mT)
+            of_b = torch.baddbmm(in_a @ in_a.mT, rest_a @ gram_a, rest_a.mT)
+            next_a = torch.baddbmm(in_a, of_a, in_a, alpha=-squared).baddbmm_(
+                in_b, core, alpha=step
+            )
             if "B" in self.task.trained:
-                b_in = b_in - squared * b_in @ of_b + step * core @ a_in.mT
-                right = right - squared * right @ of_b
+                in_b = torch.baddbmm(in_b, of_b, in_b, alpha=-squared).baddbmm_(
+                    in_a, core.mT, alpha=step
+                )
+                rest_b = torch.baddbmm(rest_b, of_b, rest_b, alpha=-squared)
             if "A" in self.task.trained:
-                a_in, left = next_a, left - squared * of_a @ left
-        return self._sent(a_in @ v.mT + left @ a_out, u @ b_in + b_out @ right)
+                in_a, rest_a = next_a, torch.baddbmm(rest_a, of_a, rest_a, alpha=-squared)
+        a = in_a if right is None else rest_a @ a + self._out(in_a - rest_a @ begun_a, right)
+        b = rest_b @ b + self._out(in_b - rest_b @ begun_b, "left")
+        return self._sent(a, b.mT)
+
+    def _in(self, factors: Tensor, basis: str | None) -> Tensor:
+        """Return factors (C, r, 256) in a basis of each client's targets; None: as they are."""
+        if basis is None:
+            return factors
+        found = [factors[part].flatten(0, 1) @ getattr(t, basis) for part, t in self._seeds()]
+        return torch.cat(found).view(*factors.shape[:2], DIRECTIONS)
+
+    def _out(self, factors: Tensor, basis: str) -> Tensor:
+        """Return factors (C, r, 64) that are in the bases of the targets, as they are."""
+        found = [factors[part].flatten(0, 1) @ getattr(t, basis).mT for part, t in self._seeds()]
+        return torch.cat(found).view(*factors.shape[:2], SIDE)
+
+    def _seeds(self) -> Iterator[tuple[slice, Targets]]:
+        """Yield the clients of each seed, whose bases are the same at any strength."""
+        begin = 0
+        for _, members in groupby(federation.seed for federation, _ in self.places):
+            end = begin + len(list(members))
+            yield slice(begin, end), self.places[begin][0].targets
+            begin = end
 
     @property
     def scale(self) -> float:
         """The scale of all clients' adapters."""
         return self.received[0].scale
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        return torch.stack([f.a_RI for f in self.received]), torch.stack(
-            [f.b_OR for f in self.received]
-        )
-
     def _sent(self, a: Tensor, b: Tensor) -> list[Factors]:
         return [Factors(a_RI=x, b_OR=y, scale=self.scale) for x, y in zip(a, b, strict=True)]
+
+
+def _in_span(columns: Tensor, basis: Tensor) -> Tensor:
+    """Return columns (256, N) in a basis (256, 64) of the targets' columns.
+
+    Every B that begins at zero lies in their span, and so does what the base has of it.
+    """
+    inside = basis.mT @ columns
+    whole, held = (float(part.square().sum()) for part in (columns, inside))
+    assert abs(whole - held) <= 1e-4 * whole, "columns beyond those of the targets"
+    return inside
 
 
 def _trained_entries(
@@ -244,12 +275,11 @@ def _trained_entries(
 ) -> list[Factors]:
     """Return what clients send that train entries of W: gradient descent on |D - T|^2 / 2."""
     places = entry_places(seed=seed, shape=SHAPE, rank=received[0].rank)
+    reached = 1 - (1 - LEARNING_RATE) ** STEPS  # the share of the way that all steps go
     sent = []
     for target, got in zip(targets, received, strict=True):
-        entries = with_entries(got.a_RI, got.b_OR, places).flatten()
-        for _ in range(STEPS):
-            entries[places] -= LEARNING_RATE * (entries[places] - target.flatten()[places])
-        a_RI, b_OR = entries_of(entries.view(SIDE, SIDE), places, got.rank)
+        entries = with_entries(got.a_RI, got.b_OR, places)
+        a_RI, b_OR = entries_of(torch.lerp(entries, target, reached), places, got.rank)
         sent.append(replace(got, a_RI=a_RI, b_OR=b_OR, frozen=None))
     return sent
 
@@ -273,9 +303,14 @@ def train_round(
     for place, (federation, cohort) in enumerate(zip(federations, cohorts, strict=True)):
         for client in cohort:
             by_rank.setdefault(federation.ranks[client], []).append((place, client))
+    changes = [change_of(method, federation.state) for federation in federations]
+    if method.local_task(number).entries_seed is None:
+        changes = [
+            None if change is None else _in_span(change, federation.targets.left)
+            for change, federation in zip(changes, federations, strict=True)
+        ]
     for rank, members in by_rank.items():
         received = _received(method, federations, members, rank, number)
-        changes = {place: change_of(method, federations[place].state) for place, _ in members}
         training = Training(
             received=received,
             places=[(federations[place], client) for place, client in members],

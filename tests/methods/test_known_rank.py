@@ -10,7 +10,9 @@ import torch
 
 from benchmarks.known_rank import (
     COHORT,
+    LEARNING_RATE,
     RANKS,
+    STEPS,
     Arm,
     Training,
     arms,
@@ -81,11 +83,19 @@ def test_steps_within_the_targets_spans_are_those_on_the_whole_matrices(
         places=[(federation, 0), (federation, 5)],
         task=LocalTask(trained=trained),
     )
-    nothing = torch.zeros(256, 256)
-    pairs = zip(training.updates([None, None]), training.updates([nothing, nothing]), strict=True)
-    for one, other in pairs:
-        torch.testing.assert_close(one.a_RI, other.a_RI, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(one.b_OR, other.b_OR, atol=1e-5, rtol=1e-4)
+    change = torch.randn(64, 256, generator=draw) / 16
+    in_base = federation.targets.left @ change
+    for of_base, in_span in ((torch.zeros(256, 256), None), (in_base, change)):
+        sent = training.updates([in_span, in_span])
+        for (_, client), got, one in zip(training.places, received, sent, strict=True):
+            a, b = got.a_RI, got.b_OR
+            for _ in range(STEPS):
+                rest = 2.0 * b @ a - (federation.targets.of(client) - of_base)
+                of_a, of_b = 2.0 * b.mT @ rest, 2.0 * rest @ a.mT
+                a = a - LEARNING_RATE * of_a if "A" in trained else a
+                b = b - LEARNING_RATE * of_b if "B" in trained else b
+            torch.testing.assert_close(one.a_RI, a, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(one.b_OR, b, atol=1e-5, rtol=1e-4)
 
 
 def test_methods_see_the_same_clients_targets_and_cohorts() -> None:
