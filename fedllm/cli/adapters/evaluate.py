@@ -83,10 +83,11 @@ def evaluate(
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Score the state of a run, or a PEFT adapter, on the test rows, in one process on this host.
+    """Score the state of a run, or a PEFT adapter, on the test rows.
 
-    Tasks of the scheduler share the evaluations of a run itself. Where all tiers divide the base
-    (ZeRO stage 3), this command divides it too and has several processes.
+    It does so in one process on this host. Tasks of the scheduler share the evaluations of a run
+    itself. Where all tiers divide the base (ZeRO stage 3), this command divides it too and has
+    several processes.
     """
     if lm_eval is not None:
         asked = _Asked(round_number=round_, rank=rank, config=config, overrides=set_ or [])
