@@ -28,6 +28,18 @@ def aggregated(updates: list[Factors], weights: list[float], ranks: list[int]) -
     return aggregate(METHOD, updates, weights, ranks)
 
 
+def test_two_clients_by_hand() -> None:
+    # weights 1 and 3: A = (1 (1, 3) + 3 (5, 7)) / 4 = (4, 6)
+    # and B = (1 (4, 0) + 3 (0, 8)) / 4 = (1, 6)
+    sent = [
+        Factors(a_RI=torch.tensor([[1.0, 3.0]]), b_OR=torch.tensor([[4.0], [0.0]]), scale=16.0),
+        Factors(a_RI=torch.tensor([[5.0, 7.0]]), b_OR=torch.tensor([[0.0], [8.0]]), scale=16.0),
+    ]
+    state = aggregated(sent, [1.0, 3.0], [1]).state
+    assert state["A"].tolist() == [[4.0, 6.0]]
+    assert state["B"].tolist() == [[1.0], [6.0]]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6))
 def test_a_and_b_are_averaged_separately(rows: list[int]) -> None:

@@ -27,6 +27,23 @@ def received(state: ModuleState, rank: int, method: Method = METHOD) -> Factors:
     return method.module_adapter(module="m", state=state, rank=rank)
 
 
+def test_two_clients_of_unequal_ranks_by_hand() -> None:
+    # weights 1 and 3: (1 diag(8, 0) + 3 diag(0, 4)) / 4 = diag(2, 3), at rank 1 diag(0, 3)
+    sent = [
+        Factors(a_RI=torch.tensor([[1.0, 0.0]]), b_OR=torch.tensor([[8.0], [0.0]]), scale=1.0),
+        Factors(
+            a_RI=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
+            b_OR=torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
+            scale=2.0,
+        ),
+    ]
+    state = aggregate(METHOD, sent, [1.0, 3.0], [1, 2]).state
+    assert state["S"].tolist() == pytest.approx([3.0, 2.0])
+    for rank, wanted in ((1, [[0.0, 0.0], [0.0, 3.0]]), (2, [[2.0, 0.0], [0.0, 3.0]])):
+        found = delta(received(state, rank))
+        torch.testing.assert_close(found, torch.tensor(wanted, dtype=found.dtype))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     cohort=cohorts(largest_side=12), scaling=st.sampled_from(["fixed", "proportional", "rslora"])
