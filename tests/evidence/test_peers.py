@@ -103,7 +103,7 @@ time.sleep(0.6)
     used = measured([sys.executable, "-c", code], tmp_path / "log", {})
     assert used.returncode == 0
     assert used.cpu_between(begin, time.time()) > 0.25
-    assert used.peak_pss_mib > 5
+    assert used.peak_pss_mib > 1  # pages that other processes share count in part
     left = Path(f"/proc/{(tmp_path / 'log').read_text().strip()}/stat")
     deadline = time.time() + 5
     while left.exists() and ") Z" not in left.read_text() and time.time() < deadline:

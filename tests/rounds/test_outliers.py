@@ -201,9 +201,9 @@ def test_a_client_that_records_other_norms_than_its_own_is_left_out_by_name(
     simulation.spoil = spoil
     complete(tmp_path / "run", simulation, config(outliers, rounds=1, clients__quorum=0.5))
     (why,) = [why for client, why in collection(tmp_path / "run").failed.items() if client == liar]
-    assert "and its record says 1" in why
+    assert "but the client recorded 1" in why
     assert liar not in {update.client for update in collection(tmp_path / "run").updates}
-    assert any(liar in line and "its record says 1" in line for line in said)
+    assert any(liar in line and "but the client recorded 1" in line for line in said)
 
 
 def killed_before_aggregation(program: str, target: Path) -> None:
