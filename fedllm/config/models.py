@@ -41,7 +41,8 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-RankSpec = PositiveInt | dict[str, PositiveInt]
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+RankSpec = Rank | dict[str, Rank]
 EngineName = Literal["plain", "zero"]
 RowFormat = Literal["auto", "alpaca", "messages", "sharegpt", "completion"]
 SbatchOptions = dict[str, str | int | float | bool | None]
@@ -255,7 +256,7 @@ def _set_by(tier: TierSection) -> dict[str, Any]:
 class CohortSection(Section):
     """Cohort size: how many clients train in a round."""
 
-    count: PositiveInt | None = None
+    count: Annotated[PositiveInt, Field(le=10_000_000)] | None = None
     """Number of clients in a round. Give this or `fraction`."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the trainable clients in a round. With `--set`, each of the two replaces the
@@ -305,7 +306,7 @@ class ClientsSection(Section):
     `clients.fit_ranks` whose predicted peak memory fits into their `memory_gib`. `prepare` trains
     two steps in a process of its own to predict it; the choice is recorded, and frozen with the
     first round."""
-    fit_ranks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 4, 8, 16, 32, 64)
+    fit_ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (2, 4, 8, 16, 32, 64)
     """The ranks among which `clients.ranks: fit` chooses, one for all modules of a tier."""
     cohort: CohortSection = CohortSection(fraction=0.05)
     quorum: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Literal["all"] = "all"

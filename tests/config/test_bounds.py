@@ -71,6 +71,13 @@ def test_as_many_clients_as_nobody_has_are_refused(tmp_path: Path) -> None:
     assert "data.embedded_clients: got 1000000, need <= 100000" in refusal(tmp_path, text)
     text = TIERS.replace("tiers:", "over_sample: 1.0e308, tiers:")
     assert "clients.over_sample: got 1e+308, need <= 100" in refusal(tmp_path, text)
+    text = TIERS.replace("tiers:", "cohort: {count: 1000000000}, tiers:")
+    assert "clients.cohort.count: got 1000000000, need <= 10000000" in refusal(tmp_path, text)
+
+
+def test_a_rank_above_the_width_of_any_module_is_refused(tmp_path: Path) -> None:
+    text = TIERS.replace("ranks: 4", "ranks: 1000000000")
+    assert "clients.tiers.a.ranks: got 1000000000, need <= 65536" in refusal(tmp_path, text)
 
 
 def test_a_configuration_of_a_run_is_named_with_its_problem(tmp_path: Path) -> None:
