@@ -115,6 +115,11 @@ def read_config(path: Path) -> Config:
 def _read_version(path: Path, _version: tuple[int, ...]) -> Config:
     """Read a configuration; a command asks several times for the same."""
     raw = resolve_scalars(read_yaml(path), Config)
+    if not raw:
+        raise ConfigError(
+            f"{path}: empty; `fedllm run CONFIG --run-dir {path.parent}`, with the configuration "
+            "that the run was begun with, makes it again"
+        )
     for section, key in _REMOVED_KEYS:
         if isinstance(part := raw.get(section), dict):
             part.pop(key, None)

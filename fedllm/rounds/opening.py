@@ -256,7 +256,7 @@ def _reconcile(
     ):
         _prepare_again(paths)
     content = dump_config(config).encode()
-    if paths.config.read_bytes() != content:
+    if not paths.config.is_file() or paths.config.read_bytes() != content:
         # before run.json: if killed in between, the next start records the change
         publish_bytes(paths.config, content)
     update: dict[str, Any] = {

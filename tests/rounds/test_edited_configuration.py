@@ -97,6 +97,24 @@ def test_the_configuration_given_again_restores_the_file(run: RunPaths) -> None:
     assert states(run.root) == states(run.root.parent / "direct")
 
 
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("emptied", "empty; `fedllm run CONFIG --run-dir .*makes it again"),
+        ("removed", "not a run d"),
+    ],
+)
+def test_a_lost_file_is_made_again_from_the_configuration_as_it_was_given(
+    run: RunPaths, lost: str, said: str
+) -> None:
+    content = run.config.read_bytes()
+    run.config.write_bytes(b"") if lost == "emptied" else run.config.unlink()
+    with pytest.raises(UserError, match=said):
+        resumed_config(run.root, [])
+    complete(run.root, Simulation(), config_of())
+    assert run.config.read_bytes() == content
+
+
 def test_a_run_of_an_earlier_version_goes_on_and_is_protected_from_then_on(run: RunPaths) -> None:
     record = json.loads(run.run.read_bytes())
     del record["config"]
