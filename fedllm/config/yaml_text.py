@@ -197,6 +197,12 @@ def parse_yaml(data: bytes, where: str) -> Any:
         text = decode_text(data)
     except ValueError as error:
         raise ConfigError(f"{where}: is not YAML ({error})") from error
+    if text.count(":") > _MAX_VALUES // 2:
+        # each key has one: found at once, where reading so many takes a second
+        raise ConfigError(
+            f"{where}: has more than {_MAX_VALUES // 2:,} keys, which no configuration has; give "
+            "the configuration"
+        )
     try:
         return yaml.load(text, _Loader)
     except RecursionError as error:

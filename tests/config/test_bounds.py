@@ -34,9 +34,17 @@ def refusal(tmp_path: Path, text: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("bomb", [ALIASES, MERGES, UNKNOWN], ids=["aliases", "merges", "keys"])
-def test_bombs_are_refused_before_they_unfold(bomb: str, tmp_path: Path) -> None:
-    assert "more than 20,000 values" in refusal(tmp_path, f"{TIERS}{bomb}")
+@pytest.mark.parametrize(
+    ("bomb", "said"),
+    [
+        (ALIASES, "more than 20,000 values"),
+        (MERGES, "more than 20,000 values"),
+        (UNKNOWN, "more than 10,000 keys"),
+    ],
+    ids=["aliases", "merges", "keys"],
+)
+def test_bombs_are_refused_before_they_unfold(bomb: str, said: str, tmp_path: Path) -> None:
+    assert said in refusal(tmp_path, f"{TIERS}{bomb}")
 
 
 def test_many_unknown_keys_are_counted_behind_the_first(tmp_path: Path) -> None:
