@@ -76,11 +76,13 @@ def suspend(campaign: "Campaign", trip: Trip, fault: Fault) -> Handling:  # noqa
 def hold(campaign: "Campaign", trip: Trip, fault: Fault) -> Handling:  # noqa: ARG001
     """An admin puts the task back into the queue and holds it there for a while."""
     yield from stopped(trip)
+    campaign.is_requeueing = True
     campaign.cluster.slurm("scontrol", "requeuehold", trip.task)
     yield from told_to_end(trip)
     yield from dead(trip)
     while campaign.state(trip.task) not in {"PENDING", "REQUEUE_HOLD"}:
         yield
+    campaign.is_requeueing = False
     yield from _some_time()
     campaign.cluster.slurm("scontrol", "release", trip.task)
     return trip.who
@@ -89,6 +91,9 @@ def hold(campaign: "Campaign", trip: Trip, fault: Fault) -> Handling:  # noqa: A
 def restart_slurmctld(campaign: "Campaign", trip: Trip, fault: Fault) -> Handling:  # noqa: ARG001
     """Slurm's controller dies; the task goes on without it, and the controller comes back."""
     yield from stopped_or_dead(trip)
+    while campaign.is_requeueing:
+        # Slurm forgets the end of such a task while its controller is away, until the time limit
+        yield
     campaign.cluster.devcluster("stop-controller")
     trip.go_on()
     # tasks publish and end, the coordinator asks in vain

@@ -60,6 +60,8 @@ class Campaign:
     disk_is_full: bool = False
     # no coordinator starts
     is_held: bool = False
+    # a task is on its way back into the queue
+    is_requeueing: bool = False
     coordinator: Coordinator = field(init=False)
     _handled: dict[int, Handling] = field(default_factory=dict)
     _begun: float = field(default_factory=time.monotonic)
