@@ -273,6 +273,8 @@ def client_work(data: "TokenizedClients", number: int, client: str, workload: st
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 if a peer was not measured."""
     asked = parsed(argv)
+    if asked.scratch:
+        asked.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=asked.scratch, prefix="peers") as scratch:
         bench = Bench(asked=asked, root=Path(scratch))
         bench.prepare()
