@@ -25,7 +25,7 @@ def progress_bar() -> Iterator[Count]:
     with Live(console=console, transient=True, vertical_overflow="crop") as live:
 
         def count(what: str, done: int, total: int) -> None:
-            numbers = tuple(meter.noted(what, done, total).text.split(": ", 1)[1].split(", "))
+            numbers = meter.noted(what, done, total).numbers
             line = LiveLine(label=f"{what} ", share=done / max(1, total), words=numbers)
             label, bar, words = fitted(line, console.width - 1)
             text = Text(no_wrap=True, overflow="crop").append(label, "bold").append(bar, "cyan")

@@ -1,6 +1,5 @@
 """Aggregation and evaluation: the server's two jobs of a round."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fedllm.rounds.collecting import leave_out_bad, reopen_if_damaged
 from fedllm.rounds.dispatch.submissions import ONE_TASK, Shares, run_server_job
 from fedllm.rounds.run import Run
 from fedllm.scheduling.seam import Scheduler
+from fedllm.storage.fingerprints import sha256_of
 from fedllm.storage.paths import EvaluationPaths, backup_name
 from fedllm.storage.records import AggregateRecord
 
@@ -101,9 +101,7 @@ def redo_damaged_state(run: Run) -> None:
     _require_all(map(paths.earlier_state, record.earlier))
     problem = "missing"
     if paths.global_state.exists():
-        with paths.global_state.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 == record.sha256:
+        if sha256_of(paths.global_state) == record.sha256:
             return
         problem = "not the file that aggregate.json describes"
     if number and not paths.updates.exists():

@@ -65,15 +65,20 @@ class ProgressRecord(Record):
         return (self.total - self.done) / self.rate if self.rate else None
 
     @property
-    def text(self) -> str:
-        """The progress in words: the share, the rate and the time left."""
-        parts = [f"{self.what}: {self.done:,} of {self.total:,}"]
+    def numbers(self) -> tuple[str, ...]:
+        """The share, the rate and the time left in words; at the end, the share and the time."""
+        parts = [f"{self.done:,} of {self.total:,}"]
         if self.left_seconds is not None and self.done < self.total:
             rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
             parts += [f"{rate} a second", f"{duration(self.left_seconds)} left"]
         elif self.done == self.total:
             parts.append(duration(self.seconds))
-        return ", ".join(parts)
+        return tuple(parts)
+
+    @property
+    def text(self) -> str:
+        """The progress in one line."""
+        return f"{self.what}: {', '.join(self.numbers)}"
 
 
 class ClientCosts(Record):
