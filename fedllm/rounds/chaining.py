@@ -4,7 +4,6 @@ A link first submits its successor, to start when the link ends. So the chain go
 link is killed. Only at its end a link makes the successor wait for the arrays it submitted.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,8 +68,9 @@ class Chain:
             self._cancel(surplus)
         if waiting:
             successor = waiting[0]
-            record = self._link_record(successor, lost=lost + 1)
-            self.retry(partial(record.publish, self.paths.coordinator_job))
+            self.retry(
+                partial(slurm.record_coordinator, self.paths, successor, "chained", lost=lost + 1)
+            )
         else:
             start = slurm.LinkStart(dependency=slurm.after_all([self.job]))
             successor = self.retry(
@@ -137,10 +137,7 @@ class Chain:
 
     def record_orderly_end(self, successor: str) -> None:
         """Record that this link ended in order, so that it does not count as lost."""
-        self._link_record(successor).publish(self.paths.coordinator_job)
-
-    def _link_record(self, job: str, *, lost: int = 0) -> CoordinatorJobRecord:
-        return CoordinatorJobRecord(job=job, mode="chained", lost=lost, user=os.geteuid())
+        slurm.record_coordinator(self.paths, successor, "chained")
 
     def retry(self, call: Callable[[], Answer]) -> Answer:
         """Call until Slurm and the file server answer, with growing pauses; return the answer.

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedllm.config.models import Config, SchedulerSection
 from fedllm.errors import ConfigError, LeaseError, UserError
@@ -127,7 +128,7 @@ def submit_coordinator(paths: RunPaths, config: Config, run_id: str) -> str:
         return submit_link(paths, config, run_id)
     words = [str(paths.config), "--run-dir", str(paths.root)]
     job = _submit(paths, config, run_id, "coordinator", log="coordinator-%j.log", words=words)
-    CoordinatorJobRecord(job=job, mode="resident", user=os.geteuid()).publish(paths.coordinator_job)
+    record_coordinator(paths, job, "resident")
     return job
 
 
@@ -157,7 +158,7 @@ def submit_sweep_coordinator(paths: RunPaths, config: Config, sweep_id: str) -> 
         words=words,
         command="resume",
     )
-    CoordinatorJobRecord(job=job, mode="resident", user=os.geteuid()).publish(paths.coordinator_job)
+    record_coordinator(paths, job, "resident")
     return job
 
 
@@ -175,9 +176,16 @@ def submit_link(
     job = _submit(
         paths, config, run_id, "chain", *options, log="chain.log", words=[str(paths.root)]
     )
-    record = CoordinatorJobRecord(job=job, mode="chained", lost=lost, user=os.geteuid())
-    record.publish(paths.coordinator_job)
+    record_coordinator(paths, job, "chained", lost=lost)
     return job
+
+
+def record_coordinator(
+    paths: RunPaths, job: str, mode: Literal["resident", "chained"], *, lost: int = 0
+) -> None:
+    """Record the job that coordinates a run, submitted by this user."""
+    record = CoordinatorJobRecord(job=job, mode=mode, lost=lost, user=os.geteuid())
+    record.publish(paths.coordinator_job)
 
 
 def refuse_second_coordinator(paths: RunPaths, run_id: str) -> None:
