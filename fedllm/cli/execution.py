@@ -42,7 +42,7 @@ from fedllm.storage.frozen_config import mended_run_record
 from fedllm.storage.own_code import folders_of
 from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.permissions import group_number
-from fedllm.storage.records import RunRecord
+from fedllm.storage.records import PreparedRecord, RunRecord
 from fedllm.storage.trust.place import is_here
 from fedllm.storage.trust.regular_files import append_regular
 
@@ -266,9 +266,9 @@ def open_for_coordination(
         RunDirectoryError: it cannot be used, or Slurm cannot take its path.
     """
     check_before_run(config, root)
-    paths = RunPaths(root=root.resolve())
-    check_sources_of(paths, config)
-    if config.storage.group and (warning := private_sources(paths)):
+    prepared = PreparedRecord.glance(RunPaths(root=root.resolve()).prepared)
+    check_sources_of(config, prepared)
+    if prepared and config.storage.group and (warning := private_sources(prepared)):
         say_line(f"warning: {warning}")
     return open_run(
         root,

@@ -9,7 +9,6 @@ from fedllm.errors import UserError
 from fedllm.model.fingerprint import check_model_folder
 from fedllm.scheduling.traits import traits_of
 from fedllm.storage.hub import is_hub_name
-from fedllm.storage.paths import RunPaths
 from fedllm.storage.publishing.permissions import only_for_owner, reading_problem
 from fedllm.storage.records import PreparedRecord
 
@@ -35,13 +34,12 @@ def check_sources(config: Config) -> None:
         require_hub_name(config.data.path)
 
 
-def check_sources_of(paths: RunPaths, config: Config) -> None:
+def check_sources_of(config: Config, prepared: PreparedRecord | None) -> None:
     """Refuse sources of a run that its tasks will not find or may not read.
 
     Before it is prepared, only where its jobs run on this host: nodes may see other folders. The
     errors are those of `check_sources`.
     """
-    prepared = PreparedRecord.glance(paths.prepared)
     if prepared:
         for file in _files_of(prepared):
             _refuse_unreadable(file)
@@ -49,10 +47,9 @@ def check_sources_of(paths: RunPaths, config: Config) -> None:
         check_sources(config)
 
 
-def private_sources(paths: RunPaths) -> str | None:
+def private_sources(prepared: PreparedRecord) -> str | None:
     """Say which file of a shared run's sources only its owner can read, and the remedy; or None."""
-    prepared = PreparedRecord.glance(paths.prepared)
-    private = [path for path in _files_of(prepared) if only_for_owner(path)] if prepared else []
+    private = [path for path in _files_of(prepared) if only_for_owner(path)]
     if not private:
         return None
     return (
