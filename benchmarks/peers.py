@@ -295,11 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=os.environ.get("FEDLLM_MODEL"))
-    parser.add_argument("--data", type=Path, default=os.environ.get("FEDLLM_DATA"))
-    parser.add_argument("--workloads", default="AB", help="A, B or AB (default)")
-    parser.add_argument("--repeats", type=int, default=3, help="default: 3")
+    parser = rounds.workload_parser(__doc__)
     parser.add_argument(
         "--rounds", type=int, help=f"of a run, 2 or more (default: {ROUNDS['A']}; B: {ROUNDS['B']})"
     )

@@ -93,13 +93,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def workload_parser(module_doc: str) -> argparse.ArgumentParser:
+    """Return a command line of base, data, workloads and repetitions, for a benchmark's module."""
+    parser = argparse.ArgumentParser(description=module_doc.splitlines()[0])
     parser.add_argument("--model", type=Path, default=os.environ.get("FEDLLM_MODEL"))
     parser.add_argument("--data", type=Path, default=os.environ.get("FEDLLM_DATA"))
     parser.add_argument("--workloads", default="AB", help="A, B or AB (default)")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
+    return parser
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = workload_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="of a run, 2 or more (default: 3)")
     parser.add_argument("--dropout", type=float, default=0.0, help="default: 0")
     parser.add_argument("--scratch", type=Path, help="where the runs go (default: the system's)")
