@@ -62,7 +62,7 @@ def _require_devices(key: str, names: Sequence[str]) -> None:
 
 
 # lists in which the same value again means something, or that the sweep checks by itself
-_MAY_REPEAT = {"setup", "cut_rounds", "device", "seeds", "learning_rates"}
+_MAY_REPEAT = {"setup", "cut_rounds", "device", "seeds", "contrast_seeds", "learning_rates"}
 
 
 class Section(BaseModel):

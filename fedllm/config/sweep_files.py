@@ -61,6 +61,7 @@ class ComparisonSection(Section):
     endpoint: Endpoint = "unseen_loss"
     secondary: tuple[Endpoint, ...] | None = None
     contrast: Annotated[tuple[Name, ...], Field(min_length=2, max_length=2)] | None = None
+    contrast_seeds: tuple[int, ...] = ()
     last_rounds: PositiveInt = 1
     cluster: Literal["category", "client"] = "category"
     min_clients: Annotated[int, Field(ge=6)] = 6

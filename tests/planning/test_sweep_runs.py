@@ -94,6 +94,19 @@ def test_every_arm_tries_every_rate_for_as_many_rounds_with_a_seed_of_its_own(
     assert runs[: len(tuning)] == tuning
 
 
+@pytest.mark.parametrize("contrast", [None, ["factor mean", "flexlora"]])
+def test_further_seeds_are_of_the_two_arms_of_the_contrast_alone(
+    runs_of: Expand, contrast: list[str] | None
+) -> None:
+    third = {"flexlora": {}, "factor mean": {"method.name": "factor_mean"}}
+    third["raflora"] = {"method.name": "raflora"}
+    comparison = {"contrast": contrast, "contrast_seeds": [3, 4]}
+    runs = runs_of(arms=third, seeds=[0, 1], comparison=comparison)
+    seeds = {arm: [run.config.seed for run in runs if run.arm == arm] for arm in third}
+    assert seeds == {"flexlora": [0, 1, 3, 4], "factor mean": [0, 1, 3, 4], "raflora": [0, 1]}
+    assert [run.config.seed for run in runs] == [0, 0, 0, 1, 1, 1, 3, 3, 4, 4]
+
+
 def test_the_noise_floor_is_the_same_arm_with_other_seeds(runs_of: Expand) -> None:
     runs = runs_of(noise_floor={"arm": "flexlora", "seeds": [5, 6]})
     noise = [run for run in runs if run.arm == NOISE_ARM]
@@ -132,6 +145,8 @@ def test_an_arm_that_would_train_on_what_others_hold_out_is_refused(
         ({"seeds": [1, 1]}, "seeds: got a seed twice"),
         ({"noise_floor": {"arm": "x", "seeds": [5]}}, "noise_floor.arm: no arm 'x'; need one of"),
         ({"noise_floor": {"arm": "flexlora", "seeds": [0]}}, "noise_floor.seeds: 0 is one of"),
+        ({"comparison": {"contrast_seeds": [0]}}, "comparison.contrast_seeds: 0 is one of `seeds`"),
+        ({"comparison": {"contrast_seeds": [5, 5]}}, "contrast_seeds: got a seed twice"),
         ({"comparison": {"contrast": ["flexlora", "x"]}}, "comparison.contrast: no arm 'x'"),
         ({"set": {"clients.unseen": 0}}, "comparison: unseen_loss needs clients.unseen, which"),
         (

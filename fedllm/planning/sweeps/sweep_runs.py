@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedllm.config.loading import flatten, result_fingerprint
@@ -94,6 +94,10 @@ def _arms(file: SweepFile) -> Iterator[_Arm]:
             point = dict(zip(file.grid, values, strict=True))
             name = " ".join([arm, *_labels(point)]).strip()
             named[name] = _Arm(name=name, changes={**changes, **point}, seeds=file.keys.seeds)
+    for name in file.keys.comparison.contrast or tuple(named)[:2]:
+        if name in named:  # a name that is no arm's is a problem of its own
+            seeds = (*file.keys.seeds, *file.keys.comparison.contrast_seeds)
+            named[name] = replace(named[name], seeds=seeds)
     yield from named.values()
     if (noise := file.keys.noise_floor) and noise.arm in named:
         yield _Arm(name=NOISE_ARM, changes=named[noise.arm].changes, seeds=noise.seeds)
@@ -128,12 +132,16 @@ def _name_problems(keys: SweepSection, arms: Sequence[_Arm]) -> Iterator[str]:
 
 
 def _seed_problems(keys: SweepSection) -> Iterator[str]:
-    noise = keys.noise_floor.seeds if keys.noise_floor else ()
-    for name, seeds in (("seeds", keys.seeds), ("noise_floor.seeds", noise)):
+    lists = {"seeds": keys.seeds, "comparison.contrast_seeds": keys.comparison.contrast_seeds}
+    if keys.noise_floor:
+        lists["noise_floor.seeds"] = keys.noise_floor.seeds
+    taken: dict[int, str] = {}
+    for name, seeds in lists.items():
         if len(set(seeds)) < len(seeds):
             yield f"{name}: got a seed twice; give every seed once"
-    if common := set(noise) & set(keys.seeds):
-        yield f"noise_floor.seeds: {min(common)} is one of `seeds` too; need other seeds"
+        if common := set(seeds) & set(taken):
+            yield f"{name}: {min(common)} is one of `{taken[min(common)]}` too; need other seeds"
+        taken |= dict.fromkeys(seeds, name)
 
 
 def _key_problems(file: SweepFile) -> Iterator[str]:

@@ -214,7 +214,7 @@ def _notes(comparison: Comparison) -> str:
         ),
     ]
     if any(len(row.seeds) < FEWEST_SEEDS for row in comparison.arms):
-        notes.append(f"A claim about methods takes {FEWEST_SEEDS} seeds of every arm.")
+        notes.append(f"A claim about methods takes {FEWEST_SEEDS} common seeds of both arms.")
     notes += [f"left out: {reason}" for reason in comparison.left_out]
     return "\n".join(notes)
 
