@@ -84,6 +84,20 @@ def test_the_page_of_an_unfinished_sweep_can_be_read(
     page.close()
 
 
+def test_every_arm_of_a_large_sweep_is_named_in_its_charts(browser: Any, tmp_path: Path) -> None:
+    names = ["keep", "flexlora", "factor mean smallest", "product mean smallest", "hetlora"]
+    names += ["equal parameters", "raflora", "only the largest", "local only", "A-A"]
+    sweep_of(tmp_path, {name: [1.0 + place, 2.0] for place, name in enumerate(names)})
+    assert in_process("report", tmp_path).returncode == 0
+    page, complaints = opened(browser, tmp_path / "report.html", PHONE, "light")
+    assert_readable(page, PHONE[0], 5)
+    for svg in page.locator("figure svg").all():
+        words = " ".join(svg.locator("text").all_text_contents())
+        assert [name for name in names if name not in words] == []
+    assert complaints == []
+    page.close()
+
+
 def test_the_theme_follows_the_reader(browser: Any, page_file: Path) -> None:
     page, _ = opened(browser, page_file, DESK, "light")
     paper = "getComputedStyle(document.body).backgroundColor"

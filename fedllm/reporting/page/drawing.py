@@ -1,6 +1,7 @@
 """Charts as SVG or PDF, drawn by matplotlib: text stays text, colours follow the page's theme."""
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,10 @@ _WIDTH_INCHES, _HEIGHT_INCHES = 4.0, 2.8
 _LANE_INCHES = 0.19
 _FONT_POINTS = 9.5
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", ":", "-.")
 _MAX_LETTERS = 26
-_SHORT_LETTERS = 8  # four such labels stand side by side
+_LETTER_INCHES, _KEY_INCHES, _LINE_INCHES = 0.075, 0.5, 0.17  # of a legend, at this font
+_USUAL_LEGEND_LINES = 3  # a chart of the usual height has room for so many
 _MANY_POINTS = 40  # above it a line has no markers
 
 
@@ -136,7 +139,15 @@ def _no_date(kind: str) -> dict[str, None]:
 
 
 def _height(chart: Chart) -> float:
-    return max(1.6, 1.0 + _LANE_INCHES * chart.lanes) if chart.lanes else _HEIGHT_INCHES
+    """Return inches: lanes and the lines of a long legend make a chart higher."""
+    if isinstance(chart, IntervalChart):
+        lines = max((_lane(label).count("\n") + 1 for label in chart.intervals), default=1)
+        return max(1.6, 1.0 + _LANE_INCHES * lines * chart.lanes)
+    if chart.lanes:
+        return max(1.6, 1.0 + _LANE_INCHES * chart.lanes)
+    names = list(chart.series) if isinstance(chart, LineChart) else []
+    lines = math.ceil(len(names) / _legend_columns(names)) if names else 1
+    return _HEIGHT_INCHES + _LINE_INCHES * max(0, lines - _USUAL_LEGEND_LINES)
 
 
 def _lines(figure: Any, chart: LineChart, palette: Palette) -> None:
@@ -155,6 +166,8 @@ def _lines(figure: Any, chart: LineChart, palette: Palette) -> None:
             values,
             label=_short(label),
             color=palette.series[number % len(palette.series)],
+            # where colours come again, the line is another
+            linestyle=_LINES[number // len(palette.series) % len(_LINES)],
             marker=_MARKERS[number % len(_MARKERS)] if len(points) <= _MANY_POINTS else None,
             markersize=4,
             linewidth=1.6,
@@ -251,7 +264,7 @@ def _tasks(figure: Any, chart: TaskChart, palette: Palette) -> None:
 def _axes_of_lanes(figure: Any, labels: Sequence[str], x_label: str) -> Any:
     """Return axes with one lane per label, the first one on top."""
     axes = figure.add_subplot()
-    axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+    axes.set_yticks(range(len(labels)), [_lane(label) for label in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
@@ -263,15 +276,29 @@ def _axes_of_lanes(figure: Any, labels: Sequence[str], x_label: str) -> Any:
 
 
 def _legend(figure: Any, labels: Sequence[str]) -> None:
-    short = max(map(len, labels)) <= _SHORT_LETTERS
     figure.legend(
         loc="outside upper left",
-        ncols=min(4 if short else 3, len(labels)),
+        ncols=_legend_columns(labels),
         frameon=False,
-        handlelength=1.4,
+        handlelength=2.2,  # dashes are seen
         columnspacing=1.2,
         borderaxespad=0.2,
     )
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Return how many labels stand side by side within the width of a chart."""
+    letters = max(len(_short(label)) for label in labels)
+    fitting = int(_WIDTH_INCHES / (_KEY_INCHES + _LETTER_INCHES * letters))
+    return max(1, min(4, fitting, len(labels)))
+
+
+def _lane(label: str) -> str:
+    """Return the label of a lane: a contrast that is too long for a line, on two."""
+    if len(label) <= _MAX_LETTERS:
+        return label
+    first, minus, second = label.partition(" - ")
+    return f"{_short(first)}\n- {_short(second)}" if minus else _short(label)
 
 
 def _short(label: str) -> str:

@@ -83,7 +83,8 @@ def _facts(record: SweepRecord, status: SweepStatus) -> Iterator[Fact]:
     done = sum(run.state == "done" for run in status.runs)
     yield Fact(label="runs done", value=f"{done} of {len(status.runs)}")
     yield Fact(label="arms", value=str(len({run.arm for run in runs})))
-    yield Fact(label="seeds of an arm", value=str(max(Counter(r.arm for r in runs).values())))
+    seeds = sorted(set(Counter(run.arm for run in runs).values()))
+    yield Fact(label="seeds of an arm", value=" or ".join(map(str, seeds)))
     if status.estimate and status.state != "done":
         yield Fact(label="work left", value=duration(status.estimate.seconds))
 
