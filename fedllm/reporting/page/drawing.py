@@ -188,7 +188,7 @@ def _lines(figure: Any, chart: LineChart, palette: Palette) -> None:
 
 
 def _changes(figure: Any, chart: ChangeChart, palette: Palette) -> None:
-    axes = _axes_of_lanes(figure, list(chart.changes), chart.x_label)
+    axes = _axes_of_lanes(figure, list(map(_short, chart.changes)), chart.x_label)
     lanes = range(len(chart.changes))
     before = [b for b, _ in chart.changes.values()]
     after = [a for _, a in chart.changes.values()]
@@ -211,7 +211,7 @@ def _changes(figure: Any, chart: ChangeChart, palette: Palette) -> None:
 
 
 def _intervals(figure: Any, chart: IntervalChart, palette: Palette) -> None:
-    axes = _axes_of_lanes(figure, list(chart.intervals), chart.x_label)
+    axes = _axes_of_lanes(figure, list(map(_lane, chart.intervals)), chart.x_label)
     axes.axvline(0, color=palette.ink, linewidth=0.9)
     for lane, (low, middle, high) in enumerate(chart.intervals.values()):
         axes.plot([low, high], [lane, lane], color=palette.series[0], linewidth=2)
@@ -219,7 +219,7 @@ def _intervals(figure: Any, chart: IntervalChart, palette: Palette) -> None:
 
 
 def _bars(figure: Any, chart: BarChart, palette: Palette) -> None:
-    axes = _axes_of_lanes(figure, list(chart.values), chart.x_label)
+    axes = _axes_of_lanes(figure, list(map(_short, chart.values)), chart.x_label)
     values = list(chart.values.values())
     bars = axes.barh(range(len(values)), values, color=palette.series[0], height=0.6)
     axes.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=3)
@@ -228,7 +228,9 @@ def _bars(figure: Any, chart: BarChart, palette: Palette) -> None:
 
 def _tasks(figure: Any, chart: TaskChart, palette: Palette) -> None:
     axes = _axes_of_lanes(
-        figure, [bar.label for bar in chart.bars], f"{chart.unit} since the first was submitted"
+        figure,
+        [_short(bar.label) for bar in chart.bars],
+        f"{chart.unit} since the first was submitted",
     )
     colours = {"client": 0, "aggregate": 1, "evaluate": 2}
     words = {"client": "trains", "aggregate": "aggregates", "evaluate": "evaluates"}
@@ -264,7 +266,7 @@ def _tasks(figure: Any, chart: TaskChart, palette: Palette) -> None:
 def _axes_of_lanes(figure: Any, labels: Sequence[str], x_label: str) -> Any:
     """Return axes with one lane per label, the first one on top."""
     axes = figure.add_subplot()
-    axes.set_yticks(range(len(labels)), [_lane(label) for label in labels])
+    axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
@@ -294,7 +296,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 
 def _lane(label: str) -> str:
-    """Return the label of a lane: a contrast that is too long for a line, on two."""
+    """Return the label of a contrast's lane: on two lines if it is too long for one."""
     if len(label) <= _MAX_LETTERS:
         return label
     first, minus, second = label.partition(" - ")
