@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.reporting.page.contents import (
+    BarChart,
     IntervalChart,
     LineChart,
     PageSection,
@@ -231,6 +232,12 @@ def test_gaps_and_values_that_are_not_finite_are_drawn() -> None:
         )
     )
     assert svg.startswith("<svg")
+
+
+def test_bars_say_their_values_without_powers_of_ten() -> None:
+    values = {"Cause Effect Classification": 2379.6, "small": 9.316}
+    svg = inline_svg(BarChart(name="c", title="T", text="", values=values, x_label="MiB"))
+    assert all(f">{words}<" in svg for words in ("2,380", "9.32", *values))
 
 
 def test_a_sweep_has_a_page_of_its_arms_with_their_seeds(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _LANE_INCHES = 0.19
 _FONT_POINTS = 9.5
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "--", ":", "-.")
-_MAX_LETTERS = 26
+_MAX_LETTERS = 28  # as many as the longest names of the usual categories have
 _LETTER_INCHES, _KEY_INCHES, _LINE_INCHES = 0.075, 0.5, 0.17  # of a legend, at this font
 _USUAL_LEGEND_LINES = 3  # a chart of the usual height has room for so many
 _MANY_POINTS = 40  # above it a line has no markers
@@ -222,7 +222,7 @@ def _bars(figure: Any, chart: BarChart, palette: Palette) -> None:
     axes = _axes_of_lanes(figure, list(map(_short, chart.values)), chart.x_label)
     values = list(chart.values.values())
     bars = axes.barh(range(len(values)), values, color=palette.series[0], height=0.6)
-    axes.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=3)
+    axes.bar_label(bars, labels=[_number(value) for value in values], padding=3)
     axes.margins(x=0.14)
 
 
@@ -286,6 +286,10 @@ def _legend(figure: Any, labels: Sequence[str]) -> None:
         columnspacing=1.2,
         borderaxespad=0.2,
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
